@@ -1,0 +1,190 @@
+"""Configuration: strict pydantic models, read from YAML, changed by `a.b=c`, identified by a fingerprint.
+
+    class Optimizer(Config):
+        lr: float = 1e-4
+        '''Peak learning rate.'''
+
+    recipe = Recipe.from_yaml("recipe.yaml", overrides=["optimizer.lr=3e-4"])
+
+A key that does not exist is an error that names the key and the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import pydantic
+import yaml
+
+from longspan.core.errors import ConfigError
+from longspan.core.files import atomic_write
+
+
+class _StrictSafeLoader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1 and key != "<<"})
+        if twice:
+            line = node.start_mark.line + 1
+            raise ConfigError(f"the key {twice[0]!r} stands twice in the mapping that begins at line {line}")
+        return super().construct_mapping(node, deep)
+
+
+_StrictSafeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+class Config(pydantic.BaseModel):
+    """Base of all settings: immutable, keyword-only, unknown keys refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], *, where: str = "settings") -> Self:
+        """Validate a plain dict. Raises ConfigError naming the dotted key, the value and the nearest key."""
+        try:
+            return cls.model_validate(values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(_explain(cls, error))) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, apply `a.b=c` overrides, validate. Raises ConfigError naming file and key."""
+        path = Path(path)
+        values = read_yaml(path)
+        return cls.from_dict(apply_overrides(values, overrides), where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write every setting, defaults included, atomically."""
+        with atomic_write(path, "w") as file:
+            yaml.safe_dump(self.to_dict(), file, sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """Return 16 hex characters that change exactly when a setting changes."""
+        text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises ConfigError naming file and line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read", found=str(error)) from None
+    return parse_yaml(text, where=str(path))
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """Parse a YAML mapping. Raises ConfigError naming `where` and the line."""
+    try:
+        values = yaml.load(text, Loader=_StrictSafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark is not None else where
+        raise ConfigError(f"{place} is not valid YAML", found=getattr(error, "problem", str(error))) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where} does not hold settings", found=type(values).__name__, allowed="key: value lines"
+        )
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `values` with each `a.b.0.c=value` applied; values are read as YAML.
+
+    `{"stages": [{"lr": 1}]}` with `stages.0.lr=2` becomes `{"stages": [{"lr": 2}]}`.
+    """
+    result = json.loads(json.dumps(values))
+    for override in overrides:
+        dotted, separator, text = override.partition("=")
+        if not separator or not dotted:
+            raise ConfigError(
+                "an override is written key=value", found=repr(override), allowed="such as optimizer.lr=1e-4"
+            )
+        try:
+            value = yaml.load(text, Loader=_StrictSafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of {dotted} is not valid YAML", found=str(error)) from None
+        _assign(result, dotted.split("."), value, dotted)
+    return result
+
+
+def _assign(node: Any, keys: list[str], value: Any, dotted: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(
+                    f"{dotted}: there is no item {key!r} in {'.'.join(keys[:depth])}",
+                    allowed=f"0 to {len(node) - 1}",
+                )
+            if last:
+                node[int(key)] = value
+            else:
+                node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            else:
+                node = node.setdefault(key, {})
+        else:
+            raise ConfigError(
+                f"{dotted}: {'.'.join(keys[:depth])} is a single value, it has no {key!r}", found=node
+            )
+
+
+def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors(include_url=False):
+        dotted = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            names = _field_names(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
+            lines.append(f"{dotted}: there is no such setting; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{dotted}: this setting is required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{dotted}: {message}; found: {item['input']!r}"[:400])
+    return lines
+
+
+def _field_names(model: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Return the names of the settings that exist at `location` below `model`."""
+    current: list[type[pydantic.BaseModel]] = [model]
+    for part in location:
+        annotations = [
+            found.model_fields[part].annotation
+            for found in current
+            if isinstance(part, str) and part in found.model_fields
+        ]
+        if annotations:
+            current = [found for annotation in annotations for found in _models_in(annotation)]
+    return sorted({name for found in current for name in found.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [found for argument in get_args(annotation) for found in _models_in(argument)]

@@ -1,0 +1,31 @@
+"""Logging to stderr: one format, one place that sets it up, and messages that are said once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import lru_cache
+
+ROOT = "longspan"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger `longspan.<name>`."""
+    return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
+
+
+def setup_logging(*, verbose: bool = False) -> None:
+    """Send longspan's messages to stderr; called by the command line, never at import."""
+    logger = logging.getLogger(ROOT)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+@lru_cache(maxsize=1024)
+def log_once(name: str, message: str) -> None:
+    """Say `message` at info level the first time it comes up in this process."""
+    get_logger(name).info(message)

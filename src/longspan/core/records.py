@@ -1,0 +1,90 @@
+"""JSON-lines records: appended one at a time, readable while they grow, whole after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longspan.core.errors import DataError
+from longspan.core.files import disk_errors
+
+
+class JsonlWriter:
+    """Append JSON objects to a file, one line each; every line is handed to the operating system at once.
+
+    A torn last line, left by a killed process, is cut off when the file is opened again.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self.path)
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record. Raises RunError when the disk refuses."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with disk_errors(self.path):
+            self._file.write(line)
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        if not self._file.closed:
+            with disk_errors(self.path):
+                os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines file; a torn last line is not a record.
+
+    Raises:
+        DataError: the file is missing, or a whole line is not a JSON object (file and line are named).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number} is not valid JSON", found=str(error)) from None
+            if not isinstance(record, dict):
+                raise DataError(f"{path}:{number} is not a JSON object", found=type(record).__name__)
+            yield record
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:
+            start = max(0, position - 65536)
+            file.seek(start)
+            block = file.read(position - start)
+            newline = block.rfind(b"\n")
+            if newline >= 0:
+                keep = start + newline + 1
+                break
+            position = start
+        else:
+            keep = 0
+        if keep != end:
+            file.truncate(keep)

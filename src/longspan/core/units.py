@@ -1,0 +1,86 @@
+"""Numbers with units, read and written the way people say them.
+
+Context lengths are binary (`128k` = 131072 tokens), token budgets are decimal (`5B` = 5,000,000,000),
+memory is binary (`80GiB`) or decimal (`80GB`).
+"""
+
+from __future__ import annotations
+
+import re
+
+from longspan.core.errors import ArgumentError
+
+_NUMBER = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+_BYTES = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_length(text: str | int) -> int:
+    """Parse a context length in tokens: `4096`, `128k` (= 131072), `1M` (= 1048576)."""
+    return _parse(text, _BINARY, kind="context length", examples="2048, 128k, 1M")
+
+
+def parse_tokens(text: str | int) -> int:
+    """Parse a token budget: `100m`, `1.5B`, `2e9`, `20000`."""
+    return _parse(text, _DECIMAL, kind="token budget", examples="20000, 100m, 1.5B, 2e9")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Parse an amount of memory or storage: `80GiB`, `500MB`, `4096`."""
+    return _parse(text, _BYTES, kind="size in bytes", examples="80GiB, 500MB, 4096")
+
+
+def _parse(text: str | int, suffixes: dict[str, int], *, kind: str, examples: str) -> int:
+    match = _NUMBER.fullmatch(str(text))
+    suffix = match.group(2).lower() if match else ""
+    if match is None or suffix not in suffixes or isinstance(text, bool):
+        raise ArgumentError(f"this is not a {kind}", found=repr(text), allowed=f"numbers such as {examples}")
+    value = float(match.group(1).replace("_", "").replace(",", "")) * suffixes[suffix]
+    if value != int(value):
+        raise ArgumentError(f"a {kind} is a whole number", found=repr(text), allowed=f"such as {examples}")
+    return int(value)
+
+
+def format_count(value: float) -> str:
+    """Write a count for people: `987`, `12.3K`, `1.64M`, `5.00B`."""
+    magnitude = abs(value)
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "K")):
+        if magnitude >= limit:
+            scaled = value / (1e3 if suffix == "K" else limit)
+            return f"{scaled:.3g}{suffix}" if abs(scaled) < 1000 else f"{scaled:.0f}{suffix}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
+
+
+def format_bytes(value: float) -> str:
+    """Write a size for people in binary units: `306 MiB`."""
+    for limit, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(value) >= limit:
+            return (
+                f"{value / limit:.3g} {suffix}"
+                if abs(value) / limit < 1000
+                else f"{value / limit:.0f} {suffix}"
+            )
+    return f"{value:.0f} B"
+
+
+def format_seconds(value: float) -> str:
+    """Write a duration for people: `8.2 s`, `3 min 25 s`, `2 h 05 min`."""
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
