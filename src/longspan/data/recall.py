@@ -138,7 +138,7 @@ def _compose(
 
 
 class RecallSet(NamedTuple):
-    """`num_documents` documents of one kind; each has `num_tokens` tokens or a length drawn from (low, high)."""
+    """`num_documents` documents of `num_tokens` tokens, or of a length drawn from (low, high)."""
 
     source: str
     num_documents: int
