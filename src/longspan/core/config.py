@@ -11,38 +11,55 @@ A key that does not exist is an error that names the key and the nearest one tha
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import pydantic
 import yaml
 
-from longspan.core.errors import ConfigError
+from longspan.core.errors import ConfigError, UserError
 from longspan.core.files import atomic_write
 
 
 class _StrictSafeLoader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key written twice."""
+    """SafeLoader with three differences.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    1e-4 is a number (YAML 1.1 wants 1.0e-4), 2026-01-31 is text, and a key written twice is an error.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Looked at while composing: later, `<<: *base` copies the keys of `base` into the same list.
+        node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = sorted({key for key in keys if keys.count(key) > 1 and key != "<<"})
         if twice:
             line = node.start_mark.line + 1
             raise ConfigError(f"the key {twice[0]!r} stands twice in the mapping that begins at line {line}")
-        return super().construct_mapping(node, deep)
+        return node
 
 
-_StrictSafeLoader.add_implicit_resolver(
+class _SafeDumper(yaml.SafeDumper):
+    """SafeDumper that quotes the strings which the loader above would read as numbers, such as "12e5"."""
+
+
+_EXPONENT = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+_StrictSafeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictSafeLoader.add_implicit_resolver(*_EXPONENT)
+_SafeDumper.add_implicit_resolver(*_EXPONENT)
 
 
 class Config(pydantic.BaseModel):
@@ -57,6 +74,8 @@ class Config(pydantic.BaseModel):
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
             raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(_explain(cls, error))) from None
+        except UserError as error:  # raised by a check of our own inside a model
+            raise ConfigError(f"{where} is not valid:\n  {error}") from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -72,7 +91,7 @@ class Config(pydantic.BaseModel):
     def to_yaml(self, path: str | Path) -> None:
         """Write every setting, defaults included, atomically."""
         with atomic_write(path, "w") as file:
-            yaml.safe_dump(self.to_dict(), file, sort_keys=False, allow_unicode=True)
+            yaml.dump(self.to_dict(), file, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True)
 
     def fingerprint(self) -> str:
         """Return 16 hex characters that change exactly when a setting changes."""
@@ -100,7 +119,7 @@ def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark is not None else where
         raise ConfigError(f"{place} is not valid YAML", found=getattr(error, "problem", str(error))) from None
-    except ConfigError as error:
+    except (ConfigError, ValueError) as error:  # ValueError: a tag such as !!int before a word
         raise ConfigError(f"{where}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
@@ -114,17 +133,21 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
     `{"stages": [{"lr": 1}]}` with `stages.0.lr=2` becomes `{"stages": [{"lr": 2}]}`.
     """
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(values)
     for override in overrides:
         dotted, separator, text = override.partition("=")
-        if not separator or not dotted:
+        dotted = dotted.strip()
+        if not separator or not all(dotted.split(".")):
             raise ConfigError(
                 "an override is written key=value", found=repr(override), allowed="such as optimizer.lr=1e-4"
             )
         try:
             value = yaml.load(text, Loader=_StrictSafeLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value of {dotted} is not valid YAML", found=str(error)) from None
+        except (yaml.YAMLError, ConfigError, ValueError) as error:
+            found = getattr(error, "problem", error)
+            raise ConfigError(
+                f"the value of {dotted} is not valid YAML", found=f"{text!r}: {found}"
+            ) from None
         _assign(result, dotted.split("."), value, dotted)
     return result
 
@@ -133,20 +156,24 @@ def _assign(node: Any, keys: list[str], value: Any, dotted: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not key.isdecimal() or int(key) >= len(node):
                 raise ConfigError(
                     f"{dotted}: there is no item {key!r} in {'.'.join(keys[:depth])}",
-                    allowed=f"0 to {len(node) - 1}",
+                    allowed=f"0 to {len(node) - 1}" if node else "nothing: the list is empty",
                 )
             if last:
                 node[int(key)] = value
             else:
                 node = node[int(key)]
         elif isinstance(node, dict):
+            # YAML reads the key of `4096: 0.5` as a number; `by_length.4096=1` means that very key.
+            name = next((existing for existing in node if str(existing) == key), key)
             if last:
-                node[key] = value
+                node[name] = value
             else:
-                node = node.setdefault(key, {})
+                if node.get(name) is None:
+                    node[name] = {}
+                node = node[name]
         else:
             raise ConfigError(
                 f"{dotted}: {'.'.join(keys[:depth])} is a single value, it has no {key!r}", found=node
@@ -165,26 +192,62 @@ def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -
         elif item["type"] == "missing":
             lines.append(f"{dotted}: this setting is required")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{dotted}: {message}; found: {item['input']!r}"[:400])
+            message = item["msg"].removeprefix("Value error, ").replace("\n", "\n  ")
+            # A check of several settings together has the whole mapping as its input: too long to be of use.
+            said = isinstance(item["input"], dict) or "found: " in message
+            found = "" if said else f"; found: {item['input']!r}"
+            lines.append((f"{dotted}: " if dotted else "") + message + found[:400])
     return lines
 
 
 def _field_names(model: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Return the names of the settings that exist at `location` below `model`."""
-    current: list[type[pydantic.BaseModel]] = [model]
+    annotations: list[Any] = [model]
     for part in location:
-        annotations = [
-            found.model_fields[part].annotation
-            for found in current
-            if isinstance(part, str) and part in found.model_fields
-        ]
-        if annotations:
-            current = [found for annotation in annotations for found in _models_in(annotation)]
-    return sorted({name for found in current for name in found.model_fields})
+        annotations = [inner for annotation in annotations for inner in _step(annotation, part)]
+    models = [alternative for annotation in annotations for alternative in _alternatives(annotation)]
+    return sorted({name for found in models if _is_model(found) for name in found.model_fields})
 
 
-def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return [annotation]
-    return [found for argument in get_args(annotation) for found in _models_in(argument)]
+def _step(annotation: Any, part: int | str) -> list[Any]:
+    """Return what stands under `part` of an annotation: 0 of `list[A]`, "web" of `dict[str, A]`, "lr" of A.
+
+    In a union, pydantic also names the member it tried (A, or its tag): such a part picks that member.
+    """
+    below: list[Any] = []
+    alternatives = _alternatives(annotation)
+    for member in alternatives:
+        if _is_model(member):
+            if part in member.model_fields:
+                below.append(member.model_fields[str(part)].annotation)
+            elif len(alternatives) > 1 and (part == member.__name__ or part in _literals(member)):
+                return [member]
+        elif issubclass(get_origin(member) or type(None), Mapping):
+            below.extend(get_args(member)[1:])
+        elif isinstance(part, int):
+            below.extend(argument for argument in get_args(member) if argument is not Ellipsis)
+    return below
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Return the members of a union, Optional and Annotated taken apart; anything else alone."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [inner for argument in get_args(annotation) for inner in _alternatives(argument)]
+    return [annotation]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)
+
+
+def _literals(model: type[pydantic.BaseModel]) -> set[Any]:
+    """Return the values of the Literal fields of a model: the tags of a discriminated union."""
+    fields = model.model_fields.values()
+    return {
+        value
+        for field in fields
+        if get_origin(field.annotation) is Literal
+        for value in get_args(field.annotation)
+    }

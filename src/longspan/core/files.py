@@ -15,22 +15,36 @@ from typing import IO, Any
 
 from longspan.core.errors import DataError, RunError
 
-NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+_NO_WAY = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+}
 
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's refusal of more bytes (full disk, quota, file limit) into a RunError."""
+    """Turn the operating system's refusal to write (full disk, quota, no permission) into a RunError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno in _NO_ROOM:
+            fix = "free space or choose another place with --out; nothing half-written was kept"
+        elif error.errno in _NO_WAY:
+            fix = "choose another place with --out"
+        else:
             raise
-        raise RunError(
-            f"cannot write {path}",
-            found=error.strerror or str(error),
-            fix="free space or choose another place with --out; nothing half-written was kept",
-        ) from error
+        found = error.strerror or str(error)
+        if error.filename is not None and Path(str(error.filename)) != Path(path):
+            found = f"{found}: {error.filename}"
+        raise RunError(f"cannot write {path}", found=found, fix=fix) from error
 
 
 @contextmanager
@@ -51,44 +65,62 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
+            _sync_directory(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 @contextmanager
 def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a new directory beside `path`; rename it to `path` on success, remove it on failure.
+    """Yield a new directory beside `path`; flush and rename it to `path` on success, remove it on failure.
 
     With `replace`, an existing directory at `path` gives way at the moment of the rename.
 
     Raises:
-        RunError: the disk refuses, or `path` already exists and `replace` is false.
+        RunError: the disk refuses, or `path` already exists (and is not empty) and `replace` is false.
     """
     path = Path(path)
+    if not replace:
+        _refuse_existing(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with disk_errors(path):
             aside.mkdir(parents=True)
             yield aside
+            _sync_tree(aside)
             if replace and path.exists():
+                # A kill between the two renames leaves the old one aside: remove_leftovers puts it back.
                 old = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
                 os.replace(path, old)
                 os.replace(aside, path)
-                shutil.rmtree(old)
+                _remove(old)
             else:
+                _refuse_existing(path)
                 os.replace(aside, path)
+            _sync_directory(path.parent)
     finally:
         if aside.exists():
             shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | Path, name: str = "*") -> list[Path]:
-    """Remove what a killed process left aside for `name` in `folder`; return the removed paths."""
+    """Remove what a killed process left aside for `name` in `folder`; return the removed paths.
+
+    A directory that was moved aside for its successor, which never arrived, goes back to its place.
+    """
     removed = []
-    for pattern in (f".{name}.*.tmp", f".{name}.*.old"):
-        for path in sorted(Path(folder).glob(pattern)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    aside = f".{name}." + "[0-9a-f]" * 8
+    for path in sorted(Path(folder).glob(aside + ".old")):
+        place = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if place.exists():
+            _remove(path)
             removed.append(path)
+        else:
+            os.replace(path, place)
+    for path in sorted(Path(folder).glob(aside + ".tmp")):
+        _remove(path)
+        removed.append(path)
     return removed
 
 
@@ -103,13 +135,15 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: the file is missing or is not JSON; the message names the line.
+        DataError: the file is missing, unreadable or not JSON; the message names the line.
     """
     path = Path(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read", found=error.strerror) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid JSON", found=str(error)) from None
 
@@ -123,3 +157,38 @@ def sha256_file(path: str | Path) -> str:
     """Return the SHA-256 of a file as 64 hex characters, reading it in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RunError(f"{path} already exists", fix="remove it or choose another place with --out")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    """Hand every file below `folder` to the disk: a power cut must not leave empty files in place."""
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            if path.is_file() and not path.is_symlink():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        _sync_directory(Path(parent))
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make the renames in `folder` last, where the file system has such a call."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise

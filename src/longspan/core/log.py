@@ -5,8 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 from functools import lru_cache
+from typing import TextIO
 
 ROOT = "longspan"
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is now: a progress bar puts a stream there that lets lines pass above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -18,7 +30,7 @@ def setup_logging(*, verbose: bool = False) -> None:
     """Send longspan's messages to stderr; called by the command line, never at import."""
     logger = logging.getLogger(ROOT)
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False

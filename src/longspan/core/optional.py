@@ -16,8 +16,9 @@ def require(module: str, *, extra: str, feature: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+    except ModuleNotFoundError as error:
+        # Another name means that `module` is there and lacks something itself: that is not ours to explain.
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise MissingDependencyError(
             f"{feature} needs the package {module!r}, which is not installed",

@@ -26,10 +26,18 @@ class JsonlWriter:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record. Raises RunError when the disk refuses."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        """Append one record, whole or not at all. Raises RunError when the disk refuses."""
+        line = _encode(record) + b"\n"
         with disk_errors(self.path):
-            self._file.write(line)
+            # A nearly full disk takes the first part of a line without an error and refuses only the rest.
+            written = 0
+            try:
+                while written < len(line):
+                    written += self._file.write(line[written:])
+            except OSError:
+                if written:
+                    self._file.truncate(os.fstat(self._file.fileno()).st_size - written)
+                raise
 
     def close(self) -> None:
         """Flush to the disk and close."""
@@ -67,6 +75,15 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number} is not a JSON object", found=type(record).__name__)
             yield record
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair (from a file name that is not UTF-8) has no UTF-8 form, but a JSON escape.
+        return json.dumps(record, allow_nan=False).encode()
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from longspan.core.config import Config, read_yaml
 from longspan.core.errors import ConfigError
-from longspan.core.files import atomic_write, remove_leftovers, write_json
+from longspan.core.files import atomic_write, disk_errors, remove_leftovers, write_json
 from longspan.core.records import JsonlWriter, read_jsonl
 
 PACKAGES = ("longspan", "torch", "transformers", "tokenizers", "gigatoken", "numpy", "pyarrow")
@@ -42,7 +42,8 @@ class RunDir:
             ConfigError: the folder holds a run with other settings; the message names those that differ.
         """
         run = cls(path)
-        run.path.mkdir(parents=True, exist_ok=True)
+        with disk_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run.path)
         saved = run.path / "config.yaml"
         if saved.exists():
@@ -67,7 +68,7 @@ class RunDir:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and record it when it ends well; a phase run in parts adds up in `phase_seconds`."""
+        """Time a phase and record its seconds, also when it fails; `phase_seconds` adds up all takes."""
         started = time.monotonic()
         try:
             yield
