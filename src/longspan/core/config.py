@@ -46,7 +46,11 @@ class _StrictSafeLoader(yaml.SafeLoader):
 
 
 class _SafeDumper(yaml.SafeDumper):
-    """SafeDumper that quotes the strings which the loader above would read as numbers, such as "12e5"."""
+    """SafeDumper whose strings come back: "12e5" in quotes, the rarer line breaks of Unicode escaped."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(character in data for character in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 
 _EXPONENT = (
@@ -60,6 +64,7 @@ _StrictSafeLoader.yaml_implicit_resolvers = {
 }
 _StrictSafeLoader.add_implicit_resolver(*_EXPONENT)
 _SafeDumper.add_implicit_resolver(*_EXPONENT)
+_SafeDumper.add_representer(str, _SafeDumper.represent_str)
 
 
 class Config(pydantic.BaseModel):
