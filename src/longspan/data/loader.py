@@ -1,0 +1,323 @@
+"""Rows for training: read through a pack plan from memory-mapped stores, interleaved from several streams.
+
+Row number k of a run is a pure function of the plan, the weights and the seed, so a single number, the
+position, is the whole state of the loader. Reading a row casts each document's view into it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.seeds import rng
+from longspan.data.lengths import LengthTable
+from longspan.data.packing import PAD_DOCUMENT, PackPlan
+
+PAD_SOURCE = "padding"
+"""Name of the source of padding, the last name of rows from a plan that pads."""
+MAX_PERIOD = 2**16
+"""Longest cycle of an interleaving; weights that need a longer one are rounded to it (error below 1e-4)."""
+
+
+class DocumentStore(Protocol):
+    """What the loader needs of a token store."""
+
+    @property
+    def lengths(self) -> LengthTable:
+        """Return the length table of the store."""
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Return the manifest; "fingerprint" identifies the store's content."""
+
+    def tokens(self, index: int, /) -> np.ndarray:
+        """Return the tokens of a document, uint16 or uint32."""
+
+    def mask(self, index: int, /) -> np.ndarray | None:
+        """Return uint8 loss weights, one a token, or None."""
+
+
+class PackedRow(NamedTuple):
+    """One row of T tokens and the n documents in it (padding is a document of its own, the last)."""
+
+    input_ids: np.ndarray
+    """int64 [T]."""
+    cu_seqlens: np.ndarray
+    """int32 [n + 1]: document j stands at cu_seqlens[j] to cu_seqlens[j + 1]."""
+    documents: np.ndarray
+    """uint32 [n] index into the length table, PAD_DOCUMENT for padding."""
+    sources: np.ndarray
+    """uint16 [n] index into `source_names`."""
+    source_names: tuple[str, ...]
+    continuation: np.ndarray
+    """bool [n]: the document began in another row."""
+    weights: np.ndarray
+    """uint8 [T] loss weight of each token as a target: the store's mask, else 1; BOS and EOS 1, padding 0."""
+
+
+class RowLoader:
+    """The rows of one pack plan.
+
+    `stores` are the token stores in the order in which their length tables were joined for planning.
+
+    Raises:
+        DataError: the plan was made for other stores.
+    """
+
+    def __init__(self, stores: DocumentStore | Sequence[DocumentStore], plan: PackPlan) -> None:
+        self._stores: list[DocumentStore] = list(stores) if isinstance(stores, Sequence) else [stores]
+        self._lengths = LengthTable.concatenate([store.lengths for store in self._stores])
+        self._plan = plan
+        if self._lengths.fingerprint != plan.lengths_fingerprint:
+            raise DataError(
+                "the pack plan was made for other token stores",
+                found=f"length table {self._lengths.fingerprint}",
+                allowed=plan.lengths_fingerprint,
+                fix="give the same stores in the same order, or pack again",
+            )
+        pads = plan.spec.remainder == "pad"
+        self._source_names = self._lengths.source_names + ((PAD_SOURCE,) if pads else ())
+
+    @property
+    def plan(self) -> PackPlan:
+        """Return the plan."""
+        return self._plan
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows."""
+        return self._plan.num_rows
+
+    @property
+    def length(self) -> int:
+        """Return the tokens in a row."""
+        return self._plan.spec.length
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Return the names that the rows' source numbers stand for."""
+        return self._source_names
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hex characters over the plan and the content of the stores."""
+        stores = [str(store.manifest["fingerprint"]) for store in self._stores]
+        return hashlib.sha256(" ".join([self._plan.fingerprint, *stores]).encode()).hexdigest()[:16]
+
+    def row(self, index: int) -> PackedRow:
+        """Read one row.
+
+        Raises:
+            ArgumentError: there is no such row.
+            DataError: the plan does not fit the documents in the store.
+        """
+        plan = self._plan
+        if not 0 <= index < plan.num_rows:
+            raise ArgumentError("there is no such row", found=index, allowed=f"0 to {plan.num_rows - 1}")
+        spans = slice(int(plan.row_offsets[index]), int(plan.row_offsets[index + 1]))
+        documents = np.array(plan.span_document[spans])
+        starts = plan.span_start[spans]
+        cu_seqlens = np.zeros(len(documents) + 1, np.int64)
+        np.cumsum(plan.span_tokens[spans], out=cu_seqlens[1:])
+        if cu_seqlens[-1] != self.length:
+            raise DataError(
+                f"row {index} of the pack plan is damaged",
+                found=f"{cu_seqlens[-1]} tokens",
+                allowed=self.length,
+                fix="pack again",
+            )
+        input_ids = np.empty(self.length, np.int64)
+        weights = np.ones(self.length, np.uint8)
+        for number, document in enumerate(documents.tolist()):
+            place = slice(int(cu_seqlens[number]), int(cu_seqlens[number + 1]))
+            if document == PAD_DOCUMENT:
+                input_ids[place] = plan.spec.pad_id
+                weights[place] = 0
+            else:
+                self._read(document, int(starts[number]), input_ids[place], weights[place])
+        sources = np.full(len(documents), len(self._lengths.source_names), np.uint16)
+        real = documents != PAD_DOCUMENT
+        sources[real] = self._lengths.source[documents[real]]
+        return PackedRow(
+            input_ids=input_ids,
+            cu_seqlens=cu_seqlens.astype(np.int32),
+            documents=documents,
+            sources=sources,
+            source_names=self._source_names,
+            continuation=np.array(starts > 0),
+            weights=weights,
+        )
+
+    def _read(self, document: int, start: int, ids: np.ndarray, weights: np.ndarray) -> None:
+        """Fill `ids` and `weights` with a document's framed tokens from `start` on."""
+        spec, lengths = self._plan.spec, self._lengths
+        store, position = self._stores[int(lengths.store[document])], int(lengths.position[document])
+        tokens = store.tokens(position)
+        framed = spec.num_bos + len(tokens) + spec.num_eos
+        if len(tokens) != lengths.tokens[document] or start + len(ids) > framed:
+            raise DataError(
+                f"document {position} of the token store does not have the length that was planned",
+                found=f"{len(tokens)} tokens",
+                allowed=int(lengths.tokens[document]),
+                fix="verify the store, then pack again",
+            )
+        if spec.num_bos and start == 0:
+            ids[0] = spec.bos_id
+        if spec.num_eos and start + len(ids) == framed:
+            ids[-1] = spec.eos_id
+        # Framed position p is token p - num_bos; [low, high) are the document's own tokens in this span.
+        low, high = max(start - spec.num_bos, 0), min(start + len(ids) - spec.num_bos, len(tokens))
+        place = slice(low + spec.num_bos - start, high + spec.num_bos - start)
+        if low < high:
+            ids[place] = tokens[low:high]
+            mask = store.mask(position)
+            if mask is not None:
+                weights[place] = mask[low:high]
+
+
+class RowAddress(NamedTuple):
+    """Where a row of a mixed run comes from."""
+
+    stream: str
+    epoch: int
+    row: int
+
+
+class StreamProgress(NamedTuple):
+    """How far a stream is: rows drawn in all, complete epochs, rows of the present epoch."""
+
+    rows: int
+    epochs: int
+    rows_in_epoch: int
+
+
+class StreamMixer:
+    """Interleaves the rows of several loaders by weight, evenly and without randomness.
+
+    With weights 2 and 1 the streams follow one another as a b a a b a: after any number of rows each stream
+    is within a row or so of its share. A stream that ends begins again, its rows in another order
+    each time; epoch 0 is in plan order.
+
+    Raises:
+        ConfigError: no stream, a weight that is not positive, or rows of different lengths.
+        DataError: a stream has no rows.
+    """
+
+    def __init__(self, streams: Mapping[str, tuple[RowLoader, float]], seed: int) -> None:
+        if not streams:
+            raise ConfigError("there is no stream to draw rows from")
+        self._names = tuple(streams)
+        self._loaders = {name: loader for name, (loader, _) in streams.items()}
+        self._seed = seed
+        self._check()
+        self._counts = _cycle_counts({name: weight for name, (_, weight) in streams.items()})
+        self._cycle = _interleave(self._counts)
+        # drawn[k, s]: rows of stream s among the first k of a cycle; [cycle + 1, streams].
+        drawn = np.zeros((len(self._cycle) + 1, len(self._names)), np.int64)
+        drawn[np.arange(len(self._cycle)) + 1, self._cycle] = 1
+        self._drawn = np.cumsum(drawn, axis=0)
+        self._row_order = lru_cache(maxsize=2 * len(self._names))(self._permute)
+
+    def _check(self) -> None:
+        empty = [name for name, loader in self._loaders.items() if loader.num_rows == 0]
+        if empty:
+            raise DataError(
+                "a stream has no rows",
+                found=", ".join(empty),
+                fix="pack with remainder pad, shorter rows, or more documents",
+            )
+        lengths = {name: loader.length for name, loader in self._loaders.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(
+                "streams that are mixed need rows of one length", found=lengths, fix="pack them alike"
+            )
+
+    @property
+    def length(self) -> int:
+        """Return the tokens in a row."""
+        return self._loaders[self._names[0]].length
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hex characters over streams, weights and seed: everything that decides the rows."""
+        parts = [str(self._seed)]
+        parts += [
+            f"{name}\x1f{self._loaders[name].fingerprint}\x1f{count}" for name, count in self._counts.items()
+        ]
+        return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
+
+    def locate(self, position: int) -> RowAddress:
+        """Return where row number `position` (from 0) comes from. Raises ArgumentError below 0."""
+        stream = int(self._cycle[position % len(self._cycle)])
+        name = self._names[stream]
+        epoch, index = divmod(int(self._rows_before(position)[stream]), self._loaders[name].num_rows)
+        return RowAddress(name, epoch, index if epoch == 0 else int(self._row_order(name, epoch)[index]))
+
+    def rows(self, position: int, count: int) -> list[PackedRow]:
+        """Return `count` rows from row number `position` on."""
+        addresses = [self.locate(number) for number in range(position, position + count)]
+        return [self._loaders[address.stream].row(address.row) for address in addresses]
+
+    def epochs(self, position: int) -> dict[str, StreamProgress]:
+        """Return how far each stream is after `position` rows."""
+        progress = {}
+        for name, rows in zip(self._names, self._rows_before(position).tolist()):
+            progress[name] = StreamProgress(rows, *divmod(rows, self._loaders[name].num_rows))
+        return progress
+
+    def state(self, position: int) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the position and what it counts."""
+        return {"position": position, "fingerprint": self.fingerprint}
+
+    def check_state(self, state: Mapping[str, Any]) -> int:
+        """Return the position of a state. Raises DataError if it was taken with other data, weights or seed."""
+        position = state.get("position")
+        if state.get("fingerprint") != self.fingerprint or not isinstance(position, int) or position < 0:
+            raise DataError(
+                "the saved data position belongs to other data, weights or seed",
+                found=state.get("fingerprint"),
+                allowed=self.fingerprint,
+                fix="resume with the recipe and the data of the interrupted run, or begin a new run",
+            )
+        return position
+
+    def _rows_before(self, position: int) -> np.ndarray:
+        if position < 0:
+            raise ArgumentError("a position is not negative", found=position)
+        cycles, rest = divmod(position, len(self._cycle))
+        return cycles * self._drawn[-1] + self._drawn[rest]
+
+    def _permute(self, name: str, epoch: int) -> np.ndarray:
+        return rng(self._seed, "stream-epoch", name, epoch).permutation(self._loaders[name].num_rows)
+
+
+def _cycle_counts(weights: Mapping[str, float]) -> dict[str, int]:
+    """Return how many rows of each stream a cycle holds: {a: 0.3, b: 0.7} -> {a: 3, b: 7}."""
+    wrong = {name: weight for name, weight in weights.items() if not 0 < weight < math.inf}
+    if wrong:
+        raise ConfigError("the weight of a stream is a positive number", found=wrong)
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+    scale = math.lcm(*(weight.denominator for weight in exact.values()))
+    counts = {name: int(weight * scale) for name, weight in exact.items()}
+    divisor = math.gcd(*counts.values())
+    total = sum(counts.values())
+    if total // divisor <= MAX_PERIOD:
+        return {name: count // divisor for name, count in counts.items()}
+    return {name: max(1, round(Fraction(count, total) * MAX_PERIOD)) for name, count in counts.items()}
+
+
+def _interleave(counts: Mapping[str, int]) -> np.ndarray:
+    """Return the stream of each row of a cycle: row j of a stream with n rows is due at time (2 j + 1) / 2 n.
+
+    {a: 2, b: 1} -> due a 1/4, b 1/2, a 3/4 -> [0, 1, 0]. Streams due together follow in the given order.
+    """
+    due = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in counts.values()])
+    stream = np.repeat(np.arange(len(counts)), list(counts.values()))
+    return stream[np.lexsort((stream, due))]
