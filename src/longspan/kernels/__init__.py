@@ -1,0 +1,1 @@
+"""Numerical blocks that know tensors and nothing else: attention, RoPE parameters, linear cross-entropy."""

@@ -1,0 +1,83 @@
+"""RoPE parameter dictionaries, and the frequencies they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longspan.core.errors import ConfigError
+from longspan.kernels import rope
+
+
+def test_ntk_slows_the_lowest_frequency_by_the_factor_and_keeps_the_highest() -> None:
+    """A wrong exponent (d/2, or d-2 over d) still looks plausible; the two ends decide."""
+    before = rope.inv_freq(rope.default(1e4), head_dim=64).double()
+    after = rope.inv_freq(rope.ntk(8.0, theta=1e4, head_dim=64), head_dim=64).double()
+    assert after[0] == before[0] == 1.0
+    assert (before[-1] / after[-1]).item() == pytest.approx(8.0, rel=1e-6)
+    assert rope.ntk_theta(8.0, theta=1e4, head_dim=32) == pytest.approx(9.19e4, rel=1e-3)
+
+
+def test_linear_divides_every_frequency() -> None:
+    """Position interpolation by 4 is the same as positions / 4."""
+    plain, scaled = (rope.inv_freq(p, head_dim=8) for p in (rope.default(1e4), rope.linear(4, theta=1e4)))
+    torch.testing.assert_close(scaled * 4, plain)
+
+
+def test_frequencies_are_rounded_once_from_fp64() -> None:
+    """fp32 powers put the angle at position 500,000 off by 0.01; the frequencies must be the nearest fp32."""
+    found = rope.inv_freq(rope.default(8e6), head_dim=128)
+    exact = 8e6 ** -(torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    assert found.dtype == torch.float32 and torch.equal(found, exact.float())
+    assert rope.inv_freq({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, head_dim=64).shape == (16,)
+
+
+def test_hash_tells_settings_apart_and_ignores_the_last_bit() -> None:
+    """The hash must not depend on the machine's pow, and must change with theta, factor and cos scaling."""
+    base = rope.inv_freq(rope.default(1e4), head_dim=64)
+    name = rope.inv_freq_hash(base)
+    assert len(name) == 16
+    assert rope.inv_freq_hash(base[1:]) != name and rope.inv_freq_hash(base, attention_scaling=1.1) != name
+    assert rope.inv_freq_hash(rope.inv_freq(rope.default(10001.0), head_dim=64)) != name
+    assert rope.inv_freq_hash(torch.tensor([0.5, 0.25])) == rope.inv_freq_hash(
+        torch.tensor([0.5, 0.25 * (1 + 1e-7)])
+    )
+
+
+def test_types_of_transformers_pass_through() -> None:
+    """Checked, copied, not touched."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 4096}
+    found = rope.rope_parameters(yarn)
+    assert found == yarn and found is not yarn
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_type": "yam", "rope_theta": 1e4}, "unknown rope_type"),
+        ({"rope_type": "default"}, "lacks rope_theta"),
+        ({"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "original_max_position_embeddings"),
+        ({"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4, "beta_fast": 32}, "has no beta_fast"),
+        ({"rope_type": "linear", "factor": 0.5, "rope_theta": 1e4}, "factor is out of range"),
+        ({"rope_theta": -1}, "rope_theta is out of range"),
+        ({"rope_theta": "1e4"}, "rope_theta is out of range"),
+        ({"rope_type": "ntk", "factor": 2.0, "rope_theta": 1e4}, "head dimension"),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "rope_theta": 5e5,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+            },
+            "larger than low_freq_factor",
+        ),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, object], message: str) -> None:
+    """transformers only warns about most of these and trains on."""
+    with pytest.raises(ConfigError, match=message):
+        rope.rope_parameters(settings)
+    with pytest.raises(ConfigError, match="computed by transformers"):
+        rope.inv_freq({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, head_dim=8)
