@@ -1,0 +1,65 @@
+"""From raw text to training rows: readers, tokenizer, token store, length table, mixture, packing, loader.
+
+Names are imported when first used, so that `import longspan.data` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longspan.data.lengths import LengthTable
+    from longspan.data.loader import RowLoader, StreamMixer
+    from longspan.data.mixture import MixtureSpec, plan_mixture
+    from longspan.data.packing import PackSpec, plan_packing
+    from longspan.data.readers import Document, ReadReport, read_documents
+    from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
+    from longspan.data.tokenize import tokenize_corpus
+    from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+
+_HOMES = {
+    "Document": "readers",
+    "LengthTable": "lengths",
+    "MDSDirectory": "store",
+    "MixtureSpec": "mixture",
+    "PackSpec": "packing",
+    "ReadReport": "readers",
+    "RowLoader": "loader",
+    "StreamMixer": "loader",
+    "TokenStore": "store",
+    "TokenStoreWriter": "store",
+    "Tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+    "plan_mixture": "mixture",
+    "plan_packing": "packing",
+    "read_documents": "readers",
+    "tokenize_corpus": "tokenize",
+    "train_bpe": "tokenizer",
+}
+
+__all__ = [
+    "Document",
+    "LengthTable",
+    "MDSDirectory",
+    "MixtureSpec",
+    "PackSpec",
+    "ReadReport",
+    "RowLoader",
+    "StreamMixer",
+    "TokenStore",
+    "TokenStoreWriter",
+    "Tokenizer",
+    "load_tokenizer",
+    "plan_mixture",
+    "plan_packing",
+    "read_documents",
+    "tokenize_corpus",
+    "train_bpe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
