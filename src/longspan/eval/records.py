@@ -1,0 +1,187 @@
+"""Evaluation records: a header line, one line a sample, a footer line when nothing is missing.
+
+    {"kind": "header", "task": "needle", "label": "before", "fingerprint": "6a5f...", "model": {...}, ...}
+    {"kind": "sample", "id": "0c11...", "length": 2048, "depth": 0.5, "score": 1.0, "unscored": null, ...}
+    {"kind": "footer", "samples": 150}
+
+Samples are identified by everything that determines their output, so a killed evaluation goes on with the
+samples that are missing, and one with other settings refuses to write into the same file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.records import JsonlWriter, read_jsonl
+
+MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
+_PACKAGES = ("longspan", "torch", "transformers")
+# Where, when and with which library versions an evaluation ran is recorded but does not make it another one.
+_NOT_IDENTITY = ("kind", "fingerprint", "versions", "created")
+
+
+class EvalRecords(NamedTuple):
+    """A records file as read."""
+
+    header: dict[str, Any]
+    samples: list[dict[str, Any]]
+    complete: bool
+    """Whether the footer is there and counts these samples."""
+
+
+def make_header(
+    task: str,
+    label: str,
+    *,
+    model_info: Mapping[str, Any],
+    tokenizer: str,
+    seed: int,
+    params: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the header of an evaluation; `fingerprint` covers all that determines the outputs.
+
+    `model_info` holds path, fingerprint, rope (the parameters in effect) and trained_length.
+
+    Raises:
+        ArgumentError: a key of `model_info` is missing.
+    """
+    missing = [key for key in MODEL_KEYS if key not in model_info]
+    if missing:
+        raise ArgumentError(f"model_info lacks {', '.join(missing)}", allowed=MODEL_KEYS)
+    header: dict[str, Any] = {
+        "kind": "header",
+        "task": task,
+        "label": label,
+        "model": dict(model_info),
+        "tokenizer": tokenizer,
+        "seed": seed,
+        "params": dict(params),
+    }
+    header = json.loads(json.dumps(header))  # tuples become lists, as they will when read back
+    header["fingerprint"] = header_fingerprint(header)
+    header["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    header["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return header
+
+
+def header_fingerprint(header: Mapping[str, Any]) -> str:
+    """Return 16 hex characters that change when anything but the versions and the date changes."""
+    identity = {key: value for key, value in header.items() if key not in _NOT_IDENTITY}
+    # The folder may be moved between two runs; the fingerprint of the weights says which model it is.
+    identity["model"] = {key: value for key, value in header["model"].items() if key != "path"}
+    return _digest(identity)
+
+
+def sample_id(header: Mapping[str, Any], *parts: object) -> str:
+    """Return 16 hex characters that identify one sample of the evaluation that `header` describes."""
+    return _digest([header["fingerprint"], *parts])
+
+
+def read_records(path: str | Path) -> EvalRecords:
+    """Read a records file, finished or growing; a torn last line is not a record.
+
+    Raises:
+        DataError: the file is missing, broken, or does not begin with a header.
+    """
+    records = list(read_jsonl(path))
+    if not records or records[0].get("kind") != "header" or "fingerprint" not in records[0]:
+        raise DataError(f"{path} is not an evaluation records file", found="no header in its first line")
+    samples = [record for record in records if record.get("kind") == "sample"]
+    for number, record in enumerate(samples, 1):
+        if "id" not in record:
+            raise DataError(f"{path}: sample {number} has no id", fix="remove the file and evaluate again")
+    footer = records[-1] if records[-1].get("kind") == "footer" else None
+    return EvalRecords(records[0], samples, footer is not None and footer.get("samples") == len(samples))
+
+
+class RecordsWriter:
+    """Write the samples of one evaluation, going on with a file that the same evaluation began.
+
+        with RecordsWriter(path, header) as writer:
+            for sample in missing(writer.recorded):
+                writer.write({"kind": "sample", "id": ..., ...})
+            writer.finish()
+
+    `recorded` holds what earlier runs wrote, by id.
+
+    Raises:
+        ConfigError: the file belongs to an evaluation with other settings; the message names them.
+        DataError: the file is something else.
+    """
+
+    def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.complete = False
+        self.recorded: dict[str, dict[str, Any]] = {}
+        found = None
+        if self.path.exists() and any(read_jsonl(self.path)):
+            found = read_records(self.path)
+            _check_same_evaluation(self.path, found.header, header)
+            self.recorded = {record["id"]: record for record in found.samples}
+            self.complete = found.complete
+        self._file = JsonlWriter(self.path)
+        if found is None:
+            self._file.write(dict(header))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one sample."""
+        self._file.write(dict(record))
+        self.recorded[record["id"]] = dict(record)
+
+    def finish(self) -> None:
+        """Write the footer, which says that nothing is missing."""
+        if not self.complete:
+            self._file.write({"kind": "footer", "samples": len(self.recorded)})
+            self.complete = True
+
+    def __enter__(self) -> RecordsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _check_same_evaluation(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if found["fingerprint"] == wanted["fingerprint"]:
+        return
+    old, new = _flat(found), _flat(wanted)
+    ignored = {*_NOT_IDENTITY, "model.path"}
+    differing = [
+        f"{key} (file: {_short(old.get(key))}, now: {_short(new.get(key))})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.split(".")[0] not in ignored and key not in ignored
+    ]
+    raise ConfigError(
+        f"{path} holds an evaluation with other settings",
+        found="; ".join(differing) or "a header that was changed after it was written",
+        fix="choose another file or label, or remove this file to evaluate from the start",
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {
+            key: item
+            for name, child in value.items()
+            for key, item in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: value}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
