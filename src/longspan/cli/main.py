@@ -1,0 +1,68 @@
+"""The command `longspan`: its table of commands, and how it ends.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A user's mistake is one message on stderr; a
+traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from longspan import __version__
+from longspan.cli import data, doctor
+from longspan.core.errors import LongspanError
+from longspan.core.log import setup_logging
+
+app = typer.Typer(
+    name="longspan",
+    help="Take a language model from a short context window to a long one.",
+    epilog=doctor.FIRST_STEPS,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"longspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    setup_logging(verbose=verbose)
+
+
+app.add_typer(data.app, name="data")
+app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
+
+
+def run() -> None:
+    """Run the command line and end the process with its exit code."""
+    try:
+        try:
+            app(prog_name="longspan")
+        finally:
+            sys.stdout.flush()
+    except LongspanError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader, `head` say, has gone. Python would flush once more at its end and complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,53 @@
+"""Results on stdout: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+
+PIPE_WIDTH = 160
+"""Characters in a line when stdout is no terminal; a table is not squeezed into a window nobody has."""
+_NUMBER = re.compile(r"[-+]?[\d.,]+ ?(%|[KMBT]|[KMGT]?i?B)?|-")
+
+
+def example(*lines: str) -> str:
+    """Return the end of a command's help: command lines that can be copied as they are."""
+    # \b keeps the line breaks of a paragraph.
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; None is shown as "-", columns of numbers stand right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    lines = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    table = Table(
+        title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for column, cells in zip(columns, zip(*lines) if lines else [()] * len(columns)):
+        numbers = bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*map(escape, line))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+
+
+def percent(share: float | None) -> str | None:
+    """Write a share for people: 0.125 is `12.5%`."""
+    return None if share is None else f"{100 * share:.1f}%"
