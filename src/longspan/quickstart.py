@@ -1,0 +1,459 @@
+"""The whole story on this machine, with nothing to download: raw text, a small model, a longer context, a report.
+
+Read it from `run_quickstart` downwards; every step is a public piece that works the same at full size:
+
+    corpus      three sources from what every CPython carries, split by document (data/python_corpus.py)
+    tokenizer   a small byte-level BPE                                          (data/tokenizer.py)
+    recall      real text with planted facts, asked back                        (data/recall.py)
+    tokenise    jsonl -> token stores and their length tables                   (data/tokenize.py)
+    pretrain    a Llama at 256 tokens                                           (train/trainer.py)
+    extend      long documents upsampled, RoPE base raised, 2048 tokens         (train/trainer.py)
+    evaluate    needle grid and perplexity: before, after, zero-shot methods    (eval/runner.py)
+    report      one page, and results.json for machines                         (report/html.py)
+
+Killed at any point and run again, it goes on from where it was.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+
+from longspan.core.config import Config, parse_yaml
+from longspan.core.files import atomic_write, write_json
+from longspan.core.log import get_logger
+from longspan.core.records import read_jsonl
+from longspan.core.rundir import RunDir
+from longspan.data.facts import collect_keys
+from longspan.data.lengths import LengthTable
+from longspan.data.python_corpus import write_python_corpus
+from longspan.data.recall import RecallSet, RecallSpec, write_recall_corpus
+from longspan.data.store import TokenStore
+from longspan.data.tokenize import tokenize_corpus
+from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from longspan.eval.documents import HeldOutDocument
+from longspan.eval.needle import NeedleTask
+from longspan.eval.ppl import PplTask
+from longspan.train.config import StageConfig, TrainConfig
+
+Preset = Literal["small", "tiny"]
+RECIPES: dict[str, str] = {"small": "quickstart.yaml", "tiny": "quickstart-tiny.yaml"}
+
+
+class TokenizerConfig(Config):
+    """The tokenizer that is trained on the corpus."""
+
+    vocab_size: int
+    chars_per_document: int
+    """Leading characters of each training document that the vocabulary is learnt from."""
+
+
+class RecallConfig(Config):
+    """One kind of training document with planted facts; see data/recall.py."""
+
+    tokens: int | tuple[int, int]
+    """Length, or (shortest, longest)."""
+    max_facts: int
+    answer_weight: int
+    far_bias: float = 0.0
+
+
+class EvaluationConfig(Config):
+    """What is measured, on documents and keys that training never saw."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    samples: int
+    """Needle samples in each cell."""
+    beyond: int
+    """A length past the trained one, shown beside the grid and not part of its mean."""
+    distractors: int
+    """Other planted facts in the harder needle task."""
+    ppl_spans: int = 16
+    """Spans of the longest length per source for perplexity."""
+    split: Literal["validation", "test"] = "test"
+    """`test` is what is reported; recipes are chosen on `validation`."""
+
+
+class QuickstartConfig(Config):
+    """The exact recipe of a run."""
+
+    seed: int = 0
+    corpus_chars: int | None = None
+    """Characters per source; None takes all."""
+    tokenizer: TokenizerConfig
+    recall: dict[str, RecallConfig]
+    pretrain: TrainConfig
+    extend: TrainConfig
+    evaluation: EvaluationConfig
+    ablate: bool = False
+    """Whether the controls are trained and evaluated too."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_seed(self) -> QuickstartConfig:
+        if {self.pretrain.seed, self.extend.seed} != {self.seed}:
+            raise ValueError("the recipe has one seed: set it at the top")
+        return self
+
+
+def load_config(
+    preset: Preset = "small", *, seed: int = 0, ablate: bool = False, overrides: Sequence[str] = ()
+) -> QuickstartConfig:
+    """Return the shipped recipe of a preset with a seed."""
+    from longspan.core.config import apply_overrides
+
+    text = (importlib.resources.files("longspan") / "recipes" / RECIPES[preset]).read_text(encoding="utf-8")
+    values = apply_overrides(parse_yaml(text, where=RECIPES[preset]), overrides)
+    values.update(seed=seed, ablate=ablate)
+    for part in ("pretrain", "extend"):
+        values[part]["seed"] = seed
+    return QuickstartConfig.from_dict(values, where=RECIPES[preset])
+
+
+def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
+    """Run every phase that `out` does not hold yet; return what stands in `results.json`.
+
+    Raises:
+        ConfigError: `out` holds a run of another recipe.
+        RunError: the disk is full.
+    """
+    run = RunDir.create(out, config, seed=config.seed)
+    work = run.path
+    with run.phase("corpus"):
+        if not (work / "corpus").exists():
+            counts = write_python_corpus(work / "corpus", max_chars=config.corpus_chars)
+            get_logger("quickstart").info("corpus: %s", json.dumps(counts))
+    with run.phase("tokenizer"):
+        tokenizer = _tokenizer(work, config)
+    with run.phase("tokenise"):
+        _tokenise(work, config, tokenizer)
+    from longspan.train.trainer import train
+
+    with run.phase("pretrain"):
+        if not RunDir(work / "pretrain").is_complete:
+            train(config.pretrain, work / "pretrain", data_root=work)
+    with run.phase("extend"):
+        if not RunDir(work / "extend").is_complete:
+            train(_from_base(config.extend, work), work / "extend", data_root=work)
+    variants = _variants(work, config)
+    if config.ablate:
+        for name, control in controls(config).items():
+            with run.phase(name):
+                if not RunDir(work / name).is_complete:
+                    train(_from_base(control.train, work), work / name, data_root=work)
+                variants.append(
+                    Variant(name, _last_model(work, name, control.train), None, note=control.note)
+                )
+    with run.phase("evaluate"):
+        _evaluate(work, config, tokenizer, variants)
+    with run.phase("report"):
+        _gather(work, config)
+        from longspan.report.html import write_report
+
+        write_report([work], work / "report.html")
+    results = _results(run, config)
+    write_json(work / "results.json", results)
+    run.mark_complete()
+    return results
+
+
+# -- data ----------------------------------------------------------------------------------------------------
+
+
+SOURCES = ("code", "reference", "docstrings")
+
+
+def corpus_texts(work: Path, split: str, sources: Sequence[str] = SOURCES) -> Iterator[dict[str, Any]]:
+    """Yield the records of a split of the corpus."""
+    for source in sources:
+        path = work / "corpus" / split / f"{source}.jsonl"
+        if path.exists():
+            yield from read_jsonl(path)
+
+
+def _tokenizer(work: Path, config: QuickstartConfig) -> Tokenizer:
+    folder = work / "tokenizer"
+    if not folder.exists():
+        limit = config.tokenizer.chars_per_document
+        texts = (record["text"][:limit] for record in corpus_texts(work, "train"))
+        train_bpe(texts, folder, vocab_size=config.tokenizer.vocab_size)
+    return load_tokenizer(folder)
+
+
+def _tokenise(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> None:
+    """Make the two token stores and the length tables that the report shows."""
+    stores = work / "stores"
+    text_store = tokenize_corpus(
+        [str(work / "corpus" / "train")], tokenizer, stores / "text", source_field="source"
+    )
+    if not (work / "recall.jsonl").exists():
+        # Short texts are too short to be filler; code and reference are long.
+        texts = [record["text"] for record in corpus_texts(work, "train", ("code", "reference"))]
+        write_recall_corpus(
+            work / "recall.jsonl",
+            texts,
+            collect_keys(texts, split="train"),
+            _recall_sets(config),
+            count_tokens=lambda text: len(tokenizer.encode(text)),
+            seed=config.seed,
+        )
+    tokenize_corpus([str(work / "recall.jsonl")], tokenizer, stores / "recall", source_field="source")
+    lengths = text_store.lengths
+    write_json(work / "lengths" / "before.json", lengths.summary("before", "The corpus as it is"))
+
+
+def _recall_sets(config: QuickstartConfig) -> list[RecallSet]:
+    """Return how many documents of each kind the stages will use: one for each of their rows, no repeats."""
+    rows: dict[str, float] = {}
+    trains = [config.pretrain, config.extend, *(control.train for control in controls(config).values())]
+    for train in trains if config.ablate else trains[:2]:
+        for stage in train.stages:
+            total = sum(stream.weight for stream in stage.streams.values())
+            for stream in stage.streams.values():
+                for source in stream.mixture.sources or ():
+                    share = stage.num_steps * stage.rows_per_step * stream.weight / total
+                    rows[source] = max(rows.get(source, 0), share)
+    sets = []
+    for source, kind in config.recall.items():
+        stage_length = _row_length(config, source)
+        mean = kind.tokens if isinstance(kind.tokens, int) else sum(kind.tokens) / 2
+        per_row = max(1.0, stage_length / mean)
+        spec = RecallSpec(1, kind.max_facts, far_bias=kind.far_bias, answer_weight=kind.answer_weight)
+        sets.append(RecallSet(source, round(rows.get(source, 0) * per_row * 1.1) + 8, kind.tokens, spec))
+    return sets
+
+
+def _row_length(config: QuickstartConfig, source: str) -> int:
+    lengths = [
+        stage.context_length
+        for stage in (*config.pretrain.stages, *config.extend.stages)
+        if any(source in (stream.mixture.sources or ()) for stream in stage.streams.values())
+    ]
+    return max(lengths, default=1)
+
+
+def _held_out(work: Path, split: str) -> list[HeldOutDocument]:
+    return [
+        HeldOutDocument(f"{record['source']}/{record['name']}", record["text"], record["source"])
+        for record in corpus_texts(work, split)
+    ]
+
+
+# -- models --------------------------------------------------------------------------------------------------
+
+
+class Control(NamedTuple):
+    """A training run that differs from the main one in one thing, at equal tokens."""
+
+    train: TrainConfig
+    note: str
+
+
+def controls(config: QuickstartConfig) -> dict[str, Control]:
+    """Return the controls that a reader would ask for, with what each shows and does not show."""
+    main = config.extend
+    long = main.stages[-1]
+    short = config.pretrain.stages[-1]
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "ablate_short_rows": (
+            {
+                "context_length": short.context_length,
+                "rope": short.rope,
+                "streams": _short_streams(long, short),
+            },
+            f"The same number of further tokens in rows of {short.context_length}, theta unchanged. Shows how much is "
+            "more training and not longer rows. Does not separate row length from theta.",
+        ),
+        "ablate_same_theta": (
+            {"rope": short.rope},
+            "Rows and data of the main run, theta unchanged. Shows what raising theta adds once the rows are long. "
+            "One theta only was tried.",
+        ),
+        "ablate_no_upsampling": (
+            {"streams": _without_upsampling(long)},
+            "Rows and theta of the main run, documents of every length kept as they come. Shows what length "
+            "upsampling adds on this corpus, where packages of code are long already; says nothing of web text.",
+        ),
+    }
+    return {
+        name: Control(main.model_copy(update={"stages": (long.model_copy(update=change),)}), note)
+        for name, (change, note) in changes.items()
+    }
+
+
+def _short_streams(long: StageConfig, short: StageConfig) -> dict[str, Any]:
+    """Return the streams of the short stage at the weights of the long one; recall keeps its share."""
+    total = sum(stream.weight for stream in long.streams.values())
+    text = long.streams["text"].weight / total
+    weights = {"text": text, "recall": 1 - text}
+    return {
+        name: stream.model_copy(update={"weight": weights[name]}) for name, stream in short.streams.items()
+    }
+
+
+def _without_upsampling(long: StageConfig) -> dict[str, Any]:
+    text = long.streams["text"]
+    plain = text.mixture.model_copy(
+        update={"mode": "none", "keep_short": None, "tokens": None, "max_repeat": 1}
+    )
+    return {**long.streams, "text": text.model_copy(update={"mixture": plain})}
+
+
+def _from_base(config: TrainConfig, work: Path) -> TrainConfig:
+    """Return a recipe whose model path, which is relative to the run, is made absolute."""
+    assert config.model.path is not None
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"path": str(work / config.model.path)})}
+    )
+
+
+def _last_model(work: Path, name: str, config: TrainConfig) -> Path:
+    return work / name / "stages" / config.stages[-1].name
+
+
+class Variant(NamedTuple):
+    """A model to evaluate: a folder, and a RoPE that differs from the one it was saved with."""
+
+    label: str
+    path: Path
+    rope: dict[str, Any] | None
+    note: str | None = None
+
+
+def _variants(work: Path, config: QuickstartConfig) -> list[Variant]:
+    """Return before, after, and what can be done without training: theta alone, NTK, position interpolation."""
+    from longspan.kernels.rope import linear_rope, ntk_rope
+
+    base = _last_model(work, "pretrain", config.pretrain)
+    short, long = config.pretrain.stages[-1], config.extend.stages[-1]
+    factor = long.context_length / short.context_length
+    hf_config = config.pretrain.model.hf_config or {}
+    head_dim = hf_config["hidden_size"] // hf_config["num_attention_heads"]
+    theta = float((short.rope or {}).get("rope_theta", 10000.0))
+    return [
+        Variant("before", base, None),
+        Variant("after", _last_model(work, "extend", config.extend), None),
+        Variant("theta_only", base, long.rope),
+        Variant("ntk", base, ntk_rope(factor=factor, rope_theta=theta, head_dim=head_dim)),
+        Variant("pi", base, linear_rope(factor=factor, rope_theta=theta)),
+    ]
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    work: Path, config: QuickstartConfig, tokenizer: Tokenizer, variants: Sequence[Variant]
+) -> None:
+    """Write the records of every variant; those that are there already are not made again."""
+    settings = config.evaluation
+    documents = _held_out(work, settings.split)
+    needle = NeedleTask(
+        lengths=settings.lengths,
+        depths=settings.depths,
+        samples=settings.samples,
+        seed=config.seed,
+        key_split=settings.split,
+        split=settings.split,
+    )
+    beyond = needle.model_copy(update={"lengths": (settings.beyond,)})
+    harder = needle.model_copy(update={"num_distractors": settings.distractors})
+    ppl = PplTask(
+        lengths=settings.lengths, num_spans=settings.ppl_spans, seed=config.seed, split=settings.split
+    )
+    for variant in variants:
+        _evaluate_variant(
+            work,
+            variant,
+            tokenizer,
+            documents,
+            trained_length=_trained_length(config, variant),
+            needle=needle,
+            ppl=ppl,
+            beyond=beyond if variant.label in ("before", "after") else None,
+            harder=harder if variant.label == "after" else None,
+        )
+
+
+def _evaluate_variant(
+    work: Path,
+    variant: Variant,
+    tokenizer: Tokenizer,
+    documents: Sequence[HeldOutDocument],
+    *,
+    trained_length: int,
+    needle: NeedleTask,
+    ppl: PplTask,
+    beyond: NeedleTask | None,
+    harder: NeedleTask | None,
+) -> None:
+    from longspan.eval.runner import run_needle, run_ppl
+    from longspan.models.hf import load_model, model_info
+
+    records = work / "records"
+    longest = max(*needle.lengths, *(beyond.lengths if beyond else ()))
+    model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest).eval()
+    shared: dict[str, Any] = {
+        "documents": documents,
+        "label": variant.label,
+        "model_info": {**model_info(model, variant.path, relative_to=work), "trained_length": trained_length},
+        "note": variant.note,
+    }
+    run_needle(model, tokenizer, needle, out=records / f"needle-{variant.label}.jsonl", **shared)
+    run_ppl(model, tokenizer, ppl, out=records / f"ppl-{variant.label}.jsonl", **shared)
+    if beyond is not None:
+        run_needle(model, tokenizer, beyond, out=records / f"needle_beyond-{variant.label}.jsonl", **shared)
+    if harder is not None:
+        run_needle(
+            model, tokenizer, harder, out=records / f"needle_distractors-{variant.label}.jsonl", **shared
+        )
+
+
+def _trained_length(config: QuickstartConfig, variant: Variant) -> int:
+    long = variant.label == "after" or variant.label.startswith("ablate_")
+    stages = config.extend.stages if long and variant.label != "ablate_short_rows" else config.pretrain.stages
+    return stages[-1].context_length
+
+
+# -- results -------------------------------------------------------------------------------------------------
+
+
+def _gather(work: Path, config: QuickstartConfig) -> None:
+    """Put the training curves of both runs and the lengths after upsampling where the report looks."""
+    with atomic_write(work / "metrics.jsonl", "w") as file:
+        step = tokens = 0
+        for name in ("pretrain", "extend"):
+            record: dict[str, Any] = {}
+            for record in read_jsonl(work / name / "metrics.jsonl"):
+                shifted = {**record, "step": record["step"] + step, "tokens": record["tokens"] + tokens}
+                file.write(json.dumps(shifted) + "\n")
+            step, tokens = step + record["step"], tokens + record["tokens"]
+    from longspan.data.mixture import plan_mixture
+
+    text = config.extend.stages[-1].streams["text"]
+    store = TokenStore(work / str(text.store))
+    documents = plan_mixture(text.mixture, store.lengths, config.seed).documents
+    summary = store.lengths.summary(
+        "after_upsampling", "What the extension is trained on: long documents upsampled", documents=documents
+    )
+    write_json(work / "lengths" / "after_upsampling.json", summary)
+
+
+def _results(run: RunDir, config: QuickstartConfig) -> dict[str, Any]:
+    """Return the figures for machines, from the records alone."""
+    from longspan.report.tables import summarise
+
+    summary = summarise(run.path)
+    seconds = run.phase_seconds()
+    seconds["total"] = round(sum(seconds.values()), 2)
+    return {"seed": config.seed, **summary, "seconds": seconds}
+
+
+def length_table(out: str | Path) -> LengthTable:
+    """Return the length table of the corpus of a run, for printing."""
+    return TokenStore(Path(out) / "stores" / "text").lengths

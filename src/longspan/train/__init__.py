@@ -1,0 +1,1 @@
+"""Staged training over packed rows: configuration, batches, objectives, optimizers, checkpoints, one loop."""

@@ -1,0 +1,92 @@
+"""From packed rows to tensors: the only place where data meets torch.
+
+Labels are derived here and nowhere else: the label of a token is the next token of the same document. Rows are
+laid end to end; their borders are document borders, so a batch is one sequence with one document table.
+
+    ids        a b c | d e        cu_seqlens 0 3 5
+    labels     b c - | e -        (- is IGNORE)
+    positions  0 1 2 | 0 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from longspan.data.loader import PackedRow
+from longspan.models.documents import Documents
+
+IGNORE = -100
+
+
+class Batch(NamedTuple):
+    """Several rows as one sequence of N tokens."""
+
+    input_ids: torch.Tensor
+    """int64 [1, N]."""
+    labels: torch.Tensor
+    """int64 [N]; IGNORE where nothing is trained."""
+    loss_weights: torch.Tensor | None
+    """float32 [N], the weight of each label; None when every label weighs the same."""
+    positions: torch.Tensor
+    """int64 [1, N], from 0 in every document."""
+    sources: torch.Tensor
+    """int64 [N], index into `source_names`."""
+    source_names: tuple[str, ...]
+    documents: Documents
+
+
+def total_weight(rows: Sequence[PackedRow]) -> float:
+    """Return the sum of the loss weights of the labels in `rows`: what a step's loss is divided by."""
+    total = 0.0
+    for row in rows:
+        weights = np.ones(len(row.input_ids)) if row.weights is None else row.weights.astype(np.float64)
+        # The first token of a document is nobody's label.
+        total += float(weights.sum() - weights[row.cu_seqlens[:-1]].sum())
+    return total
+
+
+def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") -> Batch:
+    """Lay `rows` end to end as tensors on `device`."""
+    ids = np.concatenate([row.input_ids for row in rows])
+    cu_seqlens = [0]
+    sources: list[np.ndarray] = []
+    names: dict[str, int] = {}
+    for row in rows:
+        ends = row.cu_seqlens[1:]
+        start = cu_seqlens[-1]
+        cu_seqlens.extend((start + ends).tolist())
+        # Rows of different streams number their sources each in their own way.
+        index = np.array([names.setdefault(name, len(names)) for name in row.source_names] or [0])
+        sources.append(np.repeat(index[row.sources], np.diff(row.cu_seqlens)))
+    last = np.array(cu_seqlens[1:]) - 1
+    labels = np.roll(ids, -1)
+    labels[last] = IGNORE
+    weights = _label_weights(rows, last)
+    if weights is not None:
+        labels[weights == 0] = IGNORE
+        if np.isin(weights, (0, 1)).all():
+            weights = None
+    documents = Documents.from_cu_seqlens(cu_seqlens)
+    return Batch(
+        input_ids=torch.from_numpy(ids)[None].to(device),
+        labels=torch.from_numpy(labels).to(device),
+        loss_weights=None if weights is None else torch.from_numpy(weights).to(device),
+        positions=documents.positions()[None].to(device),
+        sources=torch.from_numpy(np.concatenate(sources)).to(device),
+        source_names=tuple(names),
+        documents=documents,
+    )
+
+
+def _label_weights(rows: Sequence[PackedRow], last: np.ndarray) -> np.ndarray | None:
+    """Return the weight of each position's label, float32 [N]; None when no row has weights."""
+    if all(row.weights is None for row in rows):
+        return None
+    parts = [np.ones(len(row.input_ids), np.uint8) if row.weights is None else row.weights for row in rows]
+    weights = np.roll(np.concatenate(parts), -1).astype(np.float32)
+    weights[last] = 0
+    return weights

@@ -1,0 +1,164 @@
+"""The training recipe: a model, an optimizer and stages, each with its context length, RoPE, data and schedule.
+
+seed: 0
+model: {path: meta-llama/Llama-2-7b-hf}
+stages:
+  - name: 80k
+    context_length: 80k
+    tokens: 5B
+    lr: 2e-5
+    rope: {rope_type: default, rope_theta: 5e6}
+    batch_tokens: 4M
+    streams:
+      web: {store: stores/slimpajama, mixture: {mode: per_source}}
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import pydantic
+
+from longspan.core.config import Config
+from longspan.data.lengths import Length, TokenBudget
+from longspan.data.mixture import MixtureSpec
+
+
+class ModelConfig(Config):
+    """Where the weights come from: a pretrained model, or a configuration to start from scratch."""
+
+    path: str | None = None
+    """Folder or hub name of a pretrained causal language model."""
+    hf_config: dict[str, Any] | None = None
+    """A transformers configuration, `model_type` included, for a model made from scratch."""
+    init: Literal["default", "zero_residual"] = "default"
+    """First weights of a model made from scratch: transformers' own, or models/init.py's for small models."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.hf_config is None):
+            raise ValueError("a model has either a path or an hf_config")
+        if self.path is not None and self.init != "default":
+            raise ValueError("init has no effect on a model that is loaded from a path")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    weight_decay: float = pydantic.Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
+    momentum: float = pydantic.Field(0.95, ge=0, lt=1)
+    """Muon's Nesterov momentum."""
+    max_grad_norm: float = pydantic.Field(1.0, gt=0)
+    """Gradients are scaled down to this global 2-norm."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate over a stage, as a factor of its peak."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay: half a cosine, a straight line, none."""
+    warmup_steps: int = pydantic.Field(0, ge=0)
+    """Optimizer steps of linear rise from 0."""
+    decay_fraction: float = pydantic.Field(1.0, gt=0, le=1)
+    """Last part of the stage over which the rate decays; before it the rate stays at its peak (WSD)."""
+    floor: float = pydantic.Field(0.1, ge=0, le=1)
+    """Factor at the end of the stage."""
+
+
+class StreamConfig(Config):
+    """Rows from one token store (or several): which documents, how packed, what share of the rows."""
+
+    store: str | tuple[str, ...]
+    """Token store folders, relative to `data_root`."""
+    mixture: MixtureSpec = MixtureSpec(mode="none")
+    strategy: Literal["concat", "intact"] = "concat"
+    """How documents become rows of the stage's context length."""
+    min_document_tokens: int = pydantic.Field(0, ge=0)
+    """Shorter documents are left out."""
+    weight: float = pydantic.Field(1.0, gt=0)
+    """Share of the rows, relative to the stage's other streams."""
+
+
+class StageConfig(Config):
+    """One stretch of training at one context length."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    context_length: Length = pydantic.Field(ge=2)
+    """Tokens in a row."""
+    tokens: TokenBudget = pydantic.Field(gt=0)
+    """Tokens to train on in this stage."""
+    batch_tokens: TokenBudget = pydantic.Field(gt=0)
+    """Tokens in one optimizer step, rounded down to whole rows."""
+    micro_batch_tokens: TokenBudget | None = pydantic.Field(None, gt=0)
+    """Tokens in one forward and backward pass; the rest of the step is accumulated. None: the whole step."""
+    lr: float = pydantic.Field(gt=0)
+    """Peak learning rate (Muon's, if the optimizer is Muon)."""
+    adamw_lr: float | None = pydantic.Field(None, gt=0)
+    """Peak rate of what AdamW trains beside Muon. None: `lr`."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    rope: dict[str, Any] | None = None
+    """transformers `rope_parameters` of this stage. None: as they are."""
+    optimizer_state: Literal["fresh", "carry"] = "fresh"
+    """Whether the moments of the stage before are kept."""
+    max_epochs: int = pydantic.Field(1, ge=1)
+    """How often the rows of a stream may be seen; a stage that needs more is refused before it starts."""
+    streams: dict[str, StreamConfig] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _whole_rows(self) -> Self:
+        for name in ("batch_tokens", "micro_batch_tokens"):
+            tokens = getattr(self, name)
+            if tokens is not None and tokens < self.context_length:
+                raise ValueError(f"{name} ({tokens}) is less than one row of {self.context_length} tokens")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in one optimizer step."""
+        return self.batch_tokens // self.context_length
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows in one forward and backward pass."""
+        return min(self.rows_per_step, (self.micro_batch_tokens or self.batch_tokens) // self.context_length)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage: its tokens, rounded to whole steps, at least one."""
+        return max(1, round(self.tokens / (self.rows_per_step * self.context_length)))
+
+
+class CheckpointConfig(Config):
+    """When training state is saved."""
+
+    every_steps: int = pydantic.Field(100, ge=1)
+    keep: int = pydantic.Field(2, ge=1)
+    """Newest checkpoints that stay."""
+
+
+class TrainConfig(Config):
+    """A whole recipe."""
+
+    seed: int = 0
+    """Of initialisation, mixture, packing and row order."""
+    data_root: str = "."
+    """Folder from which relative store paths start; itself relative to the recipe file."""
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _different_names(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names are unique; found {names}")
+        return self

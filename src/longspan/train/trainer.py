@@ -1,0 +1,250 @@
+"""The training loop: stages of optimizer steps, one file, read from top to bottom.
+
+A run can be killed at any moment and started again with the same command: it goes on from the newest whole
+checkpoint, and on CPU its losses are the same bits as those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from longspan.core.errors import DataError
+from longspan.core.files import atomic_write
+from longspan.core.log import get_logger
+from longspan.core.progress import progress
+from longspan.core.records import JsonlWriter, read_jsonl
+from longspan.core.rundir import RunDir
+from longspan.core.seeds import derive_seed
+from longspan.data.loader import PackedRow
+from longspan.models.hf import (
+    build_model,
+    head_weight,
+    hidden_states,
+    load_model,
+    rope_fingerprint,
+    save_model,
+)
+from longspan.train.batch import collate, total_weight
+from longspan.train.checkpoint import TrainState, load_latest, save_checkpoint
+from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.metrics import LossBreakdown
+from longspan.train.objectives import next_token
+from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from longspan.train.schedule import lr_factor
+from longspan.train.streams import StagePlan, plan_stage
+
+
+class TrainResult(NamedTuple):
+    """What a finished run leaves."""
+
+    models: dict[str, Path]
+    """Hugging Face folder of the model at the end of each stage."""
+    steps: int
+    tokens: int
+
+
+def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") -> TrainResult:
+    """Train through every stage of `config` in the run folder `out`; go on if it holds a part of this run.
+
+    `data_root` is where relative store paths start. Writes `metrics.jsonl` (one line a step), `checkpoints/`
+    and, for each finished stage, `stages/<name>/`: a Hugging Face folder.
+
+    Raises:
+        ConfigError, DataError: settings, stores or checkpoints do not fit; before the first step.
+        RunError: the disk is full.
+    """
+    run = RunDir.create(out, config, seed=config.seed)
+    plans = plan_run(config, data_root=Path(data_root))
+    fingerprint = config.fingerprint()
+    state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
+    _rewind_metrics(run.path / "metrics.jsonl", state.step if state else 0)
+    models: dict[str, Path] = {}
+    for index, plan in enumerate(plans):
+        models[plan.stage.name] = run.path / "stages" / plan.stage.name
+        if state is None or state.stage <= index:
+            state = _train_stage(config, plan, index, state, run, fingerprint)
+    assert state is not None
+    run.mark_complete()
+    return TrainResult(models, state.step, state.tokens)
+
+
+def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
+    """Plan the data of every stage; nothing is trained or written."""
+    root = data_root / config.data_root
+    return [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
+
+
+def _train_stage(
+    config: TrainConfig,
+    plan: StagePlan,
+    index: int,
+    state: TrainState | None,
+    run: RunDir,
+    fingerprint: str,
+) -> TrainState:
+    """Run the steps of one stage that `state` has not done, save its model, return the state at its end."""
+    stage, log = plan.stage, get_logger("train")
+    resumed = state is not None and state.stage == index
+    model = _stage_model(config, stage, state)
+    optimizers = build_optimizers(model, config.optimizer)
+    if state is not None and (resumed or stage.optimizer_state == "carry"):
+        load_optimizer_tensors(optimizers, state.optimizer)
+    if state is not None and resumed:
+        plan.mixer.check_state(state.loader)
+    step, tokens = (state.step, state.tokens) if state is not None else (0, 0)
+    stage_step = state.stage_step if state is not None and resumed else 0
+    run.event(
+        "stage", stage=stage.name, step=step, rope=rope_fingerprint(model), context=stage.context_length
+    )
+    log.info("stage %s: %d steps of %d rows of %d tokens", stage.name, stage.num_steps, stage.rows_per_step,
+             stage.context_length)  # fmt: skip
+    rows_per_step = stage.rows_per_step
+    with (
+        JsonlWriter(run.path / "metrics.jsonl") as metrics,
+        progress(stage.name, total=stage.num_steps, unit="steps", done=stage_step) as bar,
+    ):
+        while stage_step < stage.num_steps:
+            started = time.monotonic()
+            rows = plan.mixer.rows(stage_step * rows_per_step, rows_per_step)
+            factor = lr_factor(stage.schedule, stage_step, stage.num_steps)
+            lr = factor * stage.lr
+            set_lr(optimizers, lr=lr, adamw_lr=factor * (stage.adamw_lr or stage.lr))
+            # A model with dropout draws from a stream that is a function of the step, so there is no state.
+            torch.manual_seed(derive_seed(config.seed, "step", step))
+            result = train_step(
+                model, optimizers, rows,
+                rows_per_micro_batch=stage.rows_per_micro_batch, max_grad_norm=config.optimizer.max_grad_norm,
+            )  # fmt: skip
+            step, stage_step, tokens = step + 1, stage_step + 1, tokens + result.tokens
+            metrics.write({
+                "step": step, "stage": stage.name, "stage_step": stage_step,
+                "context_length": stage.context_length, "tokens": tokens, "loss": result.loss,
+                "lr": lr, "grad_norm": result.grad_norm, "loss_by_source": result.loss_by_source,
+                "loss_by_position": result.loss_by_position,
+                "tokens_per_s": round(result.tokens / (time.monotonic() - started), 1),
+            })  # fmt: skip
+            bar.advance()
+            bar.note(f"loss {result.loss:.4f}" if result.loss is not None else "skipped a step")
+            if stage_step % config.checkpoint.every_steps == 0 or stage_step == stage.num_steps:
+                state = TrainState(
+                    step, index, stage_step, tokens, _tensors(model), optimizer_tensors(optimizers),
+                    plan.mixer.state(stage_step * rows_per_step),
+                )  # fmt: skip
+                save_checkpoint(
+                    run.path / "checkpoints",
+                    state,
+                    config_fingerprint=fingerprint,
+                    keep=config.checkpoint.keep,
+                )
+    assert state is not None
+    folder = run.path / "stages" / stage.name
+    if not folder.exists():
+        save_model(model, folder)
+    return state
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step says of itself; losses are None when it was skipped or had no labels."""
+
+    loss: float | None
+    grad_norm: float | None
+    loss_by_source: dict[str, float]
+    loss_by_position: dict[str, float]
+    tokens: int
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    rows: Sequence[PackedRow],
+    *,
+    rows_per_micro_batch: int,
+    max_grad_norm: float,
+) -> StepResult:
+    """Make one optimizer step on `rows`, accumulated over micro-batches.
+
+    The loss is the weighted sum over all labels of the step divided by their total weight, whatever the
+    micro-batches. A step whose gradient is not finite changes nothing and is reported.
+    """
+    weight = total_weight(rows)
+    device = next(model.parameters()).device
+    breakdown = LossBreakdown()
+    loss_sum = 0.0
+    for start in range(0, len(rows), rows_per_micro_batch):
+        batch = collate(rows[start : start + rows_per_micro_batch], device=device)
+        hidden_TD = hidden_states(model, batch.input_ids, batch.documents)
+        result = next_token(batch, hidden_TD, head_weight(model))
+        if weight > 0:
+            (result.loss / weight).backward()
+        loss_sum += float(result.loss.detach())
+        breakdown.add(batch, result.per_token_nll)
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)) if weight > 0 else 0.0
+    finite = math.isfinite(norm) and math.isfinite(loss_sum)
+    if finite and weight > 0:
+        for optimizer in optimizers:
+            optimizer.step()
+    elif not finite:
+        get_logger("train").warning("a step was skipped: loss %s, gradient norm %s", loss_sum, norm)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        loss=loss_sum / weight if finite and weight > 0 else None,
+        grad_norm=norm if finite else None,
+        loss_by_source=breakdown.by_source() if finite else {},
+        loss_by_position=breakdown.by_position() if finite else {},
+        tokens=sum(len(row.input_ids) for row in rows),
+    )
+
+
+def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | None) -> nn.Module:
+    """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
+    dtype = getattr(torch, config.model.dtype)
+    rope = _rope_at(config, stage)
+    context = max(s.context_length for s in config.stages[: config.stages.index(stage) + 1])
+    if config.model.path is not None:
+        model = load_model(config.model.path, rope=rope, max_position_embeddings=context, dtype=dtype)
+    else:
+        assert config.model.hf_config is not None
+        settings = {"max_position_embeddings": context, **config.model.hf_config}
+        settings["max_position_embeddings"] = max(settings["max_position_embeddings"], context)
+        model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init, dtype=dtype)
+    if state is not None:
+        _load_tensors(model, state.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).train()
+
+
+def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
+    """Return the RoPE of a stage: its own, or that of the last stage before it that sets one."""
+    index = config.stages.index(stage)
+    return next((s.rope for s in reversed(config.stages[: index + 1]) if s.rope is not None), None)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent buffers by name, shared ones once."""
+    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return {name: value.detach().cpu() for name, value in model.state_dict().items() if name in own}
+
+
+def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    own = set(_tensors(model))
+    if own != set(tensors):
+        raise DataError("the checkpoint does not fit the model", found=sorted(own ^ set(tensors))[:4])
+    model.load_state_dict(tensors, strict=False)
+
+
+def _rewind_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps after the checkpoint: they will be made again."""
+    if not path.exists():
+        return
+    kept = [record for record in read_jsonl(path) if record["step"] <= step]
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
