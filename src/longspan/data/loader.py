@@ -34,8 +34,8 @@ class DocumentStore(Protocol):
         """Return the length table of the store."""
 
     @property
-    def manifest(self) -> Mapping[str, Any]:
-        """Return the manifest; "fingerprint" identifies the store's content."""
+    def fingerprint(self) -> str:
+        """Return what identifies the store's content."""
 
     def tokens(self, index: int, /) -> np.ndarray:
         """Return the tokens of a document, uint16 or uint32."""
@@ -108,8 +108,8 @@ class RowLoader:
     @property
     def fingerprint(self) -> str:
         """Return 16 hex characters over the plan and the content of the stores."""
-        stores = [str(store.manifest["fingerprint"]) for store in self._stores]
-        return hashlib.sha256(" ".join([self._plan.fingerprint, *stores]).encode()).hexdigest()[:16]
+        parts = [self._plan.fingerprint, *(store.fingerprint for store in self._stores)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def row(self, index: int) -> PackedRow:
         """Read one row.
@@ -138,6 +138,7 @@ class RowLoader:
         for number, document in enumerate(documents.tolist()):
             place = slice(int(cu_seqlens[number]), int(cu_seqlens[number + 1]))
             if document == PAD_DOCUMENT:
+                assert plan.spec.pad_id is not None
                 input_ids[place] = plan.spec.pad_id
                 weights[place] = 0
             else:
@@ -277,7 +278,7 @@ class StreamMixer:
         return {"position": position, "fingerprint": self.fingerprint}
 
     def check_state(self, state: Mapping[str, Any]) -> int:
-        """Return the position of a state. Raises DataError if it was taken with other data, weights or seed."""
+        """Return the position of a state. Raises DataError if data, weights or seed are others now."""
         position = state.get("position")
         if state.get("fingerprint") != self.fingerprint or not isinstance(position, int) or position < 0:
             raise DataError(

@@ -66,7 +66,9 @@ class PackSpec(Config):
     """Put the rows in random order, so that the rows of one long document do not follow one another."""
 
     @pydantic.model_validator(mode="after")
-    def _ids_are_given(self) -> Self:
+    def _settings_agree(self) -> Self:
+        if self.min_tail > self.length:
+            raise ValueError(f"min_tail {self.min_tail} is longer than a row of {self.length}")
         if self.num_bos and self.bos_id is None:
             raise ValueError(f"specials {self.specials} needs bos_id")
         if self.num_eos and self.eos_id is None:
