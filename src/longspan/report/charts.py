@@ -1,0 +1,349 @@
+"""The report's charts: needle heat map, line chart, length histogram. Each returns one SVG string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from longspan.report.palette import DASHES, step_of
+from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, text_width, thinned
+from longspan.report.tables import NeedleTable, Tally
+
+FONT = 12.0
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A labelled vertical line, such as a trained length or the border of a stage."""
+
+    x: float
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y), optional intervals (low, high) and tooltips, one per point."""
+
+    name: str
+    color: int
+    points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float] | None] = ()
+    tips: Sequence[str] = ()
+    family: str = "c"
+    faint: bool = False
+    strong: bool = False
+    dashed: bool = True
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis: limits, ticks (value, text), its name, and whether it is logarithmic."""
+
+    lo: float
+    hi: float
+    ticks: Sequence[tuple[float, str]]
+    name: str = ""
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """A line chart without its size, so that it can be drawn for a wide and for a narrow page."""
+
+    label: str
+    x: Axis
+    y: Axis
+    series: Sequence[Series]
+    marks: Sequence[Mark] = field(default_factory=tuple)
+    height: float = 320
+
+    def margins(self, names: bool) -> tuple[float, float]:
+        """Return the room left and right of the plot area, in pixels."""
+        widest = max((text_width(s.name, FONT) for s in self.series if s.points and not s.faint), default=0)
+        left = 12 + max((text_width(text, FONT) for _, text in self.y.ticks), default=0)
+        return left, 14 + (widest + 8 if names else 0)
+
+    def draw(self, width: float, *, names: bool = True, margins: tuple[float, float] | None = None) -> str:
+        """Return the chart; `names` writes each line's name at its right end (else the page carries a legend)."""
+        named = [s for s in self.series if s.points and not s.faint]
+        left, right = margins or self.margins(names)
+        top = 34 if self.marks else 22
+        canvas = Canvas(width, self.height)
+        x = Scale(self.x.lo, self.x.hi, left, width - right, self.x.log)
+        y = Scale(self.y.lo, self.y.hi, self.height - 44, top, self.y.log)
+        _frame(canvas, self, x, y)
+        _draw_marks(canvas, self.marks, x, top, y.start)
+        # Samples of several lines at one x would hide each other's whiskers: a few pixels to the side each.
+        whiskered = [s for s in self.series if s.intervals]
+        for series in sorted(self.series, key=lambda s: (s.strong, not s.faint)):
+            slot = whiskered.index(series) - (len(whiskered) - 1) / 2 if series in whiskered else 0.0
+            _draw_series(canvas, series, x, y, dodge=slot * 3.5)
+        if names:
+            ends = spread([y(s.points[-1][1]) for s in named], FONT + 3, top + 4, y.start - 2)
+            for series, end in zip(named, ends):
+                cls = f"name {series.family}{series.color}" + (" strong" if series.strong else "")
+                place = max(
+                    x(series.points[-1][0]) + 10, x.stop + 8 if x(series.points[-1][0]) > 0.8 * x.stop else 0
+                )
+                canvas.text(place, end + FONT * 0.34, series.name, cls=cls)
+        return canvas.render(self.label)
+
+
+def number_axis(values: Sequence[float], name: str, *, log: bool = False, zero: bool = False) -> Axis:
+    """Return an axis that holds `values` with some air, ticks at round numbers."""
+    lo, hi = min(values), max(values)
+    if log:
+        lo, hi = lo / 1.12, hi * 1.12
+        ticks = log_ticks(lo, hi)
+        if len(ticks) < 2:
+            ticks = linear_ticks(lo, hi, 4)
+    else:
+        pad = (hi - lo) * 0.06 or max(abs(hi) * 0.1, 0.5)
+        lo, hi = (0.0 if zero else lo - pad), hi + pad
+        ticks = linear_ticks(lo, hi, 5)
+    return Axis(lo, hi, [(v, f"{v:,.10g}") for v in ticks], name, log)
+
+
+def length_text(tokens: float) -> str:
+    """Write a context length for people: 2,048 below 16k, then 32k, 128k, 1M where that is exact."""
+    tokens = int(tokens)
+    for unit, suffix in ((2**20, "M"), (2**10, "k")):
+        if tokens >= 16 * 1024 and tokens % unit == 0:
+            return f"{tokens // unit}{suffix}"
+    return f"{tokens:,}"
+
+
+def _short_length(tokens: int) -> str:
+    """Write 1,536 as 1.5k: for the narrow columns of small maps."""
+    return f"{tokens / 1024:g}k" if tokens >= 1024 and tokens % 256 == 0 else length_text(tokens)
+
+
+def length_axis(lengths: Sequence[int], name: str, *, air: float = 1.0) -> Axis:
+    """Return a log axis with one tick per measured length; `air` widens it on both sides, as a factor."""
+    ticks = [(float(v), length_text(v)) for v in lengths]
+    return Axis(min(lengths) / air, max(lengths) * air, ticks, name, log=True)
+
+
+def _frame(canvas: Canvas, chart: LineChart, x: Scale, y: Scale) -> None:
+    for value, text in chart.y.ticks:
+        canvas.line(x.start, y(value), x.stop, y(value), cls="grid")
+        canvas.text(x.start - 8, y(value) + FONT * 0.34, text, cls="tick", text_anchor="end")
+    canvas.line(x.start, y.start, x.stop, y.start, cls="axis")
+    texts = dict(chart.x.ticks)
+    widest = max((text_width(text, FONT) for text in texts.values()), default=0)
+    for value in thinned(list(texts), x, widest + 8):
+        canvas.line(x(value), y.start, x(value), y.start + 4, cls="axis")
+        canvas.text(x(value), y.start + 18, texts[value], cls="tick", text_anchor="middle")
+    canvas.text(
+        (x.start + x.stop) / 2, canvas.height - 6, chart.x.name, cls="axis-name", text_anchor="middle"
+    )
+    canvas.text(2, 12, chart.y.name, cls="axis-name")
+
+
+def _draw_marks(canvas: Canvas, marks: Sequence[Mark], x: Scale, top: float, bottom: float) -> None:
+    """Draw vertical lines; a name goes left of its line where the right side has no room."""
+    right_end = -1e9
+    for mark in sorted(marks, key=lambda m: m.x):
+        place, width = x(mark.x), text_width(mark.text, FONT - 1)
+        canvas.line(place, top - 6, place, bottom, cls="mark strong" if mark.strong else "mark")
+        if place + width + 4 > x.stop and place - width - 4 > right_end:
+            canvas.text(place - 4, top - 1, mark.text, cls="mark-name", text_anchor="end")
+        elif place + 4 > right_end and place + width + 4 <= canvas.width and mark.text:
+            canvas.text(place + 4, top - 1, mark.text, cls="mark-name")
+            right_end = place + 4 + width
+
+
+def _draw_series(canvas: Canvas, series: Series, x: Scale, y: Scale, *, dodge: float) -> None:
+    cls = f"{series.family}{series.color}"
+    pixels = [(x(a) + dodge, y(b)) for a, b in series.points]
+    if series.faint:
+        canvas.path(pixels, cls=f"line faint {cls}")
+        return
+    for (place, _), interval in zip(pixels, series.intervals):
+        if interval is not None:
+            canvas.line(place, y(interval[0]), place, y(interval[1]), cls=f"whisker {cls}")
+    dash = DASHES[series.color % len(DASHES)] if series.dashed and series.family == "c" else ""
+    canvas.path(
+        pixels, cls=f"line {cls}" + (" strong" if series.strong else ""), stroke_dasharray=dash or None
+    )
+    for (place, height), tip in zip(pixels, series.tips):
+        canvas.circle(place, height, 3.4 if series.strong else 2.8, cls=f"dot {cls}")
+        canvas.circle(place, height, 10, cls="hit", data_tip=tip)
+
+
+def heat_map(
+    name: str,
+    table: NeedleTable,
+    width: float,
+    *,
+    key: str,
+    trained: Sequence[tuple[int, str]],
+    compact: bool,
+) -> str:
+    """Return depth x length cells with their percentages, a row of column means, and lines at trained lengths.
+
+    `key` names the map in the page's sample data. `trained` holds (tokens, caption); the line stands after the
+    last measured length that is not longer.
+    """
+    font = 11.0 if compact else 13.0
+    named = _short_length if compact else length_text
+    left, top, right = (36.0, 20.0, 4.0) if compact else (64.0, 30.0, 6.0)
+    columns, rows = len(table.lengths), len(table.depths)
+    cell_w = (width - left - right) / columns
+    cell_h = min(max(cell_w * 0.62, 22.0), 30.0 if compact else 46.0)
+    gap = 1.0 if compact else 1.5
+    mean_top = top + rows * cell_h + 8
+    bottom = mean_top + cell_h
+    canvas = Canvas(width, bottom + (36 if not compact else 34))
+    prints = cell_w >= font * 2.1
+    for row, depth in enumerate(table.depths):
+        y = top + row * cell_h
+        canvas.text(left - 8, y + cell_h / 2 + font * 0.34, f"{depth:.0%}", cls="tick", text_anchor="end")
+        for column, length in enumerate(table.lengths):
+            tally = table.tallies.get((depth, length), Tally())
+            label = f"{name}, {length_text(length)} tokens, depth {depth:.0%}: {tally_text(tally)}"
+            cell = (
+                {"tabindex": 0, "role": "button", "data_cell": f"{key}/{row}/{column}"}
+                if tally_size(tally)
+                else {}
+            )
+            canvas.open(cls="cell", aria_label=label, data_tip=label, **cell)
+            box = (left + column * cell_w + gap, y + gap, cell_w - 2 * gap, cell_h - 2 * gap)
+            _cell(canvas, box, tally, font, prints)
+            canvas.close()
+    canvas.text(left - 8, mean_top + cell_h / 2 + font * 0.34, "mean", cls="tick", text_anchor="end")
+    for column, length in enumerate(table.lengths):
+        tally = table.by_length[length]
+        tip = f"{name}, {length_text(length)} tokens, all depths: {tally_text(tally)}"
+        canvas.open(cls="cell mean", aria_label=tip, data_tip=tip)
+        _cell(
+            canvas,
+            (left + column * cell_w + gap, mean_top + gap, cell_w - 2 * gap, cell_h - 2 * gap),
+            tally,
+            font,
+            prints,
+        )
+        canvas.close()
+    x = Scale(0, columns, left, left + columns * cell_w)
+    widest = max(text_width(named(v), font) for v in table.lengths) + 4
+    for column in thinned(list(range(columns)), x, widest):
+        text = named(table.lengths[int(column)])
+        canvas.text(x(column + 0.5), bottom + 15, text, cls="tick", text_anchor="middle")
+    canvas.text(
+        x(columns / 2), bottom + 31, "context length in tokens", cls="axis-name", text_anchor="middle"
+    )
+    if not compact:
+        canvas.text(2, 12, "needle depth", cls="axis-name")
+    _trained_lines(canvas, table, trained, x, top, bottom, font)
+    return canvas.render(f"Needle accuracy by depth and length: {name}", role="group", cls="plot heat")
+
+
+def tally_size(tally: Tally) -> int:
+    """Return how many samples a tally holds, scored or not."""
+    return tally.scored + tally.unscored
+
+
+def tally_text(tally: Tally) -> str:
+    """Say a tally in words: `7 of 8 correct (88%), 95% interval 53% to 98%`."""
+    if tally.mean is None:
+        return f"{tally.unscored} not scored" if tally.unscored else "not measured"
+    low, high = tally.interval or (0.0, 1.0)
+    text = f"{tally.correct:g} of {tally.scored} correct ({tally.mean:.0%}), 95% interval {low:.0%} to {high:.0%}"
+    return text + (f", {tally.unscored} not scored" if tally.unscored else "")
+
+
+def _cell(
+    canvas: Canvas, box: tuple[float, float, float, float], tally: Tally, font: float, prints: bool
+) -> None:
+    x, y, width, height = box
+    if tally.mean is None:
+        canvas.rect(x + 0.5, y + 0.5, width - 1, height - 1, rx=2, cls="absent")
+        text, ink = ("n/s" if tally.unscored else "\u2013"), "absent-ink"
+    else:
+        step = step_of(tally.mean)
+        canvas.rect(x, y, width, height, rx=2, cls=f"h{step}")
+        text, ink = f"{tally.mean * 100:.0f}", f"i{step}"
+    if prints:
+        canvas.text(
+            x + width / 2, y + height / 2 + font * 0.35, text, cls=ink, text_anchor="middle", font_size=font
+        )
+    if tally.scored and tally.unscored:
+        canvas.path([(x + width - 7, y), (x + width, y), (x + width, y + 7)], closed=True, cls=ink)
+
+
+def _trained_lines(
+    canvas: Canvas,
+    table: NeedleTable,
+    trained: Sequence[tuple[int, str]],
+    x: Scale,
+    top: float,
+    bottom: float,
+    font: float,
+) -> None:
+    for tokens, caption in trained:
+        column = sum(length <= tokens for length in table.lengths)
+        if column == 0:
+            continue
+        place = min(x(column), canvas.width - 1.5)
+        canvas.line(place, top - 6, place, bottom, cls="trained")
+        before_line = place + text_width(caption, font - 1) > canvas.width
+        anchor = (
+            "end"
+            if before_line
+            else "middle"
+            if place - x.start > text_width(caption, font - 1) / 2
+            else "start"
+        )
+        canvas.text(place + (2 if before_line else 0), top - 9, caption, cls="mark-name", text_anchor=anchor)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Token shares of one histogram: `edges` in tokens (one more than `shares`), shares in 0..1."""
+
+    name: str
+    color: int
+    edges: Sequence[float]
+    shares: Sequence[float]
+
+
+@dataclass(frozen=True)
+class LengthHistogram:
+    """Token share per log2 bin of document length, without its size; `top_share` is the end of the y axis."""
+
+    label: str
+    series: Sequence[Shares]
+    x: Axis
+    top_share: float
+
+    def draw(self, width: float) -> str:
+        """Return the histogram; the first series is filled, later ones are outlines over it."""
+        return _histogram(self, width)
+
+
+def _histogram(histogram: LengthHistogram, width: float) -> str:
+    series, axis, top_share = histogram.series, histogram.x, histogram.top_share
+    height, left, right, top = 150.0, 34.0, 8.0, 8.0
+    canvas = Canvas(width, height)
+    x = Scale(axis.lo, axis.hi, left, width - right, log=True)
+    y = Scale(0, top_share, height - 24, top)
+    for share in linear_ticks(0, top_share, 3):
+        canvas.line(left, y(share), width - right, y(share), cls="grid")
+        canvas.text(left - 6, y(share) + 4, f"{share:.0%}", cls="tick", text_anchor="end")
+    for number, one in enumerate(series):
+        held = [n for n, share in enumerate(one.shares) if share > 0]
+        points: list[tuple[float, float]] = []
+        for n in range(held[0], held[-1] + 1) if held else ():
+            low, high = max(one.edges[n], axis.lo), min(one.edges[n + 1], axis.hi)
+            points += [(x(low), y(one.shares[n])), (x(high), y(one.shares[n]))]
+        if points:
+            points = [(points[0][0], y(0)), *points, (points[-1][0], y(0))]
+        canvas.path(points, closed=number == 0, cls=f"{'area' if number == 0 else 'outline'} c{one.color}")
+    canvas.line(left, y(0), width - right, y(0), cls="axis")
+    texts = dict(axis.ticks)
+    for value in thinned(list(texts), x, max(text_width(t, FONT) for t in texts.values()) + 10):
+        canvas.text(
+            min(x(value), width - right - 8), height - 8, texts[value], cls="tick", text_anchor="middle"
+        )
+    return canvas.render(histogram.label)

@@ -1,0 +1,235 @@
+"""The same figures as PNG files for slides and papers, drawn with matplotlib's Agg canvas, without pyplot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
+
+from longspan.core.files import atomic_write
+from longspan.report.charts import length_text
+from longspan.report.evaluation import Evaluation
+from longspan.report.load import Run
+from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
+from longspan.report.tables import NeedleTable, perplexity
+from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
+from longspan.report.view import long_name, short_name
+
+_INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
+
+
+def write_figures(runs: Sequence[Run], evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write the figures that the data allows into `folder`; return their paths."""
+    figures: dict[str, Figure] = {}
+    labels = evaluation.main_labels
+    if labels:
+        figures["needle_heatmaps"] = needle_figure({label: evaluation.needle[label] for label in labels})
+        figures["needle_by_length"] = accuracy_figure(evaluation, labels)
+    if any(table.by_length for table in evaluation.ppl.values()):
+        figures["perplexity"] = perplexity_figure(evaluation)
+    if lengths := next((run.lengths for run in runs if run.lengths), None):
+        figures["lengths"] = lengths_figure(lengths)
+    if metrics := next((run.metrics for run in runs if run.metrics), None):
+        figures["loss"] = loss_figure(metrics)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        with atomic_write(paths[-1]) as file:
+            # No metadata: the same records give the same bytes.
+            FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    return paths
+
+
+def needle_figure(tables: dict[str, NeedleTable]) -> Figure:
+    """Draw one heat map per label, depth down and length to the right."""
+    columns = min(len(tables), 3)
+    rows = -(-len(tables) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=160, layout="constrained")
+    cmap = LinearSegmentedColormap.from_list("longspan", sequential())
+    cmap.set_bad("#ffffff")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(tables) :]:
+        axes.set_visible(False)
+    image = None
+    for axes, (label, table) in zip(grid.flat, tables.items()):
+        means = [
+            [t.mean if (t := table.tallies.get((d, n))) else None for n in table.lengths]
+            for d in table.depths
+        ]
+        image = axes.imshow(np.array(means, dtype=float), cmap=cmap, vmin=0, vmax=1, aspect="auto")
+        for row, line in enumerate(means):
+            for column, mean in enumerate(line):
+                text = "\u2013" if mean is None else f"{mean * 100:.0f}"
+                ink = _MUTED if mean is None else ink_on(sequential()[step_of(mean)])
+                if len(table.lengths) <= 12:
+                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+        axes.set_title(long_name(label), fontsize=10, color=_INK, loc="left")
+        axes.set_xticks(range(len(table.lengths)), [length_text(n) for n in table.lengths], fontsize=8)
+        axes.set_yticks(range(len(table.depths)), [f"{d:.0%}" for d in table.depths], fontsize=8)
+        axes.tick_params(length=0, labelcolor=_MUTED)
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, format=PercentFormatter(1.0))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, labelcolor=_MUTED, length=0)
+    figure.supxlabel("context length in tokens", fontsize=9, color=_MUTED)
+    figure.supylabel("needle depth", fontsize=9, color=_MUTED)
+    return figure
+
+
+def accuracy_figure(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
+    """Draw accuracy by length with 95 % Wilson intervals."""
+    figure, axes = _plain("context length in tokens", "needle accuracy")
+    for position, label in enumerate(labels):
+        table = evaluation.needle[label]
+        rows = [
+            (n, t.mean, t.interval)
+            for n in table.lengths
+            if (t := table.by_length[n]).mean is not None and t.interval
+        ]
+        means = np.array([mean for _, mean, _ in rows], dtype=float)
+        bounds = np.array([interval for _, _, interval in rows], dtype=float).reshape(-1, 2)
+        color = LINES[line_index(label, position)][0]
+        width = 2.2 if label == "after" else 1.4
+        errors = np.abs(np.vstack([means - bounds[:, 0], bounds[:, 1] - means]))
+        axes.errorbar(
+            [n for n, _, _ in rows],
+            means,
+            yerr=errors,
+            color=color,
+            lw=width,
+            elinewidth=0.8,
+            marker="o",
+            ms=3.5,
+            label=short_name(label),
+        )
+    axes.set_ylim(-0.02, 1.02)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _length_ticks(axes, sorted({n for label in labels for n in evaluation.needle[label].lengths}))
+    _legend(axes)
+    return figure
+
+
+def perplexity_figure(evaluation: Evaluation) -> Figure:
+    """Draw perplexity by position and by window length on logarithmic axes."""
+    figure = Figure(figsize=(10, 3.8), dpi=160, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _style(left, "position in the window, tokens", "perplexity")
+    _style(right, "window length in tokens", "perplexity")
+    lengths: set[int] = set()
+    ends: set[int] = set()
+    for position, (label, table) in enumerate(evaluation.ppl.items()):
+        style = {
+            "color": LINES[line_index(label, position)][0],
+            "marker": "o",
+            "ms": 3.5,
+            "lw": 2.2 if label == "after" else 1.4,
+        }
+        by_position = [
+            ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := perplexity(sums))
+        ]
+        by_length = [(n, value) for n, sums in table.by_length.items() if (value := perplexity(sums))]
+        left.plot([x for x, _ in by_position], [v for _, v in by_position], label=short_name(label), **style)
+        right.plot([x for x, _ in by_length], [v for _, v in by_length], label=short_name(label), **style)
+        lengths |= set(table.by_length)
+        ends |= {end for _, end in table.by_position}
+    for axes, ticks in ((left, ends), (right, lengths)):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else ""))
+        axes.tick_params(which="minor", labelsize=8, labelcolor=_MUTED, length=0)
+        _length_ticks(axes, sorted(ticks))
+    _legend(left)
+    return figure
+
+
+def lengths_figure(summaries: Sequence[dict[str, Any]]) -> Figure:
+    """Draw token share by document length, one panel per source."""
+    summaries = sorted(summaries, key=lambda s: (s["name"] != "before", s["name"]))
+    sources = sorted({source for summary in summaries for source in summary["sources"]})
+    columns = min(len(sources), 3) or 1
+    rows = -(-len(sources) // columns) or 1
+    figure = Figure(figsize=(4.0 * columns, 2.6 * rows), dpi=160, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(sources) :]:
+        axes.set_visible(False)
+    for axes, source in zip(grid.flat, sources):
+        _style(axes, "", "")
+        for number, summary in enumerate(summaries):
+            if source in summary["sources"]:
+                histogram = summary["sources"][source]["histogram"]
+                shares = np.asarray(histogram["tokens"], dtype=float)
+                shares = shares / (shares.sum() or 1)
+                color = LINES[number % len(LINES)][0]
+                axes.stairs(
+                    shares,
+                    histogram["edges"],
+                    fill=number == 0,
+                    alpha=0.35 if number == 0 else 1,
+                    color=color,
+                    lw=1.8,
+                    label=summary["title"],
+                )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: length_text(v)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_title(source, fontsize=10, color=_INK, loc="left")
+    _legend(grid.flat[0])
+    figure.supxlabel("document length in tokens", fontsize=9, color=_MUTED)
+    figure.supylabel("share of tokens", fontsize=9, color=_MUTED)
+    return figure
+
+
+def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the training loss, every step and smoothed, and by source."""
+    figure, axes = _plain("tokens trained on", "loss (nats per token)")
+    raw = loss_points(metrics)
+    axes.plot(*_columns(binned(raw, RAW_POINTS)), color=LINES[0][0], lw=0.6, alpha=0.35)
+    axes.plot(*_columns(binned(raw, SMOOTH_POINTS)), color=LINES[0][0], lw=2.0, label="all sources")
+    sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
+    for number, source in enumerate(sources if len(sources) > 1 else []):
+        points = binned(loss_points(metrics, source), SMOOTH_POINTS)
+        axes.plot(*_columns(points), color=LINES[1 + number % 7][0], lw=1.4, label=source)
+    for before, after in zip(metrics, metrics[1:]):
+        if before.get("stage") != after.get("stage"):
+            axes.axvline(before["tokens"], color=_MUTED, lw=0.8, ls=(0, (3, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v else "0"))
+    _legend(axes)
+    return figure
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _plain(xlabel: str, ylabel: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7.2, 3.8), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    _style(axes, xlabel, ylabel)
+    return figure, axes
+
+
+def _style(axes: Any, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel, fontsize=9, color=_MUTED)
+    axes.set_ylabel(ylabel, fontsize=9, color=_MUTED)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_MUTED)
+    axes.tick_params(labelsize=8, labelcolor=_MUTED, length=0)
+    axes.grid(axis="y", color=_GRID, lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: length_text(v)))
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)

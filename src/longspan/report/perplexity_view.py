@@ -1,0 +1,169 @@
+"""The perplexity section: by position, by window length, by source, and the short-context change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longspan.report.charts import (
+    Axis,
+    LineChart,
+    Series,
+    length_axis,
+    length_text,
+    number_axis,
+)
+from longspan.report.evaluation import Evaluation, trained_marks
+from longspan.report.palette import line_index
+from longspan.report.tables import (
+    perplexity,
+)
+from longspan.report.view import (
+    ARROW,
+    Cell,
+    Chart,
+    Section,
+    Table,
+    change,
+    decimal,
+    line_view,
+    short_name,
+    tokens_text,
+)
+
+
+def ppl_section(ev: Evaluation) -> Section:
+    """Return perplexity by position and by length, the short-context change and the table by source."""
+    section = Section("perplexity", "Perplexity")
+    labels = [label for label in ev.ppl if not label.startswith("ablate_") and ev.ppl[label].by_length]
+    if not labels:
+        section.missing.append("Perplexity was not measured: no records/ppl-*.jsonl.")
+        return section
+    section.intro = "Held-out text, each token weighted alike; lower is better. The axes are logarithmic."
+    section.parts["callout"] = _short_context(ev)
+    by_position = {label: ev.ppl[label].by_position for label in labels}
+    if max(len(buckets) for buckets in by_position.values()) > 1:
+        section.parts["position"] = _position_chart(ev, labels)
+    if len({length for label in labels for length in ev.ppl[label].by_length}) > 1:
+        section.parts["length"] = _length_chart(ev, labels)
+    sources = sorted({source for label in labels for source in ev.ppl[label].by_source})
+    section.parts["sources"] = Table(
+        "Perplexity by source, longest windows",
+        ["", *sources],
+        [
+            [
+                short_name(b),
+                *(Cell(decimal(perplexity(ev.ppl[b].by_source.get(s, (0, 0.0)))), "num") for s in sources),
+            ]
+            for b in labels
+        ],
+    )
+    unscored = sum(ev.ppl[label].unscored for label in labels)
+    if unscored:
+        section.missing.append(
+            f"{unscored} perplexity windows could not be scored and are left out of the means."
+        )
+    return section
+
+
+def _short_context(ev: Evaluation) -> dict[str, str]:
+    before, after, length = ev.ppl.get("before"), ev.ppl.get("after"), ev.before_length
+    if before is None or after is None or not length:
+        return {}
+    old, new = before.short(length), after.short(length)
+    if old is None or new is None:
+        return {}
+    verdict = (
+        "Short contexts did not get worse."
+        if new <= old
+        else "This is what the longer context cost on short ones."
+    )
+    return {
+        "value": change(old, new),
+        "text": f"Short-context change: perplexity at {tokens_text(length)}, the original length, {decimal(old)} {ARROW} {decimal(new)}. {verdict}",
+    }
+
+
+def _ppl_series(
+    labels: Sequence[str], rows: dict[str, list[tuple[float, str, tuple[int, float]]]]
+) -> list[Series]:
+    series = []
+    for position, label in enumerate(labels):
+        known = [
+            (x, where, sums, value)
+            for x, where, sums in rows[label]
+            if (value := perplexity(sums)) is not None
+        ]
+        tips = [
+            f"{short_name(label)}, {where}: {decimal(value)} ({sums[0]:,} tokens)"
+            for _, where, sums, value in known
+        ]
+        points = [(x, value) for x, _, _, value in known]
+        series.append(
+            Series(short_name(label), line_index(label, position), points, (), tips, strong=label == "after")
+        )
+    return series
+
+
+def _position_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
+    buckets = sorted({bucket for label in labels for bucket in ev.ppl[label].by_position})
+    rows = {
+        label: [
+            ((a + b) / 2, f"positions {a:,} to {b:,}", sums)
+            for (a, b), sums in ev.ppl[label].by_position.items()
+        ]
+        for label in labels
+    }
+    series = _ppl_series(labels, rows)
+    ends = sorted({end for _, end in buckets})
+    x = Axis(
+        (buckets[0][0] + buckets[0][1]) / 2 / 1.1,
+        ends[-1],
+        [(float(e), length_text(e)) for e in ends],
+        "position in the window, tokens",
+        log=True,
+    )
+    y = number_axis([v for s in series for _, v in s.points] or [1.0], "perplexity", log=True)
+    chart = LineChart(
+        "Perplexity by position in the window",
+        x,
+        y,
+        series,
+        trained_marks(ev, [int(x.lo) + 1, ends[-1]]),
+        height=300,
+    )
+    table = Table(
+        "Perplexity by position",
+        ["", *(f"{a:,}\u2013{b:,}" for a, b in buckets)],
+        [
+            [
+                short_name(b),
+                *(Cell(decimal(perplexity(ev.ppl[b].by_position.get(k, (0, 0.0)))), "num") for k in buckets),
+            ]
+            for b in labels
+        ],
+    )
+    return line_view(chart, title="By position, longest windows", table=table, half=True)
+
+
+def _length_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
+    lengths = sorted({length for label in labels for length in ev.ppl[label].by_length})
+    rows = {
+        label: [(float(n), f"windows of {n:,} tokens", s) for n, s in ev.ppl[label].by_length.items()]
+        for label in labels
+    }
+    series = _ppl_series(labels, rows)
+    y = number_axis([v for s in series for _, v in s.points] or [1.0], "perplexity", log=True)
+    x = length_axis(lengths, "window length in tokens", air=1.08)
+    chart = LineChart("Perplexity by window length", x, y, series, trained_marks(ev, lengths), height=300)
+    table = Table(
+        "Perplexity by window length",
+        ["", *(length_text(n) for n in lengths)],
+        [
+            [
+                short_name(b),
+                *(Cell(decimal(perplexity(ev.ppl[b].by_length.get(n, (0, 0.0)))), "num") for n in lengths),
+            ]
+            for b in labels
+        ],
+    )
+    return line_view(chart, title="By window length", table=table, half=True)

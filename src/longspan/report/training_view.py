@@ -1,0 +1,454 @@
+"""The sections on data and training: length distributions, losses, timings, recipe and environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from longspan.core.units import format_count, format_seconds
+from longspan.report.charts import (
+    Axis,
+    LengthHistogram,
+    LineChart,
+    Mark,
+    Series,
+    Shares,
+    length_text,
+    number_axis,
+)
+from longspan.report.load import RecordFile, Run
+from longspan.report.svg import linear_ticks
+from longspan.report.view import (
+    NARROW,
+    WIDE,
+    Cell,
+    Chart,
+    Section,
+    Table,
+    decimal,
+    line_view,
+    percent,
+    short_name,
+)
+
+SMOOTH_POINTS, RAW_POINTS = 120, 400
+
+
+def training_totals(runs: Sequence[Run]) -> dict[str, float]:
+    """Return tokens, steps and, where logged, seconds of the first run that trained; empty without metrics."""
+    metrics = next((run.metrics for run in runs if run.metrics), None)
+    if metrics is None:
+        return {}
+    totals = {"tokens": float(metrics[-1]["tokens"]), "steps": float(metrics[-1]["step"])}
+    seconds = metrics[-1].get("seconds")
+    if isinstance(seconds, (int, float)):
+        totals["seconds"] = float(seconds)
+    return totals
+
+
+def lengths_section(runs: Sequence[Run]) -> Section:
+    """Return token shares by document length, per source, for every length summary of the first run that has one."""
+    section = Section("data", "Document lengths")
+    summaries = next((run.lengths for run in runs if run.lengths), [])
+    if not summaries:
+        section.missing.append("Document lengths were not recorded: no lengths/*.json.")
+        return section
+    summaries = sorted(summaries, key=lambda s: (s["name"] != "before", s["name"]))
+    section.intro = (
+        "Share of tokens by the length of the document they stand in (log2 bins). "
+        "Upsampling long documents within each source moves tokens to the right and keeps the mix of sources."
+        if len(summaries) > 1
+        else "Share of tokens by the length of the document they stand in (log2 bins)."
+    )
+    section.parts["legend"] = [(str(s["title"]), f"c{n}") for n, s in enumerate(summaries)]
+    panels = _length_panels(summaries)
+    # Four across when that leaves no lonely panel in the last row.
+    columns = 4 if len(panels) in (4, 7, 8) else 3
+    section.parts["columns"] = columns
+    section.parts["panels"] = [
+        {"name": name, "svg": Markup(panel.draw(232 if columns == 4 else 318))} for name, panel in panels
+    ]
+    section.parts["table"] = _lengths_table(summaries)
+    return section
+
+
+def _length_panels(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, LengthHistogram]]:
+    names = sorted({source for summary in summaries for source in summary["sources"]})
+    groups: dict[str, list[Shares]] = {}
+    for source in names:
+        for number, summary in enumerate(summaries):
+            if source in summary["sources"]:
+                histogram = summary["sources"][source]["histogram"]
+                groups.setdefault(source, []).append(
+                    _shares(str(summary["title"]), number, histogram["edges"], histogram["tokens"])
+                )
+    total = [_total_shares(summary, number) for number, summary in enumerate(summaries)]
+    if len(names) > 1 and all(total):
+        groups = {"all sources": [shares for shares in total if shares], **groups}
+    edges = [
+        edge
+        for group in groups.values()
+        for s in group
+        for n, edge in enumerate(s.edges)
+        if _touches(s.shares, n)
+    ]
+    lo, hi = max(min(edges, default=1), 1), max(edges, default=2)
+    powers = [2**n for n in range(40) if lo <= 2**n <= hi]
+    axis = Axis(
+        lo,
+        max(hi, lo * 2),
+        [(float(v), length_text(v)) for v in powers],
+        "document length in tokens",
+        log=True,
+    )
+    top = max((share for group in groups.values() for s in group for share in s.shares), default=1.0) * 1.08
+    return [
+        (name, LengthHistogram(f"Token share by document length, {name}", group, axis, top))
+        for name, group in groups.items()
+    ]
+
+
+def _touches(shares: Sequence[float], edge: int) -> bool:
+    return any(shares[n] > 0 for n in (edge - 1, edge) if 0 <= n < len(shares))
+
+
+def _shares(name: str, color: int, edges: Sequence[float], tokens: Sequence[float]) -> Shares:
+    whole = sum(tokens) or 1
+    return Shares(name, color, list(edges), [count / whole for count in tokens])
+
+
+def _total_shares(summary: dict[str, Any], color: int) -> Shares | None:
+    """Return all sources together, None when their bins differ."""
+    histograms = [entry["histogram"] for entry in summary["sources"].values()]
+    if len({tuple(h["edges"]) for h in histograms}) != 1:
+        return None
+    tokens = np.sum([h["tokens"] for h in histograms], axis=0)
+    return _shares(str(summary["title"]), color, histograms[0]["edges"], tokens.tolist())
+
+
+def _lengths_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    entries = [
+        (source, s, s["sources"][source])
+        for source in sorted({n for s in summaries for n in s["sources"]})
+        for s in summaries
+        if source in s["sources"]
+    ]
+    above = sorted({key for _, _, entry in entries for key in entry.get("share_above", {})}, key=_as_number)
+    quantiles = [
+        q
+        for q in ("p50", "p90", "p99", "max")
+        if any(q in entry.get("quantiles", {}) for _, _, entry in entries)
+    ]
+    rows: list[list[str | Cell]] = []
+    previous = None
+    for source, summary, entry in entries:
+        numbers = [format_count(entry[key]) if key in entry else "\u2013" for key in ("documents", "tokens")]
+        numbers += [
+            f"{entry['quantiles'][q]:,.0f}" if q in entry.get("quantiles", {}) else "\u2013"
+            for q in quantiles
+        ]
+        numbers += [percent(entry.get("share_above", {}).get(key)) for key in above]
+        first = Cell(source) if source != previous else Cell("", title=source)
+        rows.append([first, str(summary["title"]), *(Cell(text, "num") for text in numbers)])
+        previous = source
+    columns = ["source", "", "documents", "tokens", *quantiles, *(f"> {_as_length(key)}" for key in above)]
+    return Table(
+        "Documents and tokens by source; the last columns are shares of tokens in longer documents",
+        columns,
+        rows,
+    )
+
+
+def _as_number(key: str) -> float:
+    return float(key) if key.replace(".", "", 1).isdigit() else float("inf")
+
+
+def _as_length(key: str) -> str:
+    return length_text(int(key)) if key.isdigit() else key
+
+
+def training_section(runs: Sequence[Run]) -> Section:
+    """Return losses by source with the stage borders, the learning rate, and losses by position, for every run."""
+    section = Section("training", "Training")
+    trained = [run for run in runs if run.metrics]
+    if not trained:
+        section.missing.append("Training losses were not recorded: no metrics.jsonl.")
+        return section
+    section.intro = "Loss in nats per token. Bold and coloured lines are means over neighbouring steps; the thin grey line is every step."
+    section.parts["runs"] = [
+        {
+            "name": run.name if len(trained) > 1 else "",
+            "charts": [c for c in (_loss_charts(run), _position_losses(run)) if c],
+        }
+        for run in trained
+    ]
+    return section
+
+
+def _loss_charts(run: Run) -> Chart:
+    metrics = run.metrics
+    steps = loss_points(metrics)
+    sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
+    series = [Series("every step", 0, binned(steps, RAW_POINTS), faint=True)]
+    if len(sources) != 1:
+        series.append(Series("all sources", 0, binned(steps, SMOOTH_POINTS), strong=True, dashed=False))
+    for number, source in enumerate(sources):
+        points = loss_points(metrics, source)
+        series.append(Series(source, 1 + number % 7, binned(points, SMOOTH_POINTS), dashed=False))
+    marks = _stage_marks(metrics)
+    x = _token_axis(metrics)
+    y = number_axis([v for s in series for _, v in s.points] or [0.0, 1.0], "loss")
+    rates = _points(metrics, lambda line: line.get("lr"))
+    upper = replace(x, name="") if rates else x
+    drawn = [LineChart("Training loss by source over tokens", upper, y, series, marks, height=330)]
+    if rates:
+        top = max(rate for _, rate in rates) * 1.08 or 1.0
+        lr_axis = Axis(0, top, [(v, f"{v:g}") for v in linear_ticks(0, top, 2)], "learning rate")
+        line = Series("learning rate", 0, binned(rates, RAW_POINTS), dashed=False)
+        drawn.append(
+            LineChart(
+                "Learning rate over tokens", x, lr_axis, [line], [Mark(m.x, "") for m in marks], height=130
+            )
+        )
+    table = _stage_table(metrics, sources)
+    legend = [(s.name, f"c{s.color}", "") for s in series if not s.faint]
+    return Chart(
+        "Loss by source and stage",
+        _stack(drawn, WIDE, True),
+        _stack(drawn, NARROW, False),
+        legend if len(legend) > 1 else (),
+        "",
+        table,
+    )
+
+
+def _stack(charts: Sequence[LineChart], width: float, names: bool) -> Markup:
+    """Draw charts under each other with one common plot area."""
+    sides = [chart.margins(names) for chart in charts]
+    margins = (max(left for left, _ in sides), max(right for _, right in sides))
+    return Markup(
+        "".join(chart.draw(width, names=names and n == 0, margins=margins) for n, chart in enumerate(charts))
+    )
+
+
+def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> Table:
+    rows: list[list[str | Cell]] = []
+    for start, end in _stage_spans(metrics):
+        lines = metrics[start:end]
+        tail = lines[-max(1, len(lines) // 10) :]
+        means = [_mean([line.get("loss") for line in tail])]
+        means += [
+            _mean([(line.get("loss_by_source") or {}).get(source) for line in tail]) for source in sources
+        ]
+        tokens = lines[-1]["tokens"] - (metrics[start - 1]["tokens"] if start else 0)
+        speeds = _mean([line.get("tokens_per_s") for line in lines])
+        rows.append(
+            [
+                str(lines[0].get("stage", "")),
+                *(
+                    Cell(text, "num")
+                    for text in (
+                        length_text(lines[0]["context_length"])
+                        if lines[0].get("context_length")
+                        else "\u2013",
+                        f"{len(lines):,}",
+                        format_count(tokens),
+                        f"{speeds:,.0f}" if speeds else "\u2013",
+                        *(decimal(m) for m in means),
+                    )
+                ),
+            ]
+        )
+    return Table(
+        "Stages; losses are means over the last tenth of a stage",
+        [
+            "stage",
+            "context",
+            "logged steps",
+            "tokens",
+            "tokens/s",
+            "loss",
+            *(f"loss, {source}" for source in sources),
+        ],
+        rows,
+    )
+
+
+def _position_losses(run: Run) -> Chart | None:
+    names = sorted(
+        {name for line in run.metrics for name in (line.get("loss_by_position") or {})}, key=_bucket_start
+    )
+    if len(names) < 2:
+        return None
+    series = []
+    for number, name in enumerate(names):
+        points = _points(run.metrics, lambda line, n=name: (line.get("loss_by_position") or {}).get(n))
+        step = 10 + round(10 * number / (len(names) - 1))
+        series.append(Series(name, step, binned(points, SMOOTH_POINTS), family="p", dashed=False))
+    y = number_axis([v for s in series for _, v in s.points] or [0.0, 1.0], "loss")
+    chart = LineChart(
+        "Training loss by position in the row",
+        _token_axis(run.metrics),
+        y,
+        series,
+        _stage_marks(run.metrics),
+        height=300,
+    )
+    return line_view(
+        chart,
+        title="Loss by position in the row",
+        note="Darker (on a dark page: lighter) lines are later positions.",
+    )
+
+
+def _bucket_start(name: str) -> tuple[float, str]:
+    return (_as_number(name.partition("-")[0]), name)
+
+
+def loss_points(metrics: Sequence[dict[str, Any]], source: str | None = None) -> list[tuple[float, float]]:
+    """Return (tokens, loss) of every step that has one, of one source when it is named."""
+    if source is None:
+        return _points(metrics, lambda line: line.get("loss"))
+    return _points(metrics, lambda line: (line.get("loss_by_source") or {}).get(source))
+
+
+def _points(metrics: Sequence[dict[str, Any]], value_of: Any) -> list[tuple[float, float]]:
+    points = []
+    for line in metrics:
+        value = value_of(line)
+        if isinstance(value, (int, float)) and np.isfinite(value):
+            points.append((float(line["tokens"]), float(value)))
+    return points
+
+
+def binned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """Return points averaged with their neighbours down to at most `most`."""
+    if len(points) <= most:
+        return list(points)
+    means = [part.mean(axis=0) for part in np.array_split(np.asarray(points), most)]
+    return [(float(tokens), float(value)) for tokens, value in means]
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [value for value in values if isinstance(value, (int, float)) and np.isfinite(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _token_axis(metrics: Sequence[dict[str, Any]]) -> Axis:
+    last = float(metrics[-1]["tokens"]) or 1.0
+    return Axis(0, last, [(v, _tokens_tick(v, last)) for v in linear_ticks(0, last, 6)], "tokens trained on")
+
+
+def _tokens_tick(value: float, last: float) -> str:
+    """Write a tick in the unit of the whole axis: 0, 0.5M, 1M."""
+    unit, suffix = next(((u, s) for u, s in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if last >= u), (1.0, ""))
+    return f"{value / unit:g}{suffix}" if value else "0"
+
+
+def _stage_spans(metrics: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Return [start, end) indices of runs of lines with the same stage."""
+    borders = [n for n in range(1, len(metrics)) if metrics[n].get("stage") != metrics[n - 1].get("stage")]
+    return list(zip([0, *borders], [*borders, len(metrics)]))
+
+
+def _stage_marks(metrics: Sequence[dict[str, Any]]) -> list[Mark]:
+    marks = []
+    for start, _ in _stage_spans(metrics):
+        line = metrics[start]
+        name = str(line.get("stage") or "")
+        if line.get("context_length"):
+            name = (
+                f"{name} ({length_text(line['context_length'])})"
+                if name
+                else length_text(line["context_length"])
+            )
+        if name:
+            marks.append(Mark(float(metrics[start - 1]["tokens"]) if start else 0.0, name))
+    return marks
+
+
+def method_section(runs: Sequence[Run], records: Sequence[RecordFile]) -> Section:
+    """Return what is needed to run it again: timings, recipe, environment, evaluated models."""
+    section = Section("method", "Recipe and environment")
+    section.parts["timings"] = [timing for run in runs if (timing := _timings(run, len(runs) > 1))]
+    section.parts["configs"] = [(run.name, run.config) for run in runs if run.config]
+    section.parts["environments"] = [(run.name, _flat(run.env)) for run in runs if run.env]
+    section.parts["models"] = _models_table(records) if records else None
+    tasks = [
+        (f"{file.task}, {short_name(file.label)}", file.header["params"])
+        for file in records
+        if file.header.get("params")
+    ]
+    section.parts["tasks"] = [
+        (name, json.dumps(params, indent=2, ensure_ascii=False)) for name, params in tasks
+    ]
+    for part, file in (
+        ("timings", "phases in events.jsonl"),
+        ("configs", "config.yaml"),
+        ("environments", "env.json"),
+    ):
+        if not section.parts[part]:
+            section.missing.append(f"{part.capitalize()} were not recorded: no {file}.")
+    return section
+
+
+def _timings(run: Run, several: bool) -> dict[str, Any] | None:
+    totals: dict[str, float] = {}
+    for event in run.events:
+        if event.get("event") == "phase" and isinstance(event.get("seconds"), (int, float)):
+            phase = str(event.get("phase", ""))
+            totals[phase] = totals.get(phase, 0.0) + event["seconds"]
+    whole, longest = sum(totals.values()), max(totals.values(), default=0)
+    if not longest:
+        return None
+    rows = [
+        {
+            "phase": phase,
+            "seconds": format_seconds(value),
+            "share": f"{value / whole:.0%}",
+            "width": f"{100 * value / longest:.1f}",
+        }
+        for phase, value in totals.items()
+    ]
+    return {"name": run.name if several else "", "total": format_seconds(whole), "rows": rows}
+
+
+def _models_table(records: Sequence[RecordFile]) -> Table:
+    rows: list[list[str | Cell]] = []
+    for file in records:
+        model = file.header.get("model", {})
+        rows.append(
+            [
+                f"{file.task}, {short_name(file.label)}",
+                str(model.get("path", "\u2013")),
+                Cell(str(model.get("fingerprint", "\u2013"))[:16], "mono"),
+                Cell(length_text(file.trained_length) if file.trained_length else "\u2013", "num"),
+                str(file.header.get("tokenizer", "\u2013")),
+                Cell(str(file.header.get("seed", "\u2013")), "num"),
+                Cell(f"{len(file.samples):,}", "num"),
+                str(file.header.get("created", "\u2013")),
+            ]
+        )
+    return Table(
+        "Evaluations",
+        ["evaluation", "model", "fingerprint", "trained length", "tokenizer", "seed", "samples", "created"],
+        rows,
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested JSON to (dotted key, text) rows; lists are joined by spaces."""
+    if isinstance(value, dict):
+        return [
+            row
+            for key, item in value.items()
+            for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(value, list):
+        return [(prefix, " ".join(str(item) for item in value))]
+    return [(prefix, "not installed" if value is None else str(value))]

@@ -1,0 +1,164 @@
+"""What the page template is given: plain tables and charts, already worded and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from longspan.report.charts import LineChart, length_text
+from longspan.report.load import RecordFile, Run
+from longspan.report.palette import DASHES, step_of
+from longspan.report.tables import Tally
+
+WIDE, HALF, NARROW = 1000.0, 486.0, 350.0
+ARROW = "\u2192"
+MISSING = "\u2013"
+
+_NAMES = {
+    "before": ("before", "Before training"),
+    "after": ("after", "After training"),
+    "theta_only": ("theta only", "Zero-shot: larger theta"),
+    "ntk": ("NTK", "Zero-shot: NTK"),
+    "pi": ("PI", "Zero-shot: PI"),
+    "yarn": ("YaRN", "Zero-shot: YaRN"),
+}
+ZERO_SHOT = ("theta_only", "ntk", "pi", "yarn")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One table cell: text, CSS class, and a longer text for hover."""
+
+    text: str
+    cls: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; cells are plain text or Cell, the first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure drawn for wide and narrow pages, with its legend and its numbers as a table."""
+
+    title: str
+    wide: Markup
+    narrow: Markup
+    legend: Sequence[tuple[str, str, str]] = ()
+    note: str = ""
+    table: Table | None = None
+    half: bool = False
+
+
+@dataclass
+class Section:
+    """A section of the page; `missing` holds one line for everything in it that was not measured."""
+
+    id: str
+    title: str
+    intro: str = ""
+    parts: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def short_name(label: str) -> str:
+    """Return a label's name for lines and table rows."""
+    return _NAMES[label][0] if label in _NAMES else label.removeprefix("ablate_").replace("_", " ")
+
+
+def long_name(label: str) -> str:
+    """Return a label's name for headings."""
+    return _NAMES[label][1] if label in _NAMES else short_name(label)
+
+
+def order_of(label: str) -> tuple[int, str]:
+    """Sort key: before, after, zero-shot methods, then the rest by name."""
+    known = list(_NAMES)
+    return (known.index(label) if label in known else len(known), label)
+
+
+def merge_records(runs: Sequence[Run]) -> list[RecordFile]:
+    """Return all evaluations of all runs; a label met before carries its run's (or file's) name."""
+    merged: list[RecordFile] = []
+    taken: set[tuple[str, str]] = set()
+    for run in runs:
+        for file in sorted(run.records, key=lambda f: order_of(f.label)):
+            label = file.label
+            for suffix in ("", f" ({run.name})", f" ({run.name}/{file.path.stem})", f" ({file.path})"):
+                label = file.label + suffix
+                if (file.task, label) not in taken:
+                    break
+            taken.add((file.task, label))
+            merged.append(RecordFile(file.path, file.task, label, file.header, file.samples))
+    return sorted(merged, key=lambda f: order_of(f.label))
+
+
+def line_view(
+    chart: LineChart, *, title: str, note: str = "", table: Table | None = None, half: bool = False
+) -> Chart:
+    """Draw a line chart for both page widths."""
+    legend = [
+        (
+            s.name,
+            f"{s.family}{s.color}",
+            DASHES[s.color % len(DASHES)] if s.dashed and s.family == "c" else "",
+        )
+        for s in chart.series
+        if not s.faint
+    ]
+    return Chart(
+        title=title,
+        wide=Markup(chart.draw(HALF if half else WIDE)),
+        narrow=Markup(chart.draw(NARROW, names=False)),
+        legend=legend if len(legend) > 1 else (),
+        note=note,
+        table=table,
+        half=half,
+    )
+
+
+def percent(value: float | None) -> str:
+    """Write a share as `97%`, missing as a dash."""
+    return MISSING if value is None else f"{value:.0%}"
+
+
+def decimal(value: float | None) -> str:
+    """Write a perplexity or a loss with three or four digits, missing as a dash."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def change(before: float, after: float) -> str:
+    """Write a relative change as `+3.1%` or `-1.6%` with a true minus sign."""
+    share = after / before - 1
+    return f"{share:+.1%}".replace("-", "\u2212")
+
+
+def heat_cell(tally: Tally | None) -> Cell:
+    """Return an accuracy cell coloured by the sequential scale."""
+    if tally is None or tally.mean is None:
+        return Cell("n/s" if tally is not None and tally.unscored else MISSING, "num absent-cell")
+    step = step_of(tally.mean)
+    low, high = tally.interval or (0.0, 1.0)
+    hint = f"{tally.correct:g} of {tally.scored}, 95% interval {low:.0%} to {high:.0%}"
+    return Cell(percent(tally.mean), f"num heat-cell h{step} i{step}", hint)
+
+
+def interval_text(tally: Tally) -> str:
+    """Write a 95 % interval as `86% to 99%`."""
+    return MISSING if tally.interval is None else f"{tally.interval[0]:.0%} to {tally.interval[1]:.0%}"
+
+
+def tokens_text(length: int) -> str:
+    """Write a length with its unit."""
+    return f"{length_text(length)} tokens"
