@@ -1,0 +1,86 @@
+"""The public surface equals written lists: a name or an option changes only on purpose."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import longspan
+from longspan.cli.main import app
+
+HERE = Path(__file__).parent
+
+
+def commands(group, path: tuple[str, ...] = ()):
+    """Yield (path, command) of every command, groups included."""
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+def test_public_names_equal_the_list():
+    written = (HERE / "public_names.txt").read_text().split()
+    assert longspan.__all__ == written
+    assert written == sorted(written)
+    assert set(written) <= set(dir(longspan))
+
+
+def test_public_names_are_there():
+    """The names are imported on first use; each must really exist in its room and say what it is."""
+    for name in longspan.__all__:
+        assert getattr(longspan, name).__doc__, name
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'train_model'"):
+        _ = longspan.train_model
+
+
+def test_command_options_equal_the_list():
+    """To change it on purpose, copy what this test prints into cli_options.txt."""
+    lines = []
+    for path, command in sorted(COMMANDS.items()):
+        names = [
+            "/".join([*parameter.opts, *parameter.secondary_opts])
+            if parameter.param_type_name == "option"
+            else (parameter.metavar or parameter.name.upper())
+            for parameter in command.params
+        ]
+        lines.append(" ".join([*path, *sorted(names, key=lambda name: (name.startswith("-"), name))]))
+    found = "\n".join(lines) + "\n"
+    print(found)
+    assert found == (HERE / "cli_options.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path, command in COMMANDS.items() if not hasattr(command, "commands")]
+)
+def test_every_command_explains_itself(path):
+    """Each command says what it does, each option what it means, and the help ends with an example."""
+    command = COMMANDS[path]
+    assert command.help and command.help[0].isupper()
+    assert "Example:" in command.epilog
+    assert f"longspan {' '.join(path)}" in command.epilog
+    for parameter in command.params:
+        assert parameter.help, f"{path}: {parameter.name} has no help"
+
+
+def test_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "longspan", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"longspan {longspan.__version__}\n"
+
+
+def test_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert version("longspan") == longspan.__version__
