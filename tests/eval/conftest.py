@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from longspan.models.hf import enable
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.eval.documents import HeldOutDocument
+from longspan.models.hf import enable
 
 SYLLABLES = ["ba", "ce", "di", "fo", "gu", "ha", "ke", "li", "mo", "nu", "pa", "re", "si", "to", "vu"]
 

@@ -66,7 +66,8 @@ def test_other_settings_refuse_to_continue(records: Path, changes: dict[str, Any
 def test_moved_model_folder_is_the_same_model(records: Path) -> None:
     """A run folder that was moved must still be resumable; the weights' fingerprint identifies the model."""
     RecordsWriter(records, header()).__exit__(None, None, None)
-    RecordsWriter(records, header(model_info={**MODEL_INFO, "path": "elsewhere"})).__exit__(None, None, None)
+    moved = header(model_info={**MODEL_INFO, "path": "elsewhere"}, note="moved")
+    RecordsWriter(records, moved).__exit__(None, None, None)
 
 
 @pytest.mark.parametrize(

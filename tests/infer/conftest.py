@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from longspan.models.hf import enable
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from longspan.models.hf import enable
 
 VOCAB_SIZE = 97
 

@@ -27,7 +27,6 @@ from longspan.data.facts import Fact, collect_keys, draw_facts, insert_at_senten
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.haystack import Haystack, Window
-from longspan.infer.score import ScoreRequest
 
 PROMPT_VERSION = 1
 """Raised whenever the same settings would compose another prompt."""
@@ -115,7 +114,9 @@ class NeedleTask(Config):
 class NeedleSample(NamedTuple):
     """One composed prompt with its answer, and what was measured on it."""
 
-    request: ScoreRequest
+    prompt_ids: np.ndarray
+    answer_ids: np.ndarray
+    """What follows `prompt_ids` when prompt and answer are tokenised together."""
     prompt: str
     question: str
     expected: str
@@ -125,6 +126,15 @@ class NeedleSample(NamedTuple):
     """Haystack tokens before the needle / haystack tokens before and after it."""
     needle_window: str
     """The needle with the text around it."""
+
+
+class _Places(NamedTuple):
+    depths: list[float]
+    """Depth in the bare haystack of the needle and of each distractor."""
+    order: list[int]
+    """Indices of `depths` in the order of the text."""
+    expected: float
+    """Depth of the needle among all that surrounds it, were there a border at every token."""
 
 
 class _Planted(NamedTuple):
@@ -165,10 +175,11 @@ class NeedleBuilder:
         window = self._haystack.window(generator, length)
         needle, *distractors = self._draw_facts(generator, window)
         other_depths = [_other_depth(generator, depth) for _ in distractors]
-        places = [(needle, depth), *zip(distractors, other_depths)]
+        sizes = [len(self._tokenizer.encode(f"{fact.sentence}\n")) for fact in distractors]
         haystack_tokens = length - self._num_planned_tokens([needle, *distractors])
         for _ in range(_MAX_FITS):
-            planted = _plant(window, haystack_tokens, places)
+            places = _places(depth, other_depths, sizes, haystack_tokens)
+            planted = _plant(window, haystack_tokens, [needle, *distractors], places)
             context = planted.text if planted.text.endswith("\n") else f"{planted.text}\n"
             prompt = f"{context}{needle.question}"
             ids = self._tokenizer.encode(f"{prompt} {needle.value}")
@@ -185,16 +196,12 @@ class NeedleBuilder:
         before = len(self._tokenizer.encode(context[: planted.start]))
         after = len(self._tokenizer.encode(context[planted.end :].removeprefix("\n")))
         achieved = before / max(1, before + after)
-        _check_depth(
-            achieved,
-            depth,
-            window=window,
-            haystack_tokens=haystack_tokens,
-            planted_tokens=before + after - haystack_tokens,
-        )
+        _check_depth(achieved, places, window=window, haystack_tokens=haystack_tokens)
+        prompt_tokens = self._prompt_tokens(prompt, ids)
         around = slice(max(0, planted.start - _CONTEXT_CHARS), planted.end + _CONTEXT_CHARS)
         return NeedleSample(
-            request=self._split_answer(prompt, ids),
+            prompt_ids=ids[:prompt_tokens],
+            answer_ids=ids[prompt_tokens:],
             prompt=prompt,
             question=needle.question,
             expected=needle.value,
@@ -224,11 +231,13 @@ class NeedleBuilder:
         asked = f"\n{facts[0].question} {facts[0].value}"
         return len(self._tokenizer.encode(planted)) + len(self._tokenizer.encode(asked))
 
-    def _split_answer(self, prompt: str, ids: np.ndarray) -> ScoreRequest:
+    def _prompt_tokens(self, prompt: str, ids: np.ndarray) -> int:
+        """Return where the answer begins in the ids of prompt and answer; refuse a token that is in both."""
         prompt_ids = self._tokenizer.encode(prompt)
-        if len(prompt_ids) >= len(ids) or not np.array_equal(ids[: len(prompt_ids)], prompt_ids):
+        count = len(prompt_ids)
+        if count >= len(ids) or not np.array_equal(ids[:count], prompt_ids):
             raise DataError("this tokenizer joins the end of the question and the answer into one token")
-        return ScoreRequest(prompt_ids, ids[len(prompt_ids) :])
+        return count
 
     def _check_lengths(self) -> None:
         count = 1 + self.task.num_distractors
@@ -252,36 +261,53 @@ def _other_depth(generator: np.random.Generator, depth: float) -> float:
     return float(drawn if drawn < low else drawn + high - low)
 
 
-def _plant(window: Window, haystack_tokens: int, places: Sequence[tuple[Fact, float]]) -> _Planted:
-    """Plant facts into the first tokens of the window; `places[0]` is the needle.
+def _places(
+    depth: float, other_depths: Sequence[float], sizes: Sequence[int], haystack_tokens: int
+) -> _Places:
+    """Return where in the bare haystack to plant, so that the needle is at `depth` of all that surrounds it.
 
-    Planted from the last to the first, so what is planted never moves a place that is still to come.
+    Distractors take room: with 40 tokens of them before the needle in a haystack of 100 tokens, depth 0.5 of
+    all 140 tokens is depth 0.3 of the haystack. They keep their side of the needle.
     """
-    text = window.head(haystack_tokens)
-    targets = [(window.char_at(depth, haystack_tokens), index) for index, (_, depth) in enumerate(places)]
+    earlier = sum(size for other, size in zip(other_depths, sizes) if other < depth)
+    total = haystack_tokens + sum(sizes)
+    needle = min(1.0, max(0.0, (depth * total - earlier) / haystack_tokens))
+    others = [
+        other / depth * needle if other < depth else 1.0 - (1.0 - other) / (1.0 - depth) * (1.0 - needle)
+        for other in other_depths
+    ]
+    order = sorted(range(1 + len(others)), key=lambda index: [depth, *other_depths][index])
+    return _Places([needle, *others], order, (needle * haystack_tokens + earlier) / total)
+
+
+def _plant(window: Window, haystack_tokens: int, facts: Sequence[Fact], places: _Places) -> _Planted:
+    """Plant facts into the first tokens of the window; the first fact is the needle.
+
+    Planted from the last to the first, so what is planted never moves a place that is still to come. The
+    borders are those of the bare haystack: a planted line has ends of its own, which are nobody's place.
+    """
+    text = haystack = window.head(haystack_tokens)
     start = end = -1
-    for target, index in sorted(targets, reverse=True):
+    for index in reversed(places.order):
         before = len(text)
-        sentence = places[index][0].sentence
-        text, at, stop = insert_at_sentence(text, sentence, target / before if before else 0.0)
+        border = nearest_border(haystack, window.char_at(places.depths[index], haystack_tokens))
+        text, at, stop = insert_at_sentence(text, facts[index].sentence, border / before)
         if index == 0:
             start, end = at, stop
         elif at <= start:
             start, end = start + len(text) - before, end + len(text) - before
-    assert text[start:end] == places[0][0].sentence
+    assert text[start:end] == facts[0].sentence
     return _Planted(text, start, end)
 
 
-def _check_depth(
-    achieved: float, depth: float, *, window: Window, haystack_tokens: int, planted_tokens: int
-) -> None:
-    """Raise DataError when the needle is farther off than line borders and distractors explain."""
-    target = window.char_at(depth, haystack_tokens)
+def _check_depth(achieved: float, places: _Places, *, window: Window, haystack_tokens: int) -> None:
+    """Raise DataError when the needle is farther off than the nearest line or sentence border explains."""
+    target = window.char_at(places.depths[0], haystack_tokens)
     border = nearest_border(window.head(haystack_tokens), target)
     low, high = np.searchsorted(window.ends[:haystack_tokens], sorted([target, border]))
-    slack = (int(high - low) + 1 + max(0, planted_tokens)) / haystack_tokens
-    if abs(achieved - depth) > DEPTH_TOLERANCE + slack:
+    tolerance = DEPTH_TOLERANCE + (int(high - low) + 1) / haystack_tokens
+    if abs(achieved - places.expected) > tolerance:
         raise DataError(
-            f"the needle stands at depth {achieved:.3f} instead of {depth:.3f}",
-            allowed=f"{DEPTH_TOLERANCE + slack:.3f} off, by the nearest line or sentence border",
+            f"the needle stands at depth {achieved:.3f} instead of {places.expected:.3f}",
+            allowed=f"{tolerance:.3f} off, by the nearest line or sentence border",
         )

@@ -24,8 +24,8 @@ from longspan.core.records import JsonlWriter, read_jsonl
 
 MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
 _PACKAGES = ("longspan", "torch", "transformers")
-# Where, when and with which library versions an evaluation ran is recorded but does not make it another one.
-_NOT_IDENTITY = ("kind", "fingerprint", "versions", "created")
+# A remark, the date and the library versions are recorded but do not make it another evaluation.
+_NOT_IDENTITY = ("kind", "fingerprint", "note", "versions", "created")
 
 
 class EvalRecords(NamedTuple):
@@ -45,10 +45,12 @@ def make_header(
     tokenizer: str,
     seed: int,
     params: Mapping[str, Any],
+    note: str | None = None,
 ) -> dict[str, Any]:
     """Return the header of an evaluation; `fingerprint` covers all that determines the outputs.
 
-    `model_info` holds path, fingerprint, rope (the parameters in effect) and trained_length.
+    `model_info` holds path, fingerprint, rope (the parameters in effect) and trained_length; `note` is a
+    remark for readers.
 
     Raises:
         ArgumentError: a key of `model_info` is missing.
@@ -67,13 +69,14 @@ def make_header(
     }
     header = json.loads(json.dumps(header))  # tuples become lists, as they will when read back
     header["fingerprint"] = header_fingerprint(header)
+    header["note"] = note
     header["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
     header["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return header
 
 
 def header_fingerprint(header: Mapping[str, Any]) -> str:
-    """Return 16 hex characters that change when anything but the versions and the date changes."""
+    """Return 16 hex characters that change when anything but the note, the versions and the date changes."""
     identity = {key: value for key, value in header.items() if key not in _NOT_IDENTITY}
     # The folder may be moved between two runs; the fingerprint of the weights says which model it is.
     identity["model"] = {key: value for key, value in header["model"].items() if key != "path"}

@@ -29,7 +29,7 @@ from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.infer.packed import plan_batches
 from longspan.infer.perplexity import token_nll
-from longspan.infer.score import ScoreResult, score
+from longspan.infer.score import ScoreRequest, ScoreResult, score
 
 BATCH_TOKENS = 16_384
 NOT_FINITE = "the model's output is not a finite number"
@@ -52,13 +52,14 @@ def run_needle(
     label: str,
     out: str | Path,
     model_info: Mapping[str, Any],
+    note: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
     """Evaluate needle retrieval by teacher-forced scoring; write records to `out`, return a summary.
 
     `model` is any causal LM that `models.load_model` returns, with whatever RoPE it was loaded;
     `model_info` holds path, fingerprint, rope and trained_length for the header. `label` names the state of
-    the model (`before`, `after`, `theta_only`, ...).
+    the model (`before`, `after`, `theta_only`, ...); `note` is a remark that goes into the header.
 
     Returns:
         samples, scored, unscored (reason -> count), mean score, `cells` with one row per length and depth
@@ -73,6 +74,7 @@ def run_needle(
         "needle",
         label,
         model_info=model_info,
+        note=note,
         tokenizer=tokenizer.fingerprint,
         seed=task.seed,
         params={
@@ -106,6 +108,7 @@ def run_ppl(
     label: str,
     out: str | Path,
     model_info: Mapping[str, Any],
+    note: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
     """Evaluate perplexity by length and position; write records to `out`, return a summary.
@@ -124,6 +127,7 @@ def run_ppl(
         "ppl",
         label,
         model_info=model_info,
+        note=note,
         tokenizer=tokenizer.fingerprint,
         seed=task.seed,
         params={
@@ -196,7 +200,7 @@ def _needle_records(
             reasons.append(None)
         except DataError as error:
             reasons.append(str(error))
-    requests = [sample.request for sample in built]
+    requests = [ScoreRequest(sample.prompt_ids, sample.answer_ids) for sample in built]
     longest = sum(sample.achieved_length for sample in built)
     results = iter(zip(built, score(model, requests, batch_tokens=max(1, longest))))
     records = []

@@ -29,11 +29,10 @@ def generate_greedy(
     """
     if len(prompt_ids) == 0:
         raise ArgumentError("an empty prompt cannot be continued")
-    device = next(model.parameters()).device
     cache = DynamicCache(config=model.config)
     generated: list[int] = []
     with inference(model):
-        input_1T = torch.from_numpy(np.asarray(prompt_ids, dtype=np.int64))[None].to(device)
+        input_1T = torch.from_numpy(np.asarray(prompt_ids, dtype=np.int64))[None].to(model.device)
         while len(generated) < max_new_tokens and (not generated or generated[-1] not in stop_ids):
             logits_11V = model(
                 input_ids=input_1T, past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
-from longspan.models.hf import Documents
+from longspan.models.hf import Documents, hidden_states
 
-# Shape suffixes: T = tokens of all sequences together, D = model width.
+# Shape suffixes: T = tokens of all sequences together.
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -68,13 +68,6 @@ def packed_hidden_states(model: PreTrainedModel, sequences: Sequence[np.ndarray]
     """
     if not sequences or any(len(ids) == 0 for ids in sequences):
         raise ArgumentError("an empty sequence cannot be run", found=[len(ids) for ids in sequences])
-    ids_T = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
-    positions_T = np.concatenate([np.arange(len(ids), dtype=np.int64) for ids in sequences])
-    device = next(model.parameters()).device
-    hidden_1TD = model.model(
-        input_ids=torch.from_numpy(ids_T)[None].to(device),
-        position_ids=torch.from_numpy(positions_T)[None].to(device),
-        documents=Documents.from_cu_seqlens(boundaries(sequences).tolist()),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden_1TD[0]
+    ids_T = torch.from_numpy(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences]))
+    documents = Documents.from_cu_seqlens(boundaries(sequences))
+    return hidden_states(model, ids_T.to(model.device), documents)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from longspan.core.errors import ArgumentError
 from longspan.infer.packed import boundaries, inference, packed_hidden_states, plan_batches
 from longspan.kernels.loss import linear_cross_entropy
+from longspan.models.hf import lm_head_weight
 
 
 def token_nll(
@@ -50,7 +51,7 @@ def _batch_nll(model: PreTrainedModel, windows: Sequence[np.ndarray]) -> list[np
         labels[start : end - 1] = ids[1:]
     loss = linear_cross_entropy(
         hidden,
-        model.get_output_embeddings().weight,
+        lm_head_weight(model),
         torch.from_numpy(labels).to(hidden.device),
     )
     nll = loss.per_token_nll.float().cpu().numpy()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
 from longspan.infer.packed import boundaries, inference, packed_hidden_states, plan_batches
+from longspan.models.hf import lm_head_weight
 
 # Shape suffixes: A = answer tokens of all requests of a batch, D = model width, V = vocabulary.
 
@@ -75,7 +76,7 @@ def _score_batch(model: PreTrainedModel, requests: Sequence[ScoreRequest]) -> li
     labels_A = np.concatenate([request.answer_ids for request in requests]).astype(np.int64)
     hidden_TD = packed_hidden_states(model, sequences)
     hidden_AD = hidden_TD[torch.from_numpy(rows_A).to(hidden_TD.device)]
-    logits_AV = model.get_output_embeddings()(hidden_AD).float()
+    logits_AV = torch.nn.functional.linear(hidden_AD, lm_head_weight(model)).float()
     log_probs_AV = torch.log_softmax(logits_AV, dim=-1)
     target_A1 = torch.from_numpy(labels_A)[:, None].to(log_probs_AV.device)
     nll_A = -log_probs_AV.gather(1, target_A1)[:, 0].cpu().numpy()
