@@ -327,20 +327,15 @@ class Variant(NamedTuple):
 
 def _variants(work: Path, config: QuickstartConfig) -> list[Variant]:
     """Return before, after, and what can be done without training: theta alone, NTK, position interpolation."""
-    from longspan.kernels.rope import linear_rope, ntk_rope
-
     base = _last_model(work, "pretrain", config.pretrain)
     short, long = config.pretrain.stages[-1], config.extend.stages[-1]
     factor = long.context_length / short.context_length
-    hf_config = config.pretrain.model.hf_config or {}
-    head_dim = hf_config["hidden_size"] // hf_config["num_attention_heads"]
-    theta = float((short.rope or {}).get("rope_theta", 10000.0))
     return [
         Variant("before", base, None),
         Variant("after", _last_model(work, "extend", config.extend), None),
         Variant("theta_only", base, long.rope),
-        Variant("ntk", base, ntk_rope(factor=factor, rope_theta=theta, head_dim=head_dim)),
-        Variant("pi", base, linear_rope(factor=factor, rope_theta=theta)),
+        Variant("ntk", base, {"rope_type": "ntk", "factor": factor}),
+        Variant("pi", base, {"rope_type": "linear", "factor": factor}),
     ]
 
 
@@ -393,7 +388,8 @@ def _evaluate_variant(
     harder: NeedleTask | None,
 ) -> None:
     from longspan.eval.runner import run_needle, run_ppl
-    from longspan.models.hf import load_model, model_info
+    from longspan.models.hf import load_model
+    from longspan.models.identity import model_identity
 
     records = work / "records"
     longest = max(*needle.lengths, *(beyond.lengths if beyond else ()))
@@ -401,7 +397,10 @@ def _evaluate_variant(
     shared: dict[str, Any] = {
         "documents": documents,
         "label": variant.label,
-        "model_info": {**model_info(model, variant.path, relative_to=work), "trained_length": trained_length},
+        "model_info": {
+            **model_identity(model, variant.path, shown_as=str(variant.path.relative_to(work))),
+            "trained_length": trained_length,
+        },
         "note": variant.note,
     }
     run_needle(model, tokenizer, needle, out=records / f"needle-{variant.label}.jsonl", **shared)

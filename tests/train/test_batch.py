@@ -28,8 +28,8 @@ def test_labels_never_cross_a_document_or_row_border() -> None:
     """The first token of the next document must not be learnt from the last of this one."""
     batch = collate([row([1, 2, 3, 4, 5], [0, 3, 5]), row([6, 7], [0, 2])])
     assert batch.labels.tolist() == [2, 3, IGNORE, 5, IGNORE, 7, IGNORE]
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1]
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert batch.loss_weights is None
 
 

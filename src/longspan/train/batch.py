@@ -26,13 +26,13 @@ class Batch(NamedTuple):
     """Several rows as one sequence of N tokens."""
 
     input_ids: torch.Tensor
-    """int64 [1, N]."""
+    """int64 [N]."""
     labels: torch.Tensor
     """int64 [N]; IGNORE where nothing is trained."""
     loss_weights: torch.Tensor | None
     """float32 [N], the weight of each label; None when every label weighs the same."""
     positions: torch.Tensor
-    """int64 [1, N], from 0 in every document."""
+    """int64 [N], from 0 in every document."""
     sources: torch.Tensor
     """int64 [N], index into `source_names`."""
     source_names: tuple[str, ...]
@@ -72,10 +72,10 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
             weights = None
     documents = Documents.from_cu_seqlens(cu_seqlens)
     return Batch(
-        input_ids=torch.from_numpy(ids)[None].to(device),
+        input_ids=torch.from_numpy(ids).to(device),
         labels=torch.from_numpy(labels).to(device),
         loss_weights=None if weights is None else torch.from_numpy(weights).to(device),
-        positions=documents.positions()[None].to(device),
+        positions=documents.positions(device),
         sources=torch.from_numpy(np.concatenate(sources)).to(device),
         source_names=tuple(names),
         documents=documents,

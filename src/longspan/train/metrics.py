@@ -22,7 +22,7 @@ class LossBreakdown:
         values = nll[labelled].double()
         self._count(self._by_source, batch.sources[labelled], values, list(batch.source_names))
         # Position p is the number of tokens the prediction of token p + 1 may look back on, less one.
-        positions = batch.positions[0][labelled]
+        positions = batch.positions[labelled]
         buckets = (positions // FIRST_BUCKET).clamp(min=0)
         buckets = torch.where(buckets > 0, buckets.double().log2().floor().long() + 1, 0)
         self._count(self._by_position, buckets, values, None)

@@ -24,10 +24,11 @@ from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
+from longspan.kernels.rope import rope_parameters
 from longspan.models.hf import (
     build_model,
-    head_weight,
     hidden_states,
+    lm_head_weight,
     load_model,
     rope_fingerprint,
     save_model,
@@ -77,7 +78,10 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
 
 
 def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
-    """Plan the data of every stage; nothing is trained or written."""
+    """Check every stage's RoPE and plan its data; nothing is trained or written."""
+    for stage in config.stages:
+        if stage.rope is not None:
+            rope_parameters({"rope_theta": 10000.0, **stage.rope}, head_dim=64)
     root = data_root / config.data_root
     return [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
 
@@ -181,7 +185,7 @@ def train_step(
     for start in range(0, len(rows), rows_per_micro_batch):
         batch = collate(rows[start : start + rows_per_micro_batch], device=device)
         hidden_TD = hidden_states(model, batch.input_ids, batch.documents)
-        result = next_token(batch, hidden_TD, head_weight(model))
+        result = next_token(batch, hidden_TD, lm_head_weight(model))
         if weight > 0:
             (result.loss / weight).backward()
         loss_sum += float(result.loss.detach())
@@ -213,9 +217,9 @@ def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | No
         model = load_model(config.model.path, rope=rope, max_position_embeddings=context, dtype=dtype)
     else:
         assert config.model.hf_config is not None
-        settings = {"max_position_embeddings": context, **config.model.hf_config}
-        settings["max_position_embeddings"] = max(settings["max_position_embeddings"], context)
-        model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init, dtype=dtype)
+        settings = {**config.model.hf_config, "dtype": config.model.dtype}
+        settings["max_position_embeddings"] = max(settings.get("max_position_embeddings", 0), context)
+        model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init)
     if state is not None:
         _load_tensors(model, state.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,30 @@
+"""What names a model in an evaluation record: where it came from, its weights, its RoPE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from longspan.core.files import sha256_bytes, sha256_file
+from longspan.models.hf import rope_fingerprint
+
+
+def model_identity(
+    model: PreTrainedModel, path: str | Path, *, shown_as: str | None = None
+) -> dict[str, Any]:
+    """Return path, fingerprint and RoPE of a model loaded from the folder or hub name `path`.
+
+    The fingerprint covers the bytes of the weight files (a hub name is taken at its word) and the frequencies
+    that the model really uses, so the same weights with another RoPE are another model. `shown_as` replaces
+    the path in the record.
+    """
+    weights = sorted(Path(path).glob("*.safetensors"))
+    parts = [sha256_file(file) for file in weights] or [str(path)]
+    parts.append(rope_fingerprint(model))
+    return {
+        "path": shown_as or str(path),
+        "fingerprint": sha256_bytes(" ".join(parts).encode())[:16],
+        "rope": dict(model.config.get_text_config(decoder=True).rope_parameters),
+    }

@@ -1,0 +1,143 @@
+"""The loop: accumulation, stages, and mistakes that are found before the first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.core.errors import ConfigError, DataError
+from longspan.core.records import read_jsonl
+from longspan.models.hf import build_model
+from longspan.train.config import TrainConfig
+from longspan.train.optim import build_optimizers, set_lr
+from longspan.train.streams import plan_stage
+from longspan.train.trainer import plan_run, train, train_step
+from tests.train.conftest import recipe
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig.from_dict(recipe(**changes))
+
+
+def stages(index: int, **changes: Any) -> list[dict[str, Any]]:
+    values = recipe()["stages"]
+    values[index] = {**values[index], **changes}
+    return values
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read_jsonl(out / "metrics.jsonl")]
+
+
+def test_micro_batches_do_not_change_the_step(data_root: Path) -> None:
+    """A mean of micro-batch means weighs a micro-batch with few labels as much as one with many."""
+    settings = config()
+    plan = plan_stage(settings.stages[0], data_root=data_root, seed=0)
+    rows = plan.mixer.rows(0, 8)
+    assert len({float(row.weights.sum()) for row in rows if row.weights is not None}) > 1, "rows weigh alike"
+    results = []
+    for rows_per_micro_batch in (8, 3, 1):
+        assert settings.model.hf_config is not None
+        model = build_model(settings.model.hf_config, seed=1)
+        optimizers = build_optimizers(model, settings.optimizer)
+        set_lr(optimizers, lr=0.02, adamw_lr=0.004)
+        result = train_step(
+            model, optimizers, rows, rows_per_micro_batch=rows_per_micro_batch, max_grad_norm=1.0
+        )
+        results.append((result, [parameter.detach() for parameter in model.parameters()]))
+    whole = results[0]
+    for result, parameters in results[1:]:
+        assert result.loss == pytest.approx(whole[0].loss, rel=1e-6)
+        assert result.grad_norm == pytest.approx(whole[0].grad_norm, rel=1e-5)
+        assert result.loss_by_source == pytest.approx(whole[0].loss_by_source, rel=1e-6)
+        for left, right in zip(parameters, whole[1]):
+            torch.testing.assert_close(left, right, rtol=1e-3, atol=2e-5)
+
+
+def test_a_run_learns_changes_rope_between_stages_and_leaves_loadable_models(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """RoPE of the second stage has to reach the model and its exported config."""
+    settings = config()
+    result = train(settings, tmp_path / "run", data_root=data_root)
+    records = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert records[5]["loss"] < 0.9 * records[0]["loss"]
+    assert set(records[0]["loss_by_source"]) == {"even", "odd"}
+    assert result.tokens == records[-1]["tokens"] == 6 * 128 + 6 * 96
+    thetas = [
+        json.loads((result.models[name] / "config.json").read_text())["rope_parameters"]["rope_theta"]
+        for name in ("short", "long")
+    ]
+    assert thetas == [10000.0, 50000.0]
+    hashes = [
+        record["rope"]
+        for record in read_jsonl(tmp_path / "run" / "events.jsonl")
+        if record["event"] == "stage"
+    ]
+    assert len(set(hashes)) == 2
+    assert (tmp_path / "run" / "COMPLETE").exists()
+
+
+def test_same_seed_same_bits_other_seed_other_run(data_root: Path, tmp_path: Path) -> None:
+    """Hidden global random state would make two runs differ; an ignored seed would make them equal."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(config(seed=seed), tmp_path / name, data_root=data_root)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(data_root: Path) -> None:
+    """One overflow must not turn every parameter into NaN."""
+    settings = config()
+    assert settings.model.hf_config is not None
+    model = build_model(settings.model.hf_config, seed=1)
+    optimizers = build_optimizers(model, settings.optimizer)
+    set_lr(optimizers, lr=0.02, adamw_lr=0.004)
+    plan = plan_stage(settings.stages[0], data_root=data_root, seed=0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = float("inf")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    result = train_step(model, optimizers, plan.mixer.rows(0, 2), rows_per_micro_batch=2, max_grad_norm=1.0)
+    assert result.loss is None and result.grad_norm is None
+    for left, right in zip(model.parameters(), before):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": stages(1, tokens="2M")}, r"longer than its data.*rows in one epoch"),
+        ({"stages": stages(0, context_length=100000, batch_tokens=100000, micro_batch_tokens=None)}, "one row"),
+        ({"stages": stages(0, streams={"text": {"store": "missing"}})}, "missing"),
+        ({"stages": stages(0, rope={"rope_type": "yarm"})}, "yarm"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_step(
+    data_root: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A stage that cannot finish must not be found out after days of training the stage before it."""
+    with pytest.raises((ConfigError, DataError)) as error:
+        train(config(**changes), tmp_path / "run", data_root=data_root)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    import re
+
+    assert re.search(message, str(error.value).replace("\n", " "))
+
+
+def test_a_misspelt_key_names_the_right_one() -> None:
+    """A silently ignored setting is the commonest way to train the wrong thing."""
+    values = recipe()
+    values["stages"][1]["contxt_length"] = 5
+    with pytest.raises(ConfigError, match=r"stages\.1\.contxt_length.*did you mean 'context_length'"):
+        TrainConfig.from_dict(values, where="recipe.yaml")
+
+
+def test_the_plan_counts_rows_of_each_stream(data_root: Path) -> None:
+    """Two streams of weight 1 share the rows of a stage."""
+    plans = plan_run(config(), data_root=data_root)
+    assert plans[0].rows_needed == {"text": 24, "weighted": 24}
