@@ -84,6 +84,21 @@ def test_ends_of_the_haystack_are_reached(
     assert built.achieved_depth == depth
 
 
+@pytest.mark.parametrize("sample", range(8))
+def test_distractors_keep_their_side_in_a_short_context(
+    builders: dict[int, NeedleBuilder], tokenizer: Tokenizer, sample: int
+) -> None:
+    """Three distractors outweigh a short haystack; planted at one border, they used to push the needle to an end."""
+    built = builders[3].build(200, 0.5, sample)
+    needle = f"{built.question} {built.expected}."
+    before, after = built.prompt.removesuffix(built.question).split(needle)
+    facts_before, facts_after = before.count("magic number"), after.count("magic number")
+    assert facts_before + facts_after == 3
+    # All three on one side weigh about as much as the haystack itself; only then may the middle be missed.
+    tolerance = 0.15 if facts_before in (1, 2) else 0.35
+    assert built.achieved_depth == pytest.approx(0.5, abs=tolerance)
+
+
 def test_distractors_have_other_keys_values_and_places(builders: dict[int, NeedleBuilder]) -> None:
     """A distractor that repeats the needle's key or value would make the question ambiguous."""
     built = builders[3].build(1024, 0.5, 0)

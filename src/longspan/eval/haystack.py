@@ -1,12 +1,13 @@
 """Text windows of a given number of tokens, cut out of held-out documents.
 
-Each document is tokenised once, when it is first drawn, with the character offset of every token. A window of
-n tokens is then a slice of text: nothing is decoded, and no haystack is tokenised again for every cell.
+Each document is tokenised when it is first drawn, with the character offset of every token. A window of n
+tokens is then a slice of text: nothing is decoded, and no haystack is tokenised again for every cell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ SEPARATOR = "\n\n"
 
 
 class Window(NamedTuple):
-    """Running text and the character position at which each of its tokens ends, int64 `[tokens]`."""
+    """Running text and the character position at which each of its tokens ends, `[tokens]`."""
 
     text: str
     ends: np.ndarray
@@ -42,7 +43,6 @@ class Haystack:
     def __init__(self, documents: Sequence[HeldOutDocument], tokenizer: Tokenizer) -> None:
         self._texts = [document.text for document in documents if document.text]
         self._tokenizer = tokenizer
-        self._offsets: dict[int, np.ndarray] = {}
 
     def window(self, generator: np.random.Generator, num_tokens: int) -> Window:
         """Draw a window of at least `num_tokens` tokens.
@@ -90,7 +90,11 @@ class Haystack:
         yield first, 0, start
 
     def _token_ends(self, document: int) -> np.ndarray:
-        if document not in self._offsets:
-            _, _, ends = self._tokenizer.encode_with_offsets(self._texts[document])
-            self._offsets[document] = np.asarray(ends, dtype=np.int64)
-        return self._offsets[document]
+        return _token_ends(self._tokenizer, self._texts[document])
+
+
+# Several models are evaluated on the same documents, one run after the other.
+@lru_cache(maxsize=1024)
+def _token_ends(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Return the character position at which each token of a text ends, int32 `[tokens]`."""
+    return tokenizer.encode_with_offsets(text).ends.astype(np.int32)
