@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -73,7 +74,7 @@ def test_sums_add_up_over_micro_batches(cuts: list[int], chunk: int, seed: int) 
         linear_cross_entropy(
             hidden[a:b], weight, labels[a:b], loss_weights=loss_weights[a:b], chunk_tokens=chunk
         )
-        for a, b in zip(borders, borders[1:])
+        for a, b in pairwise(borders)
     ]
     whole_grads = torch.autograd.grad(whole.loss, (hidden, weight))
     part_grads = torch.autograd.grad(torch.stack([part.loss for part in parts]).sum(), (hidden, weight))

@@ -44,7 +44,7 @@ def linear_cross_entropy(
     loss_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LossSum:
-    """Return the summed cross-entropy of softmax(hidden weight^T) against labels, a chunk of tokens at a time.
+    """Return the summed cross-entropy of softmax(hidden weight^T) against labels, chunk by chunk.
 
     Args:
         hidden: [T, D], any float dtype.

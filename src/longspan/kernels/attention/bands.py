@@ -129,8 +129,8 @@ class Bands:
         need_k = int((self.k_start + self.k_len).max(initial=0))
         if need_q > num_queries or need_k > num_keys:
             raise ArgumentError(
-                "a band reaches past the end of the tensors",
-                found=f"bands need {need_q} queries and {need_k} keys, there are {num_queries} and {num_keys}",
+                "a band reaches past the end of the queries or keys",
+                found=f"the bands need {need_q} and {need_k} rows, there are {num_queries} and {num_keys}",
             )
 
     def num_pairs(self) -> int:

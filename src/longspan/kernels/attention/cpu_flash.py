@@ -269,7 +269,7 @@ def _mask(piece: Piece, dtype: torch.dtype) -> torch.Tensor | None:
     return _tile_mask(piece.rows[1] - piece.rows[0], piece.keys[1] - piece.keys[0], *piece.diagonal, dtype)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _tile_mask(num_rows: int, num_keys: int, lo: int, hi: int, dtype: torch.dtype) -> torch.Tensor:
     # Interior tiles of a window share one mask: their limits count from the tile's own corner.
     difference = torch.arange(num_rows)[:, None] - torch.arange(num_keys)[None, :]

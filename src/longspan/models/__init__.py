@@ -1,0 +1,1 @@
+"""Hugging Face causal language models with longspan's attention injected through the transformers registry."""

@@ -1,0 +1,193 @@
+"""longspan's attention under its own name in the transformers registries.
+
+`register()` adds two functions named "longspan": the attention itself, which gets the document table as the
+keyword `documents`, and a mask builder that builds nothing. What this attention cannot express is refused
+with a message, never dropped: transformers drops an unknown kernel's padding mask without a word.
+
+Shape legend: B = batch, H = query heads, K = key/value heads, Q = query tokens, S = key tokens, D = head dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from longspan.core.errors import ArgumentError
+from longspan.kernels.attention import Bands, attention
+from longspan.models.documents import Documents
+
+__all__ = ["ATTENTION_NAME", "longspan_attention", "longspan_mask", "register"]
+
+ATTENTION_NAME = "longspan"
+
+USE_DOCUMENTS = (
+    "pass documents=Documents.from_cu_seqlens([0, ..., tokens]) and one row of tokens without padding"
+)
+
+# Arguments by which models ask for something that is not softmax(q k^T * scale) v over a band.
+UNSUPPORTED = {
+    "softcap": "soft-capped attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "an additive position bias",
+    "cache": "a paged cache",
+}
+
+
+def register() -> None:
+    """Make "longspan" known to transformers as an attention implementation; calling it again is harmless."""
+    AttentionInterface.register(ATTENTION_NAME, longspan_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, longspan_mask)
+
+
+def longspan_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **_: Any,
+) -> None:
+    """Build no mask; refuse what a mask would have been needed for.
+
+    Raises:
+        ArgumentError: a padded attention mask, a preallocated (static) cache, chunked attention, or a model
+            that overlays a mask of its own.
+    """
+    name = getattr(config, "model_type", "this model")
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise ArgumentError(
+            "longspan attention does not work with a preallocated key/value cache",
+            fix="use the default dynamic cache (no cache_implementation='static')",
+        )
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ArgumentError(
+            "longspan attention takes no padding",
+            found=f"an attention mask with {int((~attention_mask.bool()).sum())} masked positions",
+            fix=USE_DOCUMENTS,
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise ArgumentError(f"{name} uses chunked attention, which longspan attention does not compute")
+    if use_vmap:
+        raise ArgumentError(f"{name} adds a mask of its own, which longspan attention would ignore")
+
+
+def longspan_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    documents: Documents | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention for one layer, per document.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, Q, D].
+        key, value: [B, K, S, D]; S > Q means the queries are the last Q of S positions (a KV cache).
+        attention_mask: must be None.
+        dropout: must be 0.
+        scaling: factor on the scores; None = 1/sqrt(D).
+        sliding_window: a query sees that many keys, itself included; None = all.
+        documents: document table of the B*Q tokens; None = each of the B rows is one document.
+
+    Returns:
+        [B, Q, H, D], and None in place of attention probabilities.
+
+    Raises:
+        ArgumentError: anything this attention does not compute; the message names the model.
+    """
+    _refuse_unsupported(module, attention_mask, dropout, is_causal, kwargs)
+    batch, num_heads, num_queries, head_dim = query.shape
+    num_keys = key.shape[2]
+    # [B, H, Q, D] -> [B, Q, H, D] -> [B*Q, H, D]: a view, because models project to [B, Q, H, D] first.
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    if documents is None:
+        _refuse_packed_positions(module, kwargs)
+        out = attention(q, k, v, _rows(batch, num_queries, num_keys, sliding_window), scale=scaling)
+    else:
+        if num_keys != num_queries or documents.num_tokens != batch * num_queries:
+            raise ArgumentError(
+                "the document table does not fit the tokens",
+                found=f"{documents.num_tokens} tokens in documents, {batch} x {num_queries} tokens in the input, "
+                f"{num_keys} keys",
+                fix="pass one table for the whole row and use_cache=False",
+            )
+        out = documents.attend(q, k, v, window=sliding_window, scale=scaling)
+    return out.reshape(batch, num_queries, num_heads, head_dim), None
+
+
+@lru_cache(maxsize=64)
+def _rows(batch: int, num_queries: int, num_keys: int, window: int | None) -> Bands:
+    # Queries are the last of the keys, so query i stands at key position i + past: i - j >= -past.
+    past = num_keys - num_queries
+    rows = range(batch)
+    return Bands(
+        [row * num_queries for row in rows],
+        [num_queries] * batch,
+        [row * num_keys for row in rows],
+        [num_keys] * batch,
+        lo=-past,
+        hi=None if window is None else window - 1 - past,
+    )
+
+
+def _refuse_unsupported(
+    module: torch.nn.Module,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> None:
+    name = type(module).__name__
+    for key, meaning in UNSUPPORTED.items():
+        if kwargs.get(key) is not None:
+            raise ArgumentError(
+                f"{name} asks for {meaning} ({key}), which longspan attention does not compute",
+                fix="use a model without it, or another attention implementation for this model",
+            )
+    if kwargs.get("output_attentions"):
+        raise ArgumentError(f"{name} is asked for attention probabilities, which are never formed")
+    if attention_mask is not None:
+        raise ArgumentError(
+            f"{name} was given a ready-made attention mask",
+            found=f"shape {list(attention_mask.shape)}",
+            fix=USE_DOCUMENTS,
+        )
+    if dropout:
+        raise ArgumentError(
+            f"{name} uses attention dropout, which longspan attention does not compute",
+            found=dropout,
+            fix="set attention_dropout to 0 in the model's config",
+        )
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ArgumentError(f"{name} is not causal; longspan attention is for causal language models")
+
+
+def _refuse_packed_positions(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    """Positions that restart, or borders meant for another kernel, mean documents that would see each other."""
+    positions = kwargs.get("position_ids")
+    # The first layer looks, for all: reading the values makes a GPU wait.
+    if positions is None or positions.ndim != 2 or getattr(module, "layer_idx", 0) != 0:
+        restart = False
+    else:
+        restart = bool((positions[:, 1:] <= positions[:, :-1]).any())
+    found = "cu_seq_lens_q" if kwargs.get("cu_seq_lens_q") is not None else None
+    if restart:
+        found = "position_ids that start again inside a row"
+    if found is not None:
+        raise ArgumentError(
+            "several documents in a row, but no document table", found=found, fix=USE_DOCUMENTS
+        )

@@ -1,0 +1,83 @@
+"""Where documents begin and end in a row of tokens: the one thing masks and positions derive from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longspan.core.errors import ArgumentError
+from longspan.kernels.attention import Bands, attention
+
+__all__ = ["Documents"]
+
+
+class Documents:
+    """The document table of a row of tokens, handed to the model as the keyword `documents`.
+
+    Each document attends to itself only. Padding is a document of its own. The bands are worked out once per
+    sliding window and reused by every layer and by the recomputation of checkpointed layers.
+    """
+
+    def __init__(self, cu_seqlens: NDArray[np.int64]) -> None:
+        self.cu_seqlens = cu_seqlens
+        self._bands: dict[int | None, Bands] = {}
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | NDArray[np.integer] | torch.Tensor) -> Documents:
+        """Return the table for document borders [documents + 1], from 0 to the number of tokens.
+
+        Raises:
+            ArgumentError: borders that do not start at 0 or go back, or no token at all.
+        """
+        values = cu_seqlens.cpu().numpy() if isinstance(cu_seqlens, torch.Tensor) else cu_seqlens
+        borders = np.array(values, dtype=np.int64).reshape(-1)
+        if len(borders) < 2 or borders[0] != 0 or borders[-1] == 0 or (np.diff(borders) < 0).any():
+            raise ArgumentError(
+                "cu_seqlens must start at 0, never go back and end at the number of tokens",
+                found=borders[:8].tolist(),
+                allowed="for example [0, 5, 12] for documents of 5 and 7 tokens",
+            )
+        borders.setflags(write=False)
+        return cls(borders)
+
+    @classmethod
+    def single(cls, num_tokens: int) -> Documents:
+        """Return the table of one document that fills the row."""
+        return cls.from_cu_seqlens([0, num_tokens])
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the row."""
+        return int(self.cu_seqlens[-1])
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self)} documents, {self.num_tokens} tokens)"
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return int64 [tokens]: 0, 1, 2, ... within each document. For [0, 3, 5]: 0 1 2 0 1."""
+        starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
+        return torch.from_numpy(np.arange(self.num_tokens) - starts).to(device)
+
+    def bands(self, window: int | None = None) -> Bands:
+        """Return who sees whom, for full attention or a sliding window of `window` tokens."""
+        if window is not None and window >= np.diff(self.cu_seqlens).max():
+            window = None  # a window that no document fills is full attention
+        if window not in self._bands:
+            self._bands[window] = Bands.from_documents(self.cu_seqlens, window=window)
+        return self._bands[window]
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, scale: float | None
+    ) -> torch.Tensor:
+        """Return the attention of q [tokens, heads, head_dim] over k, v of the same row.
+
+        The attention function of `models.attention` calls this and nothing else, so a table that knows how
+        a row is spread over machines takes the place of this one by having the same method.
+        """
+        return attention(q, k, v, self.bands(window), scale=scale)

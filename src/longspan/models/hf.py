@@ -1,0 +1,283 @@
+"""Building, loading, running and saving causal language models of transformers with longspan's attention.
+
+RoPE is part of the config before a model exists, and is written to the saved `config.json`; a saved folder
+is a plain Hugging Face folder that loads without longspan.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.files import atomic_dir
+from longspan.kernels.rope import inv_freq_hash, rope_parameters
+from longspan.models.attention import ATTENTION_NAME, register
+from longspan.models.documents import Documents
+from longspan.models.init import INITS, seeded
+
+__all__ = [
+    "Documents",
+    "build_model",
+    "enable",
+    "hidden_states",
+    "lm_head_weight",
+    "load_model",
+    "rope_fingerprint",
+    "save_model",
+]
+
+# Keys of old config files that `rope_parameters` replaces.
+LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+# Config fields by which a model changes its logits after the output embedding, with the value that does not.
+LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "output_multiplier": 1.0,
+}
+
+
+def enable(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a transformers model longspan's attention, in place, and return it.
+
+    From then on the forward pass takes the keyword `documents`; nothing else about the model changes.
+
+    Raises:
+        ArgumentError: a model whose attention cannot be replaced through the transformers registry.
+    """
+    register()
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ArgumentError(
+            f"{type(model).__name__} does not take its attention from the transformers registry",
+            fix="use a model family that does, such as llama, qwen3 or mistral",
+        )
+    model.set_attn_implementation(ATTENTION_NAME)
+    return model
+
+
+def build_model(
+    hf_config: Mapping[str, Any],
+    *,
+    seed: int,
+    rope: Mapping[str, Any] | None = None,
+    init: str = "default",
+) -> PreTrainedModel:
+    """Build a causal language model with new weights from a config dictionary.
+
+    Args:
+        hf_config: `model_type` and the fields of that transformers config.
+        seed: the weights are a pure function of it and the config; the global generator is left alone.
+        rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
+        init: "default" (the model's own) or "zero_residual" (`models.init`).
+
+    Raises:
+        ConfigError: unknown `model_type`, field, RoPE setting or init.
+    """
+    register()
+    if init not in INITS:
+        raise ConfigError("unknown init", found=init, allowed=sorted(INITS))
+    config = _config_from_dict(hf_config)
+    if rope is not None:
+        fields = {key: value for key, value in hf_config.items() if key not in LEGACY_ROPE_KEYS}
+        config = _config_from_dict(fields | {"rope_parameters": _new_rope(config, rope)})
+    with seeded(seed, "model"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
+    fill = INITS[init]
+    if fill is not None:
+        fill(model, seed=seed)
+    return enable(model)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    rope: Mapping[str, Any] | None = None,
+    max_position_embeddings: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model from a Hugging Face folder or hub name, with longspan's attention.
+
+    Args:
+        path: folder or hub name.
+        rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
+        max_position_embeddings: replaces the config's.
+        dtype: dtype of the weights; None = as saved.
+
+    Raises:
+        DataError: nothing loadable at `path`.
+        ConfigError: an unknown RoPE setting.
+    """
+    register()
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise DataError(f"{path} is not a Hugging Face model folder", found="no config.json")
+    changes: dict[str, Any] = {}
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if rope is not None:
+            changes["rope_parameters"] = _new_rope(config, rope)
+        if max_position_embeddings is not None:
+            changes["max_position_embeddings"] = max_position_embeddings
+        model = AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation=ATTENTION_NAME, dtype="auto" if dtype is None else dtype, **changes
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot load a model from {path}",
+            found=str(error).strip().splitlines()[0],
+            fix="give a folder with config.json and safetensors weights, or a hub name that can be downloaded",
+        ) from error
+    return enable(model)
+
+
+def save_model(model: PreTrainedModel, path: str | Path, *, replace: bool = False) -> None:
+    """Write a Hugging Face folder that plain transformers loads; it appears whole or not at all.
+
+    Raises:
+        ArgumentError: `path` exists and `replace` is false.
+        RunError: the disk refuses the bytes.
+    """
+    if Path(path).exists() and not replace:
+        raise ArgumentError(f"{path} already exists", fix="choose another path or remove it")
+    with atomic_dir(path, replace=replace) as folder:
+        model.save_pretrained(folder)
+
+
+def rope_fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hex characters for the RoPE that a built model really uses, from its frequency buffers.
+
+    Raises:
+        ArgumentError: the model has no rotary frequencies, or they are still on the meta device.
+    """
+    parts = []
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if not key.endswith("inv_freq") or key.endswith("original_inv_freq"):
+                continue
+            if buffer.is_meta:
+                raise ArgumentError(
+                    "the rotary frequencies are not computed yet", found=f"{name}.{key} on meta"
+                )
+            # Types that change their frequencies with the input keep the first ones beside them.
+            first = getattr(module, key.replace("inv_freq", "original_inv_freq"), buffer)
+            scaling = float(getattr(module, "attention_scaling", 1.0))
+            parts.append(f"{key}={inv_freq_hash(first, attention_scaling=scaling)}")
+    if not parts:
+        raise ArgumentError(f"{type(model).__name__} has no rotary frequencies")
+    settings = _text_config(model.config).rope_parameters or {}
+    if any(found.get("rope_type") in ("dynamic", "longrope") for found in _per_layer_type(settings).values()):
+        parts.append(json.dumps(settings, sort_keys=True))
+    return hashlib.sha256("\n".join(sorted(set(parts))).encode()).hexdigest()[:16]
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    documents: Documents | None = None,
+    *,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the last hidden states, the input of the output embedding.
+
+    Args:
+        model: a model with longspan's attention.
+        input_ids: int64 [tokens] or [batch, tokens].
+        documents: document table of all tokens; None = each row is one document.
+        position_ids: same shape as `input_ids`; None = counted from the start of each document.
+
+    Returns:
+        [tokens, hidden] or [batch, tokens, hidden], in the shape of `input_ids`.
+    """
+    ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+    if position_ids is None:
+        if documents is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        else:
+            position_ids = documents.positions(ids.device)
+    states = model.base_model(
+        input_ids=ids, position_ids=position_ids.reshape(ids.shape), documents=documents, use_cache=False
+    ).last_hidden_state
+    return states.reshape(*input_ids.shape, -1)
+
+
+def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
+    """Return the output embedding [vocabulary, hidden]; logits are hidden_states @ weight.T.
+
+    Raises:
+        ArgumentError: a model whose logits are more than that product.
+    """
+    config = _text_config(model.config)
+    for name, neutral in LOGIT_CHANGES.items():
+        if (value := getattr(config, name, neutral)) not in (neutral, None):
+            raise ArgumentError(
+                f"{type(model).__name__} changes its logits after the head", found=f"{name}={value}"
+            )
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ArgumentError(f"{type(model).__name__} has a bias in its output embedding")
+    return head.weight
+
+
+def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
+    fields = copy.deepcopy(dict(hf_config))
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError(
+            "a model config needs model_type", found=sorted(fields), allowed="llama, qwen3, ..."
+        )
+    try:
+        known = AutoConfig.for_model(model_type)
+        config = AutoConfig.for_model(model_type, **fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"transformers refuses the model config of type {model_type!r}", found=str(error).splitlines()[0]
+        ) from error
+    allowed = (
+        known.to_dict().keys()
+        | set(known.attribute_map)
+        | set(LEGACY_ROPE_KEYS)
+        | {"rope_parameters", "dtype"}
+    )
+    unknown = fields.keys() - allowed
+    if unknown:
+        raise ConfigError(
+            f"a {model_type} config has no {', '.join(sorted(unknown))}",
+            allowed=sorted(key for key in allowed if not key.startswith("_")),
+        )
+    return config
+
+
+def _new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to put in the config; models with several RoPEs change the one of full attention."""
+    text = _text_config(config)
+    current = getattr(text, "rope_parameters", None)
+    if not current:
+        raise ConfigError(f"{config.model_type} has no RoPE to change")
+    by_layer = _per_layer_type(current)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key = "full_attention" if "full_attention" in by_layer else next(iter(by_layer))
+    inherited = {
+        name: by_layer[key][name] for name in ("rope_theta", "partial_rotary_factor") if name in by_layer[key]
+    }
+    settings = inherited | dict(rope)
+    rotated = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+    new = rope_parameters(settings, head_dim=rotated)
+    return new if by_layer[key] is current else current | {key: new}
+
+
+def _per_layer_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE settings by layer type; a model with one RoPE has one entry, the settings themselves."""
+    nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
+    return nested or {"all": parameters}
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    return config.get_text_config(decoder=True)
