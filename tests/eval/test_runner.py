@@ -155,7 +155,8 @@ def test_sample_that_cannot_be_built_is_unscored(
     cell = next(cell for cell in summary["cells"] if (cell["length"], cell["depth"]) == (320, 0.5))
     assert (cell["samples"], cell["scored"], cell["mean"], cell["interval"]) == (2, 0, None, None)
     record = next(record for record in read_records(records).samples if record["unscored"])
-    assert record["score"] is record["output"] is record["achieved_length"] is None
+    assert record["score"] is record["achieved_length"] is None
+    assert record["output"] == record["question"] == ""
 
 
 def test_output_that_is_no_number_is_unscored(

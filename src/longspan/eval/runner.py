@@ -210,29 +210,30 @@ def _needle_records(
         if reason is None:
             record |= _scored(*next(results), tokenizer=tokenizer, scorer=scorer)
         else:
-            record |= dict.fromkeys(_SCORED_FIELDS) | {"unscored": reason}
+            record |= _unscored(reason)
         records.append(record | {"num_distractors": builder.task.num_distractors})
     return records
 
 
-_SCORED_FIELDS = (
-    "prompt_sha256",
-    "achieved_length",
-    "achieved_depth",
-    "question",
-    "expected",
-    "output",
-    "score",
-    "unscored",
-    "needle_window",
-)
+def _unscored(reason: str) -> dict[str, Any]:
+    return {
+        "prompt_sha256": "",
+        "achieved_length": None,
+        "achieved_depth": None,
+        "question": "",
+        "expected": "",
+        "output": "",
+        "score": None,
+        "unscored": reason,
+        "needle_window": "",
+    }
 
 
 def _scored(
     sample: NeedleSample, result: ScoreResult, *, tokenizer: Tokenizer, scorer: Scorer
 ) -> dict[str, Any]:
     finite = bool(np.isfinite(result.nll).all())
-    output = tokenizer.decode(result.argmax_ids) if finite else None
+    output = tokenizer.decode(result.argmax_ids) if finite else ""
     return {
         "prompt_sha256": sha256_bytes(sample.prompt.encode()),
         "achieved_length": sample.achieved_length,
@@ -240,7 +241,7 @@ def _scored(
         "question": sample.question,
         "expected": sample.expected,
         "output": output,
-        "score": None if output is None else scorer.score(sample.expected, output),
+        "score": scorer.score(sample.expected, output) if finite else None,
         "unscored": None if finite else NOT_FINITE,
         "needle_window": sample.needle_window,
     }
