@@ -90,12 +90,13 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
         with open_raw(path) as raw:
             opener = COMPRESSION.get(PurePosixPath(path).suffix.lower())
             yield opener(raw) if opener else raw
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        # An OSError without a number comes from gzip and bz2, not from the system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {path}", found=error.strerror) from None
         raise DataError(
             f"{path} is a damaged or cut-off compressed file", found=str(error), fix="fetch it again"
         ) from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
 
 
 def open_raw(path: str) -> Any:

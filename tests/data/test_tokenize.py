@@ -1,0 +1,228 @@
+"""Tokenizing a corpus: the same store whatever the workers, whole after any end, masks on the right tokens."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.core.errors import ArgumentError, DataError
+from longspan.data import tokenize as module
+from longspan.data.tokenize import document_key, token_weights, tokenize_corpus
+from longspan.data.tokenizer import Tokenizer, load_tokenizer
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def corpus(texts: list[str], write_jsonl: Write) -> Path:
+    """Three files, 60 documents, two of them broken or empty."""
+    write_jsonl("corpus/web.jsonl", *({"text": text} for text in texts[:20]), b"{broken", {"text": ""})
+    write_jsonl("corpus/book/1.jsonl", *({"text": text + " one"} for text in texts[:30]))
+    return write_jsonl("corpus/book/2.jsonl", *({"text": text + " two"} for text in texts[:10])).parent.parent
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def test_store_holds_the_corpus(corpus: Path, texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against lost, reordered or altered documents, and against BOS or EOS slipping in."""
+    store = tokenize_corpus([corpus], tokenizer, tmp_path / "out", shard_bytes=2000)
+    store.verify()
+    wanted = [(t + " one", "book") for t in texts[:30]] + [(t + " two", "book") for t in texts[:10]]
+    wanted += [(text, "web") for text in texts[:20]]
+    found = [(tokenizer.decode(store.tokens(n)), store.source(n)) for n in range(len(store))]
+    assert found == wanted
+    assert store.lengths.key.tolist() == [document_key(source, text.encode()) for text, source in wanted]
+    counts = store.manifest.counts
+    assert (counts["documents"], counts["broken_records"], counts["empty_documents"]) == (60, 1, 1)
+    assert "web.jsonl:21" in counts["examples"][0]
+    assert len(list(store.path.glob("shard.*.mds"))) > 3
+
+
+def test_workers_and_input_order_do_not_matter(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against completion order of processes, or the order of arguments, deciding the store."""
+    monkeypatch.setattr(module, "BATCH_RECORDS", 4)
+    files = [corpus / "web.jsonl", corpus / "book/1.jsonl", corpus / "book/2.jsonl"]
+    one = tokenize_corpus(files, tokenizer, tmp_path / "one")
+    two = tokenize_corpus(reversed(files), tokenizer, tmp_path / "two", num_workers=2)  # type: ignore[arg-type]
+    assert one.fingerprint == two.fingerprint
+    assert files_of(one.path) == files_of(two.path)
+
+
+def test_both_engines_make_the_same_store(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against the engine being part of the data."""
+    slow = load_tokenizer(tokenizer.path, backend="hf")
+    one = tokenize_corpus([corpus], tokenizer, tmp_path / "one")
+    assert files_of(tokenize_corpus([corpus], slow, tmp_path / "two").path) == files_of(one.path)
+
+
+def test_finished_store_is_reused_and_no_other_replaced(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards against hours of work being repeated, or a store of other settings being taken or overwritten."""
+    out = tmp_path / "out"
+    before = tokenize_corpus([corpus], tokenizer, out).path.stat().st_ino
+    with caplog.at_level(logging.INFO):
+        tokenize_corpus([corpus], tokenizer, out, num_workers=2)
+    assert "kept as it is" in caplog.text and out.stat().st_ino == before
+    with pytest.raises(DataError, match="other strict"):
+        tokenize_corpus([corpus], tokenizer, out, strict=True)
+    with (corpus / "web.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(DataError, match="other inputs"):
+        tokenize_corpus([corpus], tokenizer, out)
+
+
+def test_same_size_edit_is_noticed(write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against a stale store after an edit that keeps the file's size."""
+    path = write_jsonl("a.jsonl", {"text": "x" * 500_000 + "a" + "x" * 500_000})
+    tokenize_corpus([path], tokenizer, tmp_path / "out")
+    path.write_text(path.read_text().replace("a" + "x" * 9, "b" + "x" * 9, 1))
+    with pytest.raises(DataError, match="other inputs"):
+        tokenize_corpus([path], tokenizer, tmp_path / "out")
+
+
+def test_what_stands_at_out(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against a user's folder being replaced, and against an empty one being in the way."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(DataError, match="not a complete token store"):
+        tokenize_corpus([corpus], tokenizer, out)
+    (out / "thesis.tex").unlink()
+    assert len(tokenize_corpus([corpus], tokenizer, out)) == 60
+
+
+def test_strict_and_missing_field_leave_nothing(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against a stopped run leaving something that looks like a store, with one worker or two."""
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"web\.jsonl:21"):
+            tokenize_corpus([corpus], tokenizer, tmp_path / "out", strict=True, num_workers=workers)
+    with pytest.raises(DataError, match=r"1\.jsonl:1: no field 'body'"):
+        tokenize_corpus([corpus], tokenizer, tmp_path / "out", text_field="body")
+    with pytest.raises(ArgumentError, match="num_workers=0"):
+        tokenize_corpus([corpus], tokenizer, tmp_path / "out", num_workers=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+
+
+DEAD_WORKER = """
+import os, sys
+from longspan.core.errors import RunError
+from longspan.data import load_tokenizer, tokenize, tokenize_corpus
+
+if __name__ == "__main__":
+    try:
+        tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3], num_workers=2)
+    except RunError as error:
+        print(error)
+else:
+    os._exit(9)  # a spawned worker imports this file, and dies
+"""
+
+
+def test_dead_worker_is_a_run_error(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against waiting for ever for a worker that the system killed."""
+    script = tmp_path / "dead.py"
+    script.write_text(DEAD_WORKER)
+    arguments = [str(corpus), str(tokenizer.path), str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert "a tokenizer process died" in done.stdout, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "dead.py"]
+
+
+KILLED = """
+import os, signal, sys
+from longspan.data import load_tokenizer, tokenize_corpus
+from longspan.data.store import directory
+
+flush = directory.MDSWriter._flush
+
+def flush_and_die(self):
+    flush(self)
+    if len(self.body_starts) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+directory.MDSWriter._flush = flush_and_die
+tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3], shard_bytes=2000)
+"""
+
+
+def test_killed_run_is_redone(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against kill -9 half-way leaving a store that opens, or rubbish after the next run."""
+    arguments = [str(corpus), str(tokenizer.path), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path for path in tmp_path.iterdir() if path.name != "corpus"]
+    assert len(left) == 1 and left[0].name.startswith(".out.") and list(left[0].glob("shard.*"))
+    store = tokenize_corpus([corpus], tokenizer, tmp_path / "out", shard_bytes=2000)
+    store.verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+
+
+def test_loss_weights_reach_their_tokens(write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against weights that are shifted by an accent, a leading space or a special token."""
+    text = "the caf\u00e9 reads a long book , then 42 lines"
+    start, end = text.index("book"), text.index("book") + 4
+    digits = text.index("42")
+    spans = [[0, 3, 0], [start, end, 9], [digits, digits + 1, 255]]
+    path = write_jsonl("a.jsonl", {"text": text, "loss_weights": spans}, {"text": "a river"})
+    store = tokenize_corpus([path], tokenizer, tmp_path / "out")
+    ids, mask = store.tokens(0), store.mask(0)
+    assert mask is not None and ids.tolist() == tokenizer.encode(text).tolist()
+    found = {weight: tokenizer.decode(ids[mask == weight]) for weight in (0, 9, 255)}
+    assert found == {0: "the", 9: " book", 255: "4"}
+    assert tokenizer.decode(ids[mask == 1]) == " caf\u00e9 reads a long , then 2 lines"
+    plain = store.mask(1)
+    assert plain is not None and set(plain.tolist()) == {1}
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 255)), max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(spans=SPANS, cuts=st.lists(st.integers(0, 8), max_size=6))
+def test_token_weights_against_a_plain_loop(spans: list[tuple[int, int, int]], cuts: list[int]) -> None:
+    """Guards against the search for the first weighted character being off by one."""
+    spans = [(min(a, b), max(a, b), weight) for a, b, weight in spans]
+    edges = sorted({0, 8, *cuts})
+    starts, ends = np.array(edges[:-1]), np.array(edges[1:])
+    expected = []
+    for start, end in zip(starts, ends):
+        held = [[w for a, b, w in spans if a <= character < b] for character in range(start, end)]
+        expected.append(next((weights[-1] for weights in held if weights), 1))
+    assert token_weights(spans, starts, ends, num_characters=8).tolist() == expected
+
+
+def test_documents_without_tokens_are_counted(
+    write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against empty arrays, which MDS has no form for, ending a run."""
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encode("" if text == "drop" else text))
+    path = write_jsonl("a.jsonl", {"text": "drop"}, {"text": "keep"})
+    store = tokenize_corpus([path], tokenizer, tmp_path / "out")
+    assert (len(store), store.manifest.counts["documents"], store.manifest.counts["empty_documents"]) == (
+        1,
+        1,
+        1,
+    )
+
+
+def test_keys_tell_sources_apart() -> None:
+    """Guards against ("ab", "c") and ("a", "bc") being one document."""
+    keys = {document_key("ab", b"c"), document_key("a", b"bc"), document_key("ab", b"d")}
+    assert len(keys) == 3 and document_key("book", b"text") == 10352684998018378526
