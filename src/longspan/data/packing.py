@@ -1,7 +1,8 @@
 """Packing: where each token of the chosen documents stands; a pure function of lengths, nothing is copied.
 
-    concat   documents follow one another and are cut where a row ends; nothing is wasted
-    intact   a row holds one document only; a longer document fills several rows
+    concat    documents follow one another and are cut where a row ends; nothing is wasted
+    intact    a row holds one document only; a longer document fills several rows
+    best_fit  no document that fits a row is cut; rows are filled best-fit-decreasing and padded
 
 A plan is a list of spans `(document, start, tokens)`, cut into rows of exactly `length` tokens. A span that
 does not begin at its document's start continues it. What finds no place in a row is counted, never lost.
@@ -24,6 +25,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
+from longspan.data.best_fit import best_fit_decreasing
 from longspan.data.columns import load_columns, save_columns
 from longspan.data.lengths import Length, LengthTable
 
@@ -46,7 +48,7 @@ class PackSpec(Config):
 
     length: Length = pydantic.Field(ge=1, lt=2**32)
     """Tokens in a row, such as 128k."""
-    strategy: Literal["concat", "intact"] = "concat"
+    strategy: Literal["concat", "intact", "best_fit"] = "concat"
     """See the module's table."""
     min_length: Length = pydantic.Field(1, ge=1)
     """Documents with fewer tokens than this, specials not counted, are left out. 1: only empty ones."""
@@ -73,6 +75,8 @@ class PackSpec(Config):
             raise ValueError(f"specials {self.specials} needs bos_id")
         if self.num_eos and self.eos_id is None:
             raise ValueError(f"specials {self.specials} needs eos_id")
+        if self.strategy == "best_fit" and self.remainder == "drop":
+            raise ValueError("best_fit leaves most rows a little short of full: it needs remainder pad")
         if self.remainder == "pad" and self.pad_id is None:
             raise ValueError("remainder pad needs pad_id")
         return self
@@ -188,6 +192,8 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
             fix="give the stores that the mixture was planned on",
         )
     columns, dropped = _place(spec, lengths, documents)
+    if spec.strategy == "best_fit":
+        columns = _join_rows(columns, spec.length)
     if spec.remainder == "pad":
         columns = _pad_rows(columns, spec.length)
     if spec.shuffle:
@@ -228,7 +234,7 @@ def _place(spec: PackSpec, lengths: LengthTable, documents: np.ndarray) -> tuple
     nothing = np.zeros(0, np.uint32)
     parts, ends = [(nothing, nothing, nothing)], [np.zeros(1, np.uint64)]
     dropped = {"short": 0, "tail": 0, "remainder": 0}
-    intact = spec.strategy == "intact"
+    intact = spec.strategy != "concat"
     num_spans = phase = 0  # phase: tokens in the row that is being filled
     for first in range(0, len(documents), BLOCK):
         part = np.asarray(documents[first : first + BLOCK], np.uint32)
@@ -266,7 +272,7 @@ def _short_tails(framed: np.ndarray, phase: int, spec: PackSpec) -> np.ndarray:
     length, least = spec.length, spec.min_tail
     if least == 1:
         return np.zeros_like(framed)
-    if spec.strategy == "intact":
+    if spec.strategy != "concat":
         last = framed % length
         return np.where((framed > length) & (last < least), last, 0)
     # Every tail moves all that follows, so this is a loop: 0.15 us a document.
@@ -301,6 +307,15 @@ def _own_tokens(spec: PackSpec, tokens: np.ndarray, start: np.ndarray, count: np
     low = np.maximum(start.astype(np.int64), spec.num_bos)
     high = np.minimum(start.astype(np.int64) + count, spec.num_bos + tokens)
     return np.maximum(high - low, 0)
+
+
+def _join_rows(columns: _Columns, length: int) -> _Columns:
+    """Put rows of one piece each together, best-fit-decreasing; pieces of a row keep their order."""
+    bins = best_fit_decreasing(columns.span_tokens.astype(np.int64), length)
+    order = np.argsort(bins, kind="stable")
+    ends = np.cumsum(np.bincount(bins)) if len(bins) else np.zeros(0, np.int64)
+    offsets = np.concatenate([[0], ends]).astype(np.uint64)
+    return _Columns(*(column[order] for column in columns[:3]), offsets)
 
 
 def _pad_rows(columns: _Columns, length: int) -> _Columns:

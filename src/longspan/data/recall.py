@@ -20,6 +20,8 @@ from longspan.core.seeds import rng as seeded_rng
 from longspan.data.facts import Fact, draw_facts, nearest_border
 
 NO_LOSS = 0
+MAX_DRAWS = 50
+"""A long key may not fit a short document; another one is drawn, this often."""
 
 
 class RecallSpec(NamedTuple):
@@ -55,11 +57,18 @@ def recall_document(
     Raises:
         DataError: the facts alone do not fit, or the filler is too short.
     """
-    facts = draw_facts(rng, keys, int(rng.integers(spec.min_facts, spec.max_facts + 1)), digits=spec.digits)
-    places = _places(rng, len(facts), spec)
-    budget = num_tokens - sum(count_tokens(f"\n{facts[index].sentence}\n") for index in places.order)
-    if budget < 0:
-        raise DataError(f"{len(facts)} facts do not fit into {num_tokens} tokens")
+    for _ in range(MAX_DRAWS):
+        facts = draw_facts(
+            rng, keys, int(rng.integers(spec.min_facts, spec.max_facts + 1)), digits=spec.digits
+        )
+        places = _places(rng, len(facts), spec)
+        budget = num_tokens - sum(count_tokens(f"\n{facts[index].sentence}\n") for index in places.order)
+        if budget >= 0:
+            break
+    else:
+        raise DataError(
+            f"{spec.min_facts} facts, each restated {spec.restated} times, do not fit {num_tokens} tokens"
+        )
     filler_chars = _cut(filler, budget, count_tokens)
     while True:
         text, weights = _compose(filler[:filler_chars], facts, places, spec)

@@ -79,7 +79,7 @@ class StreamConfig(Config):
     store: str | tuple[str, ...]
     """Token store folders, relative to `data_root`."""
     mixture: MixtureSpec = MixtureSpec(mode="none")
-    strategy: Literal["concat", "intact"] = "concat"
+    strategy: Literal["concat", "intact", "best_fit"] = "concat"
     """How documents become rows of the stage's context length."""
     min_document_tokens: int = pydantic.Field(0, ge=0)
     """Shorter documents are left out."""
