@@ -45,7 +45,8 @@ def test_bins_are_filled_as_one_at_a_time(case: tuple[int, list[int]]) -> None:
 def test_no_document_that_fits_a_row_is_cut(tokens: list[int], length: int) -> None:
     """ProLong's packer cut documents that would have fitted whole; no token may be lost or repeated either."""
     spec = PackSpec(length=length, strategy="best_fit", remainder="pad", pad_id=0)
-    plan = plan_packing(spec, make_table([("a", count) for count in tokens]), np.arange(len(tokens), dtype=np.uint32), 0)
+    table = make_table([("a", count) for count in tokens])
+    plan = plan_packing(spec, table, np.arange(len(tokens), dtype=np.uint32), 0)
     seen: dict[int, list[tuple[int, int]]] = {}
     for document, start, count in zip(plan.span_document, plan.span_start, plan.span_tokens):
         if document != PAD_DOCUMENT:
