@@ -18,7 +18,6 @@ class Mark:
 
     x: float
     text: str
-    strong: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class LineChart:
         """Return the chart; `names` writes each line's name at its right end (else the page carries a legend)."""
         named = [s for s in self.series if s.points and not s.faint]
         left, right = margins or self.margins(names)
-        top = 34 if self.marks else 22
+        top = 42 if any(mark.text for mark in self.marks) else 24
         canvas = Canvas(width, self.height)
         x = Scale(self.x.lo, self.x.hi, left, width - right, self.x.log)
         y = Scale(self.y.lo, self.y.hi, self.height - 44, top, self.y.log)
@@ -83,9 +82,10 @@ class LineChart:
             ends = spread([y(s.points[-1][1]) for s in named], FONT + 3, top + 4, y.start - 2)
             for series, end in zip(named, ends):
                 cls = f"name {series.family}{series.color}" + (" strong" if series.strong else "")
-                place = max(
-                    x(series.points[-1][0]) + 10, x.stop + 8 if x(series.points[-1][0]) > 0.8 * x.stop else 0
-                )
+                cls += " ordinal" if series.family == "p" else ""
+                # Lines that end near the right side share one column of names.
+                last = x(series.points[-1][0])
+                place = x.stop + 8 if last > 0.8 * x.stop else last + 10
                 canvas.text(place, end + FONT * 0.34, series.name, cls=cls)
         return canvas.render(self.label)
 
@@ -146,11 +146,11 @@ def _draw_marks(canvas: Canvas, marks: Sequence[Mark], x: Scale, top: float, bot
     right_end = -1e9
     for mark in sorted(marks, key=lambda m: m.x):
         place, width = x(mark.x), text_width(mark.text, FONT - 1)
-        canvas.line(place, top - 6, place, bottom, cls="mark strong" if mark.strong else "mark")
+        canvas.line(place, top - (18 if mark.text else 4), place, bottom, cls="mark")
         if place + width + 4 > x.stop and place - width - 4 > right_end:
-            canvas.text(place - 4, top - 1, mark.text, cls="mark-name", text_anchor="end")
+            canvas.text(place - 4, top - 10, mark.text, cls="mark-name", text_anchor="end")
         elif place + 4 > right_end and place + width + 4 <= canvas.width and mark.text:
-            canvas.text(place + 4, top - 1, mark.text, cls="mark-name")
+            canvas.text(place + 4, top - 10, mark.text, cls="mark-name")
             right_end = place + 4 + width
 
 
@@ -188,7 +188,7 @@ def heat_map(
     """
     font = 11.0 if compact else 13.0
     named = _short_length if compact else length_text
-    left, top, right = (36.0, 20.0, 4.0) if compact else (64.0, 30.0, 6.0)
+    left, top, right = (43.0, 20.0, 3.0) if compact else (64.0, 30.0, 6.0)
     columns, rows = len(table.lengths), len(table.depths)
     cell_w = (width - left - right) / columns
     cell_h = min(max(cell_w * 0.62, 22.0), 30.0 if compact else 46.0)
@@ -227,9 +227,9 @@ def heat_map(
         canvas.close()
     x = Scale(0, columns, left, left + columns * cell_w)
     widest = max(text_width(named(v), font) for v in table.lengths) + 4
-    for column in thinned(list(range(columns)), x, widest):
-        text = named(table.lengths[int(column)])
-        canvas.text(x(column + 0.5), bottom + 15, text, cls="tick", text_anchor="middle")
+    for place in thinned([float(n) for n in range(columns)], x, widest):
+        text = named(table.lengths[int(place)])
+        canvas.text(x(place + 0.5), bottom + 15, text, cls="tick", text_anchor="middle")
     canvas.text(
         x(columns / 2), bottom + 31, "context length in tokens", cls="axis-name", text_anchor="middle"
     )

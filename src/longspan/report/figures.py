@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
@@ -51,30 +53,34 @@ def needle_figure(tables: dict[str, NeedleTable]) -> Figure:
     columns = min(len(tables), 3)
     rows = -(-len(tables) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=160, layout="constrained")
-    cmap = LinearSegmentedColormap.from_list("longspan", sequential())
-    cmap.set_bad("#ffffff")
+    cmap = LinearSegmentedColormap.from_list("longspan", sequential()).with_extremes(bad="#ffffff")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(tables) :]:
         axes.set_visible(False)
-    image = None
+    norm = Normalize(0, 1)
     for axes, (label, table) in zip(grid.flat, tables.items()):
         means = [
             [t.mean if (t := table.tallies.get((d, n))) else None for n in table.lengths]
             for d in table.depths
         ]
-        image = axes.imshow(np.array(means, dtype=float), cmap=cmap, vmin=0, vmax=1, aspect="auto")
+        axes.imshow(np.array(means, dtype=float), cmap=cmap, norm=norm, aspect="auto")
         for row, line in enumerate(means):
             for column, mean in enumerate(line):
                 text = "\u2013" if mean is None else f"{mean * 100:.0f}"
                 ink = _MUTED if mean is None else ink_on(sequential()[step_of(mean)])
                 if len(table.lengths) <= 12:
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-        axes.set_title(long_name(label), fontsize=10, color=_INK, loc="left")
+        axes.set_title(_literal(long_name(label)), fontsize=10, color=_INK, loc="left")
         axes.set_xticks(range(len(table.lengths)), [length_text(n) for n in table.lengths], fontsize=8)
         axes.set_yticks(range(len(table.depths)), [f"{d:.0%}" for d in table.depths], fontsize=8)
-        axes.tick_params(length=0, labelcolor=_MUTED)
+        axes.tick_params(which="both", length=0, labelcolor=_MUTED)
+        axes.set_xticks(np.arange(len(table.lengths) - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(len(table.depths) - 1) + 0.5, minor=True)
+        axes.grid(which="minor", color="white", lw=1.5)
         axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=grid, shrink=0.6, aspect=30, format=PercentFormatter(1.0))
+    bar = figure.colorbar(
+        ScalarMappable(norm, cmap), ax=grid, shrink=0.6, aspect=30, format=PercentFormatter(1.0)
+    )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, labelcolor=_MUTED, length=0)
     figure.supxlabel("context length in tokens", fontsize=9, color=_MUTED)
@@ -106,7 +112,7 @@ def accuracy_figure(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
             elinewidth=0.8,
             marker="o",
             ms=3.5,
-            label=short_name(label),
+            label=_literal(short_name(label)),
         )
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -123,7 +129,8 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
     _style(right, "window length in tokens", "perplexity")
     lengths: set[int] = set()
     ends: set[int] = set()
-    for position, (label, table) in enumerate(evaluation.ppl.items()):
+    main = [label for label in evaluation.ppl if not label.startswith("ablate_")]
+    for position, (label, table) in enumerate((label, evaluation.ppl[label]) for label in main):
         style = {
             "color": LINES[line_index(label, position)][0],
             "marker": "o",
@@ -134,8 +141,15 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
             ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := perplexity(sums))
         ]
         by_length = [(n, value) for n, sums in table.by_length.items() if (value := perplexity(sums))]
-        left.plot([x for x, _ in by_position], [v for _, v in by_position], label=short_name(label), **style)
-        right.plot([x for x, _ in by_length], [v for _, v in by_length], label=short_name(label), **style)
+        left.plot(
+            [x for x, _ in by_position],
+            [v for _, v in by_position],
+            label=_literal(short_name(label)),
+            **style,
+        )
+        right.plot(
+            [x for x, _ in by_length], [v for _, v in by_length], label=_literal(short_name(label)), **style
+        )
         lengths |= set(table.by_length)
         ends |= {end for _, end in table.by_position}
     for axes, ticks in ((left, ends), (right, lengths)):
@@ -173,12 +187,12 @@ def lengths_figure(summaries: Sequence[dict[str, Any]]) -> Figure:
                     alpha=0.35 if number == 0 else 1,
                     color=color,
                     lw=1.8,
-                    label=summary["title"],
+                    label=_literal(str(summary["title"])),
                 )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: length_text(v)))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_title(source, fontsize=10, color=_INK, loc="left")
+        axes.set_title(_literal(source), fontsize=10, color=_INK, loc="left")
     _legend(grid.flat[0])
     figure.supxlabel("document length in tokens", fontsize=9, color=_MUTED)
     figure.supylabel("share of tokens", fontsize=9, color=_MUTED)
@@ -194,13 +208,18 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
     sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
     for number, source in enumerate(sources if len(sources) > 1 else []):
         points = binned(loss_points(metrics, source), SMOOTH_POINTS)
-        axes.plot(*_columns(points), color=LINES[1 + number % 7][0], lw=1.4, label=source)
-    for before, after in zip(metrics, metrics[1:]):
+        axes.plot(*_columns(points), color=LINES[1 + number % 7][0], lw=1.4, label=_literal(source))
+    for before, after in pairwise(metrics):
         if before.get("stage") != after.get("stage"):
             axes.axvline(before["tokens"], color=_MUTED, lw=0.8, ls=(0, (3, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v else "0"))
     _legend(axes)
     return figure
+
+
+def _literal(text: str) -> str:
+    """Keep matplotlib from reading a name as mathematics ($) or as hidden (a leading underscore)."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -37,9 +37,8 @@ def headline(
         opening = [(f"{length_text(old)} {ARROW} {length_text(new)} tokens", True), (f" ({factor}): ", False)]
         tiles.append(
             {
-                "name": "Context length",
+                "name": "Context length, tokens",
                 "value": length_text(new),
-                "unit": "tokens",
                 "note": f"{factor} the original {length_text(old)}",
             }
         )
@@ -50,9 +49,8 @@ def headline(
         parts.append(f"{training['steps']:,.0f} steps")
         tiles.append(
             {
-                "name": "Training",
+                "name": "Training tokens",
                 "value": format_count(training["tokens"]),
-                "unit": "tokens",
                 "note": ", ".join(parts),
             }
         )
@@ -96,7 +94,6 @@ def _needle_headline(
         {
             "name": f"Needle accuracy at {length_text(target)}",
             "value": percent(tally.mean),
-            "unit": "",
             "note": "; ".join(notes),
         }
     )
@@ -111,7 +108,6 @@ def _needle_headline(
             {
                 "name": f"Best zero-shot at {length_text(target)}",
                 "value": percent(best),
-                "unit": "",
                 "note": f"{short_name(label)}, no training",
             }
         )
@@ -133,7 +129,6 @@ def _ppl_headline(ev: Evaluation, clauses: list[list[tuple[str, bool]]], tiles: 
             {
                 "name": f"Perplexity at {length_text(short)}",
                 "value": decimal(new),
-                "unit": "",
                 "note": f"before {decimal(old)} ({change(old, new)})",
             }
         )
@@ -144,7 +139,6 @@ def _ppl_headline(ev: Evaluation, clauses: list[list[tuple[str, bool]]], tiles: 
             {
                 "name": f"Perplexity at positions {length_text(start)}\u2013{length_text(end)}",
                 "value": decimal(value),
-                "unit": "",
                 "note": f"before {decimal(old_last[1])}",
             }
         )

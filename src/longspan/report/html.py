@@ -115,7 +115,7 @@ def _facts(runs: Sequence[Run], headers: Sequence[dict[str, Any]]) -> list[str]:
         h.get("seed") for h in headers
     ]
     dates = sorted(str(h["created"])[:10] for h in headers if h.get("created"))
-    versions = environment.get("versions") or next(
+    versions: Any = environment.get("versions") or next(
         (h.get("versions") for h in headers if h.get("versions")), {}
     )
     facts = [f"model {Path(str(model)).name}"] if model else []

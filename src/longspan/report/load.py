@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,7 +249,7 @@ def _numbered(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(path, "rb") as file:
         numbers = (number for number, line in enumerate(file, 1) if line.strip())
         for record in read_jsonl(path):
-            yield f"{path}:{next(islice(numbers, 1))}", record
+            yield f"{path}:{next(numbers)}", record
 
 
 def _is_number(value: object) -> bool:

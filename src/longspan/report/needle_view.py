@@ -62,8 +62,7 @@ def needle_section(ev: Evaluation) -> Section:
     section.parts["others"] = [
         _map_view(ev, label, key, wide=False) for label, key in maps.items() if label != main
     ]
-    if any(label in labels for label in ZERO_SHOT):
-        section.parts["zero_shot"] = ZERO_SHOT_WORDS
+    section.parts["zero_shot"] = ZERO_SHOT_WORDS if any(label in labels for label in ZERO_SHOT) else ""
     section.parts["facts"] = _needle_facts(ev, main)
     section.parts["beyond"] = _beyond_note(ev, main)
     section.parts["curve"] = accuracy_chart(ev, labels)
@@ -187,7 +186,10 @@ def accuracy_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
             for label in labels
         ],
     )
-    note = "Whiskers: 95% Wilson intervals of the pooled samples; lines are set a few pixels apart so that whiskers stay readable."
+    note = (
+        "Whiskers: 95% Wilson intervals of the pooled samples; "
+        "lines are set a few pixels apart so that whiskers stay readable."
+    )
     return line_view(chart, title="Accuracy by context length", note=note, table=table)
 
 

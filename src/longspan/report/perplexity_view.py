@@ -40,11 +40,10 @@ def ppl_section(ev: Evaluation) -> Section:
         return section
     section.intro = "Held-out text, each token weighted alike; lower is better. The axes are logarithmic."
     section.parts["callout"] = _short_context(ev)
-    by_position = {label: ev.ppl[label].by_position for label in labels}
-    if max(len(buckets) for buckets in by_position.values()) > 1:
-        section.parts["position"] = _position_chart(ev, labels)
-    if len({length for label in labels for length in ev.ppl[label].by_length}) > 1:
-        section.parts["length"] = _length_chart(ev, labels)
+    several_buckets = max(len(ev.ppl[label].by_position) for label in labels) > 1
+    several_lengths = len({length for label in labels for length in ev.ppl[label].by_length}) > 1
+    section.parts["position"] = _position_chart(ev, labels) if several_buckets else None
+    section.parts["length"] = _length_chart(ev, labels) if several_lengths else None
     sources = sorted({source for label in labels for source in ev.ppl[label].by_source})
     section.parts["sources"] = Table(
         "Perplexity by source, longest windows",
@@ -79,7 +78,8 @@ def _short_context(ev: Evaluation) -> dict[str, str]:
     )
     return {
         "value": change(old, new),
-        "text": f"Short-context change: perplexity at {tokens_text(length)}, the original length, {decimal(old)} {ARROW} {decimal(new)}. {verdict}",
+        "text": f"Short-context change: perplexity at {tokens_text(length)}, the original length, "
+        f"{decimal(old)} {ARROW} {decimal(new)}. {verdict}",
     }
 
 

@@ -57,7 +57,8 @@ def wilson(correct: float, samples: int) -> tuple[float, float] | None:
     share, z2 = correct / samples, Z_95 * Z_95
     centre = (share + z2 / (2 * samples)) / (1 + z2 / samples)
     half = Z_95 / (1 + z2 / samples) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and at 1 rounding can put a bound just inside of the share itself.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 @dataclass

@@ -179,7 +179,10 @@ def training_section(runs: Sequence[Run]) -> Section:
     if not trained:
         section.missing.append("Training losses were not recorded: no metrics.jsonl.")
         return section
-    section.intro = "Loss in nats per token. Bold and coloured lines are means over neighbouring steps; the thin grey line is every step."
+    section.intro = (
+        "Loss in nats per token. Bold and coloured lines are means over neighbouring steps; "
+        "the thin grey line is every step."
+    )
     section.parts["runs"] = [
         {
             "name": run.name if len(trained) > 1 else "",

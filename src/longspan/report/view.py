@@ -20,7 +20,7 @@ MISSING = "\u2013"
 _NAMES = {
     "before": ("before", "Before training"),
     "after": ("after", "After training"),
-    "theta_only": ("theta only", "Zero-shot: larger theta"),
+    "theta_only": ("theta only", "Zero-shot: theta"),
     "ntk": ("NTK", "Zero-shot: NTK"),
     "pi": ("PI", "Zero-shot: PI"),
     "yarn": ("YaRN", "Zero-shot: YaRN"),

@@ -65,8 +65,9 @@
     if (!found) return;
     hideTip();
     document.getElementById("samples-title").textContent = cell.dataset.tip;
-    const shown = found.rows.length < found.total ? found.rows.length + " of " + found.total + " samples, wrong answers first." : found.total + " samples, wrong answers first.";
-    document.getElementById("samples-note").textContent = shown;
+    const count = found.rows.length < found.total ? found.rows.length + " of " + found.total : found.total;
+    const order = found.rows.some((row) => row[3] !== 1) ? " samples, wrong answers first" : " samples";
+    document.getElementById("samples-note").textContent = count + order;
     document.getElementById("samples-list").replaceChildren(...found.rows.map(sampleItem));
     dialog.showModal();
     dialog.scrollTop = 0;

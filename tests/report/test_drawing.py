@@ -1,0 +1,115 @@
+"""Colours and drawing: readable, ordered, inside the picture."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.report.charts import (
+    Axis,
+    LineChart,
+    Mark,
+    Series,
+    heat_map,
+    length_axis,
+    length_text,
+    number_axis,
+)
+from longspan.report.load import NeedleSample
+from longspan.report.palette import LINES, _luminance, contrast, ink_on, sequential, step_of
+from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, thinned
+from longspan.report.tables import needle_table
+
+PAGES = ("#fdfdfb", "#12151b")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_scale_is_ordered_by_lightness_and_its_numbers_are_readable(dark: bool) -> None:
+    """Guards against a scale that colour-blind readers or a grey printer cannot order."""
+    colours = sequential(dark)
+    lightness = [_luminance(colour) for colour in colours]
+    assert lightness == sorted(lightness, reverse=not dark)
+    assert min(contrast(ink_on(colour), colour) for colour in colours) >= 4.5
+    assert [step_of(v) for v in (-1, 0, 0.5, 1, 2)] == [0, 0, 10, 20, 20]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_lines_stand_out_from_the_page(dark: bool) -> None:
+    """Guards against a line or its name that fades into the page (WCAG: 3:1 for graphics, 4.5:1 for text)."""
+    assert min(contrast(colours[dark], PAGES[dark]) for colours in LINES) >= 4.5
+
+
+def test_ticks_are_round_and_inside() -> None:
+    """Guards against off-by-one ticks at the ends."""
+    assert linear_ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert linear_ticks(0, 1.23e6, 4) == [0, 5e5, 1e6]
+    assert log_ticks(8, 300) == [10, 20, 50, 100, 200]
+    assert [length_text(n) for n in (256, 2048, 16384, 131072, 2**20, 20000)] == [
+        "256", "2,048", "16k", "128k", "1M", "20,000"
+    ]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
+def test_spread_names_never_overlap_nor_leave_the_chart(wished: list[float]) -> None:
+    """Guards against names printed over each other where lines end together."""
+    placed = spread(wished, 15, 0, 300)
+    ordered = sorted(placed)
+    assert all(b - a >= 15 - 1e-6 for a, b in pairwise(ordered))
+    assert ordered[0] >= -1e-6 and ordered[-1] <= 300 + 1e-6
+    assert sorted(range(len(wished)), key=lambda i: (wished[i], i)) == sorted(
+        range(len(wished)), key=placed.__getitem__
+    )
+
+
+def test_thinned_ticks_keep_the_last_and_the_gap() -> None:
+    """Guards against tick labels that run into each other."""
+    assert thinned([0, 1, 2, 3, 4], Scale(0, 4, 0, 40), 15) == [0, 2, 4]
+
+
+def test_text_and_attributes_are_escaped() -> None:
+    """Guards against markup in a label."""
+    canvas = Canvas(10, 10)
+    canvas.text(0, 0, "<b>&", data_tip='"><script>')
+    root = ElementTree.fromstring(canvas.render('"<x>'))
+    assert (
+        root[0].text == "<b>&"
+        and root[0].get("data-tip") == '"><script>'
+        and root.get("aria-label") == '"<x>'
+    )
+
+
+def sample(length: int, depth: float, score: float | None) -> NeedleSample:
+    reason = None if score is not None else "lost"
+    return NeedleSample(f"{length}", length, depth, 0, "", None, None, "", "", "", score, reason, "", 0)
+
+
+def test_a_heat_map_tells_zero_missing_and_unscored_apart() -> None:
+    """Guards against a missing cell painted like a zero."""
+    table = needle_table([sample(128, 0.0, 0.0), sample(256, 1.0, None), sample(128, 1.0, 1.0)])
+    root = ElementTree.fromstring(
+        heat_map("x", table, 400, key="m", trained=[(128, "trained")], compact=False)
+    )
+    cells = {cell.get("aria-label", ""): cell for cell in root.iter("g")}
+    texts = {label.partition(", ")[2]: [t.text for t in cell.iter("text")] for label, cell in cells.items()}
+    assert texts["128 tokens, depth 0%: 0 of 1 correct (0%), 95% interval 0% to 79%"] == ["0"]
+    assert texts["256 tokens, depth 0%: not measured"] == ["\u2013"]
+    assert texts["256 tokens, depth 100%: 1 not scored"] == ["n/s"]
+    buttons = [cell for cell in cells.values() if cell.get("role") == "button"]
+    assert len(buttons) == 3, "a cell without samples has nothing to open"
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_charts_survive_one_point_and_many_lines(count: int) -> None:
+    """Guards against divisions by an empty range."""
+    series = [Series(f"s{n}", n % 8, [(256.0, 2.0)], [(1.0, 3.0)], ["tip"]) for n in range(count)]
+    chart = LineChart(
+        "l", length_axis([256], "x"), number_axis([2.0], "y", log=True), series, [Mark(256, "m")]
+    )
+    ElementTree.fromstring(chart.draw(350, names=False))
+    ElementTree.fromstring(chart.draw(1000))
+    assert isinstance(number_axis([0.0], "y"), Axis)

@@ -1,0 +1,170 @@
+"""Numbers from records: what is counted, what is left out, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.core.errors import DataError
+from longspan.report import summarise
+from longspan.report.load import load_run
+from longspan.report.tables import wilson
+from tests.report.synthetic_run import header, write_lines
+
+
+def needle(length: int, depth: float, sample: int, score: float | None, **fields: Any) -> dict[str, Any]:
+    line = {
+        "kind": "sample",
+        "id": f"{length}-{depth}-{sample}",
+        "length": length,
+        "depth": depth,
+        "sample": sample,
+    }
+    reason = "prompt too long" if score is None else None
+    return {
+        **line,
+        "expected": "1",
+        "output": "1",
+        "score": score,
+        "unscored": reason,
+        "num_distractors": 0,
+        **fields,
+    }
+
+
+def test_unscored_is_not_zero_and_an_absent_cell_is_none(needle_run: Callable[..., Path]) -> None:
+    """Guards against failures that shrink a mean or turn into zeros."""
+    lines = [
+        needle(128, 0.0, 0, 1.0),
+        needle(128, 0.0, 1, None),
+        needle(128, 1.0, 0, None),
+        needle(256, 0.0, 0, 0.0),
+    ]
+    result = summarise(needle_run(lines))["needle"]["after"]
+    assert result["grid"] == [[1.0, 0.0], [None, None]]
+    assert result["counts"] == [[1, 1], [0, 0]]
+    assert (result["lengths"], result["depths"]) == ([128, 256], [0.0, 1.0])
+    assert result["mean"] == 0.5
+    assert result["by_length"] == {"128": 1.0, "256": 0.0}
+    assert (result["scored"], result["unscored"], result["samples_per_cell"]) == (2, 2, 2)
+
+
+def test_distractor_samples_stay_out_of_the_needle_map(needle_run: Callable[..., Path]) -> None:
+    """Guards against a harder task lowering (or an easier one lifting) the headline number."""
+    lines = [needle(128, 0.5, 0, 1.0), needle(128, 0.5, 1, 0.0, num_distractors=3)]
+    result = summarise(needle_run(lines))
+    assert result["needle"]["after"]["mean"] == 1.0
+    assert result["needle_distractors"]["after"]["3"]["mean"] == 0.0
+
+
+def test_perplexity_weighs_tokens_not_windows(tmp_path: Path) -> None:
+    """Guards against the mean of means: 1 token at nll 4 and 3 tokens at nll 0 is exp(1), not exp(2)."""
+
+    def window(name: str, tokens: int, nll: float, length: int = 4) -> dict[str, Any]:
+        bucket = {"start": 0, "end": length, "tokens": tokens, "nll": nll}
+        return {
+            "kind": "sample",
+            "id": name,
+            "source": name,
+            "length": length,
+            "buckets": [bucket],
+            "unscored": None,
+        }
+
+    lost = {"kind": "sample", "id": "c", "source": "c", "length": 4, "buckets": [], "unscored": "too short"}
+    lines = [
+        header("ppl", "after"),
+        window("a", 1, 4.0),
+        window("b", 3, 0.0),
+        window("a", 2, 2.0, length=2),
+        lost,
+    ]
+    write_lines(tmp_path / "records/ppl-after.jsonl", lines)
+    result = summarise(tmp_path)["ppl"]["after"]
+    assert result["by_length"] == pytest.approx({"2": math.e, "4": math.e})
+    assert result["by_position"] == pytest.approx({"0-4": math.e})
+    assert result["by_source"] == pytest.approx({"a": math.exp(4), "b": 1.0})
+    assert result["unscored"] == 1
+
+
+def test_wilson_matches_a_published_value() -> None:
+    """8 of 8: (0.676, 1.0); 0 of 0: no interval, not (0, 0)."""
+    assert wilson(8, 8) == pytest.approx((0.6756, 1.0), abs=1e-4)
+    assert wilson(0, 0) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_mean_and_stays_in_range(case: tuple[int, int]) -> None:
+    """Guards against intervals that leave 0..1 or exclude the estimate."""
+    low, high = wilson(*case) or (1.0, 0.0)
+    assert 0.0 <= low <= case[0] / case[1] <= high <= 1.0
+    assert high > low
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"score": 1.5}, "score"),
+    ({"score": float("nan")}, "score"),
+    ({"score": True}, "score"),
+    ({"score": None, "unscored": None}, "score or a reason"),
+    ({"length": "128"}, "length"),
+    ({"length": 0}, "length"),
+    ({"depth": 50}, "depth"),
+    ({"id": 3}, "id"),
+    ({"kind": "header"}, "sample line"),
+]
+
+
+@pytest.mark.parametrize(("fields", "word"), BROKEN)
+def test_a_malformed_sample_names_its_file_and_line(
+    needle_run: Callable[..., Path], fields: dict[str, Any], word: str
+) -> None:
+    """Guards against a broken record that is skipped, or an error that does not say where it is."""
+    run = needle_run([needle(128, 0.0, 0, 1.0), {**needle(128, 0.0, 1, 1.0), **fields}])
+    with pytest.raises(DataError, match=r"needle-after\.jsonl:3") as error:
+        load_run(run)
+    assert word in str(error.value)
+
+
+def test_line_numbers_count_blank_lines(needle_run: Callable[..., Path]) -> None:
+    """Guards against a number that an editor does not show for that record."""
+    run = needle_run([needle(128, 0.0, 0, 1.0), needle(128, 2.0, 1, 1.0)])
+    path = run / "records/needle-after.jsonl"
+    path.write_text(path.read_text().replace("\n", "\n\n"))
+    with pytest.raises(DataError, match=r"needle-after\.jsonl:5"):
+        load_run(run)
+
+
+def test_a_sample_is_not_counted_twice(needle_run: Callable[..., Path]) -> None:
+    """Guards against a repeated line that would narrow every interval."""
+    with pytest.raises(DataError, match="repeats"):
+        load_run(needle_run([needle(128, 0.0, 0, 1.0)] * 2))
+
+
+def test_broken_bucket_and_histogram_are_refused(tmp_path: Path) -> None:
+    """Guards against half-read length summaries and buckets that run backwards."""
+    bucket = {"start": 8, "end": 4, "tokens": 1, "nll": 1.0}
+    line = {"kind": "sample", "id": "a", "source": "a", "length": 8, "buckets": [bucket], "unscored": None}
+    write_lines(tmp_path / "ppl/records/ppl-after.jsonl", [header("ppl", "after"), line])
+    with pytest.raises(DataError, match="ends before"):
+        load_run(tmp_path / "ppl")
+    (tmp_path / "len/lengths").mkdir(parents=True)
+    (tmp_path / "len/lengths/before.json").write_text(
+        '{"sources": {"a": {"histogram": {"edges": [1, 2], "tokens": [1, 2]}}}}'
+    )
+    with pytest.raises(DataError, match="one edge more"):
+        load_run(tmp_path / "len")
+
+
+def test_an_empty_or_missing_run_says_what_is_missing(tmp_path: Path) -> None:
+    """Guards against an empty page that looks like a result."""
+    with pytest.raises(DataError, match="nothing to report"):
+        load_run(tmp_path)
+    with pytest.raises(DataError, match="not a run folder"):
+        load_run(tmp_path / "absent")
