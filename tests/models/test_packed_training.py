@@ -112,3 +112,16 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         grads.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*grads):
         assert torch.equal(plain, recomputed)
+
+
+def test_positions_restart_with_each_document() -> None:
+    """RoPE is relative, so positions that run on hide; dynamic RoPE reacts to the largest one and shows them."""
+    fields = {**TINY, "model_type": "llama", "max_position_embeddings": 64}
+    model = build_model(fields, seed=0, rope={"rope_type": "dynamic", "factor": 4.0})
+    ids = tokens(180)
+    with torch.no_grad():
+        alone = torch.cat([hidden_states(model, ids[start : start + 60]) for start in (0, 60, 120)])
+        packed = hidden_states(model, ids, Documents.from_cu_seqlens([0, 60, 120, 180]))
+        one = hidden_states(model, ids)
+    torch.testing.assert_close(packed, alone)
+    assert (one[:60] - alone[:60]).abs().max() > 1e-3
