@@ -19,36 +19,81 @@ if TYPE_CHECKING:
         RunError,
         UserError,
     )
+    from longspan.data.lengths import LengthTable
+    from longspan.data.loader import RowLoader, StreamMixer
+    from longspan.data.mixture import MixtureSpec, plan_mixture
+    from longspan.data.packing import PackSpec, plan_packing
+    from longspan.data.readers import read_documents
+    from longspan.data.store import TokenStore
+    from longspan.data.tokenize import tokenize_corpus
+    from longspan.data.tokenizer import load_tokenizer
+    from longspan.models.documents import Documents
+    from longspan.models.hf import enable, load_model
+    from longspan.report import summarise, write_report
+    from longspan.train.config import TrainConfig
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "ArgumentError": "longspan.core.errors",
-    "ConfigError": "longspan.core.errors",
-    "DataError": "longspan.core.errors",
-    "LongspanError": "longspan.core.errors",
-    "MissingDependencyError": "longspan.core.errors",
-    "RunError": "longspan.core.errors",
-    "UserError": "longspan.core.errors",
-}
-
+# `longspan.train` is the room; its function is `longspan.train.trainer.train`.
 __all__ = [
     "ArgumentError",
     "ConfigError",
     "DataError",
+    "Documents",
+    "LengthTable",
     "LongspanError",
     "MissingDependencyError",
+    "MixtureSpec",
+    "PackSpec",
+    "RowLoader",
     "RunError",
+    "StreamMixer",
+    "TokenStore",
+    "TrainConfig",
     "UserError",
+    "enable",
+    "load_model",
+    "load_tokenizer",
+    "plan_mixture",
+    "plan_packing",
+    "read_documents",
+    "summarise",
+    "tokenize_corpus",
+    "write_report",
 ]
+
+_HOMES = {
+    "longspan.core.errors": (
+        "ArgumentError",
+        "ConfigError",
+        "DataError",
+        "LongspanError",
+        "MissingDependencyError",
+        "RunError",
+        "UserError",
+    ),
+    "longspan.data.lengths": ("LengthTable",),
+    "longspan.data.loader": ("RowLoader", "StreamMixer"),
+    "longspan.data.mixture": ("MixtureSpec", "plan_mixture"),
+    "longspan.data.packing": ("PackSpec", "plan_packing"),
+    "longspan.data.readers": ("read_documents",),
+    "longspan.data.store": ("TokenStore",),
+    "longspan.data.tokenize": ("tokenize_corpus",),
+    "longspan.data.tokenizer": ("load_tokenizer",),
+    "longspan.models.documents": ("Documents",),
+    "longspan.models.hf": ("enable", "load_model"),
+    "longspan.report": ("summarise", "write_report"),
+    "longspan.train.config": ("TrainConfig",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'longspan' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'longspan' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -156,7 +156,7 @@ def test_help_loads_no_heavy_module():
         try:
             run()
         finally:
-            heavy = {"torch", "transformers", "numpy", "pyarrow", "pydantic", "matplotlib", "tokenizers", "yaml"}
+            heavy = {"torch", "transformers", "numpy", "pyarrow", "matplotlib", "tokenizers"}
             print("HEAVY", sorted(heavy & set(sys.modules)))
         """
     done = subprocess.run(

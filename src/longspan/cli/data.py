@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 PlanOut = Annotated[Path, typer.Option(help="Folder to write; a plan of the same kind there is replaced.")]
-Stores = Annotated[list[Path], typer.Argument(metavar="STORE...", help="Token stores.")]
+Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Token stores.")]
 
 
 @app.command(epilog=example("longspan data tokenize texts --tokenizer tokenizer --out store"))
@@ -31,7 +31,7 @@ def tokenize(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help="Files, folders, glob patterns or addresses; .jsonl, .txt and such, also compressed.",
         ),
     ],
@@ -117,14 +117,14 @@ def mix(
 def pack(
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="PLAN|STORE...", help="A mixture plan, or token stores to take whole."),
+        typer.Argument(metavar="PLAN|STORE", help="A mixture plan, or token stores to take whole."),
     ],
     length: Annotated[str, typer.Option(help="Tokens in a row, such as 128k.")],
     out: PlanOut,
     strategy: Annotated[
         str,
         typer.Option(
-            help="concat: documents follow one another and are cut at row ends. intact: no document is cut."
+            help="concat: documents follow one another and are cut at row ends. intact and best_fit: see below."
         ),
     ] = "concat",
     min_length: Annotated[str, typer.Option(help="Shorter documents are left out.")] = "1",

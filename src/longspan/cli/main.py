@@ -13,7 +13,8 @@ from typing import Annotated
 import typer
 
 from longspan import __version__
-from longspan.cli import data, doctor
+from longspan.cli import data, doctor, quickstart, report, train
+from longspan.cli import eval as evaluation
 from longspan.core.errors import LongspanError
 from longspan.core.log import setup_logging
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
@@ -45,7 +46,11 @@ def _start(
     setup_logging(verbose=verbose)
 
 
+app.command(epilog=quickstart.EXAMPLE)(quickstart.quickstart)
 app.add_typer(data.app, name="data")
+app.command(epilog=train.EXAMPLE)(train.train)
+app.add_typer(evaluation.app, name="eval")
+app.command(epilog=report.EXAMPLE)(report.report)
 app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
 
 

@@ -37,17 +37,24 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich.table import Table
 
     lines = [["-" if cell is None else str(cell) for cell in row] for row in rows]
-    table = Table(
-        title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column, cells in zip(columns, zip(*lines) if lines else [()] * len(columns)):
         numbers = bool(cells) and all(_NUMBER.fullmatch(cell) for cell in cells)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for line in lines:
         table.add_row(*map(escape, line))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console.print(escape(title), style="bold")
+    console.print(table)
 
 
 def percent(share: float | None) -> str | None:
     """Write a share for people: 0.125 is `12.5%`."""
     return None if share is None else f"{100 * share:.1f}%"
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' bars for loading and saving off stderr; they show nothing that takes time here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

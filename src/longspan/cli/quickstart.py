@@ -1,0 +1,80 @@
+"""`longspan quickstart`: the whole story on this machine."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longspan.cli.output import Json, Seed, example, percent, print_json, print_table, quiet_transformers
+
+EXAMPLE = example("longspan quickstart --preset tiny --out quickstart-run")
+
+
+class Preset(StrEnum):
+    """The recipes that are shipped."""
+
+    small = "small"
+    tiny = "tiny"
+
+
+def quickstart(
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; the same command goes on after a kill.")
+    ] = Path("quickstart-run"),
+    preset: Annotated[
+        Preset,
+        typer.Option(
+            help="small: a model that learns it, some minutes. tiny: every step once, about a minute."
+        ),
+    ] = Preset.small,
+    seed: Seed = 0,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Train the controls too; takes several times as long.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE changes a setting of the recipe; many times.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Extend a small model's context on this machine, from raw text to a report, with nothing to download."""
+    from longspan.quickstart import load_config, run_quickstart
+
+    config = load_config(preset.value, seed=seed, ablate=ablate, overrides=settings or [])
+    quiet_transformers()
+    results = run_quickstart(out, config)
+    if as_json:
+        print_json(results)
+    else:
+        _print(out, results)
+
+
+def _print(out: Path, results: dict[str, Any]) -> None:
+    from longspan.core.units import format_seconds
+
+    needle, ppl = results["needle"], results["ppl"]
+    lengths = next(iter(needle.values()))["lengths"]
+    longest = str(lengths[-1])
+    rows = [
+        [
+            label,
+            percent(found["mean"]),
+            *(percent(found["by_length"].get(str(length))) for length in lengths),
+            _decimal(ppl.get(label, {}).get("by_length", {}).get(longest)),
+        ]
+        for label, found in needle.items()
+    ]
+    columns = ("model", "mean", *(f"{length:,}" for length in lengths), f"perplexity at {lengths[-1]:,}")
+    print_table("planted facts found, by context length", columns, rows)
+    seconds = results["seconds"]["total"]
+    print_table(
+        f"done in {format_seconds(seconds)}",
+        ("what", "where"),
+        [("report", out / "report.html"), ("numbers", out / "results.json")],
+    )
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"

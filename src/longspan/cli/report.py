@@ -1,0 +1,37 @@
+"""`longspan report`: run folders to one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.cli.output import Json, example, print_json, print_table
+
+EXAMPLE = example("longspan report run --out report.html")
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Folders that training or evaluation wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="HTML file; figures/ and tables/ are written beside it.")] = Path(
+        "report.html"
+    ),
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one self-contained HTML page, with PNG figures and CSV tables beside it."""
+    from longspan.report import write_report
+
+    result = write_report(runs, out, title=title)
+    if as_json:
+        files = {"page": str(result.page), "figures": result.figures, "tables": result.tables}
+        paths = {
+            name: value if isinstance(value, str) else list(map(str, value)) for name, value in files.items()
+        }
+        print_json({**paths, "results": result.results})
+    else:
+        written = [result.page, *result.figures, *result.tables]
+        print_table("written", ("file",), [[path] for path in written])

@@ -1,0 +1,76 @@
+"""The example at the end of every command's help runs as it is written."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+
+import pytest
+import typer.main
+
+from longspan.cli.main import app
+
+# Each example finds what the ones before it have made, as a reader finds it who copies them in turn.
+STORY = (
+    ("data", "tokenize"),
+    ("data", "lengths"),
+    ("data", "mix"),
+    ("data", "pack"),
+    ("data", "peek"),
+    ("train",),
+    ("eval", "needle"),
+    ("eval", "ppl"),
+    ("report",),
+    ("doctor",),
+)
+SLOW = (("quickstart",),)
+
+
+def examples() -> dict[tuple[str, ...], list[list[str]]]:
+    """Return the example command lines of every command, without the word longspan."""
+    found: dict[tuple[str, ...], list[list[str]]] = {}
+
+    def collect(group, path: tuple[str, ...]) -> None:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                collect(command, (*path, name))
+                continue
+            lines = [line.strip() for line in command.epilog.splitlines()]
+            found[*path, name] = [shlex.split(line)[1:] for line in lines if line.startswith("longspan ")]
+
+    collect(typer.main.get_command(app), ())
+    return found
+
+
+def test_every_command_is_in_the_story():
+    """A new command is tested here or not at all."""
+    assert set(examples()) == {*STORY, *SLOW}
+
+
+def test_examples_run_in_turn(longspan, corpus, tmp_path, monkeypatch):
+    for name in ("texts", "tokenizer"):
+        (tmp_path / name).symlink_to(corpus / name)
+    shutil.copy(corpus / "recipe.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for path in STORY:
+        for arguments in examples()[path]:
+            if path[0] == "eval" and not (tmp_path / "model").exists():
+                # A reader has a model; here it is the one that the example of `train` made.
+                shutil.copytree("run/stages/short", "model")
+                shutil.copy("tokenizer/tokenizer.json", "model")
+            outcome = longspan(arguments)
+            assert outcome.code == 0, f"longspan {shlex.join(arguments)}\n{outcome.err}"
+            assert outcome.out.strip(), f"longspan {shlex.join(arguments)} printed nothing"
+    assert "http" not in (tmp_path / "report.html").read_text().split("</head>")[0].replace(
+        "http://www.w3.org", ""
+    )
+
+
+@pytest.mark.slow
+def test_example_of_quickstart(longspan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (arguments,) = examples()["quickstart",]
+    outcome = longspan(arguments)
+    assert outcome.code == 0, outcome.err
+    assert "report.html" in outcome.out
+    assert (tmp_path / "quickstart-run" / "report.html").exists()
