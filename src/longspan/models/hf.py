@@ -6,15 +6,17 @@ is a plain Hugging Face folder that loads without longspan.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir
@@ -126,9 +128,10 @@ def load_model(
             changes["rope_parameters"] = _new_rope(config, rope)
         if max_position_embeddings is not None:
             changes["max_position_embeddings"] = max_position_embeddings
-        model = AutoModelForCausalLM.from_pretrained(
-            path, attn_implementation=ATTENTION_NAME, dtype="auto" if dtype is None else dtype, **changes
-        )
+        with _without_bars() if folder.exists() else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, attn_implementation=ATTENTION_NAME, dtype="auto" if dtype is None else dtype, **changes
+            )
     except (OSError, ValueError) as error:
         raise DataError(
             f"cannot load a model from {path}",
@@ -147,8 +150,20 @@ def save_model(model: PreTrainedModel, path: str | Path, *, replace: bool = Fals
     """
     if Path(path).exists() and not replace:
         raise ArgumentError(f"{path} already exists", fix="choose another path or remove it")
-    with atomic_dir(path, replace=replace) as folder:
+    with atomic_dir(path, replace=replace) as folder, _without_bars():
         model.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar for every local folder it reads or writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def rope_fingerprint(model: PreTrainedModel) -> str:
