@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.synthetic_run import build_run, header, write_lines
+from tests.report.synthetic_run import build_run, header, write_records
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +23,7 @@ def needle_run(tmp_path: Path) -> Callable[..., Path]:
 
     def build(lines: list[dict[str, Any]], *, label: str = "after", **header_fields: Any) -> Path:
         path = tmp_path / "run"
-        write_lines(
-            path / f"records/needle-{label}.jsonl", [header("needle", label, **header_fields), *lines]
-        )
+        write_records(path / f"records/needle-{label}.jsonl", header("needle", label, **header_fields), lines)
         return path
 
     return build

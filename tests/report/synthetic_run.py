@@ -29,6 +29,10 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
+def write_records(path: Path, head: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    write_lines(path, [head, *samples, {"kind": "footer", "samples": len(samples)}])
+
+
 def header(task: str, label: str, *, note: str | None = None, trained: int | None = None) -> dict[str, Any]:
     """Return the first line of a record file."""
     after = label == "after" or label.startswith("ablate_")
@@ -205,20 +209,22 @@ def build_run(path: Path) -> Path:
     """Write a complete run folder."""
     rng = np.random.default_rng(7)
     for label in LABELS:
-        write_lines(
-            path / f"records/needle-{label}.jsonl", [header("needle", label), *needle_lines(label, rng)]
+        write_records(
+            path / f"records/needle-{label}.jsonl", header("needle", label), needle_lines(label, rng)
         )
-        write_lines(path / f"records/ppl-{label}.jsonl", [header("ppl", label), *ppl_lines(label)])
+        write_records(path / f"records/ppl-{label}.jsonl", header("ppl", label), ppl_lines(label))
     for label, note in ABLATIONS.items():
-        write_lines(
+        write_records(
             path / f"records/needle-{label}.jsonl",
-            [header("needle", label, note=note), *needle_lines(label, rng)],
+            header("needle", label, note=note),
+            needle_lines(label, rng),
         )
-        write_lines(path / f"records/ppl-{label}.jsonl", [header("ppl", label, note=note), *ppl_lines(label)])
+        write_records(path / f"records/ppl-{label}.jsonl", header("ppl", label, note=note), ppl_lines(label))
     for label in ("before", "after"):
-        write_lines(
+        write_records(
             path / f"records/needle_distractors-{label}.jsonl",
-            [header("needle_distractors", label), *needle_lines(label, rng, distractors=3)],
+            header("needle_distractors", label),
+            needle_lines(label, rng, distractors=3),
         )
     write_lines(path / "metrics.jsonl", metric_lines(rng))
     (path / "lengths").mkdir()

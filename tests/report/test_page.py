@@ -14,7 +14,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError
 from longspan.report import write_report
-from tests.report.synthetic_run import LENGTHS, header, needle_lines, write_lines
+from tests.report.synthetic_run import LENGTHS, header, needle_lines, write_lines, write_records
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 CHROMIUM = "/usr/bin/chromium"
@@ -75,7 +75,7 @@ def test_markup_in_records_stays_text(tmp_path: Path) -> None:
         for line in needle_lines("after", np.random.default_rng(0))
     ]
     for number, label in enumerate(("after", f"ablate_{ATTACK}", ATTACK)):
-        write_lines(run / f"records/needle-{number}.jsonl", [header("needle", label, note=ATTACK), *lines])
+        write_records(run / f"records/needle-{number}.jsonl", header("needle", label, note=ATTACK), lines)
     (run / "config.yaml").write_text(ATTACK)
     write_lines(run / "events.jsonl", [{"event": "phase", "phase": ATTACK, "seconds": 1.0}])
     page = write_report([run], tmp_path / "out/report.html", title=ATTACK).page.read_text()
@@ -87,8 +87,8 @@ def test_markup_in_records_stays_text(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     """Guards against a crash or an empty chart for a run that only evaluated one model."""
     rng = np.random.default_rng(0)
-    write_lines(
-        tmp_path / "run/records/needle-after.jsonl", [header("needle", "after"), *needle_lines("after", rng)]
+    write_records(
+        tmp_path / "run/records/needle-after.jsonl", header("needle", "after"), needle_lines("after", rng)
     )
     page = write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
     assert re.findall(r'<section id="(\w+)"', page) == ["needle", "method", "missing"]
@@ -116,11 +116,24 @@ def test_training_alone_and_lengths_alone_make_a_page(finished_run: Path, tmp_pa
 def test_lengths_beyond_the_trained_one_are_called_out(tmp_path: Path) -> None:
     """Guards against 2,048 tokens counted as trained when the model was trained for 1,024."""
     rng = np.random.default_rng(0)
-    lines = [header("needle", "after", trained=1024), *needle_lines("after", rng)]
-    write_lines(tmp_path / "run/records/needle-after.jsonl", lines)
+    head = header("needle", "after", trained=1024)
+    write_records(tmp_path / "run/records/needle-after.jsonl", head, needle_lines("after", rng))
     page = write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
     assert re.search(r"Beyond the trained 1,024 tokens: \d+% at 1,536, \d+% at 2,048", page)
     assert "needle accuracy at 1,024 tokens" in page, "the headline stays inside the trained length"
+
+
+def test_an_unfinished_evaluation_is_said(tmp_path: Path) -> None:
+    """Guards against half an evaluation shown like a whole one."""
+    lines = needle_lines("after", np.random.default_rng(0))[:9]
+    path = tmp_path / "run/records/needle-after.jsonl"
+    write_lines(path, [header("needle", "after"), *lines])
+    unfinished = (
+        "needle-after.jsonl ends before its evaluation did: its numbers are over the 9 samples so far."
+    )
+    assert unfinished in write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
+    write_records(path, header("needle", "after"), lines)
+    assert "ends before" not in write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
 
 
 def test_two_runs_share_a_page_and_keep_their_names(finished_run: Path, tmp_path: Path) -> None:

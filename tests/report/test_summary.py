@@ -15,7 +15,7 @@ from longspan.core.errors import DataError
 from longspan.report import summarise
 from longspan.report.load import load_run
 from longspan.report.tables import wilson
-from tests.report.synthetic_run import header, write_lines
+from tests.report.synthetic_run import header, write_lines, write_records
 
 
 def needle(length: int, depth: float, sample: int, score: float | None, **fields: Any) -> dict[str, Any]:
@@ -61,6 +61,31 @@ def test_distractor_samples_stay_out_of_the_needle_map(needle_run: Callable[...,
     result = summarise(needle_run(lines))
     assert result["needle"]["after"]["mean"] == 1.0
     assert result["needle_distractors"]["after"]["3"]["mean"] == 0.0
+
+
+def test_lengths_beyond_training_join_the_map_but_not_the_mean(tmp_path: Path) -> None:
+    """Guards against a mean that falls because one label was also tried at 4,096 tokens, and against lost files."""
+    write_records(
+        tmp_path / "records/needle-after.jsonl", header("needle", "after"), [needle(2048, 0.5, 0, 1.0)]
+    )
+    write_records(
+        tmp_path / "records/needle_far-after.jsonl", header("needle", "after"), [needle(4096, 0.5, 0, 0.0)]
+    )
+    result = summarise(tmp_path)["needle"]["after"]
+    assert result["by_length"] == {"2048": 1.0, "4096": 0.0}
+    assert (result["mean"], result["scored"]) == (1.0, 1)
+
+
+def test_one_label_is_one_model(tmp_path: Path) -> None:
+    """Guards against pooling a stale file of an earlier model."""
+    other = header("needle", "after")
+    other["model"]["fingerprint"] = "0"
+    write_records(
+        tmp_path / "records/needle-after.jsonl", header("needle", "after"), [needle(128, 0.5, 0, 1.0)]
+    )
+    write_records(tmp_path / "records/needle-old.jsonl", other, [needle(128, 0.5, 0, 0.0)])
+    with pytest.raises(DataError, match="two models"):
+        summarise(tmp_path)
 
 
 def test_perplexity_weighs_tokens_not_windows(tmp_path: Path) -> None:

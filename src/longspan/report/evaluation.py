@@ -12,9 +12,7 @@ from longspan.report.load import RecordFile
 from longspan.report.tables import (
     NeedleTable,
     PplTable,
-    needle_samples,
-    needle_table,
-    ppl_table,
+    tabulate,
 )
 
 
@@ -22,43 +20,38 @@ from longspan.report.tables import (
 class Evaluation:
     """All evaluations of a report by label, and the two trained lengths they speak of."""
 
-    files: dict[tuple[str, str], RecordFile]
+    files: list[RecordFile]
     needle: dict[str, NeedleTable]
     ppl: dict[str, PplTable]
     distractors: dict[str, dict[int, NeedleTable]]
-    before_length: int | None
-    after_length: int | None
 
     @classmethod
     def from_records(cls, records: Sequence[RecordFile]) -> Evaluation:
         """Group the samples of every record file."""
-        needle: dict[str, NeedleTable] = {}
-        distractors: dict[str, dict[int, NeedleTable]] = {}
-        for file in records:
-            if single := needle_samples(file, distractors=False):
-                needle[file.label] = needle_table(single)
-            several = needle_samples(file, distractors=True)
-            for count in sorted({sample.distractors for sample in several}):
-                group = needle_table(sample for sample in several if sample.distractors == count)
-                distractors.setdefault(file.label, {})[count] = group
-        files = {(file.task, file.label): file for file in records}
-        trained = {file.label: file.trained_length for file in records if file.trained_length}
-        return cls(
-            files=files,
-            needle=needle,
-            ppl={file.label: ppl_table(file.samples) for file in records if file.task == "ppl"},
-            distractors=distractors,
-            before_length=trained.get("before"),
-            after_length=trained.get("after"),
-        )
+        tables = tabulate(records)
+        return cls(list(records), tables.needle, tables.ppl, tables.distractors)
+
+    @property
+    def before_length(self) -> int | None:
+        """Context length the model was trained for before the extension, in tokens."""
+        return self.trained_length("before")
+
+    @property
+    def after_length(self) -> int | None:
+        """Context length the model was trained for by the extension, in tokens."""
+        return self.trained_length("after")
+
+    def rope(self, label: str) -> object:
+        """Return the RoPE parameters a label was evaluated with, as recorded."""
+        return next((f.header.get("model", {}).get("rope") for f in self.files if f.label == label), None)
 
     def trained_length(self, label: str) -> int | None:
         """Return the trained length of the model behind a label."""
-        return next((f.trained_length for (_, name), f in self.files.items() if name == label), None)
+        return next((f.trained_length for f in self.files if f.label == label and f.trained_length), None)
 
     def note(self, label: str) -> str | None:
         """Return the note that came with a label, from whichever task has one."""
-        return next((f.note for (_, name), f in self.files.items() if name == label and f.note), None)
+        return next((f.note for f in self.files if f.label == label and f.note), None)
 
     @property
     def main_labels(self) -> list[str]:

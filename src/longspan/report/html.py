@@ -18,7 +18,7 @@ from longspan.report.controls_view import controls_section, distractor_section
 from longspan.report.evaluation import Evaluation
 from longspan.report.figures import write_figures
 from longspan.report.headline import headline
-from longspan.report.load import Run, load_run
+from longspan.report.load import RecordFile, Run, load_run
 from longspan.report.needle_view import needle_section
 from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
@@ -99,12 +99,21 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         runs=[run.name for run in runs],
         facts=_facts(runs, [file.header for file in records]),
         sections={section.id: section for section in sections},
-        missing=[line for section in sections for line in section.missing],
+        missing=[*(line for section in sections for line in section.missing), *_unfinished(records)],
         steps=range(STEPS),
         css=Markup(theme_css() + "\n" + _asset("report.css")),
         script=Markup(_asset("report.js")),
         samples=_json(sections[0].parts.get("samples", {})),
     )
+
+
+def _unfinished(records: Sequence[RecordFile]) -> list[str]:
+    """Return one line for every evaluation that ended early."""
+    return [
+        f"{file.path.name} ends before its evaluation did: its numbers are over the {len(file.samples)} samples so far."
+        for file in records
+        if not file.complete
+    ]
 
 
 def _facts(runs: Sequence[Run], headers: Sequence[dict[str, Any]]) -> list[str]:

@@ -59,13 +59,17 @@ class PplSample(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordFile:
-    """One evaluation: its header and its samples. `label` is the header's until several runs need telling apart."""
+    """One evaluation: its header and its samples. `label` is the header's until several runs need telling apart.
+
+    `complete` says whether a footer counts these samples; an evaluation that was killed has none.
+    """
 
     path: Path
     task: str
     label: str
     header: dict[str, Any]
     samples: tuple[Any, ...]
+    complete: bool = True
 
     @property
     def trained_length(self) -> int | None:
@@ -74,9 +78,15 @@ class RecordFile:
         return int(length) if isinstance(length, (int, float)) and length > 0 else None
 
     @property
+    def model(self) -> str | None:
+        """Fingerprint of the evaluated model."""
+        fingerprint = self.header.get("model", {}).get("fingerprint")
+        return str(fingerprint) if fingerprint else None
+
+    @property
     def note(self) -> str | None:
         """What this evaluation does and does not show, in the words of whoever ran it."""
-        note = self.header.get("params", {}).get("note")
+        note = self.header.get("note") or self.header.get("params", {}).get("note")
         return str(note) if note else None
 
 
@@ -115,6 +125,7 @@ def load_run(path: str | Path) -> Run:
         env=env if isinstance(env, dict) else None,
         config=config.read_text(encoding="utf-8") if config.exists() else None,
     )
+    _refuse_mixed_models(run.records)
     if not (run.records or run.metrics or run.lengths):
         raise DataError(
             f"{path} holds nothing to report",
@@ -123,6 +134,19 @@ def load_run(path: str | Path) -> Run:
             fix="run `longspan eval` or `longspan train` with this folder as --out",
         )
     return run
+
+
+def _refuse_mixed_models(records: list[RecordFile]) -> None:
+    """Samples of one task and label are pooled, so they must come from one model."""
+    first: dict[tuple[str, str], RecordFile] = {}
+    for file in records:
+        other = first.setdefault((file.task, file.label), file)
+        if other.model != file.model:
+            raise DataError(
+                f"{file.path} and {other.path} have one label and two models",
+                found=f"label {file.label!r}, fingerprints {file.model} and {other.model}",
+                fix="evaluate the model again, or give one of them another label",
+            )
 
 
 def _record_file(path: Path) -> RecordFile | None:
@@ -144,7 +168,11 @@ def _record_file(path: Path) -> RecordFile | None:
         return None
     parse = _ppl_sample if task == "ppl" else _needle_sample
     samples: dict[tuple[Any, ...], Any] = {}
+    complete = False
     for where, line in lines:
+        complete = line.get("kind") == "footer" and line.get("samples") == len(samples)
+        if line.get("kind") == "footer":
+            continue
         if line.get("kind") != "sample":
             raise DataError(
                 f"{where} is not a sample line", found=f"kind={line.get('kind')!r}", allowed="sample"
@@ -157,7 +185,7 @@ def _record_file(path: Path) -> RecordFile | None:
                 f"{where} repeats an earlier sample", found=f"id={sample.id!r}, length={sample.length}"
             )
         samples[key] = sample
-    return RecordFile(path, task, label, header, tuple(samples.values()))
+    return RecordFile(path, task, label, header, tuple(samples.values()), complete)
 
 
 def _needle_sample(line: dict[str, Any], where: str) -> NeedleSample:

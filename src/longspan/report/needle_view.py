@@ -83,12 +83,11 @@ def _map_view(ev: Evaluation, label: str, key: str, *, wide: bool) -> dict[str, 
     if own:
         lines.append((own, f"trained: {length_text(own)}"))
     name = long_name(label)
-    rope = ev.files.get(("needle", label))
     drawn = heat_map(name, table, 640 if wide else 232, key=key, trained=lines, compact=not wide)
     return {
         "name": name,
         "mean": percent(table.total.mean),
-        "detail": _rope_text(rope.header.get("model", {}).get("rope")) if rope else "",
+        "detail": _rope_text(ev.rope(label)),
         "svg": Markup(drawn),
         "narrow": Markup(heat_map(name, table, NARROW, key=key, trained=lines, compact=True))
         if wide

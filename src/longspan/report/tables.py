@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.report.load import NEEDLE_TASKS, NeedleSample, PplSample, RecordFile, Run, load_run
+from longspan.report.load import NeedleSample, PplSample, RecordFile, Run, load_run
 
 Z_95 = 1.959963984540054
 
@@ -78,14 +78,17 @@ class NeedleTable:
         return max((len(samples) for samples in self.cells.values()), default=0)
 
 
-def needle_table(samples: Iterable[NeedleSample]) -> NeedleTable:
-    """Group samples by (depth, length)."""
+def needle_table(samples: Iterable[NeedleSample], target: int | None = None) -> NeedleTable:
+    """Group samples by (depth, length); `total` is over lengths up to `target`, unless all are longer."""
+    samples = list(samples)
     table = NeedleTable()
+    inside = [sample for sample in samples if target is None or sample.length <= target]
     for sample in samples:
         key = (sample.depth, sample.length)
         table.cells.setdefault(key, []).append(sample)
         table.tallies.setdefault(key, Tally()).add(sample)
         table.by_length.setdefault(sample.length, Tally()).add(sample)
+    for sample in inside or samples:
         table.total.add(sample)
     table.lengths = sorted(table.by_length)
     table.depths = sorted({depth for depth, _ in table.cells})
@@ -147,12 +150,39 @@ def perplexity(sums: tuple[int, float]) -> float | None:
     return math.exp(nll / tokens)
 
 
-def needle_samples(file: RecordFile, *, distractors: bool) -> list[NeedleSample]:
-    """Return a file's needle samples with, or without, other needles in the same context."""
-    if file.task not in NEEDLE_TASKS:
-        return []
-    apart = file.task == "needle_distractors"
-    return [sample for sample in file.samples if (apart or sample.distractors > 0) == distractors]
+@dataclass
+class Tables:
+    """The tables of every label; files of one task and label are pooled."""
+
+    needle: dict[str, NeedleTable] = field(default_factory=dict)
+    distractors: dict[str, dict[int, NeedleTable]] = field(default_factory=dict)
+    ppl: dict[str, PplTable] = field(default_factory=dict)
+
+
+def tabulate(records: Iterable[RecordFile]) -> Tables:
+    """Pool the samples of every label; needles among other needles are kept apart from single ones."""
+    records = list(records)
+    target = max((file.trained_length or 0 for file in records), default=0) or None
+    needle: dict[str, list[NeedleSample]] = {}
+    distractors: dict[str, dict[int, list[NeedleSample]]] = {}
+    ppl: dict[str, list[PplSample]] = {}
+    for file in records:
+        if file.task == "ppl":
+            ppl.setdefault(file.label, []).extend(file.samples)
+            continue
+        for sample in file.samples:
+            if sample.distractors > 0 or file.task == "needle_distractors":
+                distractors.setdefault(file.label, {}).setdefault(sample.distractors, []).append(sample)
+            else:
+                needle.setdefault(file.label, []).append(sample)
+    return Tables(
+        needle={label: needle_table(samples, target) for label, samples in needle.items()},
+        distractors={
+            label: {count: needle_table(by_count[count], target) for count in sorted(by_count)}
+            for label, by_count in distractors.items()
+        },
+        ppl={label: ppl_table(samples) for label, samples in ppl.items()},
+    )
 
 
 def summarise(run: str | Path | Run) -> dict[str, Any]:
@@ -160,7 +190,8 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
 
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
-    confidence (95 % Wilson interval of the mean).
+    confidence (95 % Wilson interval of the mean). mean, confidence, scored and unscored are over lengths up to the
+    longest trained length in the run; longer ones stand in by_length and grid.
     ppl[label]: by_length {"128": x}, by_position {"0-128": x}, by_source {source: x} (the last two over the
     longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
@@ -169,16 +200,15 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
         DataError: see `load_run`.
     """
     run = run if isinstance(run, Run) else load_run(run)
-    result: dict[str, Any] = {"needle": {}, "ppl": {}, "needle_distractors": {}}
-    for file in run.records:
-        if file.task == "ppl":
-            result["ppl"][file.label] = _ppl_summary(ppl_table(file.samples))
-            continue
-        if single := needle_samples(file, distractors=False):
-            result["needle"][file.label] = _needle_summary(needle_table(single))
-        if several := needle_samples(file, distractors=True):
-            result["needle_distractors"].setdefault(file.label, {}).update(_distractor_summary(several))
-    return result
+    tables = tabulate(run.records)
+    return {
+        "needle": {label: _needle_summary(table) for label, table in tables.needle.items()},
+        "ppl": {label: _ppl_summary(table) for label, table in tables.ppl.items()},
+        "needle_distractors": {
+            label: {str(count): _distractor_summary(table) for count, table in by_count.items()}
+            for label, by_count in tables.distractors.items()
+        },
+    }
 
 
 def _needle_summary(table: NeedleTable) -> dict[str, Any]:
@@ -212,18 +242,14 @@ def _ppl_summary(table: PplTable) -> dict[str, Any]:
     }
 
 
-def _distractor_summary(samples: list[NeedleSample]) -> dict[str, Any]:
-    summary = {}
-    for count in sorted({sample.distractors for sample in samples}):
-        table = needle_table(sample for sample in samples if sample.distractors == count)
-        summary[str(count)] = {
-            "mean": table.total.mean,
-            "confidence": _listed(table.total.interval),
-            "by_length": {str(length): table.by_length[length].mean for length in table.lengths},
-            "scored": table.total.scored,
-            "unscored": table.total.unscored,
-        }
-    return summary
+def _distractor_summary(table: NeedleTable) -> dict[str, Any]:
+    return {
+        "mean": table.total.mean,
+        "confidence": _listed(table.total.interval),
+        "by_length": {str(length): table.by_length[length].mean for length in table.lengths},
+        "scored": table.total.scored,
+        "unscored": table.total.unscored,
+    }
 
 
 def _listed(interval: tuple[float, float] | None) -> list[float] | None:

@@ -154,7 +154,7 @@ def _lengths_table(summaries: Sequence[dict[str, Any]]) -> Table:
         ]
         numbers += [percent(entry.get("share_above", {}).get(key)) for key in above]
         first = Cell(source) if source != previous else Cell("", title=source)
-        rows.append([first, str(summary["title"]), *(Cell(text, "num") for text in numbers)])
+        rows.append([first, str(summary["name"]).replace("_", " "), *(Cell(text, "num") for text in numbers)])
         previous = source
     columns = ["source", "", "documents", "tokens", *quantiles, *(f"> {_as_length(key)}" for key in above)]
     return Table(

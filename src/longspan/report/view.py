@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -87,18 +87,16 @@ def order_of(label: str) -> tuple[int, str]:
 
 
 def merge_records(runs: Sequence[Run]) -> list[RecordFile]:
-    """Return all evaluations of all runs; a label met before carries its run's (or file's) name."""
+    """Return all evaluations of all runs; a label that an earlier run has carries its run's name."""
     merged: list[RecordFile] = []
-    taken: set[tuple[str, str]] = set()
+    taken: set[str] = set()
     for run in runs:
-        for file in sorted(run.records, key=lambda f: order_of(f.label)):
-            label = file.label
-            for suffix in ("", f" ({run.name})", f" ({run.name}/{file.path.stem})", f" ({file.path})"):
-                label = file.label + suffix
-                if (file.task, label) not in taken:
-                    break
-            taken.add((file.task, label))
-            merged.append(RecordFile(file.path, file.task, label, file.header, file.samples))
+        names = {}
+        for label in {file.label for file in run.records}:
+            wished = [label, f"{label} ({run.name})", f"{label} ({run.path})"]
+            names[label] = next((name for name in wished if name not in taken), wished[-1])
+        taken |= set(names.values())
+        merged += [replace(file, label=names[file.label]) for file in run.records]
     return sorted(merged, key=lambda f: order_of(f.label))
 
 

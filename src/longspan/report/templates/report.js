@@ -100,5 +100,9 @@
   document.getElementById("samples-close").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
-  addEventListener("beforeprint", hideTip);
+  // Paper has no click: the recipe and the environment are printed open.
+  addEventListener("beforeprint", () => {
+    hideTip();
+    for (const block of document.querySelectorAll("details.block")) block.open = true;
+  });
 })();
