@@ -86,7 +86,7 @@ SAMPLES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(samples=st.lists(SAMPLES, min_size=1, max_size=5), limit=st.sampled_from([1, 700, 1 << 20]))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, samples: list[Any], limit: int) -> None:
     """Guards against values that change on their way, whatever the cut into shards."""

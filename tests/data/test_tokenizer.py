@@ -167,6 +167,18 @@ def test_steps_aside_on_any_difference(
     assert "cannot be imported" in load_tokenizer(tokenizer.path).backend_reason
 
 
+def test_fast_engine_is_made_anew(
+    tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against memory that grows with every new word of a corpus: the engine never forgets one."""
+    monkeypatch.setattr(module, "FAST_ENGINE_CHARACTERS", 500)
+    engine = module._FastEngine(tokenizer.path.read_text())
+    starts = []
+    monkeypatch.setattr(engine, "_start", lambda: (starts.append(1), module._FastEngine._start(engine)))
+    assert [engine(text).tolist() for text in texts] == [tokenizer.encode(text).tolist() for text in texts]
+    assert len(starts) > 5
+
+
 def test_unsupported_pipeline_steps_aside(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Guards against a crash on a tokenizer that only the Hugging Face library knows."""
     digits = {"type": "Digits", "individual_digits": True}

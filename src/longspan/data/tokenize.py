@@ -10,6 +10,7 @@ import hashlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -91,8 +92,10 @@ def tokenize_corpus(
             found=f"num_workers={num_workers}, shard_bytes={shard_bytes}",
             allowed="num_workers >= 1, shard_bytes in 1..4294967295",
         )
-    out, fields, report = Path(out), Fields(text_field, source_field), ReadReport()
-    files = list_inputs(inputs, report=report)
+    out, fields = Path(out), Fields(text_field, source_field)
+    # Files are read ahead of the documents in them: counted apart, their places come last for any number of workers.
+    report, files_report = ReadReport(), ReadReport()
+    files = list_inputs(inputs, report=files_report)
     config = {
         "text_field": text_field,
         "source_field": source_field,
@@ -112,13 +115,14 @@ def tokenize_corpus(
         TokenStoreWriter(out, config=config, tokenizer=tokenizer, shard_bytes=shard_bytes) as writer,
     ):
         num_tokens = 0
-        records = read_records(files, report=report)
+        records = read_records(files, report=files_report)
         for batch in _encode_all(records, tokenizer, fields, strict, num_workers):
             report.add(batch.report)
             _write(batch, writer)
             num_tokens += len(batch.ids)
             bar.note(f"{format_count(num_tokens)} tokens")
             bar.advance(batch.num_bytes)
+        report.add(files_report)
         finish_reading(files, report)
         writer.counts = report.to_dict()
     return TokenStore(out)
@@ -176,7 +180,7 @@ def _encode_all(
             yield _encode(records_of_batch, tokenizer, fields, strict)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     waiting: deque[Future[_Batch]] = deque()
     try:
         for records_of_batch in _batches(records):
@@ -220,8 +224,9 @@ def _worker_tokenizer(path: str, backend: Backend) -> Tokenizer:
     return load_tokenizer(path, backend=backend)
 
 
-def _end_with_parent() -> None:
-    """Make a worker end when the process that started it is gone, even killed."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent is gone, even killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from longspan.core.log import log_once
 
 Backend = Literal["gigatoken", "hf"]
 ROLES = ("bos", "eos", "pad")
+FAST_ENGINE_CHARACTERS = 1 << 28
 
 # What the roles are called where no config names them.
 COMMON_NAMES: dict[str, tuple[str, ...]] = {
@@ -78,6 +79,30 @@ class Offsets(NamedTuple):
     """One after the last character. A token that is part of a character covers the whole character."""
 
 
+class _FastEngine:
+    """gigatoken, made anew every 268 million characters.
+
+    It remembers every word it has met: text without a repeated word costs 6 bytes of memory a character, and
+    would fill any machine in time. Making it anew takes 0.1 s for 32 thousand ids.
+    """
+
+    def __init__(self, content: str) -> None:
+        self._content = content
+        self._start()
+
+    def __call__(self, text: str) -> NDArray[np.uint32]:
+        self._characters_left -= len(text)
+        if self._characters_left < 0:
+            self._start()
+        return self._encode(text)
+
+    def _start(self) -> None:
+        import gigatoken
+
+        self._encode = gigatoken.Tokenizer.from_json(self._content).encode
+        self._characters_left = FAST_ENGINE_CHARACTERS
+
+
 class Tokenizer:
     """A tokenizer.json, ready to encode; made by `load_tokenizer`. Adds no special tokens on its own."""
 
@@ -88,7 +113,7 @@ class Tokenizer:
         fingerprint: str,
         special_ids: Mapping[str, int | None],
         reference: tokenizers.Tokenizer,
-        fast: Callable[[str], NDArray[np.uint32]] | None,
+        fast: _FastEngine | None,
         backend_reason: str,
     ) -> None:
         self.path = path
@@ -254,12 +279,10 @@ def _download(name: str) -> Path:
     return path
 
 
-def _load_fast(
-    content: dict[str, Any], reference: tokenizers.Tokenizer
-) -> tuple[Callable[[str], NDArray[np.uint32]] | None, str]:
-    """Return gigatoken's encode and why it is taken, or None and why not."""
+def _load_fast(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tuple[_FastEngine | None, str]:
+    """Return gigatoken's engine and why it is taken, or None and why not."""
     try:
-        import gigatoken
+        import gigatoken  # noqa: F401
     except ImportError as error:
         return None, f"gigatoken cannot be imported: {error}"
     special = [token["content"] for token in content.get("added_tokens") or [] if token.get("special")]
@@ -268,7 +291,7 @@ def _load_fast(
     plain = {**content, "truncation": None, "padding": None, "post_processor": None}
     plain["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     try:
-        fast = gigatoken.Tokenizer.from_json(json.dumps(plain)).encode
+        fast = _FastEngine(json.dumps(plain))
         for text in (*SAMPLE, *special, "x".join(special), f"a {' '.join(special)}\n", " ".join(SAMPLE)):
             if not np.array_equal(fast(text), _encode_reference(reference, text)):
                 return None, f"gigatoken gives other ids for {text[:40]!r}"
