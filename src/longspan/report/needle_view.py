@@ -186,7 +186,7 @@ def accuracy_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
         ],
     )
     note = (
-        "Whiskers: 95% Wilson intervals of the pooled samples; "
+        "Whiskers: 95% Wilson intervals over all depths, samples taken as independent; "
         "lines are set a few pixels apart so that whiskers stay readable."
     )
     return line_view(chart, title="Accuracy by context length", note=note, table=table)

@@ -61,7 +61,7 @@ def lengths_section(runs: Sequence[Run]) -> Section:
     summaries = sorted(summaries, key=lambda s: (s["name"] != "before", s["name"]))
     section.intro = (
         "Share of tokens by the length of the document they stand in (log2 bins). "
-        "Upsampling long documents within each source moves tokens to the right and keeps the mix of sources."
+        "Upsampling long documents within a source moves its tokens to the right."
         if len(summaries) > 1
         else "Share of tokens by the length of the document they stand in (log2 bins)."
     )
