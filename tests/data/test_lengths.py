@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.made_stores import make_table
 
 from longspan.core.errors import DataError
 from longspan.data.columns import folder_kind
 from longspan.data.lengths import LengthTable, summary_rows
+from tests.data.made_stores import make_table
 
 
 def test_a_saved_table_comes_back_memory_mapped(tmp_path: Path) -> None:
@@ -207,3 +208,14 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         LengthTable(**columns, tokens=np.array([3, 1], np.int64))
     with pytest.raises(DataError, match="does not fit"):
         LengthTable(**columns, tokens=np.array([3], np.uint32))
+
+
+def test_a_damaged_column_header_is_our_error(tmp_path: Path) -> None:
+    """numpy raises TokenError, SyntaxError and others on a header that is no Python literal."""
+    make_table([("a", 3), ("a", 5)]).save(tmp_path / "lengths")
+    column = tmp_path / "lengths" / "tokens.npy"
+    whole = column.read_bytes()
+    for at in range(6, 60):
+        column.write_bytes(whole[:at] + b"(" + whole[at + 1 :])
+        with contextlib.suppress(DataError):
+            LengthTable.load(tmp_path / "lengths")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.made_stores import MadeStore
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, StreamMixer
 from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
+from tests.data.made_stores import MadeStore
 
 
 def plan_all(stores: list[MadeStore], **values: object) -> PackPlan:

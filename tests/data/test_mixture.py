@@ -10,11 +10,11 @@ import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.made_stores import make_table
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.lengths import LengthTable
 from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture
+from tests.data.made_stores import make_table
 
 QUICK = settings(max_examples=40, deadline=None)
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.made_stores import make_table
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data import packing
 from longspan.data.lengths import LengthTable
 from longspan.data.mixture import MixtureSpec, plan_mixture
 from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
+from tests.data.made_stores import make_table
 
 Span = tuple[int, int, int]
 PAD = PAD_DOCUMENT

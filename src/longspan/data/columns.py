@@ -8,6 +8,7 @@ The folder appears whole or not at all. Length tables, mixture plans and pack pl
 
 from __future__ import annotations
 
+import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from longspan.core.files import atomic_dir, atomic_write, read_json, write_json
 
 SCHEMA = 1
 HEAD = "head.json"
+# numpy reads the header of a .npy file as a Python literal, and a damaged one fails as such.
+NPY_ERRORS = (OSError, ValueError, EOFError, tokenize.TokenError, SyntaxError, TypeError, OverflowError)
 
 
 def folder_kind(path: str | Path) -> str | None:
@@ -86,7 +89,7 @@ def _load_column(path: Path, layout: Any, dtype: DTypeLike, mmap: bool) -> np.nd
     try:
         # An empty file cannot be memory-mapped.
         column = np.load(path, mmap_mode="r" if mmap and length else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except NPY_ERRORS as error:
         raise DataError(
             f"{path} cannot be read as a column", found=str(error), fix="make the folder again"
         ) from None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tokenize
 from array import array
 from contextlib import ExitStack
 from pathlib import Path
@@ -291,7 +290,7 @@ class TokenStore:
         self.manifest = read_manifest(self.path)
         self._shards = MDSDirectory(self.path)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self.lengths = _load_lengths(self.path / LENGTHS)
+        self.lengths = LengthTable.load(self.path / LENGTHS)
         """The length table: one row per document, `position` = document index."""
         self._check_lengths()
 
@@ -391,14 +390,6 @@ class TokenStore:
                 f"{self.path} contradicts itself: manifest, shards and length table do not fit together",
                 fix="make the store again",
             )
-
-
-def _load_lengths(path: Path) -> LengthTable:
-    try:
-        return LengthTable.load(path)
-    except (tokenize.TokenError, SyntaxError, TypeError, OverflowError) as error:
-        # numpy reads the header of a .npy file as a Python literal, and a damaged one fails as such.
-        raise DataError(f"{path} is damaged", found=str(error), fix="make the store again") from None
 
 
 def _inside(offset: NDArray[Any], count: NDArray[Any], width: int, limit: NDArray[Any]) -> bool:
