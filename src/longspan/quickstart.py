@@ -425,13 +425,13 @@ def _trained_length(config: QuickstartConfig, variant: Variant) -> int:
 def _gather(work: Path, config: QuickstartConfig) -> None:
     """Put the training curves of both runs and the lengths after upsampling where the report looks."""
     with atomic_write(work / "metrics.jsonl", "w") as file:
-        step = tokens = 0
+        before = {"step": 0, "tokens": 0, "seconds": 0.0}
         for name in ("pretrain", "extend"):
-            record: dict[str, Any] = {}
+            shifted = before
             for record in read_jsonl(work / name / "metrics.jsonl"):
-                shifted = {**record, "step": record["step"] + step, "tokens": record["tokens"] + tokens}
+                shifted = {**record, **{key: record[key] + before[key] for key in before}}
                 file.write(json.dumps(shifted) + "\n")
-            step, tokens = step + record["step"], tokens + record["tokens"]
+            before = {key: shifted[key] for key in before}
     from longspan.data.mixture import plan_mixture
 
     text = config.extend.stages[-1].streams["text"]

@@ -315,7 +315,8 @@ def _join_rows(columns: _Columns, length: int) -> _Columns:
     order = np.argsort(bins, kind="stable")
     ends = np.cumsum(np.bincount(bins)) if len(bins) else np.zeros(0, np.int64)
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
-    return _Columns(*(column[order] for column in columns[:3]), offsets)
+    document, start, count, _ = columns
+    return _Columns(document[order], start[order], count[order], offsets)
 
 
 def _pad_rows(columns: _Columns, length: int) -> _Columns:

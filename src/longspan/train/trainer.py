@@ -66,12 +66,12 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
     plans = plan_run(config, data_root=Path(data_root))
     fingerprint = config.fingerprint()
     state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
-    _rewind_metrics(run.path / "metrics.jsonl", state.step if state else 0)
+    seconds = _rewind_metrics(run.path / "metrics.jsonl", state.step if state else 0)
     models: dict[str, Path] = {}
     for index, plan in enumerate(plans):
         models[plan.stage.name] = run.path / "stages" / plan.stage.name
         if state is None or state.stage <= index:
-            state = _train_stage(config, plan, index, state, run, fingerprint)
+            state, seconds = _train_stage(config, plan, index, state, run, fingerprint, seconds)
     assert state is not None
     run.mark_complete()
     return TrainResult(models, state.step, state.tokens)
@@ -93,8 +93,9 @@ def _train_stage(
     state: TrainState | None,
     run: RunDir,
     fingerprint: str,
-) -> TrainState:
-    """Run the steps of one stage that `state` has not done, save its model, return the state at its end."""
+    seconds: float,
+) -> tuple[TrainState, float]:
+    """Run the steps of one stage that `state` has not done, save its model; return state and seconds so far."""
     stage, log = plan.stage, get_logger("train")
     resumed = state is not None and state.stage == index
     model = _stage_model(config, stage, state)
@@ -128,12 +129,13 @@ def _train_stage(
                 rows_per_micro_batch=stage.rows_per_micro_batch, max_grad_norm=config.optimizer.max_grad_norm,
             )  # fmt: skip
             step, stage_step, tokens = step + 1, stage_step + 1, tokens + result.tokens
+            seconds += time.monotonic() - started
             metrics.write({
                 "step": step, "stage": stage.name, "stage_step": stage_step,
                 "context_length": stage.context_length, "tokens": tokens, "loss": result.loss,
                 "lr": lr, "grad_norm": result.grad_norm, "loss_by_source": result.loss_by_source,
                 "loss_by_position": result.loss_by_position,
-                "tokens_per_s": round(result.tokens / (time.monotonic() - started), 1),
+                "tokens_per_s": round(result.tokens / (time.monotonic() - started), 1), "seconds": round(seconds, 3),
             })  # fmt: skip
             bar.advance()
             bar.note(f"loss {result.loss:.4f}" if result.loss is not None else "skipped a step")
@@ -152,7 +154,7 @@ def _train_stage(
     folder = run.path / "stages" / stage.name
     if not folder.exists():
         save_model(model, folder)
-    return state
+    return state, seconds
 
 
 class StepResult(NamedTuple):
@@ -245,10 +247,11 @@ def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def _rewind_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps after the checkpoint: they will be made again."""
+def _rewind_metrics(path: Path, step: int) -> float:
+    """Drop the lines of steps after the checkpoint, which will be made again; return the seconds of the rest."""
     if not path.exists():
-        return
+        return 0.0
     kept = [record for record in read_jsonl(path) if record["step"] <= step]
     with atomic_write(path, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)
+    return float(kept[-1]["seconds"]) if kept else 0.0
