@@ -61,9 +61,7 @@ def test_examples_run_in_turn(longspan, corpus, tmp_path, monkeypatch):
             outcome = longspan(arguments)
             assert outcome.code == 0, f"longspan {shlex.join(arguments)}\n{outcome.err}"
             assert outcome.out.strip(), f"longspan {shlex.join(arguments)} printed nothing"
-    assert "http" not in (tmp_path / "report.html").read_text().split("</head>")[0].replace(
-        "http://www.w3.org", ""
-    )
+    assert "<svg" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

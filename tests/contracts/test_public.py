@@ -13,6 +13,7 @@ import longspan
 from longspan.cli.main import app
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
 
 def commands(group, path: tuple[str, ...] = ()):
@@ -71,6 +72,31 @@ def test_every_command_explains_itself(path):
     assert f"longspan {' '.join(path)}" in command.epilog
     for parameter in command.params:
         assert parameter.help, f"{path}: {parameter.name} has no help"
+
+
+def shown_command_lines() -> list[tuple[str, list[str]]]:
+    """Return (file, words) of each `longspan ...` line in the code blocks of the documentation."""
+    found = []
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        inside = False
+        for line in path.read_text(encoding="utf-8").splitlines():
+            inside ^= line.startswith("```")
+            words = line.partition("#")[0].split()
+            if inside and words[:1] == ["longspan"] and len(words) > 1:
+                found.append((path.name, words[1:]))
+    return found
+
+
+def test_documentation_shows_commands_that_exist():
+    """A command line in the README that the program refuses is worse than none."""
+    lines = shown_command_lines()
+    for name, words in lines:
+        path = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in COMMANDS), None)
+        assert path is not None, f"{name}: longspan {' '.join(words)}"
+        known = {option for parameter in COMMANDS[path].params for option in parameter.opts} | {"--help"}
+        unknown = {word.partition("=")[0] for word in words if word.startswith("--")} - known
+        assert not unknown, f"{name}: longspan {' '.join(path)} has no {unknown}"
+    assert len(lines) > 5
 
 
 def test_module_is_the_command():

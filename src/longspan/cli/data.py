@@ -124,7 +124,8 @@ def pack(
     strategy: Annotated[
         str,
         typer.Option(
-            help="concat: documents follow one another and are cut at row ends. intact and best_fit: see below."
+            help="concat: documents follow one another and are cut at row ends. intact: a row holds one document. "
+            "best_fit: documents that fit a row are not cut, rows are padded."
         ),
     ] = "concat",
     min_length: Annotated[str, typer.Option(help="Shorter documents are left out.")] = "1",

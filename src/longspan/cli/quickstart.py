@@ -55,18 +55,19 @@ def _print(out: Path, results: dict[str, Any]) -> None:
     from longspan.core.units import format_seconds
 
     needle, ppl = results["needle"], results["ppl"]
-    lengths = next(iter(needle.values()))["lengths"]
-    longest = str(lengths[-1])
+    lengths = sorted({length for found in needle.values() for length in found["lengths"]})
+    longest = max(int(length) for found in ppl.values() for length in found["by_length"])
+    labels = sorted(needle, key=lambda label: (label != "before", label != "after", label))
     rows = [
         [
             label,
-            percent(found["mean"]),
-            *(percent(found["by_length"].get(str(length))) for length in lengths),
-            _decimal(ppl.get(label, {}).get("by_length", {}).get(longest)),
+            percent(needle[label]["mean"]),
+            *(percent(needle[label]["by_length"].get(str(length))) for length in lengths),
+            _decimal(ppl.get(label, {}).get("by_length", {}).get(str(longest))),
         ]
-        for label, found in needle.items()
+        for label in labels
     ]
-    columns = ("model", "mean", *(f"{length:,}" for length in lengths), f"perplexity at {lengths[-1]:,}")
+    columns = ("model", "mean", *(f"{length:,}" for length in lengths), f"perplexity at {longest:,}")
     print_table("planted facts found, by context length", columns, rows)
     seconds = results["seconds"]["total"]
     print_table(
