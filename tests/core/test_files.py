@@ -119,6 +119,14 @@ def test_full_disk_inside_a_directory_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_full_disk_in_a_library_written_in_rust(tmp_path):
+    """safetensors raises an error of its own on a full disk; a checkpoint ended in a traceback."""
+    with pytest.raises(RunError, match="free space") as caught, atomic_dir(tmp_path / "out"):
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert "found: No space left on device" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["file/below", "folder"])
 def test_impossible_place_is_one_message(tmp_path, name):
     """`--out` below a file, or onto a folder, ended in a traceback."""

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -34,17 +35,27 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn the operating system's refusal to write (full disk, quota, no permission) into a RunError."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
+    except Exception as error:
+        number, found = _system_error(error)
+        if number in _NO_ROOM:
             fix = "free space or choose another place with --out; nothing half-written was kept"
-        elif error.errno in _NO_WAY:
+        elif number in _NO_WAY:
             fix = "choose another place with --out"
         else:
             raise
-        found = error.strerror or str(error)
-        if error.filename is not None and Path(str(error.filename)) != Path(path):
-            found = f"{found}: {error.filename}"
         raise RunError(f"cannot write {path}", found=found, fix=fix) from error
+
+
+def _system_error(error: Exception) -> tuple[int | None, str]:
+    """Return the number of the operating system's error behind an exception, and what it says.
+
+    Libraries in Rust (safetensors, tokenizers) raise exceptions of their own that end in "(os error 28)".
+    """
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename is not None else ""
+        return error.errno, f"{error.strerror or error}{place}"
+    number = re.search(r"\(os error (\d+)\)$", str(error))
+    return (int(number.group(1)), os.strerror(int(number.group(1)))) if number else (None, str(error))
 
 
 @contextmanager
