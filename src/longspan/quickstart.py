@@ -29,8 +29,8 @@ from longspan.core.files import atomic_write, write_json
 from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
+from longspan.core.units import format_count
 from longspan.data.facts import collect_keys
-from longspan.data.lengths import LengthTable
 from longspan.data.python_corpus import write_python_corpus
 from longspan.data.recall import RecallSet, RecallSpec, write_recall_corpus
 from longspan.data.store import TokenStore
@@ -203,8 +203,19 @@ def _tokenise(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> Non
             seed=config.seed,
         )
     tokenize_corpus([str(work / "recall.jsonl")], tokenizer, stores / "recall", source_field="source")
-    lengths = text_store.lengths
-    write_json(work / "lengths" / "before.json", lengths.summary("before", "The corpus as it is"))
+    summary = text_store.lengths.summary("before", "The corpus as it is")
+    write_json(work / "lengths" / "before.json", summary)
+    log = get_logger("quickstart")
+    log.info(
+        "%-12s %9s %10s %7s %7s %7s  %s", "source", "documents", "tokens", "p50", "p90", "max", "in > 4K"
+    )
+    for name, row in summary["sources"].items():
+        p50, p90, longest = (format_count(row["quantiles"][key]) for key in ("p50", "p90", "max"))
+        log.info(
+            "%-12s %9s %10s %7s %7s %7s  %.0f%%",
+            *(name, format_count(row["documents"]), format_count(row["tokens"]), p50, p90, longest),
+            100 * row["share_above"]["4096"],
+        )
 
 
 def _recall_sets(config: QuickstartConfig) -> list[RecallSet]:
@@ -444,15 +455,23 @@ def _gather(work: Path, config: QuickstartConfig) -> None:
 
 
 def _results(run: RunDir, config: QuickstartConfig) -> dict[str, Any]:
-    """Return the figures for machines, from the records alone."""
+    """Return the figures for machines, from the records alone; lengths past the trained one stand apart."""
     from longspan.report.tables import summarise
 
     summary = summarise(run.path)
+    inside = set(config.evaluation.lengths)
+    beyond = {}
+    for label, table in summary["needle"].items():
+        columns = [number for number, length in enumerate(table["lengths"]) if length in inside]
+        past = [str(length) for length in table["lengths"] if length not in inside]
+        if past:
+            beyond[label] = {length: table["by_length"].pop(length) for length in past}
+            table["by_length_confidence"] = {
+                length: table["by_length_confidence"][length] for length in table["by_length"]
+            }
+        for key in ("grid", "counts"):
+            table[key] = [[row[number] for number in columns] for row in table[key]]
+        table["lengths"] = [table["lengths"][number] for number in columns]
     seconds = run.phase_seconds()
     seconds["total"] = round(sum(seconds.values()), 2)
-    return {"seed": config.seed, **summary, "seconds": seconds}
-
-
-def length_table(out: str | Path) -> LengthTable:
-    """Return the length table of the corpus of a run, for printing."""
-    return TokenStore(Path(out) / "stores" / "text").lengths
+    return {"seed": config.seed, **summary, "needle_beyond": beyond, "seconds": seconds}
