@@ -9,7 +9,7 @@ PRESET ?= small
 CPUS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 WORKERS ?= $(shell [ $(CPUS) -gt 4 ] && echo 4 || echo $(CPUS))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
-SOURCES := src tests $(wildcard benchmarks examples)
+SOURCES := src tests .ci $(wildcard benchmarks examples)
 
 .PHONY: help quickstart test test-all check clean
 .DEFAULT_GOAL := help
