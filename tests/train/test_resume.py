@@ -33,9 +33,18 @@ trainer.train(TrainConfig.from_yaml(recipe), out, data_root=data_root)
 
 def run(tmp_path: Path, data_root: Path, out: str, kill_at: int = 0) -> int:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe()))
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "recipe.yaml"), str(data_root), str(tmp_path / out)]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(tmp_path / "recipe.yaml"),
+        str(data_root),
+        str(tmp_path / out),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(kill_at)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(kill_at)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 

@@ -62,8 +62,9 @@ def test_a_run_learns_changes_rope_between_stages_and_leaves_loadable_models(
     data_root: Path, tmp_path: Path
 ) -> None:
     """RoPE of the second stage has to reach the model and its exported config."""
-    settings = config()
+    settings = config(tokenizer="tokenizer")
     result = train(settings, tmp_path / "run", data_root=data_root)
+    assert (result.models["long"] / "tokenizer.json").exists()
     records = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[5]["loss"] < 0.9 * records[0]["loss"]
@@ -112,7 +113,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(data_root: Pa
     ("changes", "message"),
     [
         ({"stages": stages(1, tokens="2M")}, r"longer than its data.*rows in one epoch"),
-        ({"stages": stages(0, context_length=100000, batch_tokens=100000, micro_batch_tokens=None)}, "one row"),
+        (
+            {"stages": stages(0, context_length=100000, batch_tokens=100000, micro_batch_tokens=None)},
+            "one row",
+        ),
         ({"stages": stages(0, streams={"text": {"store": "missing"}})}, "missing"),
         ({"stages": stages(0, rope={"rope_type": "yarm"})}, "yarm"),
     ],

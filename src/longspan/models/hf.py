@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ __all__ = [
     "save_model",
 ]
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 # Keys of old config files that `rope_parameters` replaces.
 LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 # Config fields by which a model changes its logits after the output embedding, with the value that does not.
@@ -141,8 +152,12 @@ def load_model(
     return enable(model)
 
 
-def save_model(model: PreTrainedModel, path: str | Path, *, replace: bool = False) -> None:
+def save_model(
+    model: PreTrainedModel, path: str | Path, *, tokenizer: str | Path | None = None, replace: bool = False
+) -> None:
     """Write a Hugging Face folder that plain transformers loads; it appears whole or not at all.
+
+    `tokenizer` is a folder whose tokenizer files come along.
 
     Raises:
         ArgumentError: `path` exists and `replace` is false.
@@ -152,6 +167,9 @@ def save_model(model: PreTrainedModel, path: str | Path, *, replace: bool = Fals
         raise ArgumentError(f"{path} already exists", fix="choose another path or remove it")
     with atomic_dir(path, replace=replace) as folder, _without_bars():
         model.save_pretrained(folder)
+        for name in TOKENIZER_FILES:
+            if tokenizer is not None and (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, folder / name)
 
 
 @contextlib.contextmanager

@@ -151,6 +151,9 @@ class TrainConfig(Config):
     """Of initialisation, mixture, packing and row order."""
     data_root: str = "."
     """Folder from which relative store paths start; itself relative to the recipe file."""
+    tokenizer: str | None = None
+    """Folder, relative to `data_root`, whose tokenizer files go into each stage's model folder. None: those beside
+    the weights at `model.path`."""
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

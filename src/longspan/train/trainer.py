@@ -72,6 +72,11 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
         models[plan.stage.name] = run.path / "stages" / plan.stage.name
         if state is None or state.stage <= index:
             state, seconds = _train_stage(config, plan, index, state, run, fingerprint, seconds)
+            if not models[plan.stage.name].exists():
+                model = _stage_model(config, plan.stage, state)
+                save_model(
+                    model, models[plan.stage.name], tokenizer=_tokenizer_folder(config, Path(data_root))
+                )
     assert state is not None
     run.mark_complete()
     return TrainResult(models, state.step, state.tokens)
@@ -95,7 +100,7 @@ def _train_stage(
     fingerprint: str,
     seconds: float,
 ) -> tuple[TrainState, float]:
-    """Run the steps of one stage that `state` has not done, save its model; return state and seconds so far."""
+    """Run the steps of one stage that `state` has not done; return the state at its end and seconds so far."""
     stage, log = plan.stage, get_logger("train")
     resumed = state is not None and state.stage == index
     model = _stage_model(config, stage, state)
@@ -151,9 +156,6 @@ def _train_stage(
                     keep=config.checkpoint.keep,
                 )
     assert state is not None
-    folder = run.path / "stages" / stage.name
-    if not folder.exists():
-        save_model(model, folder)
     return state, seconds
 
 
@@ -226,6 +228,12 @@ def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | No
         _load_tensors(model, state.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).train()
+
+
+def _tokenizer_folder(config: TrainConfig, data_root: Path) -> Path | None:
+    if config.tokenizer is not None:
+        return data_root / config.data_root / config.tokenizer
+    return Path(config.model.path) if config.model.path is not None else None
 
 
 def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
