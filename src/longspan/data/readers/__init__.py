@@ -97,6 +97,7 @@ def read_documents(
     *,
     text_field: str = "text",
     source_field: str | None = None,
+    messages_field: str | None = None,
     strict: bool = False,
     report: ReadReport | None = None,
 ) -> Iterator[Document]:
@@ -109,7 +110,7 @@ def read_documents(
     """
     report = ReadReport() if report is None else report
     files = list_inputs(inputs, report=report)
-    fields = Fields(text_field, source_field)
+    fields = Fields(text_field, source_field, messages_field)
     for record in read_records(files, report=report):
         document = parse_record(record, fields, strict=strict, report=report)
         if document is not None:

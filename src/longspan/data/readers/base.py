@@ -25,6 +25,8 @@ class Document(NamedTuple):
     """Record number inside the file, from 1 (the line number of a JSON-lines file)."""
     weights: list[tuple[int, int, int]] | None = None
     """Loss weights: (first character, character after the last, weight 0..255); 1 elsewhere. None: all 1."""
+    messages: list[Any] | None = None
+    """Turns of a conversation as the record holds them; `text` is then their JSON. See `data.chat`."""
 
 
 class InputFile(NamedTuple):
@@ -50,6 +52,8 @@ class Fields(NamedTuple):
 
     text: str = "text"
     source: str | None = None
+    messages: str | None = None
+    """Field of conversations ("messages", "conversations"); then no text field is read."""
 
 
 class SkippedRecordError(Exception):

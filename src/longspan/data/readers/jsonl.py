@@ -39,7 +39,12 @@ def parse_line(record: RawRecord, fields: Fields) -> Document:
         raise SkippedRecordError("broken_records", f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise SkippedRecordError("broken_records", f"a JSON {type(value).__name__}, not an object")
-    text = lookup(value, fields.text, place=place)
+    messages = None
+    if fields.messages is not None:
+        messages = lookup(value, fields.messages, place=place)
+        text = _messages_text(messages, fields.messages, place)
+    else:
+        text = lookup(value, fields.text, place=place)
     if text is None:
         text = ""
     if not isinstance(text, str):
@@ -56,7 +61,20 @@ def parse_line(record: RawRecord, fields: Fields) -> Document:
     weights = value.get(WEIGHTS_FIELD)
     if weights is not None:
         weights = _check_weights(weights, len(text), place)
-    return Document(text, source, record.file.path, record.position, weights)
+    return Document(text, source, record.file.path, record.position, weights, messages)
+
+
+def _messages_text(messages: Any, name: str, place: str) -> str:
+    """Return the JSON of a conversation, which stands for its text: it decides the key of the document."""
+    if messages is None or messages == []:
+        return ""
+    if not isinstance(messages, list):
+        raise DataError(
+            f"{place}: field {name!r} is not a conversation",
+            found=type(messages).__name__,
+            allowed="a list of turns",
+        )
+    return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
 
 
 def _source_name(value: Any, name: str, place: str) -> str:
