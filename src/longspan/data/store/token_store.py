@@ -10,10 +10,6 @@ trained, 1 = ordinary, up to 255 times.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-from array import array
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -25,7 +21,8 @@ import longspan
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
 from longspan.data.lengths import LengthTable
-from longspan.data.store.directory import MDSDirectory, MDSWriter
+from longspan.data.store.directory import MDSDirectory
+from longspan.data.store.documents import DocumentColumns, DocumentWriter, token_dtype
 from longspan.data.store.mds import INDEX, Column, array_header
 
 MANIFEST = "longspan.json"
@@ -33,7 +30,6 @@ LENGTHS = "lengths"
 FORMAT = "longspan token store"
 SCHEMA = 1
 SHARD_BYTES = 1 << 26
-MAX_SOURCES = 1 << 16
 
 
 class TokenizerIdentity(Protocol):
@@ -104,11 +100,6 @@ def read_manifest(path: str | Path) -> Manifest:
     return Manifest(**content)
 
 
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the dtype of stored ids: uint16 for a vocabulary of up to 65536, else uint32."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
 class TokenStoreWriter:
     """Write a token store; it appears at `path`, whole, when the `with` block ends without an error.
 
@@ -134,17 +125,17 @@ class TokenStoreWriter:
         self.config, self.tokenizer = config, tokenizer
         self.counts: dict[str, Any] = {}
         """Free record of what was read and left out, kept in the manifest."""
-        self.dtype = token_dtype(tokenizer.vocab_size)
         self._shard_bytes = shard_bytes
         self._stack = ExitStack()
-        self._sources: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         if self.path.exists():
             raise DataError(f"{self.path} already exists", fix="choose another place or remove it first")
         remove_leftovers(self.path.parent, self.path.name)
         self._folder = self._stack.enter_context(atomic_dir(self.path))
-        self._start(has_mask=False)
+        self._documents = DocumentWriter(
+            self._folder, vocab_size=self.tokenizer.vocab_size, shard_bytes=self._shard_bytes
+        )
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -163,116 +154,43 @@ class TokenStoreWriter:
             key: 64-bit identity of the document.
             mask: uint8 loss weight of each token [tokens]; None: all 1.
         """
-        if not len(ids) or int(ids.max()) >= self.tokenizer.vocab_size or int(ids.min()) < 0:
-            raise DataError(
-                "token ids do not fit the store",
-                found=f"{len(ids)} ids" + (f" in {ids.min()}..{ids.max()}" if len(ids) else ""),
-                allowed=f"at least one, each in 0..{self.tokenizer.vocab_size - 1}",
-            )
-        if mask is not None and (mask.shape != ids.shape or mask.dtype != np.uint8):
-            raise DataError(
-                "a mask does not fit its document",
-                found=f"{mask.dtype} {list(mask.shape)}",
-                allowed=f"uint8 {list(ids.shape)}",
-            )
-        if mask is not None and not self._has_mask:
-            self._rewrite_with_mask()
-        self._append(ids.astype(self.dtype, copy=False), source, key, mask)
-
-    def _start(self, *, has_mask: bool) -> None:
-        self._has_mask = has_mask
-        columns = [
-            Column("domain", "str"),
-            Column("input_ids", f"ndarray:{self.dtype.name}"),
-            Column("length", "int"),
-        ]
-        if has_mask:
-            columns.append(Column("mask", "ndarray:uint8"))
-        self._writer = MDSWriter(self._folder, columns, size_limit=self._shard_bytes)
-        self._source, self._shard, self._tokens = array("H"), array("I"), array("I")
-        self._key, self._offset, self._mask_offset = array("Q"), array("Q"), array("Q")
-        self._mask_digest = array("Q")
-
-    def _append(self, ids: NDArray[Any], source: str, key: int, mask: NDArray[Any] | None) -> None:
-        values: dict[str, Any] = {"domain": source, "input_ids": ids, "length": len(ids)}
-        if self._has_mask:
-            values["mask"] = np.ones(len(ids), np.uint8) if mask is None else mask
-        shard, start = self._writer.write(values)
-        # In a sample: 2 or 3 sizes of 4 bytes, domain, array header, ids, 8 bytes of length, array header,
-        # mask.
-        header = len(array_header(ids.shape))
-        offset = start + 4 * (2 + self._has_mask) + len(source.encode()) + header
-        self._source.append(self._source_id(source))
-        self._key.append(key)
-        self._shard.append(shard)
-        self._tokens.append(len(ids))
-        self._offset.append(offset)
-        self._mask_offset.append(offset + ids.nbytes + 8 + header if self._has_mask else 0)
-        digest = b"" if mask is None else hashlib.blake2b(mask.tobytes(), digest_size=8).digest()
-        self._mask_digest.append(int.from_bytes(digest, "little"))
-
-    def _source_id(self, source: str) -> int:
-        number = self._sources.setdefault(source, len(self._sources))
-        if number >= MAX_SOURCES:
-            raise DataError(
-                "too many sources",
-                found=f"more than {MAX_SOURCES}",
-                fix="name a field with few distinct values as --source-field",
-            )
-        return number
-
-    def _rewrite_with_mask(self) -> None:
-        """Write the documents so far once more, with a mask of ones: all shards have the same columns."""
-        keys = self._key
-        self._writer.finish()
-        aside = self._folder / "without-mask"
-        aside.mkdir()
-        for file in [INDEX, *(info.basename for info in MDSDirectory(self._folder).shards)]:
-            os.replace(self._folder / file, aside / file)
-        self._start(has_mask=True)
-        for key, sample in zip(keys, MDSDirectory(aside)):
-            self._append(sample["input_ids"], sample["domain"], key, None)
-        shutil.rmtree(aside)
+        self._documents.add(ids, source=source, key=key, mask=mask)
 
     def _finish(self) -> None:
-        if not self._tokens:
+        columns = self._documents.finish()
+        if not len(columns.rows):
             raise DataError(f"no document with a token for {self.path}")
-        self._writer.finish()
-        shard = np.array(self._shard, np.uint32)
-        body_start = np.array(self._writer.body_starts, np.uint64)[shard]
-        mask_offset = np.array(self._mask_offset, np.uint64)
-        lengths = LengthTable(
-            source=np.array(self._source, np.uint16),
-            source_names=tuple(self._sources),
-            key=np.array(self._key, np.uint64),
-            shard=shard,
-            offset=np.array(self._offset, np.uint64) + body_start,
-            mask_offset=mask_offset + body_start if self._has_mask else mask_offset,
-            tokens=np.array(self._tokens, np.uint32),
-            position=np.arange(len(shard), dtype=np.uint32),
-        )
-        lengths.save(self._folder / LENGTHS)
-        digest = hashlib.sha256()
-        for column in (lengths.key, lengths.tokens, np.array(self._mask_digest, np.uint64)):
-            digest.update(column.data)
-        tokenizer = self.tokenizer
-        manifest = Manifest(
-            documents=len(lengths),
-            tokens=lengths.total_tokens,
-            dtype=self.dtype.name,
-            has_mask=self._has_mask,
-            fingerprint=digest.hexdigest(),
-            tokenizer={
-                "fingerprint": tokenizer.fingerprint,
-                "vocab_size": tokenizer.vocab_size,
-                "bos_id": tokenizer.bos_id,
-                "eos_id": tokenizer.eos_id,
-                "pad_id": tokenizer.pad_id,
-            },
-            config=self.config,
-            counts=self.counts,
-        )
-        write_json(self._folder / MANIFEST, manifest._asdict())
+        seal_store(self._folder, columns, tokenizer=self.tokenizer, config=self.config, counts=self.counts)
+
+
+def seal_store(
+    folder: Path,
+    columns: DocumentColumns,
+    *,
+    tokenizer: TokenizerIdentity,
+    config: dict[str, Any],
+    counts: dict[str, Any],
+) -> None:
+    """Write length table and manifest beside finished shards: with them `folder` is a token store."""
+    lengths = columns.length_table()
+    lengths.save(folder / LENGTHS)
+    manifest = Manifest(
+        documents=len(lengths),
+        tokens=lengths.total_tokens,
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        has_mask=columns.has_mask,
+        fingerprint=columns.fingerprint(),
+        tokenizer={
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+        },
+        config=config,
+        counts=counts,
+    )
+    write_json(folder / MANIFEST, manifest._asdict())
 
 
 class TokenStore:
