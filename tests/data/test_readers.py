@@ -48,7 +48,7 @@ def test_source_and_text_from_dotted_fields(write_jsonl: Write) -> None:
     """Guards against nested metadata of released corpora being out of reach."""
     path = write_jsonl("a.jsonl", {"doc": {"body": "x"}, "meta": {"redpajama_set_name": "RedPajamaBook"}})
     (document,) = read_documents([path], text_field="doc.body", source_field="meta.redpajama_set_name")
-    assert (document.text, document.source, document.position) == ("x", "RedPajamaBook", 1)
+    assert (document.text, document.source, document.position) == ("x", "RedPajamaBook", 0)
     path = write_jsonl("b.jsonl", {"meta.name": "flat", "text": "x"})
     assert next(read_documents([path], source_field="meta.name")).source == "flat"
 
@@ -102,8 +102,8 @@ def test_broken_record_is_skipped_and_counted(
     path = write_jsonl("a.jsonl", {"text": "first"}, line, b"", {"text": "last"})
     report = ReadReport()
     with caplog.at_level(logging.WARNING):
-        texts = [(d.text, d.position) for d in read_documents([path], report=report)]
-    assert texts == [("first", 1), ("last", 4)]
+        texts = [(d.text, str(d.place)) for d in read_documents([path], report=report)]
+    assert texts == [("first", f"{path}:1"), ("last", f"{path}:4")]
     assert (report.documents, getattr(report, counter), report.num_skipped) == (2, 1, 1)
     assert "a.jsonl:2" in caplog.text
     if counter != "empty_documents":

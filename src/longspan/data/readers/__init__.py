@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from longspan.core.errors import DataError
 from longspan.core.log import get_logger
@@ -19,14 +20,19 @@ from longspan.data.readers.base import (
     Document,
     Fields,
     InputFile,
+    Part,
+    Place,
     RawRecord,
     Reader,
     ReadReport,
     SkippedRecordError,
 )
-from longspan.data.readers.files import find_files, open_input
+from longspan.data.readers.fields import document_of, lookup
+from longspan.data.readers.files import find_files
 from longspan.data.readers.jsonl import JSONL
 from longspan.data.readers.text import TEXT
+
+PART_BYTES = 64 << 20
 
 READERS: dict[str, Reader] = {
     ".jsonl": JSONL,
@@ -52,21 +58,65 @@ def list_inputs(inputs: Sequence[str | os.PathLike[str]], *, report: ReadReport)
     """Return the files under `inputs` in canonical order; see `files.find_files`."""
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
-    files, report.ignored_files = find_files(inputs, extensions=tuple(READERS))
-    return files
+    return find_files(inputs, readers=READERS, report=report)
+
+
+def plan_parts(files: Iterable[InputFile], *, part_bytes: int = PART_BYTES) -> Iterator[Part]:
+    """Cut files into parts of about `part_bytes` that are read independently, in canonical order.
+
+    The cuts depend on the files and `part_bytes` alone. What `read_part` yields for all parts in turn is what
+    it yields for the whole files, positions included, whatever `part_bytes` is. Cheap: a line format is cut
+    at multiples of `part_bytes` without being read, of parquet and arrow only the table of contents is read.
+    """
+    for file in files:
+        yield from READERS[file.extension].split(file, part_bytes)
+
+
+def read_part(part: Part, fields: Fields, *, strict: bool = False, report: ReadReport) -> Iterator[Document]:
+    """Yield the documents of one part, one record in memory at a time; what is left out counts in `report`.
+
+    Raises:
+        DataError: see `parse_record`; also a damaged or vanished file.
+    """
+    for record in records_of(part, fields.wanted, report=report):
+        document = parse_record(record, fields, strict=strict, report=report)
+        if document is not None:
+            yield document
+
+
+def read_values(
+    part: Part, names: Sequence[str], *, strict: bool = False, report: ReadReport
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yield place and values of the named fields (dots reach into objects) of every record of a part.
+
+    For records that are not texts: conversations, lists of tokens. Broken records are skipped and counted.
+
+    Raises:
+        DataError: a field is missing, or (`strict`) a record is broken.
+    """
+    for record in records_of(part, names, report=report):
+        values = _parse(record, strict=strict, report=report)
+        if values is not None:
+            yield record.place, {name: lookup(values, name, place=record.place) for name in names}
+
+
+def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:
+    """Yield the records of a part unparsed; only the named fields need be read. Counts files in `report`."""
+    empty = True
+    for record in READERS[part.file.extension].records(part, names):
+        empty = False
+        yield record
+    # A file counts once, with its first part.
+    if part.start == 0:
+        report.files += 1
+        if empty and part.stop is None:
+            report.skip("empty_files", part.file.path, "empty file")
 
 
 def read_records(files: Iterable[InputFile], *, report: ReadReport) -> Iterator[RawRecord]:
     """Yield the raw records of `files` in order; files without a record are counted."""
     for file in files:
-        report.files += 1
-        empty = True
-        with open_input(file.path) as stream:
-            for position, data in READERS[file.extension].split(stream):
-                empty = False
-                yield RawRecord(file, position, data)
-        if empty:
-            report.skip("empty_files", file.path, "empty file")
+        yield from records_of(Part(file), None, report=report)
 
 
 def parse_record(record: RawRecord, fields: Fields, *, strict: bool, report: ReadReport) -> Document | None:
@@ -75,21 +125,35 @@ def parse_record(record: RawRecord, fields: Fields, *, strict: bool, report: Rea
     Raises:
         DataError: a field is missing or of another type, or (`strict`) the record is broken.
     """
-    place = f"{record.file.path}:{record.position}"
+    values = _parse(record, strict=strict, report=report)
+    if values is None:
+        return None
     try:
-        document = READERS[record.file.extension].parse(record, fields)
+        document = document_of(values, record, fields)
     except SkippedRecordError as error:
-        if strict:
-            raise DataError(
-                f"{place}: {error}", fix="mend the record, or leave out --strict to skip it"
-            ) from None
-        report.skip(error.kind, place, str(error))
+        _skip(record, error, strict=strict, report=report)
         return None
     if not document.text:
-        report.skip("empty_documents", place, "no text")
+        report.skip("empty_documents", record.place, "no text")
         return None
     report.documents += 1
     return document
+
+
+def _parse(record: RawRecord, *, strict: bool, report: ReadReport) -> dict[str, Any] | None:
+    try:
+        return READERS[record.file.extension].parse(record)
+    except SkippedRecordError as error:
+        _skip(record, error, strict=strict, report=report)
+        return None
+
+
+def _skip(record: RawRecord, error: SkippedRecordError, *, strict: bool, report: ReadReport) -> None:
+    if strict:
+        raise DataError(
+            f"{record.place}: {error}", fix="mend the record, or leave out --strict to skip it"
+        ) from None
+    report.skip(error.kind, record.place, str(error))
 
 
 def read_documents(
@@ -101,7 +165,7 @@ def read_documents(
     strict: bool = False,
     report: ReadReport | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents of files, folders, globs or addresses in canonical order (path, record number).
+    """Yield the documents of files, folders, globs or addresses in canonical order (path, position).
 
     Holds one record in memory at a time. What was left out is counted in `report` and logged once at the end.
 
@@ -111,10 +175,8 @@ def read_documents(
     report = ReadReport() if report is None else report
     files = list_inputs(inputs, report=report)
     fields = Fields(text_field, source_field, messages_field)
-    for record in read_records(files, report=report):
-        document = parse_record(record, fields, strict=strict, report=report)
-        if document is not None:
-            yield document
+    for file in files:
+        yield from read_part(Part(file), fields, strict=strict, report=report)
     finish_reading(files, report)
 
 
@@ -140,12 +202,18 @@ __all__ = [
     "Document",
     "Fields",
     "InputFile",
+    "Part",
+    "Place",
     "RawRecord",
     "ReadReport",
     "Reader",
     "finish_reading",
     "list_inputs",
     "parse_record",
+    "plan_parts",
     "read_documents",
+    "read_part",
     "read_records",
+    "read_values",
+    "records_of",
 ]

@@ -1,16 +1,38 @@
-"""What every reader yields and counts: documents, raw records, and a report of what was left out."""
+"""What every reader yields and counts: documents, raw records, parts of files, and a report of what was left
+out."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
-from longspan.core.errors import DataError
+from longspan.data.readers.opening import COMPRESSION, is_remote, open_input
 
 MAX_EXAMPLES = 5
+LINE_EXTENSIONS = (".jsonl", ".ndjson", ".json")
+"""Formats whose positions are byte offsets of lines."""
+
+
+class Place(NamedTuple):
+    """Where a record stands, written for people only when a message needs it."""
+
+    path: str
+    position: int
+    line: int | None = None
+    """Line number from 1, where the reader knows it without extra work."""
+
+    def __str__(self) -> str:
+        """Write `file:line`, or `file: record n`; may count the lines before a byte offset."""
+        if self.line is not None:
+            return f"{self.path}:{self.line}"
+        if extension_of(self.path) not in LINE_EXTENSIONS:
+            return f"{self.path}: record {self.position}"
+        if is_remote(self.path):
+            return f"{self.path}: byte {self.position}"
+        return f"{self.path}:{_line_at(self.path, self.position)}"
 
 
 class Document(NamedTuple):
@@ -22,11 +44,17 @@ class Document(NamedTuple):
     path: str
     """Canonical path of the file."""
     position: int
-    """Record number inside the file, from 1 (the line number of a JSON-lines file)."""
+    """Where the record stands in the file: the byte offset of its line (after decompression) in a JSON-lines
+    file, the number of the record from 1 in every other format. Never depends on how the file was split."""
     weights: list[tuple[int, int, int]] | None = None
     """Loss weights: (first character, character after the last, weight 0..255); 1 elsewhere. None: all 1."""
     messages: list[Any] | None = None
     """Turns of a conversation as the record holds them; `text` is then their JSON. See `data.chat`."""
+
+    @property
+    def place(self) -> Place:
+        """Where the document stands, for messages: `str(place)` is `file:line` or `file: record n`."""
+        return Place(self.path, self.position)
 
 
 class InputFile(NamedTuple):
@@ -34,17 +62,42 @@ class InputFile(NamedTuple):
 
     path: str
     extension: str
+    """Key of `READERS`: that of the content, where the name says nothing or something else."""
     source: str
     size: int
     """Bytes on disk, compressed if the file is compressed."""
+    name: str = ""
+    """Path below the input folder; the file's own name if it was given alone."""
+
+
+class Part(NamedTuple):
+    """A stretch of one file that is read by itself, in any process.
+
+    The records of the parts of a file, one part after another, are the records of the file.
+    """
+
+    file: InputFile
+    start: int = 0
+    stop: int | None = None
+    """Half-open range in the reader's unit (bytes of a line format, row groups of parquet, record batches of
+    arrow, shards of MDS). None: to the end."""
+    size: int = 0
+    """About how many bytes of input it stands for."""
 
 
 class RawRecord(NamedTuple):
-    """The bytes of one record, not yet decoded; cheap to cut and to send to another process."""
+    """One record, cut out but not yet parsed; can be sent to another process."""
 
     file: InputFile
     position: int
-    data: bytes
+    data: Any
+    """Bytes of a line or a text file, or the fields of a record, or the SkippedRecordError it ended in."""
+    line: int | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where the record stands, for messages."""
+        return Place(self.file.path, self.position, self.line)
 
 
 class Fields(NamedTuple):
@@ -55,22 +108,61 @@ class Fields(NamedTuple):
     messages: str | None = None
     """Field of conversations ("messages", "conversations"); then no text field is read."""
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names to read, the optional loss weights included."""
+        names = (self.messages or self.text, self.source, WEIGHTS_FIELD)
+        return tuple(name for name in names if name is not None)
+
+
+WEIGHTS_FIELD = "loss_weights"
+OPTIONAL_FIELDS = (WEIGHTS_FIELD,)
+
 
 class SkippedRecordError(Exception):
     """A record that cannot be used; `kind` is the counter of ReadReport it belongs to."""
 
     def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Reader(NamedTuple):
-    """A file format: how to cut a stream into records, and how to read one record."""
+    """A file format: how to cut a file into parts and a part into records, and how to parse one record."""
 
-    split: Callable[[IO[bytes]], Iterator[tuple[int, bytes]]]
-    """Yield (position, bytes) of each record."""
-    parse: Callable[[RawRecord, Fields], Document]
-    """Raise SkippedRecordError for a broken record, DataError for a record of another shape than asked."""
+    records: Callable[[Part, Sequence[str] | None], Iterator[RawRecord]]
+    """Yield the records of a part; only the fields named need to be read (None: all of them)."""
+    parse: Callable[[RawRecord], dict[str, Any]]
+    """Return the fields. Raise SkippedRecordError for a broken record."""
+    split: Callable[[InputFile, int], list[Part]]
+    """Cut a file into parts of about so many bytes; a function of the file alone."""
+    one_text: bool = False
+    """The file is one text, named by the folder it lies in; other files are containers of records."""
+
+
+def whole_file(file: InputFile, part_bytes: int) -> list[Part]:
+    """Return the file as one part, for formats that can only be read from the start."""
+    return [Part(file, size=file.size)]
+
+
+def parse_values(record: RawRecord) -> dict[str, Any]:
+    """Return the fields of a record that the format itself has already parsed."""
+    if isinstance(record.data, SkippedRecordError):
+        raise record.data
+    return record.data
+
+
+class Example(NamedTuple):
+    """One thing that was left out."""
+
+    place: Place | str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
 
 
 @dataclass
@@ -81,26 +173,33 @@ class ReadReport:
     documents: int = 0
     empty_files: int = 0
     ignored_files: int = 0
-    """Files of a folder that no reader knows by their extension."""
+    """Files of a folder that no reader knows."""
     broken_records: int = 0
     invalid_text: int = 0
     """Records with bytes that are not UTF-8, or with lone surrogates."""
     empty_documents: int = 0
     """Documents without a single character, or without a single token."""
-    examples: list[str] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    ignored_names: list[str] = field(default_factory=list)
+    """The first few ignored files."""
 
-    def skip(self, kind: str, place: str, reason: str) -> None:
+    def skip(self, kind: str, place: Place | str, reason: str) -> None:
         """Count one record or file under `kind` and keep its place if few are kept yet."""
         setattr(self, kind, getattr(self, kind) + 1)
         if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(f"{place}: {reason}")
+            self.examples.append(Example(place, reason))
+
+    def ignore(self, path: str) -> None:
+        """Count a file that no reader knows."""
+        self.ignored_files += 1
+        if len(self.ignored_names) < MAX_EXAMPLES:
+            self.ignored_names.append(path)
 
     def add(self, other: ReadReport) -> None:
         """Add the counts of another report, which comes later in canonical order."""
-        for name, value in dataclasses.asdict(other).items():
-            if name != "examples":
-                setattr(self, name, getattr(self, name) + value)
-        self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name) + getattr(other, each.name)
+            setattr(self, each.name, value[:MAX_EXAMPLES] if isinstance(value, list) else value)
 
     @property
     def num_skipped(self) -> int:
@@ -109,52 +208,38 @@ class ReadReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts and examples for a manifest."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "examples": list(map(str, self.examples))}
 
     def warning(self) -> str | None:
         """Return one message about everything left out, or None if nothing was."""
+        more = ", ..." if self.ignored_files > len(self.ignored_names) else ""
+        names = f" ({', '.join(self.ignored_names)}{more})" if self.ignored_names else ""
         counts = {
             "broken records": self.broken_records,
             "records with invalid text": self.invalid_text,
             "empty documents": self.empty_documents,
             "empty files": self.empty_files,
-            "files of unknown kind": self.ignored_files,
+            f"files of unknown kind{names}": self.ignored_files,
         }
         left_out = [f"{count} {name}" for name, count in counts.items() if count]
         if not left_out:
             return None
         message = f"left out: {', '.join(left_out)} ({self.documents} documents read)"
-        return "\n  ".join([message, *self.examples])
+        return "\n  ".join([message, *map(str, self.examples)])
 
 
-def lookup(record: dict[str, Any], dotted: str, *, place: str) -> Any:
-    """Return `record["a"]["b"]` for "a.b".
-
-    Raises:
-        DataError: the field is not there; the message names the place, the field and the keys that are.
-    """
-    if dotted in record:
-        return record[dotted]
-    value: Any = record
-    for key in dotted.split("."):
-        if not isinstance(value, dict) or key not in value:
-            keys = sorted(map(str, value)) if isinstance(value, dict) else []
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(
-                f"{place}: no field {dotted!r}{hint}",
-                found="fields " + ", ".join(keys) if keys else type(value).__name__,
-                fix="name the field with --text-field or --source-field",
-            )
-        value = value[key]
-    return value
+def extension_of(path: str) -> str:
+    """Return the extension that names the format: ".jsonl" for "a.jsonl.zst"."""
+    pure = PurePosixPath(path)
+    if pure.suffix.lower() in COMPRESSION:
+        pure = pure.with_suffix("")
+    return pure.suffix.lower()
 
 
-def decode_utf8(data: bytes) -> str:
-    """Decode UTF-8. Raises SkippedRecordError naming the offending byte."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SkippedRecordError(
-            "invalid_text", f"byte {data[error.start]:#04x} at {error.start} is not UTF-8"
-        ) from None
+def _line_at(path: str, offset: int) -> int:
+    line, left = 1, offset
+    with open_input(path) as stream:
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            line += block.count(b"\n")
+            left -= len(block)
+    return line

@@ -1,102 +1,96 @@
-"""JSON lines: one object a line, the text in one field, the source in another or in the file's place."""
+"""JSON lines: one object a line. A file that is not compressed can be read in parts, cut at line borders."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from longspan.core.errors import DataError
 from longspan.data.readers.base import (
-    Document,
-    Fields,
+    InputFile,
+    Part,
     RawRecord,
     Reader,
     SkippedRecordError,
-    decode_utf8,
-    lookup,
+    whole_file,
 )
+from longspan.data.readers.fields import decode_utf8
+from longspan.data.readers.opening import is_compressed, open_input
 
 UTF8_BOM = b"\xef\xbb\xbf"
-WEIGHTS_FIELD = "loss_weights"
+MAX_LINE_BYTES = 2 << 30
+"""A longer line is counted as broken without being held in memory."""
 
 
-def split_lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line) of every line that is not blank."""
-    for number, line in enumerate(stream, 1):
-        if number == 1:
-            line = line.removeprefix(UTF8_BOM)
-        if not line.isspace() and line:
-            yield number, line
+def split_by_bytes(file: InputFile, part_bytes: int) -> list[Part]:
+    """Cut at multiples of `part_bytes`: a line belongs to the part that its first byte lies in.
+
+    Reads at most the first bytes of the file.
+    """
+    if file.size <= part_bytes or is_compressed(file.path):
+        return whole_file(file, part_bytes)
+    starts = range(0, file.size, part_bytes)
+    stops = [*starts[1:], None]
+    return [
+        Part(file, start, stop, (stop or file.size) - start)
+        for start, stop in zip(starts, stops, strict=True)
+    ]
 
 
-def parse_line(record: RawRecord, fields: Fields) -> Document:
-    """Read one line."""
-    place = f"{record.file.path}:{record.position}"
+def read_lines(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+    """Yield every line that is not blank, with its byte offset as position."""
+    file = part.file
+    with open_input(file.path) as stream:
+        offset = _find_line(stream, part)
+        number = 1 if part.start == 0 else None
+        while offset is not None and (part.stop is None or offset < part.stop):
+            line = stream.readline(MAX_LINE_BYTES)
+            if not line:
+                return
+            size = len(line)
+            data: Any = line
+            if size == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                del line
+                data = SkippedRecordError("broken_records", f"a line of more than {MAX_LINE_BYTES} bytes")
+                while not (rest := stream.readline(1 << 20)).endswith(b"\n") and rest:
+                    size += len(rest)
+                size += len(rest)
+            elif offset == 0:
+                data = line.removeprefix(UTF8_BOM)
+            if isinstance(data, SkippedRecordError) or (data and not data.isspace()):
+                yield RawRecord(file, offset, data, number)
+            offset += size
+            number = None if number is None else number + 1
+
+
+def _find_line(stream: IO[bytes], part: Part) -> int | None:
+    """Move to the first line that starts in the part; return its offset, None if there is none."""
+    if part.start == 0:
+        return 0
+    # The byte before tells whether a line starts exactly at the border.
+    offset = part.start - 1
+    stream.seek(offset)
+    while part.stop is None or offset < part.stop:
+        block = stream.readline(1 << 20)
+        if not block:
+            return None
+        offset += len(block)
+        if block.endswith(b"\n"):
+            return offset
+    return None
+
+
+def parse_line(record: RawRecord) -> dict[str, Any]:
+    """Read the object on one line."""
+    if isinstance(record.data, SkippedRecordError):
+        raise record.data
     try:
         value = json.loads(decode_utf8(record.data))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
         raise SkippedRecordError("broken_records", f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise SkippedRecordError("broken_records", f"a JSON {type(value).__name__}, not an object")
-    messages = None
-    if fields.messages is not None:
-        messages = lookup(value, fields.messages, place=place)
-        text = _messages_text(messages, fields.messages, place)
-    else:
-        text = lookup(value, fields.text, place=place)
-    if text is None:
-        text = ""
-    if not isinstance(text, str):
-        raise DataError(f"{place}: field {fields.text!r} is not text", found=type(text).__name__)
-    # An escaped half of a surrogate pair ("\ud83d" alone) is legal JSON and has no UTF-8 form.
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise SkippedRecordError("invalid_text", f"lone surrogate at character {error.start}") from None
-    source = record.file.source
-    if fields.source is not None:
-        source = _source_name(lookup(value, fields.source, place=place), fields.source, place)
-    weights = value.get(WEIGHTS_FIELD)
-    if weights is not None:
-        weights = _check_weights(weights, len(text), place)
-    return Document(text, source, record.file.path, record.position, weights, messages)
+    return value
 
 
-def _messages_text(messages: Any, name: str, place: str) -> str:
-    """Return the JSON of a conversation, which stands for its text: it decides the key of the document."""
-    if messages is None or messages == []:
-        return ""
-    if not isinstance(messages, list):
-        raise DataError(
-            f"{place}: field {name!r} is not a conversation",
-            found=type(messages).__name__,
-            allowed="a list of turns",
-        )
-    return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
-
-
-def _source_name(value: Any, name: str, place: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{place}: field {name!r} does not name a source", found=repr(value)[:80])
-    return value.encode("utf-8", "replace").decode("utf-8")
-
-
-def _check_weights(spans: Any, num_characters: int, place: str) -> list[tuple[int, int, int]]:
-    checked = []
-    for span in spans if isinstance(spans, list) else [spans]:
-        whole = isinstance(span, list) and len(span) == 3 and all(type(part) is int for part in span)
-        if not whole or not (0 <= span[0] <= span[1] <= num_characters and 0 <= span[2] <= 255):
-            raise DataError(
-                f"{place}: bad entry in {WEIGHTS_FIELD!r}",
-                found=repr(span)[:80],
-                allowed=f"[start, end, weight] with 0 <= start <= end <= {num_characters}, weight 0..255",
-            )
-        checked.append((span[0], span[1], span[2]))
-    return checked
-
-
-JSONL = Reader(split_lines, parse_line)
+JSONL = Reader(read_lines, parse_line, split_by_bytes)

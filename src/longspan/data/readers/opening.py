@@ -1,0 +1,144 @@
+"""Opening files: local or by address, decompressed by their ending or by their first bytes."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from longspan.core.errors import DataError
+
+BUFFER_BYTES = 1 << 20
+
+
+def _open_zstd(stream: IO[bytes]) -> IO[bytes]:
+    import zstandard
+
+    return _ZstdFrames(zstandard.ZstdDecompressor(), stream)
+
+
+def _open_gzip(stream: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(gzip.GzipFile(fileobj=stream, mode="rb"), BUFFER_BYTES)
+
+
+def _open_bz2(stream: IO[bytes]) -> IO[bytes]:
+    return bz2.BZ2File(stream, "rb")
+
+
+Opener = Callable[[IO[bytes]], IO[bytes]]
+
+COMPRESSION: dict[str, Opener] = {
+    ".gz": _open_gzip,
+    ".zst": _open_zstd,
+    ".zstd": _open_zstd,
+    ".bz2": _open_bz2,
+}
+_MAGIC: dict[bytes, Opener] = {
+    b"\x1f\x8b\x08": _open_gzip,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+    **{b"BZh%d1AY&SY" % level: _open_bz2 for level in range(1, 10)},
+}
+MAGIC_BYTES = 16
+
+
+class _ZstdFrames(io.BufferedReader):
+    """Reads concatenated frames; a frame cut short is an error, where zstandard's own reader just ends."""
+
+    def __init__(self, decompressor: Any, stream: IO[bytes]) -> None:
+        super().__init__(_ZstdRaw(decompressor, stream), buffer_size=BUFFER_BYTES)
+
+
+class _ZstdRaw(io.RawIOBase):
+    def __init__(self, decompressor: Any, stream: IO[bytes]) -> None:
+        self._decompressor, self._stream = decompressor, stream
+        self._frame: Any = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            if not self._input:
+                self._input = self._stream.read(1 << 17)
+                if not self._input:
+                    if self._frame is not None:
+                        raise EOFError("the file ends inside a zstd frame")
+                    return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = b""
+            if self._frame.eof:
+                self._input = self._frame.unused_data
+                self._frame = None
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is an address ("s3://..."), which fsspec opens."""
+    return "://" in path
+
+
+def opener_of(path: str, head: bytes) -> Opener | None:
+    """Return what decompresses the file, by its ending or else its first bytes; None: it is not compressed."""
+    opener = COMPRESSION.get(PurePosixPath(path).suffix.lower())
+    if opener is not None:
+        return opener
+    return next((opener for magic, opener in _MAGIC.items() if head.startswith(magic)), None)
+
+
+def is_compressed(path: str) -> bool:
+    """Whether the file is compressed; reads its first bytes if its ending does not say so."""
+    if PurePosixPath(path).suffix.lower() in COMPRESSION:
+        return True
+    with reading(path), open_raw(path) as raw:
+        return opener_of(path, raw.read(MAGIC_BYTES)) is not None
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turn what goes wrong while reading bytes into a DataError that names the file."""
+    import zstandard
+
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
+        # An OSError without a number comes from gzip and bz2, not from the system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
+        raise DataError(
+            f"{path} is a damaged or cut-off compressed file", found=str(error), fix="fetch it again"
+        ) from None
+
+
+@contextmanager
+def open_input(path: str) -> Iterator[IO[bytes]]:
+    """Open a local or remote file for reading, decompressed.
+
+    Raises:
+        DataError: the file cannot be opened, or its compressed stream is damaged or cut short.
+    """
+    with reading(path), open_raw(path) as raw:
+        head = raw.read(MAGIC_BYTES)
+        raw.seek(0)
+        opener = opener_of(path, head)
+        yield opener(raw) if opener else raw
+
+
+def open_raw(path: str) -> Any:
+    """Open the bytes of a local or remote file as they are on disk."""
+    if is_remote(path):
+        import fsspec
+
+        return fsspec.open(path, "rb").open()
+    return open(path, "rb", buffering=BUFFER_BYTES)
