@@ -29,6 +29,7 @@ from longspan.core.files import atomic_write, write_json
 from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
+from longspan.core.seeds import derive_seed
 from longspan.core.units import format_count
 from longspan.data.facts import collect_keys
 from longspan.data.python_corpus import write_python_corpus
@@ -165,6 +166,7 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
 # -- data ----------------------------------------------------------------------------------------------------
 
 
+RECALL_OF_CONTROLS = "recall_of_controls"
 SOURCES = ("code", "reference", "docstrings")
 
 
@@ -191,18 +193,12 @@ def _tokenise(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> Non
     text_store = tokenize_corpus(
         [str(work / "corpus" / "train")], tokenizer, stores / "text", source_field="source"
     )
-    if not (work / "recall.jsonl").exists():
-        # Short texts are too short to be filler; code and reference are long.
-        texts = [record["text"] for record in corpus_texts(work, "train", ("code", "reference"))]
-        write_recall_corpus(
-            work / "recall.jsonl",
-            texts,
-            collect_keys(texts, split="train"),
-            _recall_sets(config),
-            count_tokens=lambda text: len(tokenizer.encode(text)),
-            seed=config.seed,
-        )
-    tokenize_corpus([str(work / "recall.jsonl")], tokenizer, stores / "recall", source_field="source")
+    _make_recall(work, "recall", config, tokenizer, [config.pretrain, config.extend], seed=config.seed)
+    if config.ablate:
+        # Documents of their own: the main run is the same with and without controls.
+        trains = [control.train for control in controls(config).values()]
+        seed = derive_seed(config.seed, "controls")
+        _make_recall(work, RECALL_OF_CONTROLS, config, tokenizer, trains, seed=seed)
     summary = text_store.lengths.summary("before", "The corpus as it is")
     write_json(work / "lengths" / "before.json", summary)
     log = get_logger("quickstart")
@@ -218,34 +214,53 @@ def _tokenise(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> Non
         )
 
 
-def _recall_sets(config: QuickstartConfig) -> list[RecallSet]:
-    """Return how many documents of each kind the stages will use: one for each of their rows, no repeats."""
-    rows: dict[str, float] = {}
-    trains = [config.pretrain, config.extend, *(control.train for control in controls(config).values())]
-    for train in trains if config.ablate else trains[:2]:
-        for stage in train.stages:
-            total = sum(stream.weight for stream in stage.streams.values())
-            for stream in stage.streams.values():
+def _make_recall(
+    work: Path,
+    name: str,
+    config: QuickstartConfig,
+    tokenizer: Tokenizer,
+    trains: Sequence[TrainConfig],
+    *,
+    seed: int,
+) -> None:
+    """Make the store `stores/<name>` with the recall documents that some trainings will use."""
+    if not (work / f"{name}.jsonl").exists():
+        # Short texts are too short to be filler; code and reference are long.
+        texts = [record["text"] for record in corpus_texts(work, "train", ("code", "reference"))]
+        write_recall_corpus(
+            work / f"{name}.jsonl",
+            texts,
+            collect_keys(texts, split="train"),
+            _recall_sets(config, name, trains),
+            count_tokens=lambda text: len(tokenizer.encode(text)),
+            seed=seed,
+        )
+    tokenize_corpus([str(work / f"{name}.jsonl")], tokenizer, work / "stores" / name, source_field="source")
+
+
+def _recall_sets(config: QuickstartConfig, name: str, trains: Sequence[TrainConfig]) -> list[RecallSet]:
+    """Return how many documents of each kind `trains` take from a store: one a row, so that none is repeated."""
+    documents: dict[str, float] = {}
+    for stage in (stage for train in trains for stage in train.stages):
+        total = sum(stream.weight for stream in stage.streams.values())
+        for stream in stage.streams.values():
+            if stream.store == f"stores/{name}":
+                rows = stage.num_steps * stage.rows_per_step * stream.weight / total
                 for source in stream.mixture.sources or ():
-                    share = stage.num_steps * stage.rows_per_step * stream.weight / total
-                    rows[source] = max(rows.get(source, 0), share)
-    sets = []
-    for source, kind in config.recall.items():
-        stage_length = _row_length(config, source)
-        mean = kind.tokens if isinstance(kind.tokens, int) else sum(kind.tokens) / 2
-        per_row = max(1.0, stage_length / mean)
-        spec = RecallSpec(1, kind.max_facts, far_bias=kind.far_bias, answer_weight=kind.answer_weight)
-        sets.append(RecallSet(source, round(rows.get(source, 0) * per_row * 1.1) + 8, kind.tokens, spec))
-    return sets
-
-
-def _row_length(config: QuickstartConfig, source: str) -> int:
-    lengths = [
-        stage.context_length
-        for stage in (*config.pretrain.stages, *config.extend.stages)
-        if any(source in (stream.mixture.sources or ()) for stream in stage.streams.values())
+                    lengths = config.recall[source].tokens
+                    mean = lengths if isinstance(lengths, int) else sum(lengths) / 2
+                    needed = rows * max(1.0, stage.context_length / mean)
+                    documents[source] = max(documents.get(source, 0), needed)
+    return [
+        RecallSet(
+            source,
+            round(1.1 * documents[source]) + 8,
+            kind.tokens,
+            RecallSpec(1, kind.max_facts, far_bias=kind.far_bias, answer_weight=kind.answer_weight),
+        )
+        for source, kind in config.recall.items()
+        if source in documents
     ]
-    return max(lengths, default=1)
 
 
 def _held_out(work: Path, split: str) -> list[HeldOutDocument]:
@@ -302,9 +317,11 @@ def _short_streams(long: StageConfig, short: StageConfig) -> dict[str, Any]:
     total = sum(stream.weight for stream in long.streams.values())
     text = long.streams["text"].weight / total
     weights = {"text": text, "recall": 1 - text}
-    return {
+    streams = {
         name: stream.model_copy(update={"weight": weights[name]}) for name, stream in short.streams.items()
     }
+    streams["recall"] = streams["recall"].model_copy(update={"store": f"stores/{RECALL_OF_CONTROLS}"})
+    return streams
 
 
 def _without_upsampling(long: StageConfig) -> dict[str, Any]:
