@@ -50,6 +50,7 @@ def test_concat_cuts_where_a_row_ends() -> None:
         "padding_tokens": 0,
         "dropped": {"short": 0, "tail": 0, "remainder": 0},
         "sources": {"text": 16},
+        "repeated_tokens": 0,
     }
 
 

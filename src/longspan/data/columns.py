@@ -55,9 +55,16 @@ def save_columns(
 
 
 def load_columns(
-    path: str | Path, *, kind: str, dtypes: Mapping[str, DTypeLike], mmap: bool = True
+    path: str | Path,
+    *,
+    kind: str,
+    dtypes: Mapping[str, DTypeLike],
+    optional: Mapping[str, DTypeLike] | None = None,
+    mmap: bool = True,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read the head and the columns named in `dtypes`, memory-mapped (no bytes are read until used).
+
+    A column of `optional` is read if the folder has it.
 
     Raises:
         DataError: a file is missing or truncated, or has another kind, schema, dtype or length than its head.
@@ -74,6 +81,8 @@ def load_columns(
             f"{path} was written by another version", found=f"schema {content.get('schema')}", allowed=SCHEMA
         )
     layout, head = content.get("columns"), content.get("head")
+    if isinstance(layout, dict):
+        dtypes = {**dtypes, **{name: dtype for name, dtype in (optional or {}).items() if name in layout}}
     if not isinstance(layout, dict) or not isinstance(head, dict) or set(layout) != set(dtypes):
         raise DataError(f"{path / HEAD} does not describe a {kind}", allowed=f"columns {', '.join(dtypes)}")
     columns = {

@@ -18,7 +18,7 @@ import numpy as np
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.data.lengths import LengthTable
-from longspan.data.packing import PAD_DOCUMENT, PackPlan
+from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec
 
 PAD_SOURCE = "padding"
 """Name of the source of padding, the last name of rows from a plan that pads."""
@@ -59,7 +59,31 @@ class PackedRow(NamedTuple):
     continuation: np.ndarray
     """bool [n]: the document began in another row."""
     weights: np.ndarray
-    """uint8 [T] loss weight of each token as a target: the store's mask, else 1; BOS and EOS 1, padding 0."""
+    """uint8 [T] loss weight of each token as a target: the store's mask, else 1; BOS, EOS and MOS 1; padding
+    and tokens that overlapping pieces repeat 0."""
+
+
+class RowSource(Protocol):
+    """Rows of one length by number: a `RowLoader`, or `PackedRows` of a store that is packed already."""
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of rows."""
+
+    @property
+    def length(self) -> int:
+        """Return the tokens in a row."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Return the names that the rows' source numbers stand for."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Return 16 hex characters that stand for the content."""
+
+    def row(self, index: int, /) -> PackedRow:
+        """Read one row."""
 
 
 class RowLoader:
@@ -82,6 +106,7 @@ class RowLoader:
                 allowed=plan.lengths_fingerprint,
                 fix="give the same stores in the same order, or pack again",
             )
+        self._reader = SpanReader(self._stores, self._lengths, plan.spec)
         pads = plan.spec.remainder == "pad"
         self._source_names = self._lengths.source_names + ((PAD_SOURCE,) if pads else ())
 
@@ -124,6 +149,7 @@ class RowLoader:
         spans = slice(int(plan.row_offsets[index]), int(plan.row_offsets[index + 1]))
         documents = np.array(plan.span_document[spans])
         starts = plan.span_start[spans]
+        repeated = None if plan.span_repeated is None else plan.span_repeated[spans]
         cu_seqlens = np.zeros(len(documents) + 1, np.int64)
         np.cumsum(plan.span_tokens[spans], out=cu_seqlens[1:])
         if cu_seqlens[-1] != self.length:
@@ -137,12 +163,8 @@ class RowLoader:
         weights = np.ones(self.length, np.uint8)
         for number, document in enumerate(documents.tolist()):
             place = slice(int(cu_seqlens[number]), int(cu_seqlens[number + 1]))
-            if document == PAD_DOCUMENT:
-                assert plan.spec.pad_id is not None
-                input_ids[place] = plan.spec.pad_id
-                weights[place] = 0
-            else:
-                self._read(document, int(starts[number]), input_ids[place], weights[place])
+            again = 0 if repeated is None else int(repeated[number])
+            self._reader.fill(document, int(starts[number]), again, input_ids[place], weights[place])
         sources = np.full(len(documents), len(self._lengths.source_names), np.uint16)
         real = documents != PAD_DOCUMENT
         sources[real] = self._lengths.source[documents[real]]
@@ -156,31 +178,56 @@ class RowLoader:
             weights=weights,
         )
 
-    def _read(self, document: int, start: int, ids: np.ndarray, weights: np.ndarray) -> None:
-        """Fill `ids` and `weights` with a document's framed tokens from `start` on."""
-        spec, lengths = self._plan.spec, self._lengths
+
+class SpanReader:
+    """Writes the ids and weights of a plan's spans into rows."""
+
+    def __init__(self, stores: Sequence[DocumentStore], lengths: LengthTable, spec: PackSpec) -> None:
+        self._stores, self._lengths, self._spec = stores, lengths, spec
+
+    def fill(
+        self, document: int, start: int, repeated: int, ids: np.ndarray, weights: np.ndarray | None
+    ) -> None:
+        """Fill `ids`, and `weights` that are 1 if given, with a span from framed token `start` on.
+
+        Raises:
+            DataError: the plan does not fit the document in the store.
+        """
+        spec, lengths = self._spec, self._lengths
+        if document == PAD_DOCUMENT:
+            assert spec.pad_id is not None
+            ids[:] = spec.pad_id
+            if weights is not None:
+                weights[:] = 0
+            return
         store, position = self._stores[int(lengths.store[document])], int(lengths.position[document])
         tokens = store.tokens(position)
-        framed = spec.num_bos + len(tokens) + spec.num_eos
-        if len(tokens) != lengths.tokens[document] or start + len(ids) > framed:
+        if spec.mos_id is not None and start:
+            ids[0] = spec.mos_id
+            ids, weights = ids[1:], None if weights is None else weights[1:]
+        end, num_bos = start + len(ids), spec.num_bos
+        framed = num_bos + len(tokens) + spec.num_eos
+        if len(tokens) != lengths.tokens[document] or end > framed:
             raise DataError(
                 f"document {position} of the token store does not have the length that was planned",
                 found=f"{len(tokens)} tokens",
                 allowed=int(lengths.tokens[document]),
                 fix="verify the store, then pack again",
             )
-        if spec.num_bos and start == 0:
+        if num_bos and start == 0:
             ids[0] = spec.bos_id
-        if spec.num_eos and start + len(ids) == framed:
+        if spec.num_eos and end == framed:
             ids[-1] = spec.eos_id
         # Framed position p is token p - num_bos; [low, high) are the document's own tokens in this span.
-        low, high = max(start - spec.num_bos, 0), min(start + len(ids) - spec.num_bos, len(tokens))
-        place = slice(low + spec.num_bos - start, high + spec.num_bos - start)
+        low, high = max(start - num_bos, 0), min(end - num_bos, len(tokens))
+        place = slice(low + num_bos - start, high + num_bos - start)
         if low < high:
             ids[place] = tokens[low:high]
-            mask = store.mask(position)
+        if weights is not None:
+            mask = store.mask(position) if low < high else None
             if mask is not None:
                 weights[place] = mask[low:high]
+            weights[:repeated] = 0
 
 
 class RowAddress(NamedTuple):
@@ -211,7 +258,7 @@ class StreamMixer:
         DataError: a stream has no rows.
     """
 
-    def __init__(self, streams: Mapping[str, tuple[RowLoader, float]], seed: int) -> None:
+    def __init__(self, streams: Mapping[str, tuple[RowSource, float]], seed: int) -> None:
         if not streams:
             raise ConfigError("there is no stream to draw rows from")
         self._names = tuple(streams)
@@ -297,6 +344,41 @@ class StreamMixer:
 
     def _permute(self, name: str, epoch: int) -> np.ndarray:
         return rng(self._seed, "stream-epoch", name, epoch).permutation(self._loaders[name].num_rows)
+
+
+def row_cost(row: PackedRow) -> int:
+    """Return what attention over a row costs, up to a factor: the sum of its documents' squared lengths."""
+    return int((np.diff(row.cu_seqlens).astype(np.int64) ** 2).sum())
+
+
+def balance(costs: Sequence[int] | np.ndarray, num_ranks: int) -> np.ndarray:
+    """Deal the rows of one optimizer step to ranks so that they finish together; int64 [num_ranks, rows / num_ranks].
+
+    Rows that run at the same time (a column of the result) are neighbours in cost, and in each column the
+    dearest row goes to the rank that has least so far. The most expensive column comes first. Equal costs
+    keep their order, so the result is a function of the costs.
+
+    costs [9, 1, 8, 2], 2 ranks -> [[0, 1], [2, 3]]: 9 + 1 and 8 + 2
+
+    Raises:
+        ArgumentError: the rows do not divide among the ranks.
+    """
+    cost = np.asarray(costs, np.int64)
+    if num_ranks < 1 or len(cost) % num_ranks:
+        raise ArgumentError(
+            "the rows of a step do not divide among the ranks",
+            found=f"{len(cost)} rows, {num_ranks} ranks",
+            fix="choose batch_tokens as a multiple of the ranks' rows",
+        )
+    order = np.argsort(-cost, kind="stable")
+    dealt = np.empty((num_ranks, len(cost) // num_ranks), np.int64)
+    total = np.zeros(num_ranks, np.int64)
+    for column in range(dealt.shape[1]):
+        rows = order[column * num_ranks : (column + 1) * num_ranks]
+        ranks = np.argsort(total, kind="stable")
+        dealt[ranks, column] = rows
+        total[ranks] += cost[rows]
+    return dealt
 
 
 def _cycle_counts(weights: Mapping[str, float]) -> dict[str, int]:

@@ -3,18 +3,23 @@
     concat    documents follow one another and are cut where a row ends; nothing is wasted
     intact    a row holds one document only; a longer document fills several rows
     best_fit  no document that fits a row is cut; rows are filled best-fit-decreasing and padded
+    split     documents are cut into pieces of listed lengths, the longest that fits first; one plan a length
 
 A plan is a list of spans `(document, start, tokens)`, cut into rows of exactly `length` tokens. A span that
 does not begin at its document's start continues it. What finds no place in a row is counted, never lost.
 
 Spans count in *framed* tokens: the document with the BOS and EOS that the settings ask for. A document of 5
 tokens framed by both is 7 long; position 0 is the BOS, positions 1 to 5 its tokens, position 6 the EOS.
+
+A span that continues a document may begin with a token of its own (`mos_id`) and with the last `overlap`
+tokens of the piece before it. Those stand in two rows and are trained on in the first: in the second they are
+context only, of weight 0. Pieces of two documents never overlap.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -27,6 +32,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.data.best_fit import best_fit_decreasing
 from longspan.data.columns import load_columns, save_columns
+from longspan.data.cutting import cut, own_tokens
 from longspan.data.lengths import Length, LengthTable
 
 KIND = "pack-plan"
@@ -34,6 +40,10 @@ PAD_DOCUMENT = 2**32 - 1
 """Document number of a span of padding."""
 BLOCK = 2**22
 """Documents worked on at a time; it bounds memory and has no influence on the plan."""
+ROW_BLOCK = 2**18
+"""Rows moved at a time while shuffling; bounds memory only."""
+WINDOW = 2**22
+"""Pieces that best_fit packs together."""
 
 _DTYPES: dict[str, type] = {
     "span_document": np.uint32,
@@ -41,6 +51,7 @@ _DTYPES: dict[str, type] = {
     "span_tokens": np.uint32,
     "row_offsets": np.uint64,
 }
+_OPTIONAL: dict[str, type] = {"span_repeated": np.uint32}
 
 
 class PackSpec(Config):
@@ -48,7 +59,7 @@ class PackSpec(Config):
 
     length: Length = pydantic.Field(ge=1, lt=2**32)
     """Tokens in a row, such as 128k."""
-    strategy: Literal["concat", "intact", "best_fit"] = "concat"
+    strategy: Literal["concat", "intact", "best_fit", "split"] = "concat"
     """See the module's table."""
     min_length: Length = pydantic.Field(1, ge=1)
     """Documents with fewer tokens than this, specials not counted, are left out. 1: only empty ones."""
@@ -66,6 +77,17 @@ class PackSpec(Config):
     """Token of padding; any valid id serves, because padding has weight 0."""
     shuffle: bool = True
     """Put the rows in random order, so that the rows of one long document do not follow one another."""
+    by_source: bool = False
+    """A row holds documents of one source only; every source leaves its own remainder."""
+    overlap: Length = pydantic.Field(0, ge=0)
+    """Tokens repeated, with weight 0, at the start of the next piece of the same document; a piece that is no
+    longer than this (the little that a row had room for) is not repeated."""
+    mos_id: int | None = pydantic.Field(None, ge=0)
+    """Token in front of every piece that continues a document. None: nothing."""
+    split_lengths: tuple[Length, ...] = ()
+    """For split: lengths of pieces; a rest shorter than the last is dropped and counted as tail."""
+    piece_length: Length | None = pydantic.Field(None, ge=1)
+    """For split: which of `split_lengths` this plan holds; `plan_split` makes one plan for each."""
 
     @pydantic.model_validator(mode="after")
     def _settings_agree(self) -> Self:
@@ -79,7 +101,27 @@ class PackSpec(Config):
             raise ValueError("best_fit leaves most rows a little short of full: it needs remainder pad")
         if self.remainder == "pad" and self.pad_id is None:
             raise ValueError("remainder pad needs pad_id")
+        if self.overlap + self.num_mos >= self.length:
+            raise ValueError(f"overlap {self.overlap} leaves a row of {self.length} no room for new tokens")
+        self._check_split()
         return self
+
+    def _check_split(self) -> None:
+        if self.strategy != "split":
+            if self.split_lengths or self.piece_length is not None:
+                raise ValueError("split_lengths and piece_length have an effect with strategy split only")
+            return
+        lengths = self.split_lengths
+        if not lengths or list(lengths) != sorted(set(lengths), reverse=True):
+            raise ValueError("split needs split_lengths, longest first, such as [64k, 8k]")
+        if any(self.length % length for length in lengths):
+            raise ValueError(f"split_lengths {list(lengths)} do not all divide a row of {self.length}")
+        if self.overlap or self.min_tail > 1:
+            raise ValueError("split has no overlap and no min_tail: its shortest piece is the smallest tail")
+        if lengths[-1] <= self.num_mos:
+            raise ValueError("the shortest of split_lengths has no room for a token behind mos_id")
+        if self.piece_length is not None and self.piece_length not in lengths:
+            raise ValueError(f"piece_length {self.piece_length} is not one of split_lengths {list(lengths)}")
 
     @property
     def num_bos(self) -> int:
@@ -90,6 +132,11 @@ class PackSpec(Config):
     def num_eos(self) -> int:
         """Return the number of tokens behind a document: 0 or 1."""
         return int(self.specials in ("eos", "both"))
+
+    @property
+    def num_mos(self) -> int:
+        """Return the number of tokens in front of a piece that continues a document: 0 or 1."""
+        return int(self.mos_id is not None)
 
 
 class PackReport(Config):
@@ -107,9 +154,12 @@ class PackReport(Config):
     special_tokens: int
     padding_tokens: int
     dropped: dict[str, int]
-    """Tokens left out: "short" documents, "tail" pieces, the "remainder" that fills no row."""
+    """Tokens left out: "short" documents, "tail" pieces, the "remainder" that fills no row, and with split the
+    pieces of "other_lengths", which stand in the plans of those lengths."""
     sources: dict[str, int]
     """Document tokens in rows, per source."""
+    repeated_tokens: int = 0
+    """Tokens that overlapping pieces hold a second time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +182,8 @@ class PackPlan:
     """16 hex characters over settings, seed, length table and the documents that were packed."""
     stores: tuple[str, ...] = ()
     """Paths of the token stores behind the length table, in order; empty when unknown."""
+    span_repeated: np.ndarray | None = None
+    """uint32 [spans] tokens that the piece before holds too, behind the MOS; None: no piece overlaps."""
 
     @property
     def num_rows(self) -> int:
@@ -148,14 +200,17 @@ class PackPlan:
             "stores": [str(store) for store in stores or self.stores],
             "report": self.report.to_dict(),
         }
-        save_columns(path, kind=KIND, head=head, columns={name: getattr(self, name) for name in _DTYPES})
+        columns = {name: getattr(self, name) for name in _DTYPES}
+        if self.span_repeated is not None:
+            columns["span_repeated"] = self.span_repeated
+        save_columns(path, kind=KIND, head=head, columns=columns)
 
     @classmethod
     def load(cls, path: str | Path, *, mmap: bool = True) -> Self:
         """Read a saved plan, memory-mapped. Raises DataError when it is incomplete or of another kind."""
-        head, columns = load_columns(path, kind=KIND, dtypes=_DTYPES, mmap=mmap)
+        head, columns = load_columns(path, kind=KIND, dtypes=_DTYPES, optional=_OPTIONAL, mmap=mmap)
         num_spans, offsets = len(columns["span_document"]), columns["row_offsets"]
-        if any(len(columns[name]) != num_spans for name in ("span_start", "span_tokens")) or not (
+        if any(len(column) != num_spans for name, column in columns.items() if name != "row_offsets") or not (
             len(offsets)
             and offsets[0] == 0
             and offsets[-1] == num_spans
@@ -182,8 +237,12 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
     Works through blocks of documents, so memory is that of the plan and one block.
 
     Raises:
-        ArgumentError: a document number is not in the table.
+        ArgumentError: a document number is not in the table, or strategy split is given no `piece_length`.
     """
+    if spec.strategy == "split" and spec.piece_length is None:
+        raise ArgumentError(
+            "a split plan holds pieces of one length", allowed=spec.split_lengths, fix="use plan_split"
+        )
     if len(documents) and int(np.max(documents)) >= len(lengths):
         raise ArgumentError(
             "a document number is not in the length table",
@@ -191,11 +250,15 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
             allowed=f"0 to {len(lengths) - 1}",
             fix="give the stores that the mixture was planned on",
         )
-    columns, dropped = _place(spec, lengths, documents)
-    if spec.strategy == "best_fit":
-        columns = _join_rows(columns, spec.length)
-    if spec.remainder == "pad":
-        columns = _pad_rows(columns, spec.length)
+    parts, dropped = [], dict.fromkeys(("short", "tail", "remainder"), 0)
+    if spec.strategy == "split":
+        dropped["other_lengths"] = 0
+    for group in _groups(spec, lengths, documents):
+        columns = _place(spec, lengths, group, dropped)
+        if spec.strategy == "best_fit":
+            columns = _join_rows(columns, spec.length)
+        parts.append(_pad_rows(columns, spec.length) if spec.remainder == "pad" else columns)
+    columns = _Columns.join(parts)
     if spec.shuffle:
         columns = _shuffle_rows(columns, rng(seed, "packing", "rows"))
     report = _report(spec, lengths, documents, columns, dropped)
@@ -203,7 +266,11 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
     digest = hashlib.sha256(head)
     digest.update(np.ascontiguousarray(documents, dtype=np.uint32).data)
     return PackPlan(
-        **columns._asdict(),
+        span_document=columns.span_document,
+        span_start=columns.span_start,
+        span_tokens=columns.span_tokens,
+        row_offsets=columns.row_offsets,
+        span_repeated=columns.span_repeated if spec.overlap else None,
         report=report,
         spec=spec,
         seed=seed,
@@ -212,12 +279,17 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
     )
 
 
-class _Pieces(NamedTuple):
-    """Pieces of the documents of a block, int64 columns; `document` counts within the block."""
+def plan_split(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, seed: int) -> dict[int, PackPlan]:
+    """Return the plan of every length in `spec.split_lengths`, for strategy split.
 
-    document: np.ndarray
-    start: np.ndarray
-    tokens: np.ndarray
+    Each document is cut into the longest listed pieces that fit, from its start on: 150 with lengths 64 and 16
+    gives 64, 64, 16 and a tail of 6. Over all plans, tokens in = packed + short + tail + remainders.
+    """
+    plans = {}
+    for piece in spec.split_lengths:
+        one = spec.model_copy(update={"piece_length": piece})
+        plans[piece] = plan_packing(one, lengths, documents, seed)
+    return plans
 
 
 class _Columns(NamedTuple):
@@ -226,15 +298,38 @@ class _Columns(NamedTuple):
     span_document: np.ndarray
     span_start: np.ndarray
     span_tokens: np.ndarray
+    span_repeated: np.ndarray
     row_offsets: np.ndarray
 
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Put the rows of several parts one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        nothing = np.zeros(0, np.uint32)
+        spans = [np.concatenate([nothing, *(part[index] for part in parts)]) for index in range(4)]
+        offsets, first = [np.zeros(1, np.uint64)], 0
+        for part in parts:
+            offsets.append(part.row_offsets[1:] + np.uint64(first))
+            first += len(part.span_document)
+        return cls._make([*spans, np.concatenate(offsets)])
 
-def _place(spec: PackSpec, lengths: LengthTable, documents: np.ndarray) -> tuple[_Columns, dict[str, int]]:
-    """Cut all documents, block by block; return unpadded rows and the tokens dropped for each reason."""
+
+def _groups(spec: PackSpec, lengths: LengthTable, documents: np.ndarray) -> Iterable[np.ndarray]:
+    """Yield the documents that may share rows: all, or with `by_source` those of each source, by name."""
+    if not spec.by_source:
+        yield documents
+        return
+    sources = lengths.source[documents]
+    for _, number in sorted((name, number) for number, name in enumerate(lengths.source_names)):
+        yield documents[sources == number]
+
+
+def _place(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, dropped: dict[str, int]) -> _Columns:
+    """Cut all documents, block by block, into unpadded rows; add the tokens dropped for each reason."""
     nothing = np.zeros(0, np.uint32)
-    parts, ends = [(nothing, nothing, nothing)], [np.zeros(1, np.uint64)]
-    dropped = {"short": 0, "tail": 0, "remainder": 0}
-    intact = spec.strategy != "concat"
+    parts, ends = [(nothing, nothing, nothing, nothing)], [np.zeros(1, np.uint64)]
+    flowing = spec.strategy in ("concat", "split")
     num_spans = phase = 0  # phase: tokens in the row that is being filled
     for first in range(0, len(documents), BLOCK):
         part = np.asarray(documents[first : first + BLOCK], np.uint32)
@@ -242,89 +337,48 @@ def _place(spec: PackSpec, lengths: LengthTable, documents: np.ndarray) -> tuple
         long_enough = tokens >= spec.min_length
         dropped["short"] += int(tokens[~long_enough].sum())
         part, tokens = part[long_enough], tokens[long_enough]
-        framed = tokens + spec.num_bos + spec.num_eos
-        kept = framed - _short_tails(framed, phase, spec)
-        dropped["tail"] += int(_own_tokens(spec, tokens, kept, framed - kept).sum())
-        if intact and spec.remainder == "drop":
-            rest = kept % spec.length
-            kept = kept - rest
-            dropped["remainder"] += int(_own_tokens(spec, tokens, kept, rest).sum())
-        begin = np.zeros_like(kept) if intact else phase + np.cumsum(kept) - kept
-        pieces = _cut(begin, kept, spec.length)
+        pieces = cut(spec, tokens, phase, dropped)
         filled = phase + np.cumsum(pieces.tokens)
-        if len(filled) and not intact:
+        if len(filled) and flowing:
             phase = int(filled[-1]) % spec.length
-        ends.append((num_spans + 1 + np.flatnonzero((filled % spec.length == 0) | intact)).astype(np.uint64))
-        parts.append((part[pieces.document], pieces.start.astype(np.uint32), pieces.tokens.astype(np.uint32)))
+        ends.append(
+            (num_spans + 1 + np.flatnonzero((filled % spec.length == 0) | (not flowing))).astype(np.uint64)
+        )
+        parts.append((part[pieces.document], *(column.astype(np.uint32) for column in pieces[1:])))
         num_spans += len(pieces.document)
-    document, start, count = (np.concatenate(column) for column in zip(*parts))
-    offsets = np.concatenate(ends)
+    spans = _Columns._make([*(np.concatenate(column) for column in zip(*parts)), np.concatenate(ends)])
     if phase and spec.remainder == "pad":
-        offsets = np.append(offsets, np.uint64(num_spans))
-    full = int(offsets[-1])
-    own = _own_tokens(spec, lengths.tokens[document[full:]].astype(np.int64), start[full:], count[full:])
+        return spans._replace(row_offsets=np.append(spans.row_offsets, np.uint64(num_spans)))
+    full = int(spans.row_offsets[-1])
+    own = own_tokens(spec, lengths.tokens[spans.span_document[full:]], *(c[full:] for c in spans[1:4]))
     dropped["remainder"] += int(own.sum())
-    return _Columns(document[:full], start[:full], count[:full], offsets), dropped
-
-
-def _short_tails(framed: np.ndarray, phase: int, spec: PackSpec) -> np.ndarray:
-    """Return how many tokens each document loses at its end because they would be a short last piece."""
-    length, least = spec.length, spec.min_tail
-    if least == 1:
-        return np.zeros_like(framed)
-    if spec.strategy != "concat":
-        last = framed % length
-        return np.where((framed > length) & (last < least), last, 0)
-    # Every tail moves all that follows, so this is a loop: 0.15 us a document.
-    tails = []
-    for tokens in framed.tolist():
-        end = phase + tokens
-        phase = end % length
-        tail = phase if end > length and phase < least else 0
-        phase -= tail
-        tails.append(tail)
-    return np.array(tails, np.int64)
-
-
-def _cut(begin: np.ndarray, tokens: np.ndarray, length: int) -> _Pieces:
-    """Cut documents that stand at `begin` of a token stream wherever a row of `length` ends.
-
-    begin [0, 3], tokens [3, 6], length 4 -> document [0, 1, 1, 1], start [0, 0, 1, 5], tokens [3, 1, 4, 1].
-    """
-    end = begin + tokens
-    first_row = begin // length
-    num_pieces = (end - 1) // length - first_row + 1
-    document = np.repeat(np.arange(len(tokens)), num_pieces)
-    ordinal = np.arange(len(document)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    row_begin = (first_row[document] + ordinal) * length
-    low = np.maximum(begin[document], row_begin)
-    high = np.minimum(end[document], row_begin + length)
-    return _Pieces(document, low - begin[document], high - low)
-
-
-def _own_tokens(spec: PackSpec, tokens: np.ndarray, start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return how many tokens of each piece are the document's own: framed position p is token p - num_bos."""
-    low = np.maximum(start.astype(np.int64), spec.num_bos)
-    high = np.minimum(start.astype(np.int64) + count, spec.num_bos + tokens)
-    return np.maximum(high - low, 0)
+    return _Columns._make([*(column[:full] for column in spans[:4]), spans.row_offsets])
 
 
 def _join_rows(columns: _Columns, length: int) -> _Columns:
-    """Put rows of one piece each together, best-fit-decreasing; pieces of a row keep their order."""
-    bins = best_fit_decreasing(columns.span_tokens.astype(np.int64), length)
-    order = np.argsort(bins, kind="stable")
-    ends = np.cumsum(np.bincount(bins)) if len(bins) else np.zeros(0, np.int64)
-    offsets = np.concatenate([[0], ends]).astype(np.uint64)
-    document, start, count, _ = columns
-    return _Columns(document[order], start[order], count[order], offsets)
+    """Put rows of one piece each together, best-fit-decreasing, within windows of WINDOW pieces.
+
+    Pieces of a row keep their order. The window bounds time and memory; its last rows alone are not full.
+    """
+    if not len(columns.span_tokens):
+        return columns
+    bins, num_bins = [], 0
+    for first in range(0, len(columns.span_tokens), WINDOW):
+        tokens = columns.span_tokens[first : first + WINDOW].astype(np.int64)
+        bins.append(num_bins + best_fit_decreasing(tokens, length))
+        num_bins = int(bins[-1].max()) + 1
+    row = np.concatenate(bins)
+    order = np.argsort(row, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.uint64)
+    return _Columns._make([*(column[order] for column in columns[:4]), offsets])
 
 
 def _pad_rows(columns: _Columns, length: int) -> _Columns:
     """Append a span of padding to every row that is not full."""
-    document, start, count, offsets = columns
+    document, start, count, repeated, offsets = columns
     if len(offsets) == 1:
         return columns
-    missing = length - np.add.reduceat(count.astype(np.int64), offsets[:-1].astype(np.int64))
+    missing = length - np.add.reduceat(count, offsets[:-1].astype(np.int64), dtype=np.int64)
     rows = np.flatnonzero(missing)
     at = offsets[1:][rows].astype(np.int64)
     added = np.zeros(len(offsets), np.uint64)
@@ -333,41 +387,65 @@ def _pad_rows(columns: _Columns, length: int) -> _Columns:
         np.insert(document, at, np.uint32(PAD_DOCUMENT)),
         np.insert(start, at, np.uint32(0)),
         np.insert(count, at, missing[rows].astype(np.uint32)),
+        np.insert(repeated, at, np.uint32(0)),
         offsets + added,
     )
 
 
 def _shuffle_rows(columns: _Columns, generator: np.random.Generator) -> _Columns:
-    document, start, count, offsets = columns
-    begins, row_ends = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
-    order = generator.permutation(len(begins))
-    sizes = (row_ends - begins)[order]
-    ends = np.cumsum(sizes)
-    spans = np.arange(len(document)) + np.repeat(begins[order] - (ends - sizes), sizes)
-    new_offsets = np.concatenate([[0], ends]).astype(np.uint64)
-    return _Columns(document[spans], start[spans], count[spans], new_offsets)
+    """Put rows in random order, copying the spans block by block."""
+    offsets = columns.row_offsets
+    order = generator.permutation(len(offsets) - 1)
+    sizes = np.diff(offsets)[order]
+    new_offsets = np.zeros(len(offsets), np.uint64)
+    np.cumsum(sizes, out=new_offsets[1:])
+    shuffled = [np.empty_like(column) for column in columns[:4]]
+    for first in range(0, len(order), ROW_BLOCK):
+        block = slice(first, first + ROW_BLOCK)
+        size = sizes[block].astype(np.int64)
+        moved = offsets[order[block]].astype(np.int64) - new_offsets[:-1][block].astype(np.int64)
+        low = int(new_offsets[first])
+        high = low + int(size.sum())
+        spans = np.arange(low, high) + np.repeat(moved, size)
+        for column, new in zip(columns[:4], shuffled):
+            new[low:high] = column[spans]
+    return _Columns._make([*shuffled, new_offsets])
 
 
 def _report(
     spec: PackSpec, lengths: LengthTable, documents: np.ndarray, columns: _Columns, dropped: dict[str, int]
 ) -> PackReport:
-    is_padding = columns.span_document == PAD_DOCUMENT
-    document, start, count = (column[~is_padding] for column in columns[:3])
-    own = _own_tokens(spec, lengths.tokens[document].astype(np.int64), start, count)
-    by_source = np.bincount(lengths.source[document], weights=own, minlength=len(lengths.source_names))
+    by_source = np.zeros(len(lengths.source_names), np.int64)
+    count = dict.fromkeys(("own", "all", "repeated", "padding", "begun", "continued"), 0)
+    for first in range(0, len(columns.span_document), BLOCK):
+        part = [column[first : first + BLOCK] for column in columns[:4]]
+        real = part[0] != PAD_DOCUMENT
+        count["padding"] += int(part[2][~real].sum(dtype=np.uint64))
+        document, start, tokens, repeated = (column[real] for column in part)
+        own = own_tokens(spec, lengths.tokens[document], start, tokens, repeated)
+        by_source += np.bincount(lengths.source[document], own, len(by_source)).astype(np.int64)
+        count["own"] += int(own.sum())
+        count["all"] += int(tokens.sum(dtype=np.uint64))
+        count["repeated"] += int(repeated.sum(dtype=np.uint64))
+        count["continued"] += int(np.count_nonzero(start))
+        count["begun"] += len(start) - int(np.count_nonzero(start))
+    tokens_in = 0
+    for first in range(0, len(documents), BLOCK):
+        tokens_in += int(lengths.tokens[documents[first : first + BLOCK]].sum(dtype=np.uint64))
     report = PackReport(
         rows=len(columns.row_offsets) - 1,
         documents_in=len(documents),
-        documents=int((start == 0).sum()),
-        continuations=int((start > 0).sum()),
-        tokens_in=int(lengths.tokens[documents].sum(dtype=np.uint64)),
-        tokens_packed=int(own.sum()),
-        special_tokens=int(count.sum(dtype=np.uint64)) - int(own.sum()),
-        padding_tokens=int(columns.span_tokens[is_padding].sum(dtype=np.uint64)),
+        documents=count["begun"],
+        continuations=count["continued"],
+        tokens_in=tokens_in,
+        tokens_packed=count["own"],
+        special_tokens=count["all"] - count["own"] - count["repeated"],
+        padding_tokens=count["padding"],
         dropped=dropped,
         sources={name: int(tokens) for name, tokens in zip(lengths.source_names, by_source) if tokens},
+        repeated_tokens=count["repeated"],
     )
-    placed = report.tokens_packed + report.special_tokens + report.padding_tokens
+    placed = count["all"] + count["padding"]
     assert placed == report.rows * spec.length
     assert report.tokens_in == report.tokens_packed + sum(dropped.values())
     return report
