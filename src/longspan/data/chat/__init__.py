@@ -1,0 +1,22 @@
+"""Conversations as training data: chat templates, token ids, and an exact mask of the assistant's words.
+
+chat = load_chat_format(load_tokenizer("tokenizer"), "llama-3")
+ids, mask = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+"""
+
+from __future__ import annotations
+
+from longspan.data.chat.format import ChatFormat, ChatTokens, load_chat_format
+from longspan.data.chat.messages import Message, MessagesError, as_messages, document_messages
+from longspan.data.chat.template import shipped_templates
+
+__all__ = [
+    "ChatFormat",
+    "ChatTokens",
+    "Message",
+    "MessagesError",
+    "as_messages",
+    "document_messages",
+    "load_chat_format",
+    "shipped_templates",
+]
