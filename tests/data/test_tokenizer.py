@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.data import tokenizer as module
-from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from longspan.data.tokenizer import Tokenizer, engine, load_tokenizer, loading, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +170,11 @@ def test_fast_engine_is_made_anew(
     tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against memory that grows with every new word of a corpus: the engine never forgets one."""
-    monkeypatch.setattr(module, "FAST_ENGINE_CHARACTERS", 500)
-    engine = module._FastEngine(tokenizer.path.read_text())
+    monkeypatch.setattr(engine, "FAST_ENGINE_CHARACTERS", 500)
+    fast = engine.FastEngine(tokenizer.path.read_text())
     starts = []
-    monkeypatch.setattr(engine, "_start", lambda: (starts.append(1), module._FastEngine._start(engine)))
-    assert [engine(text).tolist() for text in texts] == [tokenizer.encode(text).tolist() for text in texts]
+    monkeypatch.setattr(fast, "_start", lambda: (starts.append(1), engine.FastEngine._start(fast)))
+    assert [fast(text).tolist() for text in texts] == [tokenizer.encode(text).tolist() for text in texts]
     assert len(starts) > 5
 
 
@@ -255,4 +254,4 @@ def test_no_heavy_imports() -> None:
     code = "import sys, longspan.data.tokenize; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert module.SAMPLE[0] == "", "the empty text is part of the sample"
+    assert loading.SAMPLE[0] == "", "the empty text is part of the sample"

@@ -1,0 +1,251 @@
+"""Finding and reading tokenizers: tokenizer.json, SentencePiece models, ranks of tiktoken, names on the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.files import read_json, sha256_bytes
+from longspan.core.log import log_once
+from longspan.data.tokenizer import sentencepiece, tiktoken
+from longspan.data.tokenizer.cutting import CutRule, cut_rule
+from longspan.data.tokenizer.engine import ROLES, Backend, FastEngine, Tokenizer, encode_reference
+
+JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
+
+# What the roles are called where no config names them.
+COMMON_NAMES: dict[str, tuple[str, ...]] = {
+    "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
+    "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]"),
+    "pad": ("<|pad|>", "<pad>", "[PAD]"),
+}
+
+# Texts on which engines are known to disagree; the tokenizer's own special tokens are added to them.
+SAMPLE: tuple[str, ...] = (
+    "",
+    " ",
+    "a",
+    "Hello, world! It's HE'LL they'Re 'tis",
+    "  leading, trailing  \n\n\n\tand\r\nmixed \u00a0\u2003 space \n",
+    " " * 300 + "x" + "\n" * 40 + "\t" * 33,
+    "0 1 12 123 1234 12345678901234567890 3.14159 1,000,000 0x7fff \u0663\u0664 \u00bd \u2167 \u00b2",
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \u0966 \u0967\u0968\u0969 \u0915\u094d\u0937",
+    "\u0924\u094d\u0930\u093f\u092f \u0ba4\u0bae\u0bbf\u0bb4\u0bcd",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u3053\u3093\u306b\u3061\u306f",
+    "\ud55c\uad6d\uc5b4 \u1112\u1161\u11ab",
+    "\U0001f642 \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea",
+    "\U0001f44d\U0001f3fd \u2764\ufe0f \U0001f642\U0001f642",
+    "zero\u200bwidth\u200djoin\ufeffmark \u00e9 e\u0301 \u00c5 \u212b \ufb01 \u0130\u0131 \u1e9e\u00df",
+    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea \u0e44\u0e17\u0e22",
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u03b5\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac",
+    'def f(x: int) -> str:\n    """Doc."""\n    return f"{x!r:>{10}}" if x != 0 else \'\'  # \\n\n',
+    "<html><body class='a'>&nbsp;</body></html> https://example.org/a?b=c&d=%20#e user@host.tld",
+    "<s> </s> <unk> <pad> <|endoftext|> <|im_start|>user<|im_end|>",
+    "[INST] [CLS]<0x0A>\x00\x01\x7f\x80\ufffd",
+    "CamelCase snake_case kebab-case SCREAMING.dot/slash\\back ~~~ ``` === ---- ...... !!!???",
+    "$$$ \u2014 \u2026 \u201cquoted\u201d",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "\u2581 \u2581\u2581word \u0120 \u010a",
+)
+
+
+class _Found(NamedTuple):
+    """A tokenizer file that was read."""
+
+    path: Path
+    pattern: str
+    """What stands after the `#` of the name."""
+    content: dict[str, Any]
+    """As in a tokenizer.json."""
+    roles: dict[str, str | None] | None
+    """Names of bos, eos and pad that the file itself gives."""
+
+
+def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = None) -> Tokenizer:
+    """Load a tokenizer from a file, a folder, or a name on the Hugging Face hub.
+
+    A file is a tokenizer.json, a SentencePiece model (`tokenizer.model`), or ranks of tiktoken, whose
+    splitting is known by the file's name (`cl100k_base.tiktoken`) or given: `tokenizer.model#llama-3`, or an
+    expression after the `#`. A folder or hub name holds a tokenizer.json or else a tokenizer.model.
+
+    Args:
+        backend: None takes gigatoken where it gives the same ids as the Hugging Face library.
+
+    Raises:
+        DataError: there is no such file, folder or hub name, or the file is none of these.
+        ArgumentError: `backend="gigatoken"`, and it cannot load this tokenizer or gives other ids; or ranks
+            of tiktoken come without the expression that splits texts.
+    """
+    found = _read(os.fspath(name))
+    path, content = found.path, found.content
+    try:
+        reference = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # noqa: BLE001  the library raises bare Exception
+        raise DataError(f"{path} is not a tokenizer that can be read", found=str(error)) from None
+    # Truncation or padding saved with a tokenizer would cut or fill documents without a word.
+    reference.no_truncation()
+    reference.no_padding()
+    reference.encode_special_tokens = True
+    fast, reason = (None, "asked for") if backend == "hf" else _load_fast(content, reference)
+    if backend == "gigatoken" and fast is None:
+        raise ArgumentError(f"gigatoken cannot be used for {path}", found=reason, allowed="backend hf")
+    tokenizer = Tokenizer(
+        path,
+        name=f"{path}#{found.pattern}" if found.pattern else str(path),
+        fingerprint=_fingerprint(content),
+        special_ids=_special_ids(path.parent, reference, found.roles),
+        reference=reference,
+        fast=fast,
+        backend_reason=reason,
+        cuts=_checked_rule(content, reference),
+    )
+    if backend is None:
+        log_once("data.tokenizer", f"{path}: {tokenizer.backend} engine ({reason})")
+    return tokenizer
+
+
+def _read(name: str) -> _Found:
+    path, pattern = _find_file(name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read", found=error.strerror) from None
+    if path.suffix == ".json" or data.lstrip()[:1] == b"{":
+        return _Found(path, "", read_json(path), None)
+    if tiktoken.is_rank_file(data):
+        encoding = tiktoken.find_encoding(pattern, path=path)
+        ranks = tiktoken.read_ranks(data, where=path)
+        return _Found(path, pattern, tiktoken.to_tokenizer_json(ranks, encoding), None)
+    model = sentencepiece.read_model(data, where=path)
+    roles = {
+        role: model.pieces[number].text if 0 <= number < len(model.pieces) else None
+        for role, number in model.roles.items()
+    }
+    return _Found(path, "", sentencepiece.to_tokenizer_json(model), roles)
+
+
+def _find_file(name: str) -> tuple[Path, str]:
+    """Return the file and what stands after the `#` of its name."""
+    stem, _, pattern = name.partition("#")
+    for path in (Path(name), Path(stem)):
+        if path.is_dir():
+            inside = [path / each for each in (JSON_NAME, MODEL_NAME) if (path / each).is_file()]
+            path = inside[0] if inside else path / JSON_NAME
+        if path.is_file():
+            return path, pattern
+    hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", stem)
+    if Path(stem).exists() or not hub_name or stem.endswith((".json", ".model", ".tiktoken")):
+        raise DataError(
+            f"no tokenizer at {name}",
+            found=f"no file {stem}" if not Path(stem).is_dir() else f"no {JSON_NAME} in {stem}",
+            fix="give a tokenizer.json, a SentencePiece .model, a .tiktoken file, a folder that holds one, "
+            "or a name on the hub such as org/model",
+        )
+    return _download(stem), pattern
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        try:
+            path = Path(hf_hub_download(name, JSON_NAME))
+        except EntryNotFoundError:
+            path = Path(hf_hub_download(name, MODEL_NAME))
+    except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise DataError(
+            f"no tokenizer at {name}: no such file or folder, and the hub gave none",
+            found=str(error).strip().splitlines()[0],
+            fix="check the name and the connection, or point at a local tokenizer.json",
+        ) from None
+    for optional in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            hf_hub_download(name, optional)
+        except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError):
+            continue
+    return path
+
+
+def _checked_rule(content: dict[str, Any], reference: tokenizers.Tokenizer) -> CutRule | None:
+    """Return where long texts may be cut, after cutting the sample wherever the rule says."""
+    rule = cut_rule(content)
+    if rule is not None:
+        text = " and then ".join(SAMPLE) + " the end"
+        pieces = [encode_reference(reference, piece) for _, piece in rule.pieces(text, 1)]
+        if len(pieces) < 3 or not np.array_equal(np.concatenate(pieces), encode_reference(reference, text)):
+            return None
+    return rule
+
+
+def _load_fast(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tuple[FastEngine | None, str]:
+    """Return gigatoken's engine and why it is taken, or None and why not."""
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError as error:
+        return None, f"gigatoken cannot be imported: {error}"
+    special = [token["content"] for token in content.get("added_tokens") or [] if token.get("special")]
+    # Without its special tokens gigatoken takes them for text. Added tokens that are not special stay
+    # matched.
+    plain = {**content, "truncation": None, "padding": None, "post_processor": None}
+    plain["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    try:
+        fast = FastEngine(json.dumps(plain))
+        for text in (*SAMPLE, *special, "x".join(special), f"a {' '.join(special)}\n", " ".join(SAMPLE)):
+            if not np.array_equal(fast(text), encode_reference(reference, text)):
+                return None, f"gigatoken gives other ids for {text[:40]!r}"
+    except Exception as error:  # noqa: BLE001  whatever a fast path meets, the slow one is there
+        return None, f"gigatoken refuses this tokenizer: {str(error).splitlines()[0]}"
+    return fast, "same ids as the Hugging Face library on the sample"
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    """Hash what decides the ids: model, normalizer, pre-tokenizer, added tokens; decoders and templates do
+    not.
+
+    Settings that are null or false count as absent, and merges as pairs, so saving a file anew with another
+    version of the library, which writes out defaults, keeps the fingerprint.
+    """
+    model = {name: value for name, value in content["model"].items() if value not in (None, False)}
+    merges = model.get("merges") or []
+    model["merges"] = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
+    parts = [
+        model,
+        content.get("normalizer"),
+        content.get("pre_tokenizer"),
+        content.get("added_tokens") or [],
+    ]
+    return sha256_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
+
+
+def _special_ids(
+    folder: Path, reference: tokenizers.Tokenizer, roles: Mapping[str, str | None] | None
+) -> dict[str, int | None]:
+    """Return the ids of BOS, EOS and padding, named by a config, else by the file, else by common names."""
+    names: dict[str, Any] = {}
+    configs = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+    for file in filter(Path.is_file, configs):
+        content = read_json(file)
+        if isinstance(content, dict):
+            names |= {name: value for name, value in content.items() if name.endswith("_token") and value}
+    ids: dict[str, int | None] = {}
+    for role in ROLES:
+        named = names.get(f"{role}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        if any(map(Path.is_file, configs)):
+            ids[role] = reference.token_to_id(text) if isinstance(text, str) else None
+        elif roles is not None:
+            own = roles[role]
+            ids[role] = None if own is None else reference.token_to_id(own)
+        else:
+            known = (reference.token_to_id(name) for name in COMMON_NAMES[role])
+            ids[role] = next((number for number in known if number is not None), None)
+    return ids
