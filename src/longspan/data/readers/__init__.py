@@ -27,30 +27,39 @@ from longspan.data.readers.base import (
     ReadReport,
     SkippedRecordError,
 )
+from longspan.data.readers.columnar import ARROW, PARQUET
+from longspan.data.readers.delimited import CSV, TSV
 from longspan.data.readers.fields import document_of, lookup
 from longspan.data.readers.files import find_files
+from longspan.data.readers.json_values import JSON
 from longspan.data.readers.jsonl import JSONL
+from longspan.data.readers.mds_folder import MDS
 from longspan.data.readers.text import TEXT
 
 PART_BYTES = 64 << 20
 
+# fmt: off
+_TEXT_EXTENSIONS = (
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm",
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".js", ".jsx", ".mjs",
+    ".ts", ".tsx", ".java", ".kt", ".scala", ".go", ".rs", ".rb", ".php", ".cs", ".swift", ".r", ".jl", ".lua",
+    ".pl", ".pm", ".sh", ".sql", ".hs", ".ml", ".ex", ".exs", ".erl", ".clj", ".lisp", ".el", ".f90", ".zig",
+)
+# fmt: on
+
 READERS: dict[str, Reader] = {
     ".jsonl": JSONL,
     ".ndjson": JSONL,
-    ".txt": TEXT,
-    ".text": TEXT,
-    ".md": TEXT,
-    ".rst": TEXT,
-    ".py": TEXT,
-    ".c": TEXT,
-    ".h": TEXT,
-    ".cpp": TEXT,
-    ".js": TEXT,
-    ".java": TEXT,
-    ".go": TEXT,
-    ".rs": TEXT,
-    ".tex": TEXT,
-    ".html": TEXT,
+    ".json": JSON,
+    ".parquet": PARQUET,
+    ".pq": PARQUET,
+    ".arrow": ARROW,
+    ".feather": ARROW,
+    ".ipc": ARROW,
+    ".csv": CSV,
+    ".tsv": TSV,
+    ".mds": MDS,
+    **dict.fromkeys(_TEXT_EXTENSIONS, TEXT),
 }
 
 

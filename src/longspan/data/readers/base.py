@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from longspan.data.readers.opening import COMPRESSION, is_remote, open_input
 
 MAX_EXAMPLES = 5
-LINE_EXTENSIONS = (".jsonl", ".ndjson", ".json")
+LINE_EXTENSIONS = (".jsonl", ".ndjson")
 """Formats whose positions are byte offsets of lines."""
 
 
@@ -23,12 +23,14 @@ class Place(NamedTuple):
     position: int
     line: int | None = None
     """Line number from 1, where the reader knows it without extra work."""
+    in_bytes: bool = False
+    """Whether the position is the byte offset of a line."""
 
     def __str__(self) -> str:
         """Write `file:line`, or `file: record n`; may count the lines before a byte offset."""
         if self.line is not None:
             return f"{self.path}:{self.line}"
-        if extension_of(self.path) not in LINE_EXTENSIONS:
+        if not self.in_bytes:
             return f"{self.path}: record {self.position}"
         if is_remote(self.path):
             return f"{self.path}: byte {self.position}"
@@ -54,7 +56,7 @@ class Document(NamedTuple):
     @property
     def place(self) -> Place:
         """Where the document stands, for messages: `str(place)` is `file:line` or `file: record n`."""
-        return Place(self.path, self.position)
+        return Place(self.path, self.position, in_bytes=extension_of(self.path) in LINE_EXTENSIONS)
 
 
 class InputFile(NamedTuple):
@@ -97,7 +99,7 @@ class RawRecord(NamedTuple):
     @property
     def place(self) -> Place:
         """Where the record stands, for messages."""
-        return Place(self.file.path, self.position, self.line)
+        return Place(self.file.path, self.position, self.line, self.file.extension in LINE_EXTENSIONS)
 
 
 class Fields(NamedTuple):
@@ -141,6 +143,8 @@ class Reader(NamedTuple):
     """Cut a file into parts of about so many bytes; a function of the file alone."""
     one_text: bool = False
     """The file is one text, named by the folder it lies in; other files are containers of records."""
+    compressible: bool = True
+    """Whether such files are also read with .gz, .zst and .bz2 at the end."""
 
 
 def whole_file(file: InputFile, part_bytes: int) -> list[Part]:

@@ -1,15 +1,23 @@
-"""Finding input files: folders, globs, remote addresses, the source that a file's place suggests."""
+"""Finding input files: folders, globs, lists, addresses; their formats; the source that a place suggests."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import InputFile, Reader, ReadReport, extension_of
-from longspan.data.readers.opening import COMPRESSION, open_input, open_raw
+from longspan.data.readers.folders import Entry, resolve_folders
+from longspan.data.readers.hub import SCHEME as HUB
+from longspan.data.readers.hub import expand_hub
+from longspan.data.readers.opening import COMPRESSION, is_remote, open_input, open_raw
+from longspan.data.readers.sniff import sniff, sniff_json
+
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+_SPLITS = {"train", "validation", "valid", "test", "data"}
 
 
 def find_files(
@@ -18,29 +26,33 @@ def find_files(
     """Return the files under `inputs` in canonical order (sorted by path, each once); files of a folder that
     no reader knows are counted in `report`.
 
-    An input is a file, a folder (searched in depth, hidden entries left out), a glob pattern or a remote
-    address. The source a file's place suggests is the first folder below the input folder; else, directly in
-    that folder, the folder's name for a text file and the stem for a JSON-lines file; the stem of a file
-    named alone.
+    An input is a file, a folder (searched in depth, hidden entries left out), a glob pattern, an address,
+    a data set on the hub (`hf://org/name`), or `@list.txt`: a file with one input a line, relative to its own
+    folder, `#` for comments. The format is that of the extension, or of the content where the extension
+    says nothing. MDS folders and data sets saved by Hugging Face `datasets` are recognised at any depth.
+
+    The source a file's place suggests is the first folder below the input folder; else, directly in that
+    folder, the folder's name for a text file and the stem for a file of records; the stem of a file named
+    alone; the name of a saved or hub data set.
 
     Raises:
         DataError: an input is missing or of unknown kind, or nothing is left to read.
     """
     found: dict[str, InputFile] = {}
-    for given in [os.fspath(each) for each in inputs]:
-        for root, path, size in _expand(given):
-            extension = extension_of(path)
-            if extension in readers:
-                source, name = _source_of(path, root, readers[extension], extension)
-                found.setdefault(path, InputFile(path, extension, source, size, name))
-            elif root is None:
+    for given in _expand_lists([os.fspath(each) for each in inputs]):
+        for entry in _expand(given, readers):
+            extension = entry.extension or _format_of(entry, readers)
+            if extension is not None:
+                source, name = _source_of(entry, readers[extension], extension)
+                found.setdefault(entry.path, InputFile(entry.path, extension, source, entry.size, name))
+            elif entry.root is None:
                 raise DataError(
-                    f"no reader for {path}",
-                    found=f"extension {extension!r}",
-                    allowed=[*readers, "and any of these with " + " ".join(COMPRESSION)],
+                    f"no reader for {entry.path}",
+                    found=f"extension {extension_of(entry.path)!r}",
+                    allowed=[*readers, "and those of text with " + " ".join(COMPRESSION)],
                 )
             else:
-                report.ignore(path)
+                report.ignore(entry.path)
     if not found:
         raise DataError(
             "no input files",
@@ -50,57 +62,127 @@ def find_files(
     return [found[path] for path in sorted(found)]
 
 
-def _expand(given: str) -> Iterator[tuple[str | None, str, int]]:
-    """Yield (input folder or None, canonical path, bytes)."""
-    if "://" in given:
-        yield from _expand_remote(given)
-    elif os.path.isdir(given):
+def _expand_lists(inputs: list[str], seen: tuple[str, ...] = ()) -> Iterator[str]:
+    """Replace `@list.txt` by the lines of the list."""
+    for given in inputs:
+        if not given.startswith("@"):
+            yield given
+            continue
+        path = given[1:]
+        if path in seen:
+            raise DataError(f"the list {path} names itself", found=" -> ".join([*seen, path]))
+        with open_input(path) as stream:
+            try:
+                lines = stream.read().decode("utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise DataError(f"the list {path} is not text", found=str(error)) from None
+        entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        yield from _expand_lists([_beside(path, entry) for entry in entries], (*seen, path))
+
+
+def _beside(path: str, entry: str) -> str:
+    """Return an entry of a list as seen from where the list stands."""
+    mark = "@" * entry.startswith("@")
+    entry = entry.removeprefix("@")
+    if is_remote(entry) or os.path.isabs(entry):
+        return mark + entry
+    if is_remote(path):
+        return f"{mark}{path.rpartition('/')[0]}/{entry}"
+    return mark + os.path.join(os.path.dirname(path), entry)
+
+
+def _expand(given: str, readers: Mapping[str, Reader]) -> Iterator[Entry]:
+    if given.startswith(HUB):
+        entries = expand_hub(given, is_data=lambda path: _is_container(path, readers))
+    else:
+        entries = list(_expand_remote(given) if is_remote(given) else _expand_local(given))
+    yield from (entry for entry in entries if entry.root is None)
+    yield from resolve_folders(entry for entry in entries if entry.root is not None)
+
+
+def _expand_local(given: str) -> Iterator[Entry]:
+    if os.path.isdir(given):
         root = os.path.abspath(given)
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 path = os.path.join(folder, name)
                 if not name.startswith(".") and os.path.isfile(path):
-                    yield root, path, os.path.getsize(path)
+                    yield Entry(path, os.path.getsize(path), root)
     elif os.path.isfile(given):
-        yield None, os.path.abspath(given), os.path.getsize(given)
+        yield Entry(os.path.abspath(given), os.path.getsize(given))
     elif glob.has_magic(given):
-        matches = [path for path in glob.glob(given, recursive=True) if os.path.isfile(path)]
+        matches = sorted(glob.glob(given, recursive=True))
         if not matches:
             raise DataError(f"the pattern {given!r} matches no file")
         for path in matches:
-            yield None, os.path.abspath(path), os.path.getsize(path)
+            yield from _expand_local(path)
     else:
         raise DataError(f"{given} does not exist", fix="give a file, a folder, a glob pattern or an address")
 
 
-def _expand_remote(given: str) -> Iterator[tuple[str | None, str, int]]:
+def _expand_remote(given: str) -> Iterator[Entry]:
     import fsspec
 
     try:
         filesystem, path = fsspec.core.url_to_fs(given)
-        names = filesystem.glob(path) if glob.has_magic(path) else [path]
-        for name in names:
-            if filesystem.isdir(name):
-                root = filesystem.unstrip_protocol(name)
-                for inner in filesystem.find(name):
-                    yield root, filesystem.unstrip_protocol(inner), filesystem.size(inner) or 0
-            else:
-                yield None, filesystem.unstrip_protocol(name), filesystem.size(name) or 0
+        infos = (
+            filesystem.glob(path, detail=True).values() if glob.has_magic(path) else [filesystem.info(path)]
+        )
+        for info in infos:
+            address = filesystem.unstrip_protocol(info["name"])
+            if info["type"] != "directory":
+                yield Entry(address, int(info.get("size") or 0))
+                continue
+            for inner in filesystem.find(info["name"], detail=True).values():
+                entry = Entry(
+                    filesystem.unstrip_protocol(inner["name"]), int(inner.get("size") or 0), address
+                )
+                if not _is_hidden(entry.path, address):
+                    yield entry
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"cannot list {given}", found=str(error)) from None
+        raise DataError(f"cannot list {given}", found=f"{type(error).__name__}: {error}") from None
 
 
-def _source_of(path: str, root: str | None, reader: Reader, extension: str) -> tuple[str, str]:
+def _is_hidden(path: str, root: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(path).relative_to(root).parts)
+
+
+def _is_container(path: str, readers: Mapping[str, Reader]) -> bool:
+    extension = extension_of(path)
+    return extension in readers and not readers[extension].one_text
+
+
+def _format_of(entry: Entry, readers: Mapping[str, Reader]) -> str | None:
+    """Return the extension whose reader reads the file, by its name or else by its content."""
+    extension = extension_of(entry.path)
+    compressed = PurePosixPath(entry.path).suffix.lower() in COMPRESSION
+    if extension == ".json":
+        return sniff_json(entry.path)
+    if extension in readers:
+        return extension if readers[extension].compressible or not compressed else None
+    # Asking every unknown file of a remote folder would cost a request each.
+    if entry.root is not None and extension and is_remote(entry.path):
+        return None
+    return sniff(entry.path, json_too=entry.root is None or not extension)
+
+
+def _source_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
     """Return the source and the path below the input folder."""
-    name = PurePosixPath(path).name
-    stem = name[: name.lower().rfind(extension)] or name
-    if root is None:
+    name = PurePosixPath(entry.path).name
+    stem = name[: name.lower().rfind(extension)] if extension in name.lower() else name.partition(".")[0]
+    stem = _SHARD_NUMBER.sub("", stem) or name
+    if entry.root is None:
         return stem, name
-    below = PurePosixPath(path).relative_to(root)
+    root = PurePosixPath(entry.root)
+    below = PurePosixPath(entry.path).relative_to(root)
+    if entry.home is not None:
+        home = PurePosixPath(entry.home)
+        inside = home.parts[len(root.parts) :]
+        return (inside[0] if inside else home.name.partition("@")[0]), str(below)
     if len(below.parts) > 1:
         return below.parts[0], str(below)
-    return (PurePosixPath(root).name if reader.one_text else stem), str(below)
+    return (root.name if reader.one_text or stem in _SPLITS else stem), str(below)
 
 
 __all__ = ["COMPRESSION", "find_files", "open_input", "open_raw"]

@@ -1,0 +1,210 @@
+"""Parquet and Arrow files: only the wanted columns are read, a few megabytes of rows at a time.
+
+Parquet is cut into parts at row groups, Arrow (the file format, and the stream format that Hugging Face
+`datasets` keeps on disk) at record batches. What Arrow maps into memory is checked before it is followed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from longspan.core.errors import DataError
+from longspan.data.readers.base import (
+    OPTIONAL_FIELDS,
+    InputFile,
+    Part,
+    RawRecord,
+    Reader,
+    SkippedRecordError,
+    parse_values,
+    whole_file,
+)
+from longspan.data.readers.fields import lookup
+from longspan.data.readers.opening import is_remote, open_raw
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+BATCH_BYTES = 8 << 20
+MAX_BATCH_ROWS = 2048
+ARROW_FILE_MAGIC = b"ARROW1"
+
+
+@contextmanager
+def _checked(path: str, kind: str) -> Iterator[None]:
+    """Turn what pyarrow says about a broken file into a DataError that names it."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
+        found = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(
+            f"{path} is a damaged or cut-off {kind} file", found=found, fix="fetch or make it again"
+        ) from None
+
+
+def split_row_groups(file: InputFile, part_bytes: int) -> list[Part]:
+    """Cut between row groups; reads the file's table of contents."""
+    with _parquet(file.path) as parquet:
+        metadata = parquet.metadata
+        sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    parts: list[Part] = []
+    start = held = 0
+    for number, size in enumerate(sizes):
+        held += size
+        if held >= part_bytes or number + 1 == len(sizes):
+            parts.append(Part(file, start, number + 1, file.size * held // max(sum(sizes), 1)))
+            start, held = number + 1, 0
+    return parts if len(parts) > 1 else whole_file(file, part_bytes)
+
+
+def read_parquet(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+    """Yield the rows of some row groups; the position is the number of the row in the file, from 1."""
+    path = part.file.path
+    with _parquet(path) as parquet:
+        columns = _columns(parquet.schema_arrow, wanted, path)
+        metadata = parquet.metadata
+        stop = metadata.num_row_groups if part.stop is None else part.stop
+        row = sum(metadata.row_group(number).num_rows for number in range(part.start))
+        for number in range(part.start, stop):
+            group = metadata.row_group(number)
+            size = min(MAX_BATCH_ROWS, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1))
+            with _checked(f"{path} (row {row + 1} and later)", "parquet"):
+                batches = parquet.iter_batches(max(size, 1), row_groups=[number], columns=columns)
+                for batch in batches:
+                    yield from _rows(batch, part.file, row)
+                    row += batch.num_rows
+
+
+@contextmanager
+def _parquet(path: str) -> Iterator[pq.ParquetFile]:
+    import pyarrow.parquet as pq
+
+    # Small reads in turn: without a buffer whole column chunks would be held.
+    settings = {"pre_buffer": False, "buffer_size": 1 << 20}
+    with _checked(path, "parquet"):
+        if is_remote(path):
+            with open_raw(path) as stream, pq.ParquetFile(stream, **settings) as parquet:
+                yield parquet
+        else:
+            with pq.ParquetFile(path, **settings) as parquet:
+                yield parquet
+
+
+def split_batches(file: InputFile, part_bytes: int) -> list[Part]:
+    """Cut between record batches, as many in each part; a remote file stays whole."""
+    if file.size <= part_bytes or is_remote(file.path):
+        return whole_file(file, part_bytes)
+    count = sum(1 for _ in _batches(file.path, None))
+    num_parts = max(1, min(count, -(-file.size // part_bytes)))
+    borders = [count * number // num_parts for number in range(num_parts + 1)]
+    if num_parts == 1:
+        return whole_file(file, part_bytes)
+    size = file.size // num_parts
+    return [Part(file, start, stop, size) for start, stop in itertools.pairwise(borders)]
+
+
+def read_arrow(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+    """Yield the rows of some record batches; the position is the number of the row in the file, from 1."""
+    path, row = part.file.path, 0
+    for number, batch in enumerate(_batches(path, wanted)):
+        if part.stop is not None and number >= part.stop:
+            return
+        if number >= part.start:
+            with _checked(f"{path} (row {row + 1} and later)", "arrow"):
+                _check_batch(batch)
+                size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
+                for start in range(0, batch.num_rows, size):
+                    yield from _rows(batch.slice(start, size), part.file, row + start)
+        row += batch.num_rows
+
+
+def _batches(path: str, wanted: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches with only the wanted columns, mapped where the file is local."""
+    import pyarrow as pa
+
+    with _checked(path, "arrow"):
+        source = pa.PythonFile(open_raw(path)) if is_remote(path) else pa.memory_map(path)
+        with source:
+            head = source.read(len(ARROW_FILE_MAGIC))
+            source.seek(0)
+            is_file = head == ARROW_FILE_MAGIC
+            open_ = pa.ipc.open_file if is_file else pa.ipc.open_stream
+            schema = open_(source).schema
+            names = {name.partition(".")[0] for name in _columns(schema, wanted, path)}
+            names |= set(_columns(schema, wanted, path))
+            included = [number for number, name in enumerate(schema.names) if name in names]
+            source.seek(0)
+            reader = open_(source, options=pa.ipc.IpcReadOptions(included_fields=included))
+            if is_file:
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                yield from reader
+
+
+def _check_batch(batch: pa.RecordBatch) -> None:
+    """Check that every offset points into its buffer; text that is not UTF-8 is left to its row."""
+    import pyarrow as pa
+
+    for column in batch.columns:
+        kind = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+        (column.view(kind) if kind is not None else column).validate(full=True)
+
+
+def _columns(schema: pa.Schema, wanted: Sequence[str] | None, path: str) -> list[str]:
+    """Return the columns to read.
+
+    Raises:
+        DataError: a wanted column is not there; columns that may be missing are left out.
+    """
+    if wanted is None:
+        return list(schema.names)
+    tree = _tree(schema)
+    names = []
+    for name in wanted:
+        try:
+            lookup(tree, name, place=path)
+        except DataError:
+            if name not in OPTIONAL_FIELDS:
+                raise
+        else:
+            names.append(name)
+    return names
+
+
+def _tree(fields: Any) -> dict[str, Any]:
+    """Return the names of columns, structs as dicts of theirs."""
+    import pyarrow as pa
+
+    return {field.name: _tree(field.type) if pa.types.is_struct(field.type) else None for field in fields}
+
+
+def _rows(batch: pa.RecordBatch, file: InputFile, before: int) -> Iterator[RawRecord]:
+    names = batch.schema.names
+    try:
+        columns = [column.to_pylist() for column in batch.columns]
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            yield RawRecord(file, before + number + 1, _row(batch, names, number))
+        return
+    for number, values in enumerate(zip(*columns), before + 1):
+        yield RawRecord(file, number, dict(zip(names, values)))
+
+
+def _row(batch: pa.RecordBatch, names: list[str], number: int) -> dict[str, Any] | SkippedRecordError:
+    try:
+        return {name: column[number].as_py() for name, column in zip(names, batch.columns)}
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
+        return SkippedRecordError("invalid_text", found)
+
+
+PARQUET = Reader(read_parquet, parse_values, split_row_groups, compressible=False)
+ARROW = Reader(read_arrow, parse_values, split_batches, compressible=False)

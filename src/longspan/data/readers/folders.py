@@ -1,0 +1,115 @@
+"""Folders that are one thing: data sets that Hugging Face `datasets` saved, and MDS folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from longspan.core.errors import DataError
+from longspan.core.log import get_logger
+from longspan.data.readers.opening import open_input
+
+
+class Entry(NamedTuple):
+    """Something to read that was found below an input, before its format is known."""
+
+    path: str
+    size: int
+    root: str | None = None
+    """The input folder; None for a file that was named itself."""
+    extension: str | None = None
+    """Format, where the folder says it."""
+    home: str | None = None
+    """Folder of the data set it is a piece of; the source is named after that, not after the piece."""
+
+
+def resolve_folders(entries: Iterable[Entry]) -> list[Entry]:
+    """Replace the files of MDS folders by the folder, and keep of saved data sets only their data.
+
+    Of a saved DatasetDict the split "train" is read, or its only one; name the folder of a split to read it.
+    """
+    folders: dict[str, dict[str, Entry]] = {}
+    for entry in entries:
+        folder, _, name = entry.path.rpartition("/")
+        folders.setdefault(folder, {})[name] = entry
+    kept: list[Entry] = []
+    homes: dict[str, str] = {}
+    dropped: set[str] = set()
+    for folder, files in sorted(folders.items()):
+        if any(folder == each or folder.startswith(each + "/") for each in dropped):
+            continue
+        shards = _mds_shards(files)
+        data_files = _data_files(files)
+        if "dataset_dict.json" in files:
+            chosen, others = _split(folder, files["dataset_dict.json"].path)
+            homes[chosen] = folder
+            dropped.update(others)
+        elif shards is not None:
+            files.pop("index.json")
+            if not any("/" in shard for shard in shards):
+                # Everything else there belongs to the store; an index over subfolders is theirs to tell.
+                size = sum(entry.size for entry in files.values())
+                kept.append(Entry(folder, size, _root_of(files, folder), ".mds", folder))
+        elif data_files is not None:
+            home = homes.get(folder, folder)
+            pieces = [files[name] for name in data_files if name in files]
+            missing = [name for name in data_files if name not in files]
+            if missing:
+                raise DataError(f"{folder} is a saved data set without its file {missing[0]}")
+            kept += [piece._replace(extension=".arrow", home=home) for piece in pieces]
+        else:
+            kept += files.values()
+    return kept
+
+
+def _root_of(files: dict[str, Entry], folder: str) -> str:
+    return next((entry.root for entry in files.values() if entry.root is not None), folder)
+
+
+def _mds_shards(files: dict[str, Entry]) -> list[str] | None:
+    """Return the names of the shards if the folder is an MDS folder."""
+    index = _json(files, "index.json")
+    shards = index.get("shards") if isinstance(index, dict) else None
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return None
+    names = [(shard.get("raw_data") or {}).get("basename") for shard in shards]
+    is_mds = all(shard.get("format") == "mds" for shard in shards) and "version" in index
+    return list(map(str, names)) if is_mds else None
+
+
+def _data_files(files: dict[str, Entry]) -> list[str] | None:
+    """Return the names of the Arrow files if the folder is a saved data set."""
+    state = _json(files, "state.json")
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(listed, list):
+        return None
+    return [str(each.get("filename")) for each in listed if isinstance(each, dict)]
+
+
+def _split(folder: str, path: str) -> tuple[str, list[str]]:
+    with open_input(path) as stream:
+        try:
+            splits = [str(each) for each in json.load(stream)["splits"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} does not list splits", found=str(error)) from None
+    chosen = splits[0] if len(splits) == 1 else "train"
+    if chosen not in splits:
+        raise DataError(
+            f"{folder} holds several splits, none of them called train",
+            found=", ".join(splits),
+            fix=f"name one: {folder}/{splits[0] if splits else '...'}",
+        )
+    if len(splits) > 1:
+        get_logger("data.readers").info("%s: the split train of %s is read", folder, ", ".join(splits))
+    return f"{folder}/{chosen}", [f"{folder}/{each}" for each in splits if each != chosen]
+
+
+def _json(files: dict[str, Entry], name: str) -> Any:
+    if name not in files:
+        return None
+    try:
+        with open_input(files[name].path) as stream:
+            return json.load(stream)
+    except (ValueError, RecursionError, DataError):
+        return None

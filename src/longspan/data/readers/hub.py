@@ -1,0 +1,91 @@
+"""Data sets on the Hugging Face hub: `hf://org/name[@revision][/path-or-split]`, read as they stand there."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.log import get_logger
+from longspan.data.readers.folders import Entry
+
+SCHEME = "hf://"
+_ADDRESS = re.compile(r"(?:datasets/)?([^/@]+)/([^/@]+)(@refs/[^/]+/[^/]+|@[^/]+)?(?:/(.*))?")
+_NO_DATA = {"README.md", "dataset_infos.json", "LICENSE.txt"}
+
+
+class HubAddress(NamedTuple):
+    """A parsed `hf://` address."""
+
+    repo: str
+    """Path of the repository in the hub's file system, with its revision."""
+    name: str
+    path: str
+    """What is asked for inside: a file, a folder, a pattern, a split, or nothing."""
+
+
+def parse_address(given: str) -> HubAddress:
+    """Parse `hf://org/name@revision/path`. Raises ArgumentError for anything else."""
+    found = _ADDRESS.fullmatch(given.removeprefix(SCHEME).rstrip("/"))
+    if found is None:
+        raise ArgumentError(
+            "not the address of a data set on the hub",
+            found=given,
+            allowed="hf://org/name, hf://org/name@revision, hf://org/name/path or hf://org/name/split",
+        )
+    org, name, revision, path = found.groups()
+    return HubAddress(f"datasets/{org}/{name}{revision or ''}", name, path or "")
+
+
+def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:
+    """Return the files of a data set that an address stands for.
+
+    Without a path: the files of the split "train" if there are such, else all data files. A path that is
+    neither file, folder nor pattern is a split or configuration: "validation" stands for the files with
+    that word between `/ . _ -` in their path.
+
+    Raises:
+        DataError: the hub has no such data set, or nothing in it matches.
+    """
+    import fsspec
+
+    address = parse_address(given)
+    try:
+        filesystem = fsspec.filesystem("hf")
+        inside = f"{address.repo}/{address.path}"
+        if address.path and glob.has_magic(address.path):
+            return [_entry(info, None) for _, info in sorted(filesystem.glob(inside, detail=True).items())]
+        if address.path and filesystem.isfile(inside):
+            return [_entry(filesystem.info(inside), None)]
+        if address.path and filesystem.isdir(inside):
+            return [_entry(info, inside) for info in filesystem.find(inside, detail=True).values()]
+        listing = filesystem.find(address.repo, detail=True)
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"cannot list {given}", found=f"{type(error).__name__}: {error}") from None
+    files = [_entry(info, address.repo) for info in listing.values()]
+    files = [file for file in files if is_data(file.path) and file.path.rpartition("/")[2] not in _NO_DATA]
+    chosen = choose_split([file.path for file in files], SCHEME + address.repo, address.path)
+    if not chosen:
+        raise DataError(
+            f"nothing to read at {given}",
+            found=", ".join(file.path.rpartition("/")[2] for file in files[:5]) or "no data files",
+            fix="name a file, a folder or a split of the data set",
+        )
+    if len(chosen) < len(files):
+        get_logger("data.readers").info("%s: %d of %d data files are read", given, len(chosen), len(files))
+    keep = set(chosen)
+    return [file._replace(home=SCHEME + address.repo) for file in files if file.path in keep]
+
+
+def choose_split(paths: list[str], root: str, split: str) -> list[str]:
+    """Return the paths that belong to a split; with no split those of "train", or all if there are none."""
+    pattern = re.compile(rf"(?:^|[/._-]){re.escape(split or 'train')}(?:[/._-]|$)")
+    chosen = [path for path in paths if pattern.search(path.removeprefix(root))]
+    return chosen if chosen or split else paths
+
+
+def _entry(info: dict[str, Any], root: str | None) -> Entry:
+    size = int(info.get("size") or 0)
+    return Entry(SCHEME + info["name"].lstrip("/"), size, None if root is None else SCHEME + root)

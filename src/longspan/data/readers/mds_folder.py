@@ -1,0 +1,84 @@
+"""MDS folders with a column of text: one shard after another, compressed ones too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from longspan.core.errors import DataError
+from longspan.data.readers.base import (
+    OPTIONAL_FIELDS,
+    InputFile,
+    Part,
+    RawRecord,
+    Reader,
+    SkippedRecordError,
+    parse_values,
+    whole_file,
+)
+from longspan.data.readers.fields import decode_utf8, lookup
+from longspan.data.readers.opening import is_remote
+from longspan.data.store.directory import MDSDirectory
+from longspan.data.store.mds import Shard
+
+
+def split_shards(file: InputFile, part_bytes: int) -> list[Part]:
+    """Cut between shards."""
+    if is_remote(file.path):
+        return whole_file(file, part_bytes)
+    shards = MDSDirectory(file.path).shards
+    parts: list[Part] = []
+    start = held = 0
+    for number, info in enumerate(shards):
+        held += info.num_bytes
+        if held >= part_bytes or number + 1 == len(shards):
+            parts.append(Part(file, start, number + 1, held))
+            start, held = number + 1, 0
+    return parts if len(parts) > 1 else whole_file(file, part_bytes)
+
+
+def read_mds(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+    """Yield the samples of some shards; the position is the number of the sample in the folder, from 1."""
+    path = part.file.path
+    if is_remote(path):
+        raise DataError(f"{path} is a remote MDS folder", fix="get it first with `longspan data fetch`")
+    directory = MDSDirectory(path)
+    position = sum(info.num_samples for info in directory.shards[: part.start])
+    for number in range(part.start, len(directory.shards) if part.stop is None else part.stop):
+        shard = directory.shard(number)
+        names = _columns(shard, wanted, path)
+        for sample in range(len(shard)):
+            position += 1
+            yield RawRecord(part.file, position, _values(shard, sample, names))
+
+
+def _columns(shard: Shard, wanted: Sequence[str] | None, path: str) -> set[str]:
+    names = [column.name for column in shard.info.columns]
+    if wanted is None:
+        return set(names)
+    found = set()
+    for name in wanted:
+        # A dotted name reaches into a column of JSON.
+        top = name if name in names else name.partition(".")[0]
+        if name not in OPTIONAL_FIELDS:
+            lookup(dict.fromkeys(names), top, place=path)
+        found.add(top)
+    return found
+
+
+def _values(shard: Shard, sample: int, names: set[str]) -> dict[str, Any] | SkippedRecordError:
+    spans = shard.spans(sample)
+    values: dict[str, Any] = {}
+    for column in shard.info.columns:
+        if column.name in names:
+            data = shard.data[slice(*spans[column.name])]
+            try:
+                values[column.name] = (
+                    decode_utf8(bytes(data)) if column.encoding == "str" else column.decode(data)
+                )
+            except SkippedRecordError as error:
+                return error
+    return values
+
+
+MDS = Reader(read_mds, parse_values, split_shards, compressible=False)
