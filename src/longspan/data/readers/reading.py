@@ -1,0 +1,180 @@
+"""Reading parts of files: which reader reads what, and what becomes of a record that cannot be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from longspan.core.errors import DataError
+from longspan.core.log import get_logger
+from longspan.data.readers.base import (
+    Document,
+    Fields,
+    InputFile,
+    Part,
+    Place,
+    RawRecord,
+    Reader,
+    ReadReport,
+    SkippedRecordError,
+)
+from longspan.data.readers.columnar import ARROW, PARQUET
+from longspan.data.readers.delimited import CSV, TSV
+from longspan.data.readers.fields import document_of, lookup
+from longspan.data.readers.files import find_files
+from longspan.data.readers.json_values import JSON
+from longspan.data.readers.jsonl import JSONL
+from longspan.data.readers.mds_folder import MDS
+from longspan.data.readers.text import TEXT
+
+PART_BYTES = 64 << 20
+
+# fmt: off
+_TEXT_EXTENSIONS = (
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm",
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh", ".js", ".jsx", ".mjs",
+    ".ts", ".tsx", ".java", ".kt", ".scala", ".go", ".rs", ".rb", ".php", ".cs", ".swift", ".r", ".jl", ".lua",
+    ".pl", ".pm", ".sh", ".sql", ".hs", ".ml", ".ex", ".exs", ".erl", ".clj", ".lisp", ".el", ".f90", ".zig",
+)
+# fmt: on
+
+READERS: dict[str, Reader] = {
+    ".jsonl": JSONL,
+    ".ndjson": JSONL,
+    ".json": JSON,
+    ".parquet": PARQUET,
+    ".pq": PARQUET,
+    ".arrow": ARROW,
+    ".feather": ARROW,
+    ".ipc": ARROW,
+    ".csv": CSV,
+    ".tsv": TSV,
+    ".mds": MDS,
+    **dict.fromkeys(_TEXT_EXTENSIONS, TEXT),
+}
+
+
+def list_inputs(inputs: Sequence[str | os.PathLike[str]], *, report: ReadReport) -> list[InputFile]:
+    """Return the files under `inputs` in canonical order; see `files.find_files`."""
+    if isinstance(inputs, (str, os.PathLike)):
+        inputs = [inputs]
+    return find_files(inputs, readers=READERS, report=report)
+
+
+def plan_parts(files: Iterable[InputFile], *, part_bytes: int = PART_BYTES) -> Iterator[Part]:
+    """Cut files into parts of about `part_bytes` that are read independently, in canonical order.
+
+    The cuts depend on the files and `part_bytes` alone. What `read_part` yields for all parts in turn is what
+    it yields for the whole files, positions included, whatever `part_bytes` is. Cheap: a line format is cut
+    at multiples of `part_bytes` without being read, of parquet and arrow only the table of contents is read.
+    """
+    for file in files:
+        yield from READERS[file.extension].split(file, part_bytes)
+
+
+def read_part(part: Part, fields: Fields, *, strict: bool = False, report: ReadReport) -> Iterator[Document]:
+    """Yield the documents of one part, one record in memory at a time; what is left out counts in `report`.
+
+    Raises:
+        DataError: see `parse_record`; also a damaged or vanished file.
+    """
+    for record in records_of(part, fields.wanted, report=report):
+        document = parse_record(record, fields, strict=strict, report=report)
+        if document is not None:
+            yield document
+
+
+def read_values(
+    part: Part, names: Sequence[str], *, strict: bool = False, report: ReadReport
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yield place and values of the named fields (dots reach into objects) of every record of a part.
+
+    For records that are not texts: conversations, lists of tokens. Broken records are skipped and counted.
+
+    Raises:
+        DataError: a field is missing, or (`strict`) a record is broken.
+    """
+    for record in records_of(part, names, report=report):
+        values = parse_values_of(record, strict=strict, report=report)
+        if values is not None:
+            yield record.place, {name: lookup(values, name, place=record.place) for name in names}
+
+
+def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:
+    """Yield the records of a part unparsed; only the named fields need be read. Counts files in `report`."""
+    empty = True
+    for record in READERS[part.file.extension].records(part, names):
+        empty = False
+        yield record
+    # A file counts once, with its first part.
+    if part.start == 0:
+        report.files += 1
+        if empty and part.stop is None:
+            report.skip("empty_files", part.file.path, "empty file")
+
+
+def read_records(files: Iterable[InputFile], *, report: ReadReport) -> Iterator[RawRecord]:
+    """Yield the raw records of `files` in order; files without a record are counted."""
+    for file in files:
+        yield from records_of(Part(file), None, report=report)
+
+
+def parse_record(record: RawRecord, fields: Fields, *, strict: bool, report: ReadReport) -> Document | None:
+    """Read one record; a broken or empty one is counted in `report` and gives None.
+
+    Raises:
+        DataError: a field is missing or of another type, or (`strict`) the record is broken.
+    """
+    values = parse_values_of(record, strict=strict, report=report)
+    return None if values is None else make_document(values, record, fields, strict=strict, report=report)
+
+
+def make_document(
+    values: dict[str, Any], record: RawRecord, fields: Fields, *, strict: bool, report: ReadReport
+) -> Document | None:
+    """Make a document of the fields of a record; an empty one is counted in `report` and gives None."""
+    try:
+        document = document_of(values, record, fields)
+    except SkippedRecordError as error:
+        _skip(record, error, strict=strict, report=report)
+        return None
+    if not document.text:
+        report.skip("empty_documents", record.place, "no text")
+        return None
+    report.documents += 1
+    return document
+
+
+def parse_values_of(record: RawRecord, *, strict: bool, report: ReadReport) -> dict[str, Any] | None:
+    """Return the fields of a record; a broken one is counted in `report` and gives None."""
+    try:
+        return READERS[record.file.extension].parse(record)
+    except SkippedRecordError as error:
+        _skip(record, error, strict=strict, report=report)
+        return None
+
+
+def _skip(record: RawRecord, error: SkippedRecordError, *, strict: bool, report: ReadReport) -> None:
+    if strict:
+        raise DataError(
+            f"{record.place}: {error}", fix="mend the record, or leave out --strict to skip it"
+        ) from None
+    report.skip(error.kind, record.place, str(error))
+
+
+def finish_reading(files: Sequence[InputFile], report: ReadReport) -> None:
+    """Log what was left out.
+
+    Raises:
+        DataError: nothing at all was read; the files are named.
+    """
+    if not report.documents:
+        names = [file.path for file in files[:5]] + ["..."] * (len(files) > 5)
+        raise DataError(
+            f"no documents in {len(files)} input files: {', '.join(names)}",
+            found=report.warning() or "files without records",
+        )
+    warning = report.warning()
+    if warning:
+        get_logger("data.readers").warning(warning)
