@@ -1,0 +1,241 @@
+"""Rows as files of other tools: what one piece of a packed folder looks like in each format.
+
+    mds      shard.00000.mds         input_ids, indices u32[n,2], doc_ids, sources, continued, domain, length, mask
+    jsonl    rows.00000.jsonl        {"input_ids": [...], "labels": next token, "source": [{source, start, end}]}
+    parquet  rows.00000.parquet      the same columns
+    npy      input_ids.00000.npy     [rows, length]; spans.00000.npy int64 [spans, 6]; weights.00000.npy
+
+`indices` are half-open; tokens that no index covers are padding. In the JSON form padding is a source of its
+own, so the spans partition the row; `labels`, one number, is the token after the row if its last document goes
+on, else -100.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+
+from longspan.core.files import atomic_write
+from longspan.data.loader import PackedRow
+from longspan.data.packing import PAD_DOCUMENT
+from longspan.data.store import Column
+from longspan.data.store.mds import encode_sample, shard_config
+
+RowFormat = Literal["mds", "jsonl", "parquet", "npy"]
+FORMATS: tuple[RowFormat, ...] = ("mds", "jsonl", "parquet", "npy")
+MIXED = "mixed"
+"""Domain of an MDS row with documents of several sources."""
+SPAN_COLUMNS = ("row", "start", "end", "document", "source", "continued")
+
+
+class LabelledRow(NamedTuple):
+    """A row and the token that follows it."""
+
+    row: PackedRow
+    label: int
+
+
+def write_rows(
+    folder: Path,
+    number: int,
+    rows: Iterable[LabelledRow],
+    *,
+    num_rows: int,
+    format: RowFormat,
+    has_mask: bool,
+    dtype: str,
+) -> dict[str, Any]:
+    """Write the files of one piece, each whole or not at all; return file, rows, bytes and id_sum.
+
+    `dtype` is that of the ids of an npy; MDS holds uint32.
+    """
+    summed = _Summed(rows)
+    if format == "mds":
+        name = f"shard.{number:05}.mds"
+        _write_mds(folder / name, summed, num_rows, has_mask)
+    elif format == "jsonl":
+        name = f"rows.{number:05}.jsonl"
+        _write_jsonl(folder / name, summed, has_mask)
+    elif format == "parquet":
+        name = f"rows.{number:05}.parquet"
+        _write_parquet(folder / name, summed, has_mask)
+    else:
+        name = f"input_ids.{number:05}.npy"
+        _write_npy(folder, number, summed, num_rows, has_mask, dtype)
+    return {
+        "file": name,
+        "rows": summed.count,
+        "bytes": (folder / name).stat().st_size,
+        "id_sum": summed.total,
+    }
+
+
+def mds_index(entries: list[dict[str, Any]], has_mask: bool) -> dict[str, Any]:
+    """Return the `index.json` of MDS pieces."""
+    config = _mds_config(has_mask)
+    shards = [
+        {
+            **config,
+            "samples": entry["rows"],
+            "raw_data": {"basename": entry["file"], "bytes": entry["bytes"], "hashes": {}},
+            "zip_data": None,
+        }
+        for entry in entries
+    ]
+    return {"version": config["version"], "shards": shards}
+
+
+def id_sum(ids: np.ndarray) -> int:
+    """Return the sum of ids as uint32 pairs, modulo 2**64: it shows damage, not forgery."""
+    words = np.ascontiguousarray(ids, np.uint32)
+    if len(words) % 2:
+        words = np.append(words, np.uint32(0))
+    return int(words.view(np.uint64).sum(dtype=np.uint64))
+
+
+class _Summed:
+    """Counts rows and sums their ids as they pass."""
+
+    def __init__(self, rows: Iterable[LabelledRow]) -> None:
+        self._rows = rows
+        self.count = self.total = 0
+
+    def __iter__(self) -> Iterator[LabelledRow]:
+        for labelled in self._rows:
+            self.count += 1
+            self.total = (self.total + id_sum(labelled.row.input_ids)) % 2**64
+            yield labelled
+
+
+def _mds_columns(has_mask: bool) -> list[Column]:
+    columns = [
+        Column("continued", "ndarray:uint8"),
+        Column("doc_ids", "ndarray:uint32"),
+        Column("domain", "str"),
+        Column("indices", "ndarray:uint32"),
+        Column("input_ids", "ndarray:uint32"),
+        Column("length", "int"),
+        Column("sources", "ndarray:uint16"),
+    ]
+    if has_mask:
+        columns.insert(6, Column("mask", "ndarray:uint8"))
+    return columns
+
+
+def _mds_config(has_mask: bool) -> dict[str, Any]:
+    return shard_config(_mds_columns(has_mask), size_limit=1 << 26, hashes=[])
+
+
+def _write_mds(path: Path, rows: _Summed, num_rows: int, has_mask: bool) -> None:
+    columns = _mds_columns(has_mask)
+    config = json.dumps(_mds_config(has_mask), sort_keys=True).encode()
+    offsets = np.zeros(num_rows + 1, np.int64)
+    offsets[0] = 4 * (num_rows + 2) + len(config)
+    with atomic_write(path) as file:
+        # The table of places stands in front of the samples and is known after them.
+        file.seek(int(offsets[0]))
+        for number, (row, _) in enumerate(rows):
+            parts = encode_sample(columns, _mds_values(row, has_mask))
+            offsets[number + 1] = offsets[number] + sum(map(len, parts))
+            file.writelines(parts)
+        file.seek(0)
+        file.write(np.array([num_rows, *offsets], "<u4").tobytes() + config)
+
+
+def _mds_values(row: PackedRow, has_mask: bool) -> dict[str, Any]:
+    real = row.documents != PAD_DOCUMENT
+    bounds = np.stack([row.cu_seqlens[:-1], row.cu_seqlens[1:]], axis=1)[real]
+    sources = row.sources[real]
+    mixed = bool(np.any(sources != sources[0]))
+    values = {
+        "continued": row.continuation[real].astype(np.uint8),
+        "doc_ids": row.documents[real].astype(np.uint32),
+        "domain": MIXED if mixed else row.source_names[int(sources[0])],
+        "indices": bounds.astype(np.uint32),
+        "input_ids": row.input_ids.astype(np.uint32, copy=False),
+        "length": len(row.input_ids),
+        "sources": sources.astype(np.uint16),
+    }
+    if has_mask:
+        values["mask"] = weights_of(row)
+    return values
+
+
+def weights_of(row: PackedRow) -> np.ndarray:
+    """Return the loss weights of a row, uint8 [T]: 1 where it carries none, but 0 for padding."""
+    if row.weights is not None:
+        return row.weights
+    return np.repeat((row.documents != PAD_DOCUMENT).astype(np.uint8), np.diff(row.cu_seqlens))
+
+
+def _source_spans(row: PackedRow) -> list[dict[str, Any]]:
+    bounds = row.cu_seqlens.tolist()
+    names = [row.source_names[source] for source in row.sources.tolist()]
+    return [
+        {"source": name, "start": start, "end": end}
+        for name, start, end in zip(names, bounds[:-1], bounds[1:])
+    ]
+
+
+def _write_jsonl(path: Path, rows: _Summed, has_mask: bool) -> None:
+    with atomic_write(path) as file:
+        for row, label in rows:
+            record = {"input_ids": row.input_ids.tolist(), "labels": label, "source": _source_spans(row)}
+            if has_mask:
+                record["mask"] = weights_of(row).tolist()
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def _write_parquet(path: Path, rows: _Summed, has_mask: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    span = pa.struct([("source", pa.string()), ("start", pa.int64()), ("end", pa.int64())])
+    fields = [("input_ids", pa.list_(pa.int32())), ("labels", pa.int64()), ("source", pa.list_(span))]
+    if has_mask:
+        fields.append(("mask", pa.list_(pa.uint8())))
+    schema = pa.schema(fields)
+    with (
+        atomic_write(path) as file,
+        pq.ParquetWriter(file, schema, compression="snappy", use_dictionary=False) as writer,
+    ):
+        for row, label in rows:
+            # Ids are below 2**31 in every vocabulary; int32 is what readers of these files expect.
+            columns = [
+                pa.array([row.input_ids.astype(np.int32)], schema.field(0).type),
+                pa.array([label], pa.int64()),
+                pa.array([_source_spans(row)], schema.field(2).type),
+            ]
+            if has_mask:
+                columns.append(pa.array([weights_of(row)], schema.field(3).type))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _write_npy(folder: Path, number: int, rows: _Summed, num_rows: int, has_mask: bool, dtype: str) -> None:
+    spans, weights = [], []
+    with atomic_write(folder / f"input_ids.{number:05}.npy") as file:
+        first = True
+        for index, (row, _) in enumerate(rows):
+            if first:
+                _npy_header(file, (num_rows, len(row.input_ids)), dtype)
+                first = False
+            file.write(row.input_ids.astype(dtype, copy=False).data)
+            bounds = row.cu_seqlens.astype(np.int64)
+            columns = (bounds[:-1], bounds[1:], row.documents, row.sources, row.continuation)
+            spans.append(np.stack([np.full(len(row.documents), index), *columns], axis=1).astype(np.int64))
+            if has_mask:
+                weights.append(weights_of(row).copy())
+    with atomic_write(folder / f"spans.{number:05}.npy") as file:
+        np.save(file, np.concatenate(spans), allow_pickle=False)
+    if has_mask:
+        with atomic_write(folder / f"weights.{number:05}.npy") as file:
+            np.save(file, np.stack(weights), allow_pickle=False)
+
+
+def _npy_header(file: IO[bytes], shape: tuple[int, ...], dtype: str) -> None:
+    head = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
