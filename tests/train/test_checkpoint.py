@@ -75,3 +75,14 @@ def test_nothing_but_damaged_checkpoints_is_an_error_not_a_fresh_start(tmp_path:
     with pytest.raises(DataError, match="every checkpoint"):
         load_latest(tmp_path, config_fingerprint="c")
     assert load_latest(tmp_path / "empty", config_fingerprint="c") is None
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    """With one checkpoint kept, the damaged one was counted as it, and a kill left nothing to go on from."""
+    for step in (5, 10):
+        save_checkpoint(tmp_path, state(step), config_fingerprint="c", keep=2)
+    (tmp_path / "step-00000010" / "model.safetensors").write_bytes(b"")
+    assert load_latest(tmp_path, config_fingerprint="c") is not None
+    save_checkpoint(tmp_path, state(7), config_fingerprint="c", keep=1)
+    loaded = load_latest(tmp_path, config_fingerprint="c")
+    assert loaded is not None and loaded.step == 7

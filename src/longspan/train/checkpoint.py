@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
 
 
 def save_checkpoint(folder: Path, state: TrainState, *, config_fingerprint: str, keep: int) -> Path:
-    """Write `state` as `folder/step-<n>` and remove all but the newest `keep`. Raises RunError on a full disk."""
+    """Write `state` as `folder/step-<n>` and keep that and the `keep - 1` before it. Raises RunError on a full disk."""
     path = folder / f"step-{state.step:08d}"
     with atomic_dir(path, replace=True) as aside:
         for name, tensors in zip(TENSOR_FILES, (state.model, state.optimizer)):
@@ -54,7 +54,8 @@ def save_checkpoint(folder: Path, state: TrainState, *, config_fingerprint: str,
             name: getattr(state, name) for name in ("step", "stage", "stage_step", "tokens", "loader")
         }
         write_json(aside / "state.json", {**counters, "config": config_fingerprint, "files": files})
-    for old in _checkpoints(folder)[:-keep]:
+    # Later steps are damaged ones that were passed over: they must not push out the one just written.
+    for old in [found for found in _checkpoints(folder) if found.name <= path.name][:-keep]:
         shutil.rmtree(old)
     return path
 
