@@ -145,3 +145,9 @@ def test_the_plan_counts_rows_of_each_stream(data_root: Path) -> None:
     """Two streams of weight 1 share the rows of a stage."""
     plans = plan_run(config(), data_root=data_root)
     assert plans[0].rows_needed == {"text": 24, "weighted": 24}
+
+
+def test_a_rate_beside_muon_is_refused_where_there_is_no_muon() -> None:
+    """AdamW alone trained at adamw_lr, while lr had no effect and stood in the metrics."""
+    with pytest.raises(ConfigError, match="adamw_lr is the rate beside Muon"):
+        TrainConfig.from_dict(recipe(optimizer={"name": "adamw"}))

@@ -160,6 +160,12 @@ class TrainConfig(Config):
     stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
 
     @pydantic.model_validator(mode="after")
+    def _rates_have_effect(self) -> Self:
+        if self.optimizer.name == "adamw" and any(stage.adamw_lr is not None for stage in self.stages):
+            raise ValueError("adamw_lr is the rate beside Muon; with optimizer adamw everything trains at lr")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _different_names(self) -> Self:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
