@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
@@ -182,3 +184,35 @@ def test_logits_that_are_more_than_a_product_are_refused() -> None:
     model = build_model({**TINY, "model_type": "granite", "logits_scaling": 8.0}, seed=0)
     with pytest.raises(ArgumentError, match="logits_scaling=8"):
         lm_head_weight(model)
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
+    """transformers fills a missing matrix with random numbers, and an evaluation of those looks like any other."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for change in (lambda t: t.pop(name), lambda t: t.update({name: t[name][:32].clone()})):
+        save_model(build_model(TINY, seed=0), tmp_path / "m", replace=True)
+        rewrite_weights(tmp_path / "m", change)
+        with pytest.raises(DataError, match=r"1 parameters missing or of another shape: .*q_proj"):
+            load_model(tmp_path / "m")
+
+
+def test_a_truncated_weight_file_is_one_message(tmp_path: Path) -> None:
+    """safetensors raises an exception of its own, which reached the user as a traceback."""
+    save_model(build_model(TINY, seed=0), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(DataError, match="cannot load a model"):
+        load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": "abc"}, {"num_attention_heads": 5}])
+def test_values_that_transformers_refuses_are_a_config_error(fields: dict[str, Any]) -> None:
+    """Its checks raise an exception that is no ValueError, which reached the user as a traceback."""
+    with pytest.raises(ConfigError, match=r"expected int|not a multiple"):
+        build_model({**TINY, **fields}, seed=0)

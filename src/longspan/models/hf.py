@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -125,7 +127,7 @@ def load_model(
         dtype: dtype of the weights; None = as saved.
 
     Raises:
-        DataError: nothing loadable at `path`.
+        DataError: nothing loadable at `path`, or weights that do not fill the model.
         ConfigError: an unknown RoPE setting.
     """
     register()
@@ -140,15 +142,29 @@ def load_model(
         if max_position_embeddings is not None:
             changes["max_position_embeddings"] = max_position_embeddings
         with _without_bars() if folder.exists() else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, attn_implementation=ATTENTION_NAME, dtype="auto" if dtype is None else dtype, **changes
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                attn_implementation=ATTENTION_NAME,
+                dtype="auto" if dtype is None else dtype,
+                # Mismatches come back in the report instead of as a RuntimeError without names.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **changes,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise DataError(
             f"cannot load a model from {path}",
             found=str(error).strip().splitlines()[0],
             fix="give a folder with config.json and safetensors weights, or a hub name that can be downloaded",
         ) from error
+    # transformers fills what it does not find with random numbers.
+    absent = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if absent:
+        raise DataError(
+            f"the weights in {path} are not those of its config.json",
+            found=f"{len(absent)} parameters missing or of another shape: {', '.join(absent[:4])}",
+            fix="restore the folder from where it came",
+        )
     return enable(model)
 
 
@@ -269,9 +285,10 @@ def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
     try:
         known = AutoConfig.for_model(model_type)
         config = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(
-            f"transformers refuses the model config of type {model_type!r}", found=str(error).splitlines()[0]
+            f"transformers refuses the model config of type {model_type!r}",
+            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
         ) from error
     allowed = (
         known.to_dict().keys()
