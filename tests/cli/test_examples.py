@@ -17,6 +17,8 @@ STORY = (
     ("data", "mix"),
     ("data", "pack"),
     ("data", "peek"),
+    ("data", "pairs"),
+    ("data", "retrieval"),
     ("train",),
     ("eval", "needle"),
     ("eval", "ppl"),
