@@ -216,3 +216,22 @@ def test_values_that_transformers_refuses_are_a_config_error(fields: dict[str, A
     """Its checks raise an exception that is no ValueError, which reached the user as a traceback."""
     with pytest.raises(ConfigError, match=r"expected int|not a multiple"):
         build_model({**TINY, **fields}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "found"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
+        (
+            "minimax",
+            {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16},
+            "linear_attention",
+        ),
+    ],
+)
+def test_layers_that_know_no_documents_are_refused(
+    model_type: str, fields: dict[str, Any], found: str
+) -> None:
+    """A convolution or recurrence reads the document before: packed rows leaked without a word."""
+    with pytest.raises(ArgumentError, match=f"(?s)carry a state over document borders.*{found}"):
+        build_model({**TINY, "model_type": model_type, **fields}, seed=0)

@@ -49,6 +49,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+# Layers that the document table reaches (chunked attention is refused where its mask would be built).
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Keys of old config files that `rope_parameters` replaces.
 LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 # Config fields by which a model changes its logits after the output embedding, with the value that does not.
@@ -66,13 +68,21 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
     From then on the forward pass takes the keyword `documents`; nothing else about the model changes.
 
     Raises:
-        ArgumentError: a model whose attention cannot be replaced through the transformers registry.
+        ArgumentError: a model whose attention cannot be replaced through the transformers registry, or one with
+            layers that are not attention: their state would run from each document into the next.
     """
     register()
     if not getattr(model, "_supports_attention_backend", False):
         raise ArgumentError(
             f"{type(model).__name__} does not take its attention from the transformers registry",
             fix="use a model family that does, such as llama, qwen3 or mistral",
+        )
+    layer_types = set(getattr(_text_config(model.config), "layer_types", None) or ())
+    if other := sorted(layer_types - ATTENTION_LAYERS):
+        raise ArgumentError(
+            f"{type(model).__name__} has layers that carry a state over document borders",
+            found=", ".join(other),
+            allowed="attention layers only",
         )
     model.set_attn_implementation(ATTENTION_NAME)
     return model
