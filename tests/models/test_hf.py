@@ -139,6 +139,8 @@ def test_load_can_replace_rope_and_length(tmp_path: Path) -> None:
     save_model(build_model(TINY, seed=0), tmp_path / "short")
     model = load_model(tmp_path / "short", rope={"rope_theta": 1e5}, max_position_embeddings=2048)
     assert model.config.max_position_embeddings == 2048
+    # A stage shorter than what the model can do must not write a shorter limit into its config.
+    assert load_model(tmp_path / "short", max_position_embeddings=16).config.max_position_embeddings == 256
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, rope.inv_freq(rope.default(1e5), head_dim=16))
 
 

@@ -133,7 +133,7 @@ def load_model(
     Args:
         path: folder or hub name.
         rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
-        max_position_embeddings: replaces the config's.
+        max_position_embeddings: replaces the config's where that is smaller.
         dtype: dtype of the weights; None = as saved.
 
     Raises:
@@ -150,7 +150,8 @@ def load_model(
         if rope is not None:
             changes["rope_parameters"] = _new_rope(config, rope)
         if max_position_embeddings is not None:
-            changes["max_position_embeddings"] = max_position_embeddings
+            own = getattr(_text_config(config), "max_position_embeddings", 0)
+            changes["max_position_embeddings"] = max(own, max_position_embeddings)
         with _without_bars() if folder.exists() else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
