@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ArgumentError, DataError
-from longspan.data import tokenize as module
-from longspan.data.tokenize import document_key, token_weights, tokenize_corpus
-from longspan.data.tokenizer import Tokenizer, load_tokenizer
+from longspan.core.errors import ArgumentError, DataError, RunError
+from longspan.data.executor import ArrayJob, LocalExecutor
+from longspan.data.tokenize import CorpusJob, document_key, encode, token_weights, tokenize_corpus, units
+from longspan.data.tokenize import corpus as corpus_module
+from longspan.data.tokenize.lock import JobLock
+from longspan.data.tokenizer import Tokenizer, engine, load_tokenizer
 
 Write = Callable[..., Path]
 
@@ -53,7 +56,7 @@ def test_workers_and_input_order_do_not_matter(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against completion order of processes, or the order of arguments, deciding the store."""
-    monkeypatch.setattr(module, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(units, "UNIT_BYTES", 1000)
     (corpus / "zzz.jsonl").touch()  # empty: noticed while the documents before it are still being encoded
     files = [corpus / "web.jsonl", corpus / "book/1.jsonl", corpus / "book/2.jsonl", corpus / "zzz.jsonl"]
     one = tokenize_corpus(files, tokenizer, tmp_path / "one")
@@ -121,9 +124,11 @@ def test_strict_and_missing_field_leave_nothing(corpus: Path, tokenizer: Tokeniz
 DEAD_WORKER = """
 import os, sys
 from longspan.core.errors import RunError
-from longspan.data import load_tokenizer, tokenize, tokenize_corpus
+from longspan.data import load_tokenizer, tokenize_corpus
+from longspan.data.tokenize import units
 
 if __name__ == "__main__":
+    units.UNIT_BYTES = 1000
     try:
         tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3], num_workers=2)
     except RunError as error:
@@ -141,7 +146,7 @@ def test_dead_worker_is_a_run_error(corpus: Path, tokenizer: Tokenizer, tmp_path
     done = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60
     )
-    assert "a tokenizer process died" in done.stdout, done.stderr
+    assert "a worker process died" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "dead.py"]
 
 
@@ -149,29 +154,192 @@ KILLED = """
 import os, signal, sys
 from longspan.data import load_tokenizer, tokenize_corpus
 from longspan.data.store import directory
+from longspan.data.tokenize import units
 
 flush = directory.MDSWriter._flush
+flushed = []
 
 def flush_and_die(self):
     flush(self)
-    if len(self.body_starts) == 2:
+    flushed.append(self.path)
+    if len(flushed) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
 directory.MDSWriter._flush = flush_and_die
-tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3], shard_bytes=2000)
+units.UNIT_BYTES = 2000
+tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3])
 """
 
 
-def test_killed_run_is_redone(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Guards against kill -9 half-way leaving a store that opens, or rubbish after the next run."""
+def test_killed_run_goes_on(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against kill -9 half-way leaving a store that opens, finished pieces being made again, and
+    another store than that of an undisturbed run."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    undisturbed = tokenize_corpus([corpus], tokenizer, tmp_path / "whole")
     arguments = [str(corpus), str(tokenizer.path), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = [path for path in tmp_path.iterdir() if path.name != "corpus"]
-    assert len(left) == 1 and left[0].name.startswith(".out.") and list(left[0].glob("shard.*"))
-    store = tokenize_corpus([corpus], tokenizer, tmp_path / "out", shard_bytes=2000)
-    store.verify()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.pieces", "corpus", "whole"]
+    pieces = {path: path.stat().st_ino for path in (tmp_path / ".out.pieces").glob("[0-9]*")}
+    assert len(pieces) == 4 and list((tmp_path / ".out.pieces").glob(".000004.*.tmp"))
+
+    made: list[int] = []
+    make = corpus_module.make_piece
+    monkeypatch.setattr(
+        corpus_module, "make_piece", lambda job, unit: made.append(unit.number) or make(job, unit)
+    )
+    with pytest.raises(DataError, match="other strict"):
+        tokenize_corpus([corpus], tokenizer, tmp_path / "out", strict=True)
+    assert {path: path.stat().st_ino for path in pieces} == pieces, "the refused run has touched nothing"
+    store = tokenize_corpus([corpus], tokenizer, tmp_path / "out")
+    assert made[0] == 4 and len(made) > 4
+    assert files_of(store.path) == files_of(undisturbed.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "whole"]
+
+
+def test_changed_input_does_not_go_on(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a store made half of a file before and half of it after an edit of the same size."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    job = CorpusJob([corpus], tokenizer, tmp_path / "out")
+    assert job.run_share(LocalExecutor(), ArrayJob(0, 2)) is None
+    path = corpus / "book" / "1.jsonl"
+    path.write_text(path.read_text().replace("river", "RIVER"))
+    with pytest.raises(DataError, match="made of other inputs"):
+        CorpusJob([corpus], tokenizer, tmp_path / "out").run_share(LocalExecutor(), ArrayJob(0, 2))
+
+
+HOLDER = """
+import sys, time
+from longspan.data.tokenize.lock import JobLock
+from pathlib import Path
+
+with JobLock(Path(sys.argv[1]), what="out"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_second_job_stops(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against two jobs writing one store; a killed job leaves no lock behind."""
+    lock = tmp_path / ".out.pieces" / "job-0-of-1.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match=rf"another job is at work on(.|\n)*process {holder.pid} on"):
+            tokenize_corpus([corpus], tokenizer, tmp_path / "out")
+        with pytest.raises(RunError, match=r"job-0-of-1\.lock is held"):
+            CorpusJob([corpus], tokenizer, tmp_path / "out").run_share(LocalExecutor(), ArrayJob(1, 3))
+        assert lock.exists()
+        holder.kill()
+    assert len(tokenize_corpus([corpus], tokenizer, tmp_path / "out")) == 60
+
+
+def test_lock_of_another_machine(tmp_path: Path) -> None:
+    """Guards against a job on another machine being overlooked where flock does not reach, and against its
+    crash closing a folder for ever."""
+    path = tmp_path / "lock"
+    path.write_text('{"pid": 7, "host": "elsewhere", "since": "today"}')
+    with pytest.raises(RunError, match="process 7 on elsewhere since today"), JobLock(path, what="x"):
+        pass
+    os.utime(path, (1e9, 1e9))
+    with JobLock(path, what="x"):
+        assert "elsewhere" not in path.read_text()
+    assert path.read_text() == "" and [each.name for each in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_jobs_of_an_array_make_the_same_store(
+    corpus: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    order: tuple[int, ...],
+) -> None:
+    """Guards against the number of jobs, or which of them is last, being part of the data."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 1500)
+    one = tokenize_corpus([corpus], tokenizer, tmp_path / "one")
+    for place, index in enumerate(order):
+        job = CorpusJob([corpus], tokenizer, tmp_path / "out")
+        if place == 2:
+            with pytest.raises(DataError, match="pieces are missing"):
+                job.merge_only()
+        store = job.run_share(LocalExecutor(), ArrayJob(index, 3))
+        assert (store is None) == (place < 2)
+    assert store is not None and files_of(store.path) == files_of(one.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "one", "out"]
+    again = CorpusJob([corpus], tokenizer, tmp_path / "out").run_share(LocalExecutor(), ArrayJob(1, 3))
+    assert again is not None and again.fingerprint == store.fingerprint
+
+
+RAY = """
+import sys
+from longspan.data import load_tokenizer, tokenize_corpus
+from longspan.data.executor import RayExecutor
+from longspan.data.tokenize import units
+
+units.UNIT_BYTES = 1500
+tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3], executor=RayExecutor(num_workers=2))
+"""
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_store(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against the cluster being part of the data. Starting Ray takes some 10 s."""
+    pytest.importorskip("ray", reason="the ray package is not installed")
+    monkeypatch.setattr(units, "UNIT_BYTES", 1500)
+    one = tokenize_corpus([corpus], tokenizer, tmp_path / "one")
+    arguments = [str(corpus), str(tokenizer.path), str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-c", RAY, *arguments], check=True, capture_output=True, timeout=200)
+    assert files_of(tmp_path / "out") == files_of(one.path)
+
+
+def test_one_large_file_is_shared(
+    texts: list[str],
+    write_jsonl: Write,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against lines lost or doubled where a file is cut, and against masks in some pieces only."""
+    weighted = {"text": texts[7], "loss_weights": [[0, 5, 3]]}
+    records = [
+        weighted if number == 70 else {"text": f"{number} {text}"} for number, text in enumerate(texts * 2)
+    ]
+    path = write_jsonl("large.jsonl", *records)
+    whole = tokenize_corpus([path], tokenizer, tmp_path / "whole")
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
+    assert CorpusJob([path], tokenizer, tmp_path / "cut").num_units > 5
+    cut = tokenize_corpus([path], tokenizer, tmp_path / "cut")
+    cut.verify()
+    assert cut.fingerprint == whole.fingerprint and len(cut) == 100
+    mask = cut.mask(70)
+    assert mask is not None and int(mask.max()) == 3
+    plain = cut.mask(3)
+    assert plain is not None and set(plain.tolist()) == {1}
+
+
+def test_long_document(
+    texts: list[str],
+    write_jsonl: Write,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a long document being encoded otherwise, or weighed otherwise, than a short one."""
+    text = " ".join(texts)
+    spans = [[len(text) - 9, len(text), 5], [0, 3, 0]]
+    path = write_jsonl("long.jsonl", {"text": text}, {"text": text, "loss_weights": spans})
+    whole = tokenize_corpus([path], tokenizer, tmp_path / "whole")
+    monkeypatch.setattr(engine, "PIECE_CHARACTERS", {"gigatoken": 100, "hf": 64})
+    monkeypatch.setattr(encode, "HASH_BLOCK", 77)
+    assert files_of(tokenize_corpus([path], tokenizer, tmp_path / "cut").path) == files_of(whole.path)
 
 
 def test_loss_weights_reach_their_tokens(write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:

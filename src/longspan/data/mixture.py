@@ -6,6 +6,7 @@
                  the domain mixture (Fu et al. 2024, arXiv:2402.10171, section 3)
     upsample     named sources get a new weight, the others keep their share; normalised
     proportions  named sources get exactly these shares, the others nothing
+    repeat       every source is used whole; named ones so many times, parts of a time included
 
 A document's coin is a hash of its key: whether it stays depends neither on file order nor on its neighbours.
 All budgets are in counted tokens. A source stops at the document that reaches its budget.
@@ -14,8 +15,9 @@ All budgets are in counted tokens. A source stops at the document that reaches i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -30,12 +32,14 @@ from longspan.data.columns import load_columns, save_columns
 from longspan.data.lengths import Length, LengthTable, TokenBudget
 
 KIND = "mixture-plan"
+BLOCK = 2**20
+"""Documents worked on at a time; it bounds memory and has no influence on the plan."""
 
 
 class MixtureSpec(Config):
     """What to choose from a length table."""
 
-    mode: Literal["none", "global", "per_source", "upsample", "proportions"] = "per_source"
+    mode: Literal["none", "global", "per_source", "upsample", "proportions", "repeat"] = "per_source"
     """How sources and lengths are weighted; see the module's table."""
     tokens: TokenBudget | None = pydantic.Field(None, gt=0)
     """Tokens to choose, such as 5B. None: all (none, global), else as many as the scarcest source allows."""
@@ -44,21 +48,28 @@ class MixtureSpec(Config):
     threshold: Length = pydantic.Field(4096, ge=0)
     """Documents with fewer tokens than this are short."""
     weights: dict[str, float] = pydantic.Field(default_factory=dict)
-    """Share of tokens per source for upsample and proportions, in any unit; they are normalised."""
+    """Share of tokens per source for upsample and proportions, in any unit, normalised; uses for repeat."""
     max_repeat: int = pydantic.Field(1, ge=1)
-    """How often one document may be used to fill the budget of its source. 1: never repeated."""
+    """How often one document may be used to fill the budget of its source. 1: never repeated. Mode repeat goes
+    by its weights."""
+    group: Literal["source", "store"] = "source"
+    """What is mixed: sources, or stores, which are then named "0", "1" ... in the order they are given."""
     sources: tuple[str, ...] | None = None
     """Sources to choose from. None: all."""
 
     @pydantic.model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
-        weighted = self.mode in ("upsample", "proportions")
+        weighted = self.mode in ("upsample", "proportions", "repeat")
         if weighted and not sum(self.weights.values()) > 0:
             raise ValueError(f"mode {self.mode} needs weights, such as weights: {{books: 0.5, code: 0.5}}")
         if not weighted and self.weights:
-            raise ValueError(f"weights have no effect in mode {self.mode}; use upsample or proportions")
+            raise ValueError(
+                f"weights have no effect in mode {self.mode}; use upsample, proportions or repeat"
+            )
         if any(not 0 <= weight < float("inf") for weight in self.weights.values()):
             raise ValueError("weights are finite and not negative")
+        if self.mode == "repeat" and (self.tokens is not None or self.max_repeat != 1):
+            raise ValueError("tokens and max_repeat have no effect in mode repeat: its weights say how much")
         if self.mode == "none" and self.keep_short is not None:
             raise ValueError("keep_short has no effect in mode none; use global or per_source")
         return self
@@ -159,15 +170,18 @@ class MixturePlan:
 
 
 def plan_mixture(spec: MixtureSpec, lengths: LengthTable, seed: int) -> MixturePlan:
-    """Choose and order documents; 0.2 s for 1 million documents, about 60 bytes of memory for each of them.
+    """Choose and order documents; 0.2 s for 1 million documents, about 40 bytes of memory for each of them.
 
     Raises:
         ConfigError: a source in `sources` or `weights` does not exist.
         DataError: no document is left to choose from, or (without a budget) a wanted source has none left.
     """
+    fingerprint = lengths.fingerprint
+    if spec.group == "store":
+        lengths = _by_store(lengths)
     candidates = _candidates(spec, lengths)
     short = np.asarray(lengths.tokens) < spec.threshold
-    kept = candidates & (~short | _coin(lengths.key, spec.keep_probability, seed))
+    kept = candidates & (~short | keep_coin(lengths.key, spec.keep_probability, seed))
     if not kept.any():
         raise DataError(
             "no document is left to choose from",
@@ -178,13 +192,20 @@ def plan_mixture(spec: MixtureSpec, lengths: LengthTable, seed: int) -> MixtureP
     # Ties (equal keys) stay in store order: the sort is stable and groups are entered in that order.
     order = np.argsort(taken.place, kind="stable")
     counts = _Counts.of(lengths, candidates, kept, short, taken)
+    documents = taken.documents[order]
     return MixturePlan(
-        documents=taken.documents[order],
+        documents=documents,
         report=_report(lengths.source_names, counts, requested, budgets),
         spec=spec,
         seed=seed,
-        lengths_fingerprint=lengths.fingerprint,
+        lengths_fingerprint=fingerprint,
     )
+
+
+def _by_store(lengths: LengthTable) -> LengthTable:
+    """Return the table with its stores in place of its sources."""
+    names = tuple(str(number) for number in range(lengths.num_stores))
+    return replace(lengths, source=np.asarray(lengths.store), source_names=names)
 
 
 def _candidates(spec: MixtureSpec, lengths: LengthTable) -> np.ndarray:
@@ -206,21 +227,34 @@ def _candidates(spec: MixtureSpec, lengths: LengthTable) -> np.ndarray:
     return wanted[lengths.source] & (np.asarray(lengths.tokens) > 0)
 
 
-def _coin(keys: np.ndarray, probability: float, seed: int) -> np.ndarray:
+def keep_coin(keys: np.ndarray, probability: float, seed: int) -> np.ndarray:
+    """Return which short documents are kept [documents], from their keys alone."""
     if probability >= 1:
         return np.ones(len(keys), bool)
-    return _hash(keys, seed, "mixture", "keep-short") < np.uint64(int(probability * 2.0**64))
+    limit, heads = np.uint64(int(probability * 2.0**64)), np.empty(len(keys), bool)
+    for part in _blocks(len(keys)):
+        heads[part] = _hash(keys[part], seed, "mixture", "keep-short") < limit
+    return heads
 
 
 def _hash(keys: np.ndarray, seed: int, *purpose: object) -> np.ndarray:
     """Return uint64 hashes: the finaliser of SplitMix64 (Steele et al. 2014), salted by the purpose."""
-    x = keys ^ np.uint64(derive_seed(seed, *purpose))
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+    salt, hashes = np.uint64(derive_seed(seed, *purpose)), np.empty(len(keys), np.uint64)
+    for part in _blocks(len(keys)):
+        x = keys[part] ^ salt
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        hashes[part] = x
+    return hashes
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    """Cut a column into blocks, so that what is computed on the way stays small."""
+    for start in range(0, count, BLOCK):
+        yield slice(start, min(start + BLOCK, count))
 
 
 class _Taken(NamedTuple):
@@ -235,32 +269,52 @@ def _choose(
     spec: MixtureSpec, lengths: LengthTable, candidates: np.ndarray, kept: np.ndarray, seed: int
 ) -> tuple[_Taken, int | None, dict[str, int]]:
     """Return the chosen documents, the budget of the whole and, if the mode has them, of each source."""
-    kept_documents = np.flatnonzero(kept).astype(np.uint32)
+    kept_documents = _where(kept)
     if spec.mode in ("none", "global"):
         return _take(lengths, kept_documents, spec.tokens, spec.max_repeat, seed), spec.tokens, {}
     names = lengths.source_names
     kept_tokens = _by_source(lengths, kept_documents, weights=True)
-    shares = _shares(spec, names, _by_source(lengths, np.flatnonzero(candidates), weights=True))
-    capacity = kept_tokens * spec.max_repeat
-    budgets = _budgets(spec, names, shares, capacity)
-    by_source = np.argsort(lengths.source[kept_documents], kind="stable")
-    bounds = np.cumsum(_by_source(lengths, kept_documents, weights=False))
-    groups = dict(zip(names, np.split(kept_documents[by_source], bounds[:-1])))
+    max_repeat = spec.max_repeat
+    if spec.mode == "repeat":
+        times = [spec.weights.get(name, 1.0) for name in names]
+        max_repeat = max(1, math.ceil(max(times)))
+        budgets = {name: round(t * int(n)) for name, t, n in zip(names, times, kept_tokens)}
+    else:
+        shares = source_shares(spec, names, _by_source(lengths, _where(candidates), weights=True))
+        budgets = _budgets(spec, names, shares, kept_tokens * max_repeat)
     # By name, so that the numbering of sources has no influence.
-    parts = [_take(lengths, groups[name], budgets[name], spec.max_repeat, seed) for name in sorted(groups)]
+    numbers = {name: number for number, name in enumerate(names)}
+    parts = [
+        _take(lengths, _of_source(lengths, kept_documents, numbers[name]), budgets[name], max_repeat, seed)
+        for name in sorted(names)
+    ]
     taken = _Taken(*(np.concatenate(columns) for columns in zip(*parts)))
     return taken, sum(budgets.values()), budgets
 
 
 def _by_source(lengths: LengthTable, documents: np.ndarray, *, weights: bool) -> np.ndarray:
     """Return int64 documents, or tokens, per source."""
-    tokens = lengths.tokens[documents] if weights else None  # float64 sums are exact below 2**53 tokens
-    counts = np.bincount(lengths.source[documents], weights=tokens, minlength=len(lengths.source_names))
-    return counts.astype(np.int64)
+    total = np.zeros(len(lengths.source_names), np.int64)
+    for part in _blocks(len(documents)):
+        tokens = lengths.tokens[documents[part]] if weights else None  # float64 sums are exact below 2**53
+        counts = np.bincount(lengths.source[documents[part]], weights=tokens, minlength=len(total))
+        total += counts.astype(np.int64)
+    return total
 
 
-def _shares(spec: MixtureSpec, names: Sequence[str], tokens: np.ndarray) -> np.ndarray:
-    """Return the wanted share of tokens of each source; they sum to 1."""
+def _where(mask: np.ndarray) -> np.ndarray:
+    """Return the numbers of the documents that a mask keeps, uint32."""
+    parts = [(np.flatnonzero(mask[part]) + part.start).astype(np.uint32) for part in _blocks(len(mask))]
+    return np.concatenate([np.zeros(0, np.uint32), *parts])
+
+
+def _of_source(lengths: LengthTable, documents: np.ndarray, source: int) -> np.ndarray:
+    parts = [documents[part] for part in _blocks(len(documents))]
+    return np.concatenate([documents[:0], *(part[lengths.source[part] == source] for part in parts)])
+
+
+def source_shares(spec: MixtureSpec, names: Sequence[str], tokens: np.ndarray) -> np.ndarray:
+    """Return the wanted share of tokens of each source, given what there is of each; they sum to 1."""
     original = tokens / tokens.sum()
     if spec.mode == "per_source":
         return original
@@ -303,31 +357,47 @@ def _take(
     Places spread each pass evenly: with 2.5 passes a document of the second pass stands in [0.4, 0.8), and a
     group of which a tenth is taken is spread over the whole run.
     """
-    tokens = lengths.tokens[documents].astype(np.int64)
-    keys = lengths.key[documents]
-    per_pass = int(tokens.sum())
+    per_pass = int(lengths.tokens[documents].sum(dtype=np.uint64))
     full, rest = (1, 0) if budget is None else divmod(budget, per_pass) if per_pass else (0, 0)
     if full >= max_repeat:
         full, rest = max_repeat, 0
     chosen = [documents] * full
     fractions = [1.0] * full
     if rest:
-        order = np.argsort(_hash(keys, seed, "mixture", "take", full), kind="stable")
-        # A document is taken while the tokens before it are fewer than the rest.
-        last = int(np.searchsorted(np.cumsum(tokens[order]), rest))
-        members = np.sort(order[: last + 1])
+        order = np.argsort(_hash(lengths.key[documents], seed, "mixture", "take", full), kind="stable")
+        last = _documents_until(lengths, documents, order, rest)
+        members = order[: last + 1]
+        members.sort()
         chosen.append(documents[members])
         fractions.append(len(members) / len(documents))
+        del order, members
     places = []
     for index, (part, fraction) in enumerate(zip(chosen, fractions)):
-        uniform = _hash(lengths.key[part], seed, "mixture", "order", index) * 2.0**-64
-        places.append((index + uniform * fraction) / sum(fractions))
-    passes = [np.full(len(part), index, np.uint32) for index, part in enumerate(chosen)]
+        place = np.empty(len(part))
+        for block in _blocks(len(part)):
+            uniform = _hash(lengths.key[part[block]], seed, "mixture", "order", index) * 2.0**-64
+            place[block] = (index + uniform * fraction) / sum(fractions)
+        places.append(place)
+    passes = [np.full(len(part), index, np.uint16) for index, part in enumerate(chosen)]
     return _Taken(
         np.concatenate([documents[:0], *chosen]),
-        np.concatenate([np.zeros(0, np.uint32), *passes]),
+        np.concatenate([np.zeros(0, np.uint16), *passes]),
         np.concatenate([np.zeros(0), *places]),
     )
+
+
+def _documents_until(lengths: LengthTable, documents: np.ndarray, order: np.ndarray, budget: int) -> int:
+    """Return the place in `order` of the document that reaches the budget.
+
+    A document is taken while the tokens before it are fewer than the budget.
+    """
+    before = 0
+    for part in _blocks(len(order)):
+        ends = before + np.cumsum(lengths.tokens[documents[order[part]]], dtype=np.int64)
+        if ends[-1] >= budget:
+            return part.start + int(np.searchsorted(ends, budget))
+        before = int(ends[-1])
+    return len(order) - 1
 
 
 class _Counts(NamedTuple):
@@ -345,12 +415,12 @@ class _Counts(NamedTuple):
     def of(
         cls, lengths: LengthTable, candidates: np.ndarray, kept: np.ndarray, short: np.ndarray, taken: _Taken
     ) -> Self:
-        available = np.flatnonzero(candidates)
+        available = _where(candidates)
         return cls(
             _by_source(lengths, available, weights=False),
             _by_source(lengths, available, weights=True),
-            _by_source(lengths, np.flatnonzero(kept & short), weights=False),
-            _by_source(lengths, np.flatnonzero(kept & ~short), weights=False),
+            _by_source(lengths, _where(kept & short), weights=False),
+            _by_source(lengths, _where(kept & ~short), weights=False),
             _by_source(lengths, taken.documents, weights=False),
             _by_source(lengths, taken.documents, weights=True),
             _by_source(lengths, taken.documents[taken.passes > 0], weights=False),

@@ -1,0 +1,10 @@
+"""Raw text to a token store, on any number of processes or machines, with the same bytes whatever they are.
+
+The input is cut into units by a rule that looks at the files alone. Whoever makes the piece of a unit reads,
+encodes and writes it without a word to anyone else; the pieces become the store without being copied.
+"""
+
+from longspan.data.tokenize.corpus import CorpusJob, tokenize_corpus
+from longspan.data.tokenize.encode import document_key, token_weights
+
+__all__ = ["CorpusJob", "document_key", "token_weights", "tokenize_corpus"]

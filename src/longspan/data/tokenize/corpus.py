@@ -1,0 +1,407 @@
+"""A corpus to a token store: plan the units, make their pieces on any executor, put them together.
+
+job = CorpusJob(["corpus/"], tokenizer, "store")
+job.encode(LocalExecutor(8))            # or a share of the units, as one job of an array
+store = job.merge()                     # once all pieces are there
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longspan.core.errors import ArgumentError, DataError, LongspanError, RunError
+from longspan.core.files import disk_errors
+from longspan.core.log import get_logger
+from longspan.core.progress import progress
+from longspan.core.units import format_count
+from longspan.data.executor import ArrayJob, Executor, LocalExecutor
+from longspan.data.mixture import MixtureSpec
+from longspan.data.readers import Fields, ReadReport, finish_reading, list_inputs, read_part
+from longspan.data.store.assemble import ShardFolder, assemble_store
+from longspan.data.store.token_store import MANIFEST, SHARD_BYTES, TokenStore, read_manifest
+from longspan.data.tokenize import sampling
+from longspan.data.tokenize.encode import PieceJob, make_piece
+from longspan.data.tokenize.lock import JobLock
+from longspan.data.tokenize.pieces import PieceSummary, Workspace
+from longspan.data.tokenize.units import Unit, cut_units, file_identity, plain_identity, unit_bytes_of
+from longspan.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from longspan.data.chat import ChatFormat
+
+ESTIMATE_CHARACTERS = 1 << 20
+
+
+def tokenize_corpus(
+    inputs: Sequence[str | os.PathLike[str]],
+    tokenizer: Tokenizer,
+    out: str | os.PathLike[str],
+    *,
+    text_field: str = "text",
+    source_field: str | None = None,
+    messages_field: str | None = None,
+    chat: ChatFormat | None = None,
+    mix: MixtureSpec | None = None,
+    seed: int = 0,
+    num_workers: int = 1,
+    executor: Executor | None = None,
+    strict: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> TokenStore:
+    """Encode every document of `inputs` into a token store at `out`, in canonical order (path, position).
+
+    A complete store at `out` made from the same files with the same settings is opened as it is; what a
+    killed run finished is kept and not made again. With more than one worker, processes are spawned: a script
+    that calls this needs an `if __name__ == "__main__":` guard.
+
+    Args:
+        inputs: files, folders, glob patterns or remote addresses; see `readers`.
+        text_field: field of a record that holds the text; dots reach into objects.
+        source_field: field that names the source; None: the file's place names it.
+        messages_field: field that holds a conversation, for `chat`; None: "messages".
+        chat: encodes conversations instead of texts; the mask says what the assistant wrote.
+        mix: sample while reading until `mix.tokens` are there, by source; the exact mixture is made later, by
+            `plan_mixture` with the settings in the manifest. None: every document.
+        seed: of what `mix` draws.
+        num_workers: processes that encode; 1 encodes in this process. Does not change the result.
+        executor: runs the units instead of `num_workers` processes. Does not change the result.
+        strict: stop at the first broken record instead of skipping and counting it.
+        shard_bytes: size of the store's files; below 4 GiB.
+
+    Raises:
+        DataError: the inputs hold no document, a field is missing, or `out` holds something else.
+        RunError: the disk is full, a worker died, or another job is at work on `out`; nothing is left at
+            `out`, and finished pieces are kept beside it.
+    """
+    if num_workers < 1:
+        raise ArgumentError("bad setting for tokenizing", found=f"num_workers={num_workers}", allowed=">= 1")
+    job = CorpusJob(
+        inputs,
+        tokenizer,
+        out,
+        text_field=text_field,
+        source_field=source_field,
+        messages_field=messages_field,
+        chat=chat,
+        mix=mix,
+        seed=seed,
+        strict=strict,
+        shard_bytes=shard_bytes,
+    )
+    with executor or LocalExecutor(num_workers) as running:
+        store = job.run(running)
+    assert store is not None, "the only job made all pieces"
+    return store
+
+
+class CorpusJob:
+    """The making of one store; see `tokenize_corpus` for the arguments."""
+
+    def __init__(
+        self,
+        inputs: Sequence[str | os.PathLike[str]],
+        tokenizer: Tokenizer,
+        out: str | os.PathLike[str],
+        *,
+        text_field: str = "text",
+        source_field: str | None = None,
+        messages_field: str | None = None,
+        chat: ChatFormat | None = None,
+        mix: MixtureSpec | None = None,
+        seed: int = 0,
+        strict: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        if not 1 <= shard_bytes < 1 << 32:
+            raise ArgumentError(
+                "bad setting for tokenizing", found=f"shard_bytes={shard_bytes}", allowed="1..4294967295"
+            )
+        if mix is not None and mix.tokens is None:
+            raise ArgumentError("sampling while reading needs a number of tokens", fix="give --tokens")
+        if messages_field is not None and chat is None:
+            raise ArgumentError("conversations need a chat format", fix="give --chat-template")
+        self.out, self.tokenizer, self.mix, self.seed = Path(out), tokenizer, mix, seed
+        if chat is not None:
+            messages_field = messages_field or "messages"
+        self._report = ReadReport()
+        self._files = list_inputs(inputs, report=self._report)
+        self._settings: dict[str, Any] = {
+            "text_field": text_field,
+            "source_field": source_field,
+            "strict": strict,
+            "shard_bytes": shard_bytes,
+            "tokenizer": tokenizer.fingerprint,
+        }
+        if chat is not None:
+            self._settings |= {"messages_field": messages_field, "chat": chat.fingerprint}
+        if mix is not None:
+            self._settings |= {"mix": mix.to_dict(), "seed": seed}
+        unit_bytes = unit_bytes_of(self._files)
+        self._units = cut_units(self._files, unit_bytes)
+        plain = [plain_identity(file) for file in self._files]
+        self._space = Workspace(
+            self.out, {**self._settings, "unit_bytes": unit_bytes, "units": len(self._units), "inputs": plain}
+        )
+        self._job = PieceJob(
+            folder=str(self._space.folder),
+            plan=self._space.fingerprint,
+            tokenizer=tokenizer,
+            fields=Fields(text_field, source_field, messages_field),
+            strict=strict,
+            shard_bytes=shard_bytes,
+            chat_template=None if chat is None else chat.template,
+        )
+
+    @property
+    def num_units(self) -> int:
+        """Units of work, each of which becomes a piece."""
+        return len(self._units)
+
+    def finished(self) -> TokenStore | None:
+        """Return the store if it is complete and made of these inputs with these settings.
+
+        Raises:
+            DataError: `out` holds something else.
+        """
+        if not _is_done(self.out, self._config):
+            return None
+        get_logger("data.tokenize").info(
+            "%s is complete and made from the same inputs: kept as it is", self.out
+        )
+        return TokenStore(self.out)
+
+    def run(self, executor: Executor, share: ArrayJob | None = None) -> TokenStore | None:
+        """Make the missing pieces (of this job's share), and the store if then all are there.
+
+        Returns None while pieces of other jobs are missing.
+        """
+        share = ArrayJob() if share is None else share
+        store = self.finished()
+        if store is not None:
+            return store
+        with self._locked(share):
+            # Another job may have ended between the look at `out` and the lock.
+            store = self.finished()
+            if store is not None:
+                self._space.remove()
+                return store
+            try:
+                self._space.open()
+                self.encode(executor, share)
+                return self.merge() if share.count == 1 else None
+            except (LongspanError, KeyboardInterrupt):
+                if share.count == 1 and not any(self._space.folder.glob("[0-9]*/")):
+                    self._space.remove()
+                raise
+
+    def run_share(self, executor: Executor, share: ArrayJob) -> TokenStore | None:
+        """Run one job of an array; the one that finds all pieces made puts the store together."""
+        store = self.run(executor, share)
+        if store is None and not self.missing():
+            store = self.merge_only()
+        # Another job may have made it, and removed the pieces, while this one looked for them.
+        return store or self.finished()
+
+    def merge_only(self) -> TokenStore:
+        """Put the store together from pieces that are all there.
+
+        Raises:
+            DataError: pieces are missing.
+            RunError: another job is at it.
+        """
+        store = self.finished()
+        if store is not None:
+            return store
+        missing = self.missing()
+        if missing:
+            raise DataError(
+                f"{self.out} cannot be put together yet",
+                found=f"{len(missing)} of {self.num_units} pieces are missing, the first is {missing[0]}",
+                fix="run the jobs that make them",
+            )
+        with JobLock(self._space.folder / "merge.lock", what=str(self.out)):
+            store = self.finished()
+            if store is None:
+                return self.merge()
+            self._space.remove()
+            return store
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the pieces that are not there."""
+        return [unit.number for unit in self._units if self._space.read(unit.number) is None]
+
+    def encode(self, executor: Executor, share: ArrayJob | None = None) -> None:
+        """Make the missing pieces; of a sampled corpus those that the budgets need."""
+        units = (ArrayJob() if share is None else share).share(self._units)
+        if self.mix is None:
+            for _ in self._make(executor, self._job, units, total=sum(unit.size for unit in units)):
+                pass
+            return
+        if share is not None and share.count > 1:
+            raise ArgumentError(
+                "jobs of an array cannot sample while reading: each wave needs what the one before it gave",
+                fix="use --executor local or ray with --mix",
+            )
+        for _ in self._waves(executor):
+            pass
+
+    def merge(self) -> TokenStore:
+        """Make the store of the pieces, all of which are there, and remove them."""
+        report = ReadReport()
+        folders: list[ShardFolder] = []
+        inputs: dict[str, dict[str, Any]] = {}
+        numbers = sorted(self._sampled()) if self.mix is not None else [unit.number for unit in self._units]
+        seen: dict[str, sampling.SourceCounts] = {}
+        for number in numbers:
+            summary = self._space.read(number)
+            if summary is None:
+                raise DataError(f"{self._space.path(number)} is missing", fix="run the same command again")
+            report.add(summary.report)
+            sampling.add_counts(seen, summary.seen.items())
+            for file, identity in zip(self._units[number].files, summary.inputs):
+                if inputs.setdefault(file.path, identity) != identity:
+                    raise DataError(
+                        f"{file.path} was changed while it was read", fix=f"remove {self._space.folder}"
+                    )
+            folders.append(self._space.shard_folder(number, summary))
+        report.add(self._report)
+        try:
+            finish_reading(self._files, report)
+        except DataError:
+            self._space.remove()
+            raise
+        counts = report.to_dict()
+        if self.mix is not None:
+            counts["sampling"] = sampling.describe(self.mix, self.seed, seen)
+        missing = [file for file in self._files if file.path not in inputs]
+        inputs |= {file.path: file_identity(file) for file in missing}
+        config = {**self._settings, "inputs": [inputs[file.path] for file in self._files]}
+        if self.out.exists():
+            with disk_errors(self.out):
+                self.out.rmdir()
+        store = assemble_store(
+            self.out,
+            folders,
+            tokenizer=self.tokenizer,
+            config=config,
+            counts=counts,
+            shard_bytes=self._job.shard_bytes,
+        )
+        self._space.remove()
+        return store
+
+    def _config(self) -> dict[str, Any]:
+        return {**self._settings, "inputs": [file_identity(file) for file in self._files]}
+
+    @contextmanager
+    def _locked(self, share: ArrayJob) -> Iterator[None]:
+        """Hold the lock of this job; jobs of one array may run side by side, others may not."""
+        own = self._space.folder / f"job-{share.index}-of-{share.count}.lock"
+        with JobLock(own, what=str(self.out)):
+            for other in sorted(self._space.folder.glob("job-*.lock")):
+                kin = other.name.endswith(f"-of-{share.count}.lock")
+                if not kin and JobLock(other, what=str(self.out)).is_held():
+                    raise RunError(
+                        f"another job is at work on {self.out}",
+                        found=f"{other.name} is held",
+                        fix="wait for it to end, or choose another --out",
+                    )
+            yield
+
+    def _make(
+        self, executor: Executor, job: PieceJob, units: Sequence[Unit], *, total: int | None
+    ) -> Iterator[PieceSummary]:
+        """Yield the summaries of units, in their order, after making those that are missing."""
+        there = {unit.number: summary for unit in units if (summary := self._checked(unit)) is not None}
+        todo = [unit for unit in units if unit.number not in there]
+        if there:
+            get_logger("data.tokenize").info("%d of %d pieces are there already", len(there), len(units))
+        done = sum(summary.size for summary in there.values())
+        made = executor.run(partial(make_piece, job), todo)
+        tokens = sum(summary.tokens for summary in there.values())
+        with progress("tokenize", total=total, unit="bytes", done=done) as bar:
+            for unit in units:
+                summary = there.get(unit.number)
+                if summary is None:
+                    summary = next(made)
+                    tokens += summary.tokens
+                    bar.note(f"{format_count(tokens)} tokens")
+                    bar.advance(summary.size)
+                yield summary
+
+    def _checked(self, unit: Unit) -> PieceSummary | None:
+        """Return the summary of a piece that is there, after a look at the files that it was made of."""
+        summary = self._space.read(unit.number)
+        if summary is not None and summary.inputs != [file_identity(file) for file in unit.files]:
+            raise DataError(
+                f"{self._space.folder} holds unfinished work made of other inputs",
+                found=", ".join(file.path for file in unit.files[:3]),
+                fix="remove that folder",
+            )
+        return summary
+
+    def _waves(self, executor: Executor) -> Iterator[Unit]:
+        """Yield the units of the sample, wave after wave, until every budget is filled or the input ends."""
+        assert self.mix is not None
+        order = sampling.sampling_order(self._units, self.seed)
+        rule = sampling.Sampling(self.mix, self.seed, self._bytes_per_token(order[0]))
+        seen: dict[str, sampling.SourceCounts] = {}
+        done, size = 0, sampling.FIRST_WAVE
+        while done < len(order):
+            wave = order[done : done + size]
+            job = self._job._replace(sampling=rule)
+            for unit, summary in zip(wave, self._make(executor, job, wave, total=None)):
+                sampling.add_counts(seen, summary.seen.items())
+                yield unit
+            done += len(wave)
+            state = sampling.budgets(self.mix, seen)
+            if state.filled >= 1:
+                return
+            rule = rule._replace(full=state.full)
+            size = sampling.next_wave(done, state.filled)
+
+    def _sampled(self) -> list[int]:
+        """Return the numbers of the units of a finished sample."""
+        with LocalExecutor() as nothing_left_to_run:
+            return [unit.number for unit in self._waves(nothing_left_to_run)]
+
+    def _bytes_per_token(self, unit: Unit) -> float:
+        """Measure on the first documents of a unit."""
+        characters = size = tokens = 0
+        for part in unit.parts:
+            for document in read_part(part, self._job.fields, report=ReadReport()):
+                text = document.text[:ESTIMATE_CHARACTERS]
+                characters += len(text)
+                size += len(text.encode())
+                tokens += len(self.tokenizer.encode(text))
+                if characters >= ESTIMATE_CHARACTERS:
+                    return size / tokens
+        return size / tokens if tokens else 4.0
+
+
+def _is_done(out: Path, config: Any) -> bool:
+    """Whether `out` holds the store of the very config that `config()` returns; an empty folder gives way.
+
+    Raises:
+        DataError: something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / MANIFEST).is_file():
+        raise DataError(
+            f"{out} already exists and is not a complete token store", fix="remove it or choose another --out"
+        )
+    found, wanted = read_manifest(out).config, config()
+    if found != wanted:
+        names = [name for name in wanted if found.get(name) != wanted[name]]
+        raise DataError(
+            f"{out} is a token store made otherwise",
+            found=f"other {', '.join(names) or 'settings'}",
+            fix="choose another --out, or remove the store to make it again",
+        )
+    return True

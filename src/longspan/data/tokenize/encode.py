@@ -1,0 +1,166 @@
+"""Documents to ids, keys and loss weights; the documents of one unit to a piece on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.data.readers import Document, Fields, ReadReport, read_part
+from longspan.data.readers.base import SkippedRecordError
+from longspan.data.tokenize.pieces import PIECE, PieceSummary, PieceWriter, piece_folder, read_summary
+from longspan.data.tokenize.sampling import Sampling, SourceCounts, add_counts
+from longspan.data.tokenize.units import Unit, file_identity
+from longspan.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from longspan.data.chat import ChatFormat
+
+HASH_BLOCK = 1 << 22
+
+
+class PieceJob(NamedTuple):
+    """What every piece of a store has in common; can be sent to another process."""
+
+    folder: str
+    plan: str
+    tokenizer: Tokenizer
+    fields: Fields
+    strict: bool
+    shard_bytes: int
+    chat_template: str | None = None
+    sampling: Sampling | None = None
+
+
+def make_piece(job: PieceJob, unit: Unit) -> PieceSummary:
+    """Read, encode and write the documents of one unit; a piece that is there already is left alone."""
+    path = Path(job.folder, f"{unit.number:06}")
+    if (path / PIECE).is_file():
+        return read_summary(path / PIECE, plan=job.plan)
+    encoder = _Encoder(job)
+    inputs = [file_identity(file) for file in unit.files]
+    with piece_folder(path) as folder:
+        writer = PieceWriter(folder, vocab_size=job.tokenizer.vocab_size, shard_bytes=job.shard_bytes)
+        for part in unit.parts:
+            for document in read_part(part, job.fields, strict=job.strict, report=encoder.report):
+                encoder.encode(document, writer)
+        return writer.finish(
+            plan=job.plan, inputs=inputs, size=unit.size, report=encoder.report, seen=encoder.seen
+        )
+
+
+def document_key(source: str, text: bytes) -> int:
+    """Return the 64-bit identity of a document: BLAKE2b of source, a zero byte and the UTF-8 text."""
+    digest = hashlib.blake2b(source.encode() + b"\0", digest_size=8)
+    digest.update(text)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def token_weights(
+    spans: Iterable[tuple[int, int, int]],
+    starts: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    *,
+    num_characters: int,
+) -> NDArray[np.uint8]:
+    """Return the loss weight of each token [tokens]: that of the first of its characters in a span, else 1.
+
+    Where spans overlap, the later one holds. Text "a is Paris", span (5, 10, 4): " Paris" starts at 4, before
+    the span, and weighs 4.
+    """
+    weight = np.ones(num_characters + 1, np.uint8)
+    covered = np.zeros(num_characters + 1, bool)
+    for start, end, value in spans:
+        weight[start:end] = value
+        covered[start:end] = True
+    characters = np.flatnonzero(covered)
+    first = np.append(characters, num_characters)[np.searchsorted(characters, starts)]
+    # A token that stands for no character of its own (a trimmed space) counts as the character it stands at.
+    return np.where(first < np.maximum(ends, starts + 1), weight[first], 1).astype(np.uint8)
+
+
+class _Encoder:
+    """Encodes the documents of one unit and counts what is left out."""
+
+    def __init__(self, job: PieceJob) -> None:
+        self.report = ReadReport()
+        self.seen: dict[str, SourceCounts] = {}
+        self._job, self._tokenizer = job, job.tokenizer
+        self._chat = None if job.chat_template is None else _chat(job.tokenizer, job.chat_template)
+
+    def encode(self, document: Document, writer: PieceWriter) -> None:
+        key, size = _key_and_size(document)
+        sampling = self._job.sampling
+        if sampling is not None:
+            add_counts(self.seen, [(document.source, SourceCounts(1, size))])
+            if not sampling.wants(document.source) or not sampling.may_take(key, size):
+                return
+        try:
+            ids, mask = self._ids_and_mask(document)
+        except SkippedRecordError as error:
+            self._skip(document, error.kind, str(error))
+            return
+        if not len(ids):
+            self._skip(document, "empty_documents", "no token")
+            return
+        if sampling is not None:
+            if not sampling.takes(key, len(ids)):
+                return
+            add_counts(self.seen, [(document.source, SourceCounts(0, 0, 1, len(ids)))])
+        writer.add(ids, source=document.source, key=key, mask=mask)
+
+    def _skip(self, document: Document, kind: str, reason: str) -> None:
+        self.report.documents -= 1
+        self.report.skip(kind, document.place, reason)
+
+    def _ids_and_mask(self, document: Document) -> tuple[NDArray[np.uint32], NDArray[np.uint8] | None]:
+        if self._chat is not None:
+            return _encode_chat(self._chat, document, strict=self._job.strict)
+        if document.weights is None:
+            return self._tokenizer.encode(document.text), None
+        ids, starts, ends = self._tokenizer.encode_with_offsets(document.text)
+        return ids, token_weights(document.weights, starts, ends, num_characters=len(document.text))
+
+
+def _key_and_size(document: Document) -> tuple[int, int]:
+    """Return the key and the bytes of the text; a long text is not copied as a whole."""
+    text = document.text
+    if len(text) <= HASH_BLOCK:
+        data = text.encode()
+        return document_key(document.source, data), len(data)
+    digest = hashlib.blake2b(document.source.encode() + b"\0", digest_size=8)
+    size = 0
+    for start in range(0, len(text), HASH_BLOCK):
+        data = text[start : start + HASH_BLOCK].encode()
+        digest.update(data)
+        size += len(data)
+    return int.from_bytes(digest.digest(), "little"), size
+
+
+def _encode_chat(
+    chat: ChatFormat, document: Document, *, strict: bool
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    from longspan.core.errors import DataError
+    from longspan.data.chat import MessagesError
+
+    try:
+        ids, mask = chat.encode(document.messages)
+    except MessagesError as error:
+        if strict:
+            raise DataError(
+                f"{document.place}: {error}", fix="mend the record, or leave out --strict to skip it"
+            ) from None
+        raise SkippedRecordError("broken_records", str(error)) from None
+    return ids, mask
+
+
+@lru_cache(maxsize=4)
+def _chat(tokenizer: Tokenizer, template: str) -> ChatFormat:
+    from longspan.data.chat import ChatFormat
+
+    return ChatFormat(tokenizer, template)
