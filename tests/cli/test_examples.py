@@ -12,6 +12,7 @@ from longspan.cli.main import app
 
 # Each example finds what the ones before it have made, as a reader finds it who copies them in turn.
 STORY = (
+    ("data", "fetch"),
     ("data", "tokenize"),
     ("data", "lengths"),
     ("data", "mix"),

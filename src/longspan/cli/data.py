@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli import data_fetch
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.command(epilog=data_fetch.EXAMPLE)(data_fetch.fetch)
 
 PlanOut = Annotated[Path, typer.Option(help="Folder to write; a plan of the same kind there is replaced.")]
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Token stores.")]

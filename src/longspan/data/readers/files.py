@@ -13,7 +13,14 @@ from longspan.data.readers.base import InputFile, Reader, ReadReport, extension_
 from longspan.data.readers.folders import Entry, resolve_folders
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.readers.hub import expand_hub
-from longspan.data.readers.opening import COMPRESSION, is_remote, open_input, open_raw
+from longspan.data.readers.opening import (
+    COMPRESSION,
+    is_remote,
+    listing,
+    open_input,
+    open_raw,
+    remote_filesystem,
+)
 from longspan.data.readers.sniff import sniff, sniff_json
 
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
@@ -122,10 +129,8 @@ def _expand_local(given: str) -> Iterator[Entry]:
 
 
 def _expand_remote(given: str) -> Iterator[Entry]:
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(given)
+    filesystem, path = remote_filesystem(given)
+    with listing(given):
         infos = (
             filesystem.glob(path, detail=True).values() if glob.has_magic(path) else [filesystem.info(path)]
         )
@@ -140,8 +145,6 @@ def _expand_remote(given: str) -> Iterator[Entry]:
                 )
                 if not _is_hidden(entry.path, address):
                     yield entry
-    except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"cannot list {given}", found=f"{type(error).__name__}: {error}") from None
 
 
 def _is_hidden(path: str, root: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.log import get_logger
 from longspan.data.readers.folders import Entry
+from longspan.data.readers.opening import listing, remote_filesystem
 
 SCHEME = "hf://"
 _ADDRESS = re.compile(r"(?:datasets/)?([^/@]+)/([^/@]+)(@refs/[^/]+/[^/]+|@[^/]+)?(?:/(.*))?")
@@ -49,22 +50,18 @@ def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:
     Raises:
         DataError: the hub has no such data set, or nothing in it matches.
     """
-    import fsspec
-
     address = parse_address(given)
-    try:
-        filesystem = fsspec.filesystem("hf")
-        inside = f"{address.repo}/{address.path}"
+    filesystem, _ = remote_filesystem(SCHEME + address.repo)
+    inside = f"{address.repo}/{address.path}"
+    with listing(given):
         if address.path and glob.has_magic(address.path):
             return [_entry(info, None) for _, info in sorted(filesystem.glob(inside, detail=True).items())]
         if address.path and filesystem.isfile(inside):
             return [_entry(filesystem.info(inside), None)]
         if address.path and filesystem.isdir(inside):
             return [_entry(info, inside) for info in filesystem.find(inside, detail=True).values()]
-        listing = filesystem.find(address.repo, detail=True)
-    except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"cannot list {given}", found=f"{type(error).__name__}: {error}") from None
-    files = [_entry(info, address.repo) for info in listing.values()]
+        found = filesystem.find(address.repo, detail=True)
+    files = [_entry(info, address.repo) for info in found.values()]
     files = [file for file in files if is_data(file.path) and file.path.rpartition("/")[2] not in _NO_DATA]
     chosen = choose_split([file.path for file in files], SCHEME + address.repo, address.path)
     if not chosen:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from longspan.core.errors import DataError
+from longspan.core.errors import DataError, MissingDependencyError
 
 BUFFER_BYTES = 1 << 20
 
@@ -44,6 +44,11 @@ _MAGIC: dict[bytes, Opener] = {
     **{b"BZh%d1AY&SY" % level: _open_bz2 for level in range(1, 10)},
 }
 MAGIC_BYTES = 16
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+_NETWORK_LIBRARIES = {
+    "aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpcore", "httpx", "httpx2", "huggingface_hub",
+    "requests", "urllib3",
+}  # fmt: skip
 
 
 class _ZstdFrames(io.BufferedReader):
@@ -105,6 +110,33 @@ def is_compressed(path: str) -> bool:
         return opener_of(path, raw.read(MAGIC_BYTES)) is not None
 
 
+def is_network_error(error: BaseException) -> bool:
+    """Whether an exception was raised by a library that talks to a server; few of them are OSErrors."""
+    return any(kind.__module__.partition(".")[0] in _NETWORK_LIBRARIES for kind in type(error).__mro__)
+
+
+def remote_filesystem(address: str, **options: Any) -> tuple[Any, str]:
+    """Return the fsspec file system of an address, and the address as a path in it.
+
+    Raises:
+        MissingDependencyError: the package for this kind of address is not installed.
+        DataError: no such kind of address, or settings that it does not know.
+    """
+    import fsspec
+
+    scheme = address.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(address, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        fix = f"pip install 'longspan[{extra}]'" if extra else str(error)
+        raise MissingDependencyError(
+            f"reading {scheme}:// needs a package that is not there", fix=fix
+        ) from None
+    except (ValueError, TypeError, OSError) as error:
+        raise DataError(f"cannot open {address}", found=str(error)) from None
+
+
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Turn what goes wrong while reading bytes into a DataError that names the file."""
@@ -114,11 +146,29 @@ def reading(path: str) -> Iterator[None]:
         yield
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
         # An OSError without a number comes from gzip and bz2, not from the system.
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and (error.errno is not None or is_network_error(error)):
             raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"cannot read {path}", found="no such file") from None
         raise DataError(
             f"{path} is a damaged or cut-off compressed file", found=str(error), fix="fetch it again"
         ) from None
+    except Exception as error:
+        if not is_network_error(error):
+            raise
+        raise DataError(f"cannot read {path}", found=f"{type(error).__name__}: {error}") from None
+
+
+@contextmanager
+def listing(address: str) -> Iterator[None]:
+    """Turn what goes wrong while asking what is at an address into a DataError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, (OSError, NotImplementedError)) or is_network_error(error)):
+            raise
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot list {address}", found=found) from None
 
 
 @contextmanager
@@ -138,7 +188,6 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
 def open_raw(path: str) -> Any:
     """Open the bytes of a local or remote file as they are on disk."""
     if is_remote(path):
-        import fsspec
-
-        return fsspec.open(path, "rb").open()
+        filesystem, inside = remote_filesystem(path)
+        return filesystem.open(inside, "rb")
     return open(path, "rb", buffering=BUFFER_BYTES)
