@@ -33,8 +33,8 @@ class MadeDocuments:
         self.key = np.arange(len(documents), dtype=np.uint64)
         self.fingerprint = str(documents)
 
-    def ids(self, document: int) -> np.ndarray:
-        return 1000 * document + np.arange(self.tokens[document], dtype=np.uint32)
+    def ids(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return (1000 * document + np.arange(self.tokens[document], dtype=np.uint32))[start:stop]
 
 
 def files(domain: str, count: int, tokens: int = 20) -> list[tuple[str, str, int]]:
@@ -250,6 +250,8 @@ def test_store_documents_are_framed(tmp_path, tokenizer, texts):
             ids[1:-1].tolist() == plain.ids(document).tolist() == tokenizer.encode(texts[document]).tolist()
         )
         assert len(ids) == framed.tokens[document] == plain.tokens[document] + 2
+        for start, stop in ((0, 1), (0, 5), (1, 4), (3, len(ids) - 1), (len(ids) - 1, len(ids)), (2, 10**6)):
+            assert framed.ids(document, start, stop).tolist() == ids[start:stop].tolist()
     with pytest.raises(DataError, match="some inputs"):
         open_documents([tmp_path / "store", tmp_path])
 

@@ -149,7 +149,7 @@ def write_retrieval(
                 atomic_write(aside / f"{folder_name(domain)}.jsonl", "w") as file,
             ):
                 for count, (document, start) in enumerate(zip(*map(np.ndarray.tolist, chunks))):
-                    ids = documents.ids(document)[start : start + 2 * plan.spec.chunk]
+                    ids = documents.ids(document, start, start + 2 * plan.spec.chunk)
                     line = _line(ids, plan.spec.chunk, tokenizer, framing)
                     file.write(json.dumps({"id": f"{domain}_{plan.shard}_{count}", **line}) + "\n")
                     bar.advance(1)

@@ -44,8 +44,8 @@ class TokenDocuments(Protocol):
     def fingerprint(self) -> str:
         """16 hex characters over what decides the ids."""
 
-    def ids(self, document: int) -> NDArray[Any]:
-        """Return the ids of a document, framed."""
+    def ids(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return the ids `start` to `stop` of a document, framed; reads no others."""
 
 
 class StoreDocuments:
@@ -95,13 +95,18 @@ class StoreDocuments:
         parts = [*(store.fingerprint for store in self._stores), repr((self._before, self._after))]
         return sha256_bytes(" ".join(parts).encode())[:16]
 
-    def ids(self, document: int) -> NDArray[Any]:
-        """Return the ids of a document, framed; a view of the store where nothing frames it."""
+    def ids(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return the ids `start` to `stop` of a document, framed; a view of the store where nothing frames it."""
         store = int(np.searchsorted(self._first, document, side="right")) - 1
         ids = self._stores[store].tokens(document - int(self._first[store]))
         if not (self._before or self._after):
-            return ids
-        return np.concatenate([np.array(self._before, ids.dtype), ids, np.array(self._after, ids.dtype)])
+            return ids[start:stop]
+        shift, end = len(self._before), int(self.tokens[document])
+        stop = end if stop is None else min(stop, end)
+        inside = ids[max(start - shift, 0) : max(stop - shift, 0)]
+        before = self._before[start:stop]
+        after = self._after if start < stop == end else []
+        return np.concatenate([np.array(before, ids.dtype), inside, np.array(after, ids.dtype)])
 
 
 class CepeDocuments:
@@ -135,7 +140,7 @@ class CepeDocuments:
             self.key[members] = np.arange(np.count_nonzero(members))
         self.dtype = np.dtype(np.uint32)
         self.tokenizer: str | None = None
-        self._first = np.cumsum([0, *counts])
+        self._start = np.concatenate([np.cumsum(lengths) - lengths for lengths in opened])
 
     @property
     def fingerprint(self) -> str:
@@ -145,24 +150,21 @@ class CepeDocuments:
         columns = np.ascontiguousarray(self.tokens).tobytes() + self.domain.tobytes()
         return sha256_bytes(head.encode() + columns)[:16]
 
-    def ids(self, document: int) -> NDArray[Any]:
-        """Return the ids of a document as uint32.
+    def ids(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return the ids `start` to `stop` of a document as uint32.
 
         Raises:
             DataError: an id does not fit.
         """
-        number = int(self.file[document])
-        file, ends = self._open(number)
-        place = document - int(self._first[number])
-        stop = int(ends[place])
-        ids = file.tokens[stop - int(file.lengths[place]) : stop]
+        file = self._open(int(self.file[document]))
+        first, length = int(self._start[document]), int(self.tokens[document])
+        ids = file.tokens[first : first + length][start:stop]
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
-            raise DataError(f"{file.path}: document {place} holds ids that no vocabulary has")
+            raise DataError(f"{file.path} holds ids that no vocabulary has, in a document of {length} tokens")
         return ids.astype(np.uint32)
 
-    def _read(self, number: int) -> tuple[CepeFile, NDArray[np.int64]]:
-        file = read_cepe(self._paths[number])
-        return file, np.cumsum(file.lengths)
+    def _read(self, number: int) -> CepeFile:
+        return read_cepe(self._paths[number])
 
 
 def open_documents(
