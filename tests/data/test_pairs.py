@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.data.cepe import write_cepe
 from longspan.data.pairs import PARTS, PairSpec, divide, plan_pairs, read_window, split_parts, write_pairs
 from longspan.data.store import MDSDirectory, TokenStoreWriter
 from longspan.data.token_documents import open_documents
+from longspan.data.tokenize.lock import JobLock
 
 
 class MadeDocuments:
@@ -225,6 +226,16 @@ def test_a_complete_part_is_kept_and_another_is_refused(tmp_path):
     for other, format in ((plan_pairs(spec(train=6), documents), "mds"), (plan, "cepe")):
         with pytest.raises(DataError, match="made otherwise"):
             write_pairs(other, documents, tmp_path, format=format)
+
+
+def test_a_second_job_on_a_part_stops(tmp_path):
+    """Two jobs at once would remove each other's unfinished files."""
+    documents = MadeDocuments(files("a", 20))
+    plan = plan_pairs(spec(train=5), documents)
+    with JobLock(tmp_path / ".train.lock", what="train"), pytest.raises(RunError, match="another job"):
+        write_pairs(plan, documents, tmp_path)
+    write_pairs(plan, documents, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train"]
 
 
 def test_a_domain_that_cannot_name_a_folder_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,6 +38,7 @@ from longspan.data.store.directory import MDSWriter
 from longspan.data.store.mds import Column
 from longspan.data.store.token_store import SHARD_BYTES
 from longspan.data.token_documents import TokenDocuments
+from longspan.data.tokenize.lock import JobLock
 
 PARTS = ("test", "train", "retrieval")
 MIN_FILES = 100
@@ -235,6 +237,7 @@ def write_pairs(
 
     Raises:
         DataError: a part stands there already, made otherwise; or a domain cannot name a folder.
+        RunError: another job is at work on a part.
     """
     dtype = np.dtype(np.int64) if format == "cepe" else documents.dtype
     written = []
@@ -245,10 +248,10 @@ def write_pairs(
         folder = Path(out) / part
         written.append(folder)
         config = {"plan": plan.fingerprint, "dtype": dtype.name, "part": part}
-        if is_complete(folder, config):
-            continue
         counts = [count._asdict() for count in plan.counts if count.part == part]
-        with atomic_dir(folder) as aside:
+        with new_folder(folder, config) as aside:
+            if aside is None:
+                continue
             for domain, rows in domains.items():
                 if len(rows.first):
                     _write_domain(aside / folder_name(domain), plan.spec, documents, domain, rows, dtype)
@@ -256,13 +259,29 @@ def write_pairs(
     return written
 
 
-def is_complete(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether `folder` was written whole by this very config; leftovers of a killed run are removed.
+@contextmanager
+def new_folder(folder: Path, config: Mapping[str, Any]) -> Iterator[Path | None]:
+    """Yield a place to write that becomes `folder` at the end, or None if `folder` was made from this config.
+
+    What a killed run left behind is removed.
 
     Raises:
         DataError: something else stands there.
+        RunError: another job is at work on it.
     """
-    remove_leftovers(folder.parent, folder.name)
+    with JobLock(folder.parent / f".{folder.name}.lock", what=str(folder)) as lock:
+        try:
+            remove_leftovers(folder.parent, folder.name)
+            if _is_complete(folder, config):
+                yield None
+            else:
+                with atomic_dir(folder) as aside:
+                    yield aside
+        finally:
+            lock.path.unlink()
+
+
+def _is_complete(folder: Path, config: Mapping[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}

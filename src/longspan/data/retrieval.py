@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import atomic_dir, atomic_write, write_json
+from longspan.core.files import atomic_write, write_json
 from longspan.core.progress import progress
 from longspan.data.lengths import Length
 from longspan.data.pairs import (
@@ -36,7 +36,7 @@ from longspan.data.pairs import (
     divide,
     domain_shares,
     folder_name,
-    is_complete,
+    new_folder,
     split_parts,
 )
 from longspan.data.shuffling import permuted
@@ -134,13 +134,14 @@ def write_retrieval(
 
     Raises:
         DataError: the shard stands there already, made otherwise.
+        RunError: another job is at work on it.
     """
     folder = Path(out) / FOLDER / str(plan.shard)
     config = {"plan": plan.fingerprint, "tokenizer": tokenizer.fingerprint}
-    if is_complete(folder, config):
-        return folder
     framing = np.array([each for each in (tokenizer.bos_id, tokenizer.eos_id) if each is not None], np.int64)
-    with atomic_dir(folder) as aside:
+    with new_folder(folder, config) as aside:
+        if aside is None:
+            return folder
         for domain, chunks in plan.chunks.items():
             if not len(chunks.document):
                 continue
