@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -321,4 +320,4 @@ def test_killed_download_goes_on(tmp_path: Path) -> None:
     report = fetch(*arguments)
     assert contents(tmp_path / "out") == VISIBLE
     assert 0 < report.fetched_bytes < report.bytes
-    assert os.listdir(tmp_path / "out/data") and not list((tmp_path / "out").rglob(".*"))
+    assert [path.name for path in (tmp_path / "out").rglob(".*")] == [module.MANIFEST]

@@ -1,9 +1,9 @@
 """Downloading a data set, or everything below an address, so that a stopped download goes on where it was.
 
-    OUT/train-0.parquet              a whole file, renamed into place
+    OUT/train-0.parquet                  a whole file, renamed into place
     OUT/.train-1.parquet.1f0c9a2e.part   a file under way; the middle is the version it is a part of
-    OUT/.fetch.jsonl                 what is whole so far, with size and version
-    OUT/fetch.json                   the list of all files, written last: the download is complete
+    OUT/.fetch.jsonl                     what is whole so far, with size and version
+    OUT/.fetch.json                      the list of all files, written last: the download is complete
 
 A file that is here in the version that is there is not fetched again. A part is continued where the address
 tells versions apart (an etag, a checksum, a time of change), else it is begun again.
@@ -33,7 +33,7 @@ from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.readers.hub import choose_split, parse_address
 from longspan.data.readers.opening import is_network_error, is_remote, listing, remote_filesystem
 
-MANIFEST = "fetch.json"
+MANIFEST = ".fetch.json"
 JOURNAL = ".fetch.jsonl"
 LOCK = ".fetch.lock"
 BLOCK_BYTES = 4 << 20

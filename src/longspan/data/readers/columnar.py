@@ -131,7 +131,7 @@ def _batches(path: str, wanted: Sequence[str] | None) -> Iterator[pa.RecordBatch
     import pyarrow as pa
 
     with _checked(path, "arrow"):
-        source = pa.PythonFile(open_raw(path)) if is_remote(path) else pa.memory_map(path)
+        source = pa.PythonFile(open_raw(path), mode="r") if is_remote(path) else pa.memory_map(path)
         with source:
             head = source.read(len(ARROW_FILE_MAGIC))
             source.seek(0)

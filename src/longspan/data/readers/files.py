@@ -182,7 +182,7 @@ def _source_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
     if entry.home is not None:
         home = PurePosixPath(entry.home)
         inside = home.parts[len(root.parts) :]
-        return (inside[0] if inside else home.name.partition("@")[0]), str(below)
+        return (inside[0] if inside else home.name), str(below)
     if len(below.parts) > 1:
         return below.parts[0], str(below)
     return (root.name if reader.one_text or stem in _SPLITS else stem), str(below)

@@ -73,7 +73,8 @@ def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:
     if len(chosen) < len(files):
         get_logger("data.readers").info("%s: %d of %d data files are read", given, len(chosen), len(files))
     keep = set(chosen)
-    return [file._replace(home=SCHEME + address.repo) for file in files if file.path in keep]
+    home = SCHEME + address.repo.partition("@")[0]
+    return [file._replace(home=home) for file in files if file.path in keep]
 
 
 def choose_split(paths: list[str], root: str, split: str) -> list[str]:
