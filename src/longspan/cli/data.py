@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli import data_fetch
-from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
+from longspan.cli import data_fetch, data_tokenize
+from longspan.cli.output import Json, Seed, example, percent, print_json, print_lengths, print_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,47 +23,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command(epilog=data_tokenize.EXAMPLE)(data_tokenize.tokenize)
 app.command(epilog=data_fetch.EXAMPLE)(data_fetch.fetch)
 
 PlanOut = Annotated[Path, typer.Option(help="Folder to write; a plan of the same kind there is replaced.")]
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Token stores.")]
-
-
-@app.command(epilog=example("longspan data tokenize texts --tokenizer tokenizer --out store"))
-def tokenize(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="INPUT",
-            help="Files, folders, glob patterns or addresses; .jsonl, .txt and such, also compressed.",
-        ),
-    ],
-    tokenizer: Annotated[
-        str, typer.Option(help="Folder or tokenizer.json, or a name on the Hugging Face hub.")
-    ],
-    out: Annotated[Path, typer.Option(help="Token store to make.")],
-    text_field: Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")] = "text",
-    source_field: Annotated[
-        str | None, typer.Option(help="Field that names the source. Default: the place of the file does.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")] = 1,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken record.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Encode every document into a token store; one that is already complete is kept."""
-    from longspan.data.tokenize import tokenize_corpus
-    from longspan.data.tokenizer import load_tokenizer
-
-    store = tokenize_corpus(
-        inputs,
-        load_tokenizer(tokenizer),
-        out,
-        text_field=text_field,
-        source_field=source_field,
-        num_workers=workers,
-        strict=strict,
-    )
-    _show_lengths(store.lengths.summary("store", str(out)), as_json)
 
 
 @app.command(epilog=example("longspan data lengths store"))
@@ -322,27 +286,10 @@ def _decode(tokenizer: str | None, ids: np.ndarray, store: TokenStore) -> str | 
 
 
 def _show_lengths(summary: dict[str, Any], as_json: bool) -> None:
-    from longspan.core.units import format_count
-    from longspan.data.lengths import SHARE_THRESHOLDS, summary_rows
-
     if as_json:
         print_json(summary)
-        return
-    above = {f"above_{limit}": f"above {limit // 1024}K" for limit in SHARE_THRESHOLDS}
-    quantiles = ("p50", "p90", "p99", "max")
-    rows = [
-        [
-            row["source"],
-            format_count(row["documents"]),
-            format_count(row["tokens"]),
-            percent(row["token_share"]),
-            *(row[name] for name in quantiles),
-            *(percent(row[name]) for name in above),
-        ]
-        for row in summary_rows(summary)
-    ]
-    columns = ("source", "documents", "tokens", "share", *quantiles, *above.values())
-    print_table(f"lengths in tokens: {summary['title']}", columns, rows)
+    else:
+        print_lengths(summary)
 
 
 def _print_mixture(title: str, report: Any) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,6 +46,28 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     console.print(escape(title), style="bold")
     console.print(table)
+
+
+def print_lengths(summary: dict[str, Any]) -> None:
+    """Print a length summary: documents, tokens and lengths of each source."""
+    from longspan.core.units import format_count
+    from longspan.data.lengths import SHARE_THRESHOLDS, summary_rows
+
+    above = {f"above_{limit}": f"above {limit // 1024}K" for limit in SHARE_THRESHOLDS}
+    quantiles = ("p50", "p90", "p99", "max")
+    rows = [
+        [
+            row["source"],
+            format_count(row["documents"]),
+            format_count(row["tokens"]),
+            percent(row["token_share"]),
+            *(row[name] for name in quantiles),
+            *(percent(row[name]) for name in above),
+        ]
+        for row in summary_rows(summary)
+    ]
+    columns = ("source", "documents", "tokens", "share", *quantiles, *above.values())
+    print_table(f"lengths in tokens: {summary['title']}", columns, rows)
 
 
 def percent(share: float | None) -> str | None:

@@ -21,14 +21,21 @@ from longspan.core.progress import progress
 from longspan.core.units import format_count
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
 from longspan.data.mixture import MixtureSpec
-from longspan.data.readers import Fields, ReadReport, finish_reading, list_inputs, read_part
+from longspan.data.readers import Fields, Grouping, ReadReport, finish_reading, list_inputs, read_part
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.token_store import MANIFEST, SHARD_BYTES, TokenStore, read_manifest
 from longspan.data.tokenize import sampling
 from longspan.data.tokenize.encode import PieceJob, make_piece
 from longspan.data.tokenize.lock import JobLock
 from longspan.data.tokenize.pieces import PieceSummary, Workspace
-from longspan.data.tokenize.units import Unit, cut_units, file_identity, plain_identity, unit_bytes_of
+from longspan.data.tokenize.units import (
+    Unit,
+    cut_units,
+    file_identity,
+    plain_identity,
+    unit_bytes_of,
+    whole_unit,
+)
 from longspan.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +51,9 @@ def tokenize_corpus(
     *,
     text_field: str = "text",
     source_field: str | None = None,
+    group_by: str | None = None,
+    order_by: str | None = None,
+    header_field: str | None = None,
     messages_field: str | None = None,
     chat: ChatFormat | None = None,
     mix: MixtureSpec | None = None,
@@ -63,6 +73,10 @@ def tokenize_corpus(
         inputs: files, folders, glob patterns or remote addresses; see `readers`.
         text_field: field of a record that holds the text; dots reach into objects.
         source_field: field that names the source; None: the file's place names it.
+        group_by: join the records with the same value of this field into one document; see
+            `readers.Grouping`. Such a corpus is one unit of work.
+        order_by: field that orders the records of a group.
+        header_field: field with a file name, put as a comment above each record of a group.
         messages_field: field that holds a conversation, for `chat`; None: "messages".
         chat: encodes conversations instead of texts; the mask says what the assistant wrote.
         mix: sample while reading until `mix.tokens` are there, by source; the exact mixture is made later, by
@@ -86,6 +100,9 @@ def tokenize_corpus(
         out,
         text_field=text_field,
         source_field=source_field,
+        group_by=group_by,
+        order_by=order_by,
+        header_field=header_field,
         messages_field=messages_field,
         chat=chat,
         mix=mix,
@@ -110,6 +127,9 @@ class CorpusJob:
         *,
         text_field: str = "text",
         source_field: str | None = None,
+        group_by: str | None = None,
+        order_by: str | None = None,
+        header_field: str | None = None,
         messages_field: str | None = None,
         chat: ChatFormat | None = None,
         mix: MixtureSpec | None = None,
@@ -123,11 +143,18 @@ class CorpusJob:
             )
         if mix is not None and mix.tokens is None:
             raise ArgumentError("sampling while reading needs a number of tokens", fix="give --tokens")
+        if mix is not None and (mix.mode == "repeat" or mix.group != "source"):
+            raise ArgumentError(
+                "this mixture cannot be sampled while reading",
+                found=f"mode {mix.mode}, group {mix.group}",
+                allowed="modes none, global, per_source, upsample and proportions, by source",
+            )
         if messages_field is not None and chat is None:
             raise ArgumentError("conversations need a chat format", fix="give --chat-template")
         self.out, self.tokenizer, self.mix, self.seed = Path(out), tokenizer, mix, seed
         if chat is not None:
             messages_field = messages_field or "messages"
+        self._sample: list[int] | None = None
         self._report = ReadReport()
         self._files = list_inputs(inputs, report=self._report)
         self._settings: dict[str, Any] = {
@@ -141,8 +168,14 @@ class CorpusJob:
             self._settings |= {"messages_field": messages_field, "chat": chat.fingerprint}
         if mix is not None:
             self._settings |= {"mix": mix.to_dict(), "seed": seed}
+        grouping = None
+        if group_by is not None:
+            grouping = Grouping(group_by, order_by, header_field)
+            self._settings |= {"group_by": group_by, "order_by": order_by, "header_field": header_field}
+        elif order_by is not None or header_field is not None:
+            raise ArgumentError("only groups have an order and headers", fix="give --group-by")
         unit_bytes = unit_bytes_of(self._files)
-        self._units = cut_units(self._files, unit_bytes)
+        self._units = cut_units(self._files, unit_bytes) if grouping is None else [whole_unit(self._files)]
         plain = [plain_identity(file) for file in self._files]
         self._space = Workspace(
             self.out, {**self._settings, "unit_bytes": unit_bytes, "units": len(self._units), "inputs": plain}
@@ -155,6 +188,7 @@ class CorpusJob:
             strict=strict,
             shard_bytes=shard_bytes,
             chat_template=None if chat is None else chat.template,
+            grouping=grouping,
         )
 
     @property
@@ -162,7 +196,7 @@ class CorpusJob:
         """Units of work, each of which becomes a piece."""
         return len(self._units)
 
-    def finished(self) -> TokenStore | None:
+    def finished(self, *, quiet: bool = False) -> TokenStore | None:
         """Return the store if it is complete and made of these inputs with these settings.
 
         Raises:
@@ -170,9 +204,8 @@ class CorpusJob:
         """
         if not _is_done(self.out, self._config):
             return None
-        get_logger("data.tokenize").info(
-            "%s is complete and made from the same inputs: kept as it is", self.out
-        )
+        if not quiet:
+            get_logger("data.tokenize").info("%s is complete and made from the same inputs", self.out)
         return TokenStore(self.out)
 
     def run(self, executor: Executor, share: ArrayJob | None = None) -> TokenStore | None:
@@ -218,6 +251,8 @@ class CorpusJob:
         if store is not None:
             return store
         missing = self.missing()
+        if self.mix is not None:
+            raise ArgumentError("a sample is read and put together by one job", fix="leave out --merge-only")
         if missing:
             raise DataError(
                 f"{self.out} cannot be put together yet",
@@ -247,15 +282,14 @@ class CorpusJob:
                 "jobs of an array cannot sample while reading: each wave needs what the one before it gave",
                 fix="use --executor local or ray with --mix",
             )
-        for _ in self._waves(executor):
-            pass
+        self._sample = [unit.number for unit in self._waves(executor)]
 
     def merge(self) -> TokenStore:
         """Make the store of the pieces, all of which are there, and remove them."""
         report = ReadReport()
         folders: list[ShardFolder] = []
         inputs: dict[str, dict[str, Any]] = {}
-        numbers = sorted(self._sampled()) if self.mix is not None else [unit.number for unit in self._units]
+        numbers = [unit.number for unit in self._units] if self._sample is None else sorted(self._sample)
         seen: dict[str, sampling.SourceCounts] = {}
         for number in numbers:
             summary = self._space.read(number)
@@ -294,6 +328,26 @@ class CorpusJob:
         )
         self._space.remove()
         return store
+
+    def mix_command(self, sampled: dict[str, Any]) -> list[str]:
+        """Return the command line that makes the exact mixture of a sampled store."""
+        spec = sampled["mixture"]
+        words = [
+            "longspan",
+            "data",
+            "mix",
+            str(self.out),
+            "--mode",
+            spec["mode"],
+            "--tokens",
+            str(spec["tokens"]),
+        ]
+        if spec["keep_short"] is not None:
+            words += ["--keep-short", str(spec["keep_short"])]
+        words += ["--threshold", str(spec["threshold"]), "--seed", str(sampled["seed"])]
+        for name, weight in spec["weights"].items():
+            words += ["--weight", f"{name}={weight:.6g}"]
+        return [*words, "--out", f"{self.out}.mix"]
 
     def _config(self) -> dict[str, Any]:
         return {**self._settings, "inputs": [file_identity(file) for file in self._files]}
@@ -364,11 +418,6 @@ class CorpusJob:
                 return
             rule = rule._replace(full=state.full)
             size = sampling.next_wave(done, state.filled)
-
-    def _sampled(self) -> list[int]:
-        """Return the numbers of the units of a finished sample."""
-        with LocalExecutor() as nothing_left_to_run:
-            return [unit.number for unit in self._waves(nothing_left_to_run)]
 
     def _bytes_per_token(self, unit: Unit) -> float:
         """Measure on the first documents of a unit."""

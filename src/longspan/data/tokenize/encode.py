@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.data.readers import Document, Fields, ReadReport, read_part
+from longspan.data.readers import Document, Fields, Grouping, ReadReport, read_grouped, read_part
 from longspan.data.readers.base import SkippedRecordError
 from longspan.data.tokenize.pieces import PIECE, PieceSummary, PieceWriter, piece_folder, read_summary
 from longspan.data.tokenize.sampling import Sampling, SourceCounts, add_counts
@@ -35,6 +35,7 @@ class PieceJob(NamedTuple):
     shard_bytes: int
     chat_template: str | None = None
     sampling: Sampling | None = None
+    grouping: Grouping | None = None
 
 
 def make_piece(job: PieceJob, unit: Unit) -> PieceSummary:
@@ -46,12 +47,19 @@ def make_piece(job: PieceJob, unit: Unit) -> PieceSummary:
     inputs = [file_identity(file) for file in unit.files]
     with piece_folder(path) as folder:
         writer = PieceWriter(folder, vocab_size=job.tokenizer.vocab_size, shard_bytes=job.shard_bytes)
-        for part in unit.parts:
-            for document in read_part(part, job.fields, strict=job.strict, report=encoder.report):
-                encoder.encode(document, writer)
+        for document in _documents(job, unit, encoder.report):
+            encoder.encode(document, writer)
         return writer.finish(
             plan=job.plan, inputs=inputs, size=unit.size, report=encoder.report, seen=encoder.seen
         )
+
+
+def _documents(job: PieceJob, unit: Unit, report: ReadReport) -> Iterator[Document]:
+    if job.grouping is not None:
+        yield from read_grouped(unit.files, job.fields, job.grouping, strict=job.strict, report=report)
+        return
+    for part in unit.parts:
+        yield from read_part(part, job.fields, strict=job.strict, report=report)
 
 
 def document_key(source: str, text: bytes) -> int:

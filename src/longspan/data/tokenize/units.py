@@ -62,6 +62,11 @@ def cut_units(files: Iterable[InputFile], unit_bytes: int) -> list[Unit]:
     return units
 
 
+def whole_unit(files: Iterable[InputFile]) -> Unit:
+    """Return all files as one unit, for reading that needs to see all of them."""
+    return Unit(0, tuple(Part(file, size=file.size) for file in files))
+
+
 def file_identity(file: InputFile) -> dict[str, Any]:
     """Return what tells this input from another: name, source, size, and a hash of 16 blocks spread over it.
 
