@@ -41,7 +41,7 @@ def _checked(path: str, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, MemoryError) as error:
+    except (pa.ArrowException, OSError, EOFError, MemoryError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
         found = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -88,7 +88,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     import pyarrow.parquet as pq
 
     # Small reads in turn: without a buffer whole column chunks would be held.
-    settings = {"pre_buffer": False, "buffer_size": 1 << 20}
+    settings = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
     with _checked(path, "parquet"):
         if is_remote(path):
             with open_raw(path) as stream, pq.ParquetFile(stream, **settings) as parquet:
