@@ -151,3 +151,32 @@ def test_a_rate_beside_muon_is_refused_where_there_is_no_muon() -> None:
     """AdamW alone trained at adamw_lr, while lr had no effect and stood in the metrics."""
     with pytest.raises(ConfigError, match="adamw_lr is the rate beside Muon"):
         TrainConfig.from_dict(recipe(optimizer={"name": "adamw"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": stages(0, streams={"text": {"store": "missing"}})}, "missing"),
+        ({"model": {"hf_config": {**recipe()["model"]["hf_config"], "model_type": "lama"}}}, "lama"),
+        ({"model": {"hf_config": {**recipe()["model"]["hf_config"], "num_attention_heads": 5}}}, "multiple"),
+        ({"model": {"path": "/no/such/model"}}, "cannot load a model"),
+    ],
+)
+def test_a_mended_recipe_may_use_the_same_folder(
+    data_root: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """A misspelt store left a run folder behind, which refused the mended recipe as other settings."""
+    with pytest.raises((ConfigError, DataError), match=message):
+        train(config(**changes), tmp_path / "run", data_root=data_root)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rope_that_the_model_family_refuses_is_found_before_the_first_stage(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """The second stage's RoPE was tried only when the first stage had been trained."""
+    fields = {**recipe()["model"]["hf_config"], "model_type": "phi3", "pad_token_id": 0}
+    values = stages(1, rope={"rope_type": "linear", "factor": 3.0})
+    with pytest.raises(ConfigError, match="longrope"):
+        train(config(model={"hf_config": fields}, stages=values), tmp_path / "run", data_root=data_root)
+    assert not (tmp_path / "run").exists()

@@ -31,6 +31,7 @@ from longspan.models.init import INITS, seeded
 __all__ = [
     "Documents",
     "build_model",
+    "check_model",
     "enable",
     "hidden_states",
     "lm_head_weight",
@@ -109,16 +110,33 @@ def build_model(
     register()
     if init not in INITS:
         raise ConfigError("unknown init", found=init, allowed=sorted(INITS))
-    config = _config_from_dict(hf_config)
-    if rope is not None:
-        fields = {key: value for key, value in hf_config.items() if key not in LEGACY_ROPE_KEYS}
-        config = _config_from_dict(fields | {"rope_parameters": _new_rope(config, rope)})
+    config = _new_config(hf_config, rope)
     with seeded(seed, "model"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
+        model = _construct(config)
     fill = INITS[init]
     if fill is not None:
         fill(model, seed=seed)
     return enable(model)
+
+
+def check_model(origin: Mapping[str, Any] | str | Path, *, rope: Mapping[str, Any] | None = None) -> None:
+    """Refuse a config, model family or RoPE with which a training would fail; no weights are read or made.
+
+    `origin` is a config dictionary as for `build_model`, or a folder or hub name as for `load_model`.
+
+    Raises:
+        ConfigError, DataError, ArgumentError: what building or loading it, or its loss, would raise.
+    """
+    register()
+    if isinstance(origin, Mapping):
+        config = _new_config(origin, rope)
+    else:
+        with _loading(origin):
+            config = AutoConfig.from_pretrained(origin)
+            if rope is not None:
+                config = AutoConfig.from_pretrained(origin, rope_parameters=_new_rope(config, rope))
+    with torch.device("meta"):
+        lm_head_weight(enable(_construct(config)))
 
 
 def load_model(
@@ -141,18 +159,15 @@ def load_model(
         ConfigError: an unknown RoPE setting.
     """
     register()
-    folder = Path(path)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise DataError(f"{path} is not a Hugging Face model folder", found="no config.json")
     changes: dict[str, Any] = {}
-    try:
+    with _loading(path):
         config = AutoConfig.from_pretrained(path)
         if rope is not None:
             changes["rope_parameters"] = _new_rope(config, rope)
         if max_position_embeddings is not None:
             own = getattr(_text_config(config), "max_position_embeddings", 0)
             changes["max_position_embeddings"] = max(own, max_position_embeddings)
-        with _without_bars() if folder.exists() else contextlib.nullcontext():
+        with _without_bars() if Path(path).exists() else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 attn_implementation=ATTENTION_NAME,
@@ -162,12 +177,6 @@ def load_model(
                 output_loading_info=True,
                 **changes,
             )
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise DataError(
-            f"cannot load a model from {path}",
-            found=str(error).strip().splitlines()[0],
-            fix="give a folder with config.json and safetensors weights, or a hub name that can be downloaded",
-        ) from error
     # transformers fills what it does not find with random numbers.
     absent = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if absent:
@@ -197,6 +206,22 @@ def save_model(
         for name in TOKENIZER_FILES:
             if tokenizer is not None and (Path(tokenizer) / name).is_file():
                 shutil.copyfile(Path(tokenizer) / name, folder / name)
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path) -> Iterator[None]:
+    """Turn what reading a model folder or hub name raises into a DataError."""
+    folder = Path(path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise DataError(f"{path} is not a Hugging Face model folder", found="no config.json")
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        raise DataError(
+            f"cannot load a model from {path}",
+            found=" ".join(line.strip() for line in str(error).strip().splitlines()[:2]),
+            fix="give a folder with config.json and safetensors weights, or a hub name that can be downloaded",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -284,6 +309,24 @@ def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
     if getattr(head, "bias", None) is not None:
         raise ArgumentError(f"{type(model).__name__} has a bias in its output embedding")
     return head.weight
+
+
+def _new_config(hf_config: Mapping[str, Any], rope: Mapping[str, Any] | None) -> PretrainedConfig:
+    config = _config_from_dict(hf_config)
+    if rope is None:
+        return config
+    fields = {key: value for key, value in hf_config.items() if key not in LEGACY_ROPE_KEYS}
+    return _config_from_dict(fields | {"rope_parameters": _new_rope(config, rope)})
+
+
+def _construct(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"transformers makes no causal language model of a {config.model_type} config",
+            found=str(error).strip().splitlines()[0][:200],
+        ) from error
 
 
 def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:

@@ -24,9 +24,9 @@ from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
-from longspan.kernels.rope import rope_parameters
 from longspan.models.hf import (
     build_model,
+    check_model,
     hidden_states,
     lm_head_weight,
     load_model,
@@ -62,8 +62,9 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
         ConfigError, DataError: settings, stores or checkpoints do not fit; before the first step.
         RunError: the disk is full.
     """
-    run = RunDir.create(out, config, seed=config.seed)
+    # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
     plans = plan_run(config, data_root=Path(data_root))
+    run = RunDir.create(out, config, seed=config.seed)
     fingerprint = config.fingerprint()
     state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
     seconds = _rewind_metrics(run.path / "metrics.jsonl", state.step if state else 0)
@@ -83,11 +84,10 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
 
 
 def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
-    """Check every stage's RoPE and plan its data; nothing is trained or written."""
-    for stage in config.stages:
-        if stage.rope is not None:
-            rope_parameters({"rope_theta": 10000.0, **stage.rope}, head_dim=64)
+    """Check the model with every stage's RoPE and plan its data; nothing is trained or written."""
     root = data_root / config.data_root
+    for stage in config.stages:
+        check_model(config.model.hf_config or str(config.model.path), rope=_rope_at(config, stage))
     return [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
 
 
