@@ -451,13 +451,21 @@ def _trained_length(config: QuickstartConfig, variant: Variant) -> int:
 
 
 def _gather(work: Path, config: QuickstartConfig) -> None:
-    """Put the training curves of both runs and the lengths after upsampling where the report looks."""
+    """Put the training curves of both runs and the lengths after upsampling where the report looks.
+
+    The curriculum's kinds of recall follow one another, so they make one curve.
+    """
+    short = {
+        name for stage in config.pretrain.stages for name in stage.streams["recall"].mixture.sources or ()
+    }
     with atomic_write(work / "metrics.jsonl", "w") as file:
         before = {"step": 0, "tokens": 0, "seconds": 0.0}
         for name in ("pretrain", "extend"):
             shifted = before
             for record in read_jsonl(work / name / "metrics.jsonl"):
                 shifted = {**record, **{key: record[key] + before[key] for key in before}}
+                by_source = record["loss_by_source"].items()
+                shifted["loss_by_source"] = {"recall-short" if k in short else k: v for k, v in by_source}
                 file.write(json.dumps(shifted) + "\n")
             before = {key: shifted[key] for key in before}
     from longspan.data.mixture import plan_mixture
