@@ -26,7 +26,6 @@ from longspan.data.readers.base import (
     InputFile,
     Part,
     Place,
-    RawRecord,
     Reader,
     ReadReport,
 )
@@ -36,12 +35,9 @@ from longspan.data.readers.reading import (
     READERS,
     finish_reading,
     list_inputs,
-    parse_record,
     plan_parts,
     read_part,
-    read_records,
     read_values,
-    records_of,
 )
 
 
@@ -73,7 +69,7 @@ def read_documents(
         report: counts of what was read and left out.
 
     Raises:
-        DataError: see `parse_record`; also a missing input, and a corpus without a single document.
+        DataError: see `reading.parse_record`; also a missing input, and a corpus without a single document.
     """
     report = ReadReport() if report is None else report
     files = list_inputs(inputs, report=report)
@@ -96,17 +92,13 @@ __all__ = [
     "InputFile",
     "Part",
     "Place",
-    "RawRecord",
     "ReadReport",
     "Reader",
     "finish_reading",
     "list_inputs",
-    "parse_record",
     "plan_parts",
     "read_documents",
     "read_grouped",
     "read_part",
-    "read_records",
     "read_values",
-    "records_of",
 ]

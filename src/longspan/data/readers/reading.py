@@ -114,12 +114,6 @@ def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -
             report.skip("empty_files", part.file.path, "empty file")
 
 
-def read_records(files: Iterable[InputFile], *, report: ReadReport) -> Iterator[RawRecord]:
-    """Yield the raw records of `files` in order; files without a record are counted."""
-    for file in files:
-        yield from records_of(Part(file), None, report=report)
-
-
 def parse_record(record: RawRecord, fields: Fields, *, strict: bool, report: ReadReport) -> Document | None:
     """Read one record; a broken or empty one is counted in `report` and gives None.
 
