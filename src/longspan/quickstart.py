@@ -459,7 +459,7 @@ def _gather(work: Path, config: QuickstartConfig) -> None:
         name for stage in config.pretrain.stages for name in stage.streams["recall"].mixture.sources or ()
     }
     with atomic_write(work / "metrics.jsonl", "w") as file:
-        before = {"step": 0, "tokens": 0, "seconds": 0.0}
+        before: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
         for name in ("pretrain", "extend"):
             shifted = before
             for record in read_jsonl(work / name / "metrics.jsonl"):
