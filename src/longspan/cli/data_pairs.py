@@ -71,7 +71,7 @@ def pairs(
     """Cut documents into pairs of an encoder and a decoder window, split into test, train and retrieval."""
     from typing import get_args
 
-    from longspan.cli.data import _weights
+    from longspan.cli.data_stores import parse_weights
     from longspan.core.errors import ArgumentError
     from longspan.data.pairs import PairFormat, PairSpec, plan_pairs, write_pairs
 
@@ -89,7 +89,7 @@ def pairs(
         "decoder": decoder,
         "test": eval_samples,
         "train": train_samples,
-        "weights": _weights(weight or []),
+        "weights": parse_weights(weight or []),
     }
     spec = PairSpec.from_dict(settings, where="the command line")
     documents = _open(inputs, specials)
@@ -123,13 +123,13 @@ def retrieval(
     as_json: Json = False,
 ) -> None:
     """Write one shard of a retrieval corpus: chunks of text with what follows them, as JSON lines."""
-    from longspan.cli.data import _weights
+    from longspan.cli.data_stores import parse_weights
 
     settings = {
         "samples": samples,
         "num_shards": num_shards,
         "chunk": chunk,
-        "weights": _weights(weight or []),
+        "weights": parse_weights(weight or []),
     }
     folder, counts = _write_shard(settings, _open(inputs, specials), tokenizer, shard, seed, out)
     _show([folder], counts, as_json)

@@ -238,10 +238,14 @@ def keep_coin(keys: np.ndarray, probability: float, seed: int) -> np.ndarray:
 
 
 def _hash(keys: np.ndarray, seed: int, *purpose: object) -> np.ndarray:
-    """Return uint64 hashes: the finaliser of SplitMix64 (Steele et al. 2014), salted by the purpose."""
-    salt, hashes = np.uint64(derive_seed(seed, *purpose)), np.empty(len(keys), np.uint64)
+    return hash_keys(keys, derive_seed(seed, *purpose))
+
+
+def hash_keys(keys: np.ndarray, salt: int) -> np.ndarray:
+    """Return uint64 hashes of uint64 keys: the finaliser of SplitMix64 (Steele et al. 2014), salted."""
+    hashes = np.empty(len(keys), np.uint64)
     for part in _blocks(len(keys)):
-        x = keys[part] ^ salt
+        x = keys[part] ^ np.uint64(salt)
         x ^= x >> np.uint64(30)
         x *= np.uint64(0xBF58476D1CE4E5B9)
         x ^= x >> np.uint64(27)

@@ -1,0 +1,79 @@
+"""`longspan data convert`, `merge` and `split`: whole stores, plans and rows in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.cli.data_stores import Stores, parse_weights
+from longspan.cli.output import Json, example, print_json, print_table
+
+CONVERT_EXAMPLE = example(
+    "longspan data convert rows --to jsonl --out chunks",
+    "longspan data convert store --to parquet --out documents.parquet",
+)
+MERGE_EXAMPLE = example("longspan data merge store store --out merged")
+SPLIT_EXAMPLE = example("longspan data split store --out train=0.6,validation=0.4")
+
+
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PLAN|ROWS|STORE|MDS", help="A pack plan, packed rows, a token store, MDS of ids."
+        ),
+    ],
+    to: Annotated[str, typer.Option(help="mds, jsonl, parquet or npy, or store for MDS folders of ids.")],
+    out: Annotated[Path, typer.Option(help="Place to write; nothing may stand there.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the ids, for --to store.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that write rows; the result does not depend on it.")
+    ] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write rows or documents in another format, or take token data of other tools over as a store."""
+    from longspan.data.convert import convert as write
+    from longspan.data.tokenizer import load_tokenizer
+
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    kind = write(source, out, format=to, tokenizer=loaded, num_workers=workers)
+    if as_json:
+        print_json({"out": str(out), "kind": kind, "format": to})
+    else:
+        typer.echo(f"{kind} written as {to}: {out}")
+
+
+def merge(
+    stores: Stores,
+    out: Annotated[Path, typer.Option(help="Token store to make.")],
+    as_json: Json = False,
+) -> None:
+    """Make one store of several with the same tokenizer; shards are linked where the disk allows it."""
+    from longspan.data.stores import merge_stores
+
+    _show({str(out): merge_stores(stores, out).lengths}, as_json)
+
+
+def split(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Token store.")],
+    out: Annotated[
+        str,
+        typer.Option(help="Stores to make and their shares, such as train=0.98,validation=0.01,test=0.01."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Split a store by document; the same document always goes to the same part."""
+    from longspan.data.stores import split_store
+
+    parts = split_store(store, parse_weights(out.split(",")))
+    _show({name: part.lengths for name, part in parts.items()}, as_json)
+
+
+def _show(stores: dict, as_json: bool) -> None:
+    rows = [(name, len(lengths), lengths.total_tokens) for name, lengths in stores.items()]
+    if as_json:
+        print_json([{"store": name, "documents": d, "tokens": t} for name, d, t in rows])
+    else:
+        print_table("token stores", ("store", "documents", "tokens"), rows)

@@ -1,0 +1,294 @@
+"""`longspan data mix` and `pack`: which documents, and where in which row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.data_stores import (
+    PlanOut,
+    Plot,
+    check_lengths,
+    open_stores,
+    parse_weights,
+    show_lengths,
+    special_ids,
+    stores_of,
+)
+from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from longspan.data.lengths import LengthTable
+    from longspan.data.packing import PackPlan
+
+MIX_EXAMPLE = example("longspan data mix store --mode per_source --tokens 2000 --out mixture")
+PACK_EXAMPLE = example(
+    "longspan data pack mixture --length 512 --specials eos --out rows",
+    "longspan data pack store --length 512 --strategy best_fit --remainder pad --out fit --materialize fit-mds",
+)
+
+
+def mix(
+    stores: Annotated[
+        list[str],
+        typer.Argument(metavar="STORE", help="Token stores; STORE@0.3 is a share, STORE#2 two uses."),
+    ],
+    out: PlanOut,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="none: every document. global: short documents are kept with probability --keep-short. "
+            "per_source: the same, and every source keeps its share of the tokens. upsample: some sources "
+            "get a new --weight. proportions: only the sources with a --weight. repeat: sources with a "
+            "--weight are used so many times, the others once. Default: per_source, or what STORE@0.3, "
+            "STORE#2 and --preset ask for."
+        ),
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to choose, such as 5B.")] = None,
+    keep_short: Annotated[
+        float | None, typer.Option(help="Probability that a short document is kept.")
+    ] = None,
+    threshold: Annotated[
+        str | None, typer.Option(help="Documents with fewer tokens are short. Default: 4096.")
+    ] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="SOURCE=WEIGHT; may be given many times.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Published shares: slimpajama-per-source, prolong-64k, cepe-concat and others."),
+    ] = None,
+    max_repeat: Annotated[int, typer.Option(min=1, help="How often one document may be used.")] = 1,
+    plot: Plot = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose documents by length and source; writes a mixture plan."""
+    from longspan.core.errors import ArgumentError
+    from longspan.data.mixture import MixtureSpec, plan_mixture
+    from longspan.data.streams import parse_stream, stream_settings
+
+    streams = [parse_stream(store) for store in stores]
+    table, paths = open_stores([stream.path for stream in streams])
+    given: dict[str, Any] = {
+        "mode": mode,
+        "tokens": tokens,
+        "keep_short": keep_short,
+        "threshold": threshold,
+        "weights": parse_weights(weight or []) or None,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    asked = stream_settings(streams)
+    if preset is not None:
+        if asked:
+            raise ArgumentError("--preset has shares of its own", fix="name the stores without @ and #")
+        asked = _preset(preset, table)
+    elif not asked:
+        asked = {"mode": "per_source"}
+    elif clash := {"mode", "weights"} & set(settings):
+        raise ArgumentError("STORE@SHARE and STORE#USES say what is mixed", found=f"--{min(clash)} too")
+    spec = MixtureSpec.from_dict({**asked, **settings, "max_repeat": max_repeat}, where="the command line")
+    plan = plan_mixture(spec, table, seed)
+    plan.save(out, stores=paths)
+    before = table.summary("before", "before")
+    after = table.summary("after", "after mixing", documents=plan.documents)
+    show_lengths([before, after], as_json, plot)
+    if as_json:
+        print_json({
+            "plan": str(out),
+            "fingerprint": plan.fingerprint,
+            **plan.report.to_dict(),
+            "lengths": {"before": before, "after": after},
+        })  # fmt: skip
+    else:
+        print_mixture(str(out), plan.report)
+
+
+def pack(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="PLAN|STORE", help="A mixture plan, or token stores to take whole."),
+    ],
+    length: Annotated[str, typer.Option(help="Tokens in a row, such as 128k.")],
+    out: PlanOut,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="concat: documents follow one another and are cut at row ends. intact: a row holds one document. "
+            "best_fit: documents that fit a row are not cut, rows are padded. split: documents are cut into "
+            "pieces of --split-lengths, one plan for each length, as OUT/PIECE-LENGTH."
+        ),
+    ] = "concat",
+    split_lengths: Annotated[
+        str | None, typer.Option(help="For split: lengths of pieces, longest first, such as 64k,8k.")
+    ] = None,
+    by_source: Annotated[
+        bool, typer.Option("--by-source", help="A row holds documents of one source only.")
+    ] = False,
+    min_length: Annotated[str, typer.Option(help="Shorter documents are left out.")] = "1",
+    min_tail: Annotated[str, typer.Option(help="Shorter last pieces of cut documents are left out.")] = "1",
+    overlap: Annotated[
+        str, typer.Option(help="Tokens that the next piece of the same document repeats, without loss.")
+    ] = "0",
+    remainder: Annotated[
+        str, typer.Option(help="drop or pad: what becomes of a row that is not full.")
+    ] = "drop",
+    specials: Annotated[str, typer.Option(help="none, bos, eos or both: what frames a document.")] = "none",
+    mos: Annotated[
+        str, typer.Option(help="none, bos, eos or an id: the token before a piece that continues a document.")
+    ] = "none",
+    materialize: Annotated[
+        Path | None, typer.Option(help="Folder to write the rows to as well, for other tools.")
+    ] = None,
+    row_format: Annotated[
+        str, typer.Option("--format", help="mds, jsonl, parquet or npy: what --materialize writes.")
+    ] = "mds",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of --materialize; the result does not depend on it.")
+    ] = 1,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Place documents in rows of one length; writes a pack plan, no tokens are copied unless asked."""
+    from longspan.data.packing import PackSpec, plan_packing, plan_split
+
+    table, paths, documents = _documents(inputs, seed)
+    ids = special_ids(paths[0])
+    settings = {
+        "length": length,
+        "strategy": strategy,
+        "min_length": min_length,
+        "min_tail": min_tail,
+        "overlap": overlap,
+        "remainder": remainder,
+        "specials": specials,
+        "by_source": by_source,
+        "split_lengths": [] if split_lengths is None else split_lengths.split(","),
+        **ids,
+        "mos_id": _mos_id(mos, ids),
+    }
+    spec = PackSpec.from_dict(settings, where="the command line")
+    if spec.strategy == "split":
+        plans = {
+            f"{piece}-{spec.length}": plan for piece, plan in plan_split(spec, table, documents, seed).items()
+        }
+    else:
+        plans = {"": plan_packing(spec, table, documents, seed)}
+    found = []
+    for name, plan in plans.items():
+        place = out / name
+        plan.save(place, stores=paths)
+        rows = None if materialize is None else materialize / name
+        if rows is not None and plan.num_rows:
+            _write(place, rows, row_format, workers)
+        found.append({
+            "plan": str(place),
+            "fingerprint": plan.fingerprint,
+            "rows_at": None if rows is None else str(rows),
+            **plan.report.to_dict(),
+        })  # fmt: skip
+        if not as_json:
+            _print_packing(str(place), plan)
+    if as_json:
+        print_json(found[0] if spec.strategy != "split" else found)
+
+
+def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], np.ndarray]:
+    import numpy as np
+
+    from longspan.data.columns import folder_kind
+    from longspan.data.mixture import KIND, MixturePlan, MixtureSpec, plan_mixture
+
+    if folder_kind(inputs[0]) == KIND:
+        mixture = MixturePlan.load(inputs[0])
+        table, paths = open_stores(stores_of(mixture.stores, inputs[0]))
+        check_lengths(table, mixture.lengths_fingerprint, inputs[0])
+        return table, paths, np.asarray(mixture.documents)
+    table, paths = open_stores(inputs)
+    return table, paths, plan_mixture(MixtureSpec.from_dict({"mode": "none"}), table, seed).documents
+
+
+def _write(plan: Path, out: Path, row_format: str, workers: int) -> None:
+    from longspan.data.materialize import materialize as write_plan
+
+    write_plan(plan, out, format=row_format, num_workers=workers)  # type: ignore[arg-type]
+
+
+def _preset(name: str, table: LengthTable) -> dict[str, Any]:
+    from longspan.data.presets import load_preset
+
+    preset = load_preset(name)
+    return {
+        "mode": "proportions",
+        "weights": preset.weights_for(table.source_names),
+        "keep_short": preset.keep_short,
+        "threshold": preset.threshold,
+    }
+
+
+def _mos_id(mos: str, ids: dict[str, int | None]) -> int | None:
+    from longspan.core.errors import ArgumentError
+
+    if mos == "none":
+        return None
+    known = ids.get(f"{mos}_id") if mos in ("bos", "eos") else int(mos) if mos.isdecimal() else None
+    if known is None:
+        raise ArgumentError(
+            "--mos is no token of the tokenizer", found=mos, allowed="none, bos, eos or an id"
+        )
+    return known
+
+
+def print_mixture(title: str, report: Any) -> None:
+    """Print what was asked of each source and what was taken."""
+    from longspan.core.units import format_count
+
+    rows: list[list[object]] = [
+        [
+            name,
+            format_count(source.available_tokens),
+            percent(source.share_before),
+            format_count(source.documents),
+            format_count(source.tokens),
+            percent(source.share_after),
+            format_count(source.overshoot),
+            format_count(source.shortfall),
+        ]
+        for name, source in report.sources.items()
+    ]
+    total = [format_count(report.documents), format_count(report.tokens)]
+    rows.append(
+        ["total", None, None, *total, None, format_count(report.overshoot), format_count(report.shortfall)]
+    )
+    columns = (
+        "source", "available", "share", "documents", "chosen tokens", "share", "above budget", "missing"
+    )  # fmt: skip
+    print_table(f"mixture: {title}", columns, rows)
+
+
+def _print_packing(title: str, plan: PackPlan) -> None:
+    from longspan.core.units import format_count
+
+    report, spec = plan.report, plan.spec
+    full = report.rows * spec.length
+    rows = [
+        ("rows", format_count(report.rows)),
+        ("documents", format_count(report.documents)),
+        ("continued pieces", format_count(report.continuations)),
+        ("special tokens", format_count(report.special_tokens)),
+        ("repeated tokens", format_count(report.repeated_tokens)),
+        ("padding", format_count(report.padding_tokens)),
+        ("filled", percent(1 - report.padding_tokens / full) if full else None),
+    ]
+    print_table(f"rows: {title}", ("what", "count"), rows)
+    typer.echo(conservation(report.tokens_in, report.tokens_packed, report.dropped))
+
+
+def conservation(tokens_in: int, packed: int, dropped: dict[str, int]) -> str:
+    """Write where all tokens went: "tokens: 16 in = 12 packed + 3 short + 1 left over"."""
+    names = {"remainder": "left over", "other_lengths": "in other lengths"}
+    parts = [f"{packed:,} packed"]
+    parts += [f"{count:,} {names.get(reason, reason)}" for reason, count in dropped.items() if count]
+    return f"tokens: {tokens_in:,} in = {' + '.join(parts)}"

@@ -1,0 +1,197 @@
+"""From one form of data to another: rows, documents, and token data of others.
+
+pack plan, packed rows        -> mds, jsonl, parquet, npy     rows: `materialize`
+token store                   -> jsonl, parquet, npy          documents, in store order
+MDS of ids, documents of ours -> store                        a token store
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.files import atomic_dir, atomic_write, write_json
+from longspan.core.progress import progress
+from longspan.data import packing
+from longspan.data.columns import folder_kind
+from longspan.data.materialize import materialize
+from longspan.data.row_formats import FORMATS
+from longspan.data.store import TokenStore, TokenStoreWriter
+from longspan.data.store.mds import INDEX
+from longspan.data.store.token_store import TokenizerIdentity
+from longspan.data.stores import import_mds
+from longspan.data.verify import is_token_store
+
+DOCUMENT_FORMATS = ("jsonl", "parquet", "npy")
+PARQUET_DOCUMENTS = 1024
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    tokenizer: TokenizerIdentity | None = None,
+    num_workers: int = 1,
+) -> str:
+    """Write `source` to `out` in another format; return what was written, "rows", "documents" or "store".
+
+    Args:
+        source: a pack plan, packed rows, a token store, an MDS folder of ids, or documents that this wrote.
+        out: place to write; nothing may stand there.
+        format: "mds", "jsonl", "parquet", "npy" or "store".
+        tokenizer: that of the ids, for "store".
+        num_workers: processes, for rows.
+
+    Raises:
+        ArgumentError: this source cannot become this format.
+        DataError: the source is damaged, or something stands at `out`.
+    """
+    source, out = Path(source), Path(out)
+    if format == "store":
+        if tokenizer is None:
+            raise ArgumentError("a token store names its tokenizer", fix="give the tokenizer of the ids")
+        if (source / INDEX).is_file():
+            import_mds(source, out, tokenizer)
+        else:
+            _import_documents(source, out, tokenizer)
+        return "store"
+    if is_token_store(source):
+        if format not in DOCUMENT_FORMATS:
+            raise ArgumentError(
+                f"a token store is an MDS folder already, and cannot become {format}",
+                allowed=DOCUMENT_FORMATS,
+            )
+        write_documents(TokenStore(source), out, format=format)
+        return "documents"
+    if folder_kind(source) not in (None, packing.KIND):
+        raise ArgumentError(f"{source} holds no rows", found=folder_kind(source), fix="pack it first")
+    if format not in FORMATS:
+        raise ArgumentError("there is no such format", found=format, allowed=[*FORMATS, "store"])
+    materialize(source, out, format=format, num_workers=num_workers)
+    return "rows"
+
+
+def write_documents(store: TokenStore, out: Path, *, format: str) -> None:
+    """Write the documents of a store: one file for jsonl and parquet, a folder of columns for npy.
+
+    jsonl, parquet: input_ids, length, domain, key (16 hex characters) and, where the store has masks, mask.
+    npy: tokens [tokens], offsets [documents + 1], keys, sources, weights; `names.json` names the sources.
+    """
+    if out.exists():
+        raise DataError(f"{out} already exists", fix="choose another place or remove it first")
+    with progress(f"write {format}", total=len(store), unit="docs") as bar:
+        if format == "npy":
+            _write_npy(store, out)
+            return
+        with atomic_write(out) as file:
+            if format == "jsonl":
+                for record in _records(store):
+                    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                    bar.advance()
+            else:
+                _write_parquet(store, file)
+
+
+def _records(store: TokenStore) -> Iterator[dict[str, Any]]:
+    for document in range(len(store)):
+        ids, mask = store.tokens(document), store.mask(document)
+        record = {
+            "input_ids": ids.tolist(),
+            "length": len(ids),
+            "domain": store.source(document),
+            "key": f"{int(store.lengths.key[document]):016x}",
+        }
+        yield record if mask is None else record | {"mask": mask.tolist()}
+
+
+def _write_parquet(store: TokenStore, file: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [
+        ("input_ids", pa.list_(pa.uint32())),
+        ("length", pa.int64()),
+        ("domain", pa.string()),
+        ("key", pa.string()),
+    ]
+    if store.has_mask:
+        fields.append(("mask", pa.list_(pa.uint8())))
+    schema = pa.schema(fields)
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for first in range(0, len(store), PARQUET_DOCUMENTS):
+            documents = range(first, min(first + PARQUET_DOCUMENTS, len(store)))
+            columns = [
+                pa.array([store.tokens(d).astype(np.uint32) for d in documents], schema.field(0).type),
+                pa.array([int(store.lengths.tokens[d]) for d in documents], pa.int64()),
+                pa.array([store.source(d) for d in documents]),
+                pa.array([f"{int(store.lengths.key[d]):016x}" for d in documents]),
+            ]
+            if store.has_mask:
+                columns.append(pa.array([store.mask(d) for d in documents], schema.field(4).type))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _write_npy(store: TokenStore, out: Path) -> None:
+    lengths = store.lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths.tokens, dtype=np.int64)])
+    with atomic_dir(out) as folder:
+        dtype = np.dtype(store.manifest.dtype)
+        tokens = np.lib.format.open_memmap(folder / "tokens.npy", "w+", dtype, (int(offsets[-1]),))
+        for document in range(len(store)):
+            tokens[offsets[document] : offsets[document + 1]] = store.tokens(document)
+        tokens.flush()
+        columns = {"offsets": offsets, "keys": lengths.key, "sources": lengths.source}
+        if store.has_mask:
+            columns["weights"] = np.concatenate([store.mask(document) for document in range(len(store))])
+        for name, column in columns.items():
+            np.save(folder / f"{name}.npy", np.asarray(column), allow_pickle=False)
+        write_json(folder / "names.json", list(lengths.source_names))
+
+
+def _import_documents(source: Path, out: Path, tokenizer: TokenizerIdentity) -> None:
+    """Make a token store of documents in the jsonl or parquet form of `write_documents`."""
+    with TokenStoreWriter(out, config={"imported": source.name}, tokenizer=tokenizer) as writer:
+        for number, record in enumerate(_read_documents(source)):
+            try:
+                ids = np.asarray(record["input_ids"], np.int64)
+                mask = record.get("mask")
+                writer.add(
+                    ids,
+                    source=str(record["domain"]),
+                    key=int(record["key"], 16),
+                    mask=None if mask is None else np.asarray(mask, np.uint8),
+                )
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise DataError(
+                    f"document {number} of {source} cannot be read", found=f"{type(error).__name__}: {error}"
+                ) from None
+
+
+def _read_documents(source: Path) -> Iterator[dict[str, Any]]:
+    if source.suffix == ".parquet" and source.is_file():
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            for batch in pq.ParquetFile(source).iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{source} is a damaged parquet file", found=str(error)) from None
+    elif source.suffix == ".jsonl" and source.is_file():
+        with open(source, encoding="utf-8") as file:
+            for line, text in enumerate(file, 1):
+                try:
+                    yield json.loads(text)
+                except ValueError as error:
+                    raise DataError(f"{source}:{line} is not JSON", found=str(error)) from None
+    else:
+        raise DataError(
+            f"{source} cannot become a token store",
+            allowed="an MDS folder with input_ids, or documents as .jsonl or .parquet with input_ids, domain, key",
+        )

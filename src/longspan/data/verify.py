@@ -1,0 +1,308 @@
+"""Checking what is on disk: every file, every sample, every count, and what of an input is still missing.
+
+Nothing is repaired. Each problem is one line; a damaged shard does not hide the next one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.files import read_json, sha256_file
+from longspan.core.progress import progress
+from longspan.data import mixture, packing
+from longspan.data.columns import folder_kind
+from longspan.data.lengths import LengthTable
+from longspan.data.loader import RowLoader
+from longspan.data.materialize import FORMAT, read_rows_manifest
+from longspan.data.mixture import MixturePlan
+from longspan.data.packed_stores import PackedRows
+from longspan.data.packing import PackPlan
+from longspan.data.row_formats import id_sum
+from longspan.data.store import MDSDirectory, TokenStore, read_manifest
+from longspan.data.store.mds import INDEX, ShardInfo, parse_index
+from longspan.data.store.token_store import MANIFEST
+
+MAX_PROBLEMS = 100
+
+
+class VerifyReport(NamedTuple):
+    """What was checked and what was found."""
+
+    path: str
+    kind: str
+    """"token store", "packed rows", "mixture plan", "pack plan" or "MDS folder"."""
+    counts: dict[str, int]
+    """Such as documents, tokens, shards."""
+    problems: list[str]
+    """One line each, at most 100."""
+    missing: list[str] | None
+    """Documents of the input that are not in the store, as path:position; None: not asked."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong; documents that are still missing are not wrong."""
+        return not self.problems
+
+
+def verify(path: str | Path, *, against: Sequence[str] = ()) -> VerifyReport:
+    """Check a token store, packed rows, a plan or any MDS folder; reads every byte.
+
+    Args:
+        path: what to check.
+        against: inputs of a token store, read as the store was made; documents not in it are listed.
+
+    Raises:
+        DataError: `path` is none of these, or is so damaged that it cannot be told what it is.
+        ArgumentError: `against` is given for something that is not a token store.
+    """
+    path = Path(path)
+    kind = folder_kind(path)
+    is_store = is_token_store(path)
+    is_rows = (path / MANIFEST).is_file() and not is_store
+    if against and not is_store:
+        raise ArgumentError("only a token store is compared with its input", found=str(path))
+    problems = _Problems()
+    if is_store:
+        counts = _check_store(path, problems)
+        missing = _missing(path, against) if against and not problems.lines else None
+        return VerifyReport(str(path), "token store", counts, problems.lines, missing)
+    if is_rows:
+        return VerifyReport(str(path), "packed rows", _check_rows(path, problems), problems.lines, None)
+    if kind == mixture.KIND:
+        counts = _check_mixture(path, problems)
+        return VerifyReport(str(path), "mixture plan", counts, problems.lines, None)
+    if kind == packing.KIND:
+        return VerifyReport(str(path), "pack plan", _check_packing(path, problems), problems.lines, None)
+    if (path / INDEX).is_file():
+        return VerifyReport(str(path), "MDS folder", _check_shards(path, problems), problems.lines, None)
+    raise DataError(
+        f"{path} is not something that can be verified", allowed="stores, rows, plans, MDS folders"
+    )
+
+
+def is_token_store(path: str | Path) -> bool:
+    """Whether a folder has the manifest of a token store, or one that is of nothing else."""
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        return False
+    content = read_json(file)
+    return not (isinstance(content, dict) and content.get("format") == FORMAT)
+
+
+class _Problems:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Note a problem, on one line."""
+        if len(self.lines) < MAX_PROBLEMS:
+            self.lines.append(" ".join(text.split()))
+
+    def full(self) -> bool:
+        """Whether enough is known."""
+        return len(self.lines) >= MAX_PROBLEMS
+
+
+def _check_shards(path: Path, problems: _Problems) -> dict[str, int]:
+    """Check index, sizes, hashes, and decode every sample of the shards that are there."""
+    try:
+        infos = parse_index(read_json(path / INDEX), where=str(path / INDEX))
+    except DataError as error:
+        problems.add(str(error))
+        return {}
+    good = [number for number, info in enumerate(infos) if _check_file(path, info, problems)]
+    counts = {"shards": len(infos), "samples": sum(info.num_samples for info in infos)}
+    if len(good) < len(infos):
+        return counts
+    folder = MDSDirectory(path)
+    for number in good:
+        try:
+            shard = folder.shard(number)
+            for sample in range(len(shard)):
+                shard[sample]
+        except DataError as error:
+            problems.add(str(error))
+    return counts
+
+
+def _check_file(path: Path, info: ShardInfo, problems: _Problems) -> bool:
+    file = path / info.basename
+    if not file.is_file():
+        if info.zip_basename is not None and (path / info.zip_basename).is_file():
+            return True
+        problems.add(f"{info.basename} is missing")
+    elif file.stat().st_size != info.num_bytes:
+        problems.add(f"{info.basename} has {file.stat().st_size:,} bytes instead of {info.num_bytes:,}")
+    elif "sha256" in info.hashes and sha256_file(file) != info.hashes["sha256"]:
+        problems.add(f"{info.basename} was changed or damaged: its SHA-256 differs")
+    else:
+        return True
+    return False
+
+
+def _check_store(path: Path, problems: _Problems) -> dict[str, int]:
+    try:
+        manifest = read_manifest(path)
+    except DataError as error:
+        problems.add(str(error))
+        return {}
+    counts = {"documents": manifest.documents, "tokens": manifest.tokens} | _check_shards(path, problems)
+    if problems.lines:
+        return counts
+    try:
+        store = TokenStore(path)
+    except DataError as error:
+        problems.add(str(error))
+        return counts
+    digests = np.zeros(len(store), np.uint64)
+    with progress("verify", total=len(store), unit="docs") as bar:
+        for document in range(len(store)):
+            if problems.full():
+                return counts
+            problem, digests[document] = _check_document(store, document)
+            if problem:
+                problems.add(f"document {document}: {problem}")
+            bar.advance()
+    digest = hashlib.sha256()
+    for column in (store.lengths.key, store.lengths.tokens, digests):
+        digest.update(np.ascontiguousarray(column).data)
+    if not problems.lines and digest.hexdigest() != manifest.fingerprint:
+        problems.add("the fingerprint in the manifest is not that of the documents")
+    return counts
+
+
+def _check_document(store: TokenStore, document: int) -> tuple[str | None, int]:
+    """Return what is wrong with a document, and the digest of its mask (0 where all weights are 1)."""
+    try:
+        ids, mask = store.tokens(document), store.mask(document)
+        name = store.source(document)
+    except (DataError, IndexError) as error:
+        return str(error), 0
+    if int(ids.max()) >= store.vocab_size:
+        return f"token {ids.max()} in a vocabulary of {store.vocab_size}", 0
+    if not name:
+        return "its source has no name", 0
+    if mask is None or bool((mask == 1).all()):
+        return None, 0
+    return None, int.from_bytes(hashlib.blake2b(mask.tobytes(), digest_size=8).digest(), "little")
+
+
+def _check_rows(path: Path, problems: _Problems) -> dict[str, int]:
+    try:
+        manifest = read_rows_manifest(path)
+    except DataError as error:
+        problems.add(str(error))
+        return {}
+    counts = {
+        "rows": manifest.rows,
+        "tokens": manifest.rows * manifest.length,
+        "pieces": len(manifest.pieces),
+    }
+    for piece in manifest.pieces:
+        file = path / Path(str(piece["file"])).name
+        if not file.is_file():
+            problems.add(f"{file.name} is missing")
+        elif file.stat().st_size != piece["bytes"]:
+            problems.add(f"{file.name} has {file.stat().st_size:,} bytes instead of {piece['bytes']:,}")
+    if problems.lines:
+        return counts
+    try:
+        rows = PackedRows(path)
+    except DataError as error:
+        problems.add(str(error))
+        return counts
+    if (rows.num_rows, rows.length) != (manifest.rows, manifest.length):
+        problems.add(f"{rows.num_rows} rows of {rows.length} tokens, but the manifest says otherwise")
+        return counts
+    first = 0
+    for piece in manifest.pieces:
+        total = 0
+        for index in range(first, first + int(piece["rows"])):
+            try:
+                ids = rows.row(index).input_ids
+            except (DataError, ArgumentError) as error:
+                problems.add(str(error))
+                continue
+            total = (total + id_sum(ids)) % 2**64
+            if manifest.vocab_size is not None and int(ids.max()) >= manifest.vocab_size:
+                problems.add(f"row {index}: token {ids.max()} in a vocabulary of {manifest.vocab_size}")
+        if total != piece["id_sum"]:
+            problems.add(f"{piece['file']} was changed or damaged: its ids have another sum")
+        first += int(piece["rows"])
+    return counts
+
+
+def _check_mixture(path: Path, problems: _Problems) -> dict[str, int]:
+    try:
+        plan = MixturePlan.load(path)
+        lengths = _lengths(plan.stores)
+        if lengths is not None and lengths.fingerprint != plan.lengths_fingerprint:
+            problems.add("the stores have changed since the plan was made")
+    except DataError as error:
+        problems.add(str(error))
+        return {}
+    counts = {"documents": plan.report.documents, "tokens": plan.report.tokens}
+    if len(plan.documents) != plan.report.documents:
+        problems.add(f"{len(plan.documents):,} documents, but its report says {plan.report.documents:,}")
+    if lengths is not None and not problems.lines:
+        found = int(lengths.tokens[plan.documents].sum(dtype=np.uint64))
+        if found != plan.report.tokens:
+            problems.add(f"{found:,} tokens, but its report says {plan.report.tokens:,}")
+    return counts
+
+
+def _check_packing(path: Path, problems: _Problems) -> dict[str, int]:
+    try:
+        plan = PackPlan.load(path)
+        loader = RowLoader([TokenStore(store) for store in plan.stores], plan)
+    except DataError as error:
+        problems.add(str(error))
+        return {}
+    report = plan.report
+    counts = {"rows": plan.num_rows, "tokens": report.tokens_packed}
+    if report.rows != plan.num_rows:
+        problems.add(f"{plan.num_rows} rows, but its report says {report.rows}")
+    if report.tokens_in != report.tokens_packed + sum(report.dropped.values()):
+        problems.add("tokens in are not tokens packed plus tokens dropped")
+    for index in range(plan.num_rows):
+        if problems.full():
+            break
+        try:
+            loader.row(index)
+        except (DataError, IndexError) as error:
+            problems.add(str(error))
+    return counts
+
+
+def _lengths(stores: Sequence[str]) -> LengthTable | None:
+    return LengthTable.concatenate([TokenStore(store).lengths for store in stores]) if stores else None
+
+
+def _missing(path: Path, inputs: Sequence[str]) -> list[str]:
+    """Return where the documents stand that the store lacks, by the key of source and text."""
+    store = TokenStore(path)
+    keys = np.sort(np.asarray(store.lengths.key))
+    return [
+        place
+        for place, key in _keys_of(inputs, store.manifest.config)
+        if (at := int(np.searchsorted(keys, np.uint64(key)))) == len(keys) or int(keys[at]) != key
+    ]
+
+
+def _keys_of(inputs: Sequence[str], config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    from longspan.data.readers import read_documents
+    from longspan.data.tokenize import document_key
+
+    names = ("text_field", "source_field", "messages_field", "group_by", "order_by", "header_field")
+    fields = {name: config[name] for name in names if config.get(name) is not None}
+    for document in read_documents(inputs, **fields):
+        yield (
+            f"{document.path}:{document.position}",
+            document_key(document.source, document.text.encode()),
+        )
