@@ -18,6 +18,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from longspan.core.errors import DataError, LongspanError, RunError
 from longspan.data import fetch as module
 from longspan.data.fetch import fetch
+from longspan.data.readers import read_documents
+from tests.data.hub_stand_in import hub_at
 
 CONTENT = {
     "data/train-00000-of-00002.jsonl": b'{"text": "one"}\n' * 500,
@@ -259,6 +261,20 @@ def test_unknown_addresses(tmp_path: Path) -> None:
         with pytest.raises(LongspanError, match=message):
             fetch(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_hub_data_set_or_a_split_of_it(tmp_path: Path) -> None:
+    """Guards against a split bringing everything, and against files that readers would not find again."""
+    for name, data in CONTENT.items():
+        path = tmp_path / "hub/datasets/org/set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    with hub_at(tmp_path / "hub"):
+        assert fetch("hf://org/set", tmp_path / "all").files == 4
+        assert fetch("hf://org/set/train", tmp_path / "train").files == 2
+        assert fetch("hf://org/set/data", tmp_path / "data").files == 3
+    assert contents(tmp_path / "all") == VISIBLE
+    assert [d.source for d in read_documents([tmp_path / "train"])] == ["data"] * 800
 
 
 def test_options_reach_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from longspan.core.errors import ArgumentError, DataError, MissingDependencyError
 from longspan.data.readers import Fields, ReadReport, list_inputs, plan_parts, read_documents, read_part
 from longspan.data.readers.hub import choose_split, parse_address
+from tests.data.hub_stand_in import hub_at
 
 Write = Callable[..., Path]
 
@@ -160,24 +159,9 @@ def test_several_inputs_and_addresses(tmp_path: Path, write_jsonl: Write) -> Non
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Path]:
-    """A folder that stands for the hub: <hub>/datasets/org/name/..."""
-
-    class Hub(DirFileSystem):
-        protocol = "hf"
-        cachable = False
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(str(tmp_path / "hub"), LocalFileSystem())
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return path.removeprefix("hf://").strip("/")
-
-    from huggingface_hub import HfFileSystem
-
-    fsspec.register_implementation("hf", Hub, clobber=True)
-    yield tmp_path / "hub"
-    fsspec.register_implementation("hf", HfFileSystem, clobber=True)
+    """A folder that stands for the hub."""
+    with hub_at(tmp_path / "hub") as folder:
+        yield folder
 
 
 def test_hub_data_sets(hub: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -219,9 +203,9 @@ def test_hub_revision(hub: Path) -> None:
 def test_split_is_a_word() -> None:
     """Guards against "constraints" or "test" inside other words being taken for splits."""
     paths = ["/constrain.jsonl", "/data/train-00000-of-00001.parquet", "/en/test.jsonl", "/latest.jsonl"]
-    assert choose_split(paths, "", "") == paths[1:2]
-    assert choose_split(paths, "", "test") == paths[2:3]
-    assert choose_split(paths[2:], "", "") == paths[2:]
+    assert choose_split(paths, "") == paths[1:2]
+    assert choose_split(paths, "test") == paths[2:3]
+    assert choose_split(paths[2:], "") == paths[2:]
 
 
 def test_missing_package_is_named() -> None:

@@ -138,7 +138,7 @@ def list_remote(
     files = [_remote_file(info, base) for info in infos if info["type"] == "file"]
     files = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
     if split:
-        chosen = set(choose_split([file.name for file in files], "", split))
+        chosen = set(choose_split([file.name for file in files], split))
         files = [file for file in files if file.name in chosen]
     if include:
         files = [file for file in files if any(_matches(file.name, pattern) for pattern in include)]

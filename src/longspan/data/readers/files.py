@@ -178,7 +178,8 @@ def _source_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
     if entry.root is None:
         return stem, name
     root = PurePosixPath(entry.root)
-    below = PurePosixPath(entry.path).relative_to(root)
+    path = PurePosixPath(entry.path)
+    below = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath(name)
     if entry.home is not None:
         home = PurePosixPath(entry.home)
         inside = home.parts[len(root.parts) :]

@@ -63,7 +63,9 @@ def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:
         found = filesystem.find(address.repo, detail=True)
     files = [_entry(info, address.repo) for info in found.values()]
     files = [file for file in files if is_data(file.path) and file.path.rpartition("/")[2] not in _NO_DATA]
-    chosen = choose_split([file.path for file in files], SCHEME + address.repo, address.path)
+    # The file system may write a revision otherwise than it was asked for, so paths are parsed, not cut off.
+    inside_of = {parse_address(file.path).path: file.path for file in files}
+    chosen = choose_split(list(inside_of), address.path)
     if not chosen:
         raise DataError(
             f"nothing to read at {given}",
@@ -72,15 +74,16 @@ def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:
         )
     if len(chosen) < len(files):
         get_logger("data.readers").info("%s: %d of %d data files are read", given, len(chosen), len(files))
-    keep = set(chosen)
+    keep = {inside_of[path] for path in chosen}
     home = SCHEME + address.repo.partition("@")[0]
     return [file._replace(home=home) for file in files if file.path in keep]
 
 
-def choose_split(paths: list[str], root: str, split: str) -> list[str]:
-    """Return the paths that belong to a split; with no split those of "train", or all if there are none."""
+def choose_split(paths: list[str], split: str) -> list[str]:
+    """Return the paths inside a data set that belong to a split; with no split those of "train", or all if
+    there are none."""
     pattern = re.compile(rf"(?:^|[/._-]){re.escape(split or 'train')}(?:[/._-]|$)")
-    chosen = [path for path in paths if pattern.search(path.removeprefix(root))]
+    chosen = [path for path in paths if pattern.search(path)]
     return chosen if chosen or split else paths
 
 
