@@ -100,8 +100,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def save_rows(path: Path, columns: DocumentColumns) -> None:
-    """Write the rows of `columns` as one .npy file."""
-    with atomic_write(path) as file:
+    """Write the rows of `columns` as one .npy file, into a folder that is not in place yet."""
+    with open(path, "wb") as file:
         np.save(file, columns.rows, allow_pickle=False)
 
 

@@ -62,7 +62,10 @@ class MDSWriter:
         Raises:
             DataError: a value does not fit its column, or the sample is 4 GiB or more.
         """
-        parts = encode_sample(self.columns, values)
+        return self.write_encoded(encode_sample(self.columns, values))
+
+    def write_encoded(self, parts: Sequence[bytes | memoryview]) -> tuple[int, int]:
+        """Append a sample that is encoded already; see `write` and `mds.encode_sample`."""
         size = sum(map(len, parts))
         if self._header_bytes(1) + size > MAX_SHARD_BYTES:
             raise DataError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from array import array
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,9 @@ ROW = np.dtype(
     ]
 )
 """One document: see `LengthTable`; mask_digest is BLAKE2b of the loss weights, 0 where all are 1."""
+
+_ROW = struct.Struct("<QQQQIIH")
+_TWO_SIZES, _THREE_SIZES = struct.Struct("<2I"), struct.Struct("<3I")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -104,7 +107,11 @@ class DocumentWriter:
 
     def add(self, ids: NDArray[Any], *, source: str, key: int, mask: NDArray[Any] | None = None) -> None:
         """Append a document; see `TokenStoreWriter.add`. Raises DataError when ids or mask do not fit."""
-        if not len(ids) or int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
+        if (
+            not len(ids)
+            or int(ids.max()) >= self.vocab_size
+            or (ids.dtype.kind != "u" and int(ids.min()) < 0)
+        ):
             raise DataError(
                 "token ids do not fit the store",
                 found=f"{len(ids)} ids" + (f" in {ids.min()}..{ids.max()}" if len(ids) else ""),
@@ -123,9 +130,7 @@ class DocumentWriter:
     def finish(self) -> DocumentColumns:
         """Write the last shard and the index."""
         self._writer.finish()
-        rows = np.zeros(len(self._tokens), ROW)
-        for name in ROW.names or ():
-            rows[name] = getattr(self, f"_{name}")
+        rows = np.frombuffer(self._rows, ROW)
         body_start = np.array(self._writer.body_starts or [0], np.uint64)[rows["shard"]]
         rows["offset"] += body_start
         if self._has_mask:
@@ -142,31 +147,33 @@ class DocumentWriter:
         if has_mask:
             columns.append(Column("mask", "ndarray:uint8"))
         self._writer = MDSWriter(self.folder, columns, size_limit=self._shard_bytes)
-        self._source, self._shard, self._tokens = array("H"), array("I"), array("I")
-        self._key, self._offset, self._mask_offset = array("Q"), array("Q"), array("Q")
-        self._mask_digest = array("Q")
+        self._rows = bytearray()
 
     def _append(self, ids: NDArray[Any], source: str, key: int, mask: NDArray[Any] | None) -> None:
-        values: dict[str, Any] = {"domain": source, "input_ids": ids, "length": len(ids)}
+        # What `mds.encode_sample` would make, without its 20 us: sizes of the columns that have none of their
+        # own (domain, input_ids, mask), then domain, input_ids, length, mask.
+        number, domain = self._sources[source], source.encode()
+        header = array_header(ids.shape)
+        values = np.ascontiguousarray(ids).view(np.uint8).data
+        size = len(header) + len(values)
+        length = len(ids).to_bytes(8, "little")
+        parts: list[bytes | memoryview]
         if self._has_mask:
-            values["mask"] = np.ones(len(ids), np.uint8) if mask is None else mask
-        shard, start = self._writer.write(values)
-        # In a sample: 2 or 3 sizes of 4 bytes, domain, array header, ids, 8 bytes of length, array header,
-        # mask.
-        header = len(array_header(ids.shape))
-        offset = start + 4 * (2 + self._has_mask) + len(source.encode()) + header
-        self._source.append(self._sources[source])
-        self._key.append(key)
-        self._shard.append(shard)
-        self._tokens.append(len(ids))
-        self._offset.append(offset)
-        self._mask_offset.append(offset + ids.nbytes + 8 + header if self._has_mask else 0)
+            weights = np.ones(len(ids), np.uint8) if mask is None else np.ascontiguousarray(mask)
+            sizes = _THREE_SIZES.pack(len(domain), size, len(header) + len(weights))
+            parts = [sizes + domain + header, values, length + header, weights.data]
+        else:
+            parts = [_TWO_SIZES.pack(len(domain), size) + domain + header, values, length]
+        shard, start = self._writer.write_encoded(parts)
+        offset = start + len(parts[0])
+        mask_offset = offset + len(values) + 8 + len(header) if self._has_mask else 0
         plain = mask is None or bool((mask == 1).all())
         digest = b"" if plain else hashlib.blake2b(np.ascontiguousarray(mask).data, digest_size=8).digest()
-        self._mask_digest.append(int.from_bytes(digest, "little"))
+        mask_digest = int.from_bytes(digest, "little")
+        self._rows += _ROW.pack(key, offset, mask_offset, mask_digest, shard, len(ids), number)
 
     def _rewrite_with_mask(self) -> None:
-        keys = self._key
+        keys = np.frombuffer(bytes(self._rows), ROW)["key"]
         self._writer.finish()
         aside = self.folder / "without-mask"
         aside.mkdir()
@@ -174,7 +181,7 @@ class DocumentWriter:
             os.replace(self.folder / file, aside / file)
         self._start(has_mask=True)
         for key, sample in zip(keys, MDSDirectory(aside)):
-            self._append(sample["input_ids"], sample["domain"], key, None)
+            self._append(sample["input_ids"], sample["domain"], int(key), None)
         shutil.rmtree(aside)
 
 
