@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from longspan.core.errors import ConfigError
 from longspan.core.records import read_jsonl
@@ -103,9 +104,9 @@ def test_killed_in_any_phase_it_goes_on_with_the_same_bits(tmp_path: Path) -> No
     # Wait for signs of each phase, then kill: corpus, tokenizer, stores, both trainings, evaluation.
     signs = ("corpus", "stores/text", "pretrain/metrics.jsonl", "extend/checkpoints", "records")
     for sign in signs:
-        process = subprocess.Popen(
-            [sys.executable, str(tmp_path / "go.py"), str(out)], env={**os.environ, "OMP_NUM_THREADS": "2"}
-        )
+        # The same bits need the same number of threads as the undisturbed run in this process.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        process = subprocess.Popen([sys.executable, str(tmp_path / "go.py"), str(out)], env=environment)
         while process.poll() is None and not (out / sign).exists():
             time.sleep(0.05)
         if process.poll() is None:
