@@ -140,13 +140,13 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
             train(config.pretrain, work / "pretrain", data_root=work)
     with run.phase("extend"):
         if not RunDir(work / "extend").is_complete:
-            train(_from_base(config.extend, work), work / "extend", data_root=work)
+            train(config.extend, work / "extend", data_root=work)
     variants = _variants(work, config)
     if config.ablate:
         for name, control in controls(config).items():
             with run.phase(name):
                 if not RunDir(work / name).is_complete:
-                    train(_from_base(control.train, work), work / name, data_root=work)
+                    train(control.train, work / name, data_root=work)
                 variants.append(
                     Variant(name, _last_model(work, name, control.train), None, note=control.note)
                 )
@@ -330,14 +330,6 @@ def _without_upsampling(long: StageConfig) -> dict[str, Any]:
         update={"mode": "none", "keep_short": None, "tokens": None, "max_repeat": 1}
     )
     return {**long.streams, "text": text.model_copy(update={"mixture": plain})}
-
-
-def _from_base(config: TrainConfig, work: Path) -> TrainConfig:
-    """Return a recipe whose model path, which is relative to the run, is made absolute."""
-    assert config.model.path is not None
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"path": str(work / config.model.path)})}
-    )
 
 
 def _last_model(work: Path, name: str, config: TrainConfig) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.records import read_jsonl
-from longspan.models.hf import build_model
+from longspan.models.hf import build_model, save_model
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, set_lr
 from longspan.train.streams import plan_stage
@@ -180,3 +180,15 @@ def test_a_rope_that_the_model_family_refuses_is_found_before_the_first_stage(
     with pytest.raises(ConfigError, match="longrope"):
         train(config(model={"hf_config": fields}, stages=values), tmp_path / "run", data_root=data_root)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_path_starts_where_stores_start(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It started in the working directory: a recipe that names a folder beside its stores found no model."""
+    fields = recipe()["model"]["hf_config"]
+    save_model(build_model(fields, seed=1), data_root / "models" / "base", replace=True)
+    monkeypatch.chdir(tmp_path)
+    settings = config(model={"path": "models/base"}, stages=stages(0)[:1])
+    result = train(settings, tmp_path / "run", data_root=data_root)
+    assert (result.models["short"] / "model.safetensors").exists()

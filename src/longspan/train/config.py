@@ -28,7 +28,7 @@ class ModelConfig(Config):
     """Where the weights come from: a pretrained model, or a configuration to start from scratch."""
 
     path: str | None = None
-    """Folder or hub name of a pretrained causal language model."""
+    """Folder, relative to the recipe's `data_root`, or hub name of a pretrained causal language model."""
     hf_config: dict[str, Any] | None = None
     """A transformers configuration, `model_type` included, for a model made from scratch."""
     init: Literal["default", "zero_residual"] = "default"

@@ -63,6 +63,7 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
         RunError: the disk is full.
     """
     # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
+    root = Path(data_root) / config.data_root
     plans = plan_run(config, data_root=Path(data_root))
     run = RunDir.create(out, config, seed=config.seed)
     fingerprint = config.fingerprint()
@@ -72,12 +73,10 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
     for index, plan in enumerate(plans):
         models[plan.stage.name] = run.path / "stages" / plan.stage.name
         if state is None or state.stage <= index:
-            state, seconds = _train_stage(config, plan, index, state, run, fingerprint, seconds)
+            state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds)
             if not models[plan.stage.name].exists():
-                model = _stage_model(config, plan.stage, state)
-                save_model(
-                    model, models[plan.stage.name], tokenizer=_tokenizer_folder(config, Path(data_root))
-                )
+                model = _stage_model(config, plan.stage, state, root)
+                save_model(model, models[plan.stage.name], tokenizer=_tokenizer_folder(config, root))
     assert state is not None
     run.mark_complete()
     return TrainResult(models, state.step, state.tokens)
@@ -87,7 +86,7 @@ def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
     """Check the model with every stage's RoPE and plan its data; nothing is trained or written."""
     root = data_root / config.data_root
     for stage in config.stages:
-        check_model(config.model.hf_config or str(config.model.path), rope=_rope_at(config, stage))
+        check_model(config.model.hf_config or _model_path(config, root), rope=_rope_at(config, stage))
     return [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
 
 
@@ -97,13 +96,14 @@ def _train_stage(
     index: int,
     state: TrainState | None,
     run: RunDir,
+    root: Path,
     fingerprint: str,
     seconds: float,
 ) -> tuple[TrainState, float]:
     """Run the steps of one stage that `state` has not done; return the state at its end and seconds so far."""
     stage, log = plan.stage, get_logger("train")
     resumed = state is not None and state.stage == index
-    model = _stage_model(config, stage, state)
+    model = _stage_model(config, stage, state, root)
     optimizers = build_optimizers(model, config.optimizer)
     if state is not None and (resumed or stage.optimizer_state == "carry"):
         load_optimizer_tensors(optimizers, state.optimizer)
@@ -212,13 +212,14 @@ def train_step(
     )
 
 
-def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | None) -> nn.Module:
+def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | None, root: Path) -> nn.Module:
     """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
     dtype = getattr(torch, config.model.dtype)
     rope = _rope_at(config, stage)
     context = max(s.context_length for s in config.stages[: config.stages.index(stage) + 1])
     if config.model.path is not None:
-        model = load_model(config.model.path, rope=rope, max_position_embeddings=context, dtype=dtype)
+        path = _model_path(config, root)
+        model = load_model(path, rope=rope, max_position_embeddings=context, dtype=dtype)
     else:
         assert config.model.hf_config is not None
         settings = {**config.model.hf_config, "dtype": config.model.dtype}
@@ -230,10 +231,17 @@ def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | No
     return model.to(device).train()
 
 
-def _tokenizer_folder(config: TrainConfig, data_root: Path) -> Path | None:
+def _model_path(config: TrainConfig, root: Path) -> str:
+    """Return the model's folder below `root`, else the path as it is: a hub name, or from the working directory."""
+    assert config.model.path is not None
+    folder = root / config.model.path
+    return str(folder) if folder.is_dir() else config.model.path
+
+
+def _tokenizer_folder(config: TrainConfig, root: Path) -> Path | None:
     if config.tokenizer is not None:
-        return data_root / config.data_root / config.tokenizer
-    return Path(config.model.path) if config.model.path is not None else None
+        return root / config.tokenizer
+    return Path(_model_path(config, root)) if config.model.path is not None else None
 
 
 def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
