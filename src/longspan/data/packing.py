@@ -38,7 +38,7 @@ from longspan.data.lengths import Length, LengthTable
 KIND = "pack-plan"
 PAD_DOCUMENT = 2**32 - 1
 """Document number of a span of padding."""
-BLOCK = 2**22
+BLOCK = 2**20
 """Documents worked on at a time; it bounds memory and has no influence on the plan."""
 ROW_BLOCK = 2**18
 """Rows moved at a time while shuffling; bounds memory only."""
