@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from longspan.core.errors import ArgumentError, DataError, MissingDependencyError
 from longspan.data.readers import Fields, ReadReport, list_inputs, plan_parts, read_documents, read_part
@@ -155,6 +157,45 @@ def test_several_inputs_and_addresses(tmp_path: Path, write_jsonl: Write) -> Non
     memory.pipe_file("/bad.jsonl", b'{"text": "1"}\n{broken\n')
     with pytest.raises(DataError, match=r"memory:///bad\.jsonl:2: not valid JSON"):
         texts("memory://bad.jsonl", strict=True)
+
+
+def test_files_that_are_read_by_ranges(tmp_path: Path) -> None:
+    """Guards against the files of S3, GCS and the hub, which are no ordinary streams, being unreadable."""
+
+    class Ranged(AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return self.fs.cat_file(self.path, start, end)
+
+    class Store(MemoryFileSystem):
+        protocol = "ranged"
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return MemoryFileSystem._strip_protocol(path.replace("ranged://", "memory://"))
+
+        def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+            return Ranged(self, path, mode, block_size=100, size=self.info(path)["size"])
+
+    fsspec.register_implementation("ranged", Store, clobber=True)
+    lines = b"".join(json.dumps({"text": f"{number} " * 30}).encode() + b"\n" for number in range(20))
+    table = pa.table({"text": [f"{number} " * 30 for number in range(20)]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    write_arrow(tmp_path / "s.arrow", *table["text"].to_pylist())
+    memory = fsspec.filesystem("memory")
+    for name, content in {
+        "a.jsonl": lines,
+        "b.jsonl.gz": gzip.compress(lines),
+        "c.jsonl.zst": zstandard.ZstdCompressor().compress(lines),
+        "d.parquet": (tmp_path / "t.parquet").read_bytes(),
+        "e.arrow": (tmp_path / "s.arrow").read_bytes(),
+        "f.csv": b"text\n" + b"".join(b"%d\n" % number for number in range(20)),
+    }.items():
+        memory.pipe_file(f"/ranged/{name}", content)
+        report = ReadReport()
+        parts = plan_parts(list_inputs([f"ranged://ranged/{name}"], report=report), part_bytes=500)
+        found = [d.text.split()[0] for part in parts for d in read_part(part, Fields(), report=report)]
+        assert found == [str(number) for number in range(20)], name
 
 
 @pytest.fixture

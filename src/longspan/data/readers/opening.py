@@ -188,6 +188,10 @@ def open_input(path: str) -> Iterator[IO[bytes]]:
 def open_raw(path: str) -> Any:
     """Open the bytes of a local or remote file as they are on disk."""
     if is_remote(path):
+        from fsspec.spec import AbstractBufferedFile
+
         filesystem, inside = remote_filesystem(path)
-        return filesystem.open(inside, "rb")
+        stream = filesystem.open(inside, "rb")
+        # These files read ahead, but have no readline with a limit.
+        return io.BufferedReader(stream, BUFFER_BYTES) if isinstance(stream, AbstractBufferedFile) else stream
     return open(path, "rb", buffering=BUFFER_BYTES)
