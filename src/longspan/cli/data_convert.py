@@ -67,7 +67,7 @@ def split(
     """Split a store by document; the same document always goes to the same part."""
     from longspan.data.stores import split_store
 
-    parts = split_store(store, parse_weights(out.split(",")))
+    parts = split_store(store, parse_weights(out.split(","), form="--out STORE=SHARE,..."))
     _show({name: part.lengths for name, part in parts.items()}, as_json)
 
 

@@ -84,22 +84,21 @@ def decode(tokenizer: Tokenizer | None, ids: np.ndarray) -> str | None:
     return None if tokenizer is None else tokenizer.decode(ids.tolist())
 
 
-def parse_weights(given: Sequence[str]) -> dict[str, float]:
-    """Parse SOURCE=WEIGHT. Raises ArgumentError for what is not written so."""
+def parse_weights(given: Sequence[str], *, form: str = "--weight SOURCE=WEIGHT") -> dict[str, float]:
+    """Parse NAME=NUMBER. Raises ArgumentError, showing `form`, for what is not written so."""
     from longspan.core.errors import ArgumentError
 
     weights: dict[str, float] = {}
     for item in given:
         # The last "=" separates: the name of a source is free text.
-        source, _, number = item.rpartition("=")
+        name, _, number = item.rpartition("=")
         try:
-            weights[source] = float(number)
+            weights[name] = float(number)
         except ValueError:
-            source = ""
-        if not source:
-            raise ArgumentError(
-                "--weight is written SOURCE=WEIGHT", found=repr(item), allowed="such as books=0.5"
-            )
+            name = ""
+        if not name:
+            option, _, shape = form.partition(" ")
+            raise ArgumentError(f"{option} is written {shape}", found=repr(item), allowed="such as books=0.5")
     return weights
 
 

@@ -1,0 +1,103 @@
+"""Mixing, packing and looking from the command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longspan.data.packed_stores import PackedRows
+from longspan.data.store import TokenStore
+
+
+def test_stores_are_mixed_as_prolong_writes_it(longspan, store: Path) -> None:
+    """STORE@SHARE and STORE#USES; a store may be named twice."""
+    tokens = TokenStore(store).num_tokens
+    found = json.loads(longspan("data mix store#2 --out twice --json").out)
+    assert found["tokens"] == 2 * tokens
+    found = json.loads(longspan("data mix store@0.25 store@0.75 --tokens 4000 --out mixed --json").out)
+    assert found["sources"]["1"]["requested"] == 3000
+    assert set(found["lengths"]) == {"before", "after"}
+    outcome = longspan("data mix store@0.25 store --out mixed")
+    assert outcome.code == 2 and "every stream has a share" in outcome.err
+    outcome = longspan("data mix store@1 --mode global --out mixed")
+    assert outcome.code == 2 and "--mode" in outcome.err
+
+
+def test_a_preset_names_what_the_data_lacks(longspan, store: Path) -> None:
+    """The shares of ten sources mean nothing for a corpus of one."""
+    outcome = longspan("data mix store --preset prolong-64k --out mixed")
+    assert outcome.code == 2 and "no code-repo" in outcome.err
+    outcome = longspan("data mix store --preset prolong --out mixed")
+    assert outcome.code == 2 and "prolong-64k" in outcome.err
+
+
+def test_before_and_after_are_shown_and_drawn(longspan, store: Path) -> None:
+    """What mixing did to the lengths is the point of mixing."""
+    outcome = longspan("data mix store --mode global --keep-short 0.2 --threshold 2k --out m --plot mix.png")
+    assert outcome.code == 0, outcome.err
+    assert "lengths in tokens: before" in outcome.out and "lengths in tokens: after mixing" in outcome.out
+    assert Path("mix.png").read_bytes().startswith(b"\x89PNG")
+    assert longspan("data lengths store --plot lengths.png").code == 0
+    assert Path("lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_packing_says_where_every_token_went(longspan, store: Path) -> None:
+    """In = packed + dropped + left over, in one line that can be checked by eye."""
+    outcome = longspan("data pack store --length 4096 --min-length 4k --min-tail 512 --out rows")
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("tokens: ")]
+    total, parts = line.removeprefix("tokens: ").split(" in = ")
+    counts = [int(part.split()[0].replace(",", "")) for part in parts.split(" + ")]
+    assert int(total.replace(",", "")) == sum(counts) == TokenStore(store).num_tokens
+    assert "short" in line and "tail" in line and "left over" in line
+
+
+def test_splitting_into_lengths_makes_a_plan_each(longspan, store: Path) -> None:
+    """Plans and rows of each length stand under its name."""
+    command = (
+        "data pack store --length 1024 --strategy split --split-lengths 1k,256 --out p --materialize r --json"
+    )
+    outcome = longspan(command)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert [Path(each["plan"]).name for each in found] == ["1024-1024", "256-1024"]
+    packed = sum(each["tokens_packed"] + each["dropped"]["remainder"] for each in found)
+    assert packed + found[0]["dropped"]["tail"] == TokenStore(store).num_tokens
+    assert PackedRows("r/256-1024").num_rows == found[1]["rows"]
+
+
+def test_rows_are_written_and_looked_at(longspan, store: Path) -> None:
+    """A plan, its rows for other tools, and a row with the borders of its documents."""
+    options = "--length 512 --specials both --overlap 16 --mos bos --remainder pad"
+    outcome = longspan(
+        f"data pack store {options} --out rows --materialize chunks --format jsonl --workers 1"
+    )
+    assert outcome.code == 0, outcome.err
+    for place in ("rows", "chunks"):
+        outcome = longspan(f"data peek {place} --index 3 --tokenizer tokenizer")
+        assert outcome.code == 0, outcome.err
+        assert "--- 0.." in outcome.out or " 0.." in outcome.out
+        assert "document" in outcome.out
+    shown = json.loads(longspan("data peek rows --index 3 --tokenizer tokenizer --json").out)
+    assert sum(span["tokens"] for span in shown["spans"]) == 512
+    outcome = longspan("data pack store --length 512 --mos sep --out other")
+    assert outcome.code == 2 and "--mos" in outcome.err
+
+
+def test_damage_is_an_exit_code(longspan, store: Path) -> None:
+    """A script must be able to tell a whole store from a damaged one."""
+    assert longspan("data verify store").code == 0
+    shard = store / "shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    outcome = longspan("data verify store")
+    assert outcome.code == 2 and "problem: shard.00000.mds has" in outcome.out
+    found = json.loads(longspan("data verify store --json").out)
+    assert found["is_whole"] is False and len(found["problems"]) == 1
+
+
+@pytest.mark.parametrize("out", ["train", "train=x", "=0.5"])
+def test_a_split_that_is_not_written_right(longspan, store: Path, out: str) -> None:
+    """The message shows the form of this option, not of another."""
+    outcome = longspan(["data", "split", "store", "--out", out])
+    assert outcome.code == 2 and "--out is written STORE=SHARE" in outcome.err
