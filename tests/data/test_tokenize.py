@@ -338,7 +338,7 @@ def test_long_document(
     path = write_jsonl("long.jsonl", {"text": text}, {"text": text, "loss_weights": spans})
     whole = tokenize_corpus([path], tokenizer, tmp_path / "whole")
     monkeypatch.setattr(engine, "PIECE_CHARACTERS", {"gigatoken": 100, "hf": 64})
-    monkeypatch.setattr(encode, "HASH_BLOCK", 77)
+    monkeypatch.setattr(encode, "LONG_CHARACTERS", 77)
     assert files_of(tokenize_corpus([path], tokenizer, tmp_path / "cut").path) == files_of(whole.path)
 
 

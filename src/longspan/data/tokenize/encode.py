@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longspan.data.readers import Document, Fields, Grouping, ReadReport, read_grouped, read_part
 from longspan.data.readers.base import SkippedRecordError
+from longspan.data.store.documents import token_dtype
 from longspan.data.tokenize.pieces import PIECE, PieceSummary, PieceWriter, piece_folder, read_summary
 from longspan.data.tokenize.sampling import Sampling, SourceCounts, add_counts
 from longspan.data.tokenize.units import Unit, file_identity
@@ -21,7 +22,7 @@ from longspan.data.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from longspan.data.chat import ChatFormat
 
-HASH_BLOCK = 1 << 22
+LONG_CHARACTERS = 1 << 22
 
 
 class PieceJob(NamedTuple):
@@ -99,6 +100,7 @@ class _Encoder:
         self.report = ReadReport()
         self.seen: dict[str, SourceCounts] = {}
         self._job, self._tokenizer = job, job.tokenizer
+        self._dtype = token_dtype(job.tokenizer.vocab_size)
         self._chat = None if job.chat_template is None else _chat(job.tokenizer, job.chat_template)
 
     def encode(self, document: Document, writer: PieceWriter) -> None:
@@ -126,11 +128,15 @@ class _Encoder:
         self.report.documents -= 1
         self.report.skip(kind, document.place, reason)
 
-    def _ids_and_mask(self, document: Document) -> tuple[NDArray[np.uint32], NDArray[np.uint8] | None]:
+    def _ids_and_mask(self, document: Document) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
         if self._chat is not None:
             return _encode_chat(self._chat, document, strict=self._job.strict)
         if document.weights is None:
-            return self._tokenizer.encode(document.text), None
+            if len(document.text) <= LONG_CHARACTERS:
+                return self._tokenizer.encode(document.text), None
+            # In the dtype of the store at once: half of the memory where that is uint16.
+            parts = [ids.astype(self._dtype) for ids in self._tokenizer.encode_pieces(document.text)]
+            return np.concatenate(parts), None
         ids, starts, ends = self._tokenizer.encode_with_offsets(document.text)
         return ids, token_weights(document.weights, starts, ends, num_characters=len(document.text))
 
@@ -138,13 +144,13 @@ class _Encoder:
 def _key_and_size(document: Document) -> tuple[int, int]:
     """Return the key and the bytes of the text; a long text is not copied as a whole."""
     text = document.text
-    if len(text) <= HASH_BLOCK:
+    if len(text) <= LONG_CHARACTERS:
         data = text.encode()
         return document_key(document.source, data), len(data)
     digest = hashlib.blake2b(document.source.encode() + b"\0", digest_size=8)
     size = 0
-    for start in range(0, len(text), HASH_BLOCK):
-        data = text[start : start + HASH_BLOCK].encode()
+    for start in range(0, len(text), LONG_CHARACTERS):
+        data = text[start : start + LONG_CHARACTERS].encode()
         digest.update(data)
         size += len(data)
     return int.from_bytes(digest.digest(), "little"), size

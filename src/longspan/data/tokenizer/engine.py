@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -95,10 +95,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> NDArray[np.uint32]:
         """Return the ids of a text [tokens]."""
+        parts = list(self.encode_pieces(text))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def encode_pieces(self, text: str) -> Iterator[NDArray[np.uint32]]:
+        """Yield the ids of a text piece by piece, at least one, so that not all need be held as uint32."""
         characters = PIECE_CHARACTERS[self.backend]
         if len(text) <= characters or self._cuts is None:
-            return self._encode(text)
-        return np.concatenate([self._encode(piece) for _, piece in self._cuts.pieces(text, characters)])
+            yield self._encode(text)
+        else:
+            for _, piece in self._cuts.pieces(text, characters):
+                yield self._encode(piece)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Return the ids of each text, on the calling thread."""
