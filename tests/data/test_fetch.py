@@ -116,6 +116,9 @@ def test_everything_below_an_address(tmp_path: Path, flaky: type[Flaky]) -> None
     assert (again.files, again.fetched_files, again.fetched_bytes) == (4, 0, 0)
     manifest = json.loads((tmp_path / "out" / module.MANIFEST).read_text())
     assert manifest["source"] == "flaky://set" and len(manifest["files"]) == 4
+    # On a web server a folder is known by its slash alone.
+    assert fetch("flaky://set/data/", tmp_path / "slash").files == 3
+    assert "train-00000-of-00002.jsonl" in contents(tmp_path / "slash")
     one = fetch("flaky://set/README.md", tmp_path / "one")
     assert one.files == 1 and contents(tmp_path / "one") == {"README.md": b"about"}
 

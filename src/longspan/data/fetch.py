@@ -131,11 +131,20 @@ def list_remote(
         given = source if is_remote(source) else Path(source).absolute().as_uri()
         filesystem, root = remote_filesystem(given, **dict(storage_options or {}))
     with listing(source):
-        top = filesystem.info(root)
-        infos = [top] if top["type"] == "file" else list(filesystem.find(root, detail=True).values())
+        # A web server does not say what is a folder: there it is what ends in a slash.
+        folder = source.endswith("/")
+        top = {"name": root, "type": "directory"} if folder else filesystem.info(root)
+        single = top["type"] == "file"
+        infos = [top] if single else list(filesystem.find(root, detail=True).values())
     root = top["name"].rstrip("/")
-    base = root.rpartition("/")[0] if top["type"] == "file" else root
-    files = [_remote_file(info, base) for info in infos if info["type"] == "file"]
+    base = (root.rpartition("/")[0] if single else root) + "/"
+    # A page may link to other places, and to itself in another order ("?C=N").
+    infos = [info for info in infos if info["type"] == "file" and str(info["name"]).startswith(base)]
+    infos = [info for info in infos if "?" not in info["name"].removeprefix(base)]
+    with listing(source):
+        # Of what a page links to, nothing is known yet.
+        infos = [info if info.get("size") is not None else filesystem.info(info["name"]) for info in infos]
+    files = [_remote_file(info, base) for info in infos]
     files = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
     if split:
         chosen = set(choose_split([file.name for file in files], split))

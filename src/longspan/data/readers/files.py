@@ -131,20 +131,23 @@ def _expand_local(given: str) -> Iterator[Entry]:
 def _expand_remote(given: str) -> Iterator[Entry]:
     filesystem, path = remote_filesystem(given)
     with listing(given):
-        infos = (
-            filesystem.glob(path, detail=True).values() if glob.has_magic(path) else [filesystem.info(path)]
-        )
+        if glob.has_magic(path):
+            infos = list(filesystem.glob(path, detail=True).values())
+        elif given.endswith("/"):
+            # A web server does not say what is a folder: there it is what ends in a slash.
+            infos = [{"name": path, "type": "directory"}]
+        else:
+            infos = [filesystem.info(path)]
         for info in infos:
-            address = filesystem.unstrip_protocol(info["name"])
+            address = filesystem.unstrip_protocol(info["name"]).rstrip("/")
             if info["type"] != "directory":
                 yield Entry(address, int(info.get("size") or 0))
                 continue
             for inner in filesystem.find(info["name"], detail=True).values():
-                entry = Entry(
-                    filesystem.unstrip_protocol(inner["name"]), int(inner.get("size") or 0), address
-                )
-                if not _is_hidden(entry.path, address):
-                    yield entry
+                name = filesystem.unstrip_protocol(inner["name"])
+                # A page may link to other places, and to itself in another order ("?C=N").
+                if name.startswith(address + "/") and "?" not in name and not _is_hidden(name, address):
+                    yield Entry(name, int(inner.get("size") or 0), address)
 
 
 def _is_hidden(path: str, root: str) -> bool:
