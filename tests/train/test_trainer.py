@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.records import read_jsonl
+from longspan.data.tokenize import tokenize_corpus
+from longspan.data.tokenizer import train_bpe
 from longspan.models.hf import build_model, save_model
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, set_lr
@@ -192,3 +195,37 @@ def test_a_model_path_starts_where_stores_start(
     settings = config(model={"path": "models/base"}, stages=stages(0)[:1])
     result = train(settings, tmp_path / "run", data_root=data_root)
     assert (result.models["short"] / "model.safetensors").exists()
+
+
+def test_a_model_with_too_small_a_vocabulary_is_named(data_root: Path, tmp_path: Path) -> None:
+    """The embedding's IndexError reached the user as a traceback."""
+    fields = {**recipe()["model"]["hf_config"], "vocab_size": 200}
+    with pytest.raises(DataError, match=r"(?s)outside the model's vocabulary.*0 to 199"):
+        train(config(model={"hf_config": fields}), tmp_path / "run", data_root=data_root)
+
+
+def test_stores_of_different_tokenizers_are_not_mixed(data_root: Path, tmp_path: Path) -> None:
+    """The same id is another word in the other store: the model learnt from noise without a word."""
+    other = train_bpe(["one two three"], tmp_path / "tokenizer", vocab_size=270)
+    tokenize_corpus([str(data_root / "plain.jsonl")], other, tmp_path / "other", source_field="source")
+    streams = {"text": {"store": "plain"}, "other": {"store": str(tmp_path / "other")}}
+    with pytest.raises(DataError, match="different tokenizers"):
+        plan_run(config(stages=stages(0, streams=streams)), data_root=data_root)
+
+
+def test_a_misspelt_tokenizer_is_found_before_the_first_step(data_root: Path) -> None:
+    """Model folders were written without a tokenizer, and no word was said."""
+    with pytest.raises(ConfigError, match=r"(?s)not a folder.*tokeniser"):
+        plan_run(config(tokenizer="tokeniser"), data_root=data_root)
+
+
+def test_a_tokenizer_that_did_not_make_the_stores_is_told(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The exported folder would encode text into ids that the model never learnt."""
+    train_bpe(["one two three"], tmp_path / "tokenizer", vocab_size=270)
+    monkeypatch.setattr(logging.getLogger("longspan"), "propagate", True)
+    plan_run(config(tokenizer="tokenizer"), data_root=data_root)
+    assert "is not the one that made" not in caplog.text
+    plan_run(config(tokenizer=str(tmp_path / "tokenizer")), data_root=data_root)
+    assert "is not the one that made the token stores" in caplog.text

@@ -24,6 +24,8 @@ class StagePlan(NamedTuple):
     packings: dict[str, PackPlan]
     rows_needed: dict[str, int]
     """Rows that each stream will give."""
+    tokenizers: dict[str, Path]
+    """Fingerprint of each tokenizer that made the stores, and one of its stores."""
 
 
 def plan_stage(stage: StageConfig, *, data_root: Path, seed: int) -> StagePlan:
@@ -36,8 +38,11 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int) -> StagePlan:
     mixtures: dict[str, MixturePlan] = {}
     packings: dict[str, PackPlan] = {}
     loaders: dict[str, tuple[RowLoader, float]] = {}
+    tokenizers: dict[str, Path] = {}
     for name, stream in stage.streams.items():
         stores = [TokenStore(data_root / path) for path in _paths(stream)]
+        for store in stores:
+            tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store.path)
         lengths = LengthTable.concatenate([store.lengths for store in stores])
         mixtures[name] = plan_mixture(stream.mixture, lengths, seed)
         spec = PackSpec(
@@ -69,7 +74,7 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int) -> StagePlan:
                 allowed=f"{stage.max_epochs} epochs (max_epochs)",
                 fix="lower the stage's tokens, add data, or raise max_epochs",
             )
-    return StagePlan(stage, mixer, mixtures, packings, needed)
+    return StagePlan(stage, mixer, mixtures, packings, needed, tokenizers)
 
 
 def _paths(stream: StreamConfig) -> Sequence[str]:

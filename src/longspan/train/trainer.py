@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from longspan.core.errors import DataError
+from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import atomic_write
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
@@ -24,6 +24,7 @@ from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
+from longspan.data.tokenizer import load_tokenizer
 from longspan.models.hf import (
     build_model,
     check_model,
@@ -87,7 +88,29 @@ def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
     root = data_root / config.data_root
     for stage in config.stages:
         check_model(config.model.hf_config or _model_path(config, root), rope=_rope_at(config, stage))
-    return [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
+    plans = [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
+    _check_tokenizers(config, plans, root)
+    return plans
+
+
+def _check_tokenizers(config: TrainConfig, plans: Sequence[StagePlan], root: Path) -> None:
+    """Refuse ids that mean different words in different stores, and a model folder without its tokenizer."""
+    made_by = {name: store for plan in plans for name, store in plan.tokenizers.items()}
+    if len(made_by) > 1:
+        raise DataError(
+            "the token stores were made with different tokenizers",
+            found="; ".join(f"{store}: {name}" for name, store in made_by.items()),
+            fix="tokenize all of them with the model's tokenizer",
+        )
+    if config.tokenizer is None:
+        return
+    if not (root / config.tokenizer).is_dir():
+        raise ConfigError("the tokenizer of the recipe is not a folder", found=str(root / config.tokenizer))
+    if load_tokenizer(root / config.tokenizer, backend="hf").fingerprint not in made_by:
+        get_logger("train").warning(
+            "the tokenizer in %s, which goes into the model folders, is not the one that made the token stores",
+            root / config.tokenizer,
+        )
 
 
 def _train_stage(
@@ -184,6 +207,7 @@ def train_step(
     """
     weight = total_weight(rows)
     device = next(model.parameters()).device
+    _check_ids(model, rows)
     breakdown = LossBreakdown()
     loss_sum = 0.0
     for start in range(0, len(rows), rows_per_micro_batch):
@@ -210,6 +234,19 @@ def train_step(
         loss_by_position=breakdown.by_position() if finite else {},
         tokens=sum(len(row.input_ids) for row in rows),
     )
+
+
+def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
+    """Refuse ids without an embedding, of which torch says no more than that an index is out of range."""
+    known = lm_head_weight(model).shape[0]
+    highest = max(int(row.input_ids.max()) for row in rows)
+    if highest >= known:
+        raise DataError(
+            "a token of the data lies outside the model's vocabulary",
+            found=f"token id {highest}",
+            allowed=f"0 to {known - 1}",
+            fix="tokenize the data with the model's tokenizer",
+        )
 
 
 def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | None, root: Path) -> nn.Module:
