@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, DataError, RunError
+from longspan.data.chat import ChatFormat
 from longspan.data.executor import ArrayJob, LocalExecutor
 from longspan.data.tokenize import CorpusJob, document_key, encode, token_weights, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module
@@ -279,6 +280,7 @@ def test_jobs_of_an_array_make_the_same_store(
 RAY = """
 import sys
 from longspan.data import load_tokenizer, tokenize_corpus
+from longspan.data.chat import ChatFormat
 from longspan.data.executor import RayExecutor
 from longspan.data.tokenize import units
 
@@ -374,6 +376,55 @@ def test_token_weights_against_a_plain_loop(spans: list[tuple[int, int, int]], c
         held = [[w for a, b, w in spans if a <= character < b] for character in range(start, end)]
         expected.append(next((weights[-1] for weights in held if weights), 1))
     assert token_weights(spans, starts, ends, num_characters=8).tolist() == expected
+
+
+def test_conversations(
+    write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against user turns being trained, and against one bad conversation ending a run."""
+    template = (
+        "{% for m in messages %}{{ bos_token if m.role == 'user' else '' }}"
+        "{{ m.content }}{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+    )
+    chat = ChatFormat(tokenizer, template)
+    turns = [
+        {"role": "user", "content": "a long book"},
+        {"role": "assistant", "content": "the river <|eos|>"},
+    ]
+    bad = [{"role": "nobody", "content": "x"}]
+    path = write_jsonl(
+        "chat.jsonl", {"messages": turns}, {"messages": bad}, *({"messages": turns + turns},) * 9
+    )
+    store = tokenize_corpus([path], tokenizer, tmp_path / "out", chat=chat)
+    wanted = chat.encode(turns)
+    mask = store.mask(0)
+    assert mask is not None and mask.tolist() == wanted.mask.tolist()
+    assert store.tokens(0).tolist() == wanted.ids.tolist()
+    assert tokenizer.decode(store.tokens(0)[mask == 1]) == " the river <|eos|><|eos|>"
+    assert (len(store), store.manifest.counts["broken_records"]) == (10, 1)
+    monkeypatch.setattr(units, "UNIT_BYTES", 300)
+    two = tokenize_corpus([path], tokenizer, tmp_path / "two", chat=chat, num_workers=2)
+    assert two.fingerprint == store.fingerprint
+    with pytest.raises(DataError, match="nobody"):
+        tokenize_corpus([path], tokenizer, tmp_path / "strict", chat=chat, strict=True)
+    with pytest.raises(DataError, match="other chat"):
+        tokenize_corpus([path], tokenizer, tmp_path / "out", chat=ChatFormat(tokenizer, "{# #}" + template))
+    with pytest.raises(ArgumentError, match="chat format"):
+        tokenize_corpus([path], tokenizer, tmp_path / "out", messages_field="messages")
+
+
+def test_groups(texts: list[str], write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Guards against files of one repository staying apart, and against their order depending on files."""
+    rows = [{"text": texts[number], "repo": f"r{number % 3}", "at": -number} for number in range(12)]
+    write_jsonl("code/a.jsonl", *rows[:7])
+    folder = write_jsonl("code/b.jsonl", *rows[7:]).parent
+    store = tokenize_corpus([folder], tokenizer, tmp_path / "out", group_by="repo", order_by="at")
+    found = {tokenizer.decode(store.tokens(number)) for number in range(len(store))}
+    assert found == {"\n\n".join(texts[number] for number in (9 + r, 6 + r, 3 + r, r)) for r in range(3)}
+    with pytest.raises(DataError, match="other group_by"):
+        tokenize_corpus([folder], tokenizer, tmp_path / "out")
+    with pytest.raises(ArgumentError, match="--group-by"):
+        tokenize_corpus([folder], tokenizer, tmp_path / "out", order_by="at")
 
 
 def test_documents_without_tokens_are_counted(

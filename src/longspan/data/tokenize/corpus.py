@@ -447,7 +447,7 @@ def _is_done(out: Path, config: Any) -> bool:
         )
     found, wanted = read_manifest(out).config, config()
     if found != wanted:
-        names = [name for name in wanted if found.get(name) != wanted[name]]
+        names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
         raise DataError(
             f"{out} is a token store made otherwise",
             found=f"other {', '.join(names) or 'settings'}",

@@ -72,7 +72,9 @@ class Workspace:
             begun = read_json(plan)
             if begun != self.config:
                 known = begun if isinstance(begun, dict) else {}
-                names = [name for name in self.config if known.get(name) != self.config[name]]
+                names = [
+                    name for name in {**self.config, **known} if known.get(name) != self.config.get(name)
+                ]
                 raise DataError(
                     f"{self.folder} holds unfinished work made otherwise",
                     found=f"other {', '.join(names) or 'settings'}",

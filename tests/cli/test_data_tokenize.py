@@ -1,0 +1,82 @@
+"""`longspan data tokenize`: jobs, sampling and the file for Slurm."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+RUN = "data tokenize texts --tokenizer tokenizer"
+
+
+def test_jobs_share_the_work(longspan, store, tmp_path, monkeypatch):
+    """The last of the jobs makes the store, and it is the one that a single job makes."""
+    from longspan.data.store import TokenStore
+    from longspan.data.tokenize import units
+
+    monkeypatch.setattr(units, "UNIT_BYTES", 50_000)
+    single = longspan(f"{RUN} --out single --json")
+    first = longspan(f"{RUN} --out shared --num-jobs 2 --job-id 1")
+    assert first.code == 0 and "pieces are still missing" in first.out
+    early = longspan(f"{RUN} --out shared --merge-only")
+    assert early.code == 2 and "pieces are missing" in early.err
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
+    last = longspan(f"{RUN} --out shared --executor slurm --json")
+    assert last.code == 0, last.err
+    assert json.loads(last.out)["sources"] == json.loads(single.out)["sources"]
+    assert (
+        TokenStore("shared").fingerprint == TokenStore("single").fingerprint == TokenStore(store).fingerprint
+    )
+
+
+def test_sbatch_file(longspan, store):
+    """The printed file runs this very command, as a job of an array."""
+    outcome = longspan(f"{RUN} --out 'a b' --num-jobs 8 --workers 4 --print-sbatch")
+    assert outcome.code == 0 and "#SBATCH --array=0-7" in outcome.out
+    command = shlex.split(outcome.out.splitlines()[-1])
+    assert command == [
+        "srun",
+        "longspan",
+        *shlex.split(RUN),
+        "--out",
+        "a b",
+        "--workers",
+        "4",
+        "--executor",
+        "slurm",
+    ]
+    assert longspan(f"{RUN} --out x --print-sbatch").code == 2
+
+
+def test_sample_and_exact_mixture(longspan, store):
+    """The command line that a sample prints makes the mixture that was asked for."""
+    spec = "mode=per_source,keep_short=0.5,threshold=2k"
+    outcome = longspan(f"{RUN} --out sample --mix {spec} --tokens 20k --seed 3")
+    assert outcome.code == 0, outcome.err
+    line = next(line for line in outcome.out.splitlines() if "data mix" in line)
+    mixed = longspan(line[line.index("data mix") :] + " --json")
+    assert mixed.code == 0, mixed.err
+    assert json.loads(mixed.out)["tokens"] >= 20_000
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ("--num-jobs 3", "--job-id"),
+        ("--executor slurm", "not a job of a Slurm array"),
+        ("--num-jobs 3 --job-id 3", "no such job"),
+        ("--tokens 5B", "only with --mix"),
+        ("--mix mode=per_source", "number of tokens"),
+        ("--mix mode=nothing --tokens 5", "mode"),
+        ("--mix mode=repeat,weights.texts=2 --tokens 5", "--mix"),
+        ("--order-by at", "--group-by"),
+        ("--tokenizer tokenizer/none.model", "none.model"),
+    ],
+)
+def test_options_that_do_not_fit(longspan, store, options, words):
+    """A setting without an effect, or one that cannot be, is one message."""
+    outcome = longspan(f"{RUN} --out other {options}")
+    assert outcome.code == 2 and words in outcome.err, outcome.err
