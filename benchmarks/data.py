@@ -1,8 +1,8 @@
 """Speed and memory of the data engine, beside other tools: text to rows, packing anew, memory, cores.
 
-    python benchmarks/data.py --peers peers/bin/python            everything in data.md, about 25 minutes
+    python benchmarks/data.py --peers peers/bin/python            everything in data.md, about 20 minutes
     python benchmarks/data.py --only repack,best_fit              some parts; without --peers only our side
-    python benchmarks/data.py --peers peers/bin/python --full     also 4 GB of input and 100 million documents
+    python benchmarks/data.py --peers peers/bin/python --full     also 4 GB of input
 
 Every process is pinned to one core and libraries to one thread. Headline figures are tokens per CPU-second of a
 command and its children, net of start-up and imports; the gross figure stands beside it. Runs of all tools take
@@ -28,7 +28,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ from data_corpus import SOURCES
 from data_measure import (
     Command,
     Failed,
+    Numbers,
     Usage,
+    ask,
     finish,
     import_only,
     list_imports,
@@ -45,6 +47,7 @@ from data_measure import (
     median,
     run,
     start,
+    total,
 )
 from data_tables import render
 
@@ -52,7 +55,7 @@ HERE = Path(__file__).parent
 ROW = 65536
 OTHER_ROW = 32768
 COPIES = 4
-Numbers = dict[str, Any]
+SMALLEST_DIFFERENCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,6 @@ class Setup:
     scaling_megabytes: float
     spin: int
     best_fit_documents: int
-    table_documents: tuple[int, ...]
 
     @property
     def corpus(self) -> Path:
@@ -99,6 +101,8 @@ class Tool:
     commands: Callable[[Path, Path], list[Command]]
     """(input folder, output folder) to commands; the output folder exists and is empty."""
     inputs: Path
+    tiny: Path
+    """What `inputs` is, of 20 documents."""
     digest: Callable[[Path], Command] | None = None
     """Output folder to the command that prints documents, tokens and a hash of the ids."""
 
@@ -109,12 +113,6 @@ def longspan(*arguments: object) -> Command:
 
 def own(*arguments: object) -> Command:
     return [sys.executable, str(HERE / "data_own.py"), *map(str, arguments)]
-
-
-def ask(command: Command, cores: Sequence[int]) -> Numbers:
-    """Run a command that prints JSON last and return it."""
-    _, said = finish(start(command, cores=cores), command)
-    return json.loads(said[said.index("{") :])
 
 
 def compare(setup: Setup, part: str, tools: list[Tool]) -> dict[str, Numbers]:
@@ -129,7 +127,7 @@ def compare(setup: Setup, part: str, tools: list[Tool]) -> dict[str, Numbers]:
         for tool in tools:
             say(f"{part}: {tool.name}, run {repeat + 1} of {setup.repeats}")
             taken["imports"][tool.name].append([run(one, cores=core) for one in imports[tool.name]])
-            for kind, inputs in (("tiny", setup.tiny), ("whole", tool.inputs)):
+            for kind, inputs in (("tiny", tool.tiny), ("whole", tool.inputs)):
                 out = fresh(setup.work / part / (tool.name if kind == "whole" else f"{tool.name} tiny"))
                 commands = tool.commands(inputs, out)
                 taken[kind][tool.name].append([run(one, cores=core) for one in commands])
@@ -154,7 +152,7 @@ def _imports(setup: Setup, part: str, tool: Tool) -> list[Command]:
     """Return, for each command of a tool, the one that only imports what it imports."""
     out = fresh(setup.work / part / f"{tool.name} imports")
     found: list[Command] = []
-    for number, command in enumerate(tool.commands(setup.tiny, out)):
+    for number, command in enumerate(tool.commands(tool.tiny, out)):
         modules = out / f"imports-{number}.txt"
         list_imports(command, modules, cores=setup.cores[:1])
         found.append(import_only(tool.python, modules))
@@ -162,19 +160,17 @@ def _imports(setup: Setup, part: str, tool: Tool) -> list[Command]:
 
 
 def add_rates(found: dict[str, Numbers], tokens: dict[str, int]) -> dict[str, Numbers]:
-    """Add tokens per CPU-second: gross, net of imports, and of text beyond the tiny input."""
+    """Add tokens per CPU-second: gross, net of imports, and of what lies beyond the tiny input.
+
+    None where the difference of two runs is too small against them to say anything.
+    """
     for name, numbers in found.items():
-        numbers["tokens"] = tokens[name]
+        numbers["tokens"], gross = tokens[name], numbers["gross_cpu_s"]
         spent = {"gross": 0.0, "net": numbers["imports_cpu_s"], "further": numbers["tiny_cpu_s"]}
         for kind, seconds in spent.items():
-            numbers[f"{kind}_rate"] = tokens[name] / (numbers["gross_cpu_s"] - seconds)
+            told = gross - seconds > SMALLEST_DIFFERENCE * gross
+            numbers[f"{kind}_rate"] = tokens[name] / (gross - seconds) if told else None
     return found
-
-
-def total(usages: Sequence[Usage]) -> Usage:
-    """Return what commands took one after another."""
-    cpu_s, wall_s, peak_mib = zip(*usages)
-    return Usage(sum(cpu_s), sum(wall_s), max(peak_mib))
 
 
 def fresh(folder: Path) -> Path:
@@ -220,7 +216,14 @@ def datatools(setup: Setup, *, fastokens: bool) -> Tool:
 
     name = "datatools + fastokens" if fastokens else "datatools"
     inputs = setup.corpus if fastokens else setup.subset
-    return Tool(name, python, commands, inputs, lambda out: peer(setup, "digest", "datatools", out / "mds"))
+    return Tool(
+        name,
+        python,
+        commands,
+        inputs,
+        setup.tiny,
+        lambda out: peer(setup, "digest", "datatools", out / "mds"),
+    )
 
 
 def peer(setup: Setup, *arguments: object) -> Command:
@@ -235,8 +238,8 @@ def bench_plan(setup: Setup) -> Numbers:
     """Text to rows, byte-level BPE: ours and the peers."""
     commands = planned(setup.tokenizer())
     tools = [
-        Tool("longspan", sys.executable, commands, setup.corpus, own_digest),
-        Tool("longspan, subset", sys.executable, commands, setup.subset, own_digest),
+        Tool("longspan", sys.executable, commands, setup.corpus, setup.tiny, own_digest),
+        Tool("longspan, subset", sys.executable, commands, setup.subset, setup.tiny, own_digest),
     ]
     if setup.peers:
         bpe = setup.tokenizer()
@@ -247,6 +250,7 @@ def bench_plan(setup: Setup) -> Numbers:
                 str(setup.peers),
                 lambda inputs, out: [peer(setup, kind, inputs, bpe, out / kind)],
                 setup.subset,
+                setup.tiny,
                 lambda out: peer(setup, "digest", kind, out / kind),
             )
 
@@ -260,8 +264,8 @@ def bench_sentencepiece(setup: Setup) -> Numbers:
     tokenizer = setup.tokenizer("sentencepiece")
     commands = tokenized(tokenizer)
     tools = [
-        Tool("longspan", sys.executable, commands, setup.corpus, own_digest),
-        Tool("longspan, subset", sys.executable, commands, setup.subset, own_digest),
+        Tool("longspan", sys.executable, commands, setup.corpus, setup.tiny, own_digest),
+        Tool("longspan, subset", sys.executable, commands, setup.subset, setup.tiny, own_digest),
     ]
     if setup.peers:
 
@@ -274,6 +278,7 @@ def bench_sentencepiece(setup: Setup) -> Numbers:
                 str(setup.peers),
                 encode,
                 setup.subset,
+                setup.tiny,
                 lambda out: encode(setup.subset, out)[0],
             )
         )
@@ -291,42 +296,43 @@ def with_equality(found: dict[str, Numbers]) -> dict[str, Numbers]:
 
 def bench_repack(setup: Setup) -> Numbers:
     """The corpus four times, tokenized already, to rows of another length."""
-    store = setup.work / "repack-input" / "store"
-    if not store.exists():
-        run(tokenized(setup.tokenizer())(setup.corpus, fresh(store.parent))[0], cores=setup.cores[:1])
-    tokens = ask(own("digest", store), setup.cores[:1])["tokens"] * COPIES
+    stores = _tokenized_once(setup, "longspan", tokenized(setup.tokenizer()), "store")
+    tokens = ask(own("digest", stores[0]), setup.cores[:1])["tokens"] * COPIES
     pack = ("--length", OTHER_ROW, "--specials", "both", "--out")
 
-    def plan(_: Path, out: Path) -> list[Command]:
+    def plan(store: Path, out: Path) -> list[Command]:
         return [longspan("pack", *[store] * COPIES, *pack, out / "rows")]
 
-    def materialize(_: Path, out: Path) -> list[Command]:
+    def materialize(store: Path, out: Path) -> list[Command]:
         return [longspan("pack", *[store] * COPIES, *pack, out / "rows", "--materialize", out / "packed")]
 
     tools = [
-        Tool("longspan, plan only", sys.executable, plan, store),
-        Tool("longspan, materialize", sys.executable, materialize, store),
+        Tool("longspan, plan only", sys.executable, plan, *stores),
+        Tool("longspan, materialize", sys.executable, materialize, *stores),
     ]
     if setup.peers:
-        mds = _peer_tokens(setup)
 
-        def packed(_: Path, out: Path) -> list[Command]:
+        def packed(mds: Path, out: Path) -> list[Command]:
             command = [str(setup.peers), "-m", "datatools.scripts.pack", *[str(mds)] * COPIES]
-            ends = ["--bos_id", "0", "--eos_id", "1"]
-            return [[*command, f"{out}/packed", "-l", str(OTHER_ROW), *ends]]
+            return [[*command, f"{out}/packed", "-l", str(OTHER_ROW), "--bos_id", "0", "--eos_id", "1"]]
 
-        tools.append(Tool("datatools pack", str(setup.peers), packed, mds))
+        peers = _tokenized_once(setup, "datatools", datatools(setup, fastokens=True).commands, "mds")
+        tools.append(Tool("datatools pack", str(setup.peers), packed, *peers))
     found = compare(setup, "repack", tools)
     return add_rates(found, dict.fromkeys(found, tokens))
 
 
-def _peer_tokens(setup: Setup) -> Path:
-    """Return the corpus as datatools tokenizes it, made now when no earlier part has."""
-    tool = datatools(setup, fastokens=True)
-    out = setup.work / "plan" / tool.name
-    if not (out / "mds" / "index.json").exists():
-        run(tool.commands(setup.corpus, fresh(out))[0], cores=setup.cores[:1])
-    return out / "mds"
+def _tokenized_once(
+    setup: Setup, name: str, commands: Callable[[Path, Path], list[Command]], made: str
+) -> tuple[Path, Path]:
+    """Return what the first of the commands makes of the corpus and of the tiny input."""
+    found = []
+    for inputs in (setup.corpus, setup.tiny):
+        out = setup.work / "repack-input" / name / inputs.name
+        if not (out / made / "index.json").exists():
+            run(commands(inputs, fresh(out))[0], cores=setup.cores[:1])
+        found.append(out / made)
+    return found[0], found[1]
 
 
 def bench_best_fit(setup: Setup) -> Numbers:
@@ -398,20 +404,6 @@ def bench_workers(setup: Setup) -> Numbers | None:
     }
 
 
-def bench_table(setup: Setup) -> list[Numbers]:
-    """Mixture and packing for made-up length tables of growing size."""
-    rows = []
-    for documents in setup.table_documents:
-        say(f"table: {documents} documents")
-        folder = fresh(setup.work / "table") / "lengths"
-        ask(own("save_table", documents, folder), setup.cores[:1])
-        command = own("plan_table", folder)
-        usage, said = finish(start(command, cores=setup.cores[:1]), command)
-        rows.append({**json.loads(said[said.index("{") :]), **usage._asdict()})
-        shutil.rmtree(folder.parent)
-    return rows
-
-
 PARTS: dict[str, Callable[[Setup], Any]] = {
     "plan": bench_plan,
     "sentencepiece": bench_sentencepiece,
@@ -419,7 +411,6 @@ PARTS: dict[str, Callable[[Setup], Any]] = {
     "best_fit": bench_best_fit,
     "memory": bench_memory,
     "workers": bench_workers,
-    "table": bench_table,
 }
 
 
@@ -455,7 +446,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-data"), help="Folder for text and output.")
     parser.add_argument("--only", default=",".join(PARTS), help="Parts to run, comma-separated.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--full", action="store_true", help="Also the sizes that take long.")
+    parser.add_argument("--full", action="store_true", help="Also 4 GB of input.")
     parser.add_argument("--dry-run", action="store_true", help="Tiny sizes, to see that every part runs.")
     options = parser.parse_args()
     parts = options.only.split(",")
@@ -472,10 +463,9 @@ def main() -> None:
         vocab=1000 if dry else 32_000,
         sentencepiece_vocab=1000 if dry else 16_000,
         grown_megabytes=(1, 2) if dry else (100, 1000, 4000) if options.full else (100, 1000),
-        scaling_megabytes=1 if dry else 1000,
+        scaling_megabytes=1 if dry else 500,
         spin=10**5 if dry else 10**8,
         best_fit_documents=10**3 if dry else 10**6,
-        table_documents=(10**3,) if dry else (10**6, 10**7, 10**8) if options.full else (10**6, 10**7),
     )
     setup.work.mkdir(parents=True, exist_ok=True)
     results: Numbers = {"machine": machine(setup.peers), "corpus": prepare(setup)}

@@ -6,6 +6,7 @@ process that imports exactly this and ends is timed. What a program costs net is
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -29,6 +30,7 @@ for name in open(sys.argv[1]).read().split():
 _IMPORTED = re.compile(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\S+)$", re.MULTILINE)
 
 Command = Sequence[str]
+Numbers = dict[str, Any]
 
 
 class Usage(NamedTuple):
@@ -84,6 +86,12 @@ def finish(started: Started, command: Command) -> tuple[Usage, str]:
     return Usage(taken.ru_utime + taken.ru_stime, wall, taken.ru_maxrss / 1024), said
 
 
+def ask(command: Command, cores: Sequence[int]) -> Numbers:
+    """Run a command that prints JSON last and return it."""
+    _, said = finish(start(command, cores=cores), command)
+    return json.loads(said[said.index("{") :])
+
+
 def list_imports(command: Command, out: Path, *, cores: Sequence[int]) -> None:
     """Run a command and write the names of the modules it imports, in order, to `out`."""
     _, said = finish(start(command, cores=cores, env={"PYTHONPROFILEIMPORTTIME": "1"}), command)
@@ -100,7 +108,13 @@ def median(usages: Iterable[Usage]) -> Usage:
     return Usage(*(statistics.median(column) for column in zip(*usages)))
 
 
-def machine(peers: str | None) -> dict[str, Any]:
+def total(usages: Sequence[Usage]) -> Usage:
+    """Return what commands took one after another."""
+    cpu_s, wall_s, peak_mib = zip(*usages)
+    return Usage(sum(cpu_s), sum(wall_s), max(peak_mib))
+
+
+def machine(peers: str | None) -> Numbers:
     """Describe the machine and the versions on both sides."""
     names = [
         line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")

@@ -1,17 +1,16 @@
 """Pieces of longspan that benchmarks/data.py measures in a process of their own, each printing JSON.
 
-python benchmarks/data_own.py digest STORE           documents, tokens and SHA-256 of the ids as uint32
-python benchmarks/data_own.py best_fit 1000000       seconds and fill of best_fit over made-up documents
-python benchmarks/data_own.py save_table 100000000 OUT   a made-up length table
-python benchmarks/data_own.py plan_table OUT         seconds and memory of a mixture and rows for it
-python benchmarks/data_own.py spin 50000000          a loop that only uses a core
+    python benchmarks/data_own.py digest STORE        documents, tokens and SHA-256 of the ids as uint32
+    python benchmarks/data_own.py best_fit 1000000    seconds and fill of best_fit over made-up documents
+    python benchmarks/data_own.py spin 50000000       a loop that only uses a core
+
+Nothing here is timed with start-up or imports in it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -75,34 +74,6 @@ def best_fit(count: str) -> dict[str, Any]:
     }
 
 
-def save_table(count: str, path: str) -> dict[str, Any]:
-    made_up_table(int(count)).save(path)
-    return {"documents": int(count)}
-
-
-def plan_table(path: str) -> dict[str, Any]:
-    from longspan.data.lengths import LengthTable
-    from longspan.data.mixture import MixtureSpec, plan_mixture
-    from longspan.data.packing import PackSpec, plan_packing
-
-    begin = time.process_time()
-    lengths = LengthTable.load(path)
-    mixture = plan_mixture(
-        MixtureSpec(mode="per_source", keep_short=0.2, tokens=lengths.total_tokens // 4), lengths, 0
-    )
-    mixed = time.process_time()
-    plan = plan_packing(PackSpec(length=131072), lengths, mixture.documents, 0)
-    packed = time.process_time()
-    return {
-        "documents": len(lengths),
-        "chosen_documents": len(mixture.documents),
-        "rows": plan.num_rows,
-        "mixture_s": mixed - begin,
-        "packing_s": packed - mixed,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
-
-
 def spin(count: str) -> dict[str, Any]:
     total = 0
     begin = time.perf_counter()
@@ -114,8 +85,6 @@ def spin(count: str) -> dict[str, Any]:
 COMMANDS = {
     "digest": digest,
     "best_fit": best_fit,
-    "save_table": save_table,
-    "plan_table": plan_table,
     "spin": spin,
 }
 

@@ -28,7 +28,7 @@ def render(results: dict[str, Any]) -> str:
     for part, title in TITLES.items():
         if part in results:
             lines += ["", f"### {title}", "", *_rates(part, results[part])]
-    shapes = {"best_fit": _best_fit, "memory": _memory, "workers": _workers, "table": _table}
+    shapes = {"best_fit": _best_fit, "memory": _memory, "workers": _workers}
     for part, shape in shapes.items():
         if results.get(part):
             lines += ["", *shape(results[part])]
@@ -58,7 +58,7 @@ def _rates(part: str, found: dict[str, dict[str, Any]]) -> list[str]:
     rows, ratios = [], []
     for name, numbers in found.items():
         seconds = (f"{numbers[key]:.2f}" for key in ("gross_cpu_s", "imports_cpu_s", "tiny_cpu_s"))
-        rates = (f"{numbers[f'{kind}_rate'] / 1e6:.2f}" for kind in RATES)
+        rates = (_million(numbers[f"{kind}_rate"]) for kind in RATES)
         same = {True: "yes", False: "NO", None: "-"}[numbers.get("ids_equal")]
         rows.append((name, f"{numbers['tokens']:,}", *seconds, *rates, same))
         ratios += _ratio(part, name, found)
@@ -72,9 +72,11 @@ def _rates(part: str, found: dict[str, dict[str, Any]]) -> list[str]:
 def _ratio(part: str, name: str, found: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
     for (its_part, ours, other), target in TARGETS.items():
         if (its_part, other) == (part, name) and ours in found:
-            times = {kind: found[ours][f"{kind}_rate"] / found[name][f"{kind}_rate"] for kind in RATES}
-            judged = "met" if times["net"] >= target else "MISSED"
-            yield (name, *(f"{value:.1f}x" for value in times.values()), f"{target}x", judged)
+            pairs = [(found[ours][f"{kind}_rate"], found[name][f"{kind}_rate"]) for kind in RATES]
+            times = [mine / its if mine and its else None for mine, its in pairs]
+            judged = "met" if times[0] and times[0] >= target else "MISSED"
+            shown = ("-" if value is None else f"{value:.1f}x" for value in times)
+            yield (name, *shown, f"{target}x", judged)
 
 
 def _best_fit(found: dict[str, Any]) -> list[str]:
@@ -129,25 +131,8 @@ def _workers(found: dict[str, Any]) -> list[str]:
     return [f"### Two workers, {found['megabytes']:,.0f} MB of jsonl", "", *_markdown(columns, rows)]
 
 
-def _table(found: list[dict[str, Any]]) -> list[str]:
-    rows = [
-        (
-            f"{row['documents']:,}",
-            f"{row['chosen_documents']:,}",
-            f"{row['rows']:,}",
-            f"{row['mixture_s']:.1f}",
-            f"{row['packing_s']:.1f}",
-            f"{row['wall_s']:.1f}",
-            f"{row['peak_gib']:.2f}",
-        )
-        for row in found
-    ]
-    columns = ("documents", "chosen", "rows", "mixture CPU s", "packing CPU s", "all, wall s", "peak GiB")
-    return ["### Planning for a made-up length table", "", *_markdown(columns, rows)]
-
-
-def _million(rate: float) -> str:
-    return f"{rate / 1e6:.2f}"
+def _million(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate / 1e6:.2f}"
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
