@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,22 @@ def test_a_tokenizer_that_did_not_make_the_stores_is_told(
     assert "is not the one that made" not in caplog.text
     plan_run(config(tokenizer=str(tmp_path / "tokenizer")), data_root=data_root)
     assert "is not the one that made the token stores" in caplog.text
+
+
+def test_a_finished_run_is_left_as_it_is(data_root: Path, tmp_path: Path) -> None:
+    """Without its checkpoints, which take the most room, it was trained once more from the start."""
+    settings = config(stages=stages(0)[:1])
+    first = train(settings, tmp_path / "run", data_root=data_root)
+    written = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert train(settings, tmp_path / "run", data_root=data_root) == first
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == written
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_model_folder_that_a_kill_left_half_written_goes(data_root: Path, tmp_path: Path) -> None:
+    """Each kill during an export left a copy of the model behind for good."""
+    half = tmp_path / "run" / "stages" / ".short.0123abcd.tmp"
+    half.mkdir(parents=True)
+    train(config(stages=stages(0)[:1]), tmp_path / "run", data_root=data_root)
+    assert not half.exists()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.core.files import atomic_write
+from longspan.core.files import atomic_write, remove_leftovers
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.core.records import JsonlWriter, read_jsonl
@@ -67,12 +67,16 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
     root = Path(data_root) / config.data_root
     plans = plan_run(config, data_root=Path(data_root))
     run = RunDir.create(out, config, seed=config.seed)
+    models = {plan.stage.name: run.path / "stages" / plan.stage.name for plan in plans}
+    if run.is_complete:
+        # Its checkpoints may have been removed to save space; without them it would be trained once more.
+        last = list(read_jsonl(run.path / "metrics.jsonl"))[-1]
+        return TrainResult(models, last["step"], last["tokens"])
+    remove_leftovers(run.path / "stages")
     fingerprint = config.fingerprint()
     state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
     seconds = _rewind_metrics(run.path / "metrics.jsonl", state.step if state else 0)
-    models: dict[str, Path] = {}
     for index, plan in enumerate(plans):
-        models[plan.stage.name] = run.path / "stages" / plan.stage.name
         if state is None or state.stage <= index:
             state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds)
             if not models[plan.stage.name].exists():
