@@ -45,7 +45,7 @@ def test_before_and_after_are_shown_and_drawn(longspan, store: Path) -> None:
 
 def test_packing_says_where_every_token_went(longspan, store: Path) -> None:
     """In = packed + dropped + left over, in one line that can be checked by eye."""
-    outcome = longspan("data pack store --length 4096 --min-length 4k --min-tail 512 --out rows")
+    outcome = longspan("data pack store --length 4k --min-length 3k --min-tail 400 --out rows")
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("tokens: ")]
     total, parts = line.removeprefix("tokens: ").split(" in = ")
     counts = [int(part.split()[0].replace(",", "")) for part in parts.split(" + ")]

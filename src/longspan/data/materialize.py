@@ -35,7 +35,7 @@ FORMAT = "longspan packed rows"
 SCHEMA = 1
 PIECE_BYTES = 1 << 26
 """Ids in a piece, as uint32."""
-READ_ROWS = 64
+READ_ROWS = 256
 
 
 class RowsManifest(NamedTuple):
