@@ -2,7 +2,8 @@
 
 Spans of exactly the longest length are cut from documents that are at least that long. For each shorter
 length the same spans are cut into windows of that length, so all lengths are measured on the same text, save
-for the rest of a span that fills no window (1536 of 2048 leaves 512 out). No begin- or end-of-text token is added: the first token of a window is context only and has no loss.
+for the rest of a span that fills no window (1536 of 2048 leaves 512 out). No begin- or end-of-text token is
+added: the first token of a window is context only and has no loss.
 """
 
 from __future__ import annotations
