@@ -11,9 +11,10 @@ turns, and each figure is the median of `--repeats`. Tables go to stdout, number
 The peers live in an environment of their own:
 
     python3.11 -m venv peers
-    peers/bin/pip install datatools-py==0.5 datatrove==0.10.1 transformers==5.23.0 tokenizers==0.23.3 \\
-        fastokens==0.3.5 torch==2.13.0 xxhash zstandard zstd brotli python-snappy orjson sentencepiece
-    peers/bin/pip install --no-deps mosaicml-streaming==0.13.0
+    peers/bin/pip install numpy==2.4.6 torch==2.13.0 transformers==5.23.0 tokenizers==0.23.3 fastokens==0.3.5 \\
+        datatrove==0.10.1 orjson simple-parsing universal-pathlib pyarrow pandas pillow \\
+        zstandard zstd xxhash brotli python-snappy catalogue
+    peers/bin/pip install --no-deps datatools-py==0.5 mosaicml-streaming==0.13.0
     cat > peers/lib/python3.11/site-packages/torchvision.py <<'END'     # streaming imports it, nothing here uses it
     import sys, types
     for name in ("datasets", "transforms", "transforms.functional"):
