@@ -283,7 +283,9 @@ class TokenStore:
         table, manifest = self.lengths, self.manifest
         sizes = np.array([info.num_bytes for info in self._shards.shards], np.int64)
         # Stores that others wrote may hold more columns, no domain, or ids as signed numbers.
-        wanted = {"input_ids": (f"ndarray:{manifest.dtype}", f"ndarray:{manifest.dtype[1:]}")}
+        wanted: dict[str, tuple[str, ...]] = {
+            "input_ids": (f"ndarray:{manifest.dtype}", f"ndarray:{manifest.dtype[1:]}")
+        }
         if manifest.has_mask:
             wanted["mask"] = ("ndarray:uint8",)
         columns = [{column.name: column.encoding for column in info.columns} for info in self._shards.shards]
