@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ArgumentError, DataError
+from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.data import materialize as materializing
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, StreamMixer, balance, row_cost
@@ -241,7 +241,7 @@ def test_a_second_job_stops(tmp_path: Path) -> None:
     from longspan.data.piece_folder import open_pieces
 
     with pytest.raises(ZeroDivisionError), open_pieces(tmp_path / "rows", {"job": 1}):
-        with pytest.raises(DataError, match="another job"):
+        with pytest.raises(RunError, match="another job"):
             materialize(tmp_path / "plan", tmp_path / "rows")
         raise ZeroDivisionError
     with pytest.raises(DataError, match="unfinished work with other settings"):

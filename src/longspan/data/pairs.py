@@ -32,13 +32,13 @@ from longspan.core.config import Config
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
 from longspan.core.progress import progress
+from longspan.data.job_lock import JobLock
 from longspan.data.lengths import Length
 from longspan.data.shuffling import hashed, permuted
 from longspan.data.store.directory import MDSWriter
 from longspan.data.store.mds import Column
 from longspan.data.store.token_store import SHARD_BYTES
 from longspan.data.token_documents import TokenDocuments
-from longspan.data.tokenize.lock import JobLock
 
 PARTS = ("test", "train", "retrieval")
 MIN_FILES = 100

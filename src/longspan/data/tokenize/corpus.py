@@ -20,13 +20,13 @@ from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.core.units import format_count
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
+from longspan.data.job_lock import JobLock
 from longspan.data.mixture import MixtureSpec
 from longspan.data.readers import Fields, Grouping, ReadReport, finish_reading, list_inputs, read_part
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.token_store import MANIFEST, SHARD_BYTES, TokenStore, read_manifest
 from longspan.data.tokenize import sampling
 from longspan.data.tokenize.encode import PieceJob, make_piece
-from longspan.data.tokenize.lock import JobLock
 from longspan.data.tokenize.pieces import PieceSummary, Workspace
 from longspan.data.tokenize.units import (
     Unit,
