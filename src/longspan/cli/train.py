@@ -62,8 +62,8 @@ def _describe(plan: StagePlan) -> dict[str, Any]:
     stage = plan.stage
     streams = {
         name: {
-            "documents": len(plan.mixtures[name].documents),
-            "rows": plan.packings[name].num_rows,
+            "documents": len(plan.mixtures[name].documents) if name in plan.mixtures else None,
+            "rows": plan.sources[name].num_rows,
             "rows_needed": needed,
         }
         for name, needed in plan.rows_needed.items()

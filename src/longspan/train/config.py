@@ -75,17 +75,30 @@ class ScheduleConfig(Config):
 
 
 class StreamConfig(Config):
-    """Rows from one token store (or several): which documents, how packed, what share of the rows."""
+    """Rows to train on: planned here from token stores, or made before by `longspan data pack` or another tool."""
 
-    store: str | tuple[str, ...]
-    """Token store folders, relative to `data_root`."""
+    store: str | tuple[str, ...] | None = None
+    """Token store folders, relative to `data_root`; mixture and packing are planned by the settings below."""
+    rows: str | None = None
+    """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines with `source` spans)."""
     mixture: MixtureSpec = MixtureSpec(mode="none")
     strategy: Literal["concat", "intact", "best_fit"] = "concat"
     """How documents become rows of the stage's context length."""
+    specials: Literal["none", "bos", "eos", "both"] = "none"
+    """Which special tokens of the store's tokenizer frame a document; a token store holds none."""
     min_document_tokens: int = pydantic.Field(0, ge=0)
     """Shorter documents are left out."""
     weight: float = pydantic.Field(1.0, gt=0)
     """Share of the rows, relative to the stage's other streams."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.store is None) == (self.rows is None):
+            raise ValueError("a stream has either a store or rows")
+        planning = {"mixture", "strategy", "specials", "min_document_tokens"} & self.model_fields_set
+        if self.rows is not None and planning:
+            raise ValueError(f"{', '.join(sorted(planning))} has no effect on rows that are packed already")
+        return self
 
 
 class StageConfig(Config):
