@@ -408,12 +408,13 @@ def _evaluate_variant(
     harder: NeedleTask | None,
 ) -> None:
     from longspan.eval.runner import run_needle, run_ppl
-    from longspan.models.hf import load_model
+    from longspan.models.hf import load_model, usable_device
     from longspan.models.identity import model_identity
 
     records = work / "records"
     longest = max(*needle.lengths, *(beyond.lengths if beyond else ()))
-    model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest).eval()
+    model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest)
+    model = model.to(usable_device()).eval()
     shared: dict[str, Any] = {
         "documents": documents,
         "label": variant.label,

@@ -22,6 +22,7 @@ from longspan.models.hf import (
     load_model,
     rope_fingerprint,
     save_model,
+    tokenizer_folder,
 )
 
 TINY: dict[str, Any] = {
@@ -237,3 +238,25 @@ def test_layers_that_know_no_documents_are_refused(
     """A convolution or recurrence reads the document before: packed rows leaked without a word."""
     with pytest.raises(ArgumentError, match=f"(?s)carry a state over document borders.*{found}"):
         build_model({**TINY, "model_type": model_type, **fields}, seed=0)
+
+
+def test_tokenizer_of_a_hub_model_comes_from_the_hub(tmp_path, monkeypatch):
+    """A stage folder without tokenizer cannot be evaluated; a name that nobody knows is one message."""
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, *, allow_patterns):
+        asked.append((name, "tokenizer.json" in allow_patterns))
+        return str(tmp_path)
+
+    assert tokenizer_folder(tmp_path) == tmp_path
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert tokenizer_folder("somebody/model") == tmp_path and asked == [("somebody/model", True)]
+
+    def refuse(name, *, allow_patterns):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(DataError, match="tokenizer files of somebody/model"):
+        tokenizer_folder("somebody/model")

@@ -59,7 +59,7 @@ def needle(
 ) -> None:
     """Ask for a fact planted in unseen text, at each length and depth.
 
-    A sample is right when every token of the answer is the model's first choice.
+    A sample is right when the model's first choices, token by token, spell the answer.
     """
     from longspan.eval.needle import NeedleTask
 
@@ -159,11 +159,11 @@ def _prepare(
         raise DataError(f"{path} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
     loaded = load_tokenizer(tokenizer or name)
     parameters = parse_yaml(rope, where="--rope") if rope else None
-    from longspan.models.hf import load_model
+    from longspan.models.hf import load_model, usable_device
     from longspan.models.identity import model_identity
 
     quiet_transformers()
-    model = load_model(name, rope=parameters).eval()
+    model = load_model(name, rope=parameters).to(usable_device()).eval()
     trained_length = model.config.get_text_config(decoder=True).max_position_embeddings
     return {
         "model": model,

@@ -38,6 +38,8 @@ __all__ = [
     "load_model",
     "rope_fingerprint",
     "save_model",
+    "tokenizer_folder",
+    "usable_device",
 ]
 
 TOKENIZER_FILES = (
@@ -186,6 +188,32 @@ def load_model(
             fix="restore the folder from where it came",
         )
     return enable(model)
+
+
+def usable_device() -> torch.device:
+    """Return CUDA where torch can use it, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tokenizer_folder(path: str | Path) -> Path:
+    """Return the local folder with the tokenizer files of a model, fetched from the hub where `path` is a name.
+
+    Raises:
+        DataError: neither a folder nor a name that the hub, or its cache here, knows.
+    """
+    if Path(path).exists():
+        return Path(path)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(TOKENIZER_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise DataError(
+            f"the tokenizer files of {path} cannot be had",
+            found=str(error).strip().splitlines()[0],
+            fix="name a local tokenizer folder in the recipe's `tokenizer`",
+        ) from error
 
 
 def save_model(

@@ -33,6 +33,8 @@ from longspan.models.hf import (
     load_model,
     rope_fingerprint,
     save_model,
+    tokenizer_folder,
+    usable_device,
 )
 from longspan.train.batch import collate, total_weight
 from longspan.train.checkpoint import TrainState, load_latest, save_checkpoint
@@ -66,6 +68,7 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
     # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
     root = Path(data_root) / config.data_root
     plans = plan_run(config, data_root=Path(data_root))
+    tokenizer = _tokenizer_folder(config, root)
     run = RunDir.create(out, config, seed=config.seed)
     models = {plan.stage.name: run.path / "stages" / plan.stage.name for plan in plans}
     if run.is_complete:
@@ -81,7 +84,7 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
             state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds)
             if not models[plan.stage.name].exists():
                 model = _stage_model(config, plan.stage, state, root)
-                save_model(model, models[plan.stage.name], tokenizer=_tokenizer_folder(config, root))
+                save_model(model, models[plan.stage.name], tokenizer=tokenizer)
     assert state is not None
     run.mark_complete()
     return TrainResult(models, state.step, state.tokens)
@@ -268,8 +271,7 @@ def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | No
         model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init)
     if state is not None:
         _load_tensors(model, state.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).train()
+    return model.to(usable_device()).train()
 
 
 def _model_path(config: TrainConfig, root: Path) -> str:
@@ -282,7 +284,7 @@ def _model_path(config: TrainConfig, root: Path) -> str:
 def _tokenizer_folder(config: TrainConfig, root: Path) -> Path | None:
     if config.tokenizer is not None:
         return root / config.tokenizer
-    return Path(_model_path(config, root)) if config.model.path is not None else None
+    return tokenizer_folder(_model_path(config, root)) if config.model.path is not None else None
 
 
 def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:

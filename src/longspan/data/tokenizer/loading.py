@@ -167,7 +167,7 @@ def _download(name: str) -> Path:
             found=str(error).strip().splitlines()[0],
             fix="check the name and the connection, or point at a local tokenizer.json",
         ) from None
-    for optional in ("tokenizer_config.json", "special_tokens_map.json"):
+    for optional in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         try:
             hf_hub_download(name, optional)
         except (HfHubHTTPError, EntryNotFoundError, LocalEntryNotFoundError, OSError):
