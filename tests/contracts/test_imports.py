@@ -74,7 +74,10 @@ def test_rooms_import_only_downward(room):
 def test_the_scan_sees_imports():
     """Guard against the test above passing because it finds nothing."""
     assert "core" in rooms_in(imports_of(PACKAGE / "data" / "lengths.py"))
-    assert rooms_in(imports_of(PACKAGE / "cli" / "data_plan.py")) >= {"core", "data"}  # imports inside functions
+    assert rooms_in(imports_of(PACKAGE / "cli" / "data_plan.py")) >= {
+        "core",
+        "data",
+    }  # imports inside functions
 
 
 def test_nothing_stands_beside_the_rooms():
