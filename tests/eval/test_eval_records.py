@@ -65,9 +65,11 @@ def test_other_settings_refuse_to_continue(records: Path, changes: dict[str, Any
 
 def test_moved_model_folder_is_the_same_model(records: Path) -> None:
     """A run folder that was moved must still be resumable; the weights' fingerprint identifies the model."""
-    RecordsWriter(records, header()).__exit__(None, None, None)
+    with RecordsWriter(records, header()) as writer:
+        recorded = writer.recorded
     moved = header(model_info={**MODEL_INFO, "path": "elsewhere"}, note="moved")
-    RecordsWriter(records, moved).__exit__(None, None, None)
+    with RecordsWriter(records, moved) as writer:
+        assert writer.recorded == recorded
 
 
 @pytest.mark.parametrize(
