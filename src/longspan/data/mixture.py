@@ -27,9 +27,9 @@ import pydantic
 
 from longspan.core.config import Config
 from longspan.core.errors import ConfigError, DataError
-from longspan.core.seeds import derive_seed
 from longspan.data.columns import load_columns, save_columns
 from longspan.data.lengths import Length, LengthTable, TokenBudget
+from longspan.data.shuffling import hashed
 
 KIND = "mixture-plan"
 BLOCK = 2**20
@@ -233,26 +233,8 @@ def keep_coin(keys: np.ndarray, probability: float, seed: int) -> np.ndarray:
         return np.ones(len(keys), bool)
     limit, heads = np.uint64(int(probability * 2.0**64)), np.empty(len(keys), bool)
     for part in _blocks(len(keys)):
-        heads[part] = _hash(keys[part], seed, "mixture", "keep-short") < limit
+        heads[part] = hashed(keys[part], seed, "mixture", "keep-short") < limit
     return heads
-
-
-def _hash(keys: np.ndarray, seed: int, *purpose: object) -> np.ndarray:
-    return hash_keys(keys, derive_seed(seed, *purpose))
-
-
-def hash_keys(keys: np.ndarray, salt: int) -> np.ndarray:
-    """Return uint64 hashes of uint64 keys: the finaliser of SplitMix64 (Steele et al. 2014), salted."""
-    hashes = np.empty(len(keys), np.uint64)
-    for part in _blocks(len(keys)):
-        x = keys[part] ^ np.uint64(salt)
-        x ^= x >> np.uint64(30)
-        x *= np.uint64(0xBF58476D1CE4E5B9)
-        x ^= x >> np.uint64(27)
-        x *= np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-        hashes[part] = x
-    return hashes
 
 
 def _blocks(count: int) -> Iterator[slice]:
@@ -368,7 +350,7 @@ def _take(
     chosen = [documents] * full
     fractions = [1.0] * full
     if rest:
-        order = np.argsort(_hash(lengths.key[documents], seed, "mixture", "take", full), kind="stable")
+        order = np.argsort(hashed(lengths.key[documents], seed, "mixture", "take", full), kind="stable")
         last = _documents_until(lengths, documents, order, rest)
         members = order[: last + 1]
         members.sort()
@@ -379,7 +361,7 @@ def _take(
     for index, (part, fraction) in enumerate(zip(chosen, fractions)):
         place = np.empty(len(part))
         for block in _blocks(len(part)):
-            uniform = _hash(lengths.key[part[block]], seed, "mixture", "order", index) * 2.0**-64
+            uniform = hashed(lengths.key[part[block]], seed, "mixture", "order", index) * 2.0**-64
             place[block] = (index + uniform * fraction) / sum(fractions)
         places.append(place)
     passes = [np.full(len(part), index, np.uint16) for index, part in enumerate(chosen)]

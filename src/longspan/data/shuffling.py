@@ -12,17 +12,26 @@ from numpy.typing import NDArray
 from longspan.core.seeds import derive_seed
 
 ROUNDS = 4
+BLOCK = 2**20
 
 
 def hashed(values: NDArray[np.uint64], seed: int, *purpose: object) -> NDArray[np.uint64]:
-    """Return a hash of each value: the finaliser of SplitMix64 (Steele et al. 2014), salted by the purpose."""
-    x = values.astype(np.uint64) ^ np.uint64(derive_seed(seed, *purpose))
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+    """Return a hash of each value: the finaliser of SplitMix64 (Steele et al. 2014), salted by the purpose.
+
+    Works block by block, so memory is that of the result.
+    """
+    salt = np.uint64(derive_seed(seed, *purpose))
+    hashes = np.empty(values.shape, np.uint64)
+    for start in range(0, len(values), BLOCK):
+        part = slice(start, start + BLOCK)
+        x = values[part].astype(np.uint64) ^ salt
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        hashes[part] = x
+    return hashes
 
 
 def permuted(count: int, places: NDArray[np.integer], seed: int, *purpose: object) -> NDArray[np.int64]:

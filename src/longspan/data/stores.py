@@ -20,7 +20,6 @@ import numpy as np
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers, write_json
 from longspan.core.progress import progress
-from longspan.core.seeds import derive_seed
 from longspan.data.store import Column, MDSDirectory, TokenStore, TokenStoreWriter, read_manifest, token_dtype
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.documents import ROW, DocumentColumns, SourceNumbers
@@ -117,9 +116,9 @@ def split_store(path: str | Path, parts: Mapping[str, float]) -> dict[str, Token
 
 def split_parts(keys: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     """Return the part of each document, int64 [documents], from its 64-bit key alone."""
-    from longspan.data.mixture import hash_keys
+    from longspan.data.shuffling import hashed
 
-    uniform = hash_keys(keys, derive_seed(0, "split")) * 2.0**-64
+    uniform = hashed(keys, 0, "split") * 2.0**-64
     return np.searchsorted(np.cumsum(shares)[:-1], uniform, side="right")
 
 
