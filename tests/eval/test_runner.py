@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.core.intervals import wilson_interval
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import runner
 from longspan.eval.documents import HeldOutDocument
@@ -258,7 +259,7 @@ def test_ppl_goes_on_after_a_kill_and_names_what_it_lacks(
 
 def test_wilson_interval_is_the_published_one() -> None:
     """9 of 10 gives 0.596 to 0.982 (Wilson 1927); a plain normal interval would pass 1."""
-    interval = runner.wilson_interval(9, 10)
+    interval = wilson_interval(9, 10)
     assert interval == pytest.approx((0.596, 0.982), abs=1e-3)
-    assert runner.wilson_interval(0, 0) is None
-    assert runner.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert wilson_interval(0, 0) is None
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)

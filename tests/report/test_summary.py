@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
+from longspan.core.intervals import wilson_interval
 from longspan.report import summarise
 from longspan.report.load import load_run
-from longspan.report.tables import wilson
 from tests.report.synthetic_run import header, write_lines, write_records
 
 
@@ -120,15 +120,15 @@ def test_perplexity_weighs_tokens_not_windows(tmp_path: Path) -> None:
 
 def test_wilson_matches_a_published_value() -> None:
     """8 of 8: (0.676, 1.0); 0 of 0: no interval, not (0, 0)."""
-    assert wilson(8, 8) == pytest.approx((0.6756, 1.0), abs=1e-4)
-    assert wilson(0, 0) is None
+    assert wilson_interval(8, 8) == pytest.approx((0.6756, 1.0), abs=1e-4)
+    assert wilson_interval(0, 0) is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_holds_the_mean_and_stays_in_range(case: tuple[int, int]) -> None:
     """Guards against intervals that leave 0..1 or exclude the estimate."""
-    low, high = wilson(*case) or (1.0, 0.0)
+    low, high = wilson_interval(*case) or (1.0, 0.0)
     assert 0.0 <= low <= case[0] / case[1] <= high <= 1.0
     assert high > low
 

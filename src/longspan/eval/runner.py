@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
+from longspan.core.intervals import wilson_interval
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.data.tokenizer import Tokenizer
@@ -317,16 +318,6 @@ def _needle_means(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean": _mean([sample["score"] for sample in samples if sample["score"] is not None]),
         "cells": rows,
     }
-
-
-def wilson_interval(successes: float, trials: int, *, z: float = 1.96) -> tuple[float, float] | None:
-    """Return the Wilson score interval of a share (95 % for z = 1.96), None without trials."""
-    if trials == 0:
-        return None
-    share = successes / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _mean(values: Sequence[float]) -> float | None:
