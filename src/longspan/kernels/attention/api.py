@@ -32,6 +32,8 @@ class AttentionKernel(Protocol):
     """
 
     name: str
+    upcasts: bool
+    """Computes fp16 and bf16 in fp32: who joins partial results casts up first and keeps them unrounded."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float

@@ -135,13 +135,9 @@ class Bands:
 
     def num_pairs(self) -> int:
         """Return the number of visible (query, key) pairs; each costs 4 * head_dim FLOPs a head."""
-        total = 0
-        for geometry, q_starts, _ in self.groups():
-            rows = np.arange(geometry.q_len, dtype=np.int64)
-            first = np.maximum(rows - geometry.hi, 0)
-            last = np.minimum(rows - geometry.lo, geometry.k_len - 1)
-            total += int(np.maximum(last - first + 1, 0).sum()) * len(q_starts)
-        return total
+        at_least_lo = _pairs_from(self.q_len, self.k_len, np.maximum(self.lo, -self.k_len))
+        beyond_hi = _pairs_from(self.q_len, self.k_len, np.minimum(self.hi, self.q_len) + 1)
+        return int((at_least_lo - beyond_hi).sum())
 
     def groups(self) -> list[tuple[Geometry, NDArray[np.int64], NDArray[np.int64]]]:
         """Return bands of equal geometry together: (geometry, query starts, key starts), largest first."""
@@ -194,6 +190,19 @@ def _trim(
     new_hi = np.where(new_hi >= new_q_len - 1, NO_LIMIT, new_hi)
     columns = (q_start + first_row, new_q_len, k_start + first_key, new_k_len, new_lo, new_hi)
     return tuple(np.ascontiguousarray(column[keep]) for column in columns)
+
+
+def _pairs_from(
+    q_len: NDArray[np.int64], k_len: NDArray[np.int64], limit: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return how many (i, j) of each band have i - j >= limit: row i has min(i - limit + 1, k_len), if positive."""
+
+    def triangle(side: NDArray[np.int64]) -> NDArray[np.int64]:
+        side = np.maximum(side, 0)
+        return side * (side + 1) // 2
+
+    rows = triangle(q_len - limit) - triangle(-limit)
+    return rows - (triangle(q_len - limit - k_len) - triangle(-limit - k_len))
 
 
 def _overlap(start: NDArray[np.int64], length: NDArray[np.int64]) -> bool:

@@ -57,6 +57,7 @@ class CpuFlashKernel:
     """torch's flash attention for CPU over a table of bands; fp32 and fp64, lower precisions through fp32."""
 
     name = "cpu_flash"
+    upcasts = True
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float

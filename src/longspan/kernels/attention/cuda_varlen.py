@@ -70,6 +70,7 @@ class CudaVarlenKernel:
     """torch's variable-length flash attention over a table of bands."""
 
     name = "cuda_varlen"
+    upcasts = False
 
     def __init__(self) -> None:
         self._reference = ReferenceKernel()

@@ -31,6 +31,7 @@ class ReferenceKernel:
     """Dense masked attention in fp32 (fp64 for fp64 inputs); forward and an explicit backward."""
 
     name = "reference"
+    upcasts = True
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float

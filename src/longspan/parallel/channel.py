@@ -1,0 +1,107 @@
+"""What one rank says to the others of its group, counted.
+
+A thin layer over torch.distributed: ranks are ranks of the group, every call adds the bytes this rank sends to
+other ranks to `Channel.sent`, and point-to-point transfers are posted together and waited for later, so that
+they run while a block is computed. Bytes are those of the usual ring algorithms, whatever the backend does:
+
+    all_gather       (world - 1) * local bytes            reduce_scatter   (world - 1) / world * input bytes
+    all_to_all       what leaves this rank                point to point   what leaves this rank
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Channel", "Transfer"]
+
+
+class Transfer:
+    """Point-to-point transfers under way. The tensors live until `wait` returns."""
+
+    def __init__(self, works: Sequence[dist.Work], tensors: Sequence[torch.Tensor]) -> None:
+        self._works, self._tensors = works, tensors
+
+    def wait(self) -> None:
+        """Return when all of them are done (on CUDA: when the current stream waits for them).
+
+        Raises:
+            RuntimeError: a rank is gone or the group's timeout has passed.
+        """
+        for work in self._works:
+            work.wait()
+        self._works, self._tensors = (), ()
+
+
+class Channel:
+    """One process group; None is a group of this process alone.
+
+    Attributes:
+        rank, world: this process' place in the group, and the group's size.
+        sent: bytes sent to other ranks so far, by kind: "p2p", "all_gather", "reduce_scatter", "all_to_all".
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world = 1 if group is None else dist.get_world_size(group)
+        self.sent: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        return f"Channel(rank {self.rank} of {self.world})"
+
+    def exchange(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]] = (),
+        receives: Sequence[tuple[torch.Tensor, int]] = (),
+    ) -> Transfer:
+        """Post sends (tensor, to rank) and receives (buffer, from rank) together; both contiguous.
+
+        Between two ranks, messages arrive in the order in which they are posted.
+        """
+        ops = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for tensor, peer in sends]
+        ops += [
+            dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=peer) for buffer, peer in receives
+        ]
+        self.sent["p2p"] += sum(_bytes(tensor) for tensor, _ in sends)
+        works = dist.batch_isend_irecv(ops) if ops else []
+        return Transfer(works, [tensor for tensor, _ in (*sends, *receives)])
+
+    def all_gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Return the tensors of all ranks end to end: [world * rows, ...] from [rows, ...]."""
+        if self.world == 1:
+            return local
+        out = local.new_empty(self.world * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(out, local.contiguous(), group=self.group)
+        self.sent["all_gather"] += (self.world - 1) * _bytes(local)
+        return out
+
+    def reduce_scatter(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's rows of the sum over ranks: [rows, ...] from [world * rows, ...]."""
+        if self.world == 1:
+            return whole
+        out = whole.new_empty(whole.shape[0] // self.world, *whole.shape[1:])
+        dist.reduce_scatter_tensor(out, whole.contiguous(), group=self.group)
+        self.sent["reduce_scatter"] += (self.world - 1) * _bytes(out)
+        return out
+
+    def all_to_all(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        """Send `parts[r]` to rank r; return what each rank sent here, rank r's of shape `shapes[r]`."""
+        if self.world == 1:
+            return list(parts)
+        sizes_in = [part.numel() for part in parts]
+        sizes_out = [int(torch.Size(shape).numel()) for shape in shapes]
+        send = torch.cat([part.reshape(-1) for part in parts])
+        receive = send.new_empty(sum(sizes_out))
+        dist.all_to_all_single(receive, send, sizes_out, sizes_in, group=self.group)
+        self.sent["all_to_all"] += (send.numel() - sizes_in[self.rank]) * send.element_size()
+        return [chunk.view(*shape) for chunk, shape in zip(receive.split(sizes_out), shapes)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,212 @@
+"""What every schedule is: a forward and a backward over this rank's tokens, and one autograd function for all.
+
+A schedule says how queries, keys and values travel; what happens to one block is the kernel's. Partial outputs
+are joined, and gradients summed, in fp32 or better, whatever the type of the tensors: rounding them to bf16 at
+every step of a ring is an error that grows with the ring.
+
+Shape legend: T = tokens of this rank, H = query heads, K = key/value heads, D = head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from longspan.core.errors import ArgumentError
+from longspan.kernels.attention import AttentionKernel, Bands, choose_kernel, merge
+from longspan.parallel.layout import Layout
+from longspan.parallel.shards import SequenceShards
+
+__all__ = ["Call", "Partial", "Schedule", "block_backward", "block_forward", "sequence_attention"]
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Call(NamedTuple):
+    """Everything of one attention call but its tensors; the same on all ranks."""
+
+    shards: SequenceShards
+    window: int | None
+    scale: float
+    kernel: AttentionKernel
+
+
+class Schedule(Protocol):
+    """How the keys and values of a sequence reach the queries that see them.
+
+    Attributes:
+        name: as in a recipe.
+        layouts: layouts it works with, its own choice first.
+        rank, world: this process in the group of ranks that share the sequence.
+    """
+
+    name: str
+    layouts: tuple[Layout, ...]
+    rank: int
+    world: int
+
+    def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
+        """Refuse head counts that cannot be spread.
+
+        Raises:
+            ArgumentError: naming num_heads, num_kv_heads and the degree.
+        """
+        ...
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out [T, H, D] in q's type and lse [T, H] of this rank's queries over the whole sequence.
+
+        q is [T, H, D], k and v are [T, K, D]: this rank's tokens. lse is in max(fp32, q's type), -inf where a
+        query sees nothing.
+        """
+        ...
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        call: Call,
+    ) -> Gradients:
+        """Return dq, dk, dv of this rank's tokens, in the types of q, k, v."""
+        ...
+
+
+def sequence_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shards: SequenceShards,
+    schedule: Schedule,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    kernel: AttentionKernel | None = None,
+) -> torch.Tensor:
+    """Return this rank's rows of the attention over the whole sequence, differentiable in q, k and v.
+
+    All ranks of the schedule's group call it with their own tokens.
+
+    Args:
+        q: [T, H, D], the tokens `shards.indices(schedule.rank)`.
+        k, v: [T, K, D], H a multiple of K.
+        shards: the sequence: layout, documents, ranks.
+        schedule: how keys travel.
+        window: a query sees that many keys of its document, itself included; None = all before it.
+        scale: factor on the scores; None = 1/sqrt(D).
+        kernel: what computes a block; None = the device's.
+
+    Raises:
+        ArgumentError: tensors, shards and schedule that do not fit each other, or heads that cannot be spread.
+    """
+    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or q.shape[1] % k.shape[1]:
+        raise ArgumentError(
+            "attention takes q [T, H, D] and k, v [T, K, D] with H a multiple of K",
+            found=f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
+        )
+    if q.shape[0] != shards.num_local or k.shape[0] != shards.num_local:
+        raise ArgumentError(
+            "the tensors do not hold this rank's tokens",
+            found=f"{q.shape[0]} queries and {k.shape[0]} keys",
+            allowed=f"{shards.num_local} of {shards}",
+        )
+    check_layout(schedule, shards)
+    schedule.check_heads(q.shape[1], k.shape[1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = Call(shards, window, scale, kernel or choose_kernel(q.device))
+    return _SequenceAttention.apply(q, k, v, schedule, call)
+
+
+def check_layout(schedule: Schedule, shards: SequenceShards) -> None:
+    """Refuse shards that the schedule does not work with.
+
+    Raises:
+        ArgumentError: another world size or layout.
+    """
+    if shards.world != schedule.world:
+        raise ArgumentError(
+            "the sequence is not spread over the ranks of the schedule",
+            found=f"{shards.world} shards",
+            allowed=f"{schedule.world} ranks",
+        )
+    if shards.layout not in schedule.layouts:
+        raise ArgumentError(
+            f"the schedule {schedule.name} does not work with this layout",
+            found=shards.layout,
+            allowed=", ".join(schedule.layouts),
+        )
+
+
+class _SequenceAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Schedule, call: Call
+    ) -> torch.Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = schedule.forward(q, k, v, call)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.schedule, ctx.call = schedule, call
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = ctx.schedule.backward(grad_outputs[0].contiguous(), *ctx.saved_tensors, ctx.call)
+        return (*grads, None, None)
+
+
+def block_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (out, lse) of one block, `out` unrounded where the kernel computes in fp32 anyway."""
+    if call.kernel.upcasts:
+        dtype = accumulation_dtype(q)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return call.kernel.forward(q, k, v, bands, call.scale)
+
+
+def block_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bands: Bands,
+    call: Call,
+) -> Gradients:
+    """Return (dq, dk, dv) of one block, given the whole attention's out and lse; unrounded as in `block_forward`."""
+    if call.kernel.upcasts:
+        dtype = accumulation_dtype(q)
+        dout, q, k, v, out = (tensor.to(dtype) for tensor in (dout, q, k, v, out))
+    return call.kernel.backward(dout, q, k, v, out, lse, bands, call.scale)
+
+
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the type in which parts of `tensor` are summed: its own, fp32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class Partial:
+    """Attention of fixed queries over keys that come in parts; starts with no key seen.
+
+    `out` [T, H, D] and `lse` [T, H] are in max(fp32, q's type).
+    """
+
+    def __init__(self, q: torch.Tensor) -> None:
+        dtype = accumulation_dtype(q)
+        self._empty = True
+        self.out = q.new_zeros(q.shape, dtype=dtype)
+        self.lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
+
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Join the attention over further keys."""
+        if self._empty:
+            self.out, self.lse, self._empty = out.to(self.out.dtype), lse.to(self.lse.dtype), False
+        else:
+            self.out, self.lse = merge(self.out, self.lse, out, lse)

@@ -1,0 +1,160 @@
+"""A sequence spread over ranks: who holds what, and who sees whom between any two sets of ranks.
+
+Masks never travel. Every rank knows the document table and the layout, so it can work out the bands between
+the queries of some ranks and the keys of others by itself:
+
+    ring          bands((r,), (s,))           my queries, the visiting keys
+    all-gather    bands((r,), everyone)       my queries, all keys
+    ulysses       bands(everyone, everyone)   all queries and keys, some heads
+    usp           bands(group, other group)
+
+Tokens of several ranks are taken in the order of their places in the sequence, which joins what the layout
+cut into long runs again; `order` is the permutation from rank after rank to that order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.core.errors import ArgumentError
+from longspan.kernels.attention.bands import NO_LIMIT, Bands
+from longspan.parallel.layout import IntColumn, Layout, Run, local_runs, padded_borders, padded_length
+
+__all__ = ["Ranks", "SequenceShards"]
+
+Ranks = tuple[int, ...]
+"""Ranks of the group that shares the sequence, taken together."""
+
+
+class SequenceShards:
+    """One packed sequence under one layout, as every rank of the group knows it.
+
+    Args:
+        layout: see `parallel.layout`.
+        cu_seqlens: document borders, [documents + 1], from 0 to the number of tokens.
+        world: ranks that share the sequence.
+        window: sliding window that `balanced` balances for; masks take theirs by call.
+
+    Raises:
+        ArgumentError: an unknown layout or borders that do not fit.
+    """
+
+    def __init__(
+        self, layout: Layout, cu_seqlens: IntColumn, world: int, *, window: int | None = None
+    ) -> None:
+        borders = np.asarray(cu_seqlens, dtype=np.int64).reshape(-1)
+        if not len(borders):
+            raise ArgumentError("a sequence needs document borders", found="none", allowed="[0, ..., tokens]")
+        self.layout, self.world = layout, world
+        self.num_tokens = int(borders[-1])
+        self.num_padded = padded_length(layout, self.num_tokens, world)
+        self.num_local = self.num_padded // world
+        self.runs = local_runs(layout, self.num_tokens, world, borders, window)
+        borders = padded_borders(borders, self.num_padded)
+        self.cu_seqlens = borders[np.concatenate([[True], np.diff(borders) > 0])]
+        self._segments: dict[Ranks, _Segments] = {}
+        self._bands: dict[tuple[Ranks, Ranks, int | None], Bands] = {}
+
+    def __repr__(self) -> str:
+        return f"SequenceShards({self.layout}, {self.num_tokens} tokens over {self.world} ranks)"
+
+    def indices(self, rank: int) -> NDArray[np.int64]:
+        """Return the places of the rank's tokens in the padded sequence, ascending: int64 [num_local]."""
+        return np.concatenate(
+            [np.arange(s, s + n * step, step, dtype=np.int64) for s, n, step in self.runs[rank]]
+        )
+
+    def positions(self, rank: int) -> NDArray[np.int64]:
+        """Return the position of each of the rank's tokens in its document: int64 [num_local]."""
+        places = self.indices(rank)
+        document = np.searchsorted(self.cu_seqlens, places, side="right") - 1
+        return places - self.cu_seqlens[document]
+
+    def order(self, ranks: Ranks) -> NDArray[np.int64] | None:
+        """Return, for each token of `ranks` in the order of `bands`, its row when the ranks' tokens are laid end
+        to end; None if that is the same order.
+
+        Ascending, but for some ranks of a strided layout, whose tokens stay rank after rank.
+        """
+        if self.runs[0][0].stride > 1 and 1 < len(ranks) < self.world:
+            return None
+        places = np.concatenate([self.indices(rank) for rank in ranks])
+        return None if (np.diff(places) > 0).all() else np.argsort(places, kind="stable")
+
+    def bands(self, q_ranks: Ranks, k_ranks: Ranks, *, window: int | None = None) -> Bands:
+        """Return who sees whom between the tokens of `q_ranks` and those of `k_ranks`, each in the order of `order`.
+
+        Causal within each document; a query sees the `window` keys up to itself, None = all before it.
+        """
+        key = (q_ranks, k_ranks, window)
+        if key not in self._bands:
+            self._bands[key] = _bands_between(self._of(q_ranks), self._of(k_ranks), window)
+        return self._bands[key]
+
+    def work(self, *, window: int | None = None) -> NDArray[np.int64]:
+        """Return the visible (query, key) pairs between any two ranks: int64 [query rank, key rank]."""
+        ranks = range(self.world)
+        return np.array([[self.bands((q,), (k,), window=window).num_pairs() for k in ranks] for q in ranks])
+
+    def _of(self, ranks: Ranks) -> _Segments:
+        if ranks not in self._segments:
+            self._segments[ranks] = _segments_of(
+                [run for rank in ranks for run in self.runs[rank]], self.cu_seqlens
+            )
+        return self._segments[ranks]
+
+
+class _Segments(NamedTuple):
+    """Runs cut at document borders, by document: int64 columns [segments]."""
+
+    document: NDArray[np.int64]
+    row: NDArray[np.int64]
+    """First row among the tokens of the ranks, in the order of `SequenceShards.order`."""
+    place: NDArray[np.int64]
+    """First place in the sequence."""
+    length: NDArray[np.int64]
+    stride: int
+
+
+def _segments_of(runs: list[Run], borders: NDArray[np.int64]) -> _Segments:
+    starts, lengths, strides = (np.array(column, dtype=np.int64) for column in zip(*runs))
+    stride = int(strides[0])
+    if stride > 1 and len(runs) == stride:
+        starts, lengths, stride = np.array([0]), np.array([int(lengths.sum())]), 1
+    elif stride == 1:
+        order = np.argsort(starts, kind="stable")
+        starts, lengths = starts[order], lengths[order]
+        first = np.flatnonzero(np.concatenate([[True], starts[1:] != (starts + lengths)[:-1]]))
+        starts, lengths = starts[first], np.add.reduceat(lengths, first)
+    ends = starts + (lengths - 1) * stride + 1
+    # Every document that a run touches is a segment of it.
+    first_document = np.searchsorted(borders, starts, side="right") - 1
+    counts = np.searchsorted(borders, ends, side="left") - first_document
+    run = np.repeat(np.arange(len(starts)), counts)
+    document = first_document[run] + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Tokens of the run before the document's begin and before its end, rounded up to whole strides.
+    low = np.maximum(-((starts[run] - borders[document]) // stride), 0)
+    high = np.minimum(-((starts[run] - borders[document + 1]) // stride), lengths[run])
+    rows = (np.cumsum(lengths) - lengths)[run] + low
+    order = np.argsort(document, kind="stable")
+    order = order[(high > low)[order]]
+    columns = (document, rows, starts[run] + low * stride, high - low)
+    return _Segments(*(np.ascontiguousarray(column[order]) for column in columns), stride)
+
+
+def _bands_between(q: _Segments, k: _Segments, window: int | None) -> Bands:
+    if q.stride != k.stride:
+        raise ArgumentError("queries and keys of different strides", found=f"{q.stride} and {k.stride}")
+    # Those of one document lie together: join every q segment with that range of k.
+    first = np.searchsorted(k.document, q.document, side="left")
+    counts = np.searchsorted(k.document, q.document, side="right") - first
+    q_index = np.repeat(np.arange(len(q.document)), counts)
+    k_index = first[q_index] + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Query a + s*i sees key b + s*j iff 0 <= a + s*i - b - s*j <= window - 1.
+    ahead = q.place[q_index] - k.place[k_index]
+    lo = -(ahead // q.stride)
+    hi = np.full(len(ahead), NO_LIMIT) if window is None else (window - 1 - ahead) // q.stride
+    return Bands(q.row[q_index], q.length[q_index], k.row[k_index], k.length[k_index], lo=lo, hi=hi)
