@@ -253,55 +253,6 @@ def test_lock_of_another_machine(tmp_path: Path) -> None:
     assert path.read_text() == "" and [each.name for each in tmp_path.iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_jobs_of_an_array_make_the_same_store(
-    corpus: Path,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    order: tuple[int, ...],
-) -> None:
-    """Guards against the number of jobs, or which of them is last, being part of the data."""
-    monkeypatch.setattr(units, "UNIT_BYTES", 1500)
-    one = tokenize_corpus([corpus], tokenizer, tmp_path / "one")
-    for place, index in enumerate(order):
-        job = CorpusJob([corpus], tokenizer, tmp_path / "out")
-        if place == 2:
-            with pytest.raises(DataError, match="pieces are missing"):
-                job.merge_only()
-        store = job.run_share(LocalExecutor(), ArrayJob(index, 3))
-        assert (store is None) == (place < 2)
-    assert store is not None and files_of(store.path) == files_of(one.path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "one", "out"]
-    again = CorpusJob([corpus], tokenizer, tmp_path / "out").run_share(LocalExecutor(), ArrayJob(1, 3))
-    assert again is not None and again.fingerprint == store.fingerprint
-
-
-RAY = """
-import sys
-from longspan.data import load_tokenizer, tokenize_corpus
-from longspan.data.chat import ChatFormat
-from longspan.data.executor import RayExecutor
-from longspan.data.tokenize import units
-
-units.UNIT_BYTES = 1500
-tokenize_corpus([sys.argv[1]], load_tokenizer(sys.argv[2]), sys.argv[3], executor=RayExecutor(num_workers=2))
-"""
-
-
-@pytest.mark.slow
-def test_ray_makes_the_same_store(
-    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards against the cluster being part of the data. Starting Ray takes some 10 s."""
-    pytest.importorskip("ray", reason="the ray package is not installed")
-    monkeypatch.setattr(units, "UNIT_BYTES", 1500)
-    one = tokenize_corpus([corpus], tokenizer, tmp_path / "one")
-    arguments = [str(corpus), str(tokenizer.path), str(tmp_path / "out")]
-    subprocess.run([sys.executable, "-c", RAY, *arguments], check=True, capture_output=True, timeout=200)
-    assert files_of(tmp_path / "out") == files_of(one.path)
-
-
 def test_one_large_file_is_shared(
     texts: list[str],
     write_jsonl: Write,

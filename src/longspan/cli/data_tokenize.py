@@ -215,6 +215,7 @@ def _print_result(job: CorpusJob, share: ArrayJob, as_json: bool) -> None:
 
 def _print_sampled(job: CorpusJob, sampled: dict[str, Any]) -> None:
     from longspan.core.units import format_count
+    from longspan.data.tokenize.sampling import mix_command
 
     rows = [
         [
@@ -230,4 +231,4 @@ def _print_sampled(job: CorpusJob, sampled: dict[str, Any]) -> None:
     ]
     columns = ("source", "read", "share", "documents", "tokens", "wanted", "missing")
     print_table("sampled while reading", columns, rows)
-    typer.echo(f"The exact mixture: {' '.join(job.mix_command(sampled))}")
+    typer.echo(f"The exact mixture: {' '.join(mix_command(str(job.out), sampled))}")

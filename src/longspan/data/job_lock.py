@@ -22,8 +22,12 @@ BEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0
 
 
+class BusyError(RunError):
+    """Another job holds the lock."""
+
+
 class JobLock:
-    """Held while a `with` block runs. Raises RunError, naming the holder, where another job holds it."""
+    """Held while a `with` block runs. Raises BusyError, naming the holder, where another job holds it."""
 
     def __init__(self, path: Path, *, what: str) -> None:
         self.path, self._what = path, what
@@ -49,14 +53,23 @@ class JobLock:
         os.close(self._handle)
 
     def is_held(self) -> bool:
-        """Whether another process holds it now."""
-        if not self.path.exists():
+        """Whether another process holds it now; looks, and takes nothing that a job about to start may want."""
+        try:
+            self._handle = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
             return False
         try:
-            with self:
+            holder = self._holder()
+            if not holder:
                 return False
-        except RunError:
+            if holder.get("host") != socket.gethostname():
+                return self._is_fresh()
+            fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        except BlockingIOError:
             return True
+        finally:
+            os.close(self._handle)
 
     def _lock(self) -> int:
         while True:
@@ -97,10 +110,10 @@ class JobLock:
             probe.unlink()
         return now - touched < STALE_SECONDS
 
-    def _busy(self) -> RunError:
+    def _busy(self) -> BusyError:
         holder = self._holder() or {}
         known = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
-        return RunError(
+        return BusyError(
             f"another job is at work on {self._what}",
             found=known if holder else "a process of this machine",
             fix="wait for it to end, or choose another --out",

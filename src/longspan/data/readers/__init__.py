@@ -29,7 +29,7 @@ from longspan.data.readers.base import (
     Reader,
     ReadReport,
 )
-from longspan.data.readers.grouping import Grouping, read_grouped
+from longspan.data.readers.grouping import Grouping, deal, read_bucket, read_grouped
 from longspan.data.readers.reading import (
     PART_BYTES,
     READERS,
@@ -94,9 +94,11 @@ __all__ = [
     "Place",
     "ReadReport",
     "Reader",
+    "deal",
     "finish_reading",
     "list_inputs",
     "plan_parts",
+    "read_bucket",
     "read_documents",
     "read_grouped",
     "read_part",

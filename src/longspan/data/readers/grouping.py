@@ -1,9 +1,15 @@
 """Joining records into long documents: the files of one code repository, the chapters of one book.
 
-Records are dealt by the hash of their group into files on disk; then one file after another is put in order and
-its groups are read out. Memory holds the places of one file's records and the text of one group, whatever the
-size of the corpus; the disk (`TMPDIR`) holds the texts once more while they are joined. Groups come out in the
-order of their hashes, so neither the order of input files nor the number of files on disk shows.
+Records are dealt by the hash of their group into buckets on disk; then one bucket after another is put in order
+and its groups are read out.
+
+    FOLDER/records      runs: the records of up to 32 MiB of input, sorted by bucket
+    FOLDER/index        for each run, where its buckets begin: int64 [runs, buckets + 1]
+
+Memory holds one run, or the places of one bucket's records and the text of one group, whatever the size of the
+corpus; the disk holds the texts once more while they are joined. Several folders may be dealt side by side, and
+every bucket of them read by itself. Groups come out in the order of their hashes, so neither the order of input
+files nor the number of folders or buckets shows.
 """
 
 from __future__ import annotations
@@ -14,7 +20,6 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -26,7 +31,10 @@ from longspan.data.readers.fields import lookup
 from longspan.data.readers.reading import READERS, make_document, parse_values_of, records_of
 
 NUM_BUCKETS = 256
+RUN_BYTES = 1 << 25
+RECORDS, INDEX = "records", "index"
 _HEAD = struct.Struct("<II")
+_SPAN = struct.Struct("<qq")
 FOLDER = "folder"
 """Field of a text file: the first folder below the input."""
 
@@ -65,8 +73,10 @@ class _Kept(NamedTuple):
     order: tuple[int, float, str]
     path: str
     position: int
+    folder: int
+    """Number of the folder that holds it."""
     offset: int
-    """Where its bytes start in the bucket."""
+    """Where its bytes start in the records of that folder."""
 
 
 def read_grouped(
@@ -78,49 +88,82 @@ def read_grouped(
         DataError: a field is missing or does not name a group; see also `reading.parse_record`.
         RunError: the disk for temporary files is full.
     """
-    if fields.messages is not None:
-        raise ArgumentError("conversations cannot be grouped", fix="leave out --group-by")
     with tempfile.TemporaryDirectory(prefix="longspan-group-") as scratch:
+        folder, count = Path(scratch), NUM_BUCKETS
         with disk_errors(scratch):
-            _deal(files, fields, grouping, Path(scratch), strict, report)
+            deal(map(Part, files), fields, grouping, folder, num_buckets=count, strict=strict, report=report)
         report.documents = 0
-        for number in range(NUM_BUCKETS):
-            path = Path(scratch, str(number))
-            if path.exists():
-                for document in _join_bucket(path, grouping):
-                    report.documents += 1
-                    yield document
-                path.unlink()
+        for number in range(count):
+            for document in read_bucket([folder], number, grouping, num_buckets=count):
+                report.documents += 1
+                yield document
 
 
-def _deal(
-    files: Iterable[InputFile],
+def deal(
+    parts: Iterable[Part],
     fields: Fields,
     grouping: Grouping,
-    scratch: Path,
+    folder: Path,
+    *,
+    num_buckets: int,
     strict: bool,
     report: ReadReport,
 ) -> None:
+    """Write the records of `parts` into the buckets of an empty folder; `report` counts records as documents.
+
+    Raises:
+        ArgumentError: conversations cannot be grouped.
+        DataError: see `read_grouped`.
+    """
+    if fields.messages is not None:
+        raise ArgumentError("conversations cannot be grouped", fix="leave out --group-by")
+    held: list[list[bytes]] = [[] for _ in range(num_buckets)]
+    size = 0
+    with open(folder / RECORDS, "wb") as records, open(folder / INDEX, "wb") as index:
+        for number, data in _dealt(parts, fields, grouping, num_buckets, strict, report):
+            held[number].append(data)
+            size += len(data)
+            if size >= RUN_BYTES:
+                _write_run(held, records, index)
+                size = 0
+        if size:
+            _write_run(held, records, index)
+
+
+def _dealt(
+    parts: Iterable[Part],
+    fields: Fields,
+    grouping: Grouping,
+    num_buckets: int,
+    strict: bool,
+    report: ReadReport,
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the bucket of each record and what is kept of it."""
     wanted = (*fields.wanted, *grouping.names)
-    buckets: dict[int, IO[bytes]] = {}
-    with ExitStack() as stack:
-        for file in files:
-            for record in records_of(Part(file), wanted, report=report):
-                values = parse_values_of(record, strict=strict, report=report)
-                if values is None:
-                    continue
-                document = make_document(values, record, fields, strict=strict, report=report)
-                if document is None:
-                    continue
-                head = _head(document, values, record, fields, grouping)
-                number = bytes.fromhex(head["digest"])[0] * NUM_BUCKETS // 256
-                if number not in buckets:
-                    buckets[number] = stack.enter_context(
-                        open(scratch / str(number), "wb", buffering=1 << 16)
-                    )
-                packed, text = json.dumps(head).encode(), document.text.encode()
-                buckets[number].write(_HEAD.pack(len(packed), len(text)) + packed)
-                buckets[number].write(text)
+    for part in parts:
+        for record in records_of(part, wanted, report=report):
+            values = parse_values_of(record, strict=strict, report=report)
+            if values is None:
+                continue
+            document = make_document(values, record, fields, strict=strict, report=report)
+            if document is None:
+                continue
+            head = _head(document, values, record, fields, grouping)
+            # The first 64 bits of 0..2**64, cut into equal ranges.
+            number = int(head["digest"], 16) * num_buckets >> 64
+            packed, text = json.dumps(head).encode(), document.text.encode()
+            yield number, b"".join((_HEAD.pack(len(packed), len(text)), packed, text))
+
+
+def _write_run(held: list[list[bytes]], records: IO[bytes], index: IO[bytes]) -> None:
+    place = records.tell()
+    places = [place]
+    for bucket in held:
+        records.writelines(bucket)
+        place += sum(map(len, bucket))
+        places.append(place)
+        bucket.clear()
+    index.write(struct.pack(f"<{len(places)}q", *places))
 
 
 def _head(
@@ -169,29 +212,57 @@ def _comment(name: str) -> str:
     return _COMMENT_OF.get(PurePosixPath(clean).suffix.lower(), "# ") + clean + "\n"
 
 
-def _join_bucket(path: Path, grouping: Grouping) -> Iterator[Document]:
-    with open(path, "rb", buffering=1 << 20) as file:
-        kept = sorted(_places(file))
-        for _, members in groupby(kept, key=lambda each: (each.digest, each.group)):
-            yield _join([_read(file, each.offset) for each in members], grouping)
+def read_bucket(
+    folders: Sequence[Path], number: int, grouping: Grouping, *, num_buckets: int
+) -> Iterator[Document]:
+    """Yield one document per group of bucket `number` of folders that `deal` wrote, in order of their hashes."""
+    kept = sorted(_places(folders, number, num_buckets))
+    for _, members in groupby(kept, key=lambda each: (each.digest, each.group)):
+        yield _join(_read(folders, list(members)), grouping)
 
 
-def _places(file: IO[bytes]) -> Iterator[_Kept]:
+def _places(folders: Sequence[Path], number: int, num_buckets: int) -> Iterator[_Kept]:
+    """Yield where every record of a bucket stands."""
     paths: dict[str, str] = {}  # one string for all records of a file
-    offset = 0
-    while raw := file.read(_HEAD.size):
-        head_bytes, text_bytes = _HEAD.unpack(raw)
-        head = json.loads(file.read(head_bytes))
-        file.seek(text_bytes, os.SEEK_CUR)
-        place = paths.setdefault(head["path"], head["path"]), head["position"], offset
-        yield _Kept(bytes.fromhex(head["digest"]), head["group"], tuple(head["order"]), *place)
-        offset += _HEAD.size + head_bytes + text_bytes
+    for folder, path in enumerate(folders):
+        spans = list(_spans(path / INDEX, number, num_buckets))
+        if not spans:
+            continue
+        with open(path / RECORDS, "rb", buffering=1 << 17) as file:
+            for start, stop in spans:
+                file.seek(start)
+                while start < stop:
+                    head_bytes, text_bytes = _HEAD.unpack(file.read(_HEAD.size))
+                    head = json.loads(file.read(head_bytes))
+                    file.seek(text_bytes, os.SEEK_CUR)
+                    place = paths.setdefault(head["path"], head["path"]), head["position"], folder, start
+                    digest = bytes.fromhex(head["digest"])
+                    yield _Kept(digest, head["group"], tuple(head["order"]), *place)
+                    start += _HEAD.size + head_bytes + text_bytes
 
 
-def _read(file: IO[bytes], offset: int) -> tuple[dict[str, Any], str]:
-    file.seek(offset)
-    head_bytes, text_bytes = _HEAD.unpack(file.read(_HEAD.size))
-    return json.loads(file.read(head_bytes)), file.read(text_bytes).decode()
+def _read(folders: Sequence[Path], members: list[_Kept]) -> list[tuple[dict[str, Any], str]]:
+    """Return head and text of each record, opening every file once."""
+    found: dict[int, tuple[dict[str, Any], str]] = {}
+    by_folder = sorted(range(len(members)), key=lambda number: members[number].folder)
+    for folder, numbers in groupby(by_folder, key=lambda number: members[number].folder):
+        with open(folders[folder] / RECORDS, "rb") as file:
+            for number in numbers:
+                file.seek(members[number].offset)
+                head_bytes, text_bytes = _HEAD.unpack(file.read(_HEAD.size))
+                found[number] = json.loads(file.read(head_bytes)), file.read(text_bytes).decode()
+    return [found[number] for number in range(len(members))]
+
+
+def _spans(index: Path, number: int, num_buckets: int) -> Iterator[tuple[int, int]]:
+    """Yield where a bucket stands in each run that has some of it."""
+    row_bytes = 8 * (num_buckets + 1)
+    with open(index, "rb", buffering=0) as file:
+        for run in range(os.fstat(file.fileno()).st_size // row_bytes):
+            file.seek(run * row_bytes + 8 * number)
+            start, stop = _SPAN.unpack(file.read(_SPAN.size))
+            if start < stop:
+                yield start, stop
 
 
 def _join(members: list[tuple[dict[str, Any], str]], grouping: Grouping) -> Document:

@@ -8,8 +8,9 @@ store = job.merge()                     # once all pieces are there
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,24 +18,32 @@ from typing import TYPE_CHECKING, Any
 from longspan.core.errors import ArgumentError, DataError, LongspanError, RunError
 from longspan.core.files import disk_errors
 from longspan.core.log import get_logger
-from longspan.core.progress import progress
-from longspan.core.units import format_count
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
-from longspan.data.job_lock import JobLock
+from longspan.data.job_lock import BusyError, JobLock
 from longspan.data.mixture import MixtureSpec
 from longspan.data.readers import Fields, Grouping, ReadReport, finish_reading, list_inputs, read_part
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.token_store import MANIFEST, SHARD_BYTES, TokenStore, read_manifest
 from longspan.data.tokenize import sampling
 from longspan.data.tokenize.encode import PieceJob, make_piece
-from longspan.data.tokenize.pieces import PieceSummary, Workspace
+from longspan.data.tokenize.groups import (
+    DEALT,
+    MAX_BUCKETS,
+    DealJob,
+    GroupUnit,
+    deal_unit,
+    group_units,
+    num_buckets_of,
+)
+from longspan.data.tokenize.pieces import Workspace
+from longspan.data.tokenize.unit_pieces import UnitPieces
 from longspan.data.tokenize.units import (
+    MAX_UNITS,
     Unit,
     cut_units,
     file_identity,
     plain_identity,
     unit_bytes_of,
-    whole_unit,
 )
 from longspan.data.tokenizer import Tokenizer
 
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from longspan.data.chat import ChatFormat
 
 ESTIMATE_CHARACTERS = 1 << 20
+POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 5.0
 
 
 def tokenize_corpus(
@@ -74,7 +84,7 @@ def tokenize_corpus(
         text_field: field of a record that holds the text; dots reach into objects.
         source_field: field that names the source; None: the file's place names it.
         group_by: join the records with the same value of this field into one document; see
-            `readers.Grouping`. Such a corpus is one unit of work.
+            `readers.Grouping`. The texts then stand on the disk of `out` once more until the store is made.
         order_by: field that orders the records of a group.
         header_field: field with a file name, put as a comment above each record of a group.
         messages_field: field that holds a conversation, for `chat`; None: "messages".
@@ -174,12 +184,12 @@ class CorpusJob:
             self._settings |= {"group_by": group_by, "order_by": order_by, "header_field": header_field}
         elif order_by is not None or header_field is not None:
             raise ArgumentError("only groups have an order and headers", fix="give --group-by")
-        unit_bytes = unit_bytes_of(self._files)
-        self._units = cut_units(self._files, unit_bytes) if grouping is None else [whole_unit(self._files)]
+        unit_bytes = unit_bytes_of(self._files, max_units=MAX_UNITS if grouping is None else MAX_BUCKETS)
+        units = cut_units(self._files, unit_bytes)
         plain = [plain_identity(file) for file in self._files]
-        self._space = Workspace(
-            self.out, {**self._settings, "unit_bytes": unit_bytes, "units": len(self._units), "inputs": plain}
-        )
+        plan = {**self._settings, "unit_bytes": unit_bytes, "units": len(units), "inputs": plain}
+        self._space = Workspace(self.out, plan)
+        self._pieces = UnitPieces(self._space, grouped=grouping is not None)
         self._job = PieceJob(
             folder=str(self._space.folder),
             plan=self._space.fingerprint,
@@ -188,8 +198,20 @@ class CorpusJob:
             strict=strict,
             shard_bytes=shard_bytes,
             chat_template=None if chat is None else chat.template,
-            grouping=grouping,
         )
+        self._units: Sequence[Unit | GroupUnit] = units
+        self._deals: Sequence[Unit] = ()
+        if grouping is not None:
+            self._deals = units
+            self._deal_job = DealJob(
+                folder=self._job.folder,
+                plan=self._job.plan,
+                fields=self._job.fields,
+                grouping=grouping,
+                num_buckets=num_buckets_of(self._files, unit_bytes),
+                strict=strict,
+            )
+            self._units = group_units(self._deal_job, units)
 
     @property
     def num_units(self) -> int:
@@ -214,6 +236,11 @@ class CorpusJob:
         Returns None while pieces of other jobs are missing.
         """
         share = ArrayJob() if share is None else share
+        if self.mix is not None and share.count > 1:
+            raise ArgumentError(
+                "jobs of an array cannot sample while reading: each wave needs what the one before it gave",
+                fix="use --executor local or ray with --mix",
+            )
         store = self.finished()
         if store is not None:
             return store
@@ -225,18 +252,29 @@ class CorpusJob:
                 return store
             try:
                 self._space.open()
-                self.encode(executor, share)
-                return self.merge() if share.count == 1 else None
+                if share.count == 1:
+                    self.encode(executor)
+                    return self.merge()
+                self._deal(executor, share)
+                if not self._deals:
+                    self.encode(executor, share)
             except (LongspanError, KeyboardInterrupt):
-                if share.count == 1 and not any(self._space.folder.glob("[0-9]*/")):
+                folder = self._space.folder
+                if share.count == 1 and not any([*folder.glob("[0-9]*/"), *folder.glob(f"{DEALT}/[0-9]*/")]):
                     self._space.remove()
                 raise
+        if self._deals:
+            self._encode_dealt(executor, share)
+        return None
 
     def run_share(self, executor: Executor, share: ArrayJob) -> TokenStore | None:
         """Run one job of an array; the one that finds all pieces made puts the store together."""
         store = self.run(executor, share)
         if store is None and not self.missing():
-            store = self.merge_only()
+            try:
+                store = self.merge_only()
+            except BusyError:
+                get_logger("data.tokenize").info("another job puts %s together", self.out)
         # Another job may have made it, and removed the pieces, while this one looked for them.
         return store or self.finished()
 
@@ -268,21 +306,21 @@ class CorpusJob:
 
     def missing(self) -> list[int]:
         """Return the numbers of the pieces that are not there."""
-        return [unit.number for unit in self._units if self._space.read(unit.number) is None]
+        return [unit.number for unit in self._units if self._pieces.read(unit) is None]
 
     def encode(self, executor: Executor, share: ArrayJob | None = None) -> None:
-        """Make the missing pieces; of a sampled corpus those that the budgets need."""
-        units = (ArrayJob() if share is None else share).share(self._units)
+        """Make the missing pieces (of a share); of a sampled corpus those that the budgets need.
+
+        Records of groups are all dealt before the first piece is made.
+        """
+        self._deal(executor, ArrayJob())
         if self.mix is None:
-            for _ in self._make(executor, self._job, units, total=sum(unit.size for unit in units)):
+            units = (ArrayJob() if share is None else share).share(self._units)
+            make = partial(make_piece, self._job)
+            for _ in self._pieces.make(executor, make, units, total=sum(unit.size for unit in units)):
                 pass
-            return
-        if share is not None and share.count > 1:
-            raise ArgumentError(
-                "jobs of an array cannot sample while reading: each wave needs what the one before it gave",
-                fix="use --executor local or ray with --mix",
-            )
-        self._sample = [unit.number for unit in self._waves(executor)]
+        else:
+            self._sample = [unit.number for unit in self._waves(executor)]
 
     def merge(self) -> TokenStore:
         """Make the store of the pieces, all of which are there, and remove them."""
@@ -291,18 +329,19 @@ class CorpusJob:
         inputs: dict[str, dict[str, Any]] = {}
         numbers = [unit.number for unit in self._units] if self._sample is None else sorted(self._sample)
         seen: dict[str, sampling.SourceCounts] = {}
-        for number in numbers:
-            summary = self._space.read(number)
+        for unit in (*self._deals, *(self._units[number] for number in numbers)):
+            summary = self._pieces.read(unit)
             if summary is None:
-                raise DataError(f"{self._space.path(number)} is missing", fix="run the same command again")
+                raise DataError(f"{self._pieces.path(unit)} is missing", fix="run the same command again")
             report.add(summary.report)
             sampling.add_counts(seen, summary.seen.items())
-            for file, identity in zip(self._units[number].files, summary.inputs):
+            for file, identity in zip(unit.files, summary.inputs):
                 if inputs.setdefault(file.path, identity) != identity:
                     raise DataError(
                         f"{file.path} was changed while it was read", fix=f"remove {self._space.folder}"
                     )
-            folders.append(self._space.shard_folder(number, summary))
+            if isinstance(unit, GroupUnit) or not self._deals:
+                folders.append(self._space.shard_folder(unit.number, summary))
         report.add(self._report)
         try:
             finish_reading(self._files, report)
@@ -329,34 +368,13 @@ class CorpusJob:
         self._space.remove()
         return store
 
-    def mix_command(self, sampled: dict[str, Any]) -> list[str]:
-        """Return the command line that makes the exact mixture of a sampled store."""
-        spec = sampled["mixture"]
-        words = [
-            "longspan",
-            "data",
-            "mix",
-            str(self.out),
-            "--mode",
-            spec["mode"],
-            "--tokens",
-            str(spec["tokens"]),
-        ]
-        if spec["keep_short"] is not None:
-            words += ["--keep-short", str(spec["keep_short"])]
-        words += ["--threshold", str(spec["threshold"]), "--seed", str(sampled["seed"])]
-        for name, weight in spec["weights"].items():
-            words += ["--weight", f"{name}={weight:.6g}"]
-        return [*words, "--out", f"{self.out}.mix"]
-
     def _config(self) -> dict[str, Any]:
         return {**self._settings, "inputs": [file_identity(file) for file in self._files]}
 
     @contextmanager
     def _locked(self, share: ArrayJob) -> Iterator[None]:
         """Hold the lock of this job; jobs of one array may run side by side, others may not."""
-        own = self._space.folder / f"job-{share.index}-of-{share.count}.lock"
-        with JobLock(own, what=str(self.out)):
+        with JobLock(self._lock(share), what=str(self.out)):
             for other in sorted(self._space.folder.glob("job-*.lock")):
                 kin = other.name.endswith(f"-of-{share.count}.lock")
                 if not kin and JobLock(other, what=str(self.out)).is_held():
@@ -367,49 +385,68 @@ class CorpusJob:
                     )
             yield
 
-    def _make(
-        self, executor: Executor, job: PieceJob, units: Sequence[Unit], *, total: int | None
-    ) -> Iterator[PieceSummary]:
-        """Yield the summaries of units, in their order, after making those that are missing."""
-        there = {unit.number: summary for unit in units if (summary := self._checked(unit)) is not None}
-        todo = [unit for unit in units if unit.number not in there]
-        if there:
-            get_logger("data.tokenize").info("%d of %d pieces are there already", len(there), len(units))
-        done = sum(summary.size for summary in there.values())
-        made = executor.run(partial(make_piece, job), todo)
-        tokens = sum(summary.tokens for summary in there.values())
-        with progress("tokenize", total=total, unit="bytes", done=done) as bar:
-            for unit in units:
-                summary = there.get(unit.number)
-                if summary is None:
-                    summary = next(made)
-                    tokens += summary.tokens
-                    bar.note(f"{format_count(tokens)} tokens")
-                    bar.advance(summary.size)
-                yield summary
+    def _lock(self, share: ArrayJob) -> Path:
+        return self._space.folder / f"job-{share.index}-of-{share.count}.lock"
 
-    def _checked(self, unit: Unit) -> PieceSummary | None:
-        """Return the summary of a piece that is there, after a look at the files that it was made of."""
-        summary = self._space.read(unit.number)
-        if summary is not None and summary.inputs != [file_identity(file) for file in unit.files]:
-            raise DataError(
-                f"{self._space.folder} holds unfinished work made of other inputs",
-                found=", ".join(file.path for file in unit.files[:3]),
-                fix="remove that folder",
-            )
-        return summary
+    def _deal(self, executor: Executor, share: ArrayJob) -> None:
+        """Deal what is missing of a share of the input; nothing to do where records are not grouped."""
+        if not self._deals:
+            return
+        units, job = share.share(self._deals), partial(deal_unit, self._deal_job)
+        size = sum(unit.size for unit in units)
+        for _ in self._pieces.make(executor, job, units, total=size, title="read groups"):
+            pass
 
-    def _waves(self, executor: Executor) -> Iterator[Unit]:
+    def _encode_dealt(self, executor: Executor, share: ArrayJob) -> None:
+        """Make the pieces of this job's share of groups, then those of jobs of the array that have ended.
+
+        A group may hold records that any job dealt. So this job waits while others deal, and ends where some
+        have not begun: the last one then finds everything dealt, and does what is left. The lock of a job is
+        held by whoever makes its share.
+        """
+        if not self._all_dealt(share):
+            return
+        for index in (share.index, *(each for each in range(share.count) if each != share.index)):
+            job = ArrayJob(index, share.count)
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(JobLock(self._lock(job), what=str(self.out)))
+                except BusyError:
+                    continue
+                missing = any(self._pieces.read(unit) is None for unit in job.share(self._units))
+                # Asked afterwards: pieces are also missing where another job has just put them together.
+                if self.finished(quiet=True) is not None:
+                    self._space.remove()
+                    return
+                if missing:
+                    self.encode(executor, job)
+
+    def _all_dealt(self, share: ArrayJob) -> bool:
+        """Whether all input is dealt, after waiting for the jobs of the array that are at work."""
+        locks = [self._lock(ArrayJob(index, share.count)) for index in range(share.count)]
+        pause = POLL_SECONDS
+        while True:
+            at_work = any(JobLock(lock, what=str(self.out)).is_held() for lock in locks)
+            if all(self._pieces.read(unit) is not None for unit in self._deals):
+                return True
+            if not at_work:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_POLL_SECONDS)
+
+    def _waves(self, executor: Executor) -> Iterator[Unit | GroupUnit]:
         """Yield the units of the sample, wave after wave, until every budget is filled or the input ends."""
         assert self.mix is not None
         order = sampling.sampling_order(self._units, self.seed)
-        rule = sampling.Sampling(self.mix, self.seed, self._bytes_per_token(order[0]))
+        first = sampling.sampling_order(self._deals, self.seed)[0] if self._deals else order[0]
+        assert isinstance(first, Unit), "groups have input units"
+        rule = sampling.Sampling(self.mix, self.seed, self._bytes_per_token(first))
         seen: dict[str, sampling.SourceCounts] = {}
         done, size = 0, sampling.FIRST_WAVE
         while done < len(order):
             wave = order[done : done + size]
-            job = self._job._replace(sampling=rule)
-            for unit, summary in zip(wave, self._make(executor, job, wave, total=None)):
+            make = partial(make_piece, self._job._replace(sampling=rule))
+            for unit, summary in zip(wave, self._pieces.make(executor, make, wave, total=None)):
                 sampling.add_counts(seen, summary.seen.items())
                 yield unit
             done += len(wave)

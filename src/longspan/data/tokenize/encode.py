@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.data.readers import Document, Fields, Grouping, ReadReport, read_grouped, read_part
+from longspan.data.readers import Document, Fields, ReadReport, read_part
 from longspan.data.readers.base import SkippedRecordError
 from longspan.data.store.documents import token_dtype
+from longspan.data.tokenize.groups import GroupUnit
 from longspan.data.tokenize.pieces import PIECE, PieceSummary, PieceWriter, piece_folder, read_summary
 from longspan.data.tokenize.sampling import Sampling, SourceCounts, add_counts
 from longspan.data.tokenize.units import Unit, file_identity
@@ -36,10 +37,9 @@ class PieceJob(NamedTuple):
     shard_bytes: int
     chat_template: str | None = None
     sampling: Sampling | None = None
-    grouping: Grouping | None = None
 
 
-def make_piece(job: PieceJob, unit: Unit) -> PieceSummary:
+def make_piece(job: PieceJob, unit: Unit | GroupUnit) -> PieceSummary:
     """Read, encode and write the documents of one unit; a piece that is there already is left alone."""
     path = Path(job.folder, f"{unit.number:06}")
     if (path / PIECE).is_file():
@@ -55,9 +55,9 @@ def make_piece(job: PieceJob, unit: Unit) -> PieceSummary:
         )
 
 
-def _documents(job: PieceJob, unit: Unit, report: ReadReport) -> Iterator[Document]:
-    if job.grouping is not None:
-        yield from read_grouped(unit.files, job.fields, job.grouping, strict=job.strict, report=report)
+def _documents(job: PieceJob, unit: Unit | GroupUnit, report: ReadReport) -> Iterator[Document]:
+    if isinstance(unit, GroupUnit):
+        yield from unit.documents(report)
         return
     for part in unit.parts:
         yield from read_part(part, job.fields, strict=job.strict, report=report)

@@ -13,19 +13,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from longspan.core.seeds import derive_seed
 from longspan.data.mixture import MixtureSpec, keep_coin, source_shares
-from longspan.data.tokenize.units import Unit
+from longspan.data.readers import InputFile
 
 FIRST_WAVE = 16
 MARGIN = 1.1
 """What is sampled beyond a budget: shares are estimated, and exact counts are made later."""
 SURELY_SHORT = 0.7
 """A document this much below the threshold, by estimate, is not tokenized to know that it is short."""
+
+
+class NumberedUnit(Protocol):
+    """What is known of a unit of work: its number, and the files it reads."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def files(self) -> list[InputFile]: ...
+
+
+AnyUnit = TypeVar("AnyUnit", bound=NumberedUnit)
 
 
 class SourceCounts(NamedTuple):
@@ -108,12 +121,12 @@ def budgets(spec: MixtureSpec, seen: dict[str, SourceCounts]) -> Budgets:
     return Budgets(wanted, {name: taken.get(name, 0) for name in wanted})
 
 
-def sampling_order(units: Sequence[Unit], seed: int) -> list[Unit]:
+def sampling_order(units: Sequence[AnyUnit], seed: int) -> list[AnyUnit]:
     """Return the units in an order that depends on the seed and on the files' names and order."""
 
-    def place(unit: Unit) -> tuple[int, int]:
-        first = unit.parts[0]
-        return derive_seed(seed, "sample-units", first.file.name, unit.number), unit.number
+    def place(unit: AnyUnit) -> tuple[int, int]:
+        name = unit.files[0].name if unit.files else ""
+        return derive_seed(seed, "sample-units", name, unit.number), unit.number
 
     return sorted(units, key=place)
 
@@ -154,3 +167,15 @@ def describe(spec: MixtureSpec, seed: int, seen: dict[str, SourceCounts]) -> dic
             "keep_short": spec.keep_probability,
         }
     return {"seed": seed, "sources": sources, "mixture": mixture}
+
+
+def mix_command(out: str, sampled: dict[str, Any]) -> list[str]:
+    """Return the command line that makes the exact mixture of the sampled store `out`; see `describe`."""
+    spec = sampled["mixture"]
+    words = ["longspan", "data", "mix", out, "--mode", spec["mode"], "--tokens", str(spec["tokens"])]
+    if spec["keep_short"] is not None:
+        words += ["--keep-short", str(spec["keep_short"])]
+    words += ["--threshold", str(spec["threshold"]), "--seed", str(sampled["seed"])]
+    for name, weight in spec["weights"].items():
+        words += ["--weight", f"{name}={weight:.6g}"]
+    return [*words, "--out", f"{out}.mix"]

@@ -41,9 +41,9 @@ class Unit(NamedTuple):
         return list(dict.fromkeys(part.file for part in self.parts))
 
 
-def unit_bytes_of(files: Sequence[InputFile]) -> int:
-    """Return the size of units: 16 MiB, more where that would make more than 4096 of them."""
-    return max(UNIT_BYTES, -(-sum(file.size for file in files) // MAX_UNITS))
+def unit_bytes_of(files: Sequence[InputFile], *, max_units: int = MAX_UNITS) -> int:
+    """Return the size of units: 16 MiB, more where that would make more than `max_units` of them."""
+    return max(UNIT_BYTES, -(-sum(file.size for file in files) // max_units))
 
 
 def cut_units(files: Iterable[InputFile], unit_bytes: int) -> list[Unit]:
@@ -60,11 +60,6 @@ def cut_units(files: Iterable[InputFile], unit_bytes: int) -> list[Unit]:
     if held:
         units.append(Unit(len(units), tuple(held)))
     return units
-
-
-def whole_unit(files: Iterable[InputFile]) -> Unit:
-    """Return all files as one unit, for reading that needs to see all of them."""
-    return Unit(0, tuple(Part(file, size=file.size) for file in files))
 
 
 def file_identity(file: InputFile) -> dict[str, Any]:
