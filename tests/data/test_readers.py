@@ -14,7 +14,9 @@ import zstandard
 
 from longspan.core.errors import DataError
 from longspan.data.readers import READERS, ReadReport, read_documents
+from longspan.data.readers.base import InputFile, RawRecord, SkippedRecordError
 from longspan.data.readers.files import extension_of
+from longspan.data.readers.jsonl import parse_line
 
 Write = Callable[..., Path]
 
@@ -177,3 +179,31 @@ def test_text_file_is_one_document(tmp_path: Path) -> None:
 def test_every_extension_finds_its_reader() -> None:
     """Guards against a reader that no file name reaches."""
     assert all(extension_of(f"dir.x/name{extension}.zst") == extension for extension in READERS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "n": 18446744073709551616}',
+        '{"text": "a", "deep": {"list": [1, [-9223372036854775809]]}}',
+        '{"text": "a", "n": [NaN, 1e400, -Infinity, -0.0, 1e-400, 12345678901234567890.5]}',
+        '{"text": "a", "text": "b", "lone": "\\ud83d", "\\ud83d": 1}',
+        '{"text": "a", "n": 1' + "0" * 5000 + "}",
+        '{"text": "a"} x',
+        '{"text": "\x01"}',
+        '\ufeff{"text": "a"}',
+        "[" * 5000,
+        "",
+    ],
+)
+def test_the_fast_parser_reads_what_pythons_does(line: str) -> None:
+    """Integers beyond 64 bits became floats, and NaN, lone surrogates or other messages came with a parser."""
+    record = RawRecord(InputFile("a.jsonl", ".jsonl", "", 0), 0, line.encode())
+    try:
+        wanted = repr(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        with pytest.raises(SkippedRecordError) as raised:
+            parse_line(record)
+        assert str(raised.value) == f"not valid JSON ({error})"
+    else:
+        assert repr(parse_line(record)) == wanted

@@ -383,7 +383,7 @@ def test_documents_without_tokens_are_counted(
 ) -> None:
     """Guards against empty arrays, which MDS has no form for, ending a run."""
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: encode("" if text == "drop" else text))
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **_: encode("" if text == "drop" else text))
     path = write_jsonl("a.jsonl", {"text": "drop"}, {"text": "keep"})
     store = tokenize_corpus([path], tokenizer, tmp_path / "out")
     assert (len(store), store.manifest.counts["documents"], store.manifest.counts["empty_documents"]) == (

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
+import orjson
+
 from longspan.data.readers.base import (
     InputFile,
     Part,
@@ -85,12 +87,33 @@ def parse_line(record: RawRecord) -> dict[str, Any]:
     if isinstance(record.data, SkippedRecordError):
         raise record.data
     try:
+        value = orjson.loads(record.data)
+        if isinstance(value, dict) and not _may_be_rounded(value):
+            return value
+    except (orjson.JSONDecodeError, RecursionError):
+        pass
+    # Python's own parser reads more (NaN, lone surrogates), and says what is wrong.
+    try:
         value = json.loads(decode_utf8(record.data))
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
         raise SkippedRecordError("broken_records", f"not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise SkippedRecordError("broken_records", f"a JSON {type(value).__name__}, not an object")
     return value
+
+
+def _may_be_rounded(value: dict[str, Any]) -> bool:
+    """Whether some number is a float of 2**63 or more, as which orjson reads integers beyond 64 bits."""
+    held: list[Any] = [value]
+    while held:
+        each = held.pop()
+        for inner in each.values() if isinstance(each, dict) else each:
+            if isinstance(inner, float):
+                if abs(inner) >= 1 << 63:
+                    return True
+            elif isinstance(inner, (dict, list)):
+                held.append(inner)
+    return False
 
 
 JSONL = Reader(read_lines, parse_line, split_by_bytes)

@@ -104,14 +104,17 @@ class _Encoder:
         self._chat = None if job.chat_template is None else _chat(job.tokenizer, job.chat_template)
 
     def encode(self, document: Document, writer: PieceWriter) -> None:
-        key, size = _key_and_size(document)
+        utf8 = document.text.encode() if len(document.text) <= LONG_CHARACTERS else None
+        key, size = (
+            _key_and_size(document) if utf8 is None else (document_key(document.source, utf8), len(utf8))
+        )
         sampling = self._job.sampling
         if sampling is not None:
             add_counts(self.seen, [(document.source, SourceCounts(1, size))])
             if not sampling.wants(document.source) or not sampling.may_take(key, size):
                 return
         try:
-            ids, mask = self._ids_and_mask(document)
+            ids, mask = self._ids_and_mask(document, utf8)
         except SkippedRecordError as error:
             self._skip(document, error.kind, str(error))
             return
@@ -128,12 +131,14 @@ class _Encoder:
         self.report.documents -= 1
         self.report.skip(kind, document.place, reason)
 
-    def _ids_and_mask(self, document: Document) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    def _ids_and_mask(
+        self, document: Document, utf8: bytes | None
+    ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
         if self._chat is not None:
             return _encode_chat(self._chat, document, strict=self._job.strict)
         if document.weights is None:
-            if len(document.text) <= LONG_CHARACTERS:
-                return self._tokenizer.encode(document.text), None
+            if utf8 is not None:
+                return self._tokenizer.encode(document.text, utf8=utf8), None
             # In the dtype of the store at once: half of the memory where that is uint16.
             parts = [ids.astype(self._dtype) for ids in self._tokenizer.encode_pieces(document.text)]
             return np.concatenate(parts), None
@@ -142,15 +147,11 @@ class _Encoder:
 
 
 def _key_and_size(document: Document) -> tuple[int, int]:
-    """Return the key and the bytes of the text; a long text is not copied as a whole."""
-    text = document.text
-    if len(text) <= LONG_CHARACTERS:
-        data = text.encode()
-        return document_key(document.source, data), len(data)
+    """Return the key and the bytes of a long text, which is not copied as a whole."""
     digest = hashlib.blake2b(document.source.encode() + b"\0", digest_size=8)
     size = 0
-    for start in range(0, len(text), LONG_CHARACTERS):
-        data = text[start : start + LONG_CHARACTERS].encode()
+    for start in range(0, len(document.text), LONG_CHARACTERS):
+        data = document.text[start : start + LONG_CHARACTERS].encode()
         digest.update(data)
         size += len(data)
     return int.from_bytes(digest.digest(), "little"), size

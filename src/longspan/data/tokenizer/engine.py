@@ -16,7 +16,7 @@ from longspan.data.tokenizer.cutting import CutRule
 
 Backend = Literal["gigatoken", "hf"]
 ROLES = ("bos", "eos", "pad")
-FAST_ENGINE_CHARACTERS = 1 << 28
+FAST_ENGINE_BYTES = 1 << 28
 # Longer texts are encoded in pieces: the Hugging Face library slows down with length, both need memory for it.
 PIECE_CHARACTERS: dict[Backend, int] = {"gigatoken": 1 << 20, "hf": 1 << 14}
 
@@ -31,9 +31,9 @@ class Offsets(NamedTuple):
 
 
 class FastEngine:
-    """gigatoken, made anew every 268 million characters.
+    """gigatoken, made anew every 268 MB of text.
 
-    It remembers every word it has met: text without a repeated word costs 6 bytes of memory a character, and
+    It remembers every word it has met: text without a repeated word costs 6 bytes of memory a byte, and
     would fill any machine in time. Making it anew takes 0.1 s for 32 thousand ids.
     """
 
@@ -41,9 +41,10 @@ class FastEngine:
         self._content = content
         self._start()
 
-    def __call__(self, text: str) -> NDArray[np.uint32]:
-        self._characters_left -= len(text)
-        if self._characters_left < 0:
+    def __call__(self, text: bytes) -> NDArray[np.uint32]:
+        """Return the ids of a text in UTF-8."""
+        self._bytes_left -= len(text)
+        if self._bytes_left < 0:
             self._start()
         return self._encode(text)
 
@@ -51,7 +52,7 @@ class FastEngine:
         import gigatoken
 
         self._encode = gigatoken.Tokenizer.from_json(self._content).encode
-        self._characters_left = FAST_ENGINE_CHARACTERS
+        self._bytes_left = FAST_ENGINE_BYTES
 
 
 class Tokenizer:
@@ -67,6 +68,7 @@ class Tokenizer:
         *,
         name: str,
         fingerprint: str,
+        vocab_size: int,
         special_ids: Mapping[str, int | None],
         reference: tokenizers.Tokenizer,
         fast: FastEngine | None,
@@ -78,7 +80,7 @@ class Tokenizer:
         self.fingerprint = fingerprint
         """SHA-256 of everything in the file that decides the ids of a text."""
         self.bos_id, self.eos_id, self.pad_id = (special_ids[role] for role in ROLES)
-        self.vocab_size = max(reference.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = vocab_size
         """One more than the largest id, special tokens included."""
         self.backend: Backend = "hf" if fast is None else "gigatoken"
         self.backend_reason = backend_reason
@@ -93,8 +95,10 @@ class Tokenizer:
         """Whether long texts are encoded in pieces; otherwise they need memory and time as a whole."""
         return self._cuts is not None
 
-    def encode(self, text: str) -> NDArray[np.uint32]:
-        """Return the ids of a text [tokens]."""
+    def encode(self, text: str, *, utf8: bytes | None = None) -> NDArray[np.uint32]:
+        """Return the ids of a text [tokens]; `utf8` is the same text, for callers who have it anyway."""
+        if self._fast is not None and utf8 is not None and len(text) <= PIECE_CHARACTERS["gigatoken"]:
+            return self._fast(utf8)
         parts = list(self.encode_pieces(text))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -126,7 +130,7 @@ class Tokenizer:
         return self._reference.token_to_id(token)
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
-        return encode_reference(self._reference, text) if self._fast is None else self._fast(text)
+        return encode_reference(self._reference, text) if self._fast is None else self._fast(text.encode())
 
     def _encode_with_offsets(self, text: str, start: int) -> Offsets:
         encoding = self._reference.encode(text, add_special_tokens=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 import tokenizers
 
 from longspan.core.errors import ArgumentError, DataError
@@ -87,7 +88,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = No
     found = _read(os.fspath(name))
     path, content = found.path, found.content
     try:
-        reference = tokenizers.Tokenizer.from_str(json.dumps(content))
+        reference = tokenizers.Tokenizer.from_buffer(orjson.dumps(content))
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
         raise DataError(f"{path} is not a tokenizer that can be read", found=str(error)) from None
     # Truncation or padding saved with a tokenizer would cut or fill documents without a word.
@@ -101,6 +102,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = No
         path,
         name=f"{path}#{found.pattern}" if found.pattern else str(path),
         fingerprint=_fingerprint(content),
+        vocab_size=_vocab_size(content, reference),
         special_ids=_special_ids(path.parent, reference, found.roles),
         reference=reference,
         fast=fast,
@@ -119,7 +121,10 @@ def _read(name: str) -> _Found:
     except OSError as error:
         raise DataError(f"{path} cannot be read", found=error.strerror) from None
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
-        return _Found(path, "", read_json(path), None)
+        try:
+            return _Found(path, "", orjson.loads(data), None)
+        except orjson.JSONDecodeError:
+            return _Found(path, "", read_json(path), None)  # reads more, and says what is wrong
     if tiktoken.is_rank_file(data):
         encoding = tiktoken.find_encoding(pattern, path=path)
         ranks = tiktoken.read_ranks(data, where=path)
@@ -198,13 +203,20 @@ def _load_fast(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tupl
     plain = {**content, "truncation": None, "padding": None, "post_processor": None}
     plain["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     try:
-        fast = FastEngine(json.dumps(plain))
+        fast = FastEngine(orjson.dumps(plain).decode())
         for text in (*SAMPLE, *special, "x".join(special), f"a {' '.join(special)}\n", " ".join(SAMPLE)):
-            if not np.array_equal(fast(text), encode_reference(reference, text)):
+            if not np.array_equal(fast(text.encode()), encode_reference(reference, text)):
                 return None, f"gigatoken gives other ids for {text[:40]!r}"
     except Exception as error:  # noqa: BLE001  whatever a fast path meets, the slow one is there
         return None, f"gigatoken refuses this tokenizer: {str(error).splitlines()[0]}"
     return fast, "same ids as the Hugging Face library on the sample"
+
+
+def _vocab_size(content: dict[str, Any], reference: tokenizers.Tokenizer) -> int:
+    """Return one more than the largest id; the library's own vocabulary is not built for that."""
+    vocab = content["model"]["vocab"]
+    largest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+    return max(largest, *reference.get_added_tokens_decoder(), -1) + 1
 
 
 def _fingerprint(content: dict[str, Any]) -> str:
