@@ -7,7 +7,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,11 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.data import materialize as materializing
+from longspan.data.executor import ArrayJob, LocalExecutor
+from longspan.data.job_lock import hold_share
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, StreamMixer, balance, row_cost
-from longspan.data.materialize import materialize, read_rows_manifest
+from longspan.data.materialize import materialize, read_rows_manifest, rows_folder
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
 from longspan.data.row_formats import FORMATS
@@ -141,17 +144,65 @@ def test_chunks_have_the_packed_slimpajama_form(tmp_path: Path) -> None:
     assert list(record) == ["input_ids", "labels", "source"]
 
 
+@pytest.fixture(scope="module")
+def pools() -> Iterator[list[LocalExecutor]]:
+    """Processes that several tests share, opening plan after plan."""
+    with LocalExecutor(1) as one, LocalExecutor(2) as two, LocalExecutor(4) as four:
+        yield [one, two, four]
+
+
 @pytest.mark.parametrize("format", FORMATS)
-def test_workers_leave_no_trace(tmp_path: Path, format: str) -> None:
-    """The same bytes for one process and for two."""
+def test_who_writes_leaves_no_trace(tmp_path: Path, pools: list[LocalExecutor], format: str) -> None:
+    """The same bytes for one process, for two and four, and for three jobs of an array in any order; processes
+    that wrote another plan before do not write its rows again."""
+    store = make_store(tmp_path / "store", [50] * 40)
+    for length in (32, 64):
+        make_plan(tmp_path / "plan", [store], length=length)
+        trees = set()
+        for pool in pools:
+            out = tmp_path / f"rows{pool.num_workers}-{length}"
+            assert rows_folder(tmp_path / "plan", out, format=format, piece_bytes=2000).make(pool)
+            trees.add(tree_hash(out))
+        for order in ((0, 1, 2), (2, 0, 1)):
+            out = tmp_path / f"rows{order[0]}-of-3-{length}"
+            work = rows_folder(tmp_path / "plan", out, format=format, piece_bytes=2000)
+            assert work.num_pieces > 3
+            whole = [work.make(pools[0], ArrayJob(index, 3)) for index in order]
+            assert whole == [False, False, True] and work.missing() == 0
+            assert work.make(pools[0], ArrayJob(0, 3)), "what is complete is kept"
+            trees.add(tree_hash(out))
+        assert len(trees) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_jobs_side_by_side(tmp_path: Path) -> None:
+    """Of jobs that end at the same time one makes the whole, and none fails."""
     store = make_store(tmp_path / "store", [50] * 40)
     make_plan(tmp_path / "plan", [store], length=64)
-    trees = set()
-    for workers in (1, 2):
-        out = tmp_path / f"rows{workers}"
-        materialize(tmp_path / "plan", out, format=format, num_workers=workers, piece_bytes=2000)
-        trees.add(tree_hash(out))
-    assert len(trees) == 1
+    materialize(tmp_path / "plan", tmp_path / "one", piece_bytes=2000)
+    for attempt in range(5):
+        work = rows_folder(tmp_path / "plan", tmp_path / f"rows{attempt}", piece_bytes=2000)
+        with ThreadPoolExecutor(3) as threads:
+            jobs = [threads.submit(work.make, LocalExecutor(), ArrayJob(index, 3)) for index in range(3)]
+        assert any(job.result() for job in jobs)
+        assert tree_hash(work.out) == tree_hash(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same(tmp_path: Path) -> None:
+    """The cluster is no part of the rows. Starting Ray takes some 10 s."""
+    pytest.importorskip("ray", reason="the ray package is not installed")
+    store = make_store(tmp_path / "store", [50] * 40)
+    make_plan(tmp_path / "plan", [store], length=64)
+    materialize(tmp_path / "plan", tmp_path / "one", piece_bytes=2000)
+    program = (
+        "import sys; from longspan.data.executor import RayExecutor\n"
+        "from longspan.data.materialize import materialize\n"
+        "materialize(sys.argv[1], sys.argv[2], executor=RayExecutor(num_workers=2), piece_bytes=2000)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "plan"), str(tmp_path / "ray")]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert tree_hash(tmp_path / "ray") == tree_hash(tmp_path / "one")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -238,12 +289,13 @@ def test_a_second_job_stops(tmp_path: Path) -> None:
     """Two jobs on one folder would write over each other; other settings would mix two outputs."""
     store = make_store(tmp_path / "store", [50] * 40)
     make_plan(tmp_path / "plan", [store], length=64)
-    from longspan.data.piece_folder import open_pieces
-
-    with pytest.raises(ZeroDivisionError), open_pieces(tmp_path / "rows", {"job": 1}):
+    begun = rows_folder(tmp_path / "plan", tmp_path / "rows", piece_bytes=2000)
+    with hold_share(begun.aside, ArrayJob(), what="rows"):
         with pytest.raises(RunError, match="another job"):
             materialize(tmp_path / "plan", tmp_path / "rows")
-        raise ZeroDivisionError
+        with pytest.raises(RunError, match=r"job-0-of-1\.lock is held"):
+            begun.make(LocalExecutor(), ArrayJob(1, 3))
+    assert begun.make(LocalExecutor(), ArrayJob(1, 3)) is False
     with pytest.raises(DataError, match="unfinished work with other settings"):
         materialize(tmp_path / "plan", tmp_path / "rows")
 

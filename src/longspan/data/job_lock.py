@@ -12,14 +12,41 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from longspan.core.errors import RunError
 from longspan.core.files import disk_errors
+from longspan.data.executor import ArrayJob
 
 BEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0
+
+
+def share_lock(folder: Path, share: ArrayJob) -> Path:
+    """Return the lock of one job of an array."""
+    return folder / f"job-{share.index}-of-{share.count}.lock"
+
+
+@contextmanager
+def hold_share(folder: Path, share: ArrayJob, *, what: str) -> Iterator[None]:
+    """Hold the lock of a job; jobs of one array may run side by side, others may not.
+
+    Raises:
+        BusyError: this job runs already, or one that is not of this array.
+    """
+    with JobLock(share_lock(folder, share), what=what):
+        for other in sorted(folder.glob("job-*.lock")):
+            kin = other.name.endswith(f"-of-{share.count}.lock")
+            if not kin and JobLock(other, what=what).is_held():
+                raise BusyError(
+                    f"another job is at work on {what}",
+                    found=f"{other.name} is held",
+                    fix="wait for it to end, or choose another --out",
+                )
+        yield
 
 
 class BusyError(RunError):

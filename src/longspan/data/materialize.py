@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import longspan
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_write, read_json, write_json
-from longspan.core.log import get_logger
 from longspan.data.columns import folder_kind
+from longspan.data.executor import Executor, LocalExecutor
 from longspan.data.loader import RowLoader
 from longspan.data.packing import KIND, PackPlan
-from longspan.data.piece_folder import make_pieces, open_pieces
+from longspan.data.piece_folder import PieceFolder
 from longspan.data.plan_rows import NO_LABEL, PlanRows
 from longspan.data.row_formats import FORMATS, LabelledRow, RowFormat, mds_index, write_rows
 from longspan.data.store import TokenStore
@@ -65,56 +65,81 @@ def materialize(
     *,
     format: RowFormat = "mds",
     num_workers: int = 1,
+    executor: Executor | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> RowsManifest:
     """Write the rows of `source`, a saved pack plan or a packed folder, to the folder `out`.
 
     Rows of `out` that were made of the same rows are kept as they are; what a killed run finished is used.
 
+    Args:
+        num_workers: processes that write; does not change the result.
+        executor: writes instead of `num_workers` processes; does not change the result.
+
     Raises:
         ArgumentError: the format is unknown.
         DataError: `out` holds something else, another job writes it, or the plan does not fit its stores.
         RunError: the disk is full or a worker died; run again to go on.
     """
+    rows = rows_folder(source, out, format=format, piece_bytes=piece_bytes)
+    with executor or LocalExecutor(num_workers) as running:
+        rows.make(running)
+    return read_rows_manifest(out)
+
+
+def rows_folder(
+    source: str | Path, out: str | Path, *, format: RowFormat = "mds", piece_bytes: int = PIECE_BYTES
+) -> PieceFolder:
+    """Return the work of `materialize`, to be shared by jobs of an array: `rows_folder(...).make(executor, share)`.
+
+    Raises:
+        ArgumentError: the format is unknown.
+        DataError: `source` is neither a pack plan nor packed rows, or is damaged.
+    """
     out = Path(out)
-    if format not in FORMATS or num_workers < 1:
-        raise ArgumentError(
-            "rows cannot be written like this", found=f"{format}, {num_workers} workers", allowed=FORMATS
-        )
+    if format not in FORMATS:
+        raise ArgumentError("rows cannot be written like this", found=format, allowed=FORMATS)
     _open.cache_clear()  # the plan may have been made anew since
     origin = _open(os.path.abspath(source))
     rows_per_piece = max(1, piece_bytes // (4 * origin.length))
-    job = {
-        "rows": origin.fingerprint,
-        "format": format,
-        "rows_per_piece": rows_per_piece,
-        "longspan": longspan.__version__,
-    }
-    if _is_done(out, origin.fingerprint, format):
-        get_logger("data.materialize").info("%s is complete and holds the same rows: kept as it is", out)
-        return read_rows_manifest(out)
-    num_pieces = -(-origin.num_rows // rows_per_piece)
-    write = partial(
-        _write_piece, source=os.path.abspath(source), format=format, rows_per_piece=rows_per_piece
-    )
-    with open_pieces(out, job) as folder:
-        entries = make_pieces(folder, num_pieces, write, num_workers=num_workers, title=f"write {format}")
-        if format == "mds":
-            with atomic_write(folder / INDEX, "w") as file:
-                json.dump(mds_index(entries, origin.has_mask), file, sort_keys=True)
-        manifest = RowsManifest(
-            row_format=format,
-            rows=origin.num_rows,
-            length=origin.length,
-            has_mask=origin.has_mask,
-            vocab_size=origin.vocab_size,
-            source_names=list(origin.source_names),
+    return PieceFolder(
+        out=out,
+        settings={
+            "rows": origin.fingerprint,
+            "format": format,
+            "rows_per_piece": rows_per_piece,
+            "longspan": longspan.__version__,
+        },
+        num_pieces=-(-origin.num_rows // rows_per_piece),
+        write=partial(
+            _write_piece,
+            source=os.path.abspath(source),
             fingerprint=origin.fingerprint,
-            pieces=entries,
-            report=origin.report,
-        )
-        write_json(folder / MANIFEST, manifest._asdict())
-    return manifest
+            format=format,
+            rows_per_piece=rows_per_piece,
+        ),
+        finish=partial(_finish, origin=origin, format=format),
+        is_done=partial(_is_done, out, origin.fingerprint, format),
+        title=f"write {format}",
+    )
+
+
+def _finish(folder: Path, entries: list[dict[str, Any]], *, origin: _Origin, format: RowFormat) -> None:
+    if format == "mds":
+        with atomic_write(folder / INDEX, "w") as file:
+            json.dump(mds_index(entries, origin.has_mask), file, sort_keys=True)
+    manifest = RowsManifest(
+        row_format=format,
+        rows=origin.num_rows,
+        length=origin.length,
+        has_mask=origin.has_mask,
+        vocab_size=origin.vocab_size,
+        source_names=list(origin.source_names),
+        fingerprint=origin.fingerprint,
+        pieces=entries,
+        report=origin.report,
+    )
+    write_json(folder / MANIFEST, manifest._asdict())
 
 
 def read_rows_manifest(path: str | Path) -> RowsManifest:
@@ -213,9 +238,15 @@ def _open(source: str) -> _Origin:
 
 
 def _write_piece(
-    folder: Path, number: int, *, source: str, format: RowFormat, rows_per_piece: int
+    folder: Path, number: int, *, source: str, fingerprint: str, format: RowFormat, rows_per_piece: int
 ) -> dict[str, Any]:
     origin = _open(source)
+    if origin.fingerprint != fingerprint:
+        # A process that outlives one call has opened what stood there before.
+        _open.cache_clear()
+        origin = _open(source)
+    if origin.fingerprint != fingerprint:
+        raise DataError(f"{source} was changed while its rows were written", fix="write them again")
     first = number * rows_per_piece
     stop = min(first + rows_per_piece, origin.num_rows)
     return write_rows(

@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longspan.core.errors import ArgumentError, DataError, LongspanError, RunError
+from longspan.core.errors import ArgumentError, DataError, LongspanError
 from longspan.core.files import disk_errors
 from longspan.core.log import get_logger
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
-from longspan.data.job_lock import BusyError, JobLock
+from longspan.data.job_lock import BusyError, JobLock, hold_share, share_lock
 from longspan.data.mixture import MixtureSpec
 from longspan.data.readers import Fields, Grouping, ReadReport, finish_reading, list_inputs, read_part
 from longspan.data.store.assemble import ShardFolder, assemble_store
@@ -244,7 +244,7 @@ class CorpusJob:
         store = self.finished()
         if store is not None:
             return store
-        with self._locked(share):
+        with hold_share(self._space.folder, share, what=str(self.out)):
             # Another job may have ended between the look at `out` and the lock.
             store = self.finished()
             if store is not None:
@@ -371,23 +371,6 @@ class CorpusJob:
     def _config(self) -> dict[str, Any]:
         return {**self._settings, "inputs": [file_identity(file) for file in self._files]}
 
-    @contextmanager
-    def _locked(self, share: ArrayJob) -> Iterator[None]:
-        """Hold the lock of this job; jobs of one array may run side by side, others may not."""
-        with JobLock(self._lock(share), what=str(self.out)):
-            for other in sorted(self._space.folder.glob("job-*.lock")):
-                kin = other.name.endswith(f"-of-{share.count}.lock")
-                if not kin and JobLock(other, what=str(self.out)).is_held():
-                    raise RunError(
-                        f"another job is at work on {self.out}",
-                        found=f"{other.name} is held",
-                        fix="wait for it to end, or choose another --out",
-                    )
-            yield
-
-    def _lock(self, share: ArrayJob) -> Path:
-        return self._space.folder / f"job-{share.index}-of-{share.count}.lock"
-
     def _deal(self, executor: Executor, share: ArrayJob) -> None:
         """Deal what is missing of a share of the input; nothing to do where records are not grouped."""
         if not self._deals:
@@ -410,7 +393,7 @@ class CorpusJob:
             job = ArrayJob(index, share.count)
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(JobLock(self._lock(job), what=str(self.out)))
+                    stack.enter_context(JobLock(share_lock(self._space.folder, job), what=str(self.out)))
                 except BusyError:
                     continue
                 missing = any(self._pieces.read(unit) is None for unit in job.share(self._units))
@@ -423,7 +406,7 @@ class CorpusJob:
 
     def _all_dealt(self, share: ArrayJob) -> bool:
         """Whether all input is dealt, after waiting for the jobs of the array that are at work."""
-        locks = [self._lock(ArrayJob(index, share.count)) for index in range(share.count)]
+        locks = [share_lock(self._space.folder, ArrayJob(k, share.count)) for k in range(share.count)]
         pause = POLL_SECONDS
         while True:
             at_work = any(JobLock(lock, what=str(self.out)).is_held() for lock in locks)
