@@ -1,8 +1,8 @@
 """What one rank says to the others of its group, counted.
 
 A thin layer over torch.distributed: ranks are ranks of the group, every call adds the bytes this rank sends to
-other ranks to `Channel.sent`, and point-to-point transfers are posted together and waited for later, so that
-they run while a block is computed. Bytes are those of the usual ring algorithms, whatever the backend does:
+other ranks to `Channel.sent`, and starts a transfer that is waited for later, so that it runs while a block is
+computed. Bytes are those of the usual ring algorithms, whatever the backend does:
 
     all_gather       (world - 1) * local bytes            reduce_scatter   (world - 1) / world * input bytes
     all_to_all       what leaves this rank                point to point   what leaves this rank
@@ -18,9 +18,13 @@ import torch.distributed as dist
 
 __all__ = ["Channel", "Transfer"]
 
+# torch 2.13 renames the two; 2.11 knows the old names only.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Transfer:
-    """Point-to-point transfers under way. The tensors live until `wait` returns."""
+    """Communication under way. The tensors live until `wait` returns."""
 
     def __init__(self, works: Sequence[dist.Work], tensors: Sequence[torch.Tensor]) -> None:
         self._works, self._tensors = works, tensors
@@ -70,37 +74,40 @@ class Channel:
         works = dist.batch_isend_irecv(ops) if ops else []
         return Transfer(works, [tensor for tensor, _ in (*sends, *receives)])
 
-    def all_gather(self, local: torch.Tensor) -> torch.Tensor:
-        """Return the tensors of all ranks end to end: [world * rows, ...] from [rows, ...]."""
+    def all_gather(self, local: torch.Tensor) -> tuple[torch.Tensor, Transfer]:
+        """Start to gather the tensors of all ranks end to end: [world * rows, ...] from [rows, ...]."""
         if self.world == 1:
-            return local
+            return local, Transfer((), ())
+        local = local.contiguous()
         out = local.new_empty(self.world * local.shape[0], *local.shape[1:])
-        dist.all_gather_into_tensor(out, local.contiguous(), group=self.group)
+        work = _all_gather(out, local, group=self.group, async_op=True)
         self.sent["all_gather"] += (self.world - 1) * _bytes(local)
-        return out
+        return out, Transfer([work], [local])
 
-    def reduce_scatter(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return this rank's rows of the sum over ranks: [rows, ...] from [world * rows, ...]."""
+    def reduce_scatter(self, whole: torch.Tensor) -> tuple[torch.Tensor, Transfer]:
+        """Start to sum over ranks and keep this rank's rows: [rows, ...] from [world * rows, ...]."""
         if self.world == 1:
-            return whole
+            return whole, Transfer((), ())
+        whole = whole.contiguous()
         out = whole.new_empty(whole.shape[0] // self.world, *whole.shape[1:])
-        dist.reduce_scatter_tensor(out, whole.contiguous(), group=self.group)
+        work = _reduce_scatter(out, whole, group=self.group, async_op=True)
         self.sent["reduce_scatter"] += (self.world - 1) * _bytes(out)
-        return out
+        return out, Transfer([work], [whole])
 
     def all_to_all(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
-    ) -> list[torch.Tensor]:
-        """Send `parts[r]` to rank r; return what each rank sent here, rank r's of shape `shapes[r]`."""
+    ) -> tuple[list[torch.Tensor], Transfer]:
+        """Start to send `parts[r]` to rank r and to receive a tensor of shape `shapes[r]` from it."""
         if self.world == 1:
-            return list(parts)
+            return list(parts), Transfer((), ())
         sizes_in = [part.numel() for part in parts]
-        sizes_out = [int(torch.Size(shape).numel()) for shape in shapes]
+        sizes_out = [torch.Size(shape).numel() for shape in shapes]
         send = torch.cat([part.reshape(-1) for part in parts])
         receive = send.new_empty(sum(sizes_out))
-        dist.all_to_all_single(receive, send, sizes_out, sizes_in, group=self.group)
+        work = dist.all_to_all_single(receive, send, sizes_out, sizes_in, group=self.group, async_op=True)
         self.sent["all_to_all"] += (send.numel() - sizes_in[self.rank]) * send.element_size()
-        return [chunk.view(*shape) for chunk, shape in zip(receive.split(sizes_out), shapes)]
+        chunks = [chunk.view(*shape) for chunk, shape in zip(receive.split(sizes_out), shapes)]
+        return chunks, Transfer([work], [send])
 
 
 def _bytes(tensor: torch.Tensor) -> int:

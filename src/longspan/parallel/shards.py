@@ -14,6 +14,7 @@ cut into long runs again; `order` is the permutation from rank after rank to tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +56,10 @@ class SequenceShards:
         self.runs = local_runs(layout, self.num_tokens, world, borders, window)
         borders = padded_borders(borders, self.num_padded)
         self.cu_seqlens = borders[np.concatenate([[True], np.diff(borders) > 0])]
+        self._longest = int(np.diff(self.cu_seqlens).max())
         self._segments: dict[Ranks, _Segments] = {}
         self._bands: dict[tuple[Ranks, Ranks, int | None], Bands] = {}
+        self._reach: dict[tuple[tuple[Ranks, ...], int | None], list[int]] = {}
 
     def __repr__(self) -> str:
         return f"SequenceShards({self.layout}, {self.num_tokens} tokens over {self.world} ranks)"
@@ -89,10 +92,38 @@ class SequenceShards:
 
         Causal within each document; a query sees the `window` keys up to itself, None = all before it.
         """
+        if window is not None and window >= self._longest:
+            window = None  # a window that no document fills is full attention
         key = (q_ranks, k_ranks, window)
         if key not in self._bands:
             self._bands[key] = _bands_between(self._of(q_ranks), self._of(k_ranks), window)
         return self._bands[key]
+
+    def needed_rows(self, q_rank: int, k_rank: int, *, window: int | None = None) -> NDArray[np.int64]:
+        """Return the rows of `k_rank` that some query of `q_rank` sees, ascending."""
+        bands = self.bands((q_rank,), (k_rank,), window=window)
+        change = np.zeros(self.num_local + 1, dtype=np.int64)
+        np.add.at(change, bands.k_start, 1)
+        np.add.at(change, bands.k_start + bands.k_len, -1)
+        return np.flatnonzero(np.cumsum(change[:-1]) > 0)
+
+    def reach(self, places: Sequence[Ranks], *, window: int | None = None) -> list[int]:
+        """Return how many steps the keys of each place of a ring travel: to the last that has a query for them.
+
+        `places` are the ranks that stand at each place: one each, or a group of them (USP).
+        """
+        key = (tuple(places), window)
+        if key not in self._reach:
+            size = len(places)
+
+            def is_seen(place: int, step: int) -> bool:
+                return len(self.bands(places[(place + step) % size], places[place], window=window)) > 0
+
+            self._reach[key] = [
+                next((step for step in range(size - 1, 0, -1) if is_seen(place, step)), 0)
+                for place in range(size)
+            ]
+        return self._reach[key]
 
     def work(self, *, window: int | None = None) -> NDArray[np.int64]:
         """Return the visible (query, key) pairs between any two ranks: int64 [query rank, key rank]."""
@@ -141,8 +172,8 @@ def _segments_of(runs: list[Run], borders: NDArray[np.int64]) -> _Segments:
     rows = (np.cumsum(lengths) - lengths)[run] + low
     order = np.argsort(document, kind="stable")
     order = order[(high > low)[order]]
-    columns = (document, rows, starts[run] + low * stride, high - low)
-    return _Segments(*(np.ascontiguousarray(column[order]) for column in columns), stride)
+    place = starts[run] + low * stride
+    return _Segments(document[order], rows[order], place[order], (high - low)[order], stride)
 
 
 def _bands_between(q: _Segments, k: _Segments, window: int | None) -> Bands:

@@ -1,1 +1,58 @@
-"""One sequence over many devices: layouts, schedules that carry keys and values, the mesh, and their proof."""
+"""How keys and values travel: ring, striped, dist-flash, Ulysses, USP and all-gather attention."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch.distributed as dist
+
+from longspan.core.errors import ArgumentError
+from longspan.parallel.schedules.all_gather import AllGather
+from longspan.parallel.schedules.base import Schedule, sequence_attention
+from longspan.parallel.schedules.dist_flash import DistFlash
+from longspan.parallel.schedules.ring import Ring
+from longspan.parallel.schedules.ulysses import Ulysses
+
+__all__ = ["SCHEDULES", "Schedule", "ScheduleName", "build_schedule", "sequence_attention"]
+
+ScheduleName = Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+
+def build_schedule(
+    name: ScheduleName,
+    *,
+    ring_group: dist.ProcessGroup | None = None,
+    ulysses_group: dist.ProcessGroup | None = None,
+) -> Schedule:
+    """Return a schedule over groups that exist already; a group that is None has one rank.
+
+    Args:
+        name: "none" for a sequence on one rank; "usp" is Ulysses inside, ring outside.
+        ring_group: ranks among which keys travel, for every schedule but "ulysses".
+        ulysses_group: ranks that trade heads, for "ulysses" and "usp".
+
+    Raises:
+        ArgumentError: an unknown name, or a group of several ranks that the schedule has no use for.
+    """
+    if name not in SCHEDULES:
+        raise ArgumentError("unknown sequence-parallel schedule", found=name, allowed=", ".join(SCHEDULES))
+    unused = {"ring": ring_group if name in ("none", "ulysses") else None}
+    unused["ulysses"] = None if name in ("ulysses", "usp") else ulysses_group
+    for kind, group in unused.items():
+        if group is not None and dist.get_world_size(group) > 1:
+            raise ArgumentError(
+                f"the schedule {name} has no use for a {kind} degree",
+                found=f"{kind} degree {dist.get_world_size(group)}",
+                allowed="1",
+                fix="set cp_ring for ring, striped, dist_flash and all_gather, cp_ulysses for ulysses, both for usp",
+            )
+    if name in ("ulysses", "usp"):
+        return Ulysses(ulysses_group, ring_group=ring_group, name=name)
+    if name == "dist_flash":
+        return DistFlash(ring_group)
+    if name == "all_gather":
+        return AllGather(ring_group)
+    if name == "striped":
+        return Ring(ring_group, name=name, layouts=("striped",))
+    return Ring(ring_group, name=name)

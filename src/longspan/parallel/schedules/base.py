@@ -15,11 +15,13 @@ import torch
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionKernel, Bands, choose_kernel, merge
+from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["Call", "Partial", "Schedule", "block_backward", "block_forward", "sequence_attention"]
 
+Forward = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -39,12 +41,14 @@ class Schedule(Protocol):
         name: as in a recipe.
         layouts: layouts it works with, its own choice first.
         rank, world: this process in the group of ranks that share the sequence.
+        channels: what it talks through; `Channel.sent` counts.
     """
 
     name: str
     layouts: tuple[Layout, ...]
     rank: int
     world: int
+    channels: tuple[Channel, ...]
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Refuse head counts that cannot be spread.
@@ -54,26 +58,14 @@ class Schedule(Protocol):
         """
         ...
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [T, H, D] in q's type and lse [T, H] of this rank's queries over the whole sequence.
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+        """Return out [T, H, D], in q's type, of this rank's queries over the whole sequence, and what backward needs.
 
-        q is [T, H, D], k and v are [T, K, D]: this rank's tokens. lse is in max(fp32, q's type), -inf where a
-        query sees nothing.
+        q is [T, H, D], k and v are [T, K, D]: this rank's tokens, contiguous.
         """
         ...
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        call: Call,
-    ) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
         """Return dq, dk, dv of this rank's tokens, in the types of q, k, v."""
         ...
 
@@ -148,15 +140,14 @@ class _SequenceAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Schedule, call: Call
     ) -> torch.Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = schedule.forward(q, k, v, call)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, saved = schedule.forward(q.contiguous(), k.contiguous(), v.contiguous(), call)
+        ctx.save_for_backward(*saved)
         ctx.schedule, ctx.call = schedule, call
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = ctx.schedule.backward(grad_outputs[0].contiguous(), *ctx.saved_tensors, ctx.call)
+        grads = ctx.schedule.backward(grad_outputs[0].contiguous(), ctx.saved_tensors, ctx.call)
         return (*grads, None, None)
 
 

@@ -2,7 +2,7 @@
 
 At step t rank r holds the keys of rank r - t. While it computes on them the next ones are on their way: two
 buffers, one transfer in flight. A block goes only as far as some rank still has a query that sees one of its
-keys (`reach`): the last block of a causal row goes nowhere, and a row of short documents hardly talks at all.
+keys (`SequenceShards.reach`): the last block of a causal row goes nowhere, a row of short documents hardly talks.
 In the backward pass keys go round again, and their gradients, summed in fp32, travel with them and then home.
 
 Ring Attention (arXiv:2310.01889); the zigzag order after github.com/zhuzilin/ring-flash-attention; striped order
@@ -20,31 +20,16 @@ from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
     Call,
+    Forward,
     Gradients,
     Partial,
     accumulation_dtype,
     block_backward,
     block_forward,
 )
-from longspan.parallel.shards import Ranks, SequenceShards
+from longspan.parallel.shards import Ranks
 
-__all__ = ["Ring", "ring_reach"]
-
-
-def ring_reach(shards: SequenceShards, places: list[Ranks], *, window: int | None) -> list[int]:
-    """Return how many steps the keys of each place on a ring travel: to the last that has a query for them.
-
-    Args:
-        shards: the sequence.
-        places: the ranks that stand at each place of the ring: one each, or a group of them (USP).
-        window: sliding window in tokens.
-    """
-    size = len(places)
-
-    def is_seen(place: int, step: int) -> bool:
-        return len(shards.bands(places[(place + step) % size], places[place], window=window)) > 0
-
-    return [next((step for step in range(size - 1, 0, -1) if is_seen(p, step)), 0) for p in range(size)]
+__all__ = ["Ring"]
 
 
 class Ring:
@@ -67,6 +52,7 @@ class Ring:
     ) -> None:
         self.name, self.layouts = name, layouts
         self.channel = Channel(group)
+        self.channels = (self.channel,)
         self.place, self.num_places = self.channel.rank, self.channel.world
         self.rank, self.world = self.place * ranks_per_place, self.num_places * ranks_per_place
         self._places: list[Ranks] = [
@@ -76,11 +62,9 @@ class Ring:
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Accept any: heads stay where they are."""
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out and lse of this place's queries; see `Schedule.forward`."""
-        reach = ring_reach(call.shards, self._places, window=call.window)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+        """Return out of this place's queries; see `Schedule.forward`."""
+        reach = call.shards.reach(self._places, window=call.window)
         partial = Partial(q)
         kv_2TKD: torch.Tensor | None = torch.stack((k, v))
         for step in range(self.num_places):
@@ -90,24 +74,17 @@ class Ring:
                 partial.add(*block_forward(q, kv_2TKD[0], kv_2TKD[1], bands, call))
             transfer.wait()
             kv_2TKD = arriving
-        return partial.out.to(q.dtype), partial.lse
+        out = partial.out.to(q.dtype)
+        return out, (q, k, v, out, partial.lse)
 
-    def backward(
-        self,
-        dout: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        call: Call,
-    ) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
         """Return dq, dk, dv of this place's tokens.
 
         The gradient of a block starts at the first visitor, is passed on with the block, and comes home from
         the last one, all in fp32 or better; what this place adds to its own block never travels.
         """
-        reach = ring_reach(call.shards, self._places, window=call.window)
+        q, k, v, out, lse = saved
+        reach = call.shards.reach(self._places, window=call.window)
         dtype = accumulation_dtype(q)
         dq = torch.zeros_like(q, dtype=dtype)
         own_2TKD = torch.zeros((2, *k.shape), dtype=dtype, device=k.device)
