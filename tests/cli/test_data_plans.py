@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,39 @@ def test_rows_are_written_and_looked_at(longspan, store: Path) -> None:
     assert sum(span["tokens"] for span in shown["spans"]) == 512
     outcome = longspan("data pack store --length 512 --mos sep --out other")
     assert outcome.code == 2 and "--mos" in outcome.err
+
+
+def test_jobs_share_the_writing_of_rows(longspan, store: Path, monkeypatch) -> None:
+    """The last job of an array makes the rows, the same as one job; another plan there is not written over."""
+    from longspan.data import materialize
+
+    monkeypatch.setattr(materialize, "rows_folder", partial(materialize.rows_folder, piece_bytes=4096))
+    pack = "data pack store --length 2048 --strategy split --split-lengths 2048,1024"
+    assert longspan(f"{pack} --out one --materialize one-rows --workers 1").code == 0
+    first = longspan(f"{pack} --out p --materialize r --num-jobs 2 --job-id 1 --json")
+    assert first.code == 0, first.err
+    assert [each["missing"] > 0 for each in json.loads(first.out)] == [True, True]
+    assert not Path("r").exists() or not [path for path in Path("r").iterdir() if path.name[0] != "."]
+    wrong = longspan(f"{pack} --seed 1 --out p --materialize r --num-jobs 2 --job-id 0")
+    assert wrong.code == 2 and "something else than this plan" in wrong.err
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    last = longspan(f"{pack} --out p --materialize r --executor slurm")
+    assert last.code == 0 and "missing" not in last.out, last.err
+    for name in ("2048-2048", "1024-2048"):
+        files = {path.name: path.read_bytes() for path in Path("one-rows", name).iterdir()}
+        assert {path.name: path.read_bytes() for path in Path("r", name).iterdir()} == files and len(
+            files
+        ) > 3
+
+
+def test_a_plan_alone_is_not_shared(longspan, store: Path) -> None:
+    """Jobs without rows to write would all do the same."""
+    outcome = longspan("data pack store --length 512 --out p --num-jobs 2 --job-id 0")
+    assert outcome.code == 2 and "--materialize" in outcome.err
+    script = longspan("data pack store --length 512 --out p --materialize r --num-jobs 4 --print-sbatch").out
+    assert "--array=0-3" in script and script.endswith("--materialize r --executor slurm\n")
+    assert not Path("p").exists()
 
 
 def test_damage_is_an_exit_code(longspan, store: Path) -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.data_jobs import (
+    ExecutorName,
+    ExecutorOption,
+    JobId,
+    Jobs,
+    NumJobs,
+    PrintSbatch,
+    RayAddress,
+    Workers,
+    missing_words,
+)
 from longspan.cli.data_stores import (
     PlanOut,
     Plot,
@@ -22,6 +34,7 @@ from longspan.cli.output import Json, Seed, example, percent, print_json, print_
 if TYPE_CHECKING:
     import numpy as np
 
+    from longspan.data.executor import ArrayJob, Executor
     from longspan.data.lengths import LengthTable
     from longspan.data.packing import PackPlan
 
@@ -145,15 +158,29 @@ def pack(
     row_format: Annotated[
         str, typer.Option("--format", help="mds, jsonl, parquet or npy: what --materialize writes.")
     ] = "mds",
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes of --materialize; the result does not depend on it.")
-    ] = 1,
+    workers: Workers = 1,
+    executor: ExecutorOption = ExecutorName.local,
+    num_jobs: NumJobs = None,
+    job_id: JobId = None,
+    ray_address: RayAddress = None,
+    print_sbatch: PrintSbatch = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Place documents in rows of one length; writes a pack plan, no tokens are copied unless asked."""
+    """Place documents in rows of one length; writes a pack plan, no tokens are copied unless asked.
+
+    Workers and jobs share the writing of --materialize; a plan alone is a matter of seconds.
+    """
+    from longspan.core.errors import ArgumentError
     from longspan.data.packing import PackSpec, plan_packing, plan_split
 
+    jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
+    if materialize is None and (jobs.is_shared or print_sbatch):
+        raise ArgumentError("there is nothing for jobs to share", fix="give --materialize")
+    if print_sbatch:
+        jobs.print_sbatch("longspan-pack")
+        return
+    share = jobs.share()
     table, paths, documents = _documents(inputs, seed)
     ids = special_ids(paths[0])
     settings = {
@@ -177,20 +204,25 @@ def pack(
     else:
         plans = {"": plan_packing(spec, table, documents, seed)}
     found = []
-    for name, plan in plans.items():
-        place = out / name
-        plan.save(place, stores=paths)
-        rows = None if materialize is None else materialize / name
-        if rows is not None and plan.num_rows:
-            _write(place, rows, row_format, workers)
-        found.append({
-            "plan": str(place),
-            "fingerprint": plan.fingerprint,
-            "rows_at": None if rows is None else str(rows),
-            **plan.report.to_dict(),
-        })  # fmt: skip
-        if not as_json:
-            _print_packing(str(place), plan)
+    with jobs.start() if materialize is not None else nullcontext() as running:
+        for name, plan in plans.items():
+            place = out / name
+            _save(plan, place, paths, share)
+            rows = None if materialize is None else materialize / name
+            left = None
+            if running is not None and rows is not None and plan.num_rows:
+                left = _write(place, rows, row_format, running, share)
+            found.append({
+                "plan": str(place),
+                "fingerprint": plan.fingerprint,
+                "rows_at": None if rows is None else str(rows),
+                **({} if left is None else {"job": share.index, "jobs": share.count, **left}),
+                **plan.report.to_dict(),
+            })  # fmt: skip
+            if not as_json:
+                _print_packing(str(place), plan)
+                if left is not None:
+                    typer.echo(missing_words(share, left["pieces"], left["missing"], str(rows)))
     if as_json:
         print_json(found[0] if spec.strategy != "split" else found)
 
@@ -210,10 +242,38 @@ def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], n
     return table, paths, plan_mixture(MixtureSpec.from_dict({"mode": "none"}), table, seed).documents
 
 
-def _write(plan: Path, out: Path, row_format: str, workers: int) -> None:
-    from longspan.data.materialize import materialize as write_plan
+def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> None:
+    """Save a plan; jobs of an array all make the same one, and the first saves it."""
+    from longspan.core.errors import DataError, RunError
+    from longspan.data.columns import folder_kind
+    from longspan.data.packing import KIND, PackPlan
 
-    write_plan(plan, out, format=row_format, num_workers=workers)  # type: ignore[arg-type]
+    if share.count == 1:
+        plan.save(place, stores=stores)
+        return
+    if not place.exists():
+        try:
+            plan.save(place, stores=stores)
+        except RunError:
+            if not place.exists():
+                raise
+    there = PackPlan.load(place) if folder_kind(place) == KIND else None
+    if there is None or (there.fingerprint, list(there.stores)) != (plan.fingerprint, stores):
+        raise DataError(
+            f"{place} holds something else than this plan", fix="remove it, or choose another --out"
+        )
+
+
+def _write(
+    plan: Path, out: Path, row_format: str, executor: Executor, share: ArrayJob
+) -> dict[str, int] | None:
+    """Write rows; return how many pieces there are, and how many other jobs have yet to write, if any."""
+    from longspan.data.materialize import rows_folder
+
+    work = rows_folder(plan, out, format=row_format)  # type: ignore[arg-type]
+    if work.make(executor, share):
+        return None
+    return {"pieces": work.num_pieces, "missing": work.missing()}
 
 
 def _preset(name: str, table: LengthTable) -> dict[str, Any]:

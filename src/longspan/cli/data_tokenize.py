@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.data_jobs import (
+    ExecutorName,
+    ExecutorOption,
+    JobId,
+    Jobs,
+    NumJobs,
+    PrintSbatch,
+    RayAddress,
+    Workers,
+    missing_words,
+)
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_lengths, print_table
 
 if TYPE_CHECKING:
@@ -17,14 +26,6 @@ if TYPE_CHECKING:
     from longspan.data.tokenize import CorpusJob
 
 EXAMPLE = example("longspan data tokenize texts --tokenizer tokenizer --out store")
-
-
-class ExecutorName(StrEnum):
-    """Where the work runs."""
-
-    local = "local"
-    slurm = "slurm"
-    ray = "ray"
 
 
 def tokenize(
@@ -79,21 +80,12 @@ def tokenize(
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="With --mix: tokens to sample, such as 5B.")] = None,
     seed: Seed = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")] = 1,
-    executor: Annotated[
-        ExecutorName, typer.Option(help="Where the work runs; the result does not depend on it.")
-    ] = ExecutorName.local,
-    num_jobs: Annotated[
-        int | None, typer.Option(min=1, help="Jobs that share the work. Default with slurm: the array's.")
-    ] = None,
-    job_id: Annotated[int | None, typer.Option(min=0, help="Which of the jobs this is, from 0.")] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="With ray: a running cluster. Default: RAY_ADDRESS, else this machine.")
-    ] = None,
-    print_sbatch: Annotated[
-        bool,
-        typer.Option("--print-sbatch", help="Print a file for sbatch with --num-jobs jobs, do nothing else."),
-    ] = False,
+    workers: Workers = 1,
+    executor: ExecutorOption = ExecutorName.local,
+    num_jobs: NumJobs = None,
+    job_id: JobId = None,
+    ray_address: RayAddress = None,
+    print_sbatch: PrintSbatch = False,
     merge_only: Annotated[
         bool, typer.Option("--merge-only", help="Put the store together; jobs have made all pieces.")
     ] = False,
@@ -101,14 +93,14 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Encode every document into a token store; one that is already complete is kept."""
-    from longspan.data.executor import LocalExecutor, RayExecutor
     from longspan.data.tokenize import CorpusJob
     from longspan.data.tokenizer import load_tokenizer
 
+    jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
     if print_sbatch:
-        _print_sbatch(num_jobs, workers)
+        jobs.print_sbatch("longspan-tokenize")
         return
-    share = _share(executor, num_jobs, job_id)
+    share = jobs.share()
     loaded = load_tokenizer(tokenizer)
     chat = None
     if messages_field is not None or chat_template is not None:
@@ -133,25 +125,9 @@ def tokenize(
     if merge_only:
         job.merge_only()
     else:
-        running = (
-            RayExecutor(ray_address, num_workers=workers if workers > 1 else None)
-            if executor is ExecutorName.ray
-            else LocalExecutor(workers)
-        )
-        with running:
+        with jobs.start() as running:
             job.run_share(running, share)
     _print_result(job, share, as_json)
-
-
-def _share(executor: ExecutorName, num_jobs: int | None, job_id: int | None) -> ArrayJob:
-    from longspan.core.errors import ArgumentError
-    from longspan.data.executor import ArrayJob, array_job
-
-    if (num_jobs is None) != (job_id is None):
-        raise ArgumentError("--num-jobs and --job-id are given together")
-    if num_jobs is not None and job_id is not None:
-        return ArrayJob(job_id, num_jobs)
-    return array_job() if executor is ExecutorName.slurm else ArrayJob()
 
 
 def _spec(mix: str | None, tokens: str | None) -> MixtureSpec | None:
@@ -172,24 +148,6 @@ def _spec(mix: str | None, tokens: str | None) -> MixtureSpec | None:
     return MixtureSpec.from_dict(values, where=where)
 
 
-def _print_sbatch(num_jobs: int | None, workers: int) -> None:
-    from longspan.core.errors import ArgumentError
-    from longspan.data.executor import sbatch_script
-
-    if num_jobs is None:
-        raise ArgumentError("how many jobs shall share the work?", fix="give --num-jobs")
-    command, skip = ["longspan"], False
-    for word in sys.argv[1:]:
-        name = word.partition("=")[0]
-        if not skip and name not in ("--print-sbatch", "--num-jobs", "--executor"):
-            command.append(word)
-        skip = not skip and name in ("--num-jobs", "--executor") and "=" not in word
-    script = sbatch_script(
-        [*command, "--executor", "slurm"], num_jobs=num_jobs, workers=workers, name="longspan-tokenize"
-    )
-    typer.echo(script, nl=False)
-
-
 def _print_result(job: CorpusJob, share: ArrayJob, as_json: bool) -> None:
     store = job.finished(quiet=True)
     if store is None:
@@ -198,10 +156,7 @@ def _print_result(job: CorpusJob, share: ArrayJob, as_json: bool) -> None:
         if as_json:
             print_json(found)
         else:
-            typer.echo(
-                f"job {share.index} of {share.count} is done; {missing} of {job.num_units} pieces are still "
-                "missing, and the last job to end makes the store"
-            )
+            typer.echo(missing_words(share, job.num_units, missing, "the store"))
         return
     summary = store.lengths.summary("store", str(job.out))
     sampled = store.manifest.counts.get("sampling")
