@@ -1,0 +1,320 @@
+"""Starting the processes of a run, and ending all of them when one is lost.
+
+A run never hangs for longer than its timeout. Three things see to that:
+
+    a rank dies             its peers' collectives fail, at once on gloo, after the timeout on NCCL
+    a rank does not answer  its peers' collectives fail after the timeout
+    a rank is stuck         its own watchdog ends it when it has reported no progress for the timeout
+
+Each ends with one message and a non-zero exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longspan.core.errors import ArgumentError, LongspanError, RunError
+from longspan.core.log import ROOT
+
+__all__ = ["Watchdog", "lost_ranks", "on_first_rank", "process_group", "spawn_local"]
+
+COLLECTIVE_SHARE = 0.9
+"""Part of the timeout that a collective waits: it says more than the watchdog, so it speaks first."""
+
+EXIT_SECONDS = 20.0
+"""What a failed process has to end by itself before it is ended: NCCL's clean-up may wait for dead ranks."""
+
+Result = TypeVar("Result")
+
+# What torch.distributed says, through a bare RuntimeError, when another process is gone or does not answer.
+_LOST = re.compile(
+    r"gloo|nccl|closed by peer|connection (reset|refused|was)|broken pipe|timed? ?out|application timeout"
+    r"|process group|socket",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[torch.device]:
+    """Join the other processes that torchrun started, and yield the device of this one.
+
+    Without torchrun this is one process, and there is no group unless `always`. A group that is there already is
+    used and left. On ranks other than the first, only warnings are logged.
+
+    Args:
+        timeout_seconds: how long a collective waits for the other ranks, about.
+        always: make a group of this process alone too.
+
+    Raises:
+        RunError: the other processes do not come.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if dist.is_initialized() or not (under_torchrun or always):
+        yield device
+        return
+    # Parameters kept in host memory are reduced there, so a GPU run has both.
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timedelta(seconds=timeout_seconds * COLLECTIVE_SHARE)
+    if under_torchrun:
+        with lost_ranks("joining the other processes"):
+            dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    logger = logging.getLogger(ROOT)
+    level = logger.level
+    if dist.get_rank() > 0:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield device
+    except BaseException:
+        _end_within(EXIT_SECONDS)
+        raise
+    finally:
+        logger.setLevel(level)
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_ranks(doing: str) -> Iterator[None]:
+    """Turn the errors of torch.distributed about other processes into one message.
+
+    Raises:
+        RunError: another rank is gone or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if not isinstance(error, dist.DistError) and not (lines and _LOST.search(str(error))):
+            raise
+        place = f"rank {dist.get_rank()} of {dist.get_world_size()}" if dist.is_initialized() else "a rank"
+        raise RunError(
+            f"{place} lost the others while {doing}: a process has ended or did not answer in time",
+            found=lines[0][:300] if lines else type(error).__name__,
+            fix="look for the first message of another rank; the same command goes on from the last checkpoint",
+        ) from error
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Return what `action` returns on rank 0, on every rank; it runs there alone.
+
+    Raises:
+        LongspanError: what it raised, on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
+    told: list[Any] = [None, None]
+    failure: LongspanError | None = None
+    if dist.get_rank() == 0:
+        try:
+            told[0] = action()
+        except LongspanError as error:
+            failure = error
+            told[1] = (type(error), str(error))
+    dist.broadcast_object_list(told, src=0)
+    if failure is not None:
+        raise failure
+    if told[1] is not None:
+        kind, message = told[1]
+        raise kind(message)
+    return told[0]
+
+
+class Watchdog:
+    """Ends this process with a message when it has not called `beat` for the timeout.
+
+    with Watchdog(600) as dog:
+        for step in range(1000):
+            dog.beat(f"step {step}")
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._stop = threading.Event()
+        self._last = (time.monotonic(), "starting")
+        self._watched = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, name="longspan-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._last = (time.monotonic(), "starting")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def beat(self, doing: str) -> None:
+        """Say that the process is alive and what it does next."""
+        self._last = (time.monotonic(), doing)
+
+    def _watch(self) -> None:
+        while True:
+            since, doing = self._last
+            left = since + self.timeout_seconds - time.monotonic()
+            if left <= 0:
+                break
+            if self._stop.wait(min(left, 1.0)):
+                return
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        sys.stderr.write(
+            f"error: rank {rank} has made no progress for {self.timeout_seconds:g} s ({doing})\n"
+            f"  found: it stands {self._where()}\n"
+            "  to mend it: look at what the other ranks say, or raise parallel.timeout_seconds if a step takes that long\n"
+        )
+        sys.stderr.flush()
+        os._exit(RunError.exit_code)
+
+    def _where(self) -> str:
+        frame = sys._current_frames().get(self._watched)
+        if frame is None:
+            return "outside Python"
+        code = frame.f_code
+        return f"in {code.co_name}, {code.co_filename}:{frame.f_lineno}"
+
+
+def _end_within(seconds: float) -> None:
+    """End the process with a failure if it has not ended by itself in time."""
+    timer = threading.Timer(seconds, os._exit, (RunError.exit_code,))
+    timer.daemon = True
+    timer.start()
+
+
+def spawn_local(
+    function: Callable[..., Result], world: int, *args: Any, timeout_seconds: float = 300.0
+) -> list[Result]:
+    """Run `function(rank, *args)` in `world` processes of this machine, joined by gloo on the CPU.
+
+    Args:
+        function: a function of a module, so that a new process can import it.
+        world: number of processes; each takes some seconds to import torch.
+        args: handed to each process; like the results, what multiprocessing can send.
+        timeout_seconds: after that long the processes are ended.
+
+    Returns:
+        What each rank returned.
+
+    Raises:
+        ArgumentError: no process.
+        RunError: a rank failed (with its own message), died, or time is up; the others are ended.
+    """
+    if world < 1:
+        raise ArgumentError("at least one process is needed", found=world)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
+        ranks: list[tuple[BaseProcess, Connection]] = []
+        try:
+            for rank in range(world):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_local_rank,
+                    args=(function, rank, world, args, str(Path(folder, "store")), theirs, timeout_seconds),
+                    daemon=True,
+                )
+                process.start()
+                theirs.close()
+                ranks.append((process, ours))
+            return _gather(ranks, time.monotonic() + timeout_seconds)
+        finally:
+            for process, _ in ranks:
+                if process.is_alive():
+                    process.kill()
+            for process, connection in ranks:
+                process.join()
+                connection.close()
+
+
+def _local_rank(
+    function: Callable[..., Any],
+    rank: int,
+    world: int,
+    args: Sequence[Any],
+    store: str,
+    parent: Connection,
+    timeout_seconds: float,
+) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=timeout_seconds * COLLECTIVE_SHARE),
+        )
+        with lost_ranks("computing"):
+            result = function(rank, *args)
+    # Whatever it is, the parent has to be told, or it would wait.
+    except BaseException as error:  # noqa: BLE001
+        parent.send((False, _is_loss(error), f"{type(error).__name__}: {error}"))
+        # Not through destroy_process_group: the peers may be in the middle of something.
+        parent.poll(EXIT_SECONDS)
+        return
+    parent.send((True, False, result))
+    # Tensors are sent as shared memory, which is this process' until the parent has looked.
+    parent.poll(None)
+    dist.destroy_process_group()
+
+
+def _is_loss(error: BaseException) -> bool:
+    return isinstance(error, RunError) and isinstance(error.__cause__, RuntimeError)
+
+
+def _gather(ranks: list[tuple[BaseProcess, Connection]], deadline: float) -> list[Any]:
+    """Return the results, or raise for the rank that failed first by itself."""
+    results: dict[int, Any] = {}
+    lost: dict[int, str] = {}
+    while len(results) < len(ranks):
+        waiting = {rank for rank in range(len(ranks)) if rank not in results and rank not in lost}
+        left = deadline - time.monotonic()
+        if lost and (not waiting or left <= 0):
+            rank = min(lost)
+            raise RunError(f"rank {rank} of {len(ranks)} failed", found=lost[rank])
+        if left <= 0:
+            raise RunError(f"ranks {sorted(waiting)} of {len(ranks)} did not finish in time")
+        connections = {ranks[rank][1]: rank for rank in waiting}
+        # A rank that lost another is heard only when none is left that could say what happened there.
+        ready = wait(list(connections), timeout=min(left, 5.0) if lost else left)
+        if lost and not ready:
+            deadline = min(deadline, time.monotonic())
+        for connection in ready:
+            rank = connections[connection]  # type: ignore[index]
+            try:
+                done, is_loss, value = ranks[rank][1].recv()
+            except (EOFError, ConnectionResetError):
+                ranks[rank][0].join()
+                code = ranks[rank][0].exitcode
+                raise RunError(f"rank {rank} of {len(ranks)} died", found=f"exit code {code}") from None
+            if done:
+                results[rank] = value
+            elif is_loss:
+                lost[rank] = value
+            else:
+                raise RunError(f"rank {rank} of {len(ranks)} failed", found=value)
+    for _, connection in ranks:
+        connection.send(None)
+    for process, _ in ranks:
+        process.join(EXIT_SECONDS)
+    return [results[rank] for rank in range(len(ranks))]
