@@ -119,6 +119,13 @@ def test_random_bands(rows: list[tuple[int, int, int, int | None]], gap: int, kv
     )
 
 
+def test_all_queries_see_the_first_half_of_as_many_keys() -> None:
+    """Guards the uncopied fast path against taking half of the keys for all of them (a zigzag ring's late half)."""
+    assert_same_attention(
+        Bands([0], [32], [0], [16], lo=-100), queries=32, keys=32, dtype=torch.float32, limit=2e-6
+    )
+
+
 def test_queries_shared_by_two_bands() -> None:
     """A chunk of queries that sees two key chunks in one table must join both, not keep the last one."""
     bands = Bands([0, 0, 10], [10, 10, 10], [0, 20, 0], [20, 10, 30], lo=[-100, 0, -20])

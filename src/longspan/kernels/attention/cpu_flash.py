@@ -102,7 +102,7 @@ class CpuFlashKernel:
         calls = _calls(bands)
         if (
             _covers(calls, num_rows=q.shape[0])
-            and k.shape[0] == q.shape[0]
+            and _covers(calls, num_rows=k.shape[0], keys=True)
             and len(_pieces(calls[0].geometry)) == 1
         ):
             (_, grads), *_ = self._backward_call(dout_, q_, k_, v_, out_, lse_, calls[0], scale)
@@ -198,11 +198,12 @@ def _calls(bands: Bands) -> list[Call]:
     return calls
 
 
-def _covers(calls: list[Call], *, num_rows: int) -> bool:
-    """True when one call spans the whole tensor in order: nothing has to be gathered."""
+def _covers(calls: list[Call], *, num_rows: int, keys: bool = False) -> bool:
+    """True when the query (or key) segments of one call are the whole tensor in order: nothing has to be gathered."""
     if len(calls) != 1:
         return False
-    length, starts = calls[0].geometry.q_len, calls[0].q_starts
+    call = calls[0]
+    length, starts = (call.geometry.k_len, call.k_starts) if keys else (call.geometry.q_len, call.q_starts)
     return len(starts) * length == num_rows and _step(starts, length) == length
 
 

@@ -52,7 +52,7 @@ class AllGather:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.channel = Channel(group)
-        self.channels = (self.channel,)
+        self.channels: tuple[Channel, ...] = (self.channel,)
         self.rank, self.world = self.channel.rank, self.channel.world
         self._routes: WeakKeyDictionary[SequenceShards, dict[int | None, _Route]] = WeakKeyDictionary()
 

@@ -64,7 +64,7 @@ class DistFlash:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.channel = Channel(group)
-        self.channels = (self.channel,)
+        self.channels: tuple[Channel, ...] = (self.channel,)
         self.rank, self.world = self.channel.rank, self.channel.world
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:

@@ -52,7 +52,7 @@ class Ring:
     ) -> None:
         self.name, self.layouts = name, layouts
         self.channel = Channel(group)
-        self.channels = (self.channel,)
+        self.channels: tuple[Channel, ...] = (self.channel,)
         self.place, self.num_places = self.channel.rank, self.channel.world
         self.rank, self.world = self.place * ranks_per_place, self.num_places * ranks_per_place
         self._places: list[Ranks] = [

@@ -84,7 +84,7 @@ class Ulysses:
         self.channel = Channel(group)
         self.degree = self.channel.world
         self.ring = Ring(ring_group, ranks_per_place=self.degree)
-        self.channels = (self.channel, self.ring.channel)
+        self.channels: tuple[Channel, ...] = (self.channel, self.ring.channel)
         self.layouts: tuple[Layout, ...] = ("contiguous", "zigzag", "balanced", "striped")
         if self.ring.num_places > 1:
             self.layouts = ("zigzag", "contiguous", "balanced", "striped")

@@ -1,0 +1,243 @@
+"""The MLP of a block over tiles of tokens: its intermediate [tokens, intermediate] never exists.
+
+An MLP treats every token alone, so its forward pass runs tile after tile and keeps only its input; the backward
+pass computes each tile again and takes its gradients. Memory beyond input, output and gradients is that of one
+tile: for 65,536 tokens and an intermediate size of 14,336 in bf16, a tile of 2,048 tokens replaces the 5.3 GiB of
+the three intermediates by 0.17 GiB. Cost: one more forward pass of the MLP, but none where the block is
+checkpointed anyway (`_Keep`).
+
+All tiles are one node of the autograd graph whose inputs are the parameters, so each parameter receives its
+gradient once, summed in fp32 (fp64 for fp64), rounded once: hooks on gradients, FSDP2's among them, fire once
+and see what they would see without tiles. bf16 sums over dozens of tiles would lose what later tiles add.
+(Tiled MLP: Arctic Long Sequence Training, arXiv:2506.13996, section 3.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from longspan.core.errors import ArgumentError
+
+__all__ = ["TiledMLP", "check_token_wise", "enable_tiled_mlp"]
+
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")
+"""What the families call the MLP of a block."""
+
+NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+CONTAINERS = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.ParameterList)
+
+
+class TiledMLP(torch.nn.Module):
+    """Put in front of an MLP's own class by `enable_tiled_mlp`; parameters and their names stay as they are.
+
+    Attributes:
+        tile_tokens: tokens computed at once.
+    """
+
+    tile_tokens: int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the MLP of x [..., tokens, hidden]."""
+        # Three dimensions for those that unpack (batch, tokens, hidden); the tokens of a batch make one row.
+        row = x.reshape(1, -1, x.shape[-1]) if x.ndim >= 3 else x
+        parameters = self._trainable()
+        if row.shape[-2] <= self.tile_tokens:
+            return super().forward(x)
+        if not torch.is_grad_enabled() or not (x.requires_grad or parameters):
+            return self._in_tiles(row).reshape(*x.shape[:-1], -1)
+        kept = _Keep.apply(row, torch.empty(0, device=x.device, requires_grad=True))
+        return _Tiles.apply(kept, kept.grad_fn, self, *parameters).reshape(*x.shape[:-1], -1)
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _tiles(self, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield (first token, tokens) of each tile."""
+        for start in range(0, num_tokens, self.tile_tokens):
+            yield start, min(self.tile_tokens, num_tokens - start)
+
+    def _one_tile(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+    def _in_tiles(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor | None = None
+        for start, length in self._tiles(x.shape[-2]):
+            tile = self._one_tile(x.narrow(-2, start, length))
+            if out is None:
+                out = tile.new_empty(*x.shape[:-1], tile.shape[-1])
+            out.narrow(-2, start, length).copy_(tile)
+        assert out is not None
+        return out
+
+
+def enable_tiled_mlp(model: ModelT, tile_tokens: int) -> ModelT:
+    """Run the MLP of each block of a model over tiles of `tile_tokens` tokens, in place, and return the model.
+
+    Works before and after FSDP2 wraps the blocks, with frozen weights and adapters, and in any state of
+    checkpointing. Names of parameters, saved files and results do not change. Small tiles cost speed, not
+    accuracy: a tile should keep the device busy, 1,024 tokens and more on a GPU.
+
+    Raises:
+        ArgumentError: a tile without a token, no MLP where one is expected, or one whose tokens may depend on each
+            other (mixtures of experts, dropout, unknown layers).
+    """
+    if tile_tokens < 1:
+        raise ArgumentError("a tile needs at least one token", found=tile_tokens, allowed=">= 1")
+    mlps = _mlps_of(model)
+    for mlp in mlps:
+        check_token_wise(mlp)
+    for mlp in mlps:
+        if not isinstance(mlp, TiledMLP):
+            mlp.__class__ = _tiled_class(type(mlp))
+        mlp.tile_tokens = tile_tokens
+    return model
+
+
+def check_token_wise(mlp: torch.nn.Module) -> None:
+    """Refuse a module unless each token's output depends on that token only, and is the same when computed again.
+
+    Its layers must be linear layers, normalisations of the last dimension or functions without parameters; then
+    four tokens must give the same together and alone (tried where the weights are plain tensors).
+
+    Raises:
+        ArgumentError: naming the module and what speaks against it.
+    """
+    name = type(mlp).__name__
+    for path, layer in mlp.named_modules():
+        kind = type(layer).__name__
+        own = [key for key, _ in layer.named_parameters(recurse=False)]
+        if isinstance(layer, torch.nn.modules.dropout._DropoutNd) and layer.p > 0:
+            raise ArgumentError(
+                f"{name} has dropout, which would differ when a tile is computed again",
+                found=f"{path or name}: p={layer.p}",
+                fix="set the dropout to 0",
+            )
+        if own and not isinstance(layer, (torch.nn.Linear, *NORMS, *CONTAINERS)):
+            raise ArgumentError(
+                f"{name} is not known to treat every token alone, so it cannot run in tiles",
+                found=f"{path or 'itself'} is a {kind} with parameters {', '.join(own)}",
+                allowed="MLPs of linear layers and activation functions; no mixture of experts",
+                fix="train this model without the tiled MLP",
+            )
+    linear = next((layer for layer in mlp.modules() if isinstance(layer, torch.nn.Linear)), None)
+    # Sharded and quantised weights cannot be tried from outside; their modules were looked at above.
+    if linear is not None and type(linear.weight.data) is torch.Tensor and linear.weight.is_floating_point():
+        _try_tokens(mlp, linear)
+
+
+def _try_tokens(mlp: torch.nn.Module, first: torch.nn.Linear) -> None:
+    if first.weight.is_meta:
+        return
+    # Fixed numbers, none alike: the global generator stays as it is.
+    x = torch.linspace(-2, 2, 4 * first.in_features).view(first.in_features, 4).T.sin()[None]
+    x = x.to(first.weight.device, first.weight.dtype)
+    with torch.no_grad():
+        together = mlp(x)
+        alone = [mlp(x[:, token : token + 1]) for token in range(4)]
+    if not isinstance(together, torch.Tensor) or together.shape[:-1] != x.shape[:-1]:
+        raise ArgumentError(
+            f"{type(mlp).__name__} does not map [batch, tokens, hidden] to one tensor of as many tokens",
+            found=type(together).__name__,
+        )
+    error = (together - torch.cat(alone, dim=1)).abs().max() / together.abs().max().clamp_min(1e-30)
+    # Products of four rows and of one may add in another order, or be rounded to TF32.
+    if not float(error) <= max(2e-3, torch.finfo(x.dtype).eps ** 0.5):
+        raise ArgumentError(
+            f"{type(mlp).__name__} lets tokens depend on each other, so it cannot run in tiles",
+            found=f"four tokens together and alone differ by {float(error):.1e} of the largest value",
+        )
+
+
+def _mlps_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    found: list[torch.nn.Module] = []
+    for path, blocks in model.named_modules():
+        if not isinstance(blocks, torch.nn.ModuleList):
+            continue
+        mlps = [next((getattr(b, key) for key in MLP_NAMES if hasattr(b, key)), None) for b in blocks]
+        if any(mlp is not None for mlp in mlps):
+            for index, (block, mlp) in enumerate(zip(blocks, mlps)):
+                if not isinstance(mlp, torch.nn.Module):
+                    raise _no_mlp(f"{path}.{index}, a {type(block).__name__}", block)
+                found.append(mlp)
+    if not found:
+        raise _no_mlp(f"any block of {type(model).__name__}", model)
+    return found
+
+
+def _no_mlp(where: str, module: torch.nn.Module) -> ArgumentError:
+    return ArgumentError(
+        f"no MLP in {where}",
+        found=", ".join(name for name, _ in module.named_children()) or "no layers",
+        allowed=f"a layer called {' or '.join(MLP_NAMES)}",
+        fix="train this model without the tiled MLP",
+    )
+
+
+@lru_cache(maxsize=64)
+def _tiled_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    return type(f"Tiled{kind.__name__}", (TiledMLP, kind), {})
+
+
+class _Keep(torch.autograd.Function):
+    """Saves its input and passes it on.
+
+    What `_Tiles` needs later is saved here, before it computes: where a checkpointed block is computed again, torch
+    stops when the last saved tensor is there, which spares a forward pass over all tiles. The anchor makes this a
+    node of the graph also when x needs no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_outputs[0], None
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, keep: Any, mlp: TiledMLP, *parameters: torch.nn.Parameter
+    ) -> torch.Tensor:
+        ctx.keep, ctx.mlp = keep, mlp
+        ctx.autocast = {
+            "device_type": x.device.type,
+            "enabled": torch.is_autocast_enabled(x.device.type),
+            "dtype": torch.get_autocast_dtype(x.device.type),
+        }
+        return mlp._in_tiles(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.keep.saved_tensors
+        # Asked for again: FSDP2 takes them away after the forward pass and brings them back for this.
+        parameters = ctx.mlp._trainable()
+        sums: list[torch.Tensor | None] = [None] * len(parameters)
+        dx = torch.empty_like(x)
+        for start, length in ctx.mlp._tiles(x.shape[-2]):
+            tile = x.narrow(-2, start, length).detach().requires_grad_()
+            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                out = ctx.mlp._one_tile(tile)
+            dout = grad_outputs[0].narrow(-2, start, length)
+            dtile, *grads = torch.autograd.grad(out, (tile, *parameters), dout, allow_unused=True)
+            dx.narrow(-2, start, length).copy_(dtile)
+            for index, grad in enumerate(grads):
+                if grad is None:
+                    continue
+                total = sums[index]
+                if total is None:
+                    sums[index] = grad.to(torch.promote_types(grad.dtype, torch.float32))
+                else:
+                    total += grad
+        rounded = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters)]
+        return dx, None, None, *rounded
