@@ -26,7 +26,15 @@ from longspan.data.loader import RowLoader
 from longspan.data.packing import KIND, PackPlan
 from longspan.data.piece_folder import PieceFolder
 from longspan.data.plan_rows import NO_LABEL, PlanRows
-from longspan.data.row_formats import FORMATS, LabelledRow, RowFormat, mds_index, write_rows
+from longspan.data.row_formats import (
+    FORMATS,
+    LabelledRow,
+    RowFormat,
+    mds_index,
+    row_frames,
+    spans_of,
+    write_rows,
+)
 from longspan.data.store import TokenStore
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
@@ -183,12 +191,15 @@ class _Origin(NamedTuple):
         """Yield rows; a row's arrays may be overwritten by the next."""
         if self.plan_rows is None:
             for number in range(first, stop):
-                yield LabelledRow(self.packed.row(number), NO_LABEL)
+                row = self.packed.row(number)
+                yield LabelledRow(row, NO_LABEL, next(row_frames(spans_of(row), row.source_names)))
             return
         for start in range(first, stop, READ_ROWS):
-            rows = self.plan_rows.read(start, min(start + READ_ROWS, stop))
-            for number, row in enumerate(rows, start):
-                yield LabelledRow(row, self.plan_rows.next_token(number) if labels else NO_LABEL)
+            spans, rows = self.plan_rows.read(start, min(start + READ_ROWS, stop))
+            frames = row_frames(spans, self.source_names)
+            for number, (row, frame) in enumerate(zip(rows, frames), start):
+                label = self.plan_rows.next_token(number) if labels else NO_LABEL
+                yield LabelledRow(row, label, frame)
 
 
 @lru_cache(maxsize=1)

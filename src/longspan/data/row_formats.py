@@ -14,7 +14,8 @@ on, else -100.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ import numpy as np
 from longspan.core.files import atomic_write
 from longspan.data.loader import PackedRow
 from longspan.data.packing import PAD_DOCUMENT
+from longspan.data.plan_rows import RowSpans
 from longspan.data.store import Column
 from longspan.data.store.mds import array_header, shard_config
 
@@ -33,11 +35,22 @@ MIXED = "mixed"
 """Domain of an MDS row with documents of several sources."""
 
 
+class RowFrame(NamedTuple):
+    """What stands around the ids and weights of a row in MDS; see `row_frames`."""
+
+    continued: bytes
+    documents: bytes
+    domain: bytes
+    indices: bytes
+    sources: bytes
+
+
 class LabelledRow(NamedTuple):
-    """A row and the token that follows it."""
+    """A row, the token that follows it, and what MDS writes around it."""
 
     row: PackedRow
     label: int
+    frame: RowFrame
 
 
 def write_rows(
@@ -138,45 +151,82 @@ def _write_mds(path: Path, rows: _Summed, num_rows: int, has_mask: bool) -> None
     with atomic_write(path) as file:
         # The table of places stands in front of the samples and is known after them.
         file.seek(int(offsets[0]))
-        for number, (row, _) in enumerate(rows):
-            parts = _mds_sample(row, has_mask)
+        for number, (row, _, frame) in enumerate(rows):
+            parts = _mds_sample(row, frame, has_mask)
             offsets[number + 1] = offsets[number] + sum(map(len, parts))
             file.writelines(parts)
         file.seek(0)
         file.write(np.array([num_rows, *offsets], "<u4").tobytes() + config)
 
 
-def _mds_sample(row: PackedRow, has_mask: bool) -> list[bytes | memoryview]:
+def spans_of(row: PackedRow) -> RowSpans:
+    """Return the spans of one row."""
+    return RowSpans(
+        offsets=np.array([0, len(row.documents)]),
+        cu_seqlens=row.cu_seqlens,
+        documents=row.documents,
+        sources=row.sources,
+        continuation=row.continuation,
+    )
+
+
+def row_frames(spans: RowSpans, source_names: Sequence[str]) -> Iterator[RowFrame]:
+    """Yield the bytes of the small columns of each row; padding is left out.
+
+    Worked out for a block of rows at once: one by one these tiny arrays cost more than the ids.
+    """
+    num_rows = len(spans.offsets) - 1
+    row_of = np.repeat(np.arange(num_rows), np.diff(spans.offsets))
+    begin = np.arange(len(row_of)) + row_of  # a row has one bound more than spans
+    real = spans.documents != PAD_DOCUMENT
+    begin, sources = begin[real], spans.sources[real]
+    bounds = np.stack([spans.cu_seqlens[begin], spans.cu_seqlens[begin + 1]], axis=1)
+    columns = (
+        (1, spans.continuation[real].astype("u1").tobytes()),
+        (4, spans.documents[real].astype("<u4").tobytes()),
+        (8, bounds.astype("<u4").tobytes()),
+        (2, sources.astype("<u2").tobytes()),
+    )
+    names = [name.encode() for name in source_names]
+    stops = np.cumsum(np.bincount(row_of[real], minlength=num_rows)).tolist()
+    numbers, low = sources.tolist(), 0
+    for high in stops:
+        continued, documents, indices, source = (data[low * width : high * width] for width, data in columns)
+        one = len(set(numbers[low:high])) == 1
+        header = _header(high - low)
+        yield RowFrame(
+            continued=header + continued,
+            documents=header + documents,
+            domain=names[numbers[low]] if one else MIXED.encode(),
+            indices=_header(high - low, 2) + indices,
+            sources=header + source,
+        )
+        low = high
+
+
+def _mds_sample(row: PackedRow, frame: RowFrame, has_mask: bool) -> list[bytes | memoryview]:
     """Return the bytes of a sample with the columns of `_mds_columns`; the ids are not copied.
 
-    The same as `store.mds.encode_sample`, at a third of its cost: most of these arrays are tiny.
+    The same as `store.mds.encode_sample`, at a fraction of its cost: most of these arrays are tiny.
     """
-    documents, sources, continuation = row.documents, row.sources, row.continuation
-    bounds = np.stack([row.cu_seqlens[:-1], row.cu_seqlens[1:]], axis=1)
-    if documents.max() == PAD_DOCUMENT:
-        real = documents != PAD_DOCUMENT
-        documents, sources, continuation = documents[real], sources[real], continuation[real]
-        bounds = bounds[real]
-    count, length = len(documents), len(row.input_ids)
-    mixed = bool((sources != sources[0]).any())
     ids = row.input_ids.astype("<u4", copy=False)
-    before = [
-        _header(count) + continuation.astype("u1").tobytes(),
-        _header(count) + documents.astype("<u4").tobytes(),
-        (MIXED if mixed else row.source_names[int(sources[0])]).encode(),
-        _header(count, 2) + bounds.astype("<u4").tobytes(),
-        _header(length),
+    header = _header(len(ids))
+    sizes = [
+        len(frame.continued),
+        len(frame.documents),
+        len(frame.domain),
+        len(frame.indices),
+        len(header) + ids.nbytes,
+        len(frame.sources),
     ]
-    last = _header(count) + sources.astype("<u2").tobytes()
-    sizes = [*map(len, before), len(last)]
-    sizes[4] += ids.nbytes
-    fixed = length.to_bytes(8, "little")
-    behind: list[bytes | memoryview] = [fixed + last]
+    fixed = len(ids).to_bytes(8, "little")
+    behind: list[bytes | memoryview] = [fixed + frame.sources]
     if has_mask:
         mask = weights_of(row)
-        sizes.insert(5, len(_header(length)) + len(mask))
-        behind = [fixed + _header(length), mask.data, last]
-    head = np.array(sizes, "<u4").tobytes() + b"".join(before)
+        sizes.insert(5, len(header) + len(mask))
+        behind = [fixed + header, mask.data, frame.sources]
+    head = struct.pack(f"<{len(sizes)}I", *sizes)
+    head += frame.continued + frame.documents + frame.domain + frame.indices + header
     return [head, ids.view("u1").data, *behind]
 
 
@@ -203,7 +253,7 @@ def _source_spans(row: PackedRow) -> list[dict[str, Any]]:
 
 def _write_jsonl(path: Path, rows: _Summed, has_mask: bool) -> None:
     with atomic_write(path) as file:
-        for row, label in rows:
+        for row, label, _ in rows:
             record = {"input_ids": row.input_ids.tolist(), "labels": label, "source": _source_spans(row)}
             if has_mask:
                 record["mask"] = weights_of(row).tolist()
@@ -223,7 +273,7 @@ def _write_parquet(path: Path, rows: _Summed, has_mask: bool) -> None:
         atomic_write(path) as file,
         pq.ParquetWriter(file, schema, compression="snappy", use_dictionary=False) as writer,
     ):
-        for row, label in rows:
+        for row, label, _ in rows:
             # Ids are below 2**31 in every vocabulary; int32 is what readers of these files expect.
             columns = [
                 pa.array([row.input_ids.astype(np.int32)], schema.field(0).type),
@@ -239,7 +289,7 @@ def _write_npy(folder: Path, number: int, rows: _Summed, num_rows: int, has_mask
     spans, weights = [], []
     with atomic_write(folder / f"input_ids.{number:05}.npy") as file:
         first = True
-        for index, (row, _) in enumerate(rows):
+        for index, (row, *_) in enumerate(rows):
             if first:
                 _npy_header(file, (num_rows, len(row.input_ids)), dtype)
                 first = False
