@@ -15,8 +15,7 @@ and see what they would see without tiles. bf16 sums over dozens of tiles would 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -93,10 +92,10 @@ def enable_tiled_mlp(model: ModelT, tile_tokens: int) -> ModelT:
     mlps = _mlps_of(model)
     for mlp in mlps:
         check_token_wise(mlp)
+    classes = {kind: _tiled_class(kind) for kind in {type(mlp) for mlp in mlps}}
     for mlp in mlps:
-        if not isinstance(mlp, TiledMLP):
-            mlp.__class__ = _tiled_class(type(mlp))
-        mlp.tile_tokens = tile_tokens
+        mlp.__class__ = classes[type(mlp)]
+        cast(TiledMLP, mlp).tile_tokens = tile_tokens
     return model
 
 
@@ -180,9 +179,8 @@ def _no_mlp(where: str, module: torch.nn.Module) -> ArgumentError:
     )
 
 
-@lru_cache(maxsize=64)
 def _tiled_class(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    return type(f"Tiled{kind.__name__}", (TiledMLP, kind), {})
+    return kind if issubclass(kind, TiledMLP) else type(f"Tiled{kind.__name__}", (TiledMLP, kind), {})
 
 
 class _Keep(torch.autograd.Function):
