@@ -13,6 +13,7 @@ from longspan.cli.output import Json, example, print_json, print_table
 CONVERT_EXAMPLE = example(
     "longspan data convert rows --to jsonl --out chunks",
     "longspan data convert store --to parquet --out documents.parquet",
+    "longspan data convert documents.parquet --to store --tokenizer tokenizer --out again",
 )
 MERGE_EXAMPLE = example("longspan data merge store store --out merged")
 SPLIT_EXAMPLE = example("longspan data split store --out train=0.6,validation=0.4")
@@ -22,10 +23,12 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="PLAN|ROWS|STORE|MDS", help="A pack plan, packed rows, a token store, MDS of ids."
+            metavar="PLAN|ROWS|STORE|TOKENS",
+            help="A pack plan, packed rows, a token store; for --to store also MDS of ids, CEPE's .npy, "
+            "datatrove's .ds, Megatron's .bin and .idx, or documents that this command wrote.",
         ),
     ],
-    to: Annotated[str, typer.Option(help="mds, jsonl, parquet or npy, or store for MDS folders of ids.")],
+    to: Annotated[str, typer.Option(help="mds, jsonl, parquet or npy, or store for tokens of other tools.")],
     out: Annotated[Path, typer.Option(help="Place to write; nothing may stand there.")],
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the ids, for --to store.")] = None,
     workers: Annotated[

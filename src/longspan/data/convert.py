@@ -2,7 +2,8 @@
 
 pack plan, packed rows        -> mds, jsonl, parquet, npy     rows: `materialize`
 token store                   -> jsonl, parquet, npy          documents, in store order
-MDS of ids, documents of ours -> store                        a token store
+MDS of ids, documents, rows,  -> store                        a token store: `import_tokens`
+CEPE, datatrove, Megatron
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from longspan.core.files import atomic_dir, atomic_write, write_json
 from longspan.core.progress import progress
 from longspan.data import packing
 from longspan.data.columns import folder_kind
+from longspan.data.import_tokens import NPY_NAMES, import_tokens
 from longspan.data.materialize import materialize
 from longspan.data.row_formats import FORMATS
-from longspan.data.store import TokenStore, TokenStoreWriter
-from longspan.data.store.mds import INDEX
+from longspan.data.store import TokenStore
 from longspan.data.store.token_store import TokenizerIdentity
-from longspan.data.stores import import_mds
 from longspan.data.verify import is_token_store
 
 DOCUMENT_FORMATS = ("jsonl", "parquet", "npy")
@@ -42,7 +42,7 @@ def convert(
     """Write `source` to `out` in another format; return what was written, "rows", "documents" or "store".
 
     Args:
-        source: a pack plan, packed rows, a token store, an MDS folder of ids, or documents that this wrote.
+        source: a pack plan, packed rows, a token store, or for "store" what `import_tokens` reads.
         out: place to write; nothing may stand there.
         format: "mds", "jsonl", "parquet", "npy" or "store".
         tokenizer: that of the ids, for "store".
@@ -56,10 +56,7 @@ def convert(
     if format == "store":
         if tokenizer is None:
             raise ArgumentError("a token store names its tokenizer", fix="give the tokenizer of the ids")
-        if (source / INDEX).is_file():
-            import_mds(source, out, tokenizer)
-        else:
-            _import_documents(source, out, tokenizer)
+        import_tokens(source, out, tokenizer)
         return "store"
     if is_token_store(source):
         if format not in DOCUMENT_FORMATS:
@@ -151,47 +148,4 @@ def _write_npy(store: TokenStore, out: Path) -> None:
             columns["weights"] = np.concatenate([store.mask(document) for document in range(len(store))])
         for name, column in columns.items():
             np.save(folder / f"{name}.npy", np.asarray(column), allow_pickle=False)
-        write_json(folder / "names.json", list(lengths.source_names))
-
-
-def _import_documents(source: Path, out: Path, tokenizer: TokenizerIdentity) -> None:
-    """Make a token store of documents in the jsonl or parquet form of `write_documents`."""
-    with TokenStoreWriter(out, config={"imported": source.name}, tokenizer=tokenizer) as writer:
-        for number, record in enumerate(_read_documents(source)):
-            try:
-                ids = np.asarray(record["input_ids"], np.int64)
-                mask = record.get("mask")
-                writer.add(
-                    ids,
-                    source=str(record["domain"]),
-                    key=int(record["key"], 16),
-                    mask=None if mask is None else np.asarray(mask, np.uint8),
-                )
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
-                raise DataError(
-                    f"document {number} of {source} cannot be read", found=f"{type(error).__name__}: {error}"
-                ) from None
-
-
-def _read_documents(source: Path) -> Iterator[dict[str, Any]]:
-    if source.suffix == ".parquet" and source.is_file():
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            for batch in pq.ParquetFile(source).iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{source} is a damaged parquet file", found=str(error)) from None
-    elif source.suffix == ".jsonl" and source.is_file():
-        with open(source, encoding="utf-8") as file:
-            for line, text in enumerate(file, 1):
-                try:
-                    yield json.loads(text)
-                except ValueError as error:
-                    raise DataError(f"{source}:{line} is not JSON", found=str(error)) from None
-    else:
-        raise DataError(
-            f"{source} cannot become a token store",
-            allowed="an MDS folder with input_ids, or documents as .jsonl or .parquet with input_ids, domain, key",
-        )
+        write_json(folder / NPY_NAMES, list(lengths.source_names))

@@ -217,7 +217,7 @@ def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
                 row = rows[document]
                 row["source"], row["shard"], row["tokens"] = sources[source], number, len(ids)
                 row["offset"] = spans["input_ids"][1] - ids.nbytes
-                row["key"] = _key(source, ids)
+                row["key"] = token_key(source, ids)
                 if has_mask:
                     row["mask_offset"] = spans["mask"][1] - len(values["mask"])
                     row["mask_digest"] = _mask_digest(values["mask"])
@@ -226,7 +226,8 @@ def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
     return DocumentColumns(rows, sources.names, has_mask), dtype.name
 
 
-def _key(source: str, ids: np.ndarray) -> int:
+def token_key(source: str, ids: np.ndarray) -> int:
+    """Return the 64-bit identity of a document whose text is not known: BLAKE2b of source and ids."""
     digest = hashlib.blake2b(source.encode() + b"\0ids", digest_size=8)
     digest.update(ids.astype(np.uint32).tobytes())
     return int.from_bytes(digest.digest(), "little")

@@ -193,20 +193,27 @@ def open_documents(
     return documents
 
 
-def _find_npy(given: Path) -> list[tuple[str, str]]:
-    """Return (absolute path, domain) of each token file."""
+def find_token_files(given: Path, suffix: str) -> list[tuple[str, str]]:
+    """Return (absolute path, domain) of each file with a suffix: `given` itself, or those below it.
+
+    The domain is the first folder below `given`, else the folder the file lies in.
+    """
     given = given.absolute()
-    if given.is_file() and given.suffix == ".npy":
-        return [(str(given), given.parent.name)]
-    if not given.is_dir():
-        raise DataError(
-            f"{given} is neither a token store nor a .npy token file, nor a folder of such",
-            found="a file" if given.exists() else "nothing",
-            fix="make a token store of text with `longspan data tokenize`",
-        )
+    if given.is_file():
+        return [(str(given), given.parent.name)] if given.suffix == suffix else []
     found = []
-    for path in given.rglob("*.npy"):
+    for path in given.rglob(f"*{suffix}"):
         below = path.relative_to(given).parts
         if not any(part.startswith(".") for part in below):
             found.append((str(path), below[0] if len(below) > 1 else given.name))
     return found
+
+
+def _find_npy(given: Path) -> list[tuple[str, str]]:
+    if given.is_dir() or (given.is_file() and given.suffix == ".npy"):
+        return find_token_files(given, ".npy")
+    raise DataError(
+        f"{given.absolute()} is neither a token store nor a .npy token file, nor a folder of such",
+        found="a file" if given.exists() else "nothing",
+        fix="make a token store of text with `longspan data tokenize`",
+    )

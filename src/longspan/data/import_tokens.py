@@ -1,0 +1,241 @@
+"""Token documents and packed rows of other tools, and documents that we wrote, back into a token store.
+
+    our documents        .jsonl, .parquet, or a folder of .npy columns: taken over with their keys
+    CEPE                 .npy files [n] [lengths] [tokens]
+    datatrove            .ds files with .ds.index
+    Megatron             .bin files with .idx
+    packed rows          MDS with `indices`, jsonl and parquet chunks with `source`, our npy rows
+
+A store holds no BOS and no EOS: a document of other tools that begins with the BOS of its tokenizer, or ends with
+its EOS, loses it, and the manifest says how many did. Rows give one document for each span: what a row's end cut
+stays cut, for rows do not say which pieces belong together, and padding is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.core.errors import DataError
+from longspan.core.files import read_json
+from longspan.core.progress import progress
+from longspan.data.cepe import read_cepe
+from longspan.data.columns import NPY_ERRORS
+from longspan.data.packed_stores import PackedRows
+from longspan.data.packing import PAD_DOCUMENT
+from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
+from longspan.data.store.mds import INDEX
+from longspan.data.store.token_store import MANIFEST, TokenizerIdentity
+from longspan.data.stores import import_mds, token_key
+from longspan.data.token_documents import find_token_files
+from longspan.data.token_files import TokenFile, read_datatrove, read_megatron
+
+NPY_NAMES = "names.json"
+
+
+class TokenDocument(NamedTuple):
+    """One document on its way into a store."""
+
+    ids: NDArray[Any]
+    source: str
+    key: int | None = None
+    """None: a hash of source and ids."""
+    mask: NDArray[np.uint8] | None = None
+
+
+def import_tokens(source: str | Path, out: str | Path, tokenizer: TokenizerIdentity) -> TokenStore:
+    """Make a token store of token data in any of the module's forms; raw MDS folders are linked, not copied.
+
+    Raises:
+        DataError: the source is none of them, or damaged; an id is not in the vocabulary; or something stands
+            at `out`.
+    """
+    source, out = Path(source), Path(out)
+    if (source / INDEX).is_file() and not _has_rows(source):
+        return import_mds(source, out, tokenizer)
+    documents, ours = _open(source)
+    taken: Counter[str] = Counter()
+    with (
+        TokenStoreWriter(out, config={"imported": source.name}, tokenizer=tokenizer) as writer,
+        progress("import", total=None, unit="docs") as bar,
+    ):
+        for document in documents():
+            bar.advance()
+            ids, mask = document.ids, document.mask
+            if not ours:
+                ids, mask = _unframed(ids, mask, tokenizer, taken)
+            if not len(ids):
+                taken["empty_documents"] += 1
+                continue
+            key = token_key(document.source, ids) if document.key is None else document.key
+            writer.add(ids, source=document.source, key=key, mask=mask)
+        writer.counts = {name: taken[name] for name in ("bos_removed", "eos_removed", "empty_documents")}
+    return TokenStore(out)
+
+
+def _has_rows(folder: Path) -> bool:
+    return any(column.name == "indices" for info in MDSDirectory(folder).shards for column in info.columns)
+
+
+def _open(source: Path) -> tuple[Callable[[], Iterator[TokenDocument]], bool]:
+    """Return how to read the documents of a source, and whether we wrote them."""
+    if (source / NPY_NAMES).is_file():
+        return lambda: _columns(source), True
+    if source.is_file() and source.suffix in (".jsonl", ".parquet") and _is_document(source):
+        return lambda: _records(source), True
+    if (source / INDEX).is_file() or (source / MANIFEST).is_file():
+        return lambda: _rows(PackedRows(source)), False
+    if source.is_file() and source.suffix in (".jsonl", ".parquet"):
+        return lambda: _rows(PackedRows(source)), False
+    kinds: tuple[tuple[str, Callable[[str], TokenFile]], ...] = (
+        (".npy", _cepe),
+        (".ds", read_datatrove),
+        (".idx", read_megatron),
+    )
+    given = source.with_suffix(".idx") if source.suffix == ".bin" else source
+    found = {suffix: find_token_files(given, suffix) for suffix, _ in kinds} if given.exists() else {}
+    some = [suffix for suffix, files in found.items() if files]
+    if len(some) == 1:
+        (read,) = [read for suffix, read in kinds if suffix == some[0]]
+        return lambda: _files(found[some[0]], read), False
+    if given.is_dir() and not some and (any(given.glob("*.jsonl")) or any(given.glob("*.parquet"))):
+        return lambda: _rows(PackedRows(given)), False
+    raise DataError(
+        f"{source} cannot become a token store",
+        found=f"files {', '.join(some)}" if some else None,
+        allowed="an MDS folder with input_ids; documents as .jsonl or .parquet with input_ids, domain, key; packed "
+        "rows; or files of one kind: .npy (CEPE), .ds (datatrove), .idx and .bin (Megatron)",
+    )
+
+
+def _unframed(
+    ids: NDArray[Any], mask: NDArray[np.uint8] | None, tokenizer: TokenizerIdentity, taken: Counter[str]
+) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    """Return a document without the tokens that frame it."""
+    start, stop = 0, len(ids)
+    if start < stop and tokenizer.bos_id is not None and int(ids[0]) == tokenizer.bos_id:
+        start += 1
+        taken["bos_removed"] += 1
+    if start < stop and tokenizer.eos_id is not None and int(ids[stop - 1]) == tokenizer.eos_id:
+        stop -= 1
+        taken["eos_removed"] += 1
+    return ids[start:stop], None if mask is None else mask[start:stop]
+
+
+def _cepe(path: str) -> TokenFile:
+    file = read_cepe(path)
+    bounds = np.concatenate([[0], np.cumsum(file.lengths)])
+    return TokenFile(path, file.tokens, bounds[:-1], bounds[1:])
+
+
+def _files(found: list[tuple[str, str]], read: Callable[[str], TokenFile]) -> Iterator[TokenDocument]:
+    for path, source in sorted(found):
+        file = read(path)
+        for start, stop in zip(file.starts.tolist(), file.ends.tolist()):
+            mask = None if file.trained is None else np.array(file.trained[start:stop], np.uint8)
+            yield TokenDocument(file.tokens[start:stop], source, mask=mask)
+
+
+def _rows(rows: PackedRows) -> Iterator[TokenDocument]:
+    for number in range(rows.num_rows):
+        row = rows.row(number)
+        bounds = row.cu_seqlens.tolist()
+        for span, document in enumerate(row.documents.tolist()):
+            if document == PAD_DOCUMENT:
+                continue
+            place = slice(bounds[span], bounds[span + 1])
+            mask = row.weights[place] if rows.has_mask and row.weights is not None else None
+            yield TokenDocument(row.input_ids[place], row.source_names[row.sources[span]], mask=mask)
+
+
+def _columns(folder: Path) -> Iterator[TokenDocument]:
+    """Read what `convert.write_documents` writes as npy."""
+
+    def load(name: str, kinds: str) -> NDArray[Any]:
+        try:
+            column = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except NPY_ERRORS as error:
+            raise DataError(f"{folder / name}.npy cannot be read", found=str(error)) from None
+        if column.ndim != 1 or column.dtype.kind not in kinds:
+            raise DataError(
+                f"{folder / name}.npy is no such column", found=f"{column.dtype} {list(column.shape)}"
+            )
+        return column
+
+    names = read_json(folder / NPY_NAMES)
+    tokens, offsets = load("tokens", "u"), load("offsets", "iu")
+    keys, sources = load("keys", "u"), load("sources", "u")
+    weights = load("weights", "u") if (folder / "weights.npy").is_file() else None
+    if (
+        not isinstance(names, list)
+        or not len(offsets) == len(keys) + 1 == len(sources) + 1
+        or (int(offsets[0]), int(offsets[-1])) != (0, len(tokens))
+        or bool(np.any(offsets[1:] < offsets[:-1]))
+        or (len(sources) and int(sources.max()) >= len(names))
+        or (weights is not None and (len(weights) != len(tokens) or weights.dtype != np.uint8))
+    ):
+        raise DataError(f"the columns of {folder} do not fit one another", fix="write the documents again")
+    for number, source in enumerate(sources.tolist()):
+        place = slice(int(offsets[number]), int(offsets[number + 1]))
+        mask = None if weights is None else np.asarray(weights[place])
+        yield TokenDocument(tokens[place], str(names[source]), int(keys[number]), mask)
+
+
+def _is_document(path: Path) -> bool:
+    """Whether the first record of a file is a document that we wrote, not a packed row."""
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return "key" in pq.read_schema(path).names
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is a damaged parquet file", found=str(error)) from None
+    with open(path, "rb") as file:
+        try:
+            first = json.loads(file.readline() or b"null")
+        except ValueError as error:
+            raise DataError(f"{path}:1 is not JSON", found=str(error)) from None
+    return isinstance(first, dict) and "key" in first
+
+
+def _records(source: Path) -> Iterator[TokenDocument]:
+    """Read what `convert.write_documents` writes as jsonl or parquet."""
+    for number, record in enumerate(_raw_records(source)):
+        try:
+            mask = record.get("mask")
+            yield TokenDocument(
+                np.asarray(record["input_ids"], np.int64),
+                str(record["domain"]),
+                int(record["key"], 16),
+                None if mask is None else np.asarray(mask, np.uint8),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"document {number} of {source} cannot be read", found=f"{type(error).__name__}: {error}"
+            ) from None
+
+
+def _raw_records(source: Path) -> Iterator[dict[str, Any]]:
+    if source.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            for batch in pq.ParquetFile(source).iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{source} is a damaged parquet file", found=str(error)) from None
+        return
+    with open(source, "rb") as file:
+        for line, text in enumerate(file, 1):
+            try:
+                yield json.loads(text)
+            except ValueError as error:
+                raise DataError(f"{source}:{line} is not JSON", found=str(error)) from None
