@@ -22,8 +22,12 @@ class Gpu(NamedTuple):
     host_link: float
     """To the memory of the host."""
     host_memory: float
-    """Bytes of host memory, this GPU's share of the node's."""
+    """Bytes of host memory of the node."""
     per_node: int = 8
+
+    def host_for_rank(self, num_gpus: int) -> float:
+        """Return bytes of host memory for each rank: fewer ranks than a node has GPUs share all of it."""
+        return self.host_memory / min(num_gpus, self.per_node)
 
 
 # Sources: NVIDIA data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU" (SXM modules; the
@@ -34,11 +38,11 @@ class Gpu(NamedTuple):
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 312e12, 80e9, 300e9, 25e9, 32e9, 250e9),
-        Gpu("a800", 312e12, 80e9, 200e9, 25e9, 32e9, 250e9),
-        Gpu("h100", 989e12, 80e9, 450e9, 50e9, 64e9, 250e9),
-        Gpu("h800", 989e12, 80e9, 200e9, 50e9, 64e9, 250e9),
-        Gpu("h200", 989e12, 141e9, 450e9, 50e9, 64e9, 250e9),
+        Gpu("a100", 312e12, 80e9, 300e9, 25e9, 32e9, 2e12),
+        Gpu("a800", 312e12, 80e9, 200e9, 25e9, 32e9, 2e12),
+        Gpu("h100", 989e12, 80e9, 450e9, 50e9, 64e9, 2e12),
+        Gpu("h800", 989e12, 80e9, 200e9, 50e9, 64e9, 2e12),
+        Gpu("h200", 989e12, 141e9, 450e9, 50e9, 64e9, 2e12),
     )
 }
 """GPUs by name."""

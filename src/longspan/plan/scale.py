@@ -1,0 +1,282 @@
+"""Seconds of a training step from bytes, FLOPs and link speeds: which schedule suits which context and how many GPUs.
+
+A layer of one micro-step (one sequence over the ranks of the sequence group), per pass:
+
+    compute   FLOPs / (peak * EFFICIENCY * rows / (rows + HALF_ROWS)),  rows = queries of one kernel call
+    ring      degree blocks; the next one travels while a block is computed: max of the two, degree - 1 times
+    dist_flash   the same with half as many steps of whole blocks; in an even world half the ranks idle in the last
+    ulysses   trades are waited for: compute + trades
+    usp       both: trades, and between them a ring
+    all_gather a head at a time, the next on its way meanwhile: the first gather and the last scatter are waited for
+    FSDP      parameters of the next layer travel meanwhile: max of it with all the rest
+
+Passes: forward, and in the backward pass the recomputed forward and the backward itself (attention 2.5 times the
+forward: scores are recomputed; matrices twice). The sequence is one causal document. Of the links:
+
+    inside a node       NVLink, all GPUs at once
+    ring between nodes  neighbours talk: where one rank a node is at the border, one adapter carries it all
+    collectives         all adapters of a node at once (as NCCL's rings do)
+
+What is not in it: stragglers, memory traffic of merges and norms, data loading, checkpoints, pipeline or tensor
+parallelism. Kernel efficiency is one number, taken from one published row (see `EFFICIENCY`), the links' another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from longspan.plan.communication import AttentionShape, bytes_sent
+from longspan.plan.hardware import Gpu
+from longspan.plan.memory import BYTES, SUM_BYTES, Memory, step_memory
+from longspan.plan.models import ModelShape
+
+__all__ = ["EFFICIENCY", "Degrees", "Step", "arrangements", "attention_seconds", "best_steps", "simulate"]
+
+EFFICIENCY = 0.513
+"""Share of the bf16 peak that matrices and flash attention reach on many rows. Calibrated on one published row:
+Llama-3-8B at 128K on 8 H100, 2,280 tokens/s a GPU (UPipe, arXiv:2602.21196). All other rows are checks."""
+HALF_ROWS = 512
+"""Rows at which a kernel call reaches half of that: flash attention's own benchmarks from 512 to 16K rows."""
+LINK_EFFICIENCY = 0.8
+"""Share of a link's paper bandwidth that large messages reach."""
+LATENCY = 10e-6
+"""Seconds before the first byte of a message, inside a node; twice that between nodes."""
+LAUNCH = 20e-6
+"""Seconds to start one block of a ring."""
+
+
+class Degrees(NamedTuple):
+    """A schedule and how the ranks of the sequence are arranged."""
+
+    schedule: str
+    ring: int
+    ulysses: int
+
+    @property
+    def world(self) -> int:
+        """Ranks that share a sequence."""
+        return self.ring * self.ulysses
+
+    def __str__(self) -> str:
+        if self.schedule == "usp":
+            return f"usp {self.ulysses}x{self.ring}"
+        return self.schedule if self.world == 1 else f"{self.schedule} {self.world}"
+
+
+class Step(NamedTuple):
+    """One optimizer step."""
+
+    degrees: Degrees
+    seconds: float
+    mfu: float
+    """Share of the peak that the model's own FLOPs take, recomputation not counted."""
+    tokens_per_second: float
+    """Per GPU."""
+    exposed: float
+    """Share of the time in which communication is waited for."""
+    memory: Memory
+    limit: str | None
+    """What does not fit; None if the step is possible."""
+
+
+class _Links(NamedTuple):
+    """Bytes a second and latency between the ranks of a group that lie next to each other or in every `stride`-th."""
+
+    neighbour: float
+    collective: float
+    latency: float
+
+
+def simulate(
+    model: ModelShape,
+    gpu: Gpu,
+    degrees: Degrees,
+    *,
+    context: int,
+    num_gpus: int,
+    sequences: int,
+    recompute: bool = True,
+) -> Step:
+    """Return the time and memory of one optimizer step.
+
+    Args:
+        model: its shape.
+        gpu: the hardware.
+        degrees: schedule and degrees; the sequence group divides `num_gpus`.
+        context: tokens of a sequence, one causal document.
+        num_gpus: all GPUs; parameters are sharded over all of them.
+        sequences: sequences of the whole step.
+        recompute: layers are recomputed in the backward pass; without, nothing but scores is.
+    """
+    world = degrees.world
+    tokens = -(-context // world)
+    layer_flops = 2 * tokens * model.layer_parameters
+    linear = _seconds(layer_flops, gpu, tokens)
+    forward, forward_free = attention_seconds(model, gpu, degrees, context=context, backward=False)
+    backward, backward_free = attention_seconds(model, gpu, degrees, context=context, backward=True)
+    gather, scatter = _fsdp(model, gpu, num_gpus)
+    pass_forward = max(linear + forward, gather)
+    again = linear + forward if recompute else 0.0
+    pass_backward = max(again + 2 * linear + backward, gather + scatter)
+    head_flops = 2 * tokens * model.vocab * model.hidden
+    head = _seconds(head_flops, gpu, tokens) * (4 if recompute else 3)
+    micro_step = model.layers * (pass_forward + pass_backward) + head
+    micro_steps = sequences * world / num_gpus
+    # Gradients go to the host, updated parameters come back; the update itself runs there.
+    update = model.parameters / num_gpus * 2 * BYTES / (gpu.host_link * LINK_EFFICIENCY)
+    seconds = micro_steps * micro_step + update
+    free = model.layers * (3 * linear + forward_free + backward_free) + head
+    free += model.layers * (linear + forward_free) if recompute else 0.0
+    flops = sequences * model.model_flops(context)
+    memory = step_memory(
+        model,
+        schedule=degrees.schedule,
+        tokens=tokens,
+        num_gpus=num_gpus,
+        ring_degree=degrees.ring,
+        ulysses_degree=degrees.ulysses,
+    )
+    return Step(
+        degrees,
+        seconds,
+        flops / (seconds * num_gpus * gpu.flops),
+        sequences * context / seconds / num_gpus,
+        1 - micro_steps * free / seconds,
+        memory,
+        memory.limit(gpu, num_gpus),
+    )
+
+
+def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[Degrees]:
+    """Yield every schedule and arrangement of `world` ranks; heads are traded inside a node where a ring goes round."""
+    if world == 1:
+        yield Degrees("none", 1, 1)
+        return
+    yield from (Degrees(name, world, 1) for name in ("ring", "dist_flash", "all_gather"))
+    if model.heads % world == 0:
+        yield Degrees("ulysses", 1, world)
+    for ulysses in (2, 4, 8, 16, 32, 64):
+        if (
+            ulysses <= gpu.per_node
+            and ulysses < world
+            and world % ulysses == 0
+            and model.heads % ulysses == 0
+        ):
+            yield Degrees("usp", world // ulysses, ulysses)
+
+
+def best_steps(
+    model: ModelShape, gpu: Gpu, *, context: int, num_gpus: int, batch_tokens: int
+) -> dict[str, Step]:
+    """Return the fastest possible step of every schedule, over all sizes of the sequence group.
+
+    A step is `batch_tokens` tokens, one sequence at least. A schedule for which nothing fits is given with the
+    arrangement that lacks least memory, and says what limits it; one that has no arrangement is left out.
+    """
+    sequences = max(1, batch_tokens // context)
+    best: dict[str, Step] = {}
+    world = max(1, num_gpus // sequences)
+    while world <= num_gpus:
+        for degrees in arrangements(model, gpu, world):
+            step = simulate(model, gpu, degrees, context=context, num_gpus=num_gpus, sequences=sequences)
+            other = best.get(degrees.schedule)
+            if other is None or _preference(step, gpu, num_gpus) < _preference(other, gpu, num_gpus):
+                best[degrees.schedule] = step
+        world *= 2
+    return best
+
+
+def _preference(step: Step, gpu: Gpu, num_gpus: int) -> tuple[bool, float]:
+    if step.limit is None:
+        return False, step.seconds
+    return True, max(step.memory.device / gpu.memory, step.memory.host / gpu.host_for_rank(num_gpus))
+
+
+def _seconds(flops: float, gpu: Gpu, rows: int) -> float:
+    return flops / (gpu.flops * EFFICIENCY * rows / (rows + HALF_ROWS))
+
+
+def _links(gpu: Gpu, world: int, stride: int) -> _Links:
+    """Return the links of `world` ranks, every `stride`-th of those that lie side by side."""
+    inside = gpu.nvlink * LINK_EFFICIENCY
+    if world * stride <= gpu.per_node:
+        return _Links(inside, inside, LATENCY)
+    adapter = gpu.network * LINK_EFFICIENCY
+    # Ranks of the group in one node share its adapters in a collective; the other groups need theirs.
+    in_node = max(1, gpu.per_node // stride)
+    return _Links(adapter, min(inside, in_node * adapter), 2 * LATENCY)
+
+
+def attention_seconds(
+    model: ModelShape, gpu: Gpu, degrees: Degrees, *, context: int, backward: bool
+) -> tuple[float, float]:
+    """Return seconds of one layer's attention on one rank, one pass, and what they were with free communication."""
+    schedule, ring, ulysses = degrees
+    tokens = -(-context // degrees.world)
+    flops = 2 * context**2 * model.heads * model.head_dim / degrees.world * (2.5 if backward else 1.0)
+    shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, BYTES)
+    direction = int(backward)
+    # Ranks differ in dist_flash only, where the first sends most forward and the last most backward.
+    total = max(
+        bytes_sent(schedule, shape, ring_degree=ring, ulysses_degree=ulysses, rank=rank)[direction]
+        for rank in (0, degrees.world - 1)
+    )
+    traded = bytes_sent("ulysses", shape, ulysses_degree=ulysses)[direction]
+    trade = _trade(gpu, ulysses, traded)
+    if ring == 1:
+        compute = _seconds(flops, gpu, context)
+        return compute + trade, compute
+    rows = tokens * ulysses
+    links = _links(gpu, ring, ulysses)
+    if schedule == "all_gather":
+        compute = _seconds(flops, gpu, rows)
+        return _by_head(compute, total, links, model.kv_heads, ring, backward=backward), compute
+    if schedule == "dist_flash":
+        # Whole blocks after half a one; perfect balance would be `ring` half blocks.
+        steps = ring // 2
+        block = _seconds(flops, gpu, rows) * 2 / ring + LAUNCH
+        first = block / 2
+    else:
+        # Zigzag: half the queries see a whole block, or all of them half of one.
+        steps = ring - 1
+        block = _seconds(flops, gpu, rows // 2) / ring + LAUNCH
+        first = block
+    transfer = (total - traded) / steps / links.neighbour + links.latency
+    return trade + first + steps * max(block, transfer), first + steps * block
+
+
+def _trade(gpu: Gpu, degree: int, total: int) -> float:
+    """Return seconds of the two all-to-alls of a pass, nothing else running."""
+    if degree == 1:
+        return 0.0
+    outside = max(0, degree - gpu.per_node) / (degree - 1)
+    inside_seconds = total * (1 - outside) / (gpu.nvlink * LINK_EFFICIENCY)
+    outside_seconds = total * outside / (gpu.network * LINK_EFFICIENCY)
+    return max(inside_seconds, outside_seconds) + 2 * LATENCY * math.log2(2 * degree)
+
+
+def _by_head(
+    compute: float, total: float, links: _Links, heads: int, degree: int, *, backward: bool
+) -> float:
+    """Return seconds of all-gather attention: head i + 1 arrives, and gradients of head i - 1 leave, meanwhile."""
+    latency = links.latency * math.log2(2 * degree)
+    of_head = total / heads / links.collective + latency
+    first = of_head * BYTES / (BYTES + SUM_BYTES) if backward else of_head
+    last = of_head - first
+    head = compute / heads
+    return first + (heads - 1) * max(head, of_head) + head + last
+
+
+def _fsdp(model: ModelShape, gpu: Gpu, num_gpus: int) -> tuple[float, float]:
+    """Return seconds to gather one layer's parameters and to scatter its gradients, fp32 sums."""
+    if num_gpus == 1:
+        return 0.0, 0.0
+    links = _links(gpu, num_gpus, 1)
+    elements = model.layer_parameters * (num_gpus - 1) / num_gpus
+    latency = links.latency * math.log2(2 * num_gpus)
+    return (
+        elements * BYTES / links.collective + latency,
+        elements * SUM_BYTES / links.collective + latency,
+    )
