@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 EXAMPLE = example(
     "longspan train recipe.yaml --dry-run",
     "longspan train recipe.yaml --set seed=1 --out run",
+    "torchrun --nproc-per-node 4 -m longspan train recipe.yaml --set parallel.cp_ring=4",
 )
 
 
@@ -38,6 +39,7 @@ def train(
     from longspan.train.config import TrainConfig
 
     config = TrainConfig.from_yaml(recipe, settings or [])
+    from longspan.parallel.launch import is_first_process
     from longspan.train import trainer
 
     if dry_run:
@@ -50,6 +52,8 @@ def train(
     quiet_transformers()
     out = out or Path("runs") / recipe.stem
     result = trainer.train(config, out, data_root=recipe.parent)
+    if not is_first_process():
+        return
     models = {stage: str(path) for stage, path in result.models.items()}
     if as_json:
         print_json({"run": str(out), "steps": result.steps, "tokens": result.tokens, "models": models})

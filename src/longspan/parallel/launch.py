@@ -33,7 +33,7 @@ import torch.distributed as dist
 from longspan.core.errors import ArgumentError, LongspanError, RunError
 from longspan.core.log import ROOT
 
-__all__ = ["Watchdog", "lost_ranks", "on_first_rank", "process_group", "spawn_local"]
+__all__ = ["Watchdog", "is_first_process", "lost_ranks", "on_first_rank", "process_group", "spawn_local"]
 
 COLLECTIVE_SHARE = 0.9
 """Part of the timeout that a collective waits: it says more than the watchdog, so it speaks first."""
@@ -56,7 +56,8 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
     """Join the other processes that torchrun started, and yield the device of this one.
 
     Without torchrun this is one process, and there is no group unless `always`. A group that is there already is
-    used and left. On ranks other than the first, only warnings are logged.
+    used and left. On ranks other than the first, only warnings are logged. When an exception leaves the block and
+    there are other ranks, this process ends, at the latest some seconds later.
 
     Args:
         timeout_seconds: how long a collective waits for the other ranks, about.
@@ -89,7 +90,10 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
     try:
         yield device
     except BaseException:
-        _end_within(EXIT_SECONDS)
+        if dist.get_world_size() > 1:
+            _end_within(EXIT_SECONDS)
+        else:
+            dist.destroy_process_group()
         raise
     finally:
         logger.setLevel(level)
@@ -115,6 +119,11 @@ def lost_ranks(doing: str) -> Iterator[None]:
             found=lines[0][:300] if lines else type(error).__name__,
             fix="look for the first message of another rank; the same command goes on from the last checkpoint",
         ) from error
+
+
+def is_first_process() -> bool:
+    """Return whether this is the process that speaks for the run: rank 0, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
@@ -182,7 +191,7 @@ class Watchdog:
         sys.stderr.write(
             f"error: rank {rank} has made no progress for {self.timeout_seconds:g} s ({doing})\n"
             f"  found: it stands {self._where()}\n"
-            "  to mend it: look at what the other ranks say, or raise parallel.timeout_seconds if a step takes that long\n"
+            "  to mend it: see what the other ranks say, or raise the timeout if a step takes that long\n"
         )
         sys.stderr.flush()
         os._exit(RunError.exit_code)
@@ -228,7 +237,7 @@ def spawn_local(
         try:
             for rank in range(world):
                 ours, theirs = context.Pipe()
-                process = context.Process(
+                process: BaseProcess = context.Process(
                     target=_local_rank,
                     args=(function, rank, world, args, str(Path(folder, "store")), theirs, timeout_seconds),
                     daemon=True,
@@ -238,11 +247,11 @@ def spawn_local(
                 ranks.append((process, ours))
             return _gather(ranks, time.monotonic() + timeout_seconds)
         finally:
-            for process, _ in ranks:
-                if process.is_alive():
-                    process.kill()
-            for process, connection in ranks:
-                process.join()
+            for started, _ in ranks:
+                if started.is_alive():
+                    started.kill()
+            for started, connection in ranks:
+                started.join()
                 connection.close()
 
 

@@ -18,6 +18,7 @@ import torch
 
 from longspan.data.loader import PackedRow
 from longspan.models.documents import Documents
+from longspan.parallel.documents import ShardedDocuments
 
 IGNORE = -100
 
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
     sources: torch.Tensor
     """int64 [N], index into `source_names`."""
     source_names: tuple[str, ...]
-    documents: Documents
+    documents: Documents | ShardedDocuments
 
 
 def total_weight(rows: Sequence[PackedRow]) -> float:
@@ -78,6 +79,20 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
         positions=documents.positions(device),
         sources=torch.from_numpy(np.concatenate(sources)).to(device),
         source_names=tuple(names),
+        documents=documents,
+    )
+
+
+def take(batch: Batch, documents: ShardedDocuments, *, device: torch.device | str) -> Batch:
+    """Return the tokens of a batch that this rank holds; padding is token 0 without a label."""
+    weights = batch.loss_weights
+    return Batch(
+        input_ids=documents.take(batch.input_ids, padding=0).to(device),
+        labels=documents.take(batch.labels, padding=IGNORE).to(device),
+        loss_weights=None if weights is None else documents.take(weights, padding=0).to(device),
+        positions=documents.positions(device),
+        sources=documents.take(batch.sources, padding=0).to(device),
+        source_names=batch.source_names,
         documents=documents,
     )
 

@@ -22,6 +22,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.data.lengths import Length, TokenBudget
 from longspan.data.mixture import MixtureSpec
+from longspan.parallel.layout import Layout
 
 
 class ModelConfig(Config):
@@ -35,7 +36,7 @@ class ModelConfig(Config):
     """First weights of a model made from scratch: transformers' own, or models/init.py's for small models."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations. There is no fp32 copy of the weights: bfloat16 loses updates below about
-    0.4 % of a weight, which at fine-tuning rates is most of them."""
+    0.4 % of a weight, which at fine-tuning rates is most of them. `memory.compute_dtype` keeps the copy."""
 
     @pydantic.model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -158,6 +159,50 @@ class CheckpointConfig(Config):
     """Newest checkpoints that stay."""
 
 
+class ParallelConfig(Config):
+    """The processes of a run; the degrees multiply to their number, which torchrun starts.
+
+    A run can go on with other degrees than it began with: its data and their order stay the same.
+    """
+
+    dp_replicate: int = pydantic.Field(1, ge=1)
+    """Copies of the sharded model."""
+    dp_shard: int = pydantic.Field(1, ge=1)
+    """Processes that share the parameters and read different rows."""
+    cp_ring: int = pydantic.Field(1, ge=1)
+    """Processes that share each sequence, keys and values going round."""
+    cp_ulysses: int = pydantic.Field(1, ge=1)
+    """Processes that share each sequence, each computing some of the heads."""
+    tp: int = pydantic.Field(1, ge=1)
+    """Processes that share each matrix."""
+    schedule: Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"] | None = None
+    """How keys and values reach the queries. None: what the cp degrees say: none, ring, ulysses or usp."""
+    layout: Layout | None = None
+    """Which tokens of a sequence each process holds. None: the schedule's own."""
+    timeout_seconds: float = pydantic.Field(600.0, gt=0)
+    """A process that makes no progress for so long, or loses the others, ends with a message. Longer than a step."""
+
+
+class MemoryConfig(Config):
+    """What is spent to use less memory."""
+
+    activation_checkpointing: Literal["none", "full", "offload"] = "none"
+    """Recompute each block in the backward pass from its input; `offload` keeps the inputs in host memory."""
+    tiled_mlp: TokenBudget | None = pydantic.Field(None, gt=0)
+    """Tokens that an MLP computes at a time. None: all at once."""
+    offload_parameters: bool = False
+    """Keep parameters, gradients and optimizer state in host memory."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the forward and backward pass beside master weights of `model.dtype`. None: `model.dtype`."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients are summed over processes."""
+
+    @property
+    def needs_sharding(self) -> bool:
+        """Whether a single process too has to run through FSDP."""
+        return self.offload_parameters or self.compute_dtype is not None
+
+
 class TrainConfig(Config):
     """A whole recipe."""
 
@@ -171,6 +216,8 @@ class TrainConfig(Config):
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    memory: MemoryConfig = MemoryConfig()
     stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
 
     @pydantic.model_validator(mode="after")
@@ -185,3 +232,8 @@ class TrainConfig(Config):
         if len(set(names)) != len(names):
             raise ValueError(f"stage names are unique; found {names}")
         return self
+
+    def without_machine(self) -> TrainConfig:
+        """Return the recipe without how it is spread over a machine: what makes two runs the same run."""
+        numeric = {name: getattr(self.memory, name) for name in ("compute_dtype", "reduce_dtype")}
+        return self.model_copy(update={"parallel": ParallelConfig(), "memory": MemoryConfig(**numeric)})

@@ -33,11 +33,17 @@ class LossBreakdown:
             return
         counts = torch.bincount(keys).tolist()
         sums = torch.bincount(keys, weights=values).tolist()
-        for index, (count, total) in enumerate(zip(counts, sums)):
-            if count:
-                key = names[index] if names is not None else index
-                before = into.get(key, (0.0, 0))
-                into[key] = (before[0] + total, before[1] + count)
+        counted = {
+            names[index] if names is not None else index: (total, count)
+            for index, (count, total) in enumerate(zip(counts, sums))
+            if count
+        }
+        _add(into, counted)
+
+    def join(self, other: LossBreakdown) -> None:
+        """Count what another rank counted."""
+        _add(self._by_source, other._by_source)
+        _add(self._by_position, other._by_position)
 
     def by_source(self) -> dict[str, float]:
         """Return the mean loss of each source, in nats a token."""
@@ -49,6 +55,12 @@ class LossBreakdown:
             _bucket_name(bucket): total / count
             for bucket, (total, count) in sorted(self._by_position.items())
         }
+
+
+def _add(into: dict, counted: dict) -> None:
+    for key, (total, count) in counted.items():
+        before = into.get(key, (0.0, 0))
+        into[key] = (before[0] + total, before[1] + count)
 
 
 def _bucket_name(bucket: int) -> str:

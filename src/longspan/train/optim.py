@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from longspan.core.errors import DataError
+from longspan.parallel.fsdp import full_tensor, shard_like
 from longspan.train.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -23,6 +24,9 @@ class Muon(torch.optim.Optimizer):
     Computes in fp32 and batches matrices of equal shape, which on CPU is many times faster than one bf16
     product after another. Every parameter is a matrix. An update has spectral norm about 1 and is scaled by
     sqrt(max(1, rows / columns)).
+
+    A sharded matrix is gathered for its update, which every rank computes, one shape at a time; momentum stays
+    sharded.
     """
 
     def __init__(
@@ -46,13 +50,14 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
                 nesterov = gradient.lerp(momentum, group["momentum"])
                 rows, columns = parameter.shape
-                by_shape.setdefault((rows, columns), []).append((parameter, nesterov))
+                by_shape.setdefault((rows, columns), []).append((parameter, full_tensor(nesterov)))
             for (rows, columns), entries in by_shape.items():
                 updates_BRC = orthogonalise(torch.stack([update for _, update in entries]))
                 scale = max(1.0, rows / columns) ** 0.5
                 for (parameter, _), update in zip(entries, updates_BRC):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+                    own = shard_like(update.to(parameter.dtype), parameter)
+                    parameter.add_(own, alpha=-group["lr"] * scale)
         return loss
 
 
@@ -122,12 +127,19 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], *, lr: float, adamw_lr: 
             group["lr"] = lr if group["role"] == "matrix" else adamw_lr
 
 
-def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    """Return the optimizers' state as `<parameter name>/<entry>` tensors."""
+def optimizer_tensors(
+    optimizers: Sequence[torch.optim.Optimizer], *, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """Return the optimizers' state as `<parameter name>/<entry>` tensors.
+
+    All ranks gather sharded state together; those that do not `keep` it return nothing.
+    """
     tensors = {}
     for parameter, name, optimizer in _named(optimizers):
         for entry, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{entry}"] = value
+            whole = full_tensor(value)
+            if keep:
+                tensors[f"{name}/{entry}"] = whole if whole is value else whole.cpu()
     return tensors
 
 
@@ -142,9 +154,8 @@ def load_optimizer_tensors(
     for parameter, name, optimizer in _named(optimizers):
         state = by_name.pop(name, None)
         if state is not None:
-            device = parameter.device
             optimizer.state[parameter] = {
-                entry: value.clone() if entry == "step" else value.to(device, copy=True)
+                entry: value.clone() if entry == "step" else shard_like(value, parameter)
                 for entry, value in state.items()
             }
     if by_name:

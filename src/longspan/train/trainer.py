@@ -6,6 +6,7 @@ checkpoint, and on CPU its losses are the same bits as those of an undisturbed r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from transformers import AutoConfig
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import atomic_write, remove_leftovers
@@ -25,24 +28,27 @@ from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
 from longspan.data.tokenizer import load_tokenizer
+from longspan.kernels.tiled_mlp import enable_tiled_mlp
+from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.hf import (
     build_model,
     check_model,
-    hidden_states,
     lm_head_weight,
     load_model,
     rope_fingerprint,
     save_model,
     tokenizer_folder,
-    usable_device,
 )
+from longspan.parallel.fsdp import full_tensor
+from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
 from longspan.train.checkpoint import TrainState, load_latest, save_checkpoint
-from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown
-from longspan.train.objectives import next_token
+from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.schedule import lr_factor
+from longspan.train.spread import Spread, build_spread
 from longspan.train.streams import StagePlan, plan_stage
 
 
@@ -59,35 +65,66 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
     """Train through every stage of `config` in the run folder `out`; go on if it holds a part of this run.
 
     `data_root` is where relative store paths start. Writes `metrics.jsonl` (one line a step), `checkpoints/`
-    and, for each finished stage, `stages/<name>/`: a Hugging Face folder.
+    and, for each finished stage, `stages/<name>/`: a Hugging Face folder. With several processes every one calls it,
+    all see the same folders, and the first one writes.
 
     Raises:
         ConfigError, DataError: settings, stores or checkpoints do not fit; before the first step.
-        RunError: the disk is full.
+        ArgumentError: degrees of parallelism that do not fit the processes or the heads; before the first step.
+        RunError: the disk is full, or another process is gone or did not answer in time.
     """
-    # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
     root = Path(data_root) / config.data_root
-    plans = plan_run(config, data_root=Path(data_root))
+    with contextlib.ExitStack() as stack:
+        timeout = config.parallel.timeout_seconds
+        always = config.memory.needs_sharding
+        device = stack.enter_context(process_group(timeout_seconds=timeout, always=always))
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if several:
+            stack.enter_context(lost_ranks("training"))
+        watchdog = stack.enter_context(Watchdog(timeout)) if several else None
+        spread = build_spread(config.parallel, device, watchdog=watchdog)
+        # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
+        plans = plan_run(config, data_root=Path(data_root))
+        spread.check(config, *_heads(config, root))
+        return _train_stages(config, plans, Path(out), root, spread)
+
+
+def _train_stages(
+    config: TrainConfig, plans: Sequence[StagePlan], out: Path, root: Path, spread: Spread
+) -> TrainResult:
     tokenizer = _tokenizer_folder(config, root)
-    run = RunDir.create(out, config, seed=config.seed)
-    models = {plan.stage.name: run.path / "stages" / plan.stage.name for plan in plans}
-    if run.is_complete:
+    models = {plan.stage.name: out / "stages" / plan.stage.name for plan in plans}
+    run, fingerprint = RunDir(out), config.without_machine().fingerprint()
+    if on_first_rank(lambda: _open(config, run)):
         # Its checkpoints may have been removed to save space; without them it would be trained once more.
         last = list(read_jsonl(run.path / "metrics.jsonl"))[-1]
         return TrainResult(models, last["step"], last["tokens"])
-    remove_leftovers(run.path / "stages")
-    fingerprint = config.fingerprint()
     state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
-    seconds = _rewind_metrics(run.path / "metrics.jsonl", state.step if state else 0)
+    done = state.step if state else 0
+    seconds = on_first_rank(lambda: _rewind_metrics(run.path / "metrics.jsonl", done))
     for index, plan in enumerate(plans):
         if state is None or state.stage <= index:
-            state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds)
-            if not models[plan.stage.name].exists():
+            state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds, spread)
+            if spread.is_first and not models[plan.stage.name].exists():
                 model = _stage_model(config, plan.stage, state, root)
                 save_model(model, models[plan.stage.name], tokenizer=tokenizer)
+            if spread.mesh.world > 1 and plan is not plans[-1]:
+                # Only the first process has gathered the weights with which the next stage starts.
+                on_first_rank(lambda: None)
+                state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
     assert state is not None
-    run.mark_complete()
+    on_first_rank(run.mark_complete)
     return TrainResult(models, state.step, state.tokens)
+
+
+def _open(config: TrainConfig, run: RunDir) -> bool:
+    """Make or take up the run folder; return whether the run in it is complete."""
+    RunDir.create(run.path, config.without_machine(), seed=config.seed)
+    run.event("processes", **config.parallel.to_dict(), memory=config.memory.to_dict())
+    if not run.is_complete:
+        remove_leftovers(run.path / "stages")
+        remove_leftovers(run.path / "checkpoints")
+    return run.is_complete
 
 
 def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
@@ -129,11 +166,14 @@ def _train_stage(
     root: Path,
     fingerprint: str,
     seconds: float,
+    spread: Spread,
 ) -> tuple[TrainState, float]:
     """Run the steps of one stage that `state` has not done; return the state at its end and seconds so far."""
-    stage, log = plan.stage, get_logger("train")
+    stage = plan.stage
     resumed = state is not None and state.stage == index
     model = _stage_model(config, stage, state, root)
+    _save_memory(model, config.memory)
+    trained = spread.shard(model, config.memory)
     optimizers = build_optimizers(model, config.optimizer)
     if state is not None and (resumed or stage.optimizer_state == "carry"):
         load_optimizer_tensors(optimizers, state.optimizer)
@@ -141,52 +181,99 @@ def _train_stage(
         plan.mixer.check_state(state.loader)
     step, tokens = (state.step, state.tokens) if state is not None else (0, 0)
     stage_step = state.stage_step if state is not None and resumed else 0
-    run.event(
-        "stage", stage=stage.name, step=step, rope=rope_fingerprint(model), context=stage.context_length
-    )
-    log.info("stage %s: %d steps of %d rows of %d tokens", stage.name, stage.num_steps, stage.rows_per_step,
-             stage.context_length)  # fmt: skip
     rows_per_step = stage.rows_per_step
-    with (
-        JsonlWriter(run.path / "metrics.jsonl") as metrics,
-        progress(stage.name, total=stage.num_steps, unit="steps", done=stage_step) as bar,
-    ):
+    with contextlib.ExitStack() as stack:
+        report = (
+            _Report(stack, run, stage, model, step=step, stage_step=stage_step) if spread.is_first else None
+        )
         while stage_step < stage.num_steps:
             started = time.monotonic()
+            spread.beat(f"step {step + 1}")
             rows = plan.mixer.rows(stage_step * rows_per_step, rows_per_step)
             factor = lr_factor(stage.schedule, stage_step, stage.num_steps)
             lr = factor * stage.lr
             set_lr(optimizers, lr=lr, adamw_lr=factor * (stage.adamw_lr or stage.lr))
             # A model with dropout draws from a stream that is a function of the step, so there is no state.
-            torch.manual_seed(derive_seed(config.seed, "step", step))
+            others = ("rank", spread.mesh.rank) if spread.mesh.world > 1 else ()
+            torch.manual_seed(derive_seed(config.seed, "step", step, *others))
             result = train_step(
-                model, optimizers, rows,
+                trained, optimizers, rows, spread=spread,
                 rows_per_micro_batch=stage.rows_per_micro_batch, max_grad_norm=config.optimizer.max_grad_norm,
             )  # fmt: skip
             step, stage_step, tokens = step + 1, stage_step + 1, tokens + result.tokens
-            seconds += time.monotonic() - started
-            metrics.write({
-                "step": step, "stage": stage.name, "stage_step": stage_step,
-                "context_length": stage.context_length, "tokens": tokens, "loss": result.loss,
-                "lr": lr, "grad_norm": result.grad_norm, "loss_by_source": result.loss_by_source,
-                "loss_by_position": result.loss_by_position,
-                "tokens_per_s": round(result.tokens / (time.monotonic() - started), 1), "seconds": round(seconds, 3),
-            })  # fmt: skip
-            bar.advance()
-            bar.note(f"loss {result.loss:.4f}" if result.loss is not None else "skipped a step")
+            took = time.monotonic() - started
+            seconds += took
+            if report is not None:
+                report.write(
+                    result, step=step, stage_step=stage_step, tokens=tokens, lr=lr, took=took, seconds=seconds
+                )
             if stage_step % config.checkpoint.every_steps == 0 or stage_step == stage.num_steps:
+                spread.beat(f"the checkpoint of step {step}")
                 state = TrainState(
-                    step, index, stage_step, tokens, _tensors(model), optimizer_tensors(optimizers),
+                    step, index, stage_step, tokens, _tensors(model, keep=spread.is_first),
+                    optimizer_tensors(optimizers, keep=spread.is_first),
                     plan.mixer.state(stage_step * rows_per_step),
                 )  # fmt: skip
-                save_checkpoint(
-                    run.path / "checkpoints",
-                    state,
-                    config_fingerprint=fingerprint,
-                    keep=config.checkpoint.keep,
-                )
+                _save(run, state, fingerprint, config.checkpoint.keep)
     assert state is not None
     return state, seconds
+
+
+def _save(run: RunDir, state: TrainState, fingerprint: str, keep: int) -> None:
+    on_first_rank(
+        lambda: str(
+            save_checkpoint(run.path / "checkpoints", state, config_fingerprint=fingerprint, keep=keep)
+        )
+    )
+
+
+class _Report:
+    """What one stage says of itself: metrics.jsonl, a log line, the progress bar."""
+
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        run: RunDir,
+        stage: StageConfig,
+        model: nn.Module,
+        *,
+        step: int,
+        stage_step: int,
+    ) -> None:
+        self._stage = stage
+        run.event(
+            "stage", stage=stage.name, step=step, rope=rope_fingerprint(model), context=stage.context_length
+        )
+        get_logger("train").info(
+            "stage %s: %d steps of %d rows of %d tokens",
+            stage.name, stage.num_steps, stage.rows_per_step, stage.context_length,
+        )  # fmt: skip
+        self._metrics = stack.enter_context(JsonlWriter(run.path / "metrics.jsonl"))
+        self._bar = stack.enter_context(
+            progress(stage.name, total=stage.num_steps, unit="steps", done=stage_step)
+        )
+
+    def write(
+        self,
+        result: StepResult,
+        *,
+        step: int,
+        stage_step: int,
+        tokens: int,
+        lr: float,
+        took: float,
+        seconds: float,
+    ) -> None:
+        """Record one step."""
+        self._metrics.write({
+            "step": step, "stage": self._stage.name, "stage_step": stage_step,
+            "context_length": self._stage.context_length, "tokens": tokens, "loss": result.loss,
+            "lr": lr, "grad_norm": result.grad_norm, "loss_by_source": result.loss_by_source,
+            "loss_by_position": result.loss_by_position,
+            "tokens_per_s": round(result.tokens / took, 1), "seconds": round(seconds, 3),
+        })  # fmt: skip
+        self._bar.advance()
+        self._bar.note(f"loss {result.loss:.4f}" if result.loss is not None else "skipped a step")
 
 
 class StepResult(NamedTuple):
@@ -206,31 +293,40 @@ def train_step(
     *,
     rows_per_micro_batch: int,
     max_grad_norm: float,
+    spread: Spread | None = None,
 ) -> StepResult:
     """Make one optimizer step on `rows`, accumulated over micro-batches.
 
     The loss is the weighted sum over all labels of the step divided by their total weight, whatever the
-    micro-batches. A step whose gradient is not finite changes nothing and is reported.
+    micro-batches and however `spread` over processes, which all call it with all rows of the step. A step whose
+    gradient is not finite changes nothing and is reported.
+
+    Args:
+        model: a causal language model, or what `Spread.shard` made of one.
     """
+    trained = model if isinstance(model, ModelWithLoss) else ModelWithLoss(model)
     weight = total_weight(rows)
+    _check_ids(trained.model, rows)
     device = next(model.parameters()).device
-    _check_ids(model, rows)
     breakdown = LossBreakdown()
     loss_sum = 0.0
-    for start in range(0, len(rows), rows_per_micro_batch):
-        batch = collate(rows[start : start + rows_per_micro_batch], device=device)
-        hidden_TD = hidden_states(model, batch.input_ids, batch.documents)
-        result = next_token(batch, hidden_TD, lm_head_weight(model))
+    share = rows if spread is None else spread.rows(rows)
+    for start in range(0, len(share), rows_per_micro_batch):
+        part = share[start : start + rows_per_micro_batch]
+        batch = collate(part, device=device) if spread is None else spread.batch(part)
+        result = trained(batch)
         if weight > 0:
             (result.loss / weight).backward()
         loss_sum += float(result.loss.detach())
         breakdown.add(batch, result.per_token_nll)
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)) if weight > 0 else 0.0
+    if spread is not None:
+        loss_sum, breakdown = spread.total(loss_sum, breakdown)
+    norm = _clip(model, max_grad_norm) if weight > 0 else 0.0
     finite = math.isfinite(norm) and math.isfinite(loss_sum)
     if finite and weight > 0:
         for optimizer in optimizers:
             optimizer.step()
-    elif not finite:
+    elif not finite and (spread is None or spread.is_first):
         get_logger("train").warning("a step was skipped: loss %s, gradient norm %s", loss_sum, norm)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -241,6 +337,11 @@ def train_step(
         loss_by_position=breakdown.by_position() if finite else {},
         tokens=sum(len(row.input_ids) for row in rows),
     )
+
+
+def _clip(model: nn.Module, max_grad_norm: float) -> float:
+    """Scale the gradients down to `max_grad_norm`; return their norm over all processes."""
+    return float(full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
 
 
 def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
@@ -254,6 +355,22 @@ def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
             allowed=f"0 to {known - 1}",
             fix="tokenize the data with the model's tokenizer",
         )
+
+
+def _save_memory(model: nn.Module, memory: MemoryConfig) -> None:
+    if memory.tiled_mlp is not None:
+        enable_tiled_mlp(model, memory.tiled_mlp)
+    enable_checkpointing(model, memory.activation_checkpointing)
+
+
+def _heads(config: TrainConfig, root: Path) -> tuple[int, int]:
+    """Return the query and the key/value heads of the recipe's model."""
+    if config.model.hf_config is not None:
+        hf_config = AutoConfig.for_model(**config.model.hf_config)
+    else:
+        hf_config = AutoConfig.from_pretrained(_model_path(config, root))
+    text = hf_config.get_text_config(decoder=True)
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
 def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | None, root: Path) -> nn.Module:
@@ -271,7 +388,7 @@ def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | No
         model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init)
     if state is not None:
         _load_tensors(model, state.model)
-    return model.to(usable_device()).train()
+    return model.train()
 
 
 def _model_path(config: TrainConfig, root: Path) -> str:
@@ -293,10 +410,19 @@ def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
     return next((s.rope for s in reversed(config.stages[: index + 1]) if s.rope is not None), None)
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, shared ones once."""
+def _tensors(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent buffers by name, shared ones once, gathered if they are sharded.
+
+    All processes gather together; those that do not `keep` the tensors return nothing.
+    """
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    return {name: value.detach().cpu() for name, value in model.state_dict().items() if name in own}
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if name in own:
+            whole = full_tensor(value.detach())
+            if keep:
+                tensors[name] = whole.cpu()
+    return tensors
 
 
 def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

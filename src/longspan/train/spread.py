@@ -1,0 +1,166 @@
+"""How a run is spread over its processes: which rows, which tokens of them, which part of the parameters.
+
+Every rank reads all rows of a step, which costs little, and takes its share: rows by the data-parallel rank, so
+that ranks finish together; tokens of these rows by the place in the group that shares a sequence. The rows of a
+micro-batch are one sequence with one document table, padded, as a document of its own, to what the layout needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longspan.core.errors import ArgumentError, ConfigError
+from longspan.data.loader import PackedRow, balance
+from longspan.models.documents import Documents
+from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.fsdp import shard_model
+from longspan.parallel.launch import Watchdog
+from longspan.parallel.layout import Layout
+from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batch
+from longspan.parallel.schedules import ScheduleName, build_schedule
+from longspan.parallel.schedules.base import Schedule
+from longspan.parallel.shards import SequenceShards
+from longspan.train.batch import Batch, collate, take
+from longspan.train.config import MemoryConfig, ParallelConfig, TrainConfig
+from longspan.train.metrics import LossBreakdown
+from longspan.train.objectives import ModelWithLoss
+
+
+class Spread:
+    """This process' part in a run.
+
+    Attributes:
+        mesh: its place among the others.
+        layout: which tokens of a sequence it holds.
+    """
+
+    def __init__(self, mesh: Mesh, schedule: Schedule, layout: Layout, watchdog: Watchdog | None) -> None:
+        self.mesh, self.schedule, self.layout = mesh, schedule, layout
+        self._watchdog = watchdog
+        self._checked = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.mesh.is_first
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog that this process is alive."""
+        if self._watchdog is not None:
+            self._watchdog.beat(doing)
+
+    def check(self, config: TrainConfig, num_heads: int, num_kv_heads: int) -> None:
+        """Refuse a recipe that cannot be spread like this.
+
+        Raises:
+            ArgumentError: heads that the schedule cannot share.
+            ConfigError: rows of a step that do not divide.
+        """
+        self.schedule.check_heads(num_heads, num_kv_heads)
+        for stage in config.stages:
+            if stage.rows_per_step % self.mesh.dp_size:
+                raise ConfigError(
+                    f"stage {stage.name!r}: the rows of a step do not divide among the data-parallel processes",
+                    found=f"{stage.rows_per_step} rows of {stage.context_length} tokens, dp_replicate x dp_shard = "
+                    f"{self.mesh.dp_size}",
+                    fix=f"choose batch_tokens as a multiple of {self.mesh.dp_size * stage.context_length}",
+                )
+
+    def shard(self, model: nn.Module, memory: MemoryConfig) -> ModelWithLoss:
+        """Shard the model over the mesh, in place, and return the module to run; without a mesh only the latter."""
+        root = ModelWithLoss(model)
+        if self.mesh.fsdp is None:
+            model.to(self.mesh.device)
+        else:
+            shard_model(
+                root,
+                self.mesh.fsdp,
+                compute_dtype=None if memory.compute_dtype is None else getattr(torch, memory.compute_dtype),
+                reduce_dtype=getattr(torch, memory.reduce_dtype),
+                offload=memory.offload_parameters,
+            )
+        return root
+
+    def rows(self, rows: Sequence[PackedRow]) -> Sequence[PackedRow]:
+        """Return this process' share of a step's rows."""
+        if self.mesh.dp_size == 1:
+            return rows
+        # All rows are equally long: what differs is their attention, the square of each document.
+        costs = [int((np.diff(row.cu_seqlens).astype(np.int64) ** 2).sum()) for row in rows]
+        return [rows[index] for index in balance(costs, self.mesh.dp_size)[self.mesh.dp_rank]]
+
+    def batch(self, rows: Sequence[PackedRow]) -> Batch:
+        """Return this process' tokens of a micro-batch.
+
+        Raises:
+            RunError: on the first batch, if another process that shares the sequence has another one.
+        """
+        if self.mesh.cp_size == 1:
+            return collate(rows, device=self.mesh.device)
+        whole = collate(rows)
+        assert isinstance(whole.documents, Documents)
+        borders = whole.documents.cu_seqlens
+        if not self._checked:
+            check_same_batch(self.mesh, [whole.input_ids.numpy(), whole.labels.numpy(), borders])
+            self._checked = True
+        shards = SequenceShards(self.layout, borders, self.mesh.cp_size)
+        return take(whole, ShardedDocuments(shards, self.schedule), device=self.mesh.device)
+
+    def total(self, loss_sum: float, breakdown: LossBreakdown) -> tuple[float, LossBreakdown]:
+        """Return loss sum and breakdown over all processes, the same bits on each."""
+        if self.mesh.world == 1:
+            return loss_sum, breakdown
+        counted: list[tuple[float, LossBreakdown] | None] = [None] * self.mesh.world
+        dist.all_gather_object(counted, (loss_sum, breakdown))
+        everything = LossBreakdown()
+        total = 0.0
+        for part in counted:
+            assert part is not None
+            total += part[0]
+            everything.join(part[1])
+        return total, everything
+
+
+def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watchdog | None = None) -> Spread:
+    """Make the mesh and the schedule of a run; every process calls it once, at the start.
+
+    Raises:
+        ArgumentError: degrees that do not multiply to the number of processes, a schedule or layout that does not
+            work with them.
+    """
+    degrees = MeshConfig(
+        dp_replicate=config.dp_replicate,
+        dp_shard=config.dp_shard,
+        cp_ring=config.cp_ring,
+        cp_ulysses=config.cp_ulysses,
+        tp=config.tp,
+    )
+    if config.tp > 1:
+        raise ArgumentError(
+            "training does not share single matrices between processes",
+            found=f"parallel.tp = {config.tp}",
+            allowed=1,
+            fix="raise dp_shard: parameters are sharded over it and over both cp degrees",
+        )
+    mesh = build_mesh(degrees, device, timeout_seconds=config.timeout_seconds)
+    by_degrees: dict[tuple[bool, bool], ScheduleName] = {
+        (False, False): "none",
+        (True, False): "ring",
+        (False, True): "ulysses",
+        (True, True): "usp",
+    }
+    name = config.schedule or by_degrees[config.cp_ring > 1, config.cp_ulysses > 1]
+    schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
+    layout = config.layout or schedule.layouts[0]
+    if layout not in schedule.layouts:
+        raise ArgumentError(
+            f"the schedule {name} does not work with this layout",
+            found=layout,
+            allowed=", ".join(schedule.layouts),
+        )
+    return Spread(mesh, schedule, layout, watchdog)
