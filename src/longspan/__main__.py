@@ -1,6 +1,7 @@
 """`python -m longspan` is the command `longspan`."""
 
-from longspan.cli.main import run
-
 if __name__ == "__main__":
+    # Worker processes import this module too, under another name, and need no command line.
+    from longspan.cli.main import run
+
     run()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.data.tokenizer import Tokenizer, load_tokenizer
+from longspan.data.tokenizer import Tokenizer, load_tokenizer, loading
 from longspan.data.tokenizer.tiktoken import ENCODINGS
 
 TEXT = st.text(max_size=60) | st.text(
@@ -187,6 +187,31 @@ def test_a_tokenizer_travels_as_its_name(ranks: list[bytes], tmp_path: Path) -> 
     there = pickle.loads(pickle.dumps(tokenizer))
     assert (there.backend, there.fingerprint) == ("hf", tokenizer.fingerprint)
     assert pickle.loads(pickle.dumps(tokenizer)) is there, "loaded once in a process"
+
+
+def test_only_another_machine_or_file_is_checked_again(
+    tokenizer: Tokenizer, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against trust in what was found out elsewhere, or about a file that has changed since."""
+    findings = tokenizer._findings
+    there = loading.reload_tokenizer(findings)
+    assert "_reference" not in vars(there), "made when it is asked for"
+    assert [there.encode(text).tolist() for text in texts] == [
+        tokenizer.encode(text).tolist() for text in texts
+    ]
+    assert there.decode(there.encode(texts[0])) == texts[0]
+    checked: list[str] = []
+
+    def load(name: str, **_: object) -> Tokenizer:
+        checked.append(name)
+        return tokenizer
+
+    monkeypatch.setattr(loading, "load_tokenizer", load)
+    loading.reload_tokenizer(findings)
+    assert not checked
+    loading.reload_tokenizer(findings._replace(machine="another"))
+    loading.reload_tokenizer(findings._replace(content_sha256="another"))
+    assert checked == [findings.name] * 2
 
 
 EDGES = st.sampled_from(

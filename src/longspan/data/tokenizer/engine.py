@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -55,40 +54,55 @@ class FastEngine:
         self._bytes_left = FAST_ENGINE_BYTES
 
 
+class Findings(NamedTuple):
+    """What loading a tokenizer found out; processes of the same machine need not find it out again."""
+
+    name: str
+    machine: str
+    content_sha256: str
+    fingerprint: str
+    vocab_size: int
+    special_ids: tuple[int | None, ...]
+    """In the order of ROLES."""
+    backend: Backend
+    backend_reason: str
+    cuts: CutRule | None
+
+
 class Tokenizer:
     """A tokenizer, ready to encode; made by `load_tokenizer`. Adds no special tokens on its own.
 
     A long text is encoded in pieces where that gives the same ids (see `cutting`). Pickled, it is the name of
-    its file, loaded once in each process.
+    its file and what was found out about it, loaded once in each process.
     """
 
     def __init__(
         self,
         path: Path,
+        findings: Findings,
         *,
-        name: str,
-        fingerprint: str,
-        vocab_size: int,
-        special_ids: Mapping[str, int | None],
-        reference: tokenizers.Tokenizer,
+        reference: Callable[[], tokenizers.Tokenizer],
         fast: FastEngine | None,
-        backend_reason: str,
-        cuts: CutRule | None,
     ) -> None:
         self.path = path
         """The file: a tokenizer.json, a SentencePiece model, or ranks of tiktoken."""
-        self.fingerprint = fingerprint
+        self.fingerprint = findings.fingerprint
         """SHA-256 of everything in the file that decides the ids of a text."""
-        self.bos_id, self.eos_id, self.pad_id = (special_ids[role] for role in ROLES)
-        self.vocab_size = vocab_size
+        self.bos_id, self.eos_id, self.pad_id = findings.special_ids
+        self.vocab_size = findings.vocab_size
         """One more than the largest id, special tokens included."""
-        self.backend: Backend = "hf" if fast is None else "gigatoken"
-        self.backend_reason = backend_reason
+        self.backend = findings.backend
+        self.backend_reason = findings.backend_reason
         """Why this engine was taken."""
-        self._name, self._reference, self._fast, self._cuts = name, reference, fast, cuts
+        self._findings, self._make_reference = findings, reference
+        self._fast, self._cuts = fast, findings.cuts
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (self._name, self.backend)
+        return _reload, (self._findings,)
+
+    @cached_property
+    def _reference(self) -> tokenizers.Tokenizer:
+        return self._make_reference()
 
     @property
     def encodes_in_pieces(self) -> bool:
@@ -146,7 +160,7 @@ def encode_reference(reference: tokenizers.Tokenizer, text: str) -> NDArray[np.u
 
 
 @lru_cache(maxsize=4)
-def _reload(name: str | os.PathLike[str], backend: Backend) -> Tokenizer:
-    from longspan.data.tokenizer.loading import load_tokenizer
+def _reload(findings: Findings) -> Tokenizer:
+    from longspan.data.tokenizer.loading import reload_tokenizer
 
-    return load_tokenizer(name, backend=backend)
+    return reload_tokenizer(findings)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +16,13 @@ import numpy as np
 import orjson
 import tokenizers
 
+import longspan
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json, sha256_bytes
 from longspan.core.log import log_once
 from longspan.data.tokenizer import sentencepiece, tiktoken
 from longspan.data.tokenizer.cutting import CutRule, cut_rule
-from longspan.data.tokenizer.engine import ROLES, Backend, FastEngine, Tokenizer, encode_reference
+from longspan.data.tokenizer.engine import ROLES, Backend, FastEngine, Findings, Tokenizer, encode_reference
 
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 
@@ -87,31 +91,58 @@ def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = No
     """
     found = _read(os.fspath(name))
     path, content = found.path, found.content
+    reference = _load_reference(found)
+    fast, reason = (None, "asked for") if backend == "hf" else _load_fast(content, reference)
+    if backend == "gigatoken" and fast is None:
+        raise ArgumentError(f"gigatoken cannot be used for {path}", found=reason, allowed="backend hf")
+    findings = Findings(
+        name=f"{path}#{found.pattern}" if found.pattern else str(path),
+        machine=_machine(),
+        content_sha256=sha256_bytes(orjson.dumps(content)),
+        fingerprint=_fingerprint(content),
+        vocab_size=_vocab_size(content, reference),
+        special_ids=_special_ids(path.parent, reference, found.roles),
+        backend="hf" if fast is None else "gigatoken",
+        backend_reason=reason,
+        cuts=_checked_rule(content, reference),
+    )
+    tokenizer = Tokenizer(path, findings, reference=lambda: reference, fast=fast)
+    if backend is None:
+        log_once("data.tokenizer", f"{path}: {tokenizer.backend} engine ({reason})")
+    return tokenizer
+
+
+def reload_tokenizer(findings: Findings) -> Tokenizer:
+    """Load a tokenizer that another process has loaded and checked.
+
+    On the same machine the engines are not compared once more, and the Hugging Face one is made when it is
+    asked for; elsewhere, or where the file is another by now, all is done again.
+    """
+    found = _read(findings.name)
+    same = sha256_bytes(orjson.dumps(found.content)) == findings.content_sha256
+    if not same or findings.machine != _machine():
+        return load_tokenizer(findings.name, backend=findings.backend)
+    fast = FastEngine(_plain(found.content)) if findings.backend == "gigatoken" else None
+    return Tokenizer(found.path, findings, reference=partial(_load_reference, found), fast=fast)
+
+
+def _machine() -> str:
+    """Return what tells this machine, and what runs on it, from another."""
+    return " ".join(
+        (platform.node(), platform.machine(), platform.release(), sys.executable, longspan.__version__)
+    )
+
+
+def _load_reference(found: _Found) -> tokenizers.Tokenizer:
     try:
-        reference = tokenizers.Tokenizer.from_buffer(orjson.dumps(content))
+        reference = tokenizers.Tokenizer.from_buffer(orjson.dumps(found.content))
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
-        raise DataError(f"{path} is not a tokenizer that can be read", found=str(error)) from None
+        raise DataError(f"{found.path} is not a tokenizer that can be read", found=str(error)) from None
     # Truncation or padding saved with a tokenizer would cut or fill documents without a word.
     reference.no_truncation()
     reference.no_padding()
     reference.encode_special_tokens = True
-    fast, reason = (None, "asked for") if backend == "hf" else _load_fast(content, reference)
-    if backend == "gigatoken" and fast is None:
-        raise ArgumentError(f"gigatoken cannot be used for {path}", found=reason, allowed="backend hf")
-    tokenizer = Tokenizer(
-        path,
-        name=f"{path}#{found.pattern}" if found.pattern else str(path),
-        fingerprint=_fingerprint(content),
-        vocab_size=_vocab_size(content, reference),
-        special_ids=_special_ids(path.parent, reference, found.roles),
-        reference=reference,
-        fast=fast,
-        backend_reason=reason,
-        cuts=_checked_rule(content, reference),
-    )
-    if backend is None:
-        log_once("data.tokenizer", f"{path}: {tokenizer.backend} engine ({reason})")
-    return tokenizer
+    return reference
 
 
 def _read(name: str) -> _Found:
@@ -198,18 +229,24 @@ def _load_fast(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tupl
     except ImportError as error:
         return None, f"gigatoken cannot be imported: {error}"
     special = [token["content"] for token in content.get("added_tokens") or [] if token.get("special")]
-    # Without its special tokens gigatoken takes them for text. Added tokens that are not special stay
-    # matched.
-    plain = {**content, "truncation": None, "padding": None, "post_processor": None}
-    plain["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
     try:
-        fast = FastEngine(orjson.dumps(plain).decode())
+        fast = FastEngine(_plain(content))
         for text in (*SAMPLE, *special, "x".join(special), f"a {' '.join(special)}\n", " ".join(SAMPLE)):
             if not np.array_equal(fast(text.encode()), encode_reference(reference, text)):
                 return None, f"gigatoken gives other ids for {text[:40]!r}"
     except Exception as error:  # noqa: BLE001  whatever a fast path meets, the slow one is there
         return None, f"gigatoken refuses this tokenizer: {str(error).splitlines()[0]}"
     return fast, "same ids as the Hugging Face library on the sample"
+
+
+def _plain(content: dict[str, Any]) -> str:
+    """Return the tokenizer.json for gigatoken.
+
+    Without its special tokens it takes them for text. Added tokens that are not special stay matched.
+    """
+    plain = {**content, "truncation": None, "padding": None, "post_processor": None}
+    plain["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
+    return orjson.dumps(plain).decode()
 
 
 def _vocab_size(content: dict[str, Any], reference: tokenizers.Tokenizer) -> int:
@@ -240,7 +277,7 @@ def _fingerprint(content: dict[str, Any]) -> str:
 
 def _special_ids(
     folder: Path, reference: tokenizers.Tokenizer, roles: Mapping[str, str | None] | None
-) -> dict[str, int | None]:
+) -> tuple[int | None, ...]:
     """Return the ids of BOS, EOS and padding, named by a config, else by the file, else by common names."""
     names: dict[str, Any] = {}
     configs = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
@@ -260,4 +297,4 @@ def _special_ids(
         else:
             known = (reference.token_to_id(name) for name in COMMON_NAMES[role])
             ids[role] = next((number for number in known if number is not None), None)
-    return ids
+    return tuple(ids[role] for role in ROLES)
