@@ -159,6 +159,10 @@ def parse_values(record: RawRecord) -> dict[str, Any]:
     return record.data
 
 
+class UTF8Values(dict[str, Any]):
+    """Fields whose texts are known to have a UTF-8 form; others may hold half of a surrogate pair."""
+
+
 class Example(NamedTuple):
     """One thing that was left out."""
 

@@ -14,6 +14,7 @@ from longspan.data.readers.base import (
     Place,
     RawRecord,
     SkippedRecordError,
+    UTF8Values,
 )
 
 
@@ -70,7 +71,7 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
     if not isinstance(text, str):
         raise DataError(f"{place}: field {fields.text!r} is not text", found=type(text).__name__)
     # An escaped half of a surrogate pair ("\ud83d" alone) is legal JSON and has no UTF-8 form.
-    if not text.isascii():
+    if not (isinstance(values, UTF8Values) or text.isascii()):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

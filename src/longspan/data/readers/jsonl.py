@@ -14,6 +14,7 @@ from longspan.data.readers.base import (
     RawRecord,
     Reader,
     SkippedRecordError,
+    UTF8Values,
     whole_file,
 )
 from longspan.data.readers.fields import decode_utf8
@@ -89,7 +90,7 @@ def parse_line(record: RawRecord) -> dict[str, Any]:
     try:
         value = orjson.loads(record.data)
         if isinstance(value, dict) and not _may_be_rounded(value):
-            return value
+            return UTF8Values(value)
     except (orjson.JSONDecodeError, RecursionError):
         pass
     # Python's own parser reads more (NaN, lone surrogates), and says what is wrong.
