@@ -134,4 +134,22 @@ def test_damage_is_an_exit_code(longspan, store: Path) -> None:
 def test_a_split_that_is_not_written_right(longspan, store: Path, out: str) -> None:
     """The message shows the form of this option, not of another."""
     outcome = longspan(["data", "split", "store", "--out", out])
-    assert outcome.code == 2 and "--out is written STORE=SHARE" in outcome.err
+    assert outcome.code == 2 and "--out is written PART=SHARE" in outcome.err
+
+
+def test_a_split_is_mixed_and_packed_without_a_copy(longspan, store: Path) -> None:
+    """Parts are plans: together they hold every token, and `mix` and `pack` stay inside of one."""
+    found = json.loads(longspan("data split store --out train=0.7,test=0.3 --json").out)
+    assert [part["plan"] for part in found] == ["train", "test"]
+    assert sum(part["tokens"] for part in found) == TokenStore(store).num_tokens
+    assert not list(Path("train").glob("*.mds"))
+    packed = json.loads(longspan("data pack test --length 256 --out rows --json").out)
+    assert packed["tokens_in"] == found[1]["tokens"]
+    mixed = longspan("data mix test --mode none --out mixed --json")
+    assert mixed.code == 0, mixed.err
+    assert json.loads(mixed.out)["tokens"] == found[1]["tokens"]
+    for inputs in ("train test", "mixed store"):
+        outcome = longspan(f"data mix {inputs} --mode none --out other")
+        assert outcome.code == 2 and "data split" in outcome.err
+    outcome = longspan("data split store store --out a=0.5,b=0.5 --materialize")
+    assert outcome.code == 2 and "one store" in outcome.err

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ArgumentError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.convert import convert
 from longspan.data.materialize import materialize
-from longspan.data.mixture import MixtureSpec, plan_mixture
+from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore
-from longspan.data.stores import import_mds, merge_stores, split_parts, split_store
+from longspan.data.stores import import_mds, merge_stores, split_parts, split_plans, split_store
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import VerifyReport, verify
@@ -62,6 +62,35 @@ def test_a_split_keeps_every_document_once(tmp_path: Path) -> None:
     assert sorted(together) == sorted(documents(store))
     assert [len(part) for part in parts.values()] == [99, 12, 9]
     assert all(verify(part.path).is_whole for part in parts.values())
+
+
+def test_a_split_is_plans_of_the_same_parts(tmp_path: Path) -> None:
+    """No document is lost or in two plans, a copy has the same ones, and a mixture of a part stays inside it."""
+    store = make_store(tmp_path / "store", [5, 9, 30] * 40)
+    parts = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    plans = split_plans(store.lengths, parts)
+    chosen = np.concatenate([plan.documents for plan in plans.values()])
+    assert sorted(chosen.tolist()) == list(range(120))
+    copies = split_store(store.path, {str(tmp_path / name): share for name, share in parts.items()})
+    for name, share in parts.items():
+        plan, copy = plans[name], copies[str(tmp_path / name)]
+        assert sorted(store.lengths.key[plan.documents].tolist()) == sorted(copy.lengths.key.tolist()), share
+        assert plan.report.tokens == copy.num_tokens
+        spec = MixtureSpec(mode="upsample", weights={"a": 0.5}, part=plan.spec.part, max_repeat=3, tokens=500)
+        assert set(plan_mixture(spec, store.lengths, 7).documents.tolist()) <= set(plan.documents.tolist())
+    plans["test"].save(tmp_path / "plan")
+    assert MixturePlan.load(tmp_path / "plan").spec.part == plans["test"].spec.part
+    for part in ((0.5, 0.5), (-0.1, 1), (0.2, 1.1)):
+        with pytest.raises(ConfigError, match="two shares in order"):
+            MixtureSpec.from_dict({"part": part})
+
+
+def test_the_largest_hash_is_in_the_last_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash that rounds up to 1 must not fall out of every part."""
+    monkeypatch.setattr("longspan.data.mixture.hashed", lambda keys, *words: keys)
+    keys = np.array([0, 2**63, 2**64 - 1], np.uint64)
+    assert split_place(keys).tolist() == [0, 0.5, 1]
+    assert split_parts(keys, [0.5, 0.5]).tolist() == [0, 1, 1]
 
 
 @settings(max_examples=30, deadline=None)

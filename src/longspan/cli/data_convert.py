@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.cli.data_stores import Stores, parse_weights
+from longspan.cli.data_stores import Stores, open_stores, parse_weights
 from longspan.cli.output import Json, example, print_json, print_table
 
 CONVERT_EXAMPLE = example(
@@ -16,7 +16,11 @@ CONVERT_EXAMPLE = example(
     "longspan data convert documents.parquet --to store --tokenizer tokenizer --out again",
 )
 MERGE_EXAMPLE = example("longspan data merge store store --out merged")
-SPLIT_EXAMPLE = example("longspan data split store --out train=0.6,validation=0.4")
+SPLIT_EXAMPLE = example(
+    "longspan data split store --out train=0.6,validation=0.4",
+    "longspan data pack train --length 512 --out train-rows",
+    "longspan data split store --out train-store=0.6,validation-store=0.4 --materialize",
+)
 
 
 def convert(
@@ -60,23 +64,50 @@ def merge(
 
 
 def split(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="Token store.")],
+    stores: Stores,
     out: Annotated[
         str,
-        typer.Option(help="Stores to make and their shares, such as train=0.98,validation=0.01,test=0.01."),
+        typer.Option(
+            help="Parts and their shares, such as train=0.98,validation=0.01,test=0.01: plans to write."
+        ),
     ],
+    materialize: Annotated[
+        bool, typer.Option("--materialize", help="Copy the documents into stores instead of writing plans.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Split a store by document; the same document always goes to the same part."""
-    from longspan.data.stores import split_store
+    """Split stores by document; the same document always goes to the same part.
 
-    parts = split_store(store, parse_weights(out.split(","), form="--out STORE=SHARE,..."))
-    _show({name: part.lengths for name, part in parts.items()}, as_json)
+    Each part is a plan that `data pack` and `data mix` take in place of a store.
+    """
+    from longspan.core.errors import ArgumentError
+    from longspan.data.stores import split_plans, split_store
+
+    parts = parse_weights(out.split(","), form="--out PART=SHARE,...")
+    if not materialize:
+        table, paths = open_stores(stores)
+        plans = split_plans(table, parts)
+        for name, plan in plans.items():
+            plan.save(name, stores=paths)
+        rows = [(name, plan.report.documents, plan.report.tokens) for name, plan in plans.items()]
+        _print(rows, "plan", as_json)
+        return
+    if len(stores) != 1:
+        raise ArgumentError(
+            "one store is copied at a time",
+            found=f"{len(stores)} stores",
+            fix="merge them, or leave out --materialize",
+        )
+    _show({name: part.lengths for name, part in split_store(stores[0], parts).items()}, as_json)
 
 
 def _show(stores: dict, as_json: bool) -> None:
     rows = [(name, len(lengths), lengths.total_tokens) for name, lengths in stores.items()]
+    _print(rows, "store", as_json)
+
+
+def _print(rows: list[tuple[str, int, int]], kind: str, as_json: bool) -> None:
     if as_json:
-        print_json([{"store": name, "documents": d, "tokens": t} for name, d, t in rows])
+        print_json([{kind: name, "documents": d, "tokens": t} for name, d, t in rows])
     else:
-        print_table("token stores", ("store", "documents", "tokens"), rows)
+        print_table(f"{kind}s", (kind, "documents", "tokens"), rows)

@@ -48,7 +48,10 @@ PACK_EXAMPLE = example(
 def mix(
     stores: Annotated[
         list[str],
-        typer.Argument(metavar="STORE", help="Token stores; STORE@0.3 is a share, STORE#2 two uses."),
+        typer.Argument(
+            metavar="STORE|PART",
+            help="Token stores; STORE@0.3 is a share, STORE#2 two uses. Or one part of `data split`.",
+        ),
     ],
     out: PlanOut,
     mode: Annotated[
@@ -84,13 +87,15 @@ def mix(
     from longspan.data.streams import parse_stream, stream_settings
 
     streams = [parse_stream(store) for store in stores]
-    table, paths = open_stores([stream.path for stream in streams])
+    names, part = _part([stream.path for stream in streams])
+    table, paths = open_stores(names)
     given: dict[str, Any] = {
         "mode": mode,
         "tokens": tokens,
         "keep_short": keep_short,
         "threshold": threshold,
         "weights": parse_weights(weight or []) or None,
+        "part": part,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     asked = stream_settings(streams)
@@ -225,6 +230,25 @@ def pack(
                     typer.echo(missing_words(share, left["pieces"], left["missing"], str(rows)))
     if as_json:
         print_json(found[0] if spec.strategy != "split" else found)
+
+
+def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
+    """Return the stores to mix, and the part of them where a plan of `data split` is given."""
+    from longspan.core.errors import ArgumentError
+    from longspan.data.columns import folder_kind
+    from longspan.data.mixture import KIND, MixturePlan, MixtureSpec
+
+    plans = [path for path in inputs if folder_kind(path) == KIND]
+    if not plans:
+        return inputs, None
+    plan = MixturePlan.load(plans[0])
+    if len(inputs) > 1 or plan.spec != MixtureSpec(mode="none", part=plan.spec.part):
+        raise ArgumentError(
+            "a mixture is made of stores, or of one part that `data split` made", found=", ".join(inputs)
+        )
+    stores = stores_of(plan.stores, Path(plans[0]))
+    check_lengths(open_stores(stores)[0], plan.lengths_fingerprint, Path(plans[0]))
+    return list(map(str, stores)), plan.spec.part
 
 
 def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], np.ndarray]:

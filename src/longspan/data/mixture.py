@@ -56,6 +56,9 @@ class MixtureSpec(Config):
     """What is mixed: sources, or stores, which are then named "0", "1" ... in the order they are given."""
     sources: tuple[str, ...] | None = None
     """Sources to choose from. None: all."""
+    part: tuple[float, float] | None = None
+    """Part of the documents to choose from, as `data split` cuts them: from and to which share of all, so (0, 0.98)
+    is the first of train=0.98,validation=0.02. None: all."""
 
     @pydantic.model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
@@ -70,6 +73,8 @@ class MixtureSpec(Config):
             raise ValueError("weights are finite and not negative")
         if self.mode == "repeat" and (self.tokens is not None or self.max_repeat != 1):
             raise ValueError("tokens and max_repeat have no effect in mode repeat: its weights say how much")
+        if self.part is not None and not 0 <= self.part[0] < self.part[1] <= 1:
+            raise ValueError("a part is two shares in order, from 0 to 1, such as [0, 0.98]")
         if self.mode == "none" and self.keep_short is not None:
             raise ValueError("keep_short has no effect in mode none; use global or per_source")
         return self
@@ -224,7 +229,19 @@ def _candidates(spec: MixtureSpec, lengths: LengthTable) -> np.ndarray:
         [spec.sources is None or name in spec.sources for name in lengths.source_names] or [True]
     )
     # An empty document has nothing to train on.
-    return wanted[lengths.source] & (np.asarray(lengths.tokens) > 0)
+    candidates = wanted[lengths.source] & (np.asarray(lengths.tokens) > 0)
+    if spec.part is not None:
+        start, stop = spec.part
+        for block in _blocks(len(lengths)):
+            place = split_place(lengths.key[block])
+            # The largest hashes round up to 1.
+            candidates[block] &= (place >= start) & ((place < stop) | (stop == 1))
+    return candidates
+
+
+def split_place(keys: np.ndarray) -> np.ndarray:
+    """Return where in 0..1 each document stands when a corpus is split, float64 [documents], from its key alone."""
+    return hashed(keys, 0, "split") * 2.0**-64
 
 
 def keep_coin(keys: np.ndarray, probability: float, seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +21,8 @@ import numpy as np
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers, write_json
 from longspan.core.progress import progress
+from longspan.data.lengths import LengthTable
+from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
 from longspan.data.store import Column, MDSDirectory, TokenStore, TokenStoreWriter, read_manifest, token_dtype
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.documents import ROW, DocumentColumns, SourceNumbers
@@ -78,24 +81,15 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
 
 
 def split_store(path: str | Path, parts: Mapping[str, float]) -> dict[str, TokenStore]:
-    """Split a store into several by the hash of each document's key; `parts` are paths and shares.
-
-    Which part a document goes to depends on its source and text alone: a store made of more files puts the
-    documents it shares with another into the same parts, and equal documents never stand in two parts.
+    """Copy a store into several, split as `split_plans` splits it; `parts` are paths and shares.
 
     Raises:
         ArgumentError: the shares do not sum to 1.
         DataError: a part would be empty, or something stands at its path.
     """
-    shares = list(parts.values())
-    if not all(0 < share < math.inf for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
-        raise ArgumentError("the shares of a split are above 0 and sum to 1", found=dict(parts))
     store = TokenStore(path)
-    part_of = split_parts(store.lengths.key, shares)
-    counts = np.bincount(part_of, minlength=len(parts))
-    empty = [name for name, count in zip(parts, counts.tolist()) if not count]
-    if empty:
-        raise DataError(f"{path} has too few documents for this split", found=f"none for {', '.join(empty)}")
+    shares = list(parts.values())
+    part_of = _parts(store.lengths, parts)
     for name in parts:
         if Path(name).exists():
             raise DataError(f"{name} already exists", fix="choose another place or remove it first")
@@ -114,12 +108,43 @@ def split_store(path: str | Path, parts: Mapping[str, float]) -> dict[str, Token
     return {name: TokenStore(name) for name in parts}
 
 
+def split_plans(lengths: LengthTable, parts: Mapping[str, float], *, seed: int = 0) -> dict[str, MixturePlan]:
+    """Split the documents of stores by the hashes of their keys, as one mixture plan a part; nothing is copied.
+
+    Which part a document goes to depends on its source and text alone: stores made of more files put the
+    documents they share with others into the same parts, and equal documents never stand in two parts.
+
+    Args:
+        parts: names and shares.
+        seed: of the order of documents in each plan, not of the split.
+
+    Raises:
+        ArgumentError: the shares do not sum to 1.
+        DataError: a part would be empty.
+    """
+    _parts(lengths, parts)
+    bounds = [0.0, *np.cumsum(list(parts.values()))[:-1].tolist(), 1.0]
+    specs = [MixtureSpec(mode="none", part=(start, stop)) for start, stop in pairwise(bounds)]
+    return {name: plan_mixture(spec, lengths, seed) for name, spec in zip(parts, specs)}
+
+
 def split_parts(keys: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     """Return the part of each document, int64 [documents], from its 64-bit key alone."""
-    from longspan.data.shuffling import hashed
+    return np.searchsorted(np.cumsum(shares)[:-1], split_place(keys), side="right")
 
-    uniform = hashed(keys, 0, "split") * 2.0**-64
-    return np.searchsorted(np.cumsum(shares)[:-1], uniform, side="right")
+
+def _parts(lengths: LengthTable, parts: Mapping[str, float]) -> np.ndarray:
+    """Return the part of each document. Raises for shares that do not sum to 1, and for an empty part."""
+    shares = list(parts.values())
+    if not all(0 < share < math.inf for share in shares) or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise ArgumentError("the shares of a split are above 0 and sum to 1", found=dict(parts))
+    part_of = split_parts(lengths.key, shares)
+    # An empty document is in no plan.
+    counts = np.bincount(part_of[np.asarray(lengths.tokens) > 0], minlength=len(parts))
+    empty = [name for name, count in zip(parts, counts.tolist()) if not count]
+    if empty:
+        raise DataError("there are too few documents for this split", found=f"none for {', '.join(empty)}")
+    return part_of
 
 
 def import_mds(path: str | Path, out: str | Path, tokenizer: TokenizerIdentity) -> TokenStore:
