@@ -15,24 +15,46 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from longspan.cli.output import Json, example, print_json, print_table
 from longspan.core.log import get_logger
 
-EXAMPLE = example("longspan doctor --json")
+EXAMPLE = example("longspan doctor --json", "longspan doctor --certify --world 2,4")
 FIRST_STEPS = "\b\nFirst steps:\n  longspan doctor\n  longspan quickstart --out quickstart-run"
 
 REQUIRED = ("torch", "transformers", "tokenizers", "gigatoken", "numpy", "pyarrow", "safetensors")
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    certify: Annotated[
+        bool,
+        typer.Option(
+            "--certify",
+            help="Prove sequence parallelism instead: every schedule on every mask against one device.",
+        ),
+    ] = False,
+    schedule: Annotated[
+        str, typer.Option(help="With --certify: schedules, with commas between, or all.")
+    ] = "all",
+    world: Annotated[
+        str, typer.Option(help="With --certify: numbers of processes, with commas between.")
+    ] = "2,3,4,8",
+    as_json: Json = False,
+) -> None:
     """Say what is installed, which backends are usable and why the others are not.
 
-    The exit code is 1 when a required package is missing.
+    The exit code is 1 when a required package is missing, or when a proof fails. Under torchrun, --certify uses
+    the processes there are, on their GPUs; else it starts processes on this machine's CPU.
     """
+    if certify:
+        from longspan.cli.certify import certify_schedules
+
+        if not certify_schedules(schedule, world, as_json=as_json):
+            raise typer.Exit(1)
+        return
     get_logger("longspan").setLevel(logging.WARNING)  # what the parts say while they are tried is no result
     report = examine()
     if as_json:

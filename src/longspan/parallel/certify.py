@@ -14,7 +14,7 @@ A cell that cannot be (heads that cannot be spread) is listed with its reason. I
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "Cell",
     "CellResult",
     "certify_world",
+    "half_growth",
     "half_precision_error",
 ]
 
@@ -53,8 +54,19 @@ HEAD_DIM = 8
 WINDOW = 9
 HALF_LENGTH = 512
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""q, k, v and the gradient of the output."""
+NOT_RUN = math.nan
+
+
+class Tensors(NamedTuple):
+    """The inputs of one pass over the whole sequence."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
+        return Tensors(*map(change, self))
 
 
 class Cell(NamedTuple):
@@ -118,7 +130,7 @@ def certify_world(
         if not schedules:
             cell = Cell(name, "-", "-", "-", 0, 0, 0)
             reason = f"no two degrees above 1 make {world} ranks"
-            results.append(CellResult(cell, world, reason, *[float("nan")] * 3, 0, 0))
+            results.append(CellResult(cell, world, reason, NOT_RUN, NOT_RUN, NOT_RUN, 0, 0))
         for degrees, schedule in schedules:
             for cell in _cells(name, degrees, schedule.layouts):
                 results.append(_run(cell, schedule, device))
@@ -163,7 +175,16 @@ def _run(cell: Cell, schedule: Schedule, device: torch.device) -> CellResult:
     try:
         schedule.check_heads(cell.num_heads, cell.num_kv_heads)
     except ArgumentError as error:
-        return CellResult(cell, schedule.world, str(error).splitlines()[0], *[float("nan")] * 3, 0, 0)
+        return CellResult(
+            cell,
+            schedule.world,
+            " ".join(line.strip() for line in str(error).splitlines()[:2]),
+            NOT_RUN,
+            NOT_RUN,
+            NOT_RUN,
+            0,
+            0,
+        )
     # Document borders that no layout shares: 7 tokens, 2, an empty one, about half, the rest.
     borders = [0, 7, 9, 9, cell.length // 2, cell.length] if "documents" in cell.mask else [0, cell.length]
     window = WINDOW if "window" in cell.mask else None
@@ -205,16 +226,16 @@ def _leaks(
     first = int(shards.cu_seqlens[1])
     others = torch.from_numpy(shards.indices(schedule.rank) >= first).to(device)
     kernel = choose_kernel(device)
-    moved = tuple(x.clone() for x in whole)
+    moved = whole.map(torch.clone)
     for x in moved:
         x[first // 2] += 1.0
-    again = _parallel(moved, shards, schedule, window, device, torch.float32, kernel)  # type: ignore[arg-type]
+    again = _parallel(moved, shards, schedule, window, device, torch.float32, kernel)
     # On CUDA the backward may add in any order, so only the output is held to the bit.
     exact = list(zip(fast, again)) if device.type == "cpu" else [(fast[0], again[0])]
     leaks = sum(int((a[others] != b[others]).sum()) for a, b in exact)
-    only = whole[3].clone()
+    only = whole.dout.clone()
     only[first:] = 0
-    into_first = _parallel((*whole[:3], only), shards, schedule, window, device, torch.float32, kernel)
+    into_first = _parallel(whole._replace(dout=only), shards, schedule, window, device, torch.float32, kernel)
     return leaks + sum(int((grad[others] != 0).sum()) for grad in into_first[1:])
 
 
@@ -222,19 +243,17 @@ def _inputs(num_tokens: int, num_heads: int, num_kv_heads: int, seed: int) -> Te
     """Return q, k, v and dout of the whole sequence in fp64, N(0, 1) as fp32 holds it; the same on all ranks."""
     generator = torch.Generator().manual_seed(seed)
     heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
-    q, k, v, dout = (
-        torch.randn(num_tokens, count, HEAD_DIM, generator=generator, dtype=torch.float32).double()
-        for count in heads
+    return Tensors(
+        *(torch.randn(num_tokens, count, HEAD_DIM, generator=generator).double() for count in heads)
     )
-    return q, k, v, dout
 
 
 def _whole(whole: Tensors, shards: SequenceShards, window: int | None) -> list[torch.Tensor]:
     """Return out, dq, dk, dv of the whole sequence on one device."""
-    q, k, v = (x.clone().requires_grad_() for x in whole[:3])
+    q, k, v = (x.clone().requires_grad_() for x in (whole.q, whole.k, whole.v))
     bands = Bands.from_documents(shards.cu_seqlens, window=window)
     out = attention(q, k, v, bands, kernel=ReferenceKernel())
-    grads = torch.autograd.grad(out, (q, k, v), whole[3])
+    grads = torch.autograd.grad(out, (q, k, v), whole.dout)
     return [out.detach(), *grads]
 
 
@@ -250,9 +269,9 @@ def _parallel(
     """Return out, dq, dk, dv of this rank's tokens."""
     mine = torch.from_numpy(shards.indices(schedule.rank))
     q, k, v, dout = (x[mine].to(device, dtype) for x in whole)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = sequence_attention(*leaves, shards, schedule, window=window, kernel=kernel)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = sequence_attention(q, k, v, shards, schedule, window=window, kernel=kernel)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
 def half_precision_error(schedule: Schedule, *, seed: int, device: torch.device) -> float:
@@ -263,14 +282,20 @@ def half_precision_error(schedule: Schedule, *, seed: int, device: torch.device)
     """
     shards = SequenceShards(schedule.layouts[0], [0, HALF_LENGTH], schedule.world)
     heads = math.lcm(8, schedule.world)  # what Ulysses can spread
-    whole = tuple(x.bfloat16().double() for x in _inputs(shards.num_padded, heads, heads, seed))
-    reference = _whole(whole, shards, None)  # type: ignore[arg-type]
-    got = _parallel(whole, shards, schedule, None, device, torch.bfloat16, choose_kernel(device))  # type: ignore[arg-type]
+    whole = _inputs(shards.num_padded, heads, heads, seed).map(lambda x: x.bfloat16().double())
+    reference = _whole(whole, shards, None)
+    got = _parallel(whole, shards, schedule, None, device, torch.bfloat16, choose_kernel(device))
     mine = torch.from_numpy(shards.indices(schedule.rank))
     pairs = [(a.cpu().double() - b[mine], b[mine]) for a, b in zip(got, reference)]
     sums = torch.tensor([[float(d.square().sum()), float(b.square().sum())] for d, b in pairs], device=device)
     dist.all_reduce(sums)
     return float((sums[:, 0] / sums[:, 1]).sqrt().max())
+
+
+def half_growth(by_world: dict[int, list[float]]) -> float:
+    """Return how many times larger bf16's error is on the largest world than on the smallest, mean over seeds."""
+    small, large = by_world[min(by_world)], by_world[max(by_world)]
+    return (sum(large) / len(large)) / (sum(small) / len(small))
 
 
 def _sent(schedule: Schedule) -> int:

@@ -1,0 +1,195 @@
+"""`longspan doctor --certify`: run the certificate of sequence parallelism and show it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from longspan.cli.output import print_json, print_table
+from longspan.core.errors import ArgumentError
+from longspan.core.progress import progress
+from longspan.core.units import format_bytes
+
+if TYPE_CHECKING:
+    from longspan.parallel.certify import CellResult
+
+TIMEOUT_SECONDS = 1800.0
+"""For one world; thousands of small collectives take minutes when processes share a core."""
+
+Half = dict[str, dict[int, list[float]]]
+"""bf16 error by schedule, world and seed."""
+
+
+def certify_schedules(schedules: str, worlds: str, *, as_json: bool) -> bool:
+    """Run and print the certificate; return whether everything that can be holds.
+
+    Raises:
+        ArgumentError: an unknown schedule or no number of processes.
+        RunError: a process failed.
+    """
+    from longspan.parallel.certify import HALF_GROWTH_LIMIT, certify_world, half_growth
+    from longspan.parallel.launch import process_group, spawn_local
+
+    names = _names(schedules)
+    results: list[CellResult] = []
+    half: Half = defaultdict(dict)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        import torch.distributed as dist
+
+        with process_group(timeout_seconds=TIMEOUT_SECONDS) as device:
+            ran = {dist.get_world_size(): certify_world(dist.get_rank(), names, device.type)}
+            first = dist.get_rank() == 0
+    else:
+        ran, first = {}, True
+        sizes = _worlds(worlds)
+        with progress("certify", total=sum(sizes), unit="processes") as bar:
+            for size in sizes:
+                bar.note(f"{size} processes")
+                # Every rank returns the same.
+                ran[size] = spawn_local(certify_world, size, names, timeout_seconds=TIMEOUT_SECONDS)[0]
+                bar.advance(size)
+    for size, (cells, errors) in ran.items():
+        results += cells
+        for name, by_seed in errors.items():
+            half[name][size] = by_seed
+    growth = {name: half_growth(by_world) for name, by_world in half.items() if len(by_world) > 1}
+    passed = all(result.passed is not False for result in results)
+    passed = passed and all(value <= HALF_GROWTH_LIMIT for value in growth.values())
+    if first:
+        (_print_json if as_json else _print)(results, half, growth, passed)
+    return passed
+
+
+def _names(schedules: str) -> list[Any]:
+    from longspan.parallel.schedules import SCHEDULES
+
+    known = [name for name in SCHEDULES if name != "none"]
+    names = known if schedules == "all" else [name.strip() for name in schedules.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ArgumentError(
+            "unknown sequence-parallel schedule", found=", ".join(unknown), allowed="all, " + ", ".join(known)
+        )
+    return names
+
+
+def _worlds(worlds: str) -> list[int]:
+    words = [word.strip() for word in worlds.split(",")]
+    if not all(word.isdecimal() and int(word) >= 2 for word in words):
+        raise ArgumentError(
+            "--world takes numbers of processes", found=worlds, allowed="numbers from 2, such as 2,3,4,8"
+        )
+    return sorted({int(word) for word in words})
+
+
+def _print_json(results: list[CellResult], half: Half, growth: dict[str, float], passed: bool) -> None:
+    def plain(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    cells = [
+        {
+            **result.cell._asdict(),
+            "world": result.world,
+            "passed": result.passed,
+            "reason": result.reason or None,
+            "exact_error": plain(result.exact_error),
+            "fast_forward_error": plain(result.fast_forward_error),
+            "fast_gradient_error": plain(result.fast_gradient_error),
+            "leaks": result.leaks,
+            "sent_bytes": result.sent_bytes,
+        }
+        for result in results
+    ]
+    print_json({"passed": passed, "cells": cells, "half_error": half, "half_growth": growth})
+
+
+def _print(results: list[CellResult], half: Half, growth: dict[str, float], passed: bool) -> None:
+    from longspan.parallel.certify import (
+        EXACT_LIMIT,
+        FAST_FORWARD_LIMIT,
+        FAST_GRADIENT_LIMIT,
+        HALF_GROWTH_LIMIT,
+    )
+
+    groups: dict[tuple[int, str, str, str], list[CellResult]] = defaultdict(list)
+    for result in results:
+        groups[result.world, result.cell.schedule, result.cell.degrees, result.cell.layout].append(result)
+    rows = []
+    for (world, name, degrees, layout), cells in groups.items():
+        ran = [cell for cell in cells if cell.passed is not None]
+        missing = f"{len(cells) - len(ran)} n/a" if len(ran) < len(cells) else ""
+        failed = sum(cell.passed is False for cell in ran)
+        rows.append(
+            [
+                world,
+                name,
+                degrees,
+                layout,
+                len(ran) - failed,
+                failed,
+                missing or None,
+                _worst(cell.exact_error for cell in ran),
+                _worst(cell.fast_forward_error for cell in ran),
+                _worst(cell.fast_gradient_error for cell in ran),
+                sum(cell.leaks for cell in ran) if ran else None,
+                format_bytes(max(cell.sent_bytes for cell in ran)) if ran else None,
+            ]
+        )
+    columns = (
+        "world", "schedule", "ring x ulysses", "layout", "passed", "failed", "n/a", "fp64 max", "fp32 out",
+        "fp32 gradients", "leaks", "sent, most",
+    )  # fmt: skip
+    title = (
+        f"against one device; limits: fp64 {EXACT_LIMIT:g}, fp32 {FAST_FORWARD_LIMIT:g} and "
+        f"{FAST_GRADIENT_LIMIT:g}, leaks 0"
+    )
+    print_table(title, columns, rows)
+    _print_impossible(results)
+    for result in results:
+        if result.passed is False:
+            print_table(f"FAILED on {result.world} processes", ("what", "value"), _details(result))
+    sizes = sorted({world for by_world in half.values() for world in by_world})
+    rows = [
+        [
+            name,
+            *(_mean(by_world.get(size)) for size in sizes),
+            f"{growth[name]:.3f}" if name in growth else None,
+        ]
+        for name, by_world in half.items()
+    ]
+    print_table(
+        f"bf16 error, RMS against fp64; growth at most {HALF_GROWTH_LIMIT}",
+        ("schedule", *(f"{size} processes" for size in sizes), "growth"),
+        rows,
+    )
+    verdict = "everything holds" if passed else "NOT everything holds"
+    count = sum(result.passed is not None for result in results)
+    print_table(f"{verdict}: {count} cells, forward and backward", (), ())
+
+
+def _print_impossible(results: list[CellResult]) -> None:
+    reasons: dict[tuple[int, str, str], list[CellResult]] = defaultdict(list)
+    for result in results:
+        if result.reason:
+            reasons[result.world, result.cell.schedule, result.reason].append(result)
+    if reasons:
+        print_table(
+            "n/a",
+            ("world", "schedule", "cells", "reason"),
+            [[world, name, len(cells), reason] for (world, name, reason), cells in reasons.items()],
+        )
+
+
+def _details(result: CellResult) -> list[tuple[str, object]]:
+    values = {**result.cell._asdict(), **result._asdict()}
+    return [(name, value) for name, value in values.items() if name != "cell"]
+
+
+def _worst(errors: Any) -> str | None:
+    worst = max(errors, default=None)
+    return None if worst is None else f"{worst:.1e}"
+
+
+def _mean(errors: list[float] | None) -> str | None:
+    return None if errors is None else f"{sum(errors) / len(errors):.2e}"
