@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from longspan.data.tokenizer import load_tokenizer
     from longspan.models.documents import Documents
     from longspan.models.hf import enable, load_model
+    from longspan.models.sharding import shard_batch
+    from longspan.parallel.launch import process_group
+    from longspan.parallel.mesh import MeshConfig, build_mesh
     from longspan.report import summarise, write_report
     from longspan.train.config import TrainConfig
 
@@ -42,6 +45,7 @@ __all__ = [
     "Documents",
     "LengthTable",
     "LongspanError",
+    "MeshConfig",
     "MissingDependencyError",
     "MixtureSpec",
     "PackSpec",
@@ -51,12 +55,15 @@ __all__ = [
     "TokenStore",
     "TrainConfig",
     "UserError",
+    "build_mesh",
     "enable",
     "load_model",
     "load_tokenizer",
     "plan_mixture",
     "plan_packing",
+    "process_group",
     "read_documents",
+    "shard_batch",
     "summarise",
     "tokenize_corpus",
     "write_report",
@@ -82,6 +89,9 @@ _HOMES = {
     "longspan.data.tokenizer": ("load_tokenizer",),
     "longspan.models.documents": ("Documents",),
     "longspan.models.hf": ("enable", "load_model"),
+    "longspan.models.sharding": ("shard_batch",),
+    "longspan.parallel.launch": ("process_group",),
+    "longspan.parallel.mesh": ("MeshConfig", "build_mesh"),
     "longspan.report": ("summarise", "write_report"),
     "longspan.train.config": ("TrainConfig",),
 }

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import Bands, attention
 from longspan.models.documents import Documents
+from longspan.parallel.documents import ShardedDocuments
 
 __all__ = ["ATTENTION_NAME", "longspan_attention", "longspan_mask", "register"]
 
@@ -87,7 +88,7 @@ def longspan_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    documents: Documents | None = None,
+    documents: Documents | ShardedDocuments | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -101,7 +102,7 @@ def longspan_attention(
         dropout: must be 0.
         scaling: factor on the scores; None = 1/sqrt(D).
         sliding_window: a query sees that many keys, itself included; None = all.
-        documents: document table of the B*Q tokens; None = each of the B rows is one document.
+        documents: document table of the B*Q tokens, whole or of this rank; None = each of the B rows is one document.
 
     Returns:
         [B, Q, H, D], and None in place of attention probabilities.

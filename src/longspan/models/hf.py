@@ -27,6 +27,10 @@ from longspan.kernels.rope import inv_freq_hash, rope_parameters
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
 from longspan.models.init import INITS, seeded
+from longspan.models.sharding import attach_schedule
+from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.mesh import Mesh
+from longspan.parallel.schedules import ScheduleName
 
 __all__ = [
     "Documents",
@@ -65,10 +69,17 @@ LOGIT_CHANGES = {
 }
 
 
-def enable(model: PreTrainedModel) -> PreTrainedModel:
+def enable(
+    model: PreTrainedModel, *, schedule: ScheduleName | None = None, mesh: Mesh | None = None
+) -> PreTrainedModel:
     """Give a transformers model longspan's attention, in place, and return it.
 
     From then on the forward pass takes the keyword `documents`; nothing else about the model changes.
+
+    Args:
+        model: a causal language model.
+        schedule: sequence-parallel schedule by which `shard_batch` spreads rows for it; needs `mesh`.
+        mesh: from `build_mesh`.
 
     Raises:
         ArgumentError: a model whose attention cannot be replaced through the transformers registry, or one with
@@ -87,6 +98,15 @@ def enable(model: PreTrainedModel) -> PreTrainedModel:
             found=", ".join(other),
             allowed="attention layers only",
         )
+    if (schedule is None) != (mesh is None):
+        raise ArgumentError(
+            "a schedule needs a mesh and a mesh a schedule", found=f"schedule={schedule}, mesh={mesh}"
+        )
+    if schedule is not None and mesh is not None:
+        config = _text_config(model.config)
+        num_heads = config.num_attention_heads
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        attach_schedule(model, schedule, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
     model.set_attn_implementation(ATTENTION_NAME)
     return model
 
@@ -294,7 +314,7 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
 def hidden_states(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
-    documents: Documents | None = None,
+    documents: Documents | ShardedDocuments | None = None,
     *,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
