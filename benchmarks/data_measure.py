@@ -18,6 +18,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ENVIRONMENT = os.environ.copy()
+# Installed packages come compiled; without this ours would be compiled anew at every start.
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 IMPORT_THESE = """
 import importlib, sys
@@ -63,7 +66,7 @@ def start(command: Command, *, cores: Sequence[int], env: dict[str, str] | None 
     begin = time.perf_counter()
     process = subprocess.Popen(
         command,
-        env=os.environ | ONE_THREAD | (env or {}),
+        env=ENVIRONMENT | ONE_THREAD | (env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
