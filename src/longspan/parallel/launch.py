@@ -33,7 +33,15 @@ import torch.distributed as dist
 from longspan.core.errors import ArgumentError, LongspanError, RunError
 from longspan.core.log import ROOT
 
-__all__ = ["Watchdog", "is_first_process", "lost_ranks", "on_first_rank", "process_group", "spawn_local"]
+__all__ = [
+    "Watchdog",
+    "collective_timeout",
+    "is_first_process",
+    "lost_ranks",
+    "on_first_rank",
+    "process_group",
+    "spawn_local",
+]
 
 COLLECTIVE_SHARE = 0.9
 """Part of the timeout that a collective waits: it says more than the watchdog, so it speaks first."""
@@ -77,7 +85,7 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
         return
     # Parameters kept in host memory are reduced there, so a GPU run has both.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(seconds=timeout_seconds * COLLECTIVE_SHARE)
+    timeout = timedelta(seconds=collective_timeout(timeout_seconds))
     if under_torchrun:
         with lost_ranks("joining the other processes"):
             dist.init_process_group(backend, timeout=timeout)
@@ -119,6 +127,11 @@ def lost_ranks(doing: str) -> Iterator[None]:
             found=lines[0][:300] if lines else type(error).__name__,
             fix="look for the first message of another rank; the same command goes on from the last checkpoint",
         ) from error
+
+
+def collective_timeout(timeout_seconds: float) -> float:
+    """Return how long collectives wait so that they fail before the watchdog of the same timeout ends the process."""
+    return timeout_seconds * COLLECTIVE_SHARE
 
 
 def is_first_process() -> bool:
@@ -271,7 +284,7 @@ def _local_rank(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=timeout_seconds * COLLECTIVE_SHARE),
+            timeout=timedelta(seconds=collective_timeout(timeout_seconds)),
         )
         with lost_ranks("computing"):
             result = function(rank, *args)

@@ -19,7 +19,7 @@ from longspan.data.loader import PackedRow, balance
 from longspan.models.documents import Documents
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.fsdp import shard_model
-from longspan.parallel.launch import Watchdog
+from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batch
 from longspan.parallel.schedules import ScheduleName, build_schedule
@@ -147,7 +147,7 @@ def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watc
             allowed=1,
             fix="raise dp_shard: parameters are sharded over it and over both cp degrees",
         )
-    mesh = build_mesh(degrees, device, timeout_seconds=config.timeout_seconds)
+    mesh = build_mesh(degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds))
     by_degrees: dict[tuple[bool, bool], ScheduleName] = {
         (False, False): "none",
         (True, False): "ring",

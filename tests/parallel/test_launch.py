@@ -1,0 +1,110 @@
+"""Starting processes and ending them: nothing waits for ever, and the rank that failed is the one that speaks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from longspan.core.errors import ArgumentError, ConfigError, RunError
+from longspan.parallel.launch import lost_ranks, on_first_rank, process_group, spawn_local
+
+
+def behave(rank: int, fate: str) -> Any:
+    if fate == "sum":
+        mine = torch.tensor([rank + 1.0])
+        dist.all_reduce(mine)
+        return mine
+    if rank == 1:
+        if fate == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fate == "wrong":
+            raise ValueError("one of a kind")
+    # The others wait for rank 1.
+    dist.barrier()
+    return None
+
+
+def first(rank: int) -> list[Any]:
+    def refuse() -> None:
+        raise ConfigError("the folder is taken", fix="use another")
+
+    answers: list[Any] = [on_first_rank(lambda: os.environ.get("NOBODY", f"said by {rank}"))]
+    try:
+        on_first_rank(refuse)
+    except ConfigError as error:
+        answers.append(str(error))
+    return answers
+
+
+def test_results_come_back_by_rank() -> None:
+    """Tensors are sent as shared memory: it must outlive the process that made it."""
+    results = spawn_local(behave, 2, "sum", timeout_seconds=60)
+    assert [result.tolist() for result in results] == [[3.0], [3.0]]
+
+
+@pytest.mark.parametrize(("fate", "found"), [("killed", "rank 1 of 2 died"), ("wrong", "one of a kind")])
+def test_the_rank_that_failed_is_named_and_the_others_are_ended(fate: str, found: str) -> None:
+    """The peers of a dead rank fail too, with what gloo says: that is not the reason."""
+    with pytest.raises(RunError, match=found):
+        spawn_local(behave, 2, fate, timeout_seconds=60)
+
+
+def test_what_the_first_rank_does_all_know() -> None:
+    """Other ranks that go on after the first one was refused wait for it until the timeout."""
+    results = spawn_local(first, 2, timeout_seconds=60)
+    assert results[0] == results[1]
+    assert results[0][0] == "said by 0"
+    assert "the folder is taken" in results[0][1] and "use another" in results[0][1]
+
+
+def test_no_process_is_a_mistake() -> None:
+    """A world of 0 would return no result, as if all had gone well."""
+    with pytest.raises(ArgumentError, match="at least one"):
+        spawn_local(behave, 0, "sum")
+
+
+def test_one_process_needs_no_group_unless_asked() -> None:
+    """A group left behind is found by the next run in the process, with the wrong size."""
+    with process_group(timeout_seconds=5) as device:
+        assert not dist.is_initialized() and device.type in ("cpu", "cuda")
+    with process_group(timeout_seconds=5, always=True):
+        assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
+
+
+def test_only_lost_ranks_are_reported_as_lost() -> None:
+    """An error of shapes must keep its traceback: it is a bug."""
+    with pytest.raises(RuntimeError, match="shapes"), lost_ranks("adding"):
+        raise RuntimeError("shapes do not match")
+    with pytest.raises(RunError, match="lost the others while adding"), lost_ranks("adding"):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5")
+
+
+STUCK = """
+from longspan.parallel.launch import Watchdog
+
+def turn_in_circles():
+    while True:
+        pass
+
+with Watchdog(0.5) as dog:
+    dog.beat("turning")
+    turn_in_circles()
+"""
+
+
+def test_the_watchdog_ends_a_process_that_is_stuck_in_python() -> None:
+    """No timeout of a collective fires where none is called."""
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "no progress for 0.5 s (turning)" in done.stderr
+    assert "turn_in_circles" in done.stderr
