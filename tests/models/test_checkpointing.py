@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import tempfile
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models.checkpointing import HostOffload, enable_checkpointing
 from longspan.models.hf import Documents, build_model, hidden_states, lm_head_weight
+from longspan.parallel.fsdp import full_tensor, shard_model
+from longspan.parallel.launch import spawn_local
+from longspan.parallel.mesh import MeshConfig, build_mesh
 
 LAYERS, TOKENS, HIDDEN = 4, 90, 48
 TINY = {
@@ -41,6 +40,13 @@ def tokens(seed: int) -> torch.Tensor:
 def loss_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
     states = hidden_states(model, tokens(seed), Documents.from_cu_seqlens(BORDERS))
     return linear_cross_entropy(states, lm_head_weight(model), tokens(seed + 100), chunk_tokens=32).loss
+
+
+def projection(model: torch.nn.Module, seed: int) -> torch.Tensor:
+    """Return a loss that is only the blocks'. (Not a square: the last norm makes it constant, its gradient noise.)"""
+    states = hidden_states(model, tokens(seed), Documents.from_cu_seqlens(BORDERS))
+    directions = torch.randn(HIDDEN, TOKENS, generator=torch.Generator().manual_seed(7)).T
+    return (states.float() * directions).sum()
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -150,8 +156,7 @@ def test_graphs_may_cross() -> None:
     """Two micro-batches go forward before either goes back, one twice, and a third never."""
     plain, model = model_with("none"), model_with("offload")
     for each in (plain, model):
-        documents = Documents.from_cu_seqlens(BORDERS)
-        first, second, _ = (hidden_states(each, tokens(seed), documents).square().sum() for seed in (1, 2, 3))
+        first, second, _ = (projection(each, seed) for seed in (1, 2, 3))
         first.backward(retain_graph=True)
         second.backward()
         first.backward()
@@ -171,6 +176,30 @@ def test_composes_with_tiles_and_frozen_weights() -> None:
             assert found.grad is None, name
         else:
             assert (found.grad - truth.grad).norm() <= 1e-6 * truth.grad.norm(), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"model_type": "mistral"}, {"model_type": "gemma3_text", "head_dim": 16}, {"model_type": "phi3"}],
+)
+def test_families_run_in_tiles(fields: dict[str, Any]) -> None:
+    """Families name and build their MLPs differently; one that is passed over would keep its intermediate."""
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = build_model({**TINY, **special, **fields}, seed=0)
+    truth = hidden_states(model, tokens(0))
+    enable_tiled_mlp(model, 16)
+    assert all(layer.mlp.tile_tokens == 16 for layer in model.base_model.layers)
+    torch.testing.assert_close(hidden_states(model, tokens(0)), truth)
+
+
+def test_mixtures_of_experts_are_refused_and_models_without_weights_are_not() -> None:
+    """A router sees each token alone, but experts with a capacity do not: nothing is known about them here."""
+    experts = build_model({**TINY, "model_type": "qwen3_moe", "num_experts": 4}, seed=0)
+    with pytest.raises(ArgumentError, match="Qwen3MoeSparseMoeBlock is not known"):
+        enable_tiled_mlp(experts, 16)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
+    enable_tiled_mlp(empty, 16)
 
 
 def test_nothing_is_offloaded_without_gradients() -> None:
@@ -195,48 +224,37 @@ def test_unknown_mode_and_unsupported_model_are_refused(monkeypatch: pytest.Monk
     enable_checkpointing(model, "none")
 
 
-def sharded_gradients(rank: int, world: int, store: str, folder: str) -> None:
-    """Write the gradients of two micro-batches, one per rank, under FSDP2 with everything on."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    for name, policy in [("plain", {}), ("cpu", {"offload_policy": CPUOffloadPolicy(pin_memory=False)})]:
-        for mode in ("none", "full", "offload"):
-            for tile_tokens in (None, 16):
-                model = model_with(mode)
-                if tile_tokens is not None:
-                    enable_tiled_mlp(model, tile_tokens)
-                for layer in model.base_model.layers:
-                    fully_shard(layer, **policy)
-                fully_shard(model.base_model, **policy)
-                states = model.base_model(
-                    input_ids=tokens(rank)[None],
-                    position_ids=Documents.from_cu_seqlens(BORDERS).positions()[None],
-                    documents=Documents.from_cu_seqlens(BORDERS),
-                    use_cache=False,
-                ).last_hidden_state
-                states.square().mean().backward()
-                found = {
-                    key: parameter.grad.full_tensor()
-                    for key, parameter in model.base_model.named_parameters()
-                }
-                if rank == 0:
-                    torch.save(found, Path(folder) / f"{name}-{mode}-{tile_tokens}.pt")
-    dist.destroy_process_group()
+def sharded_error(rank: int) -> dict[str, float]:
+    """Return the largest relative error of a gradient, per combination, from one process with both ranks' rows."""
+    whole = model_with("none")
+    for row in range(2):
+        projection(whole, row).backward()
+    truth = {name: parameter.grad for name, parameter in whole.base_model.named_parameters()}
+    mesh = build_mesh(MeshConfig(dp_shard=2), "cpu", timeout_seconds=100).fsdp
+    worst = {}
+    for mode, tile_tokens, offload, dtype in [
+        ("none", 16, False, None),
+        ("full", None, False, None),
+        ("full", 16, False, None),
+        ("offload", None, False, None),
+        ("offload", 16, True, None),
+        ("offload", 16, False, torch.bfloat16),
+    ]:
+        model = model_with(mode)
+        if tile_tokens is not None:
+            enable_tiled_mlp(model, tile_tokens)
+        shard_model(model.base_model, mesh, compute_dtype=dtype, offload=offload)
+        projection(model, rank).backward()
+        worst[f"{mode} {tile_tokens} {offload} {dtype}"] = max(
+            float((full_tensor(parameter.grad) - truth[name]).norm() / truth[name].norm())
+            for name, parameter in model.base_model.named_parameters()
+        )
+    return worst
 
 
 def test_composes_with_fsdp2() -> None:
-    """Gradients averaged over two ranks must be those of one process, each reduced once, in every combination."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(sharded_gradients, args=(2, f"{folder}/store", folder), nprocs=2)
-        results = {path.stem: torch.load(path) for path in Path(folder).glob("*.pt")}
-    assert len(results) == 12
-    model = model_with("none")
-    for rank in range(2):
-        documents = Documents.from_cu_seqlens(BORDERS)
-        (hidden_states(model, tokens(rank), documents).square().mean() / 2).backward()
-    for label, found in results.items():
-        for name, parameter in model.base_model.named_parameters():
-            error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
-            assert error <= 1e-5, (label, name, error.item())
+    """Gradients must be reduced once and be the sums over ranks, whatever is kept and computed again."""
+    for errors in spawn_local(sharded_error, 2, timeout_seconds=200):
+        assert len(errors) == 6
+        for combination, error in errors.items():
+            assert error <= (3e-2 if "bfloat16" in combination else 1e-5), (combination, error)
