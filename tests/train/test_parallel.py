@@ -44,7 +44,6 @@ def spread_recipe(**changes: Any) -> dict[str, Any]:
         "streams": {"text": {"store": "plain"}, "weighted": {"store": "weighted", "strategy": "intact"}},
     }
     values = recipe(stages=[stage], optimizer={"name": "adamw"}, checkpoint={"every_steps": 10, "keep": 2})
-    values["model"]["hf_config"]["num_key_value_heads"] = 4
     return {**values, **changes}
 
 
