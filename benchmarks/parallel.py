@@ -4,7 +4,7 @@
     python benchmarks/parallel.py balance --run RUN    work of each rank on packed rows; RUN is a folder made by
                                                        `longspan quickstart --out RUN`
     python benchmarks/parallel.py scale                the simulation, 8 to 1,024 GPUs, 128K to 16M tokens; writes plots
-    python benchmarks/parallel.py published            the simulation beside published rows
+    python benchmarks/parallel.py published            the simulation beside published rows, and under other assumptions
 
 Needs no GPU.
 """
@@ -45,7 +45,8 @@ def main() -> None:
     elif arguments.part == "scale":
         print(scale_report(arguments.out))
     else:
-        print("\n\n".join((scale.speeds_table(), scale.longest_table(), scale.ring_table())))
+        tables = (scale.speeds_table, scale.longest_table, scale.ring_table, scale.sensitivity_table)
+        print("\n\n".join(table() for table in tables))
 
 
 def bytes_table(world: int) -> str:

@@ -172,7 +172,7 @@ def balance_tables(sets: Sequence[tuple[Rows, Sequence[int]]]) -> str:
                 found = spread(rows, layout, world)
                 lines.append(
                     f"| {rows.name} | {world} | {layout} | {found.balance.total_ratio:.4f} | {found.worst:.4f} "
-                    f"| {found.balance.ring_ratio:.3f} | {found.needed:.1%} | {found.sent / 2**20:,.3g} "
+                    f"| {found.balance.ring_ratio:.3f} | {found.needed:.1%} | {found.sent / 2**20:,.0f} "
                     f"| {found.bands:,.0f} | {found.run:,.0f} |"
                 )
     return "\n".join(lines)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from longspan.plan import scale as simulation
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS
 from longspan.plan.scale import Degrees, Step, attention_seconds, best_steps, simulate
@@ -77,7 +81,11 @@ def _cell_text(found: Cell) -> str:
     if best is None:
         return f"impossible: {found.steps[0].limit}"
     ties = f" +{len(found.ties)}" if found.ties else ""
-    return f"{best.degrees}{ties}, {best.seconds:,.3g} s, {best.mfu:.0%}"
+    return f"{best.degrees}{ties}, {_seconds_text(best.seconds)} s, {best.mfu:.0%}"
+
+
+def _seconds_text(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def schedules_table(cells: dict[tuple[int, int], Cell], places: list[tuple[int, int]]) -> str:
@@ -90,8 +98,9 @@ def schedules_table(cells: dict[tuple[int, int], Cell], places: list[tuple[int, 
         for step in cells[context, num_gpus].steps:
             memory = f"{step.memory.device / 1e9:.0f} | {step.memory.host / 1e9:.0f}"
             lines.append(
-                f"| {length_text(context)} | {num_gpus:,} | {step.degrees} | {step.seconds:,.4g} | {step.mfu:.1%} "
-                f"| {step.exposed:.1%} | {memory} | {'no ' + step.limit if step.limit else ''} |"
+                f"| {length_text(context)} | {num_gpus:,} | {step.degrees} | {_seconds_text(step.seconds)} "
+                f"| {step.mfu:.1%} | {step.exposed:.1%} | {memory} "
+                f"| {'too little ' + step.limit if step.limit else ''} |"
             )
     return "\n".join(lines)
 
@@ -215,6 +224,24 @@ def longest_table() -> str:
             f"| {row.who} | {row.num_gpus} {row.gpu} | {row.schedule} | {row.context / 1e6:.1f}M "
             f"| {found / 1e6:.1f}M | {found / row.context:.2f} | {limit} |"
         )
+    return "\n".join(lines)
+
+
+ASSUMED = {"EFFICIENCY": (0.45, 0.6), "LINK_EFFICIENCY": (0.6, 0.9), "HALF_ROWS": (256, 1024)}
+"""Other values of what the simulation assumes."""
+
+
+def sensitivity_table() -> str:
+    """Return how many of the cells each schedule wins when an assumption changes."""
+    names = (*SCHEDULES, "nothing fits")
+    lines = ["| assumption | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for name, value in [("as it is", 0.0), *((key, value) for key in ASSUMED for value in ASSUMED[key])]:
+        with patch.object(simulation, name, value) if value else nullcontext():
+            cells = grid("llama-3-8b", "h100")
+        bests = [found.best for found in cells.values()]
+        wins = Counter("nothing fits" if best is None else best.degrees.schedule for best in bests)
+        text = f"{name} {value}" if value else name
+        lines.append(f"| {text} | " + " | ".join(str(wins[schedule]) for schedule in names) + " |")
     return "\n".join(lines)
 
 
