@@ -38,7 +38,7 @@ EFFICIENCY = 0.513
 """Share of the bf16 peak that matrices and flash attention reach on many rows. Calibrated on one published row:
 Llama-3-8B at 128K on 8 H100, 2,280 tokens/s a GPU (UPipe, arXiv:2602.21196). All other rows are checks."""
 HALF_ROWS = 512
-"""Rows at which a kernel call reaches half of that: flash attention's own benchmarks from 512 to 16K rows."""
+"""Rows at which a kernel call reaches half of that: a guess, which decides little (see benchmarks/parallel.md)."""
 LINK_EFFICIENCY = 0.8
 """Share of a link's paper bandwidth that large messages reach."""
 LATENCY = 10e-6
