@@ -82,5 +82,10 @@ def shard_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of `whole`, which every rank holds, sharded as `like` is; nothing is sent."""
     if not isinstance(like, DTensor):
         return whole.to(like.device, copy=True)
-    local = whole.to(like.device)
-    return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
+    part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    # That part is on the device of the mesh; an offloaded one belongs to the host.
+    own = torch.empty_like(like, dtype=whole.dtype, requires_grad=False)
+    assert isinstance(own, DTensor)
+    with torch.no_grad():
+        own.to_local().copy_(part.to_local())
+    return own

@@ -2,8 +2,8 @@
 
 A run never hangs for longer than its timeout. Three things see to that:
 
-    a rank dies             its peers' collectives fail, at once on gloo, after the timeout on NCCL
-    a rank does not answer  its peers' collectives fail after the timeout
+    a rank dies             its peers' collectives fail, at once on gloo; on NCCL their watchdogs end them
+    a rank does not answer  its peers' collectives fail after the timeout, or their watchdogs end them
     a rank is stuck         its own watchdog ends it when it has reported no progress for the timeout
 
 Each ends with one message and a non-zero exit.
@@ -43,8 +43,9 @@ __all__ = [
     "spawn_local",
 ]
 
-COLLECTIVE_SHARE = 0.9
-"""Part of the timeout that a collective waits: it says more than the watchdog, so it speaks first."""
+COLLECTIVE_SHARE = {"cpu": 0.9, "cuda": 1.2}
+"""How long a collective waits, as a part of the timeout. A gloo collective that fails says what it waited for, so it
+comes before the watchdog; NCCL's own ends the process with a dump, so it comes after."""
 
 EXIT_SECONDS = 20.0
 """What a failed process has to end by itself before it is ended: NCCL's clean-up may wait for dead ranks."""
@@ -85,7 +86,7 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
         return
     # Parameters kept in host memory are reduced there, so a GPU run has both.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timedelta(seconds=collective_timeout(timeout_seconds))
+    timeout = timedelta(seconds=collective_timeout(timeout_seconds, device.type))
     if under_torchrun:
         with lost_ranks("joining the other processes"):
             dist.init_process_group(backend, timeout=timeout)
@@ -129,9 +130,9 @@ def lost_ranks(doing: str) -> Iterator[None]:
         ) from error
 
 
-def collective_timeout(timeout_seconds: float) -> float:
-    """Return how long collectives wait so that they fail before the watchdog of the same timeout ends the process."""
-    return timeout_seconds * COLLECTIVE_SHARE
+def collective_timeout(timeout_seconds: float, device_type: str) -> float:
+    """Return how long collectives wait in a run whose watchdog has this timeout."""
+    return timeout_seconds * COLLECTIVE_SHARE[device_type]
 
 
 def is_first_process() -> bool:
@@ -284,7 +285,7 @@ def _local_rank(
             init_method=f"file://{store}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=collective_timeout(timeout_seconds)),
+            timeout=timedelta(seconds=collective_timeout(timeout_seconds, "cpu")),
         )
         with lost_ranks("computing"):
             result = function(rank, *args)

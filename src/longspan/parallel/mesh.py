@@ -129,8 +129,9 @@ def build_mesh(config: MeshConfig, device: torch.device | str, *, timeout_second
     replica_group = group(0) if replicas > 1 else None
     for made in (ring_group, ulysses_group):
         if made is not None:
-            # The first point-to-point transfers of a NCCL group must come from all of its ranks.
-            dist.barrier(made)
+            # The first transfers of a NCCL group must come from all of its ranks. Not a barrier: in a group that
+            # has gloo too, that may be gloo's.
+            dist.all_reduce(torch.zeros(1, device=device), group=made)
     return Mesh(
         config=config,
         device=device,

@@ -147,7 +147,9 @@ def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watc
             allowed=1,
             fix="raise dp_shard: parameters are sharded over it and over both cp degrees",
         )
-    mesh = build_mesh(degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds))
+    mesh = build_mesh(
+        degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds, device.type)
+    )
     by_degrees: dict[tuple[bool, bool], ScheduleName] = {
         (False, False): "none",
         (True, False): "ring",
