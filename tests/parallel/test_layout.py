@@ -109,6 +109,13 @@ def test_balanced_gives_equal_work_up_to_one_token_a_cut(
     assert sum(len(runs) for runs in shards.runs) <= 3 * world
 
 
+def test_one_document_is_one_band_between_any_two_zigzag_ranks() -> None:
+    """Guards the joining of bands: three calls and two merges where one call does is what makes zigzag slow."""
+    shards = SequenceShards("zigzag", [0, 64], 4)
+    counts = [len(shards.bands((q,), (k,))) for q in range(4) for k in range(4)]
+    assert counts == [1] * 16
+
+
 def test_short_documents_make_zigzag_uneven_and_striped_and_balanced_even() -> None:
     """Guards the reason for `balanced`: one long document after many short ones."""
     borders = borders_of([64] * 32 + [2048])
