@@ -126,7 +126,8 @@ def longspan_attention(
                 f"{num_keys} keys",
                 fix="pass one table for the whole row and use_cache=False",
             )
-        out = documents.attend(q, k, v, window=sliding_window, scale=scaling)
+        layer = getattr(module, "layer_idx", None)
+        out = documents.attend(q, k, v, window=sliding_window, scale=scaling, layer=layer)
     return out.reshape(batch, num_queries, num_heads, head_dim), None
 
 

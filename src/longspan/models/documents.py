@@ -73,11 +73,19 @@ class Documents:
         return self._bands[window]
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, window: int | None, scale: float | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        window: int | None,
+        scale: float | None,
+        layer: int | None = None,
     ) -> torch.Tensor:
         """Return the attention of q [tokens, heads, head_dim] over k, v of the same row.
 
         The attention function of `models.attention` calls this and nothing else, so a table that knows how
-        a row is spread over machines takes the place of this one by having the same method.
+        a row is spread over machines, or over time (which needs to know the `layer`), takes the place of this one
+        by having the same method.
         """
         return attention(q, k, v, self.bands(window), scale=scale)

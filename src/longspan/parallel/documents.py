@@ -65,6 +65,7 @@ class ShardedDocuments:
         *,
         window: int | None = None,
         scale: float | None = None,
+        layer: int | None = None,
     ) -> torch.Tensor:
         """Return the causal attention of this rank's tokens [num_tokens, heads, head_dim] over their documents."""
         return sequence_attention(q, k, v, self.shards, self.schedule, window=window, scale=scale)

@@ -1,0 +1,385 @@
+"""A row of documents walked in chunks: exact attention and gradients while one chunk of activations is alive.
+
+Chunks 0 .. n-1 of a row run one after the other. A first walk, forward and without gradients, writes the keys and
+values that later chunks read. A second walk goes backward: chunk n-1 runs with gradients, its backward pass adds to
+the gradients of the keys and values of the chunks before it, then chunk n-2 runs, and its own keys receive what later
+chunks added for them. The last chunk runs once, the others twice forward.
+
+    chunk            0      1      2                 keys and values of 0 and 1 wait for their gradients
+    first walk       run -> run
+    second walk      run <- run <- run               each with a backward pass; then its keys are given up
+
+What grows with the length is the cache alone: per token, layer and key/value head 2 * head_dim elements of keys and
+values and as many fp32 ones of gradients (Llama-3-8B in bf16: 128 + 256 KiB a token), on the device or on the host.
+Only what a later chunk reads is kept: of a chunk that ends inside a document, the part of that document, and of
+that no more than the layer's window.
+
+Attention reads the cache chunk by chunk and joins the parts through their log-sum-exp, so what it needs beside
+is one chunk of keys and values with gradients, whatever the length.
+
+Shape legend: C = tokens of a chunk, S = kept tokens of an earlier one, H = query heads, K = key/value heads, D =
+head dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from longspan.core.errors import ArgumentError
+from longspan.core.log import log_once
+from longspan.kernels.attention import NO_LIMIT, AttentionKernel, Bands, choose_kernel
+from longspan.models.documents import Documents
+from longspan.parallel.schedules.base import Partial, accumulation_dtype
+
+__all__ = ["ChunkDocuments", "ChunkedRow", "KeyValueCache", "whole_row_rope"]
+
+
+class _Arriving(NamedTuple):
+    """A tensor on its way to the device, and the event behind its copy."""
+
+    tensor: torch.Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> torch.Tensor:
+        """Let the computing stream wait for it."""
+        if self.copied is not None:
+            current = torch.cuda.current_stream(self.tensor.device)
+            current.wait_event(self.copied)
+            self.tensor.record_stream(current)
+        return self.tensor
+
+
+class KeyValueCache:
+    """Keys, values and their gradients by layer and chunk.
+
+    Args:
+        offload: wait on the host, pinned, and come back chunk by chunk on a stream of its own, one ahead of use.
+    """
+
+    def __init__(self, *, offload: bool = False) -> None:
+        self.offload = offload
+        self._kv: dict[tuple[int, int], torch.Tensor] = {}
+        self._gradients: dict[tuple[int, int], torch.Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that wait here now."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what waits here now: keys and values, [2, S, K, D] in their own type, and fp32 gradients."""
+        return [*self._kv.values(), *self._gradients.values()]
+
+    def write(self, layer: int, chunk: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep k, v [S, K, D] of a chunk."""
+        self._kv[layer, chunk] = self._leave(torch.stack((k, v)))
+
+    def write_gradients(self, layer: int, chunk: int, gradients: torch.Tensor) -> None:
+        """Keep the gradients of a chunk so far, [2, S, K, D], in place of those before."""
+        self._gradients[layer, chunk] = self._leave(gradients, into=self._gradients.get((layer, chunk)))
+
+    def take_gradients(self, layer: int, chunk: int, device: torch.device) -> torch.Tensor | None:
+        """Return the gradients that others added for the keys and values of a chunk, and forget them."""
+        kept = self._gradients.pop((layer, chunk), None)
+        return None if kept is None else self._come(kept, device).wait()
+
+    def walk(
+        self, layer: int, chunks: Sequence[int], device: torch.device, *, gradients: bool = False
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
+        """Yield (chunk, keys and values, gradients so far) on the device; the next ones are on their way then."""
+        ahead = self._start(layer, chunks[0], device, gradients) if chunks else None
+        for place, chunk in enumerate(chunks):
+            assert ahead is not None
+            kv, gradients_so_far = ahead[0].wait(), None if ahead[1] is None else ahead[1].wait()
+            if place + 1 < len(chunks):
+                ahead = self._start(layer, chunks[place + 1], device, gradients)
+            yield chunk, kv, gradients_so_far
+
+    def release(self, chunk: int) -> None:
+        """Forget a chunk, whose keys nobody will read again."""
+        for kept in (self._kv, self._gradients):
+            for key in [key for key in kept if key[1] == chunk]:
+                del kept[key]
+
+    def _start(
+        self, layer: int, chunk: int, device: torch.device, gradients: bool
+    ) -> tuple[_Arriving, _Arriving | None]:
+        kept = self._gradients.get((layer, chunk)) if gradients else None
+        return self._come(self._kv[layer, chunk], device), None if kept is None else self._come(kept, device)
+
+    def _leave(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Return where `tensor` waits."""
+        if not self.offload:
+            return tensor
+        on_gpu = tensor.device.type == "cuda"
+        if not on_gpu:
+            log_once(
+                "models.recurrent", "keys and values are offloaded from host to host: copies for nothing"
+            )
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu) if into is None else into
+        with self._copying(tensor.device, behind_compute=True) as stream:
+            host.copy_(tensor, non_blocking=True)
+            if stream is not None:
+                tensor.record_stream(stream)
+        return host
+
+    def _come(self, kept: torch.Tensor, device: torch.device) -> _Arriving:
+        """Start bringing a tensor to the device."""
+        if not self.offload:
+            return _Arriving(kept, None)
+        # One stream for both ways: what comes back has left before.
+        with self._copying(device, behind_compute=False) as stream:
+            arriving = kept.to(device, non_blocking=True, copy=True)
+            return _Arriving(arriving, None if stream is None else stream.record_event())
+
+    @contextlib.contextmanager
+    def _copying(self, device: torch.device, *, behind_compute: bool) -> Iterator[torch.cuda.Stream | None]:
+        if device.type != "cuda":
+            yield None
+            return
+        stream = self._stream(device)
+        if behind_compute:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield stream
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+class ChunkedRow:
+    """The document table of a row, cut into chunks of tokens, and the cache that joins them.
+
+    Args:
+        documents: the table of the whole row.
+        chunk_tokens: tokens of a chunk; the last one may be shorter.
+        offload: keep the cache in host memory.
+
+    Raises:
+        ArgumentError: a chunk without a token.
+    """
+
+    def __init__(self, documents: Documents, chunk_tokens: int, *, offload: bool = False) -> None:
+        if chunk_tokens < 1:
+            raise ArgumentError("a chunk needs at least one token", found=chunk_tokens, allowed=">= 1")
+        self.documents, self.chunk_tokens = documents, chunk_tokens
+        self.cache = KeyValueCache(offload=offload)
+        self._positions = documents.positions()
+
+    def __len__(self) -> int:
+        return math.ceil(self.documents.num_tokens / self.chunk_tokens)
+
+    def span(self, chunk: int) -> slice:
+        """Return the places of a chunk's tokens in the row."""
+        start = chunk * self.chunk_tokens
+        return slice(start, min(start + self.chunk_tokens, self.documents.num_tokens))
+
+    def is_read_later(self, chunk: int) -> bool:
+        """Whether a document goes on from this chunk into the next."""
+        return chunk + 1 < len(self) and self._document_at(self.span(chunk).stop)[0] < self.span(chunk).stop
+
+    def kept(self, chunk: int, window: int | None) -> slice:
+        """Return the tokens of a chunk that later ones may see, as places in the row."""
+        span = self.span(chunk)
+        if not self.is_read_later(chunk):
+            return slice(span.stop, span.stop)
+        first = max(span.start, self._document_at(span.stop)[0])
+        # The next token, at span.stop, sees itself and window - 1 tokens before it.
+        return slice(first if window is None else max(first, span.stop - (window - 1)), span.stop)
+
+    def bands(self, chunk: int, window: int | None) -> tuple[Bands, list[tuple[int, Bands]]]:
+        """Return who sees whom in a chunk, and for each earlier chunk that it sees something of, who sees what."""
+        span = self.span(chunk)
+        borders = np.clip(self.documents.cu_seqlens, span.start, span.stop) - span.start
+        own = Bands.from_documents(borders, window=window)
+        start, stop = self._document_at(span.start)
+        num_queries = min(stop, span.stop) - span.start
+        earlier = []
+        for before in range(start // self.chunk_tokens, chunk):
+            keys = self.kept(before, window)
+            # Query i is at span.start + i, key j at keys.start + j: all are earlier, some too early for a window.
+            distance = span.start - keys.start
+            hi = NO_LIMIT if window is None else window - 1 - distance
+            found = Bands([0], [num_queries], [0], [keys.stop - keys.start], lo=-NO_LIMIT, hi=hi)
+            if len(found):
+                earlier.append((before, found))
+        return own, earlier
+
+    def chunk(self, index: int, *, write: bool) -> ChunkDocuments:
+        """Return the table to hand to the model with the tokens of a chunk; the chunks before were written.
+
+        `write`: keep keys and values for the chunks behind it.
+        """
+        return ChunkDocuments(self, index, write=write)
+
+    def release(self, chunk: int) -> None:
+        """Give up the keys of a chunk whose backward pass is done."""
+        self.cache.release(chunk)
+
+    def _document_at(self, token: int) -> tuple[int, int]:
+        """Return start and end of the document that holds a token."""
+        borders = self.documents.cu_seqlens
+        index = int(np.searchsorted(borders, token, side="right")) - 1
+        return int(borders[index]), int(borders[index + 1])
+
+
+class ChunkDocuments:
+    """One chunk of a row, in place of the document table of a whole row; made by `ChunkedRow.chunk`."""
+
+    def __init__(self, row: ChunkedRow, index: int, *, write: bool) -> None:
+        self.row, self.index, self.write = row, index, write
+        self._bands: dict[int | None, tuple[Bands, list[tuple[int, Bands]]]] = {}
+
+    def __repr__(self) -> str:
+        return f"ChunkDocuments({self.index} of {len(self.row)})"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this chunk."""
+        span = self.row.span(self.index)
+        return span.stop - span.start
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the position of each token in its document, int64 [num_tokens]."""
+        return self.row._positions[self.row.span(self.index)].to(device)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        layer: int | None = None,
+    ) -> torch.Tensor:
+        """Return the attention of the chunk's queries over its own keys and those of the chunks before.
+
+        Raises:
+            ArgumentError: `layer` is None: the cache is kept by layer.
+        """
+        if layer is None:
+            raise ArgumentError(
+                "this model does not number its attention layers, so their keys cannot be kept from chunk to chunk",
+                fix="train this model without chunks",
+            )
+        if window not in self._bands:
+            self._bands[window] = self.row.bands(self.index, window)
+        if self.write:
+            kept = self.row.kept(self.index, window)
+            if kept.start < kept.stop:
+                start = self.row.span(self.index).start
+                here = slice(kept.start - start, kept.stop - start)
+                self.row.cache.write(layer, self.index, k.detach()[here], v.detach()[here])
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        own, earlier = self._bands[window]
+        call = _Call(self.row.cache, layer, self.index, own, dict(earlier), scale, choose_kernel(q.device))
+        return _ChunkAttention.apply(q, k, v, call)
+
+
+class _Call(NamedTuple):
+    cache: KeyValueCache
+    layer: int
+    chunk: int
+    own: Bands
+    earlier: dict[int, Bands]
+    scale: float
+    kernel: AttentionKernel
+
+    def widen(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Cast up for a kernel that computes in fp32 anyway and would round its parts."""
+        return tuple(t.to(accumulation_dtype(t)) for t in tensors) if self.kernel.upcasts else tensors
+
+
+class _ChunkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
+        partial = Partial(q)
+        queries, keys, values = call.widen(q, k, v)
+        partial.add(*call.kernel.forward(queries, keys, values, call.own, call.scale))
+        for chunk, kv_2SKD, _ in call.cache.walk(call.layer, list(call.earlier), q.device):
+            keys, values = call.widen(*kv_2SKD)
+            partial.add(*call.kernel.forward(queries, keys, values, call.earlier[chunk], call.scale))
+        out = partial.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, partial.lse)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        call: _Call = ctx.call
+        dtype = accumulation_dtype(q)
+        wants_kv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        dout, queries, outputs = call.widen(grad_outputs[0].contiguous(), q, out)
+
+        def gradients(keys: torch.Tensor, values: torch.Tensor, bands: Bands) -> list[torch.Tensor]:
+            keys, values = call.widen(keys, values)
+            parts = call.kernel.backward(dout, queries, keys, values, outputs, lse, bands, call.scale)
+            return [part.to(dtype) for part in parts]
+
+        dq, dk, dv = gradients(k, v, call.own)
+        walk = call.cache.walk(call.layer, list(call.earlier), q.device, gradients=wants_kv)
+        for chunk, kv_2SKD, total_2SKD in walk:
+            dq_part, *dkv = gradients(kv_2SKD[0], kv_2SKD[1], call.earlier[chunk])
+            dq += dq_part
+            if not wants_kv:
+                continue
+            if total_2SKD is None:
+                total_2SKD = torch.stack(dkv)
+            else:
+                for total, part in zip(total_2SKD, dkv):
+                    total += part
+            call.cache.write_gradients(call.layer, chunk, total_2SKD)
+        added_2SKD = call.cache.take_gradients(call.layer, call.chunk, q.device)
+        if added_2SKD is not None:
+            # What is kept of a chunk is its end.
+            start = k.shape[0] - added_2SKD.shape[1]
+            dk[start:] += added_2SKD[0]
+            dv[start:] += added_2SKD[1]
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+@contextlib.contextmanager
+def whole_row_rope(model: nn.Module, longest: int) -> Iterator[None]:
+    """Let frequencies that depend on the length (dynamic NTK, LongRoPE) be those of the whole row in each chunk.
+
+    They are worked out from the largest position that the model is given, so each chunk is given one more, the
+    `longest` of the row, and its angles are dropped again.
+    """
+
+    def append(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
+        place: Any = (kwargs, "position_ids") if "position_ids" in kwargs else (args, 1)
+        positions = place[0][place[1]]
+        place[0][place[1]] = nn.functional.pad(positions, (0, 1), value=longest)
+        return tuple(args), kwargs
+
+    def cut(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return output[:, :-1]
+        return tuple(tensor[:, :-1] for tensor in output)
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            kind = getattr(module, "rope_type", None)
+            kinds = kind.values() if isinstance(kind, dict) else [kind]
+            if any(isinstance(one, str) and ("dynamic" in one or one == "longrope") for one in kinds):
+                for hook in (
+                    module.register_forward_pre_hook(append, with_kwargs=True),
+                    module.register_forward_hook(cut),
+                ):
+                    stack.callback(hook.remove)
+        yield
