@@ -39,8 +39,11 @@ __all__ = [
     "enable",
     "hidden_states",
     "lm_head_weight",
+    "load_base",
     "load_model",
+    "reading_folder",
     "rope_fingerprint",
+    "rope_of",
     "save_model",
     "tokenizer_folder",
     "usable_device",
@@ -153,7 +156,7 @@ def check_model(origin: Mapping[str, Any] | str | Path, *, rope: Mapping[str, An
     if isinstance(origin, Mapping):
         config = _new_config(origin, rope)
     else:
-        with _loading(origin):
+        with reading_folder(origin):
             config = AutoConfig.from_pretrained(origin)
             if rope is not None:
                 config = AutoConfig.from_pretrained(origin, rope_parameters=_new_rope(config, rope))
@@ -170,6 +173,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub name, with longspan's attention.
 
+    An adapter folder (`models.lora`) is loaded with the base model that it names.
+
     Args:
         path: folder or hub name.
         rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
@@ -180,9 +185,25 @@ def load_model(
         DataError: nothing loadable at `path`, or weights that do not fill the model.
         ConfigError: an unknown RoPE setting.
     """
+    if (Path(path) / "adapter_config.json").is_file():
+        # That room is built on this one.
+        from longspan.models.lora import load_adapter
+
+        return load_adapter(path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype)
+    return load_base(path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype)
+
+
+def load_base(
+    path: str | Path,
+    *,
+    rope: Mapping[str, Any] | None = None,
+    max_position_embeddings: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a model as `load_model` does, but no adapter."""
     register()
     changes: dict[str, Any] = {}
-    with _loading(path):
+    with reading_folder(path):
         config = AutoConfig.from_pretrained(path)
         if rope is not None:
             changes["rope_parameters"] = _new_rope(config, rope)
@@ -257,7 +278,7 @@ def save_model(
 
 
 @contextlib.contextmanager
-def _loading(path: str | Path) -> Iterator[None]:
+def reading_folder(path: str | Path) -> Iterator[None]:
     """Turn what reading a model folder or hub name raises into a DataError."""
     folder = Path(path)
     if folder.exists() and not (folder / "config.json").is_file():
@@ -309,6 +330,15 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
     if any(found.get("rope_type") in ("dynamic", "longrope") for found in _per_layer_type(settings).values()):
         parts.append(json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\n".join(sorted(set(parts))).encode()).hexdigest()[:16]
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the RoPE settings of a config, those of full attention where a model has several; None without RoPE."""
+    parameters = getattr(_text_config(config), "rope_parameters", None)
+    if not parameters:
+        return None
+    by_layer = _per_layer_type(parameters)
+    return dict(by_layer.get("full_attention") or next(iter(by_layer.values())))
 
 
 def hidden_states(

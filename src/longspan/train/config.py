@@ -22,6 +22,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.data.lengths import Length, TokenBudget
 from longspan.data.mixture import MixtureSpec
+from longspan.models.lora_config import LoraConfig
 from longspan.parallel.layout import Layout
 
 
@@ -214,6 +215,8 @@ class TrainConfig(Config):
     """Folder, relative to `data_root`, whose tokenizer files go into each stage's model folder. None: those beside
     the weights at `model.path`."""
     model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train adapters beside frozen weights, which may be quantised. None: train all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -224,6 +227,12 @@ class TrainConfig(Config):
     def _rates_have_effect(self) -> Self:
         if self.optimizer.name == "adamw" and any(stage.adamw_lr is not None for stage in self.stages):
             raise ValueError("adamw_lr is the rate beside Muon; with optimizer adamw everything trains at lr")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _adapters_have_a_base(self) -> Self:
+        if self.lora is not None and self.model.path is None:
+            raise ValueError("lora trains beside a pretrained model: set model.path")
         return self
 
     @pydantic.model_validator(mode="after")

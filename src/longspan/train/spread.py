@@ -17,6 +17,7 @@ from torch import nn
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.loader import PackedRow, balance
 from longspan.models.documents import Documents
+from longspan.models.quantize import plain_parameters
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
@@ -77,6 +78,7 @@ class Spread:
         if self.mesh.fsdp is None:
             model.to(self.mesh.device)
         else:
+            plain_parameters(model, self.mesh.device)
             shard_model(
                 root,
                 self.mesh.fsdp,

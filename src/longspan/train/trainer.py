@@ -39,6 +39,7 @@ from longspan.models.hf import (
     save_model,
     tokenizer_folder,
 )
+from longspan.models.lora import apply_lora, check_lora, is_adapted, save_adapter
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
@@ -107,7 +108,11 @@ def _train_stages(
             state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds, spread)
             if spread.is_first and not models[plan.stage.name].exists():
                 model = _stage_model(config, plan.stage, state, root)
-                save_model(model, models[plan.stage.name], tokenizer=tokenizer)
+                if config.lora is None:
+                    save_model(model, models[plan.stage.name], tokenizer=tokenizer)
+                else:
+                    base = _model_path(config, root)
+                    save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
             if spread.mesh.world > 1 and plan is not plans[-1]:
                 # Only the first process has gathered the weights with which the next stage starts.
                 on_first_rank(lambda: None)
@@ -132,6 +137,8 @@ def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
     root = data_root / config.data_root
     for stage in config.stages:
         check_model(config.model.hf_config or _model_path(config, root), rope=_rope_at(config, stage))
+    if config.lora is not None:
+        check_lora(_model_path(config, root), config.lora)
     plans = [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
     _check_tokenizers(config, plans, root)
     return plans
@@ -386,6 +393,8 @@ def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | No
         settings = {**config.model.hf_config, "dtype": config.model.dtype}
         settings["max_position_embeddings"] = max(settings.get("max_position_embeddings", 0), context)
         model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init)
+    if config.lora is not None:
+        apply_lora(model, config.lora, seed=config.seed)
     if state is not None:
         _load_tensors(model, state.model)
     return model.train()
@@ -413,9 +422,13 @@ def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
 def _tensors(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
     """Return parameters and persistent buffers by name, shared ones once, gathered if they are sharded.
 
+    Of a model with an adapter, only what is trained.
+
     All processes gather together; those that do not `keep` the tensors return nothing.
     """
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    if is_adapted(model):
+        own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     tensors = {}
     for name, value in model.state_dict().items():
         if name in own:
