@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the tensors made while it is entered, by their storage.
+    """Counts the tensors that operations return while it is entered, by their storage.
 
     Looks between operations, so what an operation needs inside itself is not seen.
 
@@ -23,26 +23,39 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = self.host_peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._host: set[int] = set()
+        self._device = self._host = 0
+        self._alive: dict[int, tuple[weakref.ref[Any], int, bool]] = {}
 
     def move_to_host(self, tensor: torch.Tensor) -> None:
         """Count a tensor as host memory from now on: on a CPU, what an accelerator would have sent away."""
-        self._host.add(tensor.untyped_storage()._cdata)
+        self._note(tensor, on_host=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._look()
+                self._note(tensor)
+        self.peak = max(self.peak, self._device)
         return out
 
-    def _look(self) -> None:
-        for key in [key for key, (ref, _) in self._alive.items() if ref.expired()]:
-            del self._alive[key]
-            self._host.discard(key)
-        host = sum(self._alive[key][1] for key in self._host if key in self._alive)
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()) - host)
-        self.host_peak = max(self.host_peak, host)
+    def _note(self, tensor: torch.Tensor, *, on_host: bool = False) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None:
+            on_host = on_host or known[2]
+            self._forget(key)
+        # The Python object of a storage lives as long as the storage itself.
+        self._alive[key] = (weakref.ref(storage, lambda _: self._forget(key)), storage.nbytes(), on_host)
+        if on_host:
+            self._host += storage.nbytes()
+            self.host_peak = max(self.host_peak, self._host)
+        else:
+            self._device += storage.nbytes()
+
+    def _forget(self, key: int) -> None:
+        _, size, on_host = self._alive.pop(key)
+        if on_host:
+            self._host -= size
+        else:
+            self._device -= size

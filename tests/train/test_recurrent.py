@@ -288,11 +288,11 @@ def peak_beside_the_cache(tokens: int, chunk_tokens: int | None) -> int:
 
 def test_the_working_set_does_not_grow_with_the_length() -> None:
     """Counts the bytes of all living tensors: a chunk's activations, whatever the row. A row at once is the control."""
-    short, long = (peak_beside_the_cache(tokens, 32) for tokens in (192, 768))
+    short, long = (peak_beside_the_cache(tokens, 32) for tokens in (192, 576))
     # Five int64 columns of the batch and its losses; one activation of the hidden size would be 128 bytes a token.
-    assert long - short <= 48 * (768 - 192), (short, long)
-    whole = [peak_beside_the_cache(tokens, None) for tokens in (192, 768)]
-    assert whole[1] - whole[0] > 4000 * (768 - 192), whole
+    assert long - short <= 48 * (576 - 192), (short, long)
+    whole = [peak_beside_the_cache(tokens, None) for tokens in (192, 576)]
+    assert whole[1] - whole[0] > 4000 * (576 - 192), whole
 
 
 def test_wrong_settings_are_refused() -> None:
