@@ -18,7 +18,12 @@ from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models import recurrent
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.hf import Documents, build_model
+from longspan.models.lora import apply_lora
+from longspan.models.lora_config import LoraConfig
 from longspan.models.recurrent import ChunkedRow, KeyValueCache
+from longspan.parallel.fsdp import full_tensor, shard_model
+from longspan.parallel.launch import spawn_local
+from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.train.batch import IGNORE, Batch
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.recurrent import recurrent_step
@@ -307,3 +312,40 @@ def test_wrong_settings_are_refused() -> None:
         layer.self_attn.layer_idx = None
     with pytest.raises(ArgumentError, match="does not number its attention layers"):
         recurrent_step(nameless, batch_of(BORDERS), chunk_tokens=8, weight=1.0)
+
+
+def test_composes_with_adapters() -> None:
+    """Gradients of adapters on keys and values come through the cache; the frozen weights below them have none."""
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    model = apply_lora(
+        model_of(), LoraConfig(rank=4, target_modules=("q_proj", "k_proj", "v_proj")), seed=0
+    ).train()
+    with torch.no_grad():  # B starts at 0, which hides the gradient of A
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.ones_like(parameter)
+    check_equal(enable_checkpointing(model, "full"), batch_of(BORDERS), chunk_tokens=32)
+
+
+def sharded_errors(rank: int) -> list[float]:
+    """Return the error of each gradient of two ranks that walk different documents; module level for spawned ranks."""
+    batches = [batch_of([0, 32, 64, 100]), batch_of([0, 100], seed=1)]
+    model = model_of()
+    for batch in batches:
+        at_once(model, batch, 200.0)
+    truth = gradients(model)
+    mesh = build_mesh(MeshConfig(dp_shard=2), "cpu", timeout_seconds=100).fsdp
+    assert mesh is not None
+    root = ModelWithLoss(enable_checkpointing(model, "full"))
+    shard_model(root, mesh)
+    recurrent_step(root, batches[rank], chunk_tokens=32, weight=200.0)
+    return [
+        float((full_tensor(parameter.grad) - truth[name]).norm() / truth[name].norm())
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def test_composes_with_fsdp2() -> None:
+    """Ranks gather parameters together: one whose documents need no first walk must not leave the other waiting."""
+    for errors in spawn_local(sharded_errors, 2, timeout_seconds=200):
+        assert len(errors) > 20 and max(errors) <= 1e-5, errors
