@@ -1,0 +1,345 @@
+"""Bytes of one GPU at the peak of a training step, part by part, for every setting of `memory` and `parallel`.
+
+The peak is the highest of a few moments, each with its own parts:
+
+    forward     the last block computes, what the blocks before it keep is there
+    loss        hidden states and their gradient, the head's gradient in fp32, one chunk of logits
+    backward    a block's backward pass; the last block has most activations, the first one most gradients
+    optimizer   all gradients, and what the optimizer needs inside a step
+
+Parameters, gradients and optimizer states are those of a rank's shard; the parameters of two blocks are gathered, the
+one that computes and the next, and a block's gradient is there whole until it is summed over ranks. What happens
+inside a block is walked operation by operation (`plan.block`); what a schedule adds is in `plan.memory`.
+
+Checked against the tensors that are really alive in `benchmarks/plan.md`; a GPU adds what its allocator and its
+libraries hold, `WORKSPACE`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from longspan.core.errors import ArgumentError
+from longspan.plan.block import BlockSettings, block_walk
+from longspan.plan.hardware import Gpu
+from longspan.plan.memory import attention_buffers
+from longspan.plan.models import ModelShape
+from longspan.plan.tape import Walk
+
+__all__ = ["WORKSPACE", "LoraSettings", "TrainingMemory", "TrainingSettings", "training_memory"]
+
+SUM_BYTES = 4
+NF4_BYTES = 4.127 / 8
+"""Of a weight in 4 bits: blocks of 64 with a scale in 8 bits, and the scales of those."""
+LOGITS_BUDGET = 128 << 20
+"""Bytes of the loss's one buffer of logits (kernels.loss)."""
+WORKSPACE = 2.5e9
+"""CUDA context, NCCL buffers, library workspaces and fragmentation: not counted, an allowance."""
+
+
+class LoraSettings(NamedTuple):
+    """Adapters at every linear layer of the blocks; the weights themselves are frozen."""
+
+    rank: int
+    quantized: bool = False
+    """Frozen linear layers are stored in 4 bits (QLoRA)."""
+    embeddings: bool = False
+    """The embedding is trained whole, in fp32, beside its frozen original."""
+
+
+class TrainingSettings(NamedTuple):
+    """One training step; names as in a recipe."""
+
+    tokens: int
+    """Tokens of a micro-batch, over all ranks that share the sequence."""
+    schedule: str = "none"
+    ring: int = 1
+    ulysses: int = 1
+    dp_shard: int = 1
+    dp_replicate: int = 1
+    tp: int = 1
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """`model.dtype`: of weights and optimizer state."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    activation_checkpointing: Literal["none", "full", "offload"] = "none"
+    tiled_mlp: int | None = None
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at once; None = those of 128 MiB."""
+    offload_parameters: bool = False
+    chunk_tokens: int | None = None
+    """The row is walked in chunks of so many tokens."""
+    offload_cache: bool = False
+    """The keys, values and gradients that chunks leave to each other wait on the host."""
+    lora: LoraSettings | None = None
+    accumulates: bool = False
+    """More than one micro-batch in a step."""
+    cuda: bool = True
+    """False: as on a CPU, where attention and loss compute in fp32 and AdamW goes parameter by parameter."""
+
+    @property
+    def shards(self) -> int:
+        """Ranks that the parameters are sharded over."""
+        return self.dp_shard * self.ring * self.ulysses
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model runs under FSDP."""
+        return self.shards * self.dp_replicate > 1 or self.offload_parameters or self.compute_dtype is not None
+
+    @property
+    def parameter_bytes(self) -> int:
+        return _bytes(self.dtype)
+
+    @property
+    def compute_bytes(self) -> int:
+        return _bytes(self.compute_dtype or self.dtype)
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes of one rank."""
+
+    moments: dict[str, dict[str, float]]
+    """Device bytes by part, at each moment of a step."""
+    host: dict[str, float]
+    """Host bytes by part."""
+
+    @property
+    def moment(self) -> str:
+        """The moment with the peak."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Device bytes by part at the peak."""
+        return self.moments[self.moment]
+
+    @property
+    def device(self) -> float:
+        """Device bytes at the peak, without WORKSPACE."""
+        return sum(self.parts.values())
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host.values())
+
+    def limit(self, gpu: Gpu, num_gpus: int) -> str | None:
+        """Return what does not fit on `num_gpus` of them, None if all does."""
+        if self.device + WORKSPACE > gpu.memory:
+            return "device memory"
+        return "host memory" if self.host_bytes > gpu.host_for_rank(num_gpus) else None
+
+
+def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMemory:
+    """Return the memory of one rank at the moments of a training step that is not the first.
+
+    Raises:
+        ArgumentError: settings that the trainer refuses: tensor parallelism, chunks of a sequence that is spread.
+    """
+    s = settings
+    if s.tp != 1:
+        raise ArgumentError("training does not share single matrices", found=f"tp {s.tp}", allowed="1")
+    if s.chunk_tokens is not None and s.ring * s.ulysses > 1:
+        raise ArgumentError(
+            "training in chunks needs whole rows", found=f"{s.ring * s.ulysses} ranks share a sequence"
+        )
+    tokens = -(-s.tokens // (s.ring * s.ulysses))
+    alive = tokens if s.chunk_tokens is None else min(s.chunk_tokens, tokens)
+    weights = _Weights(model, s)
+    block = _block(model, s, alive)
+    resident, host = _resident(model, s, weights)
+    unit = alive * model.hidden * s.compute_bytes
+    kept, offloaded = _kept(model, s, block, unit)
+    if offloaded:
+        host["layer inputs"] = offloaded
+    cache = _cache(model, s, tokens, alive)
+    if cache:
+        (host if s.offload_cache else resident)["key/value cache"] = cache
+    gathered = weights.gathered()
+    gradients = weights.device_gradients
+    before = gradients if s.accumulates or (s.chunk_tokens is not None and alive < tokens) else 0.0
+    base = {**resident, **({"gathered parameters": gathered} if gathered else {})}
+    loss_parts = _loss(model, s, alive, weights)
+    # The gradient of a block's input or output, and tokens' ids, labels, positions, angles.
+    small = tokens * 4 * 8 + alive * model.head_dim * 2 * s.compute_bytes
+    norms = 2 * unit + (alive * model.hidden * SUM_BYTES if s.compute_bytes < SUM_BYTES else 0)
+    saves = s.activation_checkpointing == "none"
+    moments = {
+        "forward": {
+            **base,
+            "gradients": before,
+            "layer inputs": max(0.0, kept - (block.saved if saves else unit)),
+            "one block": block.saved + unit if saves else block.forward,
+            "batch": small,
+        },
+        "loss": {
+            **base,
+            "gradients": before,
+            "layer inputs": kept + norms,
+            **loss_parts,
+            "batch": small,
+        },
+    }
+    layer_gradients = weights.layer_gradients
+    head = weights.head_gradient
+    for name, others, inputs in (
+        ("backward of the last block", 0.0, kept - (block.saved if saves else unit)),
+        ("backward of the first block", layer_gradients * (model.layers - 1), 0.0),
+    ):
+        made = max(before, head + others) if not weights.summed_over_ranks else max(before, gradients)
+        moments[name] = {
+            **base,
+            "gradients": made,
+            "layer inputs": max(0.0, inputs),
+            "one block": block.backward + (weights.reduced if weights.summed_over_ranks else 0.0),
+            "batch": small,
+        }
+    moments["optimizer"] = {**resident, "gradients": gradients, "inside the optimizer": weights.optimizer_scratch}
+    return TrainingMemory(moments, {name: size for name, size in host.items() if size})
+
+
+class _Weights:
+    """Sizes of weights, gradients and optimizer state of one rank, in bytes."""
+
+    def __init__(self, model: ModelShape, s: TrainingSettings) -> None:
+        self.model, self.s = model, s
+        self.embeddings = model.vocab * model.hidden
+        self.layers = model.layers * model.layer_parameters
+        self.outside = model.parameters - self.layers
+        lora = s.lora
+        self.adapters = 0
+        if lora is not None:
+            width, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+            sides = 2 * model.hidden + 2 * width + 2 * (model.hidden + kv) + 3 * (model.hidden + model.intermediate)
+            self.adapters = lora.rank * sides
+        share = 1 / s.shards
+        narrow = s.parameter_bytes
+        trained_bytes = SUM_BYTES if lora is not None else narrow
+        frozen_layer = NF4_BYTES if lora is not None and lora.quantized else narrow
+        whole = self.embeddings if lora is not None and lora.embeddings else 0
+        self.trained = (model.parameters if lora is None else model.layers * self.adapters + whole) * share
+        self.parameters = self.trained * trained_bytes
+        if lora is not None:
+            self.parameters += (self.layers * frozen_layer + self.outside * narrow) * share
+        self.gradients = self.trained * trained_bytes
+        self.summed_over_ranks = s.is_sharded
+        self.trained_bytes = trained_bytes
+        self.device_gradients = 0.0 if s.offload_parameters else self.gradients
+        of_layer = model.layer_parameters if lora is None else self.adapters
+        self.layer_gradients = of_layer * trained_bytes * share
+        self.head_gradient = (
+            0.0 if lora is not None else self.embeddings * narrow * share
+        )
+        self.reduced = (of_layer * _bytes(s.reduce_dtype)) if s.shards * s.dp_replicate > 1 else 0.0
+        self.state, self.optimizer_scratch = self._optimizer(share)
+
+    def gathered(self) -> float:
+        """Parameters of the blocks that compute now and next, of the root, and a buffer to gather into."""
+        s, model = self.s, self.model
+        if not s.is_sharded:
+            return 0.0
+        lora = s.lora
+        layer: float = model.layer_parameters * s.compute_bytes
+        if lora is not None:
+            layer = model.layer_parameters * (NF4_BYTES if lora.quantized else s.compute_bytes)
+            layer += self.adapters * s.compute_bytes
+        return 3 * layer + self.outside * s.compute_bytes
+
+    def _optimizer(self, share: float) -> tuple[float, float]:
+        """Return bytes of the state, and what a step needs inside itself."""
+        model, s = self.model, self.s
+        matrices = 0.0
+        if s.optimizer == "muon":
+            matrices = float(model.layers * (model.layer_parameters if s.lora is None else self.adapters))
+        rest = self.trained - matrices * share
+        state = 2 * rest * self.trained_bytes + matrices * share * SUM_BYTES
+        scratch = 0.0
+        if matrices:
+            # Gathered updates of all shapes, then of one shape a stack and four more of its size.
+            widest = 2 * model.layers * model.hidden * model.intermediate if s.lora is None else matrices
+            scratch = matrices * SUM_BYTES + 5 * widest * SUM_BYTES
+        # The root of the second moment: of all parameters together on a GPU, of one after the other on a CPU.
+        largest = max(self.embeddings if s.lora is None else 0, model.hidden * model.intermediate)
+        roots = rest * self.trained_bytes if s.cuda else 2 * min(rest, largest) * self.trained_bytes
+        return state, 0.0 if s.offload_parameters else max(scratch, roots)
+
+
+def _bytes(dtype: str) -> int:
+    return {"float32": 4, "bfloat16": 2}[dtype]
+
+
+def _block(model: ModelShape, s: TrainingSettings, alive: int) -> Walk:
+    query, key = alive * model.heads * model.head_dim, alive * model.kv_heads * model.head_dim
+    if s.chunk_tokens is not None and alive < s.tokens:
+        # Sums of out and dq in fp32; keys and values of an earlier chunk, the next one, their gradients twice.
+        attention = 2 * query * SUM_BYTES + 2 * key * (2 * s.compute_bytes + 3 * SUM_BYTES)
+    elif s.schedule == "none":
+        attention = 0.0
+    else:
+        attention = attention_buffers(
+            s.schedule, model, alive, ring_degree=s.ring, ulysses_degree=s.ulysses
+        ) - query * SUM_BYTES * (s.schedule != "all_gather")
+    return block_walk(
+        model,
+        BlockSettings(
+            tokens=alive,
+            element_bytes=s.compute_bytes,
+            tile_tokens=s.tiled_mlp,
+            trained=s.lora is None,
+            lora_rank=None if s.lora is None else s.lora.rank,
+            dequantized=s.lora is not None and s.lora.quantized,
+            cuda=s.cuda,
+            attention_bytes=attention,
+        ),
+    )
+
+
+def _resident(model: ModelShape, s: TrainingSettings, weights: _Weights) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what stays between steps, on the device and on the host."""
+    stays = {"parameters": weights.parameters, "optimizer state": weights.state}
+    if not s.offload_parameters:
+        return stays, {}
+    return {}, {**stays, "gradients": weights.gradients}
+
+
+def _kept(model: ModelShape, s: TrainingSettings, block: Walk, unit: float) -> tuple[float, float]:
+    """Return what all blocks keep on the device between forward and backward, and on the host."""
+    if s.activation_checkpointing == "none":
+        return model.layers * block.saved, 0.0
+    if s.activation_checkpointing == "full":
+        return model.layers * unit, 0.0
+    # The one in use and the one on its way.
+    on_host = model.layers * unit
+    return min(2, model.layers) * unit, on_host
+
+
+def _cache(model: ModelShape, s: TrainingSettings, tokens: int, alive: int) -> float:
+    if s.chunk_tokens is None or alive >= tokens:
+        return 0.0
+    rows = tokens - alive
+    return 2 * rows * model.layers * model.kv_heads * model.head_dim * (s.compute_bytes + SUM_BYTES)
+
+
+def _loss(model: ModelShape, s: TrainingSettings, alive: int, weights: _Weights) -> dict[str, float]:
+    item = SUM_BYTES
+    chunk = s.loss_chunk or max(16, LOGITS_BUDGET // (item * model.vocab))
+    chunk = min(chunk, alive)
+    logits = chunk * model.vocab * item
+    narrow = s.compute_bytes < SUM_BYTES
+    head = 0.0
+    if s.lora is None:
+        head = weights.embeddings * SUM_BYTES
+        if narrow:
+            # A product in fp32 before it is added, or the weight in fp32 on a CPU.
+            head += weights.embeddings * SUM_BYTES
+    elif narrow and not s.cuda:
+        head = weights.embeddings * SUM_BYTES
+    if narrow and s.cuda:
+        logits += chunk * model.vocab * s.compute_bytes
+    hidden = alive * model.hidden * s.compute_bytes
+    return {
+        "head's gradient": head,
+        "logits": logits + 2 * chunk * model.hidden * item,
+        "gradient of the hidden states": hidden + alive * SUM_BYTES,
+    }
