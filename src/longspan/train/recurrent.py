@@ -2,8 +2,9 @@
 
 A batch's forward and backward pass, chunk by chunk (see `models.recurrent`): the same loss and the same gradients as
 in one piece, to rounding. Memory of a chunk beside a cache of keys and values that grows with the length and may wait
-in host memory; time of at most one more forward pass. Chunked loss, tiled MLP, activation checkpointing,
-frozen weights and FSDP act inside the chunk as they do in a row.
+in host memory; time of at most one more forward pass, which is what activation checkpointing costs: where a chunk fits
+without checkpointing, a long row costs no more than a checkpointed one. Chunked loss, tiled MLP, checkpointing, frozen
+weights, adapters and FSDP act inside the chunk as they do in a row.
 """
 
 from __future__ import annotations
