@@ -229,9 +229,9 @@ def test_bf16_gradients_are_summed_before_they_are_rounded() -> None:
         recurrent_step(model, batch, chunk_tokens=chunk_tokens, weight=160.0)
         mine = gradients(model)
         assert all(gradient.dtype == torch.bfloat16 for gradient in mine.values())
-        name = "model.embed_tokens.weight"
+        name = "lm_head.weight"
         errors.append(float((mine[name].float() - truth[name]).norm() / truth[name].norm()))
-    assert errors[1] <= 1.5 * errors[0], errors
+    assert errors[1] <= 1.3 * errors[0], errors
 
 
 def test_only_what_is_read_later_is_kept() -> None:
