@@ -25,6 +25,7 @@ STORY = (
     ("data", "pairs"),
     ("data", "retrieval"),
     ("train",),
+    ("export",),
     ("eval", "needle"),
     ("eval", "ppl"),
     ("report",),

@@ -47,6 +47,7 @@ __all__ = [
     "save_model",
     "tokenizer_folder",
     "usable_device",
+    "without_bars",
 ]
 
 TOKENIZER_FILES = (
@@ -210,7 +211,7 @@ def load_base(
         if max_position_embeddings is not None:
             own = getattr(_text_config(config), "max_position_embeddings", 0)
             changes["max_position_embeddings"] = max(own, max_position_embeddings)
-        with _without_bars() if Path(path).exists() else contextlib.nullcontext():
+        with without_bars() if Path(path).exists() else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 attn_implementation=ATTENTION_NAME,
@@ -270,7 +271,7 @@ def save_model(
     """
     if Path(path).exists() and not replace:
         raise ArgumentError(f"{path} already exists", fix="choose another path or remove it")
-    with atomic_dir(path, replace=replace) as folder, _without_bars():
+    with atomic_dir(path, replace=replace) as folder, without_bars():
         model.save_pretrained(folder)
         for name in TOKENIZER_FILES:
             if tokenizer is not None and (Path(tokenizer) / name).is_file():
@@ -294,7 +295,7 @@ def reading_folder(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Keep transformers from drawing a bar for every local folder it reads or writes."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -37,7 +37,9 @@ NF4_BLOCK = 64
 
 
 def quantize(model: nn.Module, how: Quantization, *, keep: Iterable[str] = ()) -> None:
-    """Store the weights of a model's linear layers in 4 bits, in place; rounds each by up to a tenth of its block.
+    """Store the weights of a model's linear layers in 4 bits, in place.
+
+    Each weight is rounded by up to 15 % of the largest in its block.
 
     The output embedding and the layers named in `keep` stay as they are. Cost: one pass over the weights, where
     they are (faster on a GPU).
@@ -79,6 +81,8 @@ def quantize(model: nn.Module, how: Quantization, *, keep: Iterable[str] = ()) -
 
 def dequantize(model: nn.Module) -> None:
     """Put float32 linear layers with the same values in the place of quantised ones, in place."""
+    if stored_as(model) is None:
+        return
     bnb = bitsandbytes()
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, bnb.nn.Linear4bit):
@@ -101,7 +105,7 @@ def plain_parameters(model: nn.Module, device: torch.device) -> None:
     Raises:
         ConfigError: DoRA, which reads the weights before the layer has gathered and wrapped them.
     """
-    if getattr(model, "longspan_quantization", None) is None:
+    if stored_as(model) is None:
         return
     if any(config.use_dora for config in getattr(model, "peft_config", {}).values()):
         raise ConfigError(

@@ -87,6 +87,16 @@ def load_latest(folder: Path, *, config_fingerprint: str) -> TrainState | None:
     return None
 
 
+def read_checkpoint(path: Path) -> TrainState:
+    """Read one checkpoint, of whatever recipe, and verify every byte of it. Raises DataError if it is damaged."""
+    try:
+        return load_checkpoint(path, config_fingerprint=_read_head(path)["config"])
+    except _Damaged as error:
+        raise DataError(
+            f"the checkpoint {path} is damaged", found=str(error), fix="use another one"
+        ) from error
+
+
 def load_checkpoint(path: Path, *, config_fingerprint: str) -> TrainState:
     """Read one checkpoint and verify every byte of it."""
     head = _read_head(path)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from longspan.core.errors import ConfigError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_write, remove_leftovers
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
@@ -43,7 +43,7 @@ from longspan.models.lora import apply_lora, check_lora, is_adapted, save_adapte
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
-from longspan.train.checkpoint import TrainState, load_latest, save_checkpoint
+from longspan.train.checkpoint import TrainState, load_latest, read_checkpoint, save_checkpoint
 from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
@@ -88,6 +88,40 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
         plans = plan_run(config, data_root=Path(data_root))
         spread.check(config, *_heads(config, root))
         return _train_stages(config, plans, Path(out), root, spread)
+
+
+class Trained(NamedTuple):
+    """The model of one checkpoint, and where the files beside it are."""
+
+    model: PreTrainedModel
+    tokenizer: Path | None
+    base: str | None
+    """Model that the adapter was trained beside; None = all weights were trained."""
+
+
+def load_trained(checkpoint: str | Path, *, base: str | None = None) -> Trained:
+    """Return the model of a checkpoint in a run folder, with the RoPE of the stage that wrote it.
+
+    `base` replaces the recipe's `model.path`, which is looked for from the working directory.
+
+    Raises:
+        DataError: a damaged checkpoint, or no run folder around it.
+        ConfigError, ArgumentError: as for training.
+    """
+    path = Path(checkpoint).resolve()
+    config = TrainConfig.from_yaml(path.parent.parent / "config.yaml")
+    if base is not None:
+        if config.lora is None:
+            raise ArgumentError(f"{checkpoint} holds a whole model; a base is for adapters")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+    state = read_checkpoint(path)
+    root = Path(config.data_root)
+    model = _stage_model(config, config.stages[state.stage], state, root)
+    return Trained(
+        model.eval(),
+        _tokenizer_folder(config, root),
+        _model_path(config, root) if config.lora is not None else None,
+    )
 
 
 def _train_stages(
@@ -380,7 +414,9 @@ def _heads(config: TrainConfig, root: Path) -> tuple[int, int]:
     return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
-def _stage_model(config: TrainConfig, stage: StageConfig, state: TrainState | None, root: Path) -> nn.Module:
+def _stage_model(
+    config: TrainConfig, stage: StageConfig, state: TrainState | None, root: Path
+) -> PreTrainedModel:
     """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
     dtype = getattr(torch, config.model.dtype)
     rope = _rope_at(config, stage)

@@ -1,0 +1,111 @@
+"""`longspan export`: every folder that training leaves becomes the same model elsewhere, or one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+TRAIN = """\
+model: {path: base}
+tokenizer: tokenizer
+lora: {rank: 4, quantize: nf4, trainable: [embed_tokens]}
+checkpoint: {every_steps: 2}
+stages:
+  - name: long
+    context_length: 256
+    tokens: 2048
+    batch_tokens: 512
+    lr: 1e-2
+    rope: {rope_type: default, rope_theta: 5e5}
+    streams:
+      text: {store: store}
+"""
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def run(longspan, store):
+    """A finished run of four steps with a quantised base; the tokenizer is the recipe's."""
+    from longspan.models.hf import build_model, save_model
+
+    save_model(build_model(TINY, seed=0), "base")
+    Path("lora.yaml").write_text(TRAIN)
+    outcome = longspan("train lora.yaml --out run")
+    assert outcome.code == 0, outcome.err
+    return Path("run")
+
+
+def greedy(model):
+    ids = torch.arange(40, 60)[None]
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+
+
+def test_stage_checkpoint_adapter_and_run_become_the_same_model(longspan, run):
+    from transformers import AutoModelForCausalLM
+
+    from longspan.models.hf import load_model
+
+    stage = run / "stages" / "long"
+    words = greedy(load_model(stage))
+    assert longspan(f"export {stage} --adapter --out adapter").code == 0
+    shutil.move("base", "moved")
+    merged = []
+    for name, source in (
+        ("stage", stage),
+        ("checkpoint", run / "checkpoints" / "step-00000004"),
+        ("alone", "adapter"),
+        ("last", run),
+    ):
+        outcome = longspan(f"export {source} --base moved --out {name} --json")
+        assert outcome.code == 0, outcome.err
+        report = json.loads(outcome.out)
+        assert report["kind"] == "merged" and report["merge_error"] < 1e-3
+        merged.append(Path(name, "model.safetensors").read_bytes())
+        assert Path(name, "tokenizer.json").read_bytes() == Path("tokenizer/tokenizer.json").read_bytes()
+    assert len(set(merged)) == 1
+    model = AutoModelForCausalLM.from_pretrained("last")
+    assert torch.equal(greedy(model), words)
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+    assert model.config.max_position_embeddings == 256
+    again = longspan("export last --out again --dtype bfloat16")
+    assert again.code == 0 and "rounding to bfloat16" in again.out
+
+
+def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
+    stage = run / "stages" / "long"
+    (run / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"torn")
+    Path("empty").mkdir()
+    for line, parts in (
+        ("export absent --out out", ["absent is nothing to export", "no such folder"]),
+        ("export empty --out out", ["empty is nothing to export", "adapter_config.json"]),
+        ("export base --adapter --out out", ["base has no adapter"]),
+        ("export base --base base --out out", ["--base is for adapters"]),
+        (f"export {stage} --adapter --dtype bfloat16 --out out", ["--dtype has no effect"]),
+        (f"export {stage} --base tokenizer --out out", ["tokenizer is not a Hugging Face model folder"]),
+        (f"export {run}/checkpoints/step-00000004 --out out", ["is damaged", "model.safetensors"]),
+        (f"export {stage} --out base", ["base already exists", "--out"]),
+    ):
+        outcome = longspan(line)
+        assert outcome.code == 2, line
+        assert "Traceback" not in outcome.err
+        for part in parts:
+            assert part in outcome.err, line
+    assert not os.path.exists("out")
+    shutil.rmtree(run / "stages" / "long")
+    assert "is not done" in longspan(f"export {run} --out out").err

@@ -1,0 +1,222 @@
+"""Adapters: what is trained, what is saved, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from longspan.core.errors import ArgumentError, ConfigError, DataError, MissingDependencyError
+from longspan.kernels.loss import linear_cross_entropy
+from longspan.kernels.tiled_mlp import enable_tiled_mlp
+from longspan.models.checkpointing import enable_checkpointing
+from longspan.models.documents import Documents
+from longspan.models.hf import build_model, hidden_states, lm_head_weight, load_model, save_model
+from longspan.models.lora import LoraConfig, apply_lora, check_lora, load_adapter, save_adapter
+from longspan.models.lora_config import Quantization
+from longspan.models.quantize import dequantize, quantize
+from tests.models.test_hf import TINY, tokens
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "model"
+    save_model(build_model({**TINY, "tie_word_embeddings": request.param}, seed=0), path)
+    return path
+
+
+def loss(model: PreTrainedModel) -> torch.Tensor:
+    """Mean loss of two documents of 20 and 30 tokens."""
+    ids = tokens(50)
+    hidden = hidden_states(model, ids, Documents.from_cu_seqlens([0, 20, 50]))
+    return linear_cross_entropy(hidden, lm_head_weight(model), ids.roll(-1)).loss / 50
+
+
+def steps(model: PreTrainedModel, count: int = 4) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(count):
+        value = loss(model)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "attention only": {"target_modules": ["q_proj", "self_attn.v_proj"]},
+    "dora": {"dora": True},
+    "embeddings and norms": {"trainable": ["embed_tokens", "norm", "input_layernorm"]},
+    "head": {"trainable": ["lm_head"]},
+    "nf4": {"quantize": "nf4"},
+    "nf4, scales in float32": {"quantize": "nf4", "double_quant": False, "compute_dtype": "float32"},
+    "dora on nf4": {"quantize": "nf4", "dora": True, "trainable": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_saves_and_comes_back_bit_for_bit(
+    base: Path, tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    """A frozen weight that moves, a trained one that is not saved, an embedding whose head stays behind."""
+    model = load_model(base, dtype=dtype)
+    plain = hidden_states(model, tokens(50))
+    apply_lora(model, LoraConfig(rank=4, **VARIANTS[variant]), seed=1)
+    if "quantize" not in VARIANTS[variant] and dtype == torch.float32:
+        assert torch.equal(hidden_states(model, tokens(50)), plain)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    losses = steps(model)
+    assert losses[-1] < losses[0] - 0.05
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) == (not value.requires_grad), name
+        assert value.dtype == torch.float32 or not value.requires_grad
+    save_adapter(model, tmp_path / "adapter", base=base)
+    loaded = load_model(tmp_path / "adapter")
+    for ours, theirs in ((model, loaded),):
+        assert torch.equal(hidden_states(ours, tokens(50)), hidden_states(theirs, tokens(50)))
+        assert torch.equal(ours(tokens(1, 20)).logits, theirs(tokens(1, 20)).logits)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "embeddings and norms", "head"])
+def test_peft_reads_what_is_saved(base: Path, tmp_path: Path, variant: str) -> None:
+    """Names of peft that are off by a prefix load as a fresh adapter, with a warning nobody reads."""
+    model = load_model(base)
+    apply_lora(model, LoraConfig(rank=4, **VARIANTS[variant]), seed=1)
+    steps(model)
+    save_adapter(model, tmp_path / "adapter", base=base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+    assert torch.equal(theirs(tokens(1, 20)).logits, model(tokens(1, 20)).logits)
+
+
+def test_what_peft_writes_is_read(base: Path, tmp_path: Path) -> None:
+    """A folder without our files has the RoPE of its base."""
+    model = load_model(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        )
+        theirs.save_pretrained(tmp_path / "adapter")
+        expected = theirs(tokens(1, 20)).logits
+    assert torch.equal(load_adapter(tmp_path / "adapter", base=base)(tokens(1, 20)).logits, expected)
+
+
+@pytest.mark.parametrize("variant", ["lora", "nf4"])
+@pytest.mark.parametrize("mode", ["full", "offload"])
+def test_checkpointing_and_tiles_give_the_same_gradients(base: Path, variant: str, mode: str) -> None:
+    """The first block's input needs no gradient, so a careless checkpoint drops those of its adapter."""
+    gradients = []
+    for saving in (False, True):
+        model = load_model(base).train()
+        apply_lora(model, LoraConfig(rank=4, **VARIANTS[variant]), seed=1)
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "lora_B" in name:
+                    value.copy_(value + 0.01)
+        if saving:
+            enable_checkpointing(model, mode)  # type: ignore[arg-type]
+            enable_tiled_mlp(model, 16)
+        loss(model).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(value is not None for value in gradients[1].values())
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_adapter_is_a_function_of_the_seed(base: Path) -> None:
+    """Each process makes its own A before it is sharded: they must be one."""
+    first, again, other = (
+        dict(apply_lora(load_model(base), LoraConfig(rank=4), seed=seed).named_parameters())
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_quantised_layers_take_half_a_byte_and_come_back(base: Path) -> None:
+    """The widest gap of NF4 is 0.30 of a block's largest weight; what is taken back computes as what was stored."""
+    model, exact = load_model(base), load_model(base)
+    quantize(model, Quantization())
+    layer, weight = model.model.layers[0].mlp.up_proj, exact.model.layers[0].mlp.up_proj.weight
+    assert layer.weight.dtype == torch.uint8 and 2 * layer.weight.numel() == weight.numel()
+    with torch.no_grad():
+        small = hidden_states(model, tokens(50))
+        dequantize(model)
+        torch.testing.assert_close(hidden_states(model, tokens(50)), small, atol=1e-5, rtol=1e-5)
+    back = model.model.layers[0].mlp.up_proj.weight
+    error = (back - weight).detach().abs().max()
+    assert 0 < float(error) < 0.16 * float(weight.detach().abs().max())
+
+
+def test_settings_that_name_nothing_are_refused(base: Path) -> None:
+    """They would train nothing, or something else; the message lists what there is."""
+    cases = [
+        ({"target_modules": ["qproj"]}, ["'qproj'", "q_proj", "down_proj"]),
+        ({"target_modules": ["embed_tokens"]}, ["'embed_tokens'", "lora.trainable"]),
+        ({"target_modules": ["roj"]}, ["'roj'"]),
+        ({"trainable": ["layernorm"]}, ["'layernorm'", "input_layernorm", "norm"]),
+        ({"target_modules": ["q_proj"], "trainable": ["self_attn.q_proj"]}, ["not both", "layers.0"]),
+    ]
+    for settings, parts in cases:
+        for refuse in (lambda c: check_lora(base, c), lambda c: apply_lora(load_model(base), c, seed=0)):
+            with pytest.raises(ConfigError) as caught:
+                refuse(LoraConfig(**settings))  # type: ignore[no-untyped-call]
+            for part in parts:
+                assert part in str(caught.value)
+    with pytest.raises(ConfigError, match="rank"):
+        LoraConfig.from_dict({"rank": 0})
+    with pytest.raises(ConfigError, match="target_module"):
+        LoraConfig.from_dict({"target_module": ["q_proj"]})
+    model = apply_lora(load_model(base), LoraConfig(rank=2), seed=0)
+    with pytest.raises(ArgumentError, match="longspan export"):
+        apply_lora(model, LoraConfig(rank=2), seed=0)
+
+
+def test_wrong_bases_and_damaged_folders_are_refused(base: Path, tmp_path: Path) -> None:
+    """An adapter beside other weights computes nonsense without a word."""
+    model = apply_lora(load_model(base), LoraConfig(rank=2), seed=0)
+    folder = tmp_path / "adapter"
+    save_adapter(model, folder, base=base)
+    with pytest.raises(ArgumentError, match="already exists"):
+        save_adapter(model, folder, base=base)
+    save_model(build_model(TINY, seed=9), tmp_path / "other")
+    with pytest.raises(DataError, match="other weights"):
+        load_adapter(folder, base=tmp_path / "other")
+    with pytest.raises(DataError, match="cannot load a model"):
+        load_adapter(folder, base=tmp_path / "absent")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), folder / "adapter_model.safetensors")
+    with pytest.raises(DataError, match="1 missing"):
+        load_adapter(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(DataError, match="does not fit"):
+        load_adapter(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "IA3"}))
+    with pytest.raises(DataError, match="no LoRA adapter"):
+        load_adapter(folder)
+
+
+def test_packages_that_are_missing_are_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to install; a traceback of an import would not."""
+    for package, extra, settings in (
+        ("peft", "lora", {}),
+        ("bitsandbytes", "qlora", {"quantize": "nf4"}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(MissingDependencyError, match=rf"longspan\[{extra}\]"):
+                check_lora(base, LoraConfig(**settings))
