@@ -181,20 +181,22 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
             "batch": small,
         },
     }
-    layer_gradients = weights.layer_gradients
-    head = weights.head_gradient
     for name, others, inputs in (
         ("backward of the last block", 0.0, kept - (block.saved if saves else unit)),
-        ("backward of the first block", layer_gradients * (model.layers - 1), 0.0),
+        ("backward of the first block", weights.layer_gradients * (model.layers - 1), 0.0),
     ):
-        made = max(before, head + others) if not weights.summed_over_ranks else max(before, gradients)
+        # Under FSDP the head's gradient is whole, beside the shards of the others, until the end of the pass.
+        made = max(before, others) + weights.head_gradient
         moments[name] = {
             **base,
-            "gradients": made,
+            "gradients": made if s.is_sharded else max(before, weights.head_gradient + others),
             "layer inputs": max(0.0, inputs),
-            "one block": block.backward + (weights.reduced if weights.summed_over_ranks else 0.0),
+            "one block": block.backward + weights.reduced,
             "batch": small,
         }
+    if s.is_sharded and s.lora is None:
+        outside = weights.outside * (_bytes(s.reduce_dtype) + s.compute_bytes)
+        moments["sum of the embeddings' gradients"] = {**resident, "gradients": gradients + outside, "batch": small}
     moments["optimizer"] = {**resident, "gradients": gradients, "inside the optimizer": weights.optimizer_scratch}
     return TrainingMemory(moments, {name: size for name, size in host.items() if size})
 
@@ -223,15 +225,14 @@ class _Weights:
         if lora is not None:
             self.parameters += (self.layers * frozen_layer + self.outside * narrow) * share
         self.gradients = self.trained * trained_bytes
-        self.summed_over_ranks = s.is_sharded
         self.trained_bytes = trained_bytes
         self.device_gradients = 0.0 if s.offload_parameters else self.gradients
         of_layer = model.layer_parameters if lora is None else self.adapters
-        self.layer_gradients = of_layer * trained_bytes * share
-        self.head_gradient = (
-            0.0 if lora is not None else self.embeddings * narrow * share
-        )
-        self.reduced = (of_layer * _bytes(s.reduce_dtype)) if s.shards * s.dp_replicate > 1 else 0.0
+        self.layer_gradients = 0.0 if s.offload_parameters else of_layer * trained_bytes * share
+        head_bytes = s.compute_bytes if s.is_sharded else narrow
+        self.head_gradient = 0.0 if lora is not None else float(self.embeddings * head_bytes)
+        # Of the block before, on its way to the other ranks.
+        self.reduced = of_layer * _bytes(s.reduce_dtype) if s.is_sharded else 0.0
         self.state, self.optimizer_scratch = self._optimizer(share)
 
     def gathered(self) -> float:
@@ -244,7 +245,7 @@ class _Weights:
         if lora is not None:
             layer = model.layer_parameters * (NF4_BYTES if lora.quantized else s.compute_bytes)
             layer += self.adapters * s.compute_bytes
-        return 3 * layer + self.outside * s.compute_bytes
+        return (3 if s.shards > 1 else 1) * layer + self.outside * s.compute_bytes
 
     def _optimizer(self, share: float) -> tuple[float, float]:
         """Return bytes of the state, and what a step needs inside itself."""
