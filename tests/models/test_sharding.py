@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_each_document_alone() -> None:
         model(input_ids=part[None], labels=part[None]).loss * (len(part) - 1)
         for part in (tokens[:5], tokens[5:])
     ]
-    assert packed.loss.item() == pytest.approx(float(sum(parts)) / 10, abs=1e-6)
+    assert packed.loss.item() == pytest.approx(sum(parts).item() / 10, abs=1e-6)
 
 
 def test_labels_move_by_one_and_rows_are_documents() -> None:
