@@ -21,7 +21,7 @@ def row(
         "continuation": np.zeros(count, dtype=bool),
         "weights": None if weights is None else np.array(weights, dtype=np.uint8),
     }
-    return PackedRow(**{name: values[name] for name in PackedRow._fields})
+    return PackedRow(**{name: value for name, value in values.items() if name in PackedRow._fields})
 
 
 def test_labels_never_cross_a_document_or_row_border() -> None:

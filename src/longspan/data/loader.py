@@ -61,6 +61,8 @@ class PackedRow(NamedTuple):
     weights: np.ndarray
     """uint8 [T] loss weight of each token as a target: the store's mask, else 1; BOS, EOS and MOS 1; padding
     and tokens that overlapping pieces repeat 0."""
+    positions: np.ndarray | None = None
+    """int64 [T] positions that do not count on within each document; None = they do."""
 
 
 class RowSource(Protocol):

@@ -25,6 +25,8 @@ from longspan.core.errors import ConfigError
 
 __all__ = [
     "ROPE_TYPES",
+    "angle_error",
+    "check_reach",
     "default",
     "inv_freq",
     "inv_freq_hash",
@@ -123,6 +125,64 @@ def rope_parameters(settings: Mapping[str, Any], *, head_dim: int | None = None)
         theta = ntk_theta(found.pop("factor"), theta=found["rope_theta"], head_dim=head_dim)
         found |= {"rope_type": "default", "rope_theta": theta}
     return found
+
+
+def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int, head_dim: int) -> None:
+    """Refuse a factor or factors with which `context` positions do not come to lie where the model has been.
+
+    Types with a factor map `context` positions onto context / factor; that has to be within the `own_context` of the
+    model, or the recipe says that it is meant otherwise. A larger factor than needed is a choice. Llama-3's factor is
+    no ratio of lengths, a theta reaches no particular length, and both are left alone.
+
+    Args:
+        settings: as for `rope_parameters`.
+        own_context: positions that the model was trained on before.
+        context: positions of the stage.
+        head_dim: rotated channels.
+
+    Raises:
+        ConfigError: the factor is too small, `original_max_position_embeddings` is not the model's own context, or a
+            list of LongRoPE factors has not one number for each pair of channels.
+    """
+    kind = settings.get("rope_type", "default")
+    original = settings.get("original_max_position_embeddings", own_context)
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(settings[name]) != head_dim // 2:
+                raise ConfigError(
+                    f"LongRoPE's {name} has a number for each pair of rotated channels",
+                    found=f"{len(settings[name])} numbers",
+                    allowed=head_dim // 2,
+                )
+    if kind not in ("linear", "ntk", "dynamic", "yarn", "longrope") or context <= own_context:
+        return
+    if original != own_context:
+        raise ConfigError(
+            f"RoPE of type {kind}: original_max_position_embeddings is not the context of the model",
+            found=f"{original}",
+            allowed=f"{own_context}",
+        )
+    factor = settings["factor"]
+    if factor * own_context < context:
+        raise ConfigError(
+            f"the factor of RoPE type {kind} does not match the context length",
+            found=f"factor {factor:g} x {own_context} of the model = {factor * own_context:.0f} positions, "
+            f"{context} in the stage",
+            allowed=f"a factor of at least {context / own_context:g}",
+            fix="raise the factor, shorten the stage, or set the stage's rope_falls_short if it is meant so",
+        )
+
+
+def angle_error(frequencies: torch.Tensor, position: int, *, samples: int = 512) -> float:
+    """Return the largest error of a cos that is computed in fp32 from fp32 frequencies, near `position`.
+
+    transformers rounds the product of position and frequency to fp32. The exact angle is that of the same fp32
+    frequency in fp64, so this is the error that a position has beside its neighbours, whatever the frequencies are.
+    """
+    positions = torch.arange(max(0, position - samples), position)
+    exact = positions.double()[:, None] * frequencies.double()
+    rounded = positions.float()[:, None] * frequencies.float()
+    return float((exact.cos() - rounded.cos().double()).abs().max())
 
 
 def inv_freq(parameters: Mapping[str, Any], *, head_dim: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     loss_weights: torch.Tensor | None
     """float32 [N], the weight of each label; None when every label weighs the same."""
     positions: torch.Tensor
-    """int64 [N], from 0 in every document."""
+    """int64 [N], from 0 in every document; rising, with gaps where a row skips some."""
     sources: torch.Tensor
     """int64 [N], index into `source_names`."""
     source_names: tuple[str, ...]
@@ -76,7 +76,7 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
         input_ids=torch.from_numpy(ids).to(device),
         labels=torch.from_numpy(labels).to(device),
         loss_weights=None if weights is None else torch.from_numpy(weights).to(device),
-        positions=documents.positions(device),
+        positions=_positions(rows, documents, device),
         sources=torch.from_numpy(np.concatenate(sources)).to(device),
         source_names=tuple(names),
         documents=documents,
@@ -90,11 +90,24 @@ def take(batch: Batch, documents: ShardedDocuments, *, device: torch.device | st
         input_ids=documents.take(batch.input_ids, padding=0).to(device),
         labels=documents.take(batch.labels, padding=IGNORE).to(device),
         loss_weights=None if weights is None else documents.take(weights, padding=0).to(device),
-        positions=documents.positions(device),
+        positions=documents.take(batch.positions, padding=0).to(device),
         sources=documents.take(batch.sources, padding=0).to(device),
         source_names=batch.source_names,
         documents=documents,
     )
+
+
+def _positions(rows: Sequence[PackedRow], documents: Documents, device: torch.device | str) -> torch.Tensor:
+    if all(row.positions is None for row in rows):
+        return documents.positions(device)
+    counted = documents.positions("cpu").numpy().copy()
+    start = 0
+    for row in rows:
+        end = start + len(row.input_ids)
+        if row.positions is not None:
+            counted[start:end] = row.positions
+        start = end
+    return torch.from_numpy(counted).to(device)
 
 
 def _label_weights(rows: Sequence[PackedRow], last: np.ndarray) -> np.ndarray | None:

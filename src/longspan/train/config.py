@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from longspan.core.config import Config
+from longspan.core.errors import ConfigError
 from longspan.data.lengths import Length, TokenBudget
 from longspan.data.mixture import MixtureSpec
 from longspan.models.lora_config import LoraConfig
@@ -33,6 +34,9 @@ class ModelConfig(Config):
     """Folder, relative to the recipe's `data_root`, or hub name of a pretrained causal language model."""
     hf_config: dict[str, Any] | None = None
     """A transformers configuration, `model_type` included, for a model made from scratch."""
+    config_overrides: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Fields of the transformers configuration that replace those at `path`, such as `attention_dropout: 0.1`; RoPE
+    and lengths belong to the stages."""
     init: Literal["default", "zero_residual"] = "default"
     """First weights of a model made from scratch: transformers' own, or models/init.py's for small models."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -43,6 +47,11 @@ class ModelConfig(Config):
     def _one_origin(self) -> Self:
         if (self.path is None) == (self.hf_config is None):
             raise ValueError("a model has either a path or an hf_config")
+        reserved = {"rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings"}
+        if wrong := sorted(reserved & self.config_overrides.keys()):
+            raise ValueError(f"{', '.join(wrong)} follows from the stages: set their rope and context_length")
+        if self.hf_config is not None and self.config_overrides:
+            raise ValueError("config_overrides changes a model at a path; write the fields into hf_config")
         if self.path is not None and self.init != "default":
             raise ValueError("init has no effect on a model that is loaded from a path")
         return self
@@ -77,30 +86,58 @@ class ScheduleConfig(Config):
 
 
 class StreamConfig(Config):
-    """Rows to train on: planned here from token stores, or made before by `longspan data pack` or another tool."""
+    """Rows to train on: planned here from token stores or records, or packed before by `longspan data pack` or
+    another tool."""
 
     store: str | tuple[str, ...] | None = None
     """Token store folders, relative to `data_root`; mixture and packing are planned by the settings below."""
+    records: tuple[str, ...] | None = None
+    """Instead of `store`: JSON lines of `text` or of `conversations`, which are tokenized into stores beside the
+    first time. `F[5000]` draws so many records, `F[:5000]` takes the first; `long-llm:` is `data_root`."""
     rows: str | None = None
     """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines with `source` spans)."""
+    chat_template: str | None = None
+    """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
     mixture: MixtureSpec = MixtureSpec(mode="none")
     strategy: Literal["concat", "intact", "best_fit"] = "concat"
     """How documents become rows of the stage's context length."""
     specials: Literal["none", "bos", "eos", "both"] = "none"
     """Which special tokens of the store's tokenizer frame a document; a token store holds none."""
-    min_document_tokens: int = pydantic.Field(0, ge=0)
+    min_document_tokens: Length = pydantic.Field(0, ge=0)
     """Shorter documents are left out."""
+    max_document_tokens: Length | None = pydantic.Field(None, ge=1)
+    """Longer documents are left out, and counted, instead of cut. None: they are cut."""
+    group_by_length: bool = False
+    """Pack documents of like length together: in every stretch of the training order, long ones first."""
     weight: float = pydantic.Field(1.0, gt=0)
     """Share of the rows, relative to the stage's other streams."""
 
     @pydantic.model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.store is None) == (self.rows is None):
-            raise ValueError("a stream has either a store or rows")
-        planning = {"mixture", "strategy", "specials", "min_document_tokens"} & self.model_fields_set
+        if sum(origin is not None for origin in (self.store, self.records, self.rows)) != 1:
+            raise ValueError("a stream has either a store or rows, or records")
+        planning = {
+            "mixture",
+            "strategy",
+            "specials",
+            "min_document_tokens",
+            "max_document_tokens",
+            "group_by_length",
+        } & self.model_fields_set
         if self.rows is not None and planning:
             raise ValueError(f"{', '.join(sorted(planning))} has no effect on rows that are packed already")
+        if self.records is None and self.chat_template is not None:
+            raise ValueError("chat_template has an effect on records only: a store is tokenized already")
         return self
+
+
+class PoseConfig(Config):
+    """Training for a long context on short rows, with skipped positions (PoSE, arXiv:2309.10400)."""
+
+    target_length: Length = pydantic.Field(ge=2)
+    """Context whose positions are practised."""
+    chunks: int = pydantic.Field(2, ge=2)
+    """Pieces of each document between which positions are skipped."""
 
 
 class StageConfig(Config):
@@ -109,8 +146,12 @@ class StageConfig(Config):
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     context_length: Length = pydantic.Field(ge=2)
     """Tokens in a row."""
-    tokens: TokenBudget = pydantic.Field(gt=0)
-    """Tokens to train on in this stage."""
+    tokens: TokenBudget | None = pydantic.Field(None, gt=0)
+    """Length of the stage in tokens, rounded to whole steps; a stage has this, `steps` or `epochs`."""
+    steps: int | None = pydantic.Field(None, ge=0)
+    """Length of the stage in optimizer steps. 0: nothing is trained, the model only gets the stage's RoPE."""
+    epochs: float | None = pydantic.Field(None, gt=0)
+    """Length of the stage in passes over the rows of the stream that ends first."""
     batch_tokens: TokenBudget = pydantic.Field(gt=0)
     """Tokens in one optimizer step, rounded down to whole rows."""
     micro_batch_tokens: TokenBudget | None = pydantic.Field(None, gt=0)
@@ -122,11 +163,22 @@ class StageConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     rope: dict[str, Any] | None = None
     """transformers `rope_parameters` of this stage. None: as they are."""
+    rope_falls_short: bool = False
+    """Train although the RoPE's factor times the model's own context is less than `context_length`: the positions
+    beyond are then new to the model."""
+    pose: PoseConfig | None = None
+    """Positions are skipped, so that short rows reach far ones. None: positions count on."""
+    objective: Literal["lm", "sft"] = "lm"
+    """lm: every token, by the loss weights where the data has some. sft: what the assistant wrote; a stream without
+    masks is refused."""
     optimizer_state: Literal["fresh", "carry"] = "fresh"
     """Whether the moments of the stage before are kept."""
     max_epochs: int = pydantic.Field(1, ge=1)
     """How often the rows of a stream may be seen; a stage that needs more is refused before it starts."""
-    streams: dict[str, StreamConfig] = pydantic.Field(min_length=1)
+    streams: dict[str, StreamConfig] = pydantic.Field(default_factory=dict)
+    """Where rows come from, by a name of one's own."""
+    shares: Literal["weights", "rows"] = "weights"
+    """Streams are drawn from by their weights, or by how many rows each has, so that all end together."""
 
     @pydantic.model_validator(mode="after")
     def _whole_rows(self) -> Self:
@@ -134,6 +186,30 @@ class StageConfig(Config):
             tokens = getattr(self, name)
             if tokens is not None and tokens < self.context_length:
                 raise ValueError(f"{name} ({tokens}) is less than one row of {self.context_length} tokens")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        given = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"a stage is so many tokens, steps or epochs long: set one; found: {found}")
+        if self.steps != 0 and not self.streams:
+            raise ValueError("a stage that trains needs streams")
+        if self.shares == "rows" and any(
+            "weight" in stream.model_fields_set for stream in self.streams.values()
+        ):
+            raise ValueError("the weight of a stream has no effect with shares: rows")
+        if self.epochs is not None and "max_epochs" in self.model_fields_set:
+            raise ValueError("max_epochs has no effect on a stage that says its epochs")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _positions_reach_out(self) -> Self:
+        if self.pose is not None and self.pose.target_length <= self.context_length:
+            raise ValueError(
+                f"pose.target_length ({self.pose.target_length}) is not beyond the rows of {self.context_length}"
+            )
         return self
 
     @property
@@ -147,8 +223,23 @@ class StageConfig(Config):
         return min(self.rows_per_step, (self.micro_batch_tokens or self.batch_tokens) // self.context_length)
 
     @property
+    def reach(self) -> int:
+        """Highest number of positions that the stage trains: `context_length`, or PoSE's target."""
+        return self.context_length if self.pose is None else self.pose.target_length
+
+    @property
     def num_steps(self) -> int:
-        """Optimizer steps of the stage: its tokens, rounded to whole steps, at least one."""
+        """Optimizer steps of the stage: its tokens rounded to whole steps, at least one.
+
+        Raises:
+            ConfigError: the stage counts in epochs, and its data are not planned; `plan_stage` fills in the steps.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is None:
+            raise ConfigError(
+                f"the steps of stage {self.name!r} follow from its data", found=f"{self.epochs} epochs"
+            )
         return max(1, round(self.tokens / (self.rows_per_step * self.context_length)))
 
 
@@ -233,6 +324,12 @@ class TrainConfig(Config):
     def _adapters_have_a_base(self) -> Self:
         if self.lora is not None and self.model.path is None:
             raise ValueError("lora trains beside a pretrained model: set model.path")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _first_stage_trains(self) -> Self:
+        if self.stages[0].steps == 0:
+            raise ValueError(f"stage {self.stages[0].name!r} trains nothing, and there is no model before it")
         return self
 
     @pydantic.model_validator(mode="after")

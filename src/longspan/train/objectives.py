@@ -41,5 +41,5 @@ class ModelWithLoss(nn.Module):
         """Return the loss sum of a batch."""
         # A table for a row that is spread over ranks stands in for one of a whole row.
         documents = cast(Documents, batch.documents)
-        hidden_TD = hidden_states(self.model, batch.input_ids, documents)
+        hidden_TD = hidden_states(self.model, batch.input_ids, documents, position_ids=batch.positions)
         return next_token(batch, hidden_TD, lm_head_weight(self.model))

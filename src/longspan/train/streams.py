@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.columns import folder_kind
 from longspan.data.lengths import LengthTable
-from longspan.data.loader import RowLoader, RowSource, StreamMixer
+from longspan.data.loader import PackedRow, RowLoader, RowSource, StreamMixer
 from longspan.data.mixture import MixturePlan, plan_mixture
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import KIND as PACK_PLAN
 from longspan.data.packing import PackPlan, PackSpec, plan_packing
 from longspan.data.store import TokenStore
-from longspan.train.config import StageConfig, StreamConfig
+from longspan.parallel.launch import on_first_rank
+from longspan.train.config import StageConfig, StreamConfig, TrainConfig
+from longspan.train.pose import skip_positions
+from longspan.train.record_files import draw_records, record_stores
 
 
 class StagePlan(NamedTuple):
     """What a stage will train on, known before any step is made."""
 
     stage: StageConfig
-    mixer: StreamMixer
+    """With its steps, where the recipe counts in epochs."""
+    mixed: StreamMixer | None
+    """The rows of all streams; None for a stage that trains nothing."""
     sources: dict[str, RowSource]
     """Where the rows of each stream come from."""
     mixtures: dict[str, MixturePlan]
@@ -31,25 +39,73 @@ class StagePlan(NamedTuple):
     """Rows that each stream will give."""
     tokenizers: dict[str, Path]
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
+    left_out: dict[str, dict[str, int]]
+    """Documents of each stream that its limits leave out: too "short", too "long"."""
+
+    @property
+    def mixer(self) -> StreamMixer:
+        """The rows of all streams of a stage that trains."""
+        assert self.mixed is not None, "a stage of 0 steps reads no rows"
+        return self.mixed
 
 
-def plan_stage(stage: StageConfig, *, data_root: Path, seed: int) -> StagePlan:
+def plan_stages(
+    config: TrainConfig, data_root: Path, *, tokenizer: Callable[[], Path | None]
+) -> list[StagePlan]:
+    """Plan the data of all stages; every process of a run calls it, and one of them makes stores of records.
+
+    `tokenizer` finds the tokenizer of the recipe, where there are records.
+    """
+    has_records = any(stream.records for stage in config.stages for stream in stage.streams.values())
+    path = tokenizer() if has_records else None
+    folder = None if path is None else str(path)
+
+    def plan() -> list[StagePlan]:
+        return [
+            plan_stage(stage, data_root=data_root, seed=config.seed, tokenizer=folder)
+            for stage in config.stages
+        ]
+
+    if has_records:
+        # Planning makes the stores; the other processes find them made.
+        on_first_rank(lambda: len(plan()))
+    return plan()
+
+
+def stage_rows(plan: StagePlan, first: int, count: int, *, seed: int) -> list[PackedRow]:
+    """Return rows `first` to `first + count` of a stage, with the positions that its PoSE gives them."""
+    rows, pose = plan.mixer.rows(first, count), plan.stage.pose
+    if pose is None:
+        return rows
+    return [
+        skip_positions(row, pose, seed=seed, stage=plan.stage.name, number=first + index)
+        for index, row in enumerate(rows)
+    ]
+
+
+def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str | None = None) -> StagePlan:
     """Plan every stream of a stage.
 
+    `tokenizer` is the folder or name of the one that tokenizes records.
+
     Raises:
-        DataError: a store, a plan or packed rows are missing or damaged.
-        ConfigError: a stream has no full row or rows of another length, or the stage needs more epochs than it
-            allows.
+        DataError: a store, records, a plan or packed rows are missing or damaged.
+        ConfigError: a stream has no full row, rows of another length or no mask to fine-tune by, or the stage needs
+            more epochs than it allows.
     """
     sources: dict[str, RowSource] = {}
     mixtures: dict[str, MixturePlan] = {}
+    left_out: dict[str, dict[str, int]] = {}
     stores: list[TokenStore] = []
     for name, stream in stage.streams.items():
         where = f"stage {stage.name!r}: stream {name!r}"
         if stream.rows is not None:
             sources[name], behind = _packed(data_root / stream.rows, data_root)
+            masked = _rows_have_masks(sources[name], behind)
         else:
-            sources[name], behind, mixtures[name] = _planned(stream, stage, data_root, seed, where)
+            planned = _planned(stream, stage, data_root, seed, where, tokenizer)
+            sources[name], behind, mixtures[name] = planned.rows, planned.stores, planned.mixture
+            masked, left_out[name] = planned.masked, planned.left_out
         stores += behind
         if sources[name].length != stage.context_length:
             raise ConfigError(
@@ -58,9 +114,20 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int) -> StagePlan:
                 allowed=f"{stage.context_length}, the stage's context_length",
                 fix="pack them at that length",
             )
-    mixer = StreamMixer(
-        {name: (sources[name], stream.weight) for name, stream in stage.streams.items()}, seed
-    )
+        if stage.objective == "sft" and not masked:
+            raise ConfigError(
+                f"{where} has no masks, by which sft knows what the assistant wrote",
+                fix="tokenize conversations (`longspan data tokenize --messages-field`, or records of the recipe), or "
+                "set the stage's objective to lm",
+            )
+    if not sources:
+        return StagePlan(stage, None, {}, {}, {}, {}, {})
+    weights: dict[str, float] = {name: stream.weight for name, stream in stage.streams.items()}
+    if stage.shares == "rows":
+        weights = {name: rows.num_rows for name, rows in sources.items()}
+    mixer = StreamMixer({name: (sources[name], weight) for name, weight in weights.items()}, seed)
+    if stage.epochs is not None:
+        stage = _with_steps(stage, mixer, sources)
     needed = {
         name: progress.rows for name, progress in mixer.epochs(stage.num_steps * stage.rows_per_step).items()
     }
@@ -75,36 +142,113 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int) -> StagePlan:
     tokenizers: dict[str, Path] = {}
     for store in stores:
         tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store.path)
-    return StagePlan(stage, mixer, sources, mixtures, needed, tokenizers)
+    return StagePlan(stage, mixer, sources, mixtures, needed, tokenizers, left_out)
+
+
+def _with_steps(stage: StageConfig, mixer: StreamMixer, sources: Mapping[str, RowSource]) -> StageConfig:
+    """Return the stage with as many steps as its epochs hold, the last one whole, at least one."""
+    epochs = stage.epochs
+    assert epochs is not None
+
+    def fits(steps: int) -> bool:
+        return all(
+            progress.rows <= sources[name].num_rows * epochs
+            for name, progress in mixer.epochs(steps * stage.rows_per_step).items()
+        )
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    if low == 0:
+        raise ConfigError(
+            f"stage {stage.name!r}: its epochs are less than one step",
+            found=f"{sum(rows.num_rows for rows in sources.values())} rows in all streams, epochs {epochs:g}",
+            allowed=f"{stage.rows_per_step} rows a step (batch_tokens)",
+            fix="lower batch_tokens or add data",
+        )
+    return stage.model_copy(update={"steps": low, "epochs": None, "max_epochs": max(1, math.ceil(epochs))})
+
+
+class _Planned(NamedTuple):
+    rows: RowSource
+    stores: list[TokenStore]
+    mixture: MixturePlan
+    masked: bool
+    left_out: dict[str, int]
 
 
 def _planned(
-    stream: StreamConfig, stage: StageConfig, data_root: Path, seed: int, where: str
-) -> tuple[RowSource, list[TokenStore], MixturePlan]:
-    """Return rows planned from token stores, the stores and the mixture."""
-    paths = (stream.store,) if isinstance(stream.store, str) else stream.store
-    assert paths is not None
-    stores = [TokenStore(data_root / path) for path in paths]
+    stream: StreamConfig, stage: StageConfig, data_root: Path, seed: int, where: str, tokenizer: str | None
+) -> _Planned:
+    """Return rows planned from token stores or records."""
+    if stream.records is not None:
+        parts = record_stores(
+            stream.records, data_root=data_root, tokenizer=tokenizer, template=stream.chat_template
+        )
+        stores = [part.store for part in parts]
+    else:
+        paths = (stream.store,) if isinstance(stream.store, str) else stream.store
+        assert paths is not None
+        parts = []
+        stores = [TokenStore(data_root / path) for path in paths]
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
+    documents, left_out = _within_limits(stream, lengths, mixture.documents)
+    if parts:
+        documents = draw_records(parts, lengths, documents, seed)
+    if stream.group_by_length:
+        documents = grouped_by_length(documents, lengths.tokens, stretch=50 * stage.rows_per_step)
     spec = PackSpec(
         length=stage.context_length,
         strategy=stream.strategy,
-        min_length=max(1, stream.min_document_tokens),
         # A document of its own row is shorter than the row: the rest is padding, which weighs nothing.
         remainder="drop" if stream.strategy == "concat" else "pad",
         pad_id=0,
+        # Rows in an order of their own would undo the grouping.
+        shuffle=not stream.group_by_length,
         **_special_settings(stream, stores[0].manifest.tokenizer, where),
     )
-    plan = plan_packing(spec, lengths, mixture.documents, seed)
+    plan = plan_packing(spec, lengths, documents, seed)
     if plan.num_rows == 0:
         raise ConfigError(
             f"{where} has not enough text for one row",
-            found=f"{mixture.report.tokens} tokens in {len(mixture.documents)} documents",
+            found=f"{int(lengths.tokens[documents].sum())} tokens in {len(documents)} documents; left out: {left_out}",
             allowed=f"at least {stage.context_length} tokens",
             fix="give it more documents or a shorter context_length",
         )
-    return RowLoader(stores, plan), stores, mixture
+    masked = bool(np.any(lengths.mask_offset[documents] != 0))
+    return _Planned(RowLoader(stores, plan), stores, mixture, masked, left_out)
+
+
+def _within_limits(
+    stream: StreamConfig, lengths: LengthTable, documents: np.ndarray
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the documents that are neither too short nor too long, and how many are."""
+    tokens = lengths.tokens[documents]
+    short = tokens < max(1, stream.min_document_tokens)
+    long = np.zeros(len(tokens), bool)
+    if stream.max_document_tokens is not None:
+        long = tokens > stream.max_document_tokens
+    return documents[~(short | long)], {"short": int(short.sum()), "long": int(long.sum())}
+
+
+def grouped_by_length(documents: np.ndarray, tokens: np.ndarray, *, stretch: int) -> np.ndarray:
+    """Return the documents with every `stretch` of them sorted, the longest first; the stretches stay in order.
+
+    lengths 3 9 | 1 2 7 with a stretch of 2 and a rest of 3 would be 9 3 | 2 1 | 7
+    """
+    lengths = tokens[documents].astype(np.int64)
+    place = np.arange(len(documents)) // stretch
+    return documents[np.lexsort((-lengths, place))]
+
+
+def _rows_have_masks(rows: RowSource, stores: list[TokenStore]) -> bool:
+    if isinstance(rows, PackedRows):
+        return rows.has_mask
+    return any(bool(np.any(store.lengths.mask_offset != 0)) for store in stores)
 
 
 def _special_settings(stream: StreamConfig, tokenizer: Mapping[str, Any], where: str) -> dict[str, Any]:

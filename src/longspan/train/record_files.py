@@ -1,0 +1,144 @@
+"""Records as a recipe names them: JSON lines of texts or conversations, whole or so many of them.
+
+    books.jsonl              all records
+    redpajama.json[5000]     5000 of them, drawn by the seed from those within the stream's limits
+    long-llm:papers.json     below the recipe's data_root, whichever folder the command runs in
+    sft.jsonl[:5000]         the first 5000
+
+A record with `conversations` ({"role", "content"} turns) is written out by the chat template and masked; one with
+`text` is text. The first record says which a file holds. Each file becomes a token store in `stores/` below
+`data_root`, once for each tokenizer and template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from longspan.core.errors import ConfigError, DataError
+from longspan.core.records import read_jsonl
+from longspan.core.seeds import rng
+from longspan.data.chat import load_chat_format
+from longspan.data.lengths import LengthTable
+from longspan.data.store import TokenStore
+from longspan.data.tokenize import tokenize_corpus
+from longspan.data.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["RecordStore", "Records", "draw_records", "parse_records", "record_stores"]
+
+DATA_ROOT_PREFIX = "long-llm:"
+CONVERSATIONS = "conversations"
+_SAMPLED = re.compile(r"(?P<path>.*?)(?:\[(?P<first>:?)(?P<count>[^\[\]]*)\])?", re.DOTALL)
+
+
+class Records(NamedTuple):
+    """One entry of a recipe's `records`."""
+
+    path: str
+    limit: int | None
+    """Records to take; None = all."""
+    first: bool
+    """The first ones instead of a draw."""
+
+
+class RecordStore(NamedTuple):
+    """A file's token store and how many of its records are wanted."""
+
+    store: TokenStore
+    records: Records
+
+
+def parse_records(entry: str) -> Records:
+    """Return the parts of `path`, `path[5000]` or `path[:5000]`.
+
+    Raises:
+        ConfigError: what stands in the brackets is no positive number.
+    """
+    match = _SAMPLED.fullmatch(entry)
+    assert match is not None, "the pattern takes any text"
+    count = match["count"]
+    if count is None:
+        return Records(match["path"], None, False)
+    if not count.isascii() or not count.isdecimal() or int(count) == 0:
+        raise ConfigError(
+            "records are sampled by a number in brackets",
+            found=entry,
+            allowed="such as file.json[5000] (drawn) or file.json[:5000] (the first)",
+        )
+    return Records(match["path"], int(count), match["first"] == ":")
+
+
+def record_stores(
+    entries: Sequence[str], *, data_root: Path, tokenizer: str | None, template: str | None
+) -> list[RecordStore]:
+    """Return the token store of each entry, made now unless it is there; the same file may be named twice.
+
+    Raises:
+        ConfigError: a wrong entry, or no tokenizer to make a store with.
+        DataError: a file is missing, or its first record is neither a text nor a conversation.
+    """
+    parsed = [parse_records(entry) for entry in entries]
+    if tokenizer is None:
+        raise ConfigError("records need a tokenizer", fix="set the recipe's tokenizer")
+    encoder = load_tokenizer(tokenizer)
+    return [RecordStore(_store_of(each.path, data_root, encoder, template), each) for each in parsed]
+
+
+def _store_of(path: str, data_root: Path, tokenizer: Tokenizer, template: str | None) -> TokenStore:
+    # Only a prefix: a second one further on is part of the name.
+    file = data_root / path.removeprefix(DATA_ROOT_PREFIX)
+    if not file.is_file():
+        raise DataError(
+            "a file of records is missing", found=str(file), fix="relative paths start at data_root"
+        )
+    chat = load_chat_format(tokenizer, template) if _holds_conversations(file) else None
+    identity = [str(file.resolve()), tokenizer.fingerprint, chat.fingerprint if chat else None]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+    return tokenize_corpus(
+        [str(file)],
+        tokenizer,
+        data_root / "stores" / f"{file.stem}-{name}",
+        messages_field=CONVERSATIONS if chat else None,
+        chat=chat,
+    )
+
+
+def _holds_conversations(file: Path) -> bool:
+    record = next(iter(islice(read_jsonl(file), 1)), None)
+    if not isinstance(record, dict) or not ({"text", CONVERSATIONS} & record.keys()):
+        raise DataError(
+            f"{file} holds neither texts nor conversations",
+            found="nothing" if record is None else f"fields {', '.join(record)}"[:200],
+            allowed="JSON lines with `text`, or with `conversations` of role and content",
+        )
+    return CONVERSATIONS in record
+
+
+def draw_records(
+    parts: Sequence[RecordStore], lengths: LengthTable, documents: np.ndarray, seed: int
+) -> np.ndarray:
+    """Return the documents of `documents` that the entries ask for, in their order.
+
+    `lengths` is the table of all parts' stores together. A draw is made from what `documents` holds of a file, so
+    that `[5000]` means 5000 usable records.
+    """
+    chosen = np.zeros(len(documents), bool)
+    of_store = lengths.store[documents]
+    for number, part in enumerate(parts):
+        places = np.flatnonzero(of_store == number)
+        count = part.records.limit
+        if count is not None and count < len(places):
+            if part.records.first:
+                places = places[np.argsort(documents[places], kind="stable")][:count]
+            else:
+                drawn = rng(seed, "records", part.records.path, number)
+                places = drawn.choice(places, count, replace=False)
+        chosen[places] = True
+    return documents[chosen]

@@ -1,0 +1,57 @@
+"""The RoPE of each stage, checked before any work: does it reach the positions, do all ranks see it alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from longspan.core.errors import ConfigError
+from longspan.kernels.rope import check_reach
+from longspan.train.config import TrainConfig
+
+__all__ = ["check_ropes", "own_context"]
+
+
+def check_ropes(config: TrainConfig, model: PretrainedConfig) -> None:
+    """Check the RoPE that each stage sets against its length, the model and the sequence parallelism.
+
+    Raises:
+        ConfigError: a factor that does not reach the stage's positions, or a RoPE that changes with the length of the
+            sequence while ranks hold parts of it.
+    """
+    text = model.get_text_config(decoder=True)
+    own = own_context(text)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    shared = config.parallel.cp_ring * config.parallel.cp_ulysses
+    for stage in config.stages:
+        rope = stage.rope
+        if rope is None:
+            continue
+        where = f"stage {stage.name!r}"
+        rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        try:
+            # With this said, only what is no matter of length is checked.
+            context = own if stage.rope_falls_short or own == 0 else stage.reach
+            check_reach(rope, own_context=own, context=context, head_dim=rotated)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        if shared > 1 and _changes_with_length(rope):
+            raise ConfigError(
+                f"{where}: RoPE of type {rope['rope_type']} depends on the longest position of a sequence, and each "
+                "rank would see another",
+                found=f"{shared} ranks share a sequence",
+                fix="use ntk or yarn, longrope with short_factor equal to long_factor, or cp degrees of 1",
+            )
+
+
+def own_context(model: PretrainedConfig) -> int:
+    """Return the positions that a model was made for, before its context was extended; 0 if it does not say."""
+    rope = getattr(model, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    return int(original or getattr(model, "max_position_embeddings", 0) or 0)
+
+
+def _changes_with_length(rope: dict[str, Any]) -> bool:
+    kind = rope.get("rope_type", "default")
+    return kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"])
