@@ -24,6 +24,7 @@ STORY = (
     ("data", "split"),
     ("data", "pairs"),
     ("data", "retrieval"),
+    ("plan",),
     ("train",),
     ("export",),
     ("eval", "needle"),

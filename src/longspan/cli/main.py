@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from longspan import __version__
-from longspan.cli import data, data_pairs, doctor, export, quickstart, report, train
+from longspan.cli import data, data_pairs, doctor, export, plan, quickstart, report, train
 from longspan.cli import eval as evaluation
 from longspan.core.errors import LongspanError
 from longspan.core.log import setup_logging
@@ -53,6 +53,7 @@ app.command(epilog=quickstart.EXAMPLE)(quickstart.quickstart)
 app.add_typer(data.app, name="data")
 data.app.command(epilog=data_pairs.PAIRS_EXAMPLE)(data_pairs.pairs)
 data.app.command(epilog=data_pairs.RETRIEVAL_EXAMPLE)(data_pairs.retrieval)
+app.command(epilog=plan.EXAMPLE)(plan.plan)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.add_typer(evaluation.app, name="eval")
 app.command(epilog=export.EXAMPLE)(export.export)

@@ -49,7 +49,9 @@ class BlockSettings(NamedTuple):
 def block_walk(model: ModelShape, settings: BlockSettings) -> Walk:
     """Return what one block needs; in its backward pass everything has just been computed."""
     ops = _attention_ops(model, settings) + _mlp_ops(model, settings, settings.tokens)
-    ops.append(Op(("middle", "mlp"), "out", settings.tokens * model.hidden * settings.element_bytes, passes=True))
+    ops.append(
+        Op(("middle", "mlp"), "out", settings.tokens * model.hidden * settings.element_bytes, passes=True)
+    )
     return walk(ops, {"x": settings.tokens * model.hidden * settings.element_bytes})
 
 
@@ -68,9 +70,11 @@ def _norm(name: str, read: str, write: str, elements: float, s: BlockSettings) -
     return Op((read,), write, size, tuple(saves), tuple(extra), scratch=3 * wide)
 
 
-def _linear(name: str, read: str, write: str, rows: float, fan_in: int, fan_out: int, s: BlockSettings) -> list[Op]:
+def _linear(
+    name: str, read: str, write: str, rows: float, fan_in: int, fan_out: int, s: BlockSettings
+) -> list[Op]:
     size = rows * fan_out * s.element_bytes
-    weight = fan_in * fan_out * s.element_bytes
+    weight = float(fan_in * fan_out * s.element_bytes)
     scratch = weight if s.dequantized else 0.0
     if s.lora_rank is None:
         saves = (read,) if s.trained else ()
@@ -113,12 +117,19 @@ def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
     ops.append(Op((flat[1],), "k", key * b, scratch=2 * key * b))
     lse = ("lse", t * model.heads * SUM_BYTES)
     if s.cuda:
-        scratch = query * SUM_BYTES
+        scratch = float(query * SUM_BYTES)
     else:
         # Everything once more in fp32 where it is narrow.
         scratch = (4 * query + 4 * key) * SUM_BYTES if b < SUM_BYTES else 0.0
     ops.append(
-        Op(("q", "k", "v"), "a", query * b, ("q", "k", "v", "a", "lse"), (lse,), scratch=scratch + s.attention_bytes)
+        Op(
+            ("q", "k", "v"),
+            "a",
+            query * b,
+            ("q", "k", "v", "a", "lse"),
+            (lse,),
+            scratch=scratch + s.attention_bytes,
+        )
     )
     ops += _linear("o", "a", "o", t, width, model.hidden, s)
     ops.append(Op(("x", "o"), "middle", hidden * b, passes=True))

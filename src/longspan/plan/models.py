@@ -90,7 +90,8 @@ def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
     experts = next((key for key in text if key in ("num_experts", "num_local_experts") and text[key]), None)
     if experts is not None:
         raise DataError(
-            f"{name} is a mixture of experts, for which there is no estimate", found=f"{experts} {text[experts]}"
+            f"{name} is a mixture of experts, for which there is no estimate",
+            found=f"{experts} {text[experts]}",
         )
     heads = text["num_attention_heads"]
     kind = text.get("model_type", "")
@@ -110,16 +111,16 @@ def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
 
 
 def find_model(model: str | Path) -> ModelShape:
-    """Return the shape of a model by its name here, or of a Hugging Face folder or its `config.json`.
+    """Return the shape of a Hugging Face folder or its `config.json`, or of a model by its name here or on the hub.
 
     Raises:
         ArgumentError: neither a known name nor such a path.
         DataError: a configuration that is broken or describes no dense decoder.
     """
-    known = MODELS.get(str(model).lower())
-    if known is not None:
-        return known
     path = Path(model)
+    name = path.name.lower().removeprefix("meta-").removesuffix("-hf").removesuffix("-instruct")
+    if not path.exists() and name in MODELS:
+        return MODELS[name]
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ArgumentError(
@@ -129,5 +130,7 @@ def find_model(model: str | Path) -> ModelShape:
         )
     config = read_json(file)
     if not isinstance(config, dict):
-        raise DataError(f"{file} holds no configuration", found=type(config).__name__, allowed="a JSON object")
+        raise DataError(
+            f"{file} holds no configuration", found=type(config).__name__, allowed="a JSON object"
+        )
     return shape_of(config, path.name if path.is_dir() else path.parent.name or path.stem)

@@ -32,7 +32,19 @@ from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES, Memory, step_memory
 from longspan.plan.models import ModelShape
 
-__all__ = ["EFFICIENCY", "Degrees", "Step", "arrangements", "attention_seconds", "best_steps", "simulate"]
+__all__ = [
+    "EFFICIENCY",
+    "HALF_ROWS",
+    "LINK_EFFICIENCY",
+    "Degrees",
+    "LayerSeconds",
+    "Step",
+    "arrangements",
+    "attention_seconds",
+    "best_steps",
+    "layer_seconds",
+    "simulate",
+]
 
 EFFICIENCY = 0.513
 """Share of the bf16 peak that matrices and flash attention reach on many rows. Calibrated on one published row:
@@ -81,6 +93,24 @@ class Step(NamedTuple):
     """What does not fit; None if the step is possible."""
 
 
+class LayerSeconds(NamedTuple):
+    """Seconds of one layer on one rank, and of the output head."""
+
+    linear: float
+    """A forward pass of the matrices."""
+    forward: float
+    """Attention, forward, with what it waits for."""
+    backward: float
+    gather: float
+    """FSDP: the parameters of a layer."""
+    scatter: float
+    """FSDP: their gradients."""
+    head: float
+    """A forward pass of the output head."""
+    free: tuple[float, float]
+    """Attention forward and backward, if communication took no time."""
+
+
 class _Links(NamedTuple):
     """Bytes a second and latency between the ranks of a group that lie next to each other or in every `stride`-th."""
 
@@ -112,23 +142,20 @@ def simulate(
     """
     world = degrees.world
     tokens = -(-context // world)
-    layer_flops = 2 * tokens * model.layer_parameters
-    linear = _seconds(layer_flops, gpu, tokens)
-    forward, forward_free = attention_seconds(model, gpu, degrees, context=context, backward=False)
-    backward, backward_free = attention_seconds(model, gpu, degrees, context=context, backward=True)
-    gather, scatter = _fsdp(model, gpu, num_gpus)
+    linear, forward, backward, gather, scatter, of_head, free_of = layer_seconds(
+        model, gpu, degrees, context=context, num_gpus=num_gpus
+    )
     pass_forward = max(linear + forward, gather)
     again = linear + forward if recompute else 0.0
     pass_backward = max(again + 2 * linear + backward, gather + scatter)
-    head_flops = 2 * tokens * model.vocab * model.hidden
-    head = _seconds(head_flops, gpu, tokens) * (4 if recompute else 3)
+    head = of_head * (4 if recompute else 3)
     micro_step = model.layers * (pass_forward + pass_backward) + head
     micro_steps = sequences * world / num_gpus
     # Gradients go to the host, updated parameters come back; the update itself runs there.
     update = model.parameters / num_gpus * 2 * BYTES / (gpu.host_link * LINK_EFFICIENCY)
     seconds = micro_steps * micro_step + update
-    free = model.layers * (3 * linear + forward_free + backward_free) + head
-    free += model.layers * (linear + forward_free) if recompute else 0.0
+    free = model.layers * (3 * linear + sum(free_of)) + head
+    free += model.layers * (linear + free_of[0]) if recompute else 0.0
     flops = sequences * model.model_flops(context)
     memory = step_memory(
         model,
@@ -147,6 +174,19 @@ def simulate(
         memory,
         memory.limit(gpu, num_gpus),
     )
+
+
+def layer_seconds(
+    model: ModelShape, gpu: Gpu, degrees: Degrees, *, context: int, num_gpus: int
+) -> LayerSeconds:
+    """Return what a layer of one micro-step takes, part by part; parameters are sharded over all GPUs."""
+    tokens = -(-context // degrees.world)
+    linear = _seconds(2 * tokens * model.layer_parameters, gpu, tokens)
+    forward, forward_free = attention_seconds(model, gpu, degrees, context=context, backward=False)
+    backward, backward_free = attention_seconds(model, gpu, degrees, context=context, backward=True)
+    gather, scatter = _fsdp(model, gpu, num_gpus)
+    head = _seconds(2 * tokens * model.vocab * model.hidden, gpu, tokens)
+    return LayerSeconds(linear, forward, backward, gather, scatter, head, (forward_free, backward_free))
 
 
 def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[Degrees]:

@@ -86,7 +86,9 @@ class TrainingSettings(NamedTuple):
     @property
     def is_sharded(self) -> bool:
         """Whether the model runs under FSDP."""
-        return self.shards * self.dp_replicate > 1 or self.offload_parameters or self.compute_dtype is not None
+        return (
+            self.shards * self.dp_replicate > 1 or self.offload_parameters or self.compute_dtype is not None
+        )
 
     @property
     def parameter_bytes(self) -> int:
@@ -158,25 +160,30 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
         (host if s.offload_cache else resident)["key/value cache"] = cache
     gathered = weights.gathered()
     gradients = weights.device_gradients
-    before = gradients if s.accumulates or (s.chunk_tokens is not None and alive < tokens) else 0.0
+    in_chunks = s.chunk_tokens is not None and alive < tokens
+    before = gradients if s.accumulates or in_chunks else 0.0
+    if in_chunks and not s.is_sharded:
+        # Gradients of chunks are added in fp32 (train.recurrent).
+        before *= SUM_BYTES / weights.trained_bytes
     base = {**resident, **({"gathered parameters": gathered} if gathered else {})}
     loss_parts = _loss(model, s, alive, weights)
     # The gradient of a block's input or output, and tokens' ids, labels, positions, angles.
     small = tokens * 4 * 8 + alive * model.head_dim * 2 * s.compute_bytes
     norms = 2 * unit + (alive * model.hidden * SUM_BYTES if s.compute_bytes < SUM_BYTES else 0)
     saves = s.activation_checkpointing == "none"
+    what_is_kept = "activations" if saves else "layer inputs"
     moments = {
         "forward": {
             **base,
             "gradients": before,
-            "layer inputs": max(0.0, kept - (block.saved if saves else unit)),
+            what_is_kept: max(0.0, kept - (block.saved if saves else unit)),
             "one block": block.saved + unit if saves else block.forward,
             "batch": small,
         },
         "loss": {
             **base,
             "gradients": before,
-            "layer inputs": kept + norms,
+            what_is_kept: kept + norms,
             **loss_parts,
             "batch": small,
         },
@@ -190,14 +197,22 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
         moments[name] = {
             **base,
             "gradients": made if s.is_sharded else max(before, weights.head_gradient + others),
-            "layer inputs": max(0.0, inputs),
+            what_is_kept: max(0.0, inputs),
             "one block": block.backward + weights.reduced,
             "batch": small,
         }
     if s.is_sharded and s.lora is None:
         outside = weights.outside * (_bytes(s.reduce_dtype) + s.compute_bytes)
-        moments["sum of the embeddings' gradients"] = {**resident, "gradients": gradients + outside, "batch": small}
-    moments["optimizer"] = {**resident, "gradients": gradients, "inside the optimizer": weights.optimizer_scratch}
+        moments["sum of the embeddings' gradients"] = {
+            **resident,
+            "gradients": gradients + outside,
+            "batch": small,
+        }
+    moments["optimizer"] = {
+        **resident,
+        "gradients": gradients,
+        "inside the optimizer": weights.optimizer_scratch,
+    }
     return TrainingMemory(moments, {name: size for name, size in host.items() if size})
 
 
@@ -213,7 +228,12 @@ class _Weights:
         self.adapters = 0
         if lora is not None:
             width, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-            sides = 2 * model.hidden + 2 * width + 2 * (model.hidden + kv) + 3 * (model.hidden + model.intermediate)
+            sides = (
+                2 * model.hidden
+                + 2 * width
+                + 2 * (model.hidden + kv)
+                + 3 * (model.hidden + model.intermediate)
+            )
             self.adapters = lora.rank * sides
         share = 1 / s.shards
         narrow = s.parameter_bytes
@@ -274,7 +294,7 @@ def _block(model: ModelShape, s: TrainingSettings, alive: int) -> Walk:
     query, key = alive * model.heads * model.head_dim, alive * model.kv_heads * model.head_dim
     if s.chunk_tokens is not None and alive < s.tokens:
         # Sums of out and dq in fp32; keys and values of an earlier chunk, the next one, their gradients twice.
-        attention = 2 * query * SUM_BYTES + 2 * key * (2 * s.compute_bytes + 3 * SUM_BYTES)
+        attention = 2.0 * query * SUM_BYTES + 2 * key * (2 * s.compute_bytes + 3 * SUM_BYTES)
     elif s.schedule == "none":
         attention = 0.0
     else:
@@ -296,7 +316,9 @@ def _block(model: ModelShape, s: TrainingSettings, alive: int) -> Walk:
     )
 
 
-def _resident(model: ModelShape, s: TrainingSettings, weights: _Weights) -> tuple[dict[str, float], dict[str, float]]:
+def _resident(
+    model: ModelShape, s: TrainingSettings, weights: _Weights
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return what stays between steps, on the device and on the host."""
     stays = {"parameters": weights.parameters, "optimizer state": weights.state}
     if not s.offload_parameters:

@@ -1,0 +1,82 @@
+"""Seconds of a training step with the settings that save memory: what each of them costs in time.
+
+Beside the pass itself (`plan.scale`), per layer and micro-step:
+
+    checkpointing   the forward pass once more
+    tiled MLP       the MLP's forward pass once more, unless the block is computed again anyway
+    offload         the block's input to the host and back: waited for as far as it takes longer than the block
+    parameters on the host   the shard to the device twice and its gradient back, likewise; the update at the speed
+                    of the host's memory
+    chunks          a forward pass of all but the last chunk once more, parameters gathered for each chunk; a cache
+                    on the host comes to the device once for each chunk behind it
+"""
+
+from __future__ import annotations
+
+from longspan.plan.hardware import Gpu
+from longspan.plan.models import ModelShape
+from longspan.plan.scale import HALF_ROWS, LINK_EFFICIENCY, LayerSeconds
+from longspan.plan.training import SUM_BYTES, TrainingSettings
+
+__all__ = ["step_seconds"]
+
+UPDATE_BYTES = 28
+"""Read and written for one parameter by AdamW in fp32: weight, both moments and, once, the gradient."""
+HOST_BANDWIDTH = 200e9
+"""Bytes a second of a node's host memory, which its GPUs share; a guess on the low side."""
+DEVICE_BANDWIDTH = 2e12
+"""Bytes a second of device memory: that of an A100, the slowest here."""
+
+
+def step_seconds(
+    model: ModelShape,
+    gpu: Gpu,
+    settings: TrainingSettings,
+    layer: LayerSeconds,
+    *,
+    num_gpus: int,
+    micro_steps: float,
+) -> float:
+    """Return seconds of one optimizer step.
+
+    Args:
+        layer: of a micro-step, from `scale.layer_seconds`.
+        num_gpus: all GPUs.
+        micro_steps: passes of a rank in a step.
+    """
+    s = settings
+    tokens = -(-s.tokens // (s.ring * s.ulysses))
+    link = gpu.host_link * LINK_EFFICIENCY
+    chunks = 1 if s.chunk_tokens is None else max(1, -(-s.tokens // s.chunk_tokens))
+    linear, attend, attend_back = layer.linear, layer.forward, layer.backward
+    if chunks > 1 and s.chunk_tokens is not None:
+        slower = (1 + HALF_ROWS / s.chunk_tokens) / (1 + HALF_ROWS / tokens)
+        # Each part is added to the sum so far, which is read and written in fp32.
+        merges = (chunks - 1) / 2 * tokens * model.heads * model.head_dim * 3 * SUM_BYTES / DEVICE_BANDWIDTH
+        linear, attend, attend_back = linear * slower, attend * slower + merges, attend_back * slower + merges
+    forward = linear + attend
+    again = 0.0
+    if s.activation_checkpointing != "none":
+        again = forward
+    elif s.tiled_mlp is not None:
+        again = linear * 3 * model.hidden * model.intermediate / model.layer_parameters
+    # With frozen weights the matrices have one product in the backward pass, not two.
+    products = 2 if s.lora is None else 1
+    backward = again + products * linear + attend_back
+    to_host = tokens * model.hidden * s.compute_bytes if s.activation_checkpointing == "offload" else 0.0
+    shard = model.layer_parameters / s.shards * s.parameter_bytes if s.offload_parameters else 0.0
+    cache = 2 * tokens * model.kv_heads * model.head_dim if s.offload_cache and chunks > 1 else 0.0
+    # Chunk i reads i chunks before it: (chunks - 1) / 2 of the whole cache on average, forward and backward.
+    walked = cache * (chunks - 1) / 2
+    of_forward = max(
+        forward, layer.gather * chunks, (to_host + shard * chunks + walked * s.compute_bytes) / link
+    )
+    returned = to_host + 2 * shard * chunks + walked * (s.compute_bytes + 2 * SUM_BYTES)
+    of_backward = max(backward, layer.gather * chunks + layer.scatter * chunks, returned / link)
+    first_walk = of_forward * (chunks - 1) / chunks
+    micro_step = model.layers * (of_forward + first_walk + of_backward) + layer.head * 3
+    trained = model.parameters / s.shards if s.lora is None else 0.0
+    bandwidth = DEVICE_BANDWIDTH
+    if s.offload_parameters:
+        bandwidth = HOST_BANDWIDTH / min(num_gpus, gpu.per_node)
+    return micro_steps * micro_step + trained * UPDATE_BYTES / bandwidth

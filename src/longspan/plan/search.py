@@ -1,0 +1,189 @@
+"""Which arrangement of GPUs and which memory settings train a model at a context length fastest.
+
+Every schedule and every size of the sequence group is tried with every combination of memory settings; of those that
+fit, the fastest is best. One sequence is a micro-batch; what is left of the GPUs is data parallel, and parameters are
+sharded over all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from longspan.core.errors import ArgumentError
+from longspan.plan.choose import Candidate, candidates, memory_settings
+from longspan.plan.communication import AttentionShape, bytes_sent
+from longspan.plan.hardware import GPUS, Gpu
+from longspan.plan.models import ModelShape
+from longspan.plan.scale import Degrees, arrangements, layer_seconds
+from longspan.plan.training import WORKSPACE, LoraSettings, TrainingSettings
+
+__all__ = ["MISSING", "Arrangement", "parse_gpus", "search"]
+
+MISSING = "nothing fits: take more GPUs, GPUs with more memory, a shorter context, LoRA or QLoRA"
+
+_GPUS = re.compile(r"(?:(\d+)x)?([a-z0-9]+)")
+
+
+class Arrangement(NamedTuple):
+    """One way to run a step."""
+
+    degrees: Degrees
+    candidate: Candidate
+    seconds: float
+    """Of an optimizer step."""
+    tokens: int
+    """Of an optimizer step."""
+    mfu: float
+    """Share of the peak that the model's own FLOPs take, recomputation not counted."""
+    sent: float
+    """Bytes that one GPU sends in an optimizer step."""
+    limit: str | None
+    """What does not fit; None if the step is possible."""
+
+    def parallel(self) -> dict[str, Any]:
+        """Return the fields of a recipe's `parallel`."""
+        s = self.candidate.settings
+        return {
+            "dp_replicate": s.dp_replicate,
+            "dp_shard": s.dp_shard,
+            "cp_ring": s.ring,
+            "cp_ulysses": s.ulysses,
+            "schedule": s.schedule,
+        }
+
+    def to_dict(self, num_gpus: int) -> dict[str, Any]:
+        """Return it for JSON."""
+        memory = self.candidate.memory
+        return {
+            "schedule": str(self.degrees),
+            "fits": self.limit is None,
+            "lacks": self.limit,
+            "seconds_per_step": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "tokens_per_second_per_gpu": self.tokens / self.seconds / num_gpus,
+            "mfu": self.mfu,
+            "bytes_sent_per_gpu": self.sent,
+            "parallel": self.parallel(),
+            "memory": memory_settings(self.candidate.settings),
+            "device_bytes": memory.device + WORKSPACE,
+            "device_parts": {**memory.parts, "workspace": WORKSPACE},
+            "peak_moment": memory.moment,
+            "host_bytes": memory.host_bytes,
+            "host_parts": memory.host,
+        }
+
+
+def parse_gpus(text: str) -> tuple[int, Gpu]:
+    """Parse `8xh100` (or `h100` for one).
+
+    Raises:
+        ArgumentError: no such GPU, or none of them.
+    """
+    match = _GPUS.fullmatch(text.strip().lower())
+    if match is None or match.group(2) not in GPUS or int(match.group(1) or 1) < 1:
+        raise ArgumentError(
+            "these are no GPUs that are known here",
+            found=repr(text),
+            allowed=f"a number and one of {', '.join(GPUS)}, such as 8xh100",
+        )
+    return int(match.group(1) or 1), GPUS[match.group(2)]
+
+
+def search(
+    model: ModelShape,
+    gpu: Gpu,
+    *,
+    context: int,
+    num_gpus: int,
+    batch_tokens: int,
+    lora: LoraSettings | None = None,
+) -> list[Arrangement]:
+    """Return the best of every schedule, possible ones first and fastest first.
+
+    A schedule with which nothing fits is given with the settings that lack least memory, and says what limits it.
+    Weights are fp32 (bf16 beside adapters), computed in bf16.
+
+    Args:
+        context: tokens of a sequence, one causal document.
+        batch_tokens: tokens of an optimizer step, one sequence a group of GPUs at least.
+    """
+    sequences = max(1, batch_tokens // context)
+    best: dict[str, Arrangement] = {}
+    for world in (size for size in range(1, num_gpus + 1) if num_gpus % size == 0):
+        groups = num_gpus // world
+        if groups > sequences:
+            continue
+        # Equally many for each group, so steps may differ by some rows.
+        rows = round(sequences / groups) * groups
+        for degrees in arrangements(model, gpu, world):
+            for found in _of(model, gpu, degrees, context, num_gpus, rows, lora):
+                other = best.get(degrees.schedule)
+                if other is None or _rank(found, gpu, num_gpus) < _rank(other, gpu, num_gpus):
+                    best[degrees.schedule] = found
+    return sorted(best.values(), key=lambda each: _rank(each, gpu, num_gpus))
+
+
+def _of(
+    model: ModelShape,
+    gpu: Gpu,
+    degrees: Degrees,
+    context: int,
+    num_gpus: int,
+    rows: int,
+    lora: LoraSettings | None,
+) -> list[Arrangement]:
+    groups = num_gpus // degrees.world
+    micro_steps = rows / groups
+    settings = TrainingSettings(
+        context,
+        schedule=degrees.schedule,
+        ring=degrees.ring,
+        ulysses=degrees.ulysses,
+        dp_shard=groups,
+        dtype="float32" if lora is None else "bfloat16",
+        compute_dtype="bfloat16",
+        lora=lora,
+        accumulates=micro_steps > 1,
+    )
+    layer = layer_seconds(model, gpu, degrees, context=context, num_gpus=num_gpus)
+    # Frozen weights get no gradient: one product less.
+    saved = 0 if lora is None else context * model.linear_flops()
+    flops = rows * (model.model_flops(context) - saved)
+    return [
+        Arrangement(
+            degrees,
+            candidate,
+            candidate.seconds,
+            rows * context,
+            flops / (candidate.seconds * num_gpus * gpu.flops),
+            micro_steps * _sent(model, candidate.settings, degrees, num_gpus),
+            candidate.memory.limit(gpu, num_gpus),
+        )
+        for candidate in candidates(model, settings, gpu, layer, num_gpus=num_gpus, micro_steps=micro_steps)
+    ]
+
+
+def _rank(found: Arrangement, gpu: Gpu, num_gpus: int) -> tuple[bool, float, int]:
+    if found.limit is None:
+        return False, found.seconds / found.tokens, found.candidate.effort
+    memory = found.candidate.memory
+    lack = max((memory.device + WORKSPACE) / gpu.memory, memory.host_bytes / gpu.host_for_rank(num_gpus))
+    return True, lack, found.candidate.effort
+
+
+def _sent(model: ModelShape, s: TrainingSettings, degrees: Degrees, num_gpus: int) -> float:
+    """Return bytes that a GPU sends in one micro-step: attention of all layers, and FSDP's gathers and sums."""
+    tokens = -(-s.tokens // degrees.world)
+    shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, s.compute_bytes)
+    forward, backward = bytes_sent(
+        s.schedule, shape, ring_degree=degrees.ring, ulysses_degree=degrees.ulysses
+    )
+    again = s.activation_checkpointing != "none"
+    attention = model.layers * (forward * (1 + again) + backward)
+    chunks = 1 if s.chunk_tokens is None else -(-s.tokens // s.chunk_tokens)
+    share = (num_gpus - 1) / num_gpus
+    # Gathered forward and backward, in a first walk over chunks too; gradients are summed in fp32.
+    gathers = (2 if chunks == 1 else 3 * chunks - 1) * s.compute_bytes
+    sums = chunks * 4 if s.lora is None else 0
+    return attention + model.parameters * share * (gathers + sums)

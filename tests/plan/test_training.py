@@ -1,0 +1,119 @@
+"""The estimate of a training step's memory: tensors that are really alive, and what must move it."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks.plan import CASES, Case, measure
+
+from longspan.core.errors import ArgumentError
+from longspan.plan.hardware import GPUS
+from longspan.plan.models import MODELS, shape_of
+from longspan.plan.training import LoraSettings, TrainingSettings, training_memory
+
+LLAMA = MODELS["llama-3-8b"]
+DEFAULT = {
+    "plain", "blocks computed again", "inputs on the host", "tiled MLP", "vocabulary 32,000", "LoRA",
+    "chunks, keys on the host",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if case.name in DEFAULT else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_estimate_is_within_a_tenth_of_what_is_alive(case: Case) -> None:
+    """A tensor that the estimate forgets, or that a change of the training step keeps alive longer."""
+    counted = measure(case)
+    assert training_memory(shape_of(case.model), case.settings).device == pytest.approx(counted, rel=0.1)
+
+
+def test_the_cases_are_there() -> None:
+    """A renamed case would be slow without a word."""
+    assert {case.name for case in CASES} > DEFAULT
+
+
+def test_parts_by_hand() -> None:
+    """Llama-3-8B on 8 GPUs: 8.03e9 weights in fp32 with two moments; 32 block inputs of 16,384 x 4,096 in bf16."""
+    settings = TrainingSettings(
+        131072, ring=8, schedule="ring", compute_dtype="bfloat16", activation_checkpointing="full"
+    )
+    memory = training_memory(LLAMA, settings)
+    parts = memory.moments["loss"]
+    assert parts["parameters"] == pytest.approx(LLAMA.parameters * 4 / 8)
+    assert parts["optimizer state"] == pytest.approx(LLAMA.parameters * 8 / 8)
+    # Beside them the last hidden states before and after the norm, and in fp32.
+    assert parts["layer inputs"] == pytest.approx(16384 * 4096 * (32 * 2 + 2 + 2 + 4))
+    assert memory.host == {}
+
+
+def test_what_goes_to_the_host_leaves_the_device() -> None:
+    """An offload that is counted on neither side, or on both."""
+    settings = TrainingSettings(
+        65536,
+        dp_shard=8,
+        compute_dtype="bfloat16",
+        activation_checkpointing="offload",
+        offload_parameters=True,
+    )
+    memory = training_memory(LLAMA, settings)
+    assert memory.host == pytest.approx({
+        "parameters": LLAMA.parameters * 4 / 8,
+        "optimizer state": LLAMA.parameters,
+        "gradients": LLAMA.parameters * 4 / 8,
+        "layer inputs": 32 * 65536 * 4096 * 2,
+    })  # fmt: skip
+    assert not any("optimizer state" in parts or "parameters" in parts for parts in memory.moments.values())
+
+
+def test_the_cache_of_chunks_is_what_the_length_costs() -> None:
+    """Llama-3-8B in bf16: 128 KiB of keys and values and 256 KiB of gradients a token, nothing else."""
+    sizes = [
+        training_memory(
+            LLAMA,
+            TrainingSettings(
+                tokens,
+                dtype="bfloat16",
+                chunk_tokens=8192,
+                activation_checkpointing="full",
+                offload_cache=True,
+            ),
+        )
+        for tokens in (2**17, 2**18)
+    ]
+    assert sizes[1].host_bytes - sizes[0].host_bytes == 2**17 * (128 + 256) * 1024
+    # Ids, labels, positions and losses.
+    assert sum(sizes[1].moments["loss"].values()) - sum(sizes[0].moments["loss"].values()) == 2**17 * 32
+
+
+def test_weights_in_four_bits() -> None:
+    """QLoRA keeps a layer in 4.13 bits a weight; embeddings stay as they are."""
+    settings = TrainingSettings(8192, dtype="bfloat16", lora=LoraSettings(32, quantized=True))
+    parameters = training_memory(LLAMA, settings).moments["optimizer"]["parameters"]
+    adapters = 32 * 32 * (2 * 4096 + 2 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)) * 4
+    layers = 32 * LLAMA.layer_parameters * 4.127 / 8
+    assert parameters == pytest.approx(adapters + layers + 2 * 128256 * 4096 * 2)
+
+
+def test_wrong_settings_are_refused() -> None:
+    """An estimate for what the trainer refuses."""
+    with pytest.raises(ArgumentError, match="single matrices"):
+        training_memory(LLAMA, TrainingSettings(4096, tp=2))
+    with pytest.raises(ArgumentError, match="whole rows"):
+        training_memory(LLAMA, TrainingSettings(4096, ring=2, schedule="ring", chunk_tokens=1024))
+
+
+def test_limits_say_which_memory() -> None:
+    """A verdict that blames the GPU for a full host."""
+    gpu = GPUS["h100"]
+    fits = training_memory(
+        LLAMA,
+        TrainingSettings(
+            8192, dp_shard=8, compute_dtype="bfloat16", activation_checkpointing="offload", tiled_mlp=1024
+        ),
+    )
+    assert fits.limit(gpu, 8) is None
+    assert fits.limit(gpu._replace(memory=10e9), 8) == "device memory"
+    assert fits.limit(gpu._replace(host_memory=1e9), 8) == "host memory"
