@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import hashlib
 import json
 import shutil
@@ -36,6 +37,7 @@ __all__ = [
     "Documents",
     "build_model",
     "check_model",
+    "empty_model",
     "enable",
     "hidden_states",
     "lm_head_weight",
@@ -145,7 +147,12 @@ def build_model(
     return enable(model)
 
 
-def check_model(origin: Mapping[str, Any] | str | Path, *, rope: Mapping[str, Any] | None = None) -> None:
+def check_model(
+    origin: Mapping[str, Any] | str | Path,
+    *,
+    rope: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> None:
     """Refuse a config, model family or RoPE with which a training would fail; no weights are read or made.
 
     `origin` is a config dictionary as for `build_model`, or a folder or hub name as for `load_model`.
@@ -153,16 +160,34 @@ def check_model(origin: Mapping[str, Any] | str | Path, *, rope: Mapping[str, An
     Raises:
         ConfigError, DataError, ArgumentError: what building or loading it, or its loss, would raise.
     """
+    lm_head_weight(empty_model(origin, rope=rope, overrides=overrides))
+
+
+def empty_model(
+    origin: Mapping[str, Any] | str | Path,
+    *,
+    rope: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Return a model on the meta device: modules and shapes without values; nothing is read but its config.
+
+    `origin` is a config dictionary as for `build_model`, or a folder or hub name as for `load_model`.
+
+    Raises:
+        ConfigError, DataError: what building or loading it would raise for its config.
+    """
     register()
     if isinstance(origin, Mapping):
         config = _new_config(origin, rope)
     else:
         with reading_folder(origin):
             config = AutoConfig.from_pretrained(origin)
+            changes = _overrides(config, overrides or {})
             if rope is not None:
-                config = AutoConfig.from_pretrained(origin, rope_parameters=_new_rope(config, rope))
+                changes["rope_parameters"] = _new_rope(config, rope)
+            config = AutoConfig.from_pretrained(origin, **changes)
     with torch.device("meta"):
-        lm_head_weight(enable(_construct(config)))
+        return enable(_construct(config))
 
 
 def load_model(
@@ -171,6 +196,7 @@ def load_model(
     rope: Mapping[str, Any] | None = None,
     max_position_embeddings: int | None = None,
     dtype: torch.dtype | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub name, with longspan's attention.
 
@@ -181,6 +207,7 @@ def load_model(
         rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
         max_position_embeddings: replaces the config's where that is smaller.
         dtype: dtype of the weights; None = as saved.
+        overrides: other fields of the config that replace those of the folder.
 
     Raises:
         DataError: nothing loadable at `path`, or weights that do not fill the model.
@@ -190,8 +217,12 @@ def load_model(
         # That room is built on this one.
         from longspan.models.lora import load_adapter
 
+        if overrides:
+            raise ArgumentError(f"{path} is an adapter: the fields of its config are those of its base")
         return load_adapter(path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype)
-    return load_base(path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype)
+    return load_base(
+        path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype, overrides=overrides
+    )
 
 
 def load_base(
@@ -200,12 +231,14 @@ def load_base(
     rope: Mapping[str, Any] | None = None,
     max_position_embeddings: int | None = None,
     dtype: torch.dtype | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a model as `load_model` does, but no adapter."""
     register()
     changes: dict[str, Any] = {}
     with reading_folder(path):
         config = AutoConfig.from_pretrained(path)
+        changes |= _overrides(config, overrides or {})
         if rope is not None:
             changes["rope_parameters"] = _new_rope(config, rope)
         if max_position_embeddings is not None:
@@ -436,6 +469,20 @@ def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
             allowed=sorted(key for key in allowed if not key.startswith("_")),
         )
     return config
+
+
+def _overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of `overrides`, all of which are fields of the config: transformers takes any name."""
+    allowed = config.to_dict().keys() | set(config.attribute_map)
+    unknown = sorted(overrides.keys() - allowed)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], sorted(allowed), n=1)
+        raise ConfigError(
+            f"a {config.model_type} config has no {', '.join(unknown)}",
+            allowed=sorted(key for key in allowed if not key.startswith("_")),
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        )
+    return dict(overrides)
 
 
 def _new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ __all__ = [
     "collective_timeout",
     "is_first_process",
     "lost_ranks",
+    "on_all_ranks",
     "on_first_rank",
     "process_group",
     "spawn_local",
@@ -163,6 +164,38 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
         kind, message = told[1]
         raise kind(message)
     return told[0]
+
+
+def on_all_ranks(action: Callable[[], Result], *, group: dist.ProcessGroup | None = None) -> list[Result]:
+    """Run `action` on every rank and return what each returned, by rank.
+
+    `group` is one of all ranks that gloo serves; None = the default one.
+
+    Raises:
+        LongspanError: what the first rank that failed raised, on every rank.
+        RunError: another kind of failure on another rank; on its own rank it is raised as it is.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [action()]
+    failure: Exception | None = None
+    mine: tuple[Any, type[LongspanError] | None, str] = (None, None, "")
+    try:
+        mine = (action(), None, "")
+    # Whatever it is, the others have to be told, or they would wait.
+    except Exception as error:  # noqa: BLE001
+        failure = error
+        if isinstance(error, LongspanError):
+            mine = (None, type(error), str(error))
+        else:
+            mine = (None, RunError, f"rank {dist.get_rank()} failed\n  found: {error!r}")
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine, group=group)
+    if failure is not None and not isinstance(failure, LongspanError):
+        raise failure
+    for _, kind, message in told:
+        if kind is not None:
+            raise kind(message)
+    return [value for value, _, _ in told]
 
 
 class Watchdog:

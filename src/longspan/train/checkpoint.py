@@ -1,30 +1,46 @@
-"""Checkpoints: model, optimizer and counters, whole or absent, the newest few kept.
+"""Checkpoints: each rank writes its part while training goes on; whole or absent, the newest few kept.
 
 checkpoints/step-00000400/
-  model.safetensors        parameters by name
-  optimizer.safetensors    `<parameter>/<entry>`
-  state.json               counters, fingerprints, size and SHA-256 of the files above; written last
+  model-00000-of-00002.safetensors       parts of parameters by name (train/shard_files.py), one file a rank
+  optimizer-00000-of-00002.safetensors   `<parameter>/<entry>`
+  state.json                             counters, fingerprint, size and SHA-256 of every file; written last
+
+The parts are copied to host memory, then a thread writes them. The ranks' threads agree over a process group of their
+own: on the one that training uses, their messages would mix with those of the step. A checkpoint that is being
+written lies aside under another name, so a kill costs at most the steps since the one before it.
+
+Any number of ranks reads a checkpoint: each takes the rows of each tensor that it holds. Every byte is verified first,
+the files dealt out over the ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 
 from longspan.core.errors import DataError
-from longspan.core.files import atomic_dir, read_json, remove_leftovers, sha256_file, write_json
+from longspan.core.files import atomic_dir, disk_errors, read_json, remove_leftovers, sha256_file, write_json
 from longspan.core.log import get_logger
+from longspan.parallel.fsdp import own_part
+from longspan.parallel.launch import on_all_ranks, on_first_rank
+from longspan.train.shard_files import Part, PartFiles, Written, write_parts
 
-TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
+VERSION = 2
+KINDS = ("model", "optimizer")
+EXIT_SECONDS = 10.0
+"""How long a failing run waits for a checkpoint that is being written."""
 
 
-class TrainState(NamedTuple):
-    """Everything that the next step depends on."""
+class Progress(NamedTuple):
+    """Everything beside tensors that the next step depends on."""
 
     step: int
     """Optimizer steps done over all stages."""
@@ -34,34 +50,144 @@ class TrainState(NamedTuple):
     """Optimizer steps done in it."""
     tokens: int
     """Tokens seen over all stages."""
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
     loader: dict[str, Any]
     """Stream fingerprint and row position of the current stage."""
 
 
-def save_checkpoint(folder: Path, state: TrainState, *, config_fingerprint: str, keep: int) -> Path:
-    """Write `state` as `folder/step-<n>` and keep that and the `keep - 1` before it. Raises RunError on a full disk."""
-    path = folder / f"step-{state.step:08d}"
-    with atomic_dir(path, replace=True) as aside:
-        for name, tensors in zip(TENSOR_FILES, (state.model, state.optimizer)):
-            save_file({key: value.contiguous() for key, value in tensors.items()}, aside / name)
-        files = {
-            name: {"bytes": (aside / name).stat().st_size, "sha256": sha256_file(aside / name)}
-            for name in TENSOR_FILES
-        }
-        counters = {
-            name: getattr(state, name) for name in ("step", "stage", "stage_step", "tokens", "loader")
-        }
-        write_json(aside / "state.json", {**counters, "config": config_fingerprint, "files": files})
-    # Later steps are damaged ones that were passed over: they must not push out the one just written.
-    for old in [found for found in _checkpoints(folder) if found.name <= path.name][:-keep]:
-        shutil.rmtree(old)
-    return path
+class Checkpoint(NamedTuple):
+    """A whole checkpoint, verified; its tensors are read when they are asked for."""
+
+    path: Path
+    progress: Progress
+    model: PartFiles
+    optimizer: PartFiles
 
 
-def load_latest(folder: Path, *, config_fingerprint: str) -> TrainState | None:
-    """Return the newest whole checkpoint, or None when there is none.
+class Saved(NamedTuple):
+    """What a finished checkpoint cost."""
+
+    step: int
+    held_seconds: float
+    """While training waited: for the checkpoint before, and for the copy to host memory."""
+    write_seconds: float
+    """While training went on."""
+    bytes: int
+
+
+class Checkpointer:
+    """Writes the checkpoints of a run, in the background; every rank has one and calls it at the same steps.
+
+    with Checkpointer(folder, config_fingerprint="...", keep=2) as checkpointer:
+        checkpointer.save(progress, model_tensors, optimizer_tensors)
+
+    Leaving the block waits for the last one. When an error leaves it, at most for some seconds.
+    """
+
+    def __init__(self, folder: Path, *, config_fingerprint: str, keep: int) -> None:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.folder = folder
+        self._fingerprint, self._keep = config_fingerprint, keep
+        self._rank = dist.get_rank() if several else 0
+        self._world = dist.get_world_size() if several else 1
+        self._group = dist.new_group(backend="gloo") if several else None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved: Saved | None = None
+        self._last: Path | None = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join(EXIT_SECONDS)
+
+    def save(
+        self, progress: Progress, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    ) -> Saved | None:
+        """Copy the tensors and begin to write `step-<n>`, once the checkpoint before it is written.
+
+        Returns what that one cost. It and the `keep - 1` before it stay until the new one is whole.
+
+        Raises:
+            RunError: a rank could not write the one before, on every rank.
+        """
+        started = time.monotonic()
+        before = self.wait()
+        parts = {"model": _copy_own_parts(model), "optimizer": _copy_own_parts(optimizer)}
+        held = time.monotonic() - started
+        self._thread = threading.Thread(
+            target=self._run, args=(progress, parts, held), name="longspan-checkpoint", daemon=True
+        )
+        self._thread.start()
+        return before
+
+    def wait(self) -> Saved | None:
+        """Wait until the checkpoint in the making is whole; return what it cost, None if there was none.
+
+        Raises:
+            RunError: a rank could not write its part, on every rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        saved, self._saved = self._saved, None
+        return saved
+
+    def latest(self) -> Checkpoint | None:
+        """Return the last checkpoint that was written here, its bytes not read again; None if there is none."""
+        return None if self._last is None else _open(self._last, self._fingerprint, verify=False)
+
+    def _run(self, progress: Progress, parts: dict[str, dict[str, Part]], held: float) -> None:
+        started = time.monotonic()
+        try:
+            written = self._write(progress, parts)
+        except BaseException as error:  # noqa: BLE001 - raised again by wait()
+            self._error = error
+            return
+        self._saved = Saved(progress.step, held, time.monotonic() - started, written)
+        self._last = self.folder / _name(progress.step)
+
+    def _write(self, progress: Progress, parts: dict[str, dict[str, Part]]) -> int:
+        path = self.folder / _name(progress.step)
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> str:
+                return str(stack.enter_context(atomic_dir(path, replace=True))) if self._rank == 0 else ""
+
+            aside = Path(on_all_ranks(begin, group=self._group)[0])
+            shares = on_all_ranks(lambda: self._write_own(aside, parts), group=self._group)
+            files = {name: written for share in shares for name, written in share.items()}
+
+            def commit() -> None:
+                if self._rank == 0:
+                    head = {"version": VERSION, "config": self._fingerprint, **progress._asdict()}
+                    head["files"] = {name: written._asdict() for name, written in files.items()}
+                    write_json(aside / "state.json", head)
+                    stack.close()
+                    self._remove_old(path)
+
+            on_all_ranks(commit, group=self._group)
+        return sum(written.bytes for written in files.values())
+
+    def _write_own(self, aside: Path, parts: dict[str, dict[str, Part]]) -> dict[str, Written]:
+        names = {kind: f"{kind}-{self._rank:05d}-of-{self._world:05d}.safetensors" for kind in KINDS}
+        with disk_errors(aside):
+            return {name: write_parts(aside / name, parts[kind]) for kind, name in names.items()}
+
+    def _remove_old(self, path: Path) -> None:
+        # Later steps are damaged ones that were passed over: they must not push out the one just written.
+        for old in [found for found in _checkpoints(self.folder) if found.name <= path.name][: -self._keep]:
+            shutil.rmtree(old)
+
+
+def load_latest(folder: Path, *, config_fingerprint: str) -> Checkpoint | None:
+    """Return the newest whole checkpoint, or None when there is none; all ranks call it and get the same one.
 
     A damaged checkpoint is passed over, aloud, for the one before it.
 
@@ -69,17 +195,23 @@ def load_latest(folder: Path, *, config_fingerprint: str) -> TrainState | None:
         DataError: a checkpoint belongs to another recipe, or all are damaged.
     """
     log = get_logger("train")
-    remove_leftovers(folder)
-    paths = _checkpoints(folder)
-    for path in reversed(paths):
+    first = not dist.is_initialized() or dist.get_rank() == 0
+
+    def names() -> list[str]:
+        remove_leftovers(folder)
+        return [path.name for path in _checkpoints(folder)]
+
+    found = on_first_rank(names)
+    for path in (folder / name for name in reversed(found)):
         try:
-            state = load_checkpoint(path, config_fingerprint=config_fingerprint)
+            checkpoint = _open(path, config_fingerprint)
         except _Damaged as error:
-            log.warning("checkpoint %s is damaged (%s); trying the one before it", path, error)
+            if first:
+                log.warning("checkpoint %s is damaged (%s); trying the one before it", path, error)
             continue
         log.info("resuming from %s", path)
-        return state
-    if paths:
+        return checkpoint
+    if found:
         raise DataError(
             f"every checkpoint in {folder} is damaged",
             fix="remove the folder to start over, or restore a copy",
@@ -87,44 +219,72 @@ def load_latest(folder: Path, *, config_fingerprint: str) -> TrainState | None:
     return None
 
 
-def read_checkpoint(path: Path) -> TrainState:
-    """Read one checkpoint, of whatever recipe, and verify every byte of it. Raises DataError if it is damaged."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open one checkpoint, of whatever recipe, or the newest of a run folder; all ranks call it.
+
+    Raises:
+        DataError: it is damaged, or nothing is there.
+    """
+    if (path / "checkpoints").is_dir():
+        found = _checkpoints(path / "checkpoints")
+        if not found:
+            raise DataError(f"the run {path} has no checkpoint")
+        path = found[-1]
     try:
-        return load_checkpoint(path, config_fingerprint=_read_head(path)["config"])
+        return _open(path, None)
     except _Damaged as error:
         raise DataError(
             f"the checkpoint {path} is damaged", found=str(error), fix="use another one"
         ) from error
 
 
-def load_checkpoint(path: Path, *, config_fingerprint: str) -> TrainState:
-    """Read one checkpoint and verify every byte of it."""
+class _Damaged(Exception):
+    """A checkpoint that is not whole."""
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _open(path: Path, config_fingerprint: str | None, *, verify: bool = True) -> Checkpoint:
+    """Verify one checkpoint and open its files, on all ranks alike."""
     head = _read_head(path)
-    if head["config"] != config_fingerprint:
+    if config_fingerprint not in (None, head["config"]):
         raise DataError(
             f"{path} was written by another recipe",
             found=head["config"],
             allowed=config_fingerprint,
             fix="use the recipe it was written with, or another --out",
         )
-    tensors = []
-    for name in TENSOR_FILES:
-        expected = head["files"].get(name)
-        file = path / name
-        if expected is None or not file.exists():
-            raise _Damaged(f"{name} is missing")
-        if file.stat().st_size != expected["bytes"] or sha256_file(file) != expected["sha256"]:
-            raise _Damaged(f"{name} is truncated or altered")
-        try:
-            tensors.append(load_file(file))
-        except SafetensorError as error:
-            raise _Damaged(f"{name}: {error}") from error
-    counters = {name: head[name] for name in ("step", "stage", "stage_step", "tokens", "loader")}
-    return TrainState(model=tensors[0], optimizer=tensors[1], **counters)
+    if verify:
+        _verify(path, head["files"])
+    try:
+        files = {
+            kind: PartFiles(path / name for name in head["files"] if name.startswith(kind)) for kind in KINDS
+        }
+    except DataError as error:
+        raise _Damaged(str(error)) from error
+    progress = Progress(**{name: head[name] for name in Progress._fields})
+    return Checkpoint(path, progress, files["model"], files["optimizer"])
 
 
-class _Damaged(Exception):
-    """A checkpoint that is not whole."""
+def _verify(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare every byte with what was written; each rank reads its share of the files."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+    def problem() -> str | None:
+        for name, expected in list(files.items())[rank::world]:
+            file = path / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"] or sha256_file(file) != expected["sha256"]:
+                return f"{name} is truncated or altered"
+        return None
+
+    for found in on_all_ranks(problem):
+        if found is not None:
+            raise _Damaged(found)
 
 
 def _read_head(path: Path) -> dict[str, Any]:
@@ -132,10 +292,27 @@ def _read_head(path: Path) -> dict[str, Any]:
         head = read_json(path / "state.json")
     except DataError as error:
         raise _Damaged(str(error)) from error
-    keys = {"step", "stage", "stage_step", "tokens", "loader", "config", "files"}
-    if not isinstance(head, dict) or not keys <= set(head):
+    if not isinstance(head, dict) or not {*Progress._fields, "config", "files"} <= set(head):
         raise _Damaged("state.json lacks entries")
+    if head.get("version") != VERSION:
+        raise DataError(
+            f"{path} was written by another version of longspan",
+            found=f"format {head.get('version', 1)}",
+            allowed=VERSION,
+            fix="go on with that version, or start over in another --out",
+        )
     return head
+
+
+def _copy_own_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    """Return copies in host memory of what this rank has to write: of replicas, only the first writes."""
+    parts = {}
+    for name, tensor in tensors.items():
+        own = own_part(tensor)
+        if own.is_writer:
+            copy = own.local.detach().to("cpu", copy=True)
+            parts[name] = Part(copy, tuple(tensor.shape), own.start)
+    return parts
 
 
 def _checkpoints(folder: Path) -> list[Path]:

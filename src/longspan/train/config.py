@@ -116,16 +116,13 @@ class StreamConfig(Config):
     def _one_origin(self) -> Self:
         if sum(origin is not None for origin in (self.store, self.records, self.rows)) != 1:
             raise ValueError("a stream has either a store or rows, or records")
-        planning = {
-            "mixture",
-            "strategy",
-            "specials",
-            "min_document_tokens",
-            "max_document_tokens",
-            "group_by_length",
-        } & self.model_fields_set
-        if self.rows is not None and planning:
-            raise ValueError(f"{', '.join(sorted(planning))} has no effect on rows that are packed already")
+        planning = (
+            "mixture", "strategy", "specials", "min_document_tokens", "max_document_tokens", "group_by_length"
+        )  # fmt: skip
+        # By value: the settings of a run are written with all defaults, and read again.
+        changed = [name for name in planning if getattr(self, name) != type(self).model_fields[name].default]
+        if self.rows is not None and changed:
+            raise ValueError(f"{', '.join(changed)} has no effect on rows that are packed already")
         if self.records is None and self.chat_template is not None:
             raise ValueError("chat_template has an effect on records only: a store is tokenized already")
         return self
@@ -196,11 +193,9 @@ class StageConfig(Config):
             raise ValueError(f"a stage is so many tokens, steps or epochs long: set one; found: {found}")
         if self.steps != 0 and not self.streams:
             raise ValueError("a stage that trains needs streams")
-        if self.shares == "rows" and any(
-            "weight" in stream.model_fields_set for stream in self.streams.values()
-        ):
+        if self.shares == "rows" and any(stream.weight != 1 for stream in self.streams.values()):
             raise ValueError("the weight of a stream has no effect with shares: rows")
-        if self.epochs is not None and "max_epochs" in self.model_fields_set:
+        if self.epochs is not None and self.max_epochs != 1:
             raise ValueError("max_epochs has no effect on a stage that says its epochs")
         return self
 

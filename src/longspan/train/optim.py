@@ -6,12 +6,13 @@ State is read and written by parameter name, so a checkpoint does not depend on 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from longspan.core.errors import DataError
-from longspan.parallel.fsdp import full_tensor, shard_like
+from longspan.parallel.fsdp import fill, full_tensor, shard_like
 from longspan.train.config import OptimizerConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -127,37 +128,43 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], *, lr: float, adamw_lr: 
             group["lr"] = lr if group["role"] == "matrix" else adamw_lr
 
 
-def optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer], *, keep: bool = True
-) -> dict[str, torch.Tensor]:
-    """Return the optimizers' state as `<parameter name>/<entry>` tensors.
-
-    All ranks gather sharded state together; those that do not `keep` it return nothing.
-    """
-    tensors = {}
-    for parameter, name, optimizer in _named(optimizers):
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            whole = full_tensor(value)
-            if keep:
-                tensors[f"{name}/{entry}"] = whole if whole is value else whole.cpu()
-    return tensors
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Return the optimizers' state as `<parameter name>/<entry>` tensors, sharded ones as they are."""
+    return {
+        f"{name}/{entry}": value
+        for parameter, name, optimizer in _named(optimizers)
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+    optimizers: Sequence[torch.optim.Optimizer],
+    names: Iterable[str],
+    read: Callable[[str, int, int | None], torch.Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` returned. Raises DataError when names do not match the parameters."""
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        by_name.setdefault(name, {})[entry] = value
+    """Put back what `optimizer_tensors` returned.
+
+    Args:
+        optimizers: fresh ones.
+        names: the keys of that dictionary.
+        read: returns rows of a whole tensor: (name, first row, number of rows or None for all).
+
+    Raises:
+        DataError: names do not match the parameters.
+    """
+    by_name: dict[str, list[str]] = {}
+    for key in names:
+        by_name.setdefault(key.rpartition("/")[0], []).append(key)
     for parameter, name, optimizer in _named(optimizers):
-        state = by_name.pop(name, None)
-        if state is not None:
-            optimizer.state[parameter] = {
-                entry: value.clone() if entry == "step" else shard_like(value, parameter)
-                for entry, value in state.items()
-            }
+        for key in by_name.pop(name, []):
+            entry = key.rpartition("/")[2]
+            if entry == "step":
+                value = read(key, 0, None)
+            else:
+                dtype = read(key, 0, 0).dtype
+                value = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                fill(value, partial(read, key))
+            optimizer.state[parameter][entry] = value
     if by_name:
         raise DataError("optimizer state names parameters that the model lacks", found=sorted(by_name)[:4])
 

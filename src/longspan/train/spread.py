@@ -72,8 +72,11 @@ class Spread:
                     fix=f"choose batch_tokens as a multiple of {self.mesh.dp_size * stage.context_length}",
                 )
 
-    def shard(self, model: nn.Module, memory: MemoryConfig) -> ModelWithLoss:
-        """Shard the model over the mesh, in place, and return the module to run; without a mesh only the latter."""
+    def shard(self, model: nn.Module, memory: MemoryConfig, *, from_first: bool = False) -> ModelWithLoss:
+        """Shard the model over the mesh, in place, and return the module to run; without a mesh only the latter.
+
+        With `from_first` only the first rank's model has values; the others' is on the meta device.
+        """
         root = ModelWithLoss(model)
         if self.mesh.fsdp is None:
             model.to(self.mesh.device)
@@ -85,6 +88,7 @@ class Spread:
                 compute_dtype=None if memory.compute_dtype is None else getattr(torch, memory.compute_dtype),
                 reduce_dtype=getattr(torch, memory.reduce_dtype),
                 offload=memory.offload_parameters,
+                from_first=from_first,
             )
         return root
 

@@ -11,13 +11,14 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_write, remove_leftovers
@@ -33,6 +34,7 @@ from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.hf import (
     build_model,
     check_model,
+    empty_model,
     lm_head_weight,
     load_model,
     rope_fingerprint,
@@ -40,17 +42,19 @@ from longspan.models.hf import (
     tokenizer_folder,
 )
 from longspan.models.lora import apply_lora, check_lora, is_adapted, save_adapter
-from longspan.parallel.fsdp import full_tensor
+from longspan.models.rope import EXACT_FROM, exact_angles
+from longspan.parallel.fsdp import fill, full_tensor
 from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
-from longspan.train.checkpoint import TrainState, load_latest, read_checkpoint, save_checkpoint
+from longspan.train.checkpoint import Checkpoint, Checkpointer, Progress, Saved, load_latest, read_checkpoint
 from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from longspan.train.rope_schedule import check_ropes
 from longspan.train.schedule import lr_factor
 from longspan.train.spread import Spread, build_spread
-from longspan.train.streams import StagePlan, plan_stage
+from longspan.train.streams import StagePlan, plan_stages, stage_rows
 
 
 class TrainResult(NamedTuple):
@@ -86,6 +90,8 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
         spread = build_spread(config.parallel, device, watchdog=watchdog)
         # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
         plans = plan_run(config, data_root=Path(data_root))
+        # A stage that counts in epochs has its steps from here on.
+        config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
         spread.check(config, *_heads(config, root))
         return _train_stages(config, plans, Path(out), root, spread)
 
@@ -114,9 +120,9 @@ def load_trained(checkpoint: str | Path, *, base: str | None = None) -> Trained:
         if config.lora is None:
             raise ArgumentError(f"{checkpoint} holds a whole model; a base is for adapters")
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
-    state = read_checkpoint(path)
+    found = read_checkpoint(path)
     root = Path(config.data_root)
-    model = _stage_model(config, config.stages[state.stage], state, root)
+    model = _stage_model(config, config.stages[found.progress.stage], found, root)
     return Trained(
         model.eval(),
         _tokenizer_folder(config, root),
@@ -135,25 +141,28 @@ def _train_stages(
         last = list(read_jsonl(run.path / "metrics.jsonl"))[-1]
         return TrainResult(models, last["step"], last["tokens"])
     state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
-    done = state.step if state else 0
+    done = state.progress.step if state else 0
     seconds = on_first_rank(lambda: _rewind_metrics(run.path / "metrics.jsonl", done))
-    for index, plan in enumerate(plans):
-        if state is None or state.stage <= index:
-            state, seconds = _train_stage(config, plan, index, state, run, root, fingerprint, seconds, spread)
-            if spread.is_first and not models[plan.stage.name].exists():
-                model = _stage_model(config, plan.stage, state, root)
-                if config.lora is None:
-                    save_model(model, models[plan.stage.name], tokenizer=tokenizer)
-                else:
-                    base = _model_path(config, root)
-                    save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
-            if spread.mesh.world > 1 and plan is not plans[-1]:
-                # Only the first process has gathered the weights with which the next stage starts.
+    with Checkpointer(
+        run.path / "checkpoints", config_fingerprint=fingerprint, keep=config.checkpoint.keep
+    ) as checkpointer:
+        for index, plan in enumerate(plans):
+            if state is None or state.progress.stage <= index:
+                state, seconds = _train_stage(
+                    config, plan, index, state, run, root, checkpointer, seconds, spread
+                )
+                if spread.is_first and not models[plan.stage.name].exists():
+                    model = _stage_model(config, plan.stage, state, root)
+                    if config.lora is None:
+                        save_model(model, models[plan.stage.name], tokenizer=tokenizer)
+                    else:
+                        base = _model_path(config, root)
+                        save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
+                # The others wait here: reading and writing a whole model takes its time.
                 on_first_rank(lambda: None)
-                state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
     assert state is not None
     on_first_rank(run.mark_complete)
-    return TrainResult(models, state.step, state.tokens)
+    return TrainResult(models, state.progress.step, state.progress.tokens)
 
 
 def _open(config: TrainConfig, run: RunDir) -> bool:
@@ -170,10 +179,15 @@ def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
     """Check the model with every stage's RoPE and plan its data; nothing is trained or written."""
     root = data_root / config.data_root
     for stage in config.stages:
-        check_model(config.model.hf_config or _model_path(config, root), rope=_rope_at(config, stage))
+        check_model(
+            config.model.hf_config or _model_path(config, root),
+            rope=_rope_at(config, stage),
+            overrides=config.model.config_overrides,
+        )
+    check_ropes(config, _hf_config(config, root))
     if config.lora is not None:
         check_lora(_model_path(config, root), config.lora)
-    plans = [plan_stage(stage, data_root=root, seed=config.seed) for stage in config.stages]
+    plans = plan_stages(config, root, tokenizer=lambda: _tokenizer_folder(config, root))
     _check_tokenizers(config, plans, root)
     return plans
 
@@ -202,27 +216,42 @@ def _train_stage(
     config: TrainConfig,
     plan: StagePlan,
     index: int,
-    state: TrainState | None,
+    state: Checkpoint | None,
     run: RunDir,
     root: Path,
-    fingerprint: str,
+    checkpointer: Checkpointer,
     seconds: float,
     spread: Spread,
-) -> tuple[TrainState, float]:
-    """Run the steps of one stage that `state` has not done; return the state at its end and seconds so far."""
+) -> tuple[Checkpoint, float]:
+    """Run the steps of one stage that `state` has not done; return its last checkpoint and seconds so far."""
     stage = plan.stage
-    resumed = state is not None and state.stage == index
-    model = _stage_model(config, stage, state, root)
+    done = state.progress if state is not None else Progress(0, 0, 0, 0, {})
+    resumed = state is not None and done.stage == index
+    # Adapters stand beside frozen weights that no checkpoint holds, so each process reads the base.
+    from_first = spread.mesh.world > 1 and config.lora is None
+    model = _empty_stage_model(config, stage, root) if from_first and not spread.is_first else None
+    if model is None:
+        model = _stage_model(config, stage, None, root)
     _save_memory(model, config.memory)
-    trained = spread.shard(model, config.memory)
+    if stage.reach > EXACT_FROM:
+        exact_angles(model)
+    trained = spread.shard(model, config.memory, from_first=from_first)
     optimizers = build_optimizers(model, config.optimizer)
-    if state is not None and (resumed or stage.optimizer_state == "carry"):
-        load_optimizer_tensors(optimizers, state.optimizer)
-    if state is not None and resumed:
-        plan.mixer.check_state(state.loader)
-    step, tokens = (state.step, state.tokens) if state is not None else (0, 0)
-    stage_step = state.stage_step if state is not None and resumed else 0
+    if state is not None:
+        _load_tensors(model, state)
+        if resumed or stage.optimizer_state == "carry":
+            load_optimizer_tensors(optimizers, state.optimizer.shapes, state.optimizer.read)
+        if resumed and plan.mixer is not None:
+            plan.mixer.check_state(done.loader)
+    step, tokens = done.step, done.tokens
+    stage_step = done.stage_step if resumed else 0
     rows_per_step = stage.rows_per_step
+
+    def save() -> Saved | None:
+        loader = plan.mixer.state(stage_step * rows_per_step) if plan.mixer is not None else {}
+        progress = Progress(step, index, stage_step, tokens, loader)
+        return checkpointer.save(progress, _tensors(model), optimizer_tensors(optimizers))
+
     with contextlib.ExitStack() as stack:
         report = (
             _Report(stack, run, stage, model, step=step, stage_step=stage_step) if spread.is_first else None
@@ -230,7 +259,7 @@ def _train_stage(
         while stage_step < stage.num_steps:
             started = time.monotonic()
             spread.beat(f"step {step + 1}")
-            rows = plan.mixer.rows(stage_step * rows_per_step, rows_per_step)
+            rows = stage_rows(plan, stage_step * rows_per_step, rows_per_step, seed=config.seed)
             factor = lr_factor(stage.schedule, stage_step, stage.num_steps)
             lr = factor * stage.lr
             set_lr(optimizers, lr=lr, adamw_lr=factor * (stage.adamw_lr or stage.lr))
@@ -250,22 +279,18 @@ def _train_stage(
                 )
             if stage_step % config.checkpoint.every_steps == 0 or stage_step == stage.num_steps:
                 spread.beat(f"the checkpoint of step {step}")
-                state = TrainState(
-                    step, index, stage_step, tokens, _tensors(model, keep=spread.is_first),
-                    optimizer_tensors(optimizers, keep=spread.is_first),
-                    plan.mixer.state(stage_step * rows_per_step),
-                )  # fmt: skip
-                _save(run, state, fingerprint, config.checkpoint.keep)
-    assert state is not None
-    return state, seconds
-
-
-def _save(run: RunDir, state: TrainState, fingerprint: str, keep: int) -> None:
-    on_first_rank(
-        lambda: str(
-            save_checkpoint(run.path / "checkpoints", state, config_fingerprint=fingerprint, keep=keep)
-        )
-    )
+                before = save()
+                if report is not None:
+                    report.saved(before)
+        if stage.num_steps == 0 and not resumed:
+            save()
+        spread.beat("the end of the last checkpoint")
+        last = checkpointer.wait()
+        if report is not None:
+            report.saved(last)
+    found = checkpointer.latest() or state
+    assert found is not None
+    return found, seconds
 
 
 class _Report:
@@ -281,7 +306,7 @@ class _Report:
         step: int,
         stage_step: int,
     ) -> None:
-        self._stage = stage
+        self._run, self._stage = run, stage
         run.event(
             "stage", stage=stage.name, step=step, rope=rope_fingerprint(model), context=stage.context_length
         )
@@ -293,6 +318,11 @@ class _Report:
         self._bar = stack.enter_context(
             progress(stage.name, total=stage.num_steps, unit="steps", done=stage_step)
         )
+
+    def saved(self, saved: Saved | None) -> None:
+        """Record what a checkpoint cost that is whole by now."""
+        if saved is not None:
+            self._run.event("checkpoint", **saved._asdict())
 
     def write(
         self,
@@ -406,34 +436,62 @@ def _save_memory(model: nn.Module, memory: MemoryConfig) -> None:
 
 def _heads(config: TrainConfig, root: Path) -> tuple[int, int]:
     """Return the query and the key/value heads of the recipe's model."""
-    if config.model.hf_config is not None:
-        hf_config = AutoConfig.for_model(**config.model.hf_config)
-    else:
-        hf_config = AutoConfig.from_pretrained(_model_path(config, root))
-    text = hf_config.get_text_config(decoder=True)
+    text = _hf_config(config, root).get_text_config(decoder=True)
     return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
+def _hf_config(config: TrainConfig, root: Path) -> PretrainedConfig:
+    """Return the configuration of the recipe's model as it was before training."""
+    if config.model.hf_config is not None:
+        return AutoConfig.for_model(**config.model.hf_config)
+    return AutoConfig.from_pretrained(_model_path(config, root))
+
+
 def _stage_model(
-    config: TrainConfig, stage: StageConfig, state: TrainState | None, root: Path
+    config: TrainConfig, stage: StageConfig, state: Checkpoint | None, root: Path
 ) -> PreTrainedModel:
     """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
     dtype = getattr(torch, config.model.dtype)
     rope = _rope_at(config, stage)
-    context = max(s.context_length for s in config.stages[: config.stages.index(stage) + 1])
     if config.model.path is not None:
         path = _model_path(config, root)
-        model = load_model(path, rope=rope, max_position_embeddings=context, dtype=dtype)
+        model = load_model(
+            path,
+            rope=rope,
+            max_position_embeddings=_context_at(config, stage),
+            dtype=dtype,
+            overrides=config.model.config_overrides,
+        )
     else:
-        assert config.model.hf_config is not None
-        settings = {**config.model.hf_config, "dtype": config.model.dtype}
-        settings["max_position_embeddings"] = max(settings.get("max_position_embeddings", 0), context)
-        model = build_model(settings, seed=config.seed, rope=rope, init=config.model.init)
+        model = build_model(_hf_config_at(config, stage), seed=config.seed, rope=rope, init=config.model.init)
     if config.lora is not None:
         apply_lora(model, config.lora, seed=config.seed)
     if state is not None:
-        _load_tensors(model, state.model)
+        _load_tensors(model, state)
     return model.train()
+
+
+def _empty_stage_model(config: TrainConfig, stage: StageConfig, root: Path) -> PreTrainedModel:
+    """Return the same modules without values: the first process sends those when the model is sharded."""
+    origin = _hf_config_at(config, stage) if config.model.path is None else _model_path(config, root)
+    return empty_model(origin, rope=_rope_at(config, stage), overrides=config.model.config_overrides).train()
+
+
+def _hf_config_at(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
+    """Return the transformers configuration of a model made from scratch, with room for the stage's context."""
+    assert config.model.hf_config is not None
+    fields = {**config.model.hf_config, "dtype": config.model.dtype}
+    context = _context_at(config, stage)
+    if context is not None:
+        fields["max_position_embeddings"] = max(fields.get("max_position_embeddings", 0), context)
+    return fields
+
+
+def _context_at(config: TrainConfig, stage: StageConfig) -> int | None:
+    """Return the longest context up to a stage; None leaves the model's own, by which dynamic NTK works."""
+    if (_rope_at(config, stage) or {}).get("rope_type") == "dynamic":
+        return None
+    return max(each.reach for each in config.stages[: config.stages.index(stage) + 1])
 
 
 def _model_path(config: TrainConfig, root: Path) -> str:
@@ -455,30 +513,26 @@ def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
     return next((s.rope for s in reversed(config.stages[: index + 1]) if s.rope is not None), None)
 
 
-def _tensors(model: nn.Module, *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, shared ones once, gathered if they are sharded.
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent buffers by name, shared ones once, sharded ones as they are.
 
     Of a model with an adapter, only what is trained.
-
-    All processes gather together; those that do not `keep` the tensors return nothing.
     """
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     if is_adapted(model):
         own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors = {}
-    for name, value in model.state_dict().items():
-        if name in own:
-            whole = full_tensor(value.detach())
-            if keep:
-                tensors[name] = whole.cpu()
-    return tensors
+    return {name: value.detach() for name, value in model.state_dict().items() if name in own}
 
 
-def _load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    own = set(_tensors(model))
-    if own != set(tensors):
-        raise DataError("the checkpoint does not fit the model", found=sorted(own ^ set(tensors))[:4])
-    model.load_state_dict(tensors, strict=False)
+def _load_tensors(model: nn.Module, state: Checkpoint) -> None:
+    """Put the weights of a checkpoint into a model; each process reads what it holds."""
+    own, saved = _tensors(model), state.model.shapes
+    wrong = {name for name in own.keys() & saved.keys() if tuple(own[name].shape) != saved[name]}
+    if wrong or own.keys() != saved.keys():
+        names = sorted(wrong | (own.keys() ^ saved.keys()))
+        raise DataError(f"the checkpoint {state.path} does not fit the model", found=names[:4])
+    for name, tensor in own.items():
+        fill(tensor, partial(state.model.read, name))
 
 
 def _rewind_metrics(path: Path, step: int) -> float:
