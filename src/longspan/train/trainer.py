@@ -233,9 +233,10 @@ def _train_stage(
     if model is None:
         model = _stage_model(config, stage, None, root)
     _save_memory(model, config.memory)
+    trained = spread.shard(model, config.memory, from_first=from_first)
+    # Of a model that has values by now, on every process.
     if stage.reach > EXACT_FROM:
         exact_angles(model)
-    trained = spread.shard(model, config.memory, from_first=from_first)
     optimizers = build_optimizers(model, config.optimizer)
     if state is not None:
         _load_tensors(model, state)
