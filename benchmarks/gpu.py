@@ -34,7 +34,10 @@ from longspan.core.files import atomic_write, write_json
 from longspan.core.log import setup_logging
 from longspan.core.records import JsonlWriter, read_jsonl
 
-SECTIONS: dict[str, tuple[Callable[[Scale, Deadline], Iterator[Row]], float]] = {
+Section = tuple[Callable[[Scale, Deadline], Iterator[Row]], float]
+"""What makes the rows, and the seconds after which no further case of it begins."""
+
+SECTIONS: dict[str, Section] = {
     "correctness": (correctness, 40.0),
     "zigzag": (zigzag, 80.0),
     "attention": (attention, 260.0),
@@ -42,7 +45,7 @@ SECTIONS: dict[str, tuple[Callable[[Scale, Deadline], Iterator[Row]], float]] = 
     "tiled_mlp": (tiled_mlp, 35.0),
     "checkpointing": (checkpointing, 50.0),
 }
-"""What runs, in this order, and the seconds after which no further case of it begins."""
+"""What runs, in this order."""
 
 GRACE_SECONDS = 40.0
 """For the start of a section and the case in progress when its time is up."""
@@ -66,14 +69,14 @@ def machine(*, dry_run: bool) -> Row:
     return row
 
 
-def run_section(name: str, rows_path: str, dry_run: bool, seconds: float) -> None:
-    """Append the rows of one section, in a process of its own."""
+def run_section(name: str, made: Section | None, rows_path: str, dry_run: bool, seconds: float) -> None:
+    """Append the rows of one section, in a process of its own; None: what describes the machine."""
     setup_logging()
     writer = JsonlWriter(rows_path)
-    if name == "machine":
+    if made is None:
         writer.write(machine(dry_run=dry_run))
         return
-    section, own_seconds = SECTIONS[name]
+    section, own_seconds = made
     deadline = Deadline(name, min(own_seconds, seconds))
     try:
         for row in section(DRY if dry_run else FULL, deadline):
@@ -91,11 +94,11 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def isolate(name: str, rows_path: Path, *, dry_run: bool, seconds: float) -> None:
+def isolate(name: str, made: Section | None, rows_path: Path, *, dry_run: bool, seconds: float) -> None:
     """Run one section in a child process; what ends it is a row."""
     # Forked, because torch is imported already. This process never touches CUDA, so its children may.
     child = multiprocessing.get_context("fork").Process(
-        target=run_section, args=(name, str(rows_path), dry_run, seconds)
+        target=run_section, args=(name, made, str(rows_path), dry_run, seconds)
     )
     child.start()
     child.join(seconds + GRACE_SECONDS)
@@ -141,6 +144,31 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
+def run_all(sections: dict[str, Section], *, out: Path | None, table: Path | None, dry_run: bool) -> None:
+    """Run sections one after another, print their tables and write what was asked for."""
+    end = time.monotonic() + TOTAL_SECONDS
+    with tempfile.TemporaryDirectory() as folder:
+        # Beside the result, so that a machine that is taken away leaves what was measured.
+        rows_path = Path(folder) / "rows.jsonl" if out is None else out.with_suffix(".rows.jsonl")
+        rows_path.unlink(missing_ok=True)
+        isolate("machine", None, rows_path, dry_run=dry_run, seconds=30)
+        if next(read_jsonl(rows_path)).get("device", "none") == "none":
+            sys.exit("torch sees no CUDA device here; --dry-run runs tiny sizes on CPU")
+        for name, section in sections.items():
+            seconds = max(0.0, min(section[1], end - GRACE_SECONDS - time.monotonic()))
+            print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
+            isolate(name, section, rows_path, dry_run=dry_run, seconds=seconds)
+        rows = list(read_jsonl(rows_path))
+        text = markdown(rows)
+        print(text)
+        if out is not None:
+            write_json(out, {"rows": rows})
+            rows_path.unlink()
+        if table is not None:
+            with atomic_write(table) as file:
+                file.write(text.encode())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="write every row as JSON")
@@ -151,29 +179,12 @@ def main() -> None:
     names = options.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    end = time.monotonic() + TOTAL_SECONDS
-    with tempfile.TemporaryDirectory() as folder:
-        # Beside the result, so that a machine that is taken away leaves what was measured.
-        rows_path = (
-            Path(folder) / "rows.jsonl" if options.out is None else options.out.with_suffix(".rows.jsonl")
-        )
-        rows_path.unlink(missing_ok=True)
-        isolate("machine", rows_path, dry_run=options.dry_run, seconds=30)
-        if next(read_jsonl(rows_path)).get("device", "none") == "none":
-            sys.exit("torch sees no CUDA device here; --dry-run runs tiny sizes on CPU")
-        for name in names:
-            seconds = max(0.0, min(SECTIONS[name][1], end - GRACE_SECONDS - time.monotonic()))
-            print(f"{name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
-            isolate(name, rows_path, dry_run=options.dry_run, seconds=seconds)
-        rows = list(read_jsonl(rows_path))
-        text = markdown(rows)
-        print(text)
-        if options.out is not None:
-            write_json(options.out, {"rows": rows})
-            rows_path.unlink()
-        if options.markdown is not None:
-            with atomic_write(options.markdown) as file:
-                file.write(text.encode())
+    run_all(
+        {name: SECTIONS[name] for name in names},
+        out=options.out,
+        table=options.markdown,
+        dry_run=options.dry_run,
+    )
 
 
 if __name__ == "__main__":
