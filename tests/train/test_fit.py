@@ -1,0 +1,65 @@
+"""A recipe's memory before it runs, and the settings that `memory: auto` stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from longspan.core.errors import ArgumentError
+from longspan.train.config import TrainConfig
+from longspan.train.fit import Budget, fit_memory, machine_budget, stage_memory, step_settings
+
+LLAMA = {
+    "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def recipe(**fields: Any) -> TrainConfig:
+    stage = {"context_length": 65536, "tokens": 65536 * 32, "lr": 1e-5, "streams": {"text": {"rows": "rows"}}}
+    return TrainConfig.from_dict({
+        "model": {"hf_config": LLAMA},
+        "parallel": {"dp_shard": 2, "cp_ring": 4},
+        "memory": {"compute_dtype": "bfloat16"},
+        "stages": [
+            {**stage, "name": "long", "batch_tokens": 65536 * 8, "micro_batch_tokens": 65536},
+            {**stage, "name": "short", "context_length": 4096, "batch_tokens": 65536, "micro_batch_tokens": 4096},
+        ],
+        **fields,
+    })  # fmt: skip
+
+
+def test_a_step_is_that_of_the_recipe() -> None:
+    """A micro-batch counted for all processes, or a schedule that the degrees do not mean."""
+    config = recipe()
+    step = step_settings(config, config.stages[0], cuda=True)
+    assert (step.tokens, step.schedule, step.shards, step.accumulates) == (65536, "ring", 8, True)
+    assert step_settings(config, config.stages[1], cuda=True).tokens == 4096
+    alone = recipe(parallel={"dp_shard": 8})
+    assert not step_settings(alone, alone.stages[0], cuda=True).accumulates
+
+
+def test_the_longest_stage_decides() -> None:
+    """What fits the short stage alone would end in the long one, days later."""
+    config = recipe()
+    memory, choice = fit_memory(config, LLAMA, Budget(60e9, 200e9, True))
+    assert memory.compute_dtype == "bfloat16" and memory.activation_checkpointing != "none"
+    chosen = config.model_copy(update={"memory": memory})
+    for stage in config.stages:
+        assert stage_memory(chosen, stage, LLAMA).device <= 60e9
+    assert choice.reasons()[0].startswith("memory: activation_checkpointing")
+
+
+def test_nothing_is_sent_away_from_a_cpu() -> None:
+    """Host to host is a copy for nothing."""
+    memory, _ = fit_memory(recipe(), LLAMA, Budget(60e9, 0.0, False))
+    assert memory.activation_checkpointing != "offload" and not memory.offload_parameters
+    found = machine_budget()
+    assert found.device > 1e8 and (found.cuda or found.host == 0)
+
+
+def test_what_does_not_fit_is_said_before_it_runs() -> None:
+    """An out-of-memory error after an hour of loading."""
+    with pytest.raises(ArgumentError, match="does not fit"):
+        fit_memory(recipe(), LLAMA, Budget(5e9, 1e9, True))
