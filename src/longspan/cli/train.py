@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,18 +11,33 @@ import typer
 from longspan.cli.output import Json, example, print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
-    from longspan.train.streams import StagePlan
+    from longspan.train.recipes import LoadedRecipe
+    from longspan.train.resolve import ResolvedRecipe, ResolvedStage
+    from longspan.train.trainer import TrainResult
 
 EXAMPLE = example(
     "longspan train recipe.yaml --dry-run",
     "longspan train recipe.yaml --set seed=1 --out run",
+    "longspan train prolong-64k --dry-run --gpu h100",
     "torchrun --nproc-per-node 4 -m longspan train recipe.yaml --set parallel.cp_ring=4",
 )
 
 
+class Scale(StrEnum):
+    """How large a recipe is run."""
+
+    full = "full"
+    tiny = "tiny"
+
+
 def train(
     recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A YAML file; stores are looked for beside it.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A YAML file, beside which stores are looked for, or a shipped recipe: easycontext-1m, fu-2024-80k, "
+            "prolong-64k, qlora-80k and others; a wrong name lists all.",
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/ and the recipe's name.")
@@ -30,28 +46,32 @@ def train(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE changes a setting, such as stages.0.lr=1e-4; many times."),
     ] = None,
+    scale: Annotated[
+        Scale,
+        typer.Option(
+            help="tiny: the same stages with a small model on made data, some seconds on a CPU (docs/recipes.md)."
+        ),
+    ] = Scale.full,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan the data of every stage and stop.")
+        bool, typer.Option("--dry-run", help="Print what the recipe comes to, stage by stage, and stop.")
     ] = False,
+    gpu: Annotated[
+        str, typer.Option(help="GPU that a dry run estimates time for: a100, h100, h200 ...")
+    ] = "h100",
     as_json: Json = False,
 ) -> None:
     """Train through the stages of a recipe; the same command goes on after a kill."""
-    from longspan.train.config import TrainConfig
+    from longspan.train.recipes import load_recipe
 
-    config = TrainConfig.from_yaml(recipe, settings or [])
-    from longspan.parallel.launch import is_first_process
-    from longspan.train import trainer
-
+    loaded = load_recipe(recipe, settings or [])
+    out = out or Path("runs") / (loaded.name if scale is Scale.full else f"{loaded.name}-{scale.value}")
     if dry_run:
-        plans = [_describe(plan) for plan in trainer.plan_run(config, data_root=recipe.parent)]
-        if as_json:
-            print_json({"recipe": str(recipe), "fingerprint": config.fingerprint(), "stages": plans})
-        else:
-            _print_plans(str(recipe), plans)
+        _dry_run(recipe, loaded, scale, out, gpu, as_json=as_json)
         return
     quiet_transformers()
-    out = out or Path("runs") / recipe.stem
-    result = trainer.train(config, out, data_root=recipe.parent)
+    from longspan.parallel.launch import is_first_process
+
+    result = _run(loaded, scale, out)
     if not is_first_process():
         return
     models = {stage: str(path) for stage, path in result.models.items()}
@@ -62,47 +82,115 @@ def train(
         print_table(title, ("stage", "model"), list(models.items()))
 
 
-def _describe(plan: StagePlan) -> dict[str, Any]:
-    stage = plan.stage
-    streams = {
-        name: {
-            "documents": len(plan.mixtures[name].documents) if name in plan.mixtures else None,
-            "rows": plan.sources[name].num_rows,
-            "rows_needed": needed,
-        }
-        for name, needed in plan.rows_needed.items()
-    }
-    return {
-        "name": stage.name,
-        "context_length": stage.context_length,
-        "steps": stage.num_steps,
-        "rows_per_step": stage.rows_per_step,
-        "tokens": stage.num_steps * stage.rows_per_step * stage.context_length,
-        "lr": stage.lr,
-        "rope": stage.rope,
-        "streams": streams,
-    }
+def _inputs(out: Path) -> Path:
+    """Return the folder of what a recipe at tiny scale reads."""
+    return out.with_name(f"{out.name}-inputs")
 
 
-def _print_plans(title: str, plans: list[dict[str, Any]]) -> None:
+def _run(loaded: LoadedRecipe, scale: Scale, out: Path) -> TrainResult:
+    from longspan.train import trainer
+
+    if scale is Scale.full:
+        return trainer.train(loaded.config, out, data_root=loaded.folder)
+    from longspan.parallel.launch import on_first_rank, process_group
+    from longspan.train.recipes import scale_tiny
+    from longspan.train.tiny_inputs import tiny_inputs
+
+    tiny = scale_tiny(loaded.config)
+    with process_group(timeout_seconds=tiny.parallel.timeout_seconds):
+        on_first_rank(lambda: tiny_inputs(loaded.config, tiny, _inputs(out), root=loaded.folder))
+        return trainer.train(tiny, out, data_root=_inputs(out))
+
+
+def _dry_run(recipe: str, loaded: LoadedRecipe, scale: Scale, out: Path, gpu: str, *, as_json: bool) -> None:
+    from longspan.train.recipes import scale_tiny
+    from longspan.train.resolve import resolve
+    from longspan.train.tiny_inputs import tiny_inputs
+
+    config, root, named = loaded.config, loaded.folder, recipe
+    if scale is Scale.tiny:
+        config, root, named = scale_tiny(config), _inputs(out), f"{recipe} --scale tiny"
+        tiny_inputs(loaded.config, config, root, root=loaded.folder)
+    resolved = resolve(config, named, data_root=root, gpu=gpu)
+    if as_json:
+        print_json({"recipe": recipe, "fingerprint": config.fingerprint(), **resolved.to_dict()})
+    else:
+        _print_resolved(named, resolved)
+
+
+def _print_resolved(title: str, resolved: ResolvedRecipe) -> None:
+    from longspan.core.units import format_bytes, format_count, format_seconds
+    from longspan.plan.training import WORKSPACE
+
+    print_table(
+        f"stages of {title}; nothing was trained",
+        ("stage", "context", "steps", "rows a step", "tokens", "peak lr", "rope", "loss", "optimizer"),
+        [_stage_row(stage) for stage in resolved.stages],
+    )
+    sources = [
+        [stage.name, name, None if tokens is None else format_count(tokens)]
+        for stage in resolved.stages
+        for name, tokens in stage.tokens_by_source.items()
+    ]
+    print_table("tokens by source", ("stage", "source", "tokens"), sources)
+    streams = [
+        [stage.name, name, stream["documents"], stream["rows"], stream["rows_needed"], _left_out(stream)]
+        for stage in resolved.stages
+        for name, stream in stage.streams.items()
+        if stream["rows"] is not None
+    ]
+    if streams:
+        print_table("data", ("stage", "stream", "documents", "rows", "rows needed", "left out"), streams)
+    costs = [
+        [
+            stage.name,
+            format_bytes(sum(stage.memory.values())),
+            format_bytes(stage.host) if stage.host else None,
+            None if stage.step_seconds is None else format_seconds(stage.step_seconds),
+            None if stage.seconds is None else format_seconds(stage.seconds),
+        ]
+        for stage in resolved.stages
+        if stage.memory is not None
+    ]
+    if costs:
+        print_table(
+            f"estimate for {resolved.processes} x {resolved.gpu.name}; rows as one document each: time at most",
+            (
+                "stage",
+                f"GPU memory ({format_bytes(WORKSPACE)} allowance)",
+                "host memory",
+                "step",
+                "stage in all",
+            ),
+            costs,
+        )
+    lines = [("processes", str(resolved.processes)), ("start with", resolved.launch)]
+    lines += [("note", note) for note in resolved.notes]
+    print_table("how to run it", ("what", ""), lines)
+
+
+def _stage_row(stage: ResolvedStage) -> list[Any]:
     from longspan.core.units import format_count
 
-    stages = [
-        [
-            p["name"],
-            f"{p['context_length']:,}",
-            p["steps"],
-            p["rows_per_step"],
-            format_count(p["tokens"]),
-            p["lr"],
-        ]
-        for p in plans
+    rope = stage.rope or {}
+    words = [rope.get("rope_type", "default")] if rope else ["as before"]
+    words += [f"theta {rope['rope_theta']:g}"] if "rope_theta" in rope else []
+    words += [f"x {rope['factor']:g}"] if "factor" in rope else []
+    return [
+        stage.name,
+        f"{stage.context_length:,}",
+        stage.steps,
+        stage.rows_per_step,
+        None if stage.tokens is None else format_count(stage.tokens),
+        f"{stage.lr:g}",
+        " ".join(words),
+        stage.objective,
+        stage.optimizer_state,
     ]
-    columns = ("stage", "context", "steps", "rows a step", "tokens", "peak lr")
-    print_table(f"stages of {title}; nothing was trained", columns, stages)
-    streams = [
-        [plan["name"], name, stream["documents"], stream["rows"], stream["rows_needed"]]
-        for plan in plans
-        for name, stream in plan["streams"].items()
+
+
+def _left_out(stream: dict[str, int | None]) -> str | None:
+    counts = [
+        f"{stream[key]} too {kind}" for kind in ("short", "long") if (key := f"left_out_{kind}") in stream
     ]
-    print_table("data", ("stage", "stream", "documents", "rows", "rows needed"), streams)
+    return ", ".join(counts) or None

@@ -47,7 +47,8 @@ class LoraConfig(Config):
     def _something_to_train(self) -> Self:
         if not self.target_modules:
             raise ValueError("target_modules names no layer")
-        if self.quantize == "none" and self.model_fields_set & {"double_quant", "compute_dtype"}:
+        # By value: the settings of a run are written with all defaults, and read again.
+        if self.quantize == "none" and (not self.double_quant or self.compute_dtype is not None):
             raise ValueError("double_quant and compute_dtype have no effect without quantize: nf4")
         return self
 

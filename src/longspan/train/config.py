@@ -25,6 +25,7 @@ from longspan.data.lengths import Length, TokenBudget
 from longspan.data.mixture import MixtureSpec
 from longspan.models.lora_config import LoraConfig
 from longspan.parallel.layout import Layout
+from longspan.train.loop_config import InitConfig, RuntimeConfig, TrackingConfig, ValidationConfig
 
 
 class ModelConfig(Config):
@@ -83,6 +84,16 @@ class ScheduleConfig(Config):
     """Last part of the stage over which the rate decays; before it the rate stays at its peak (WSD)."""
     floor: float = pydantic.Field(0.1, ge=0, le=1)
     """Factor at the end of the stage."""
+
+    @pydantic.model_validator(mode="after")
+    def _constant_does_not_decay(self) -> Self:
+        changed = [
+            name for name in ("decay_fraction", "floor")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]  # fmt: skip
+        if self.kind == "constant" and changed:
+            raise ValueError(f"{' and '.join(changed)} has no effect on a constant rate: set kind to cosine or linear")
+        return self
 
 
 class StreamConfig(Config):
@@ -280,9 +291,22 @@ class MemoryConfig(Config):
     offload_parameters: bool = False
     """Keep parameters, gradients and optimizer state in host memory."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the forward and backward pass beside master weights of `model.dtype`. None: `model.dtype`."""
+    """Type of the forward and backward pass beside master weights of `model.dtype`. None: `model.dtype`, but bfloat16
+    on a GPU where all weights are trained; set float32 to compute in that there."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over processes."""
+
+    chunk_tokens: TokenBudget | None = pydantic.Field(None, gt=0)
+    """Walk each micro-batch in chunks of so many tokens, with the same gradients (train/recurrent.py): memory of a
+    chunk and of the keys and values. Not beside cp_ring or cp_ulysses. None: all at once."""
+    offload_chunk_cache: bool = False
+    """Keep those keys, values and their gradients in host memory."""
+
+    @pydantic.model_validator(mode="after")
+    def _there_is_a_cache(self) -> Self:
+        if self.offload_chunk_cache and self.chunk_tokens is None:
+            raise ValueError("offload_chunk_cache has no effect without chunk_tokens")
+        return self
 
     @property
     def needs_sharding(self) -> bool:
@@ -307,6 +331,12 @@ class TrainConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     memory: MemoryConfig = MemoryConfig()
+    init_from: InitConfig | None = None
+    """Begin with the weights or the optimizer of another run's checkpoint. None: with `model` and a fresh one."""
+    validation: ValidationConfig | None = None
+    """Perplexity by length while the run goes on. None: none."""
+    tracking: TrackingConfig = TrackingConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     stages: tuple[StageConfig, ...] = pydantic.Field(min_length=1)
 
     @pydantic.model_validator(mode="after")
@@ -337,4 +367,10 @@ class TrainConfig(Config):
     def without_machine(self) -> TrainConfig:
         """Return the recipe without how it is spread over a machine: what makes two runs the same run."""
         numeric = {name: getattr(self.memory, name) for name in ("compute_dtype", "reduce_dtype")}
-        return self.model_copy(update={"parallel": ParallelConfig(), "memory": MemoryConfig(**numeric)})
+        machine = {
+            "parallel": ParallelConfig(),
+            "memory": MemoryConfig(**numeric),
+            "tracking": TrackingConfig(),
+            "runtime": RuntimeConfig(),
+        }
+        return self.model_copy(update=machine)

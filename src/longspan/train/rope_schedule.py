@@ -7,22 +7,30 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from longspan.core.errors import ConfigError
-from longspan.kernels.rope import check_reach
+from longspan.kernels.rope import check_reach, rope_parameters
 from longspan.train.config import TrainConfig
 
-__all__ = ["check_ropes", "own_context"]
+__all__ = ["check_ropes", "check_stage_ropes", "own_context"]
 
 
 def check_ropes(config: TrainConfig, model: PretrainedConfig) -> None:
     """Check the RoPE that each stage sets against its length, the model and the sequence parallelism.
 
     Raises:
-        ConfigError: a factor that does not reach the stage's positions, or a RoPE that changes with the length of the
-            sequence while ranks hold parts of it.
+        ConfigError: as `check_stage_ropes`.
     """
     text = model.get_text_config(decoder=True)
-    own = own_context(text)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    check_stage_ropes(config, own_context=own_context(text), head_dim=head_dim)
+
+
+def check_stage_ropes(config: TrainConfig, *, own_context: int, head_dim: int) -> None:
+    """Check the RoPE of each stage for a model of `own_context` positions, 0 if it does not say how many.
+
+    Raises:
+        ConfigError: settings that do not exist, a factor that does not reach the stage's positions, or a RoPE that
+            changes with the length of the sequence while ranks hold parts of it.
+    """
     shared = config.parallel.cp_ring * config.parallel.cp_ulysses
     for stage in config.stages:
         rope = stage.rope
@@ -31,9 +39,11 @@ def check_ropes(config: TrainConfig, model: PretrainedConfig) -> None:
         where = f"stage {stage.name!r}"
         rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
         try:
-            # With this said, only what is no matter of length is checked.
-            context = own if stage.rope_falls_short or own == 0 else stage.reach
-            check_reach(rope, own_context=own, context=context, head_dim=rotated)
+            # The theta may be the model's own.
+            rope_parameters({"rope_theta": 1.0, **rope}, head_dim=rotated)
+            # With `rope_falls_short`, only what is no matter of length is checked.
+            context = own_context if stage.rope_falls_short or own_context == 0 else stage.reach
+            check_reach(rope, own_context=own_context, context=context, head_dim=rotated)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         if shared > 1 and _changes_with_length(rope):

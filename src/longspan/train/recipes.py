@@ -1,0 +1,169 @@
+"""The shipped recipes by name, and every recipe at a scale that a CPU trains in seconds.
+
+`scale_tiny` is the one rule. What it changes:
+
+    lengths        every length in tokens divided by 1024: context_length, PoSE's target, thresholds, document limits;
+                   at least 32 for rows and 16 for the others
+    duration       4 steps a stage (a stage of 0 stays), one epoch where the recipe counts in epochs
+    batch          4 rows a step, one row a micro-batch; fewer if the recipe has fewer
+    warm-up        one step where the recipe has some
+    model          2 layers of 64 channels, 4 heads (2 for keys and values if the recipe's model shares them), its own
+                   vocabulary of 512; made from scratch and saved, then loaded as the recipe's model.path
+    adapters       rank 4, alpha as much of it as before
+    data           every store, every file of records and every packed folder is made of CPython's own text, with the
+                   names of the recipe's sources
+    machine        one process; fp32; nothing offloaded; MLP tiles and chunks divided like lengths
+    checkpoints    every 2 steps
+
+What stays: stages and their order, RoPE types, thetas and factors, mixtures and weights, strategies, special tokens,
+objectives, masks, chat templates, optimizer and its carry, rates, schedules, seeds, LoRA targets and quantisation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longspan.core.config import apply_overrides, parse_yaml, read_yaml
+from longspan.core.errors import ConfigError
+from longspan.train.config import (
+    CheckpointConfig,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    StageConfig,
+    StreamConfig,
+    TrainConfig,
+)
+
+__all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
+
+SCALE = 1024
+SHORTEST_ROW, SHORTEST_LIMIT = 32, 16
+STEPS, ROWS, RANK = 4, 4, 4
+TINY_MODEL, TINY_TOKENIZER = "model", "tokenizer"
+_FOLDER = importlib.resources.files("longspan") / "recipes"
+
+
+class LoadedRecipe(NamedTuple):
+    """A recipe and where it comes from."""
+
+    config: TrainConfig
+    name: str
+    """The shipped name, or the file's without its ending."""
+    folder: Path
+    """Where its relative paths start: beside the file, or the working directory for a shipped one."""
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes for `longspan train` that come with this package."""
+    names = (entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name for name in names if not name.startswith("quickstart"))
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read a recipe: a file, or a shipped one by its name; `overrides` are `a.b=c`.
+
+    Raises:
+        ConfigError: neither a file nor a shipped name, or settings that are wrong.
+    """
+    text = str(recipe)
+    if Path(text).is_file() or text.endswith((".yaml", ".yml")) or "/" in text:
+        path = Path(text)
+        values = read_yaml(path)
+        return LoadedRecipe(
+            TrainConfig.from_dict(apply_overrides(values, overrides), where=text), path.stem, path.parent
+        )
+    names = shipped_recipes()
+    if text not in names:
+        near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"there is no recipe {text!r}",
+            allowed=f"a YAML file, or one of {', '.join(names)}",
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        )
+    values = parse_yaml((_FOLDER / f"{text}.yaml").read_text(encoding="utf-8"), where=f"{text}.yaml")
+    return LoadedRecipe(TrainConfig.from_dict(apply_overrides(values, overrides), where=text), text, Path())
+
+
+def scale_tiny(config: TrainConfig) -> TrainConfig:
+    """Return the recipe at a scale for a CPU; see the module for the rule. Its inputs come from `tiny_inputs`."""
+    changes: dict[str, Any] = {
+        "data_root": ".",
+        "tokenizer": TINY_TOKENIZER,
+        "model": ModelConfig(path=TINY_MODEL),
+        "stages": tuple(_tiny_stage(stage) for stage in config.stages),
+        "parallel": ParallelConfig(),
+        "memory": MemoryConfig(
+            activation_checkpointing="none" if config.memory.activation_checkpointing == "none" else "full",
+            tiled_mlp=None if config.memory.tiled_mlp is None else _limit(config.memory.tiled_mlp),
+        ),
+        "checkpoint": CheckpointConfig(every_steps=2, keep=config.checkpoint.keep),
+    }
+    if config.lora is not None:
+        lora = config.lora
+        narrow = {"compute_dtype": "float32"} if lora.quantize != "none" else {}
+        changes["lora"] = lora.model_copy(
+            update={"rank": RANK, "alpha": lora.alpha * RANK / lora.rank, **narrow}
+        )
+    # Through the validators: a rule that makes an impossible recipe must not go unseen.
+    return TrainConfig.from_dict(
+        config.model_copy(update=changes).to_dict(), where="the recipe at tiny scale"
+    )
+
+
+def _tiny_stage(stage: StageConfig) -> StageConfig:
+    length = max(SHORTEST_ROW, stage.context_length // SCALE)
+    rows = min(ROWS, stage.rows_per_step)
+    changes: dict[str, Any] = {
+        "context_length": length,
+        "tokens": None,
+        "steps": None,
+        "epochs": None,
+        "batch_tokens": rows * length,
+        "micro_batch_tokens": min(rows, stage.rows_per_micro_batch) * length,
+        "streams": {name: _tiny_stream(stream, rows * length) for name, stream in stage.streams.items()},
+    }
+    if stage.epochs is not None:
+        changes["epochs"] = min(1.0, stage.epochs)
+    else:
+        # Small sources are seen again: there is not much text.
+        changes |= {"steps": 0 if stage.steps == 0 else STEPS, "max_epochs": max(stage.max_epochs, 20)}
+    if stage.schedule.warmup_steps:
+        changes["schedule"] = stage.schedule.model_copy(update={"warmup_steps": 1})
+    if stage.rope is not None and "original_max_position_embeddings" in stage.rope:
+        original = stage.rope["original_max_position_embeddings"]
+        changes["rope"] = {**stage.rope, "original_max_position_embeddings": max(1, original // SCALE)}
+    if stage.pose is not None:
+        target = max(2 * length, stage.pose.target_length // SCALE)
+        changes["pose"] = stage.pose.model_copy(update={"target_length": target})
+    return stage.model_copy(update=changes)
+
+
+def _tiny_stream(stream: StreamConfig, step_tokens: int) -> StreamConfig:
+    changes: dict[str, Any] = {}
+    if stream.rows is None:
+        mixture: dict[str, Any] = {"threshold": _limit(stream.mixture.threshold)}
+        if stream.mixture.tokens is not None:
+            # Some more than the stage reads: sources of small weight round up to whole documents.
+            mixture |= {"tokens": 2 * STEPS * step_tokens, "max_repeat": max(4, stream.mixture.max_repeat)}
+        changes = {
+            "mixture": stream.mixture.model_copy(update=mixture),
+            "min_document_tokens": stream.min_document_tokens and _limit(stream.min_document_tokens),
+        }
+        if stream.max_document_tokens is not None:
+            changes["max_document_tokens"] = _limit(stream.max_document_tokens)
+    return stream.model_copy(update=changes)
+
+
+def _limit(length: int) -> int:
+    return max(SHORTEST_LIMIT, length // SCALE)
+
+
+def tiny_positions(own: int) -> int:
+    """Return the context of the tiny model that stands for one of `own` positions."""
+    return max(1, math.ceil(own / SCALE))

@@ -1,0 +1,264 @@
+"""What a recipe comes to, before anything runs: stages, tokens by source, memory, time, processes.
+
+What is at hand is looked at: stores, rows and records are planned, the model's config is checked. What is not (a model
+of the hub, data still to be fetched) is taken from what the recipe and the name say, and noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longspan.core.errors import ConfigError
+from longspan.plan.cost import step_seconds
+from longspan.plan.hardware import GPUS, Gpu
+from longspan.plan.models import ModelShape
+from longspan.plan.scale import Degrees, layer_seconds
+from longspan.plan.training import WORKSPACE, LoraSettings, TrainingSettings, training_memory
+from longspan.train.config import ParallelConfig, StageConfig, StreamConfig, TrainConfig
+from longspan.train.known_models import KnownModel, known_model
+from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
+from longspan.train.rope_schedule import check_stage_ropes
+from longspan.train.streams import StagePlan, plan_stage
+from longspan.train.trainer import plan_run
+
+__all__ = ["ResolvedRecipe", "ResolvedStage", "resolve"]
+
+
+class ResolvedStage(NamedTuple):
+    """One stage; None where what is not at hand decides."""
+
+    name: str
+    context_length: int
+    steps: int | None
+    rows_per_step: int
+    tokens: int | None
+    lr: float
+    rope: dict[str, Any] | None
+    objective: str
+    optimizer_state: str
+    streams: dict[str, dict[str, int | None]]
+    """By stream: documents, rows in one epoch, rows that are needed."""
+    tokens_by_source: dict[str, int | None]
+    memory: dict[str, float] | None
+    """Bytes by part at the peak of one GPU, WORKSPACE included."""
+    host: float | None
+    """Bytes of host memory of one process."""
+    step_seconds: float | None
+    """Of an optimizer step, each row one causal document: with shorter ones it is less."""
+    seconds: float | None
+
+
+class ResolvedRecipe(NamedTuple):
+    """A recipe with its stages."""
+
+    stages: list[ResolvedStage]
+    notes: list[str]
+    """What was not at hand, and what was therefore not checked."""
+    processes: int
+    launch: str
+    model: ModelShape | None
+    gpu: Gpu
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "stages": [stage._asdict() for stage in self.stages],
+            "notes": self.notes,
+            "processes": self.processes,
+            "launch": self.launch,
+            "model": None if self.model is None else self.model._asdict(),
+            "gpu": self.gpu.name,
+        }
+
+
+def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h100") -> ResolvedRecipe:
+    """Return the resolved plan of a recipe; `recipe` is how it was named.
+
+    Nothing is fetched or trained; records of the recipe that are at hand become stores, as when it runs.
+
+    Raises:
+        ConfigError, DataError, ArgumentError: what training would raise for all that is at hand.
+    """
+    if gpu not in GPUS:
+        raise ConfigError("there is no estimate for this GPU", found=gpu, allowed=list(GPUS))
+    root = data_root / config.data_root
+    model = known_model(config.model, root)
+    missing = sorted({path for stage in config.stages for path in _missing(stage, root)})
+    notes = []
+    if model.config is None:
+        notes.append(f"the model {config.model.path} is not on this machine: it is estimated by its name")
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        notes.append(f"data are not on this machine: {shown}; shares are those of the recipe")
+    plans: list[StagePlan | None]
+    if not missing and model.config is not None:
+        plans = list(plan_run(config, data_root=data_root))
+    else:
+        plans = _plan_what_is_there(config, model, root)
+    stages = [
+        _stage(config, plan.stage if plan else stage, plan, model.shape, GPUS[gpu])
+        for stage, plan in zip(config.stages, plans)
+    ]
+    world = _world(config.parallel)
+    return ResolvedRecipe(stages, notes, world, _launch(recipe, world), model.shape, GPUS[gpu])
+
+
+def _plan_what_is_there(config: TrainConfig, model: KnownModel, root: Path) -> list[StagePlan | None]:
+    if model.shape is not None and model.own_context is not None:
+        check_stage_ropes(config, own_context=model.own_context, head_dim=model.shape.head_dim)
+    plans: list[StagePlan | None] = []
+    for stage in config.stages:
+        # Records need the tokenizer, which stands beside the model.
+        at_hand = not _missing(stage, root) and not any(stream.records for stream in stage.streams.values())
+        plans.append(plan_stage(stage, data_root=root, seed=config.seed) if at_hand else None)
+    return plans
+
+
+def _missing(stage: StageConfig, root: Path) -> list[str]:
+    paths = []
+    for stream in stage.streams.values():
+        stores = (stream.store,) if isinstance(stream.store, str) else stream.store or ()
+        records = [parse_records(entry).path.removeprefix(DATA_ROOT_PREFIX) for entry in stream.records or ()]
+        paths += [*stores, *records, *([stream.rows] if stream.rows is not None else [])]
+    return [path for path in paths if not (root / path).exists()]
+
+
+def _stage(
+    config: TrainConfig, stage: StageConfig, plan: StagePlan | None, model: ModelShape | None, gpu: Gpu
+) -> ResolvedStage:
+    # Only data at hand tell how many steps an epoch is.
+    steps = None if stage.epochs is not None else stage.num_steps
+    tokens = None if steps is None else steps * stage.rows_per_step * stage.context_length
+    memory = host = step_time = seconds = None
+    if model is not None and stage.steps != 0:
+        settings = training_settings(config, stage)
+        estimate = training_memory(model, settings)
+        memory = {**{name: size for name, size in estimate.parts.items() if size}, "workspace": WORKSPACE}
+        host = estimate.host_bytes
+        world = _world(config.parallel)
+        layer = layer_seconds(
+            model,
+            gpu,
+            Degrees(settings.schedule, settings.ring, settings.ulysses),
+            context=settings.tokens,
+            num_gpus=world,
+        )
+        micro = _micro_steps(config.parallel, stage)
+        step_time = step_seconds(model, gpu, settings, layer, num_gpus=world, micro_steps=micro)
+        seconds = None if steps is None else steps * step_time
+    return ResolvedStage(
+        stage.name,
+        stage.context_length,
+        steps,
+        stage.rows_per_step,
+        tokens,
+        stage.lr,
+        stage.rope,
+        stage.objective,
+        stage.optimizer_state,
+        _streams(stage, plan),
+        _tokens_by_source(stage, plan, tokens),
+        memory,
+        host,
+        step_time,
+        seconds,
+    )
+
+
+def _streams(stage: StageConfig, plan: StagePlan | None) -> dict[str, dict[str, int | None]]:
+    if plan is None:
+        return {name: {"documents": None, "rows": None, "rows_needed": None} for name in stage.streams}
+    return {
+        name: {
+            "documents": len(plan.mixtures[name].documents) if name in plan.mixtures else None,
+            "rows": plan.sources[name].num_rows,
+            "rows_needed": needed,
+        }
+        | {f"left_out_{kind}": count for kind, count in plan.left_out.get(name, {}).items() if count}
+        for name, needed in plan.rows_needed.items()
+    }
+
+
+def _tokens_by_source(
+    stage: StageConfig, plan: StagePlan | None, tokens: int | None
+) -> dict[str, int | None]:
+    """Return the tokens of each source: of the plan where there is one, else by the recipe's weights."""
+    total = sum(stream.weight for stream in stage.streams.values())
+    found: dict[str, int | None] = {}
+    for name, stream in stage.streams.items():
+        of_stream: float | None = None if tokens is None else tokens * stream.weight / total
+        if stage.shares == "rows":
+            of_stream = tokens if len(stage.streams) == 1 else None
+        if plan is not None:
+            of_stream = plan.rows_needed[name] * stage.context_length
+        for source, share in _shares(name, stream, plan).items():
+            key = source if source not in found else f"{name}/{source}"
+            found[key] = None if of_stream is None else round(of_stream * share)
+    return found
+
+
+def _shares(name: str, stream: StreamConfig, plan: StagePlan | None) -> Mapping[str, float]:
+    if plan is not None and name in plan.mixtures:
+        sources = plan.mixtures[name].report.sources
+        return {source: report.share_after for source, report in sources.items() if report.tokens}
+    weights = stream.mixture.weights
+    if stream.mixture.mode == "proportions" and weights:
+        return {source: weight / sum(weights.values()) for source, weight in weights.items() if weight}
+    return {name: 1.0}
+
+
+def training_settings(config: TrainConfig, stage: StageConfig) -> TrainingSettings:
+    """Return a stage's micro-batch as the memory estimate takes it."""
+    parallel, memory, lora = config.parallel, config.memory, config.lora
+    by_degrees = {
+        (False, False): "none",
+        (True, False): "ring",
+        (False, True): "ulysses",
+        (True, True): "usp",
+    }
+    adapters = None
+    if lora is not None:
+        whole = any("embed" in name or "lm_head" in name for name in lora.trainable)
+        adapters = LoraSettings(lora.rank, quantized=lora.quantize != "none", embeddings=whole)
+    rows = min(
+        stage.rows_per_micro_batch, -(-stage.rows_per_step // (parallel.dp_replicate * parallel.dp_shard))
+    )
+    return TrainingSettings(
+        tokens=rows * stage.context_length,
+        schedule=parallel.schedule or by_degrees[parallel.cp_ring > 1, parallel.cp_ulysses > 1],
+        ring=parallel.cp_ring,
+        ulysses=parallel.cp_ulysses,
+        dp_shard=parallel.dp_shard,
+        dp_replicate=parallel.dp_replicate,
+        tp=parallel.tp,
+        dtype=config.model.dtype,
+        compute_dtype=memory.compute_dtype,
+        reduce_dtype=memory.reduce_dtype,
+        optimizer=config.optimizer.name,
+        activation_checkpointing=memory.activation_checkpointing,
+        tiled_mlp=memory.tiled_mlp,
+        offload_parameters=memory.offload_parameters,
+        lora=adapters,
+        accumulates=_micro_steps(parallel, stage) > 1,
+    )
+
+
+def _micro_steps(parallel: ParallelConfig, stage: StageConfig) -> float:
+    rows = stage.rows_per_step / (parallel.dp_replicate * parallel.dp_shard)
+    return max(1.0, rows / stage.rows_per_micro_batch)
+
+
+def _world(parallel: ParallelConfig) -> int:
+    return parallel.dp_replicate * parallel.dp_shard * parallel.cp_ring * parallel.cp_ulysses * parallel.tp
+
+
+def _launch(recipe: str, world: int) -> str:
+    if world == 1:
+        return f"longspan train {recipe}"
+    nodes = -(-world // 8)
+    where = f"--nproc-per-node {world}"
+    if nodes > 1:
+        where = f"--nnodes {nodes} --nproc-per-node {world // nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    return f"torchrun {where} -m longspan train {recipe}"
