@@ -145,9 +145,9 @@ def test_frozen_weights_keep_their_bits_and_memory_settings_change_nothing(
 ) -> None:
     """Checkpointed blocks whose input needs no gradient lose those of their adapters; decay moves frozen weights."""
     seen: list[torch.nn.Module] = []
-    make_model = trainer._stage_model
+    make_model = trainer.stage_model
     monkeypatch.setattr(
-        trainer, "_stage_model", lambda *arguments: seen.append(make_model(*arguments)) or seen[-1]
+        trainer, "stage_model", lambda *arguments: seen.append(make_model(*arguments)) or seen[-1]
     )
     saving = {"activation_checkpointing": "full", "tiled_mlp": 16}
     for name, lora in CONFIGS.items():

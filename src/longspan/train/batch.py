@@ -38,6 +38,8 @@ class Batch(NamedTuple):
     """int64 [N], index into `source_names`."""
     source_names: tuple[str, ...]
     documents: Documents | ShardedDocuments
+    lengths: torch.Tensor | None = None
+    """int64 [N], tokens that the token's document has in its row; None: they are not asked for."""
 
 
 def total_weight(rows: Sequence[PackedRow]) -> float:
@@ -80,6 +82,7 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
         sources=torch.from_numpy(np.concatenate(sources)).to(device),
         source_names=tuple(names),
         documents=documents,
+        lengths=torch.from_numpy(np.repeat(np.diff(cu_seqlens), np.diff(cu_seqlens))).to(device),
     )
 
 
@@ -94,6 +97,7 @@ def take(batch: Batch, documents: ShardedDocuments, *, device: torch.device | st
         sources=documents.take(batch.sources, padding=0).to(device),
         source_names=batch.source_names,
         documents=documents,
+        lengths=None if batch.lengths is None else documents.take(batch.lengths, padding=1).to(device),
     )
 
 

@@ -219,17 +219,29 @@ def load_latest(folder: Path, *, config_fingerprint: str) -> Checkpoint | None:
     return None
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint of a run folder, or `path` if it is a checkpoint itself; its bytes are not read.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    found = _checkpoints(path / "checkpoints") or [path]
+    if not (found[-1] / "state.json").is_file():
+        raise DataError(
+            f"{path} is no checkpoint",
+            found="no state.json and no checkpoints/" if path.is_dir() else "no such folder",
+            fix="name a run folder or one of its checkpoints/step-*",
+        )
+    return found[-1]
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open one checkpoint, of whatever recipe, or the newest of a run folder; all ranks call it.
 
     Raises:
         DataError: it is damaged, or nothing is there.
     """
-    if (path / "checkpoints").is_dir():
-        found = _checkpoints(path / "checkpoints")
-        if not found:
-            raise DataError(f"the run {path} has no checkpoint")
-        path = found[-1]
+    path = find_checkpoint(path)
     try:
         return _open(path, None)
     except _Damaged as error:

@@ -41,8 +41,9 @@ class ModelConfig(Config):
     init: Literal["default", "zero_residual"] = "default"
     """First weights of a model made from scratch: transformers' own, or models/init.py's for small models."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations. There is no fp32 copy of the weights: bfloat16 loses updates below about
-    0.4 % of a weight, which at fine-tuning rates is most of them. `memory.compute_dtype` keeps the copy."""
+    """Type in which the weights are kept. To train in bfloat16 leave this and set `memory.compute_dtype`, which on a
+    GPU is bfloat16 by default. bfloat16 here loses updates below about 0.4 % of a weight, which at fine-tuning rates
+    is most of them; it is right for weights that are frozen beside adapters."""
 
     @pydantic.model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -92,7 +93,9 @@ class ScheduleConfig(Config):
             if getattr(self, name) != type(self).model_fields[name].default
         ]  # fmt: skip
         if self.kind == "constant" and changed:
-            raise ValueError(f"{' and '.join(changed)} has no effect on a constant rate: set kind to cosine or linear")
+            raise ValueError(
+                f"{' and '.join(changed)} has no effect on a constant rate: set kind to cosine or linear"
+            )
         return self
 
 
@@ -349,6 +352,12 @@ class TrainConfig(Config):
     def _adapters_have_a_base(self) -> Self:
         if self.lora is not None and self.model.path is None:
             raise ValueError("lora trains beside a pretrained model: set model.path")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _chunks_are_of_whole_rows(self) -> Self:
+        if self.memory.chunk_tokens is not None and self.parallel.cp_ring * self.parallel.cp_ulysses > 1:
+            raise ValueError("memory.chunk_tokens walks whole rows: set parallel.cp_ring and cp_ulysses to 1")
         return self
 
     @pydantic.model_validator(mode="after")

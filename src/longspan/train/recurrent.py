@@ -92,6 +92,7 @@ def _part(batch: Batch, row: ChunkedRow, index: int, *, first_walk: bool) -> Bat
         loss_weights=None if batch.loss_weights is None else batch.loss_weights[span],
         positions=batch.positions[span],
         sources=batch.sources[span],
+        lengths=None if batch.lengths is None else batch.lengths[span],
         # It stands in for a table of whole rows.
         documents=cast(Documents, row.chunk(index, write=first_walk)),
     )

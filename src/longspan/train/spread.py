@@ -43,6 +43,7 @@ class Spread:
     def __init__(self, mesh: Mesh, schedule: Schedule, layout: Layout, watchdog: Watchdog | None) -> None:
         self.mesh, self.schedule, self.layout = mesh, schedule, layout
         self._watchdog = watchdog
+        self._window: int | None = None
         self._checked = False
 
     @property
@@ -55,14 +56,17 @@ class Spread:
         if self._watchdog is not None:
             self._watchdog.beat(doing)
 
-    def check(self, config: TrainConfig, num_heads: int, num_kv_heads: int) -> None:
-        """Refuse a recipe that cannot be spread like this.
+    def check(
+        self, config: TrainConfig, num_heads: int, num_kv_heads: int, *, window: int | None = None
+    ) -> None:
+        """Refuse a recipe that cannot be spread like this; the layouts balance for a sliding `window` from here on.
 
         Raises:
             ArgumentError: heads that the schedule cannot share.
             ConfigError: rows of a step that do not divide.
         """
         self.schedule.check_heads(num_heads, num_kv_heads)
+        self._window = window
         for stage in config.stages:
             if stage.rows_per_step % self.mesh.dp_size:
                 raise ConfigError(
@@ -114,7 +118,7 @@ class Spread:
         if not self._checked:
             check_same_batch(self.mesh, [whole.input_ids.numpy(), whole.labels.numpy(), borders])
             self._checked = True
-        shards = SequenceShards(self.layout, borders, self.mesh.cp_size)
+        shards = SequenceShards(self.layout, borders, self.mesh.cp_size, window=self._window)
         return take(whole, ShardedDocuments(shards, self.schedule), device=self.mesh.device)
 
     def total(self, loss_sum: float, breakdown: LossBreakdown) -> tuple[float, LossBreakdown]:

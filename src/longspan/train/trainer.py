@@ -7,54 +7,64 @@ checkpoint, and on CPU its losses are the same bits as those of an undisturbed r
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.core.files import atomic_write, remove_leftovers
+from longspan.core.files import remove_leftovers
 from longspan.core.log import get_logger
-from longspan.core.progress import progress
-from longspan.core.records import JsonlWriter, read_jsonl
+from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
 from longspan.data.tokenizer import load_tokenizer
-from longspan.kernels.tiled_mlp import enable_tiled_mlp
-from longspan.models.checkpointing import enable_checkpointing
-from longspan.models.hf import (
-    build_model,
-    check_model,
-    empty_model,
-    lm_head_weight,
-    load_model,
-    rope_fingerprint,
-    save_model,
-    tokenizer_folder,
-)
-from longspan.models.lora import apply_lora, check_lora, is_adapted, save_adapter
+from longspan.models.hf import check_model, lm_head_weight, save_model
+from longspan.models.lora import check_lora, save_adapter
 from longspan.models.rope import EXACT_FROM, exact_angles
-from longspan.parallel.fsdp import fill, full_tensor
-from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group
+from longspan.parallel.fsdp import full_tensor
+from longspan.parallel.launch import Watchdog, lost_ranks, on_all_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
-from longspan.train.checkpoint import Checkpoint, Checkpointer, Progress, Saved, load_latest, read_checkpoint
-from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
+from longspan.train.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    Progress,
+    find_checkpoint,
+    load_latest,
+    read_checkpoint,
+)
+from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
+from longspan.train.profiling import profiled
+from longspan.train.recurrent import recurrent_step
+from longspan.train.report import METRICS, Report, StepResult, Timing, rewind
 from longspan.train.rope_schedule import check_ropes
+from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.schedule import lr_factor
 from longspan.train.spread import Spread, build_spread
+from longspan.train.stage_model import (
+    attention_sizes,
+    empty_stage_model,
+    load_tensors,
+    model_config,
+    model_path,
+    own_tensors,
+    rope_at,
+    stage_model,
+    tokenizer_source,
+)
 from longspan.train.streams import StagePlan, plan_stages, stage_rows
+from longspan.train.tracking import check_trackers
+from longspan.train.validation import ValidationPlan, check_tokenizers, plan_validation, validate
 
 
 class TrainResult(NamedTuple):
@@ -66,19 +76,36 @@ class TrainResult(NamedTuple):
     tokens: int
 
 
-def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") -> TrainResult:
+class _Run(NamedTuple):
+    """What all stages of a run share."""
+
+    config: TrainConfig
+    folder: RunDir
+    root: Path
+    spread: Spread
+    checkpointer: Checkpointer
+    validation: ValidationPlan | None
+    after_step: Callable[[], None]
+    """Told after each step: the profiler."""
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, data_root: str | Path = ".", profile: bool = False
+) -> TrainResult:
     """Train through every stage of `config` in the run folder `out`; go on if it holds a part of this run.
 
     `data_root` is where relative store paths start. Writes `metrics.jsonl` (one line a step), `checkpoints/`
     and, for each finished stage, `stages/<name>/`: a Hugging Face folder. With several processes every one calls it,
-    all see the same folders, and the first one writes.
+    all see the same folders, and the first one speaks. `profile` records some steps in `profile/`.
 
     Raises:
         ConfigError, DataError: settings, stores or checkpoints do not fit; before the first step.
+        MissingDependencyError: a tracker is not installed; before the first step.
         ArgumentError: degrees of parallelism that do not fit the processes or the heads; before the first step.
         RunError: the disk is full, or another process is gone or did not answer in time.
     """
     root = Path(data_root) / config.data_root
+    config = on_machine(config)
     with contextlib.ExitStack() as stack:
         timeout = config.parallel.timeout_seconds
         always = config.memory.needs_sharding
@@ -89,11 +116,31 @@ def train(config: TrainConfig, out: str | Path, *, data_root: str | Path = ".") 
         watchdog = stack.enter_context(Watchdog(timeout)) if several else None
         spread = build_spread(config.parallel, device, watchdog=watchdog)
         # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
-        plans = plan_run(config, data_root=Path(data_root))
+        plans: list[StagePlan] = []
+        on_all_ranks(lambda: plans.extend(plan_run(config, data_root=Path(data_root))))
         # A stage that counts in epochs has its steps from here on.
         config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
-        spread.check(config, *_heads(config, root))
-        return _train_stages(config, plans, Path(out), root, spread)
+        sizes = attention_sizes(config, root)
+        spread.check(config, sizes.heads, sizes.kv_heads, window=sizes.window)
+        folder = RunDir(out)
+        if on_first_rank(lambda: _open(config, folder)):
+            # Its checkpoints may have been removed to save space; without them it would be trained once more.
+            last = list(read_jsonl(folder.path / METRICS))[-1]
+            return TrainResult(_model_folders(config, folder), last["step"], last["tokens"])
+        fingerprint = config.without_machine().fingerprint()
+        state = load_latest(folder.path / "checkpoints", config_fingerprint=fingerprint)
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                folder.path / "checkpoints", config_fingerprint=fingerprint, keep=config.checkpoint.keep
+            )
+        )
+        run = _Run(
+            config, folder, root, spread, checkpointer, _validation(config, plans, root),
+            stack.enter_context(
+                profiled(folder.path / "profile" if profile else None, rank=spread.mesh.rank)
+            ),
+        )  # fmt: skip
+        return _train_stages(run, plans, state)
 
 
 class Trained(NamedTuple):
@@ -122,47 +169,47 @@ def load_trained(checkpoint: str | Path, *, base: str | None = None) -> Trained:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
     found = read_checkpoint(path)
     root = Path(config.data_root)
-    model = _stage_model(config, config.stages[found.progress.stage], found, root)
+    model = stage_model(config, config.stages[found.progress.stage], found, root)
     return Trained(
         model.eval(),
-        _tokenizer_folder(config, root),
-        _model_path(config, root) if config.lora is not None else None,
+        tokenizer_source(config, root),
+        model_path(config, root) if config.lora is not None else None,
     )
 
 
-def _train_stages(
-    config: TrainConfig, plans: Sequence[StagePlan], out: Path, root: Path, spread: Spread
-) -> TrainResult:
-    tokenizer = _tokenizer_folder(config, root)
-    models = {plan.stage.name: out / "stages" / plan.stage.name for plan in plans}
-    run, fingerprint = RunDir(out), config.without_machine().fingerprint()
-    if on_first_rank(lambda: _open(config, run)):
-        # Its checkpoints may have been removed to save space; without them it would be trained once more.
-        last = list(read_jsonl(run.path / "metrics.jsonl"))[-1]
-        return TrainResult(models, last["step"], last["tokens"])
-    state = load_latest(run.path / "checkpoints", config_fingerprint=fingerprint)
-    done = state.progress.step if state else 0
-    seconds = on_first_rank(lambda: _rewind_metrics(run.path / "metrics.jsonl", done))
-    with Checkpointer(
-        run.path / "checkpoints", config_fingerprint=fingerprint, keep=config.checkpoint.keep
-    ) as checkpointer:
-        for index, plan in enumerate(plans):
-            if state is None or state.progress.stage <= index:
-                state, seconds = _train_stage(
-                    config, plan, index, state, run, root, checkpointer, seconds, spread
-                )
-                if spread.is_first and not models[plan.stage.name].exists():
-                    model = _stage_model(config, plan.stage, state, root)
-                    if config.lora is None:
-                        save_model(model, models[plan.stage.name], tokenizer=tokenizer)
-                    else:
-                        base = _model_path(config, root)
-                        save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
-                # The others wait here: reading and writing a whole model takes its time.
-                on_first_rank(lambda: None)
+def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | None) -> TrainResult:
+    config, root = run.config, run.root
+    models = _model_folders(config, run.folder)
+    tokenizer = tokenizer_source(config, root)
+    done = state.progress.step if state else None
+    seconds = on_first_rank(lambda: rewind(run.folder.path, done))
+    for index, plan in enumerate(plans):
+        if state is None or state.progress.stage <= index:
+            state, seconds = _train_stage(run, plan, index, state, seconds)
+            if run.spread.is_first and not models[plan.stage.name].exists():
+                model = stage_model(config, plan.stage, state, root)
+                if config.lora is None:
+                    save_model(model, models[plan.stage.name], tokenizer=tokenizer)
+                else:
+                    base = model_path(config, root)
+                    save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
+            # The others wait here: reading and writing a whole model takes its time.
+            on_first_rank(lambda: None)
     assert state is not None
-    on_first_rank(run.mark_complete)
+    on_first_rank(run.folder.mark_complete)
     return TrainResult(models, state.progress.step, state.progress.tokens)
+
+
+def _model_folders(config: TrainConfig, folder: RunDir) -> dict[str, Path]:
+    return {stage.name: folder.path / "stages" / stage.name for stage in config.stages}
+
+
+def _validation(config: TrainConfig, plans: Sequence[StagePlan], root: Path) -> ValidationPlan | None:
+    if config.validation is None:
+        return None
+    plan = plan_validation(config.validation, data_root=root, seed=config.seed)
+    check_tokenizers(plan, {name: store for each in plans for name, store in each.tokenizers.items()})
+    return plan
 
 
 def _open(config: TrainConfig, run: RunDir) -> bool:
@@ -180,15 +227,19 @@ def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
     root = data_root / config.data_root
     for stage in config.stages:
         check_model(
-            config.model.hf_config or _model_path(config, root),
-            rope=_rope_at(config, stage),
+            config.model.hf_config or model_path(config, root),
+            rope=rope_at(config, stage),
             overrides=config.model.config_overrides,
         )
-    check_ropes(config, _hf_config(config, root))
+    check_ropes(config, model_config(config, root))
     if config.lora is not None:
-        check_lora(_model_path(config, root), config.lora)
-    plans = plan_stages(config, root, tokenizer=lambda: _tokenizer_folder(config, root))
+        check_lora(model_path(config, root), config.lora)
+    check_trackers(config.tracking)
+    if config.init_from is not None:
+        find_checkpoint(root / config.init_from.path)
+    plans = plan_stages(config, root, tokenizer=lambda: tokenizer_source(config, root))
     _check_tokenizers(config, plans, root)
+    _validation(config, plans, root)
     return plans
 
 
@@ -205,157 +256,143 @@ def _check_tokenizers(config: TrainConfig, plans: Sequence[StagePlan], root: Pat
         return
     if not (root / config.tokenizer).is_dir():
         raise ConfigError("the tokenizer of the recipe is not a folder", found=str(root / config.tokenizer))
-    if load_tokenizer(root / config.tokenizer, backend="hf").fingerprint not in made_by:
+    if made_by and load_tokenizer(root / config.tokenizer, backend="hf").fingerprint not in made_by:
         get_logger("train").warning(
             "the tokenizer in %s, which goes into the model folders, is not the one that made the token stores",
             root / config.tokenizer,
         )
 
 
-def _train_stage(
-    config: TrainConfig,
-    plan: StagePlan,
-    index: int,
-    state: Checkpoint | None,
-    run: RunDir,
-    root: Path,
-    checkpointer: Checkpointer,
-    seconds: float,
-    spread: Spread,
-) -> tuple[Checkpoint, float]:
-    """Run the steps of one stage that `state` has not done; return its last checkpoint and seconds so far."""
-    stage = plan.stage
-    done = state.progress if state is not None else Progress(0, 0, 0, 0, {})
-    resumed = state is not None and done.stage == index
+class _Stage(NamedTuple):
+    """The model of a stage, ready to be trained."""
+
+    model: PreTrainedModel
+    trained: ModelWithLoss
+    """What to run: the model with its objective, perhaps sharded."""
+    optimizers: list[torch.optim.Optimizer]
+
+
+def _ready(run: _Run, stage: StageConfig, state: Checkpoint | None, *, carry: bool) -> _Stage:
+    """Return the stage's model with the weights so far; with the moments so far too if they `carry`."""
+    config, spread = run.config, run.spread
     # Adapters stand beside frozen weights that no checkpoint holds, so each process reads the base.
     from_first = spread.mesh.world > 1 and config.lora is None
-    model = _empty_stage_model(config, stage, root) if from_first and not spread.is_first else None
-    if model is None:
-        model = _stage_model(config, stage, None, root)
-    _save_memory(model, config.memory)
+    if from_first and not spread.is_first:
+        model = empty_stage_model(config, stage, run.root)
+    else:
+        model = stage_model(config, stage, None, run.root)
+    prepare_blocks(model, config)
     trained = spread.shard(model, config.memory, from_first=from_first)
     # Of a model that has values by now, on every process.
     if stage.reach > EXACT_FROM:
         exact_angles(model)
     optimizers = build_optimizers(model, config.optimizer)
-    if state is not None:
-        _load_tensors(model, state)
-        if resumed or stage.optimizer_state == "carry":
-            load_optimizer_tensors(optimizers, state.optimizer.shapes, state.optimizer.read)
-        if resumed and plan.mixer is not None:
-            plan.mixer.check_state(done.loader)
+    weights = moments = state
+    if state is None and config.init_from is not None:
+        other = read_checkpoint(run.root / config.init_from.path)
+        weights = other if config.init_from.weights else None
+        moments = other if config.init_from.optimizer else None
+    elif not carry:
+        moments = None
+    if weights is not None:
+        load_tensors(model, weights)
+    if moments is not None:
+        load_optimizer_tensors(optimizers, moments.optimizer.shapes, moments.optimizer.read)
+    return _Stage(model, trained, optimizers)
+
+
+def _train_stage(
+    run: _Run, plan: StagePlan, index: int, state: Checkpoint | None, seconds: float
+) -> tuple[Checkpoint, float]:
+    """Run the steps of one stage that `state` has not done; return its last checkpoint and seconds so far."""
+    config, spread, stage = run.config, run.spread, plan.stage
+    done = state.progress if state is not None else Progress(0, 0, 0, 0, {})
+    resumed = state is not None and done.stage == index
+    ready = _ready(run, stage, state, carry=resumed or stage.optimizer_state == "carry")
+    if resumed and plan.mixer is not None:
+        plan.mixer.check_state(done.loader)
     step, tokens = done.step, done.tokens
     stage_step = done.stage_step if resumed else 0
-    rows_per_step = stage.rows_per_step
-
-    def save() -> Saved | None:
-        loader = plan.mixer.state(stage_step * rows_per_step) if plan.mixer is not None else {}
-        progress = Progress(step, index, stage_step, tokens, loader)
-        return checkpointer.save(progress, _tensors(model), optimizer_tensors(optimizers))
-
+    held = 0.0
     with contextlib.ExitStack() as stack:
         report = (
-            _Report(stack, run, stage, model, step=step, stage_step=stage_step) if spread.is_first else None
-        )
+            Report(
+                stack, run.folder, config, stage, ready.model,
+                step=step, stage_step=stage_step, device=spread.mesh.device, num_ranks=spread.mesh.world,
+            )
+            if spread.is_first else None
+        )  # fmt: skip
+
+        def save() -> float:
+            """Begin a checkpoint of this moment; return the seconds that training waited."""
+            started = time.monotonic()
+            spread.beat(f"the checkpoint of step {step}")
+            loader = plan.mixer.state(stage_step * stage.rows_per_step) if plan.mixer is not None else {}
+            before = run.checkpointer.save(
+                Progress(step, index, stage_step, tokens, loader),
+                own_tensors(ready.model),
+                optimizer_tensors(ready.optimizers),
+            )
+            if report is not None:
+                report.saved(before)
+            return time.monotonic() - started
+
+        def measure() -> None:
+            if run.validation is not None:
+                records = validate(ready.trained, run.validation, spread)
+                if report is not None:
+                    report.validated(records, step=step, tokens=tokens)
+
+        if step == 0:
+            measure()
         while stage_step < stage.num_steps:
             started = time.monotonic()
             spread.beat(f"step {step + 1}")
-            rows = stage_rows(plan, stage_step * rows_per_step, rows_per_step, seed=config.seed)
-            factor = lr_factor(stage.schedule, stage_step, stage.num_steps)
-            lr = factor * stage.lr
-            set_lr(optimizers, lr=lr, adamw_lr=factor * (stage.adamw_lr or stage.lr))
+            rows = stage_rows(plan, stage_step * stage.rows_per_step, stage.rows_per_step, seed=config.seed)
+            waited = time.monotonic() - started
+            lr = _set_rates(ready.optimizers, stage, stage_step)
             # A model with dropout draws from a stream that is a function of the step, so there is no state.
             others = ("rank", spread.mesh.rank) if spread.mesh.world > 1 else ()
             torch.manual_seed(derive_seed(config.seed, "step", step, *others))
             result = train_step(
-                trained, optimizers, rows, spread=spread,
+                ready.trained, ready.optimizers, rows, spread=spread,
                 rows_per_micro_batch=stage.rows_per_micro_batch, max_grad_norm=config.optimizer.max_grad_norm,
+                chunk_tokens=config.memory.chunk_tokens, offload_chunk_cache=config.memory.offload_chunk_cache,
             )  # fmt: skip
             step, stage_step, tokens = step + 1, stage_step + 1, tokens + result.tokens
             took = time.monotonic() - started
             seconds += took
             if report is not None:
-                report.write(
-                    result, step=step, stage_step=stage_step, tokens=tokens, lr=lr, took=took, seconds=seconds
-                )
-            if stage_step % config.checkpoint.every_steps == 0 or stage_step == stage.num_steps:
-                spread.beat(f"the checkpoint of step {step}")
-                before = save()
-                if report is not None:
-                    report.saved(before)
+                timing = Timing(took, waited, held, seconds)
+                report.write(result, rows, timing, step=step, stage_step=stage_step, tokens=tokens, lr=lr)
+            run.after_step()
+            _give_back(config, step)
+            last = stage_step == stage.num_steps
+            if config.validation is not None and (last or step % config.validation.every_steps == 0):
+                measure()
+            held = save() if last or stage_step % config.checkpoint.every_steps == 0 else 0.0
         if stage.num_steps == 0 and not resumed:
             save()
         spread.beat("the end of the last checkpoint")
-        last = checkpointer.wait()
+        finished = run.checkpointer.wait()
         if report is not None:
-            report.saved(last)
-    found = checkpointer.latest() or state
+            report.saved(finished)
+    found = run.checkpointer.latest() or state
     assert found is not None
     return found, seconds
 
 
-class _Report:
-    """What one stage says of itself: metrics.jsonl, a log line, the progress bar."""
-
-    def __init__(
-        self,
-        stack: contextlib.ExitStack,
-        run: RunDir,
-        stage: StageConfig,
-        model: nn.Module,
-        *,
-        step: int,
-        stage_step: int,
-    ) -> None:
-        self._run, self._stage = run, stage
-        run.event(
-            "stage", stage=stage.name, step=step, rope=rope_fingerprint(model), context=stage.context_length
-        )
-        get_logger("train").info(
-            "stage %s: %d steps of %d rows of %d tokens",
-            stage.name, stage.num_steps, stage.rows_per_step, stage.context_length,
-        )  # fmt: skip
-        self._metrics = stack.enter_context(JsonlWriter(run.path / "metrics.jsonl"))
-        self._bar = stack.enter_context(
-            progress(stage.name, total=stage.num_steps, unit="steps", done=stage_step)
-        )
-
-    def saved(self, saved: Saved | None) -> None:
-        """Record what a checkpoint cost that is whole by now."""
-        if saved is not None:
-            self._run.event("checkpoint", **saved._asdict())
-
-    def write(
-        self,
-        result: StepResult,
-        *,
-        step: int,
-        stage_step: int,
-        tokens: int,
-        lr: float,
-        took: float,
-        seconds: float,
-    ) -> None:
-        """Record one step."""
-        self._metrics.write({
-            "step": step, "stage": self._stage.name, "stage_step": stage_step,
-            "context_length": self._stage.context_length, "tokens": tokens, "loss": result.loss,
-            "lr": lr, "grad_norm": result.grad_norm, "loss_by_source": result.loss_by_source,
-            "loss_by_position": result.loss_by_position,
-            "tokens_per_s": round(result.tokens / took, 1), "seconds": round(seconds, 3),
-        })  # fmt: skip
-        self._bar.advance()
-        self._bar.note(f"loss {result.loss:.4f}" if result.loss is not None else "skipped a step")
+def _set_rates(optimizers: Sequence[torch.optim.Optimizer], stage: StageConfig, stage_step: int) -> float:
+    """Set the learning rates of a step; return the stage's."""
+    factor = lr_factor(stage.schedule, stage_step, stage.num_steps)
+    set_lr(optimizers, lr=factor * stage.lr, adamw_lr=factor * (stage.adamw_lr or stage.lr))
+    return factor * stage.lr
 
 
-class StepResult(NamedTuple):
-    """What one optimizer step says of itself; losses are None when it was skipped or had no labels."""
-
-    loss: float | None
-    grad_norm: float | None
-    loss_by_source: dict[str, float]
-    loss_by_position: dict[str, float]
-    tokens: int
+def _give_back(config: TrainConfig, step: int) -> None:
+    every = config.runtime.empty_cache_every
+    if every is not None and step % every == 0 and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def train_step(
@@ -366,6 +403,8 @@ def train_step(
     rows_per_micro_batch: int,
     max_grad_norm: float,
     spread: Spread | None = None,
+    chunk_tokens: int | None = None,
+    offload_chunk_cache: bool = False,
 ) -> StepResult:
     """Make one optimizer step on `rows`, accumulated over micro-batches.
 
@@ -375,6 +414,8 @@ def train_step(
 
     Args:
         model: a causal language model, or what `Spread.shard` made of one.
+        chunk_tokens: walk each micro-batch in chunks of so many tokens (`recurrent_step`); None = all at once.
+        offload_chunk_cache: keep what earlier chunks leave for later ones in host memory.
     """
     trained = model if isinstance(model, ModelWithLoss) else ModelWithLoss(model)
     weight = total_weight(rows)
@@ -386,9 +427,14 @@ def train_step(
     for start in range(0, len(share), rows_per_micro_batch):
         part = share[start : start + rows_per_micro_batch]
         batch = collate(part, device=device) if spread is None else spread.batch(part)
-        result = trained(batch)
-        if weight > 0:
-            (result.loss / weight).backward()
+        if chunk_tokens is None:
+            result = trained(batch)
+            if weight > 0:
+                (result.loss / weight).backward()
+        else:
+            result = recurrent_step(
+                trained, batch, chunk_tokens=chunk_tokens, weight=weight, offload=offload_chunk_cache
+            )
         loss_sum += float(result.loss.detach())
         breakdown.add(batch, result.per_token_nll)
     if spread is not None:
@@ -402,11 +448,10 @@ def train_step(
         get_logger("train").warning("a step was skipped: loss %s, gradient norm %s", loss_sum, norm)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(
+    return StepResult.of(
+        breakdown,
         loss=loss_sum / weight if finite and weight > 0 else None,
         grad_norm=norm if finite else None,
-        loss_by_source=breakdown.by_source() if finite else {},
-        loss_by_position=breakdown.by_position() if finite else {},
         tokens=sum(len(row.input_ids) for row in rows),
     )
 
@@ -427,120 +472,3 @@ def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
             allowed=f"0 to {known - 1}",
             fix="tokenize the data with the model's tokenizer",
         )
-
-
-def _save_memory(model: nn.Module, memory: MemoryConfig) -> None:
-    if memory.tiled_mlp is not None:
-        enable_tiled_mlp(model, memory.tiled_mlp)
-    enable_checkpointing(model, memory.activation_checkpointing)
-
-
-def _heads(config: TrainConfig, root: Path) -> tuple[int, int]:
-    """Return the query and the key/value heads of the recipe's model."""
-    text = _hf_config(config, root).get_text_config(decoder=True)
-    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-
-
-def _hf_config(config: TrainConfig, root: Path) -> PretrainedConfig:
-    """Return the configuration of the recipe's model as it was before training."""
-    if config.model.hf_config is not None:
-        return AutoConfig.for_model(**config.model.hf_config)
-    return AutoConfig.from_pretrained(_model_path(config, root))
-
-
-def _stage_model(
-    config: TrainConfig, stage: StageConfig, state: Checkpoint | None, root: Path
-) -> PreTrainedModel:
-    """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
-    dtype = getattr(torch, config.model.dtype)
-    rope = _rope_at(config, stage)
-    if config.model.path is not None:
-        path = _model_path(config, root)
-        model = load_model(
-            path,
-            rope=rope,
-            max_position_embeddings=_context_at(config, stage),
-            dtype=dtype,
-            overrides=config.model.config_overrides,
-        )
-    else:
-        model = build_model(_hf_config_at(config, stage), seed=config.seed, rope=rope, init=config.model.init)
-    if config.lora is not None:
-        apply_lora(model, config.lora, seed=config.seed)
-    if state is not None:
-        _load_tensors(model, state)
-    return model.train()
-
-
-def _empty_stage_model(config: TrainConfig, stage: StageConfig, root: Path) -> PreTrainedModel:
-    """Return the same modules without values: the first process sends those when the model is sharded."""
-    origin = _hf_config_at(config, stage) if config.model.path is None else _model_path(config, root)
-    return empty_model(origin, rope=_rope_at(config, stage), overrides=config.model.config_overrides).train()
-
-
-def _hf_config_at(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
-    """Return the transformers configuration of a model made from scratch, with room for the stage's context."""
-    assert config.model.hf_config is not None
-    fields = {**config.model.hf_config, "dtype": config.model.dtype}
-    context = _context_at(config, stage)
-    if context is not None:
-        fields["max_position_embeddings"] = max(fields.get("max_position_embeddings", 0), context)
-    return fields
-
-
-def _context_at(config: TrainConfig, stage: StageConfig) -> int | None:
-    """Return the longest context up to a stage; None leaves the model's own, by which dynamic NTK works."""
-    if (_rope_at(config, stage) or {}).get("rope_type") == "dynamic":
-        return None
-    return max(each.reach for each in config.stages[: config.stages.index(stage) + 1])
-
-
-def _model_path(config: TrainConfig, root: Path) -> str:
-    """Return the model's folder below `root`, else the path as it is: a hub name, or from the working directory."""
-    assert config.model.path is not None
-    folder = root / config.model.path
-    return str(folder) if folder.is_dir() else config.model.path
-
-
-def _tokenizer_folder(config: TrainConfig, root: Path) -> Path | None:
-    if config.tokenizer is not None:
-        return root / config.tokenizer
-    return tokenizer_folder(_model_path(config, root)) if config.model.path is not None else None
-
-
-def _rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
-    """Return the RoPE of a stage: its own, or that of the last stage before it that sets one."""
-    index = config.stages.index(stage)
-    return next((s.rope for s in reversed(config.stages[: index + 1]) if s.rope is not None), None)
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, shared ones once, sharded ones as they are.
-
-    Of a model with an adapter, only what is trained.
-    """
-    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    if is_adapted(model):
-        own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: value.detach() for name, value in model.state_dict().items() if name in own}
-
-
-def _load_tensors(model: nn.Module, state: Checkpoint) -> None:
-    """Put the weights of a checkpoint into a model; each process reads what it holds."""
-    own, saved = _tensors(model), state.model.shapes
-    wrong = {name for name in own.keys() & saved.keys() if tuple(own[name].shape) != saved[name]}
-    if wrong or own.keys() != saved.keys():
-        names = sorted(wrong | (own.keys() ^ saved.keys()))
-        raise DataError(f"the checkpoint {state.path} does not fit the model", found=names[:4])
-    for name, tensor in own.items():
-        fill(tensor, partial(state.model.read, name))
-
-
-def _rewind_metrics(path: Path, step: int) -> float:
-    """Drop the lines of steps after the checkpoint, which will be made again; return the seconds of the rest."""
-    if not path.exists():
-        return 0.0
-    kept = [record for record in read_jsonl(path) if record["step"] <= step]
-    with atomic_write(path, "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-    return float(kept[-1]["seconds"]) if kept else 0.0

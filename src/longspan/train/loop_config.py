@@ -1,0 +1,68 @@
+"""Settings of the loop around the steps: where it starts, what it measures, whom it tells, how the machine is used."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import pydantic
+
+from longspan.core.config import Config
+from longspan.data.lengths import Length
+
+
+class InitConfig(Config):
+    """Begin with what another run has learnt, without renaming its files."""
+
+    path: str
+    """A run folder, of which the newest checkpoint is taken, or one `checkpoints/step-*`; relative to `data_root`."""
+    weights: bool = True
+    """Take the weights. False: those of `model`."""
+    optimizer: bool = False
+    """Take the moments of the optimizer. The schedule starts anew either way."""
+
+    @pydantic.model_validator(mode="after")
+    def _takes_something(self) -> Self:
+        if not (self.weights or self.optimizer):
+            raise ValueError("init_from takes weights, optimizer or both")
+        return self
+
+
+class ValidationConfig(Config):
+    """Perplexity on text that is not trained on, by length, while the run goes on."""
+
+    stores: dict[str, str | tuple[str, ...]] = pydantic.Field(min_length=1)
+    """Token store folders by a name for the curve, relative to `data_root`."""
+    lengths: tuple[Length, ...] = pydantic.Field(min_length=1)
+    """Tokens of the windows, each the beginning of a document that is at least so long; such as [4k, 32k]."""
+    windows: int = pydantic.Field(8, ge=1)
+    """Documents a length and name, the same ones each time."""
+    every_steps: int = pydantic.Field(100, ge=1)
+    """Optimizer steps between two measurements; there is one before the first step and one after the last too."""
+
+
+class WandbConfig(Config):
+    """Where Weights & Biases shows the run."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    """None: the name of the run folder."""
+
+
+class TrackingConfig(Config):
+    """Who is told beside `metrics.jsonl`, which is always written."""
+
+    tensorboard: bool = False
+    """Write event files to `RUN/tensorboard`."""
+    wandb: WandbConfig | None = None
+
+
+class RuntimeConfig(Config):
+    """How the machine is used; nothing here changes what is computed, but for rounding."""
+
+    compile_blocks: bool = False
+    """Compile each transformer block with torch.compile; attention stays as it is. The first step takes minutes."""
+    empty_cache_every: int | None = pydantic.Field(None, ge=1)
+    """Optimizer steps after which memory that torch keeps on the GPU for reuse is given back. None: never."""
+    expandable_segments: bool = True
+    """Let torch grow its segments of GPU memory, so that rows of many lengths do not fragment it."""

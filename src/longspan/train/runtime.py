@@ -1,0 +1,52 @@
+"""How a recipe becomes one for this machine, and what is done to the blocks of a model before it is sharded."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from longspan.core.log import log_once
+from longspan.kernels.tiled_mlp import enable_tiled_mlp
+from longspan.models.checkpointing import enable_checkpointing
+from longspan.train.config import TrainConfig
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def on_machine(config: TrainConfig) -> TrainConfig:
+    """Return the recipe with the type it computes in here, and set up the GPU's allocator if there is one.
+
+    On a GPU all weights are trained as fp32 master weights and computed with in bf16, unless the recipe says otherwise.
+    To be called before the GPU is used.
+    """
+    frozen = config.lora is not None
+    if config.model.dtype == "bfloat16" and not frozen:
+        log_once(
+            "train",
+            "model.dtype bfloat16 keeps no fp32 copy of the weights and loses most small updates; to compute in "
+            "bfloat16 beside fp32 weights set model.dtype: float32 and memory.compute_dtype: bfloat16",
+        )
+    if not torch.cuda.is_available():
+        return config
+    if config.runtime.expandable_segments and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    if config.memory.compute_dtype is not None or frozen or config.model.dtype != "float32":
+        return config
+    return config.model_copy(
+        update={"memory": config.memory.model_copy(update={"compute_dtype": "bfloat16"})}
+    )
+
+
+def prepare_blocks(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Set what blocks keep and how they are run, in place; before they are sharded."""
+    if config.memory.tiled_mlp is not None:
+        enable_tiled_mlp(model, config.memory.tiled_mlp)
+    enable_checkpointing(model, config.memory.activation_checkpointing)
+    if config.runtime.compile_blocks:
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    block.compile()

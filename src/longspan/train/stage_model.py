@@ -1,0 +1,133 @@
+"""The model of a stage: its config, RoPE and weights, and its tensors by name."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from longspan.core.errors import DataError
+from longspan.models.hf import build_model, empty_model, load_model, tokenizer_folder
+from longspan.models.lora import apply_lora, is_adapted
+from longspan.parallel.fsdp import fill
+from longspan.train.checkpoint import Checkpoint
+from longspan.train.config import StageConfig, TrainConfig
+
+
+def stage_model(
+    config: TrainConfig, stage: StageConfig, state: Checkpoint | None, root: Path
+) -> PreTrainedModel:
+    """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
+    dtype = getattr(torch, config.model.dtype)
+    rope = rope_at(config, stage)
+    if config.model.path is not None:
+        path = model_path(config, root)
+        model = load_model(
+            path,
+            rope=rope,
+            max_position_embeddings=_context_at(config, stage),
+            dtype=dtype,
+            overrides=config.model.config_overrides,
+        )
+    else:
+        model = build_model(_hf_config_at(config, stage), seed=config.seed, rope=rope, init=config.model.init)
+    if config.lora is not None:
+        apply_lora(model, config.lora, seed=config.seed)
+    if state is not None:
+        load_tensors(model, state)
+    return model.train()
+
+
+def empty_stage_model(config: TrainConfig, stage: StageConfig, root: Path) -> PreTrainedModel:
+    """Return the same modules without values: the first process sends those when the model is sharded."""
+    origin = _hf_config_at(config, stage) if config.model.path is None else model_path(config, root)
+    return empty_model(origin, rope=rope_at(config, stage), overrides=config.model.config_overrides).train()
+
+
+def _hf_config_at(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
+    """Return the transformers configuration of a model made from scratch, with room for the stage's context."""
+    assert config.model.hf_config is not None
+    fields = {**config.model.hf_config, "dtype": config.model.dtype}
+    context = _context_at(config, stage)
+    if context is not None:
+        fields["max_position_embeddings"] = max(fields.get("max_position_embeddings", 0), context)
+    return fields
+
+
+def _context_at(config: TrainConfig, stage: StageConfig) -> int | None:
+    """Return the longest context up to a stage; None leaves the model's own, by which dynamic NTK works."""
+    if (rope_at(config, stage) or {}).get("rope_type") == "dynamic":
+        return None
+    return max(each.reach for each in config.stages[: config.stages.index(stage) + 1])
+
+
+def model_path(config: TrainConfig, root: Path) -> str:
+    """Return the model's folder below `root`, else the path as it is: a hub name, or from the working directory."""
+    assert config.model.path is not None
+    folder = root / config.model.path
+    return str(folder) if folder.is_dir() else config.model.path
+
+
+def tokenizer_source(config: TrainConfig, root: Path) -> Path | None:
+    """Return the folder whose tokenizer files go into the model folders: the recipe's, or the model's own."""
+    if config.tokenizer is not None:
+        return root / config.tokenizer
+    return tokenizer_folder(model_path(config, root)) if config.model.path is not None else None
+
+
+def rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
+    """Return the RoPE of a stage: its own, or that of the last stage before it that sets one."""
+    index = config.stages.index(stage)
+    return next((s.rope for s in reversed(config.stages[: index + 1]) if s.rope is not None), None)
+
+
+def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and persistent buffers by name, shared ones once, sharded ones as they are.
+
+    Of a model with an adapter, only what is trained.
+    """
+    own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    if is_adapted(model):
+        own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: value.detach() for name, value in model.state_dict().items() if name in own}
+
+
+def load_tensors(model: nn.Module, state: Checkpoint) -> None:
+    """Put the weights of a checkpoint into a model; each process reads what it holds."""
+    own, saved = own_tensors(model), state.model.shapes
+    wrong = {name for name in own.keys() & saved.keys() if tuple(own[name].shape) != saved[name]}
+    if wrong or own.keys() != saved.keys():
+        names = sorted(wrong | (own.keys() ^ saved.keys()))
+        raise DataError(f"the checkpoint {state.path} does not fit the model", found=names[:4])
+    for name, tensor in own.items():
+        fill(tensor, partial(state.model.read, name))
+
+
+class AttentionSizes(NamedTuple):
+    """What decides how a model's attention can be spread."""
+
+    heads: int
+    kv_heads: int
+    window: int | None
+    """Tokens of a sliding window that all layers have."""
+
+
+def attention_sizes(config: TrainConfig, root: Path) -> AttentionSizes:
+    """Return the sizes of the recipe's model."""
+    text = model_config(config, root).get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    if set(getattr(text, "layer_types", None) or ["sliding_attention"]) != {"sliding_attention"}:
+        window = None
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return AttentionSizes(text.num_attention_heads, kv_heads, window)
+
+
+def model_config(config: TrainConfig, root: Path) -> PretrainedConfig:
+    """Return the configuration of the recipe's model as it was before training."""
+    if config.model.hf_config is not None:
+        return AutoConfig.for_model(**config.model.hf_config)
+    return AutoConfig.from_pretrained(model_path(config, root))
