@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from collections.abc import Sequence
 from copy import copy
 from typing import Annotated
@@ -18,7 +19,8 @@ import typer
 from longspan import __version__
 from longspan.cli import data, data_pairs, doctor, export, plan, quickstart, report, train
 from longspan.cli import eval as evaluation
-from longspan.core.errors import LongspanError
+from longspan.core.errors import LongspanError, UserError
+from longspan.core.launched import is_first
 from longspan.core.log import setup_logging
 
 app = typer.Typer(
@@ -84,6 +86,9 @@ def only_named(group: typer.Typer, words: Sequence[str]) -> typer.Typer:
     return smaller
 
 
+OTHERS_WAIT_SECONDS = 3.0
+
+
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     named = only_named(app, sys.argv[1:])
@@ -94,7 +99,11 @@ def run() -> None:
         finally:
             sys.stdout.flush()
     except LongspanError as error:
-        typer.echo(f"error: {error}", err=True)
+        if isinstance(error, UserError) and not is_first():
+            # All processes of a run find the same mistake: the first says it, before torchrun ends the rest.
+            time.sleep(OTHERS_WAIT_SECONDS)
+        else:
+            typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,8 @@ EXAMPLE = example(
     "longspan train recipe.yaml --dry-run",
     "longspan train recipe.yaml --set seed=1 --out run",
     "longspan train prolong-64k --dry-run --gpu h100",
+    "longspan train recipe.yaml --profile --out profiled",
+    "longspan train prolong-512k --print-sbatch",
     "torchrun --nproc-per-node 4 -m longspan train recipe.yaml --set parallel.cp_ring=4",
 )
 
@@ -55,9 +58,27 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the recipe comes to, stage by stage, and stop.")
     ] = False,
+    search_rope: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE",
+            help="Search LongRoPE factors for a stage on its rows, print them as its rope, and stop.",
+        ),
+    ] = None,
     gpu: Annotated[
         str, typer.Option(help="GPU that a dry run estimates time for: a100, h100, h200 ...")
     ] = "h100",
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="Record the third to fifth step with torch's profiler in RUN/profile."
+        ),
+    ] = False,
+    print_sbatch: Annotated[
+        bool,
+        typer.Option("--print-sbatch", help="Print a file for sbatch that runs this on several nodes; stop."),
+    ] = False,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, for --print-sbatch.")] = 8,
     as_json: Json = False,
 ) -> None:
     """Train through the stages of a recipe; the same command goes on after a kill."""
@@ -65,13 +86,19 @@ def train(
 
     loaded = load_recipe(recipe, settings or [])
     out = out or Path("runs") / (loaded.name if scale is Scale.full else f"{loaded.name}-{scale.value}")
+    if print_sbatch:
+        _print_sbatch(loaded, gpus_per_node)
+        return
     if dry_run:
         _dry_run(recipe, loaded, scale, out, gpu, as_json=as_json)
         return
     quiet_transformers()
+    if search_rope is not None:
+        _search_rope(loaded, scale, out, search_rope, as_json=as_json)
+        return
     from longspan.parallel.launch import is_first_process
 
-    result = _run(loaded, scale, out)
+    result = _run(loaded, scale, out, profile=profile)
     if not is_first_process():
         return
     models = {stage: str(path) for stage, path in result.models.items()}
@@ -87,11 +114,25 @@ def _inputs(out: Path) -> Path:
     return out.with_name(f"{out.name}-inputs")
 
 
-def _run(loaded: LoadedRecipe, scale: Scale, out: Path) -> TrainResult:
+def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
+    """Print the file that runs this very command line."""
+    from longspan.train.slurm import processes, sbatch_script
+
+    command, skip = [], False
+    for word in sys.argv[1:]:
+        option = word.partition("=")[0]
+        if not skip and option not in ("--print-sbatch", "--gpus-per-node"):
+            command.append(word)
+        skip = not skip and word == "--gpus-per-node"
+    world = processes(loaded.config.parallel)
+    typer.echo(sbatch_script(command, world=world, per_node=gpus_per_node, name=loaded.name), nl=False)
+
+
+def _run(loaded: LoadedRecipe, scale: Scale, out: Path, *, profile: bool) -> TrainResult:
     from longspan.train import trainer
 
     if scale is Scale.full:
-        return trainer.train(loaded.config, out, data_root=loaded.folder)
+        return trainer.train(loaded.config, out, data_root=loaded.folder, profile=profile)
     from longspan.parallel.launch import on_first_rank, process_group
     from longspan.train.recipes import scale_tiny
     from longspan.train.tiny_inputs import tiny_inputs
@@ -99,7 +140,7 @@ def _run(loaded: LoadedRecipe, scale: Scale, out: Path) -> TrainResult:
     tiny = scale_tiny(loaded.config)
     with process_group(timeout_seconds=tiny.parallel.timeout_seconds):
         on_first_rank(lambda: tiny_inputs(loaded.config, tiny, _inputs(out), root=loaded.folder))
-        return trainer.train(tiny, out, data_root=_inputs(out))
+        return trainer.train(tiny, out, data_root=_inputs(out), profile=profile)
 
 
 def _dry_run(recipe: str, loaded: LoadedRecipe, scale: Scale, out: Path, gpu: str, *, as_json: bool) -> None:
@@ -116,6 +157,26 @@ def _dry_run(recipe: str, loaded: LoadedRecipe, scale: Scale, out: Path, gpu: st
         print_json({"recipe": recipe, "fingerprint": config.fingerprint(), **resolved.to_dict()})
     else:
         _print_resolved(named, resolved)
+
+
+def _search_rope(loaded: LoadedRecipe, scale: Scale, out: Path, stage: str, *, as_json: bool) -> None:
+    import json
+
+    from longspan.kernels.longrope import LongRopeSearch
+    from longspan.train.recipes import scale_tiny
+    from longspan.train.rope_search import search_rope
+    from longspan.train.tiny_inputs import tiny_inputs
+
+    config, root, search = loaded.config, loaded.folder, LongRopeSearch()
+    if scale is Scale.tiny:
+        config, root, search = scale_tiny(config), _inputs(out), LongRopeSearch(8, 4, 4, 3)
+        tiny_inputs(loaded.config, config, root, root=loaded.folder)
+    found = search_rope(config, stage, data_root=root, search=search)
+    if as_json:
+        print_json({"stage": stage, "rope": found.rope, **found.result._asdict()})
+        return
+    # A JSON object is YAML too: this line goes into the stage as it is.
+    typer.echo(f"rope: {json.dumps(found.rope)}")
 
 
 def _print_resolved(title: str, resolved: ResolvedRecipe) -> None:

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, LongspanError, RunError
+from longspan.core.launched import is_first, launched
 from longspan.core.log import ROOT
 
 __all__ = [
@@ -63,9 +64,9 @@ _LOST = re.compile(
 
 @contextlib.contextmanager
 def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[torch.device]:
-    """Join the other processes that torchrun started, and yield the device of this one.
+    """Join the other processes that torchrun or srun started, and yield the device of this one.
 
-    Without torchrun this is one process, and there is no group unless `always`. A group that is there already is
+    Without them this is one process, and there is no group unless `always`. A group that is there already is
     used and left. On ranks other than the first, only warnings are logged. When an exception leaves the block and
     there are other ranks, this process ends, at the latest some seconds later.
 
@@ -76,21 +77,27 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
     Raises:
         RunError: the other processes do not come.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    started = launched()
+    local_rank = started.local_rank if started is not None else 0
     cuda = torch.cuda.is_available()
     if cuda:
+        # Where Slurm shows each task its own GPU only, all of them are number 0.
+        local_rank %= torch.cuda.device_count()
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if dist.is_initialized() or not (under_torchrun or always):
+    if dist.is_initialized() or not (started is not None or always):
         yield device
         return
     # Parameters kept in host memory are reduced there, so a GPU run has both.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=collective_timeout(timeout_seconds, device.type))
-    if under_torchrun:
+    if started is not None:
+        # torchrun has a store of its own, in the environment.
+        place = None if started.address is None else f"tcp://{started.address}:{started.port}"
         with lost_ranks("joining the other processes"):
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(
+                backend, timeout=timeout, init_method=place, rank=started.rank, world_size=started.world
+            )
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     logger = logging.getLogger(ROOT)
@@ -138,7 +145,7 @@ def collective_timeout(timeout_seconds: float, device_type: str) -> float:
 
 def is_first_process() -> bool:
     """Return whether this is the process that speaks for the run: rank 0, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return is_first()
 
 
 def on_first_rank(action: Callable[[], Result]) -> Result:
