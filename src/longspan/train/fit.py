@@ -66,6 +66,8 @@ def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
         activation_checkpointing=memory.activation_checkpointing,
         tiled_mlp=memory.tiled_mlp,
         offload_parameters=memory.offload_parameters,
+        chunk_tokens=memory.chunk_tokens,
+        offload_cache=memory.offload_chunk_cache,
         lora=lora,
         accumulates=rows > at_once,
         cuda=cuda,

@@ -12,7 +12,8 @@
     adapters       rank 4, alpha as much of it as before
     data           every store, every file of records and every packed folder is made of CPython's own text, with the
                    names of the recipe's sources
-    machine        one process; fp32; nothing offloaded; MLP tiles and chunks divided like lengths
+    machine        one process; fp32; nothing offloaded; MLP tiles and chunks of rows divided like lengths
+    beside         no validation, tracking or start from another run
     checkpoints    every 2 steps
 
 What stays: stages and their order, RoPE types, thetas and factors, mixtures and weights, strategies, special tokens,
@@ -39,6 +40,7 @@ from longspan.train.config import (
     StreamConfig,
     TrainConfig,
 )
+from longspan.train.loop_config import RuntimeConfig, TrackingConfig
 
 __all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
 
@@ -101,7 +103,12 @@ def scale_tiny(config: TrainConfig) -> TrainConfig:
         "memory": MemoryConfig(
             activation_checkpointing="none" if config.memory.activation_checkpointing == "none" else "full",
             tiled_mlp=None if config.memory.tiled_mlp is None else _limit(config.memory.tiled_mlp),
+            chunk_tokens=None if config.memory.chunk_tokens is None else _limit(config.memory.chunk_tokens),
         ),
+        "init_from": None,
+        "validation": None,
+        "tracking": TrackingConfig(),
+        "runtime": RuntimeConfig(),
         "checkpoint": CheckpointConfig(every_steps=2, keep=config.checkpoint.keep),
     }
     if config.lora is not None:

@@ -15,8 +15,9 @@ from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import Degrees, layer_seconds
-from longspan.plan.training import WORKSPACE, LoraSettings, TrainingSettings, training_memory
+from longspan.plan.training import WORKSPACE, training_memory
 from longspan.train.config import ParallelConfig, StageConfig, StreamConfig, TrainConfig
+from longspan.train.fit import step_settings
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.rope_schedule import check_stage_ropes
@@ -133,7 +134,7 @@ def _stage(
     tokens = None if steps is None else steps * stage.rows_per_step * stage.context_length
     memory = host = step_time = seconds = None
     if model is not None and stage.steps != 0:
-        settings = training_settings(config, stage)
+        settings = step_settings(config, stage, cuda=True)
         estimate = training_memory(model, settings)
         memory = {**{name: size for name, size in estimate.parts.items() if size}, "workspace": WORKSPACE}
         host = estimate.host_bytes
@@ -207,42 +208,6 @@ def _shares(name: str, stream: StreamConfig, plan: StagePlan | None) -> Mapping[
     if stream.mixture.mode == "proportions" and weights:
         return {source: weight / sum(weights.values()) for source, weight in weights.items() if weight}
     return {name: 1.0}
-
-
-def training_settings(config: TrainConfig, stage: StageConfig) -> TrainingSettings:
-    """Return a stage's micro-batch as the memory estimate takes it."""
-    parallel, memory, lora = config.parallel, config.memory, config.lora
-    by_degrees = {
-        (False, False): "none",
-        (True, False): "ring",
-        (False, True): "ulysses",
-        (True, True): "usp",
-    }
-    adapters = None
-    if lora is not None:
-        whole = any("embed" in name or "lm_head" in name for name in lora.trainable)
-        adapters = LoraSettings(lora.rank, quantized=lora.quantize != "none", embeddings=whole)
-    rows = min(
-        stage.rows_per_micro_batch, -(-stage.rows_per_step // (parallel.dp_replicate * parallel.dp_shard))
-    )
-    return TrainingSettings(
-        tokens=rows * stage.context_length,
-        schedule=parallel.schedule or by_degrees[parallel.cp_ring > 1, parallel.cp_ulysses > 1],
-        ring=parallel.cp_ring,
-        ulysses=parallel.cp_ulysses,
-        dp_shard=parallel.dp_shard,
-        dp_replicate=parallel.dp_replicate,
-        tp=parallel.tp,
-        dtype=config.model.dtype,
-        compute_dtype=memory.compute_dtype,
-        reduce_dtype=memory.reduce_dtype,
-        optimizer=config.optimizer.name,
-        activation_checkpointing=memory.activation_checkpointing,
-        tiled_mlp=memory.tiled_mlp,
-        offload_parameters=memory.offload_parameters,
-        lora=adapters,
-        accumulates=_micro_steps(parallel, stage) > 1,
-    )
 
 
 def _micro_steps(parallel: ParallelConfig, stage: StageConfig) -> float:

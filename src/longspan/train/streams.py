@@ -29,7 +29,7 @@ class StagePlan(NamedTuple):
 
     stage: StageConfig
     """With its steps, where the recipe counts in epochs."""
-    mixed: StreamMixer | None
+    mixer: StreamMixer | None
     """The rows of all streams; None for a stage that trains nothing."""
     sources: dict[str, RowSource]
     """Where the rows of each stream come from."""
@@ -41,12 +41,6 @@ class StagePlan(NamedTuple):
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
     left_out: dict[str, dict[str, int]]
     """Documents of each stream that its limits leave out: too "short", too "long"."""
-
-    @property
-    def mixer(self) -> StreamMixer:
-        """The rows of all streams of a stage that trains."""
-        assert self.mixed is not None, "a stage of 0 steps reads no rows"
-        return self.mixed
 
 
 def plan_stages(
@@ -74,6 +68,7 @@ def plan_stages(
 
 def stage_rows(plan: StagePlan, first: int, count: int, *, seed: int) -> list[PackedRow]:
     """Return rows `first` to `first + count` of a stage, with the positions that its PoSE gives them."""
+    assert plan.mixer is not None, "a stage of 0 steps reads no rows"
     rows, pose = plan.mixer.rows(first, count), plan.stage.pose
     if pose is None:
         return rows
