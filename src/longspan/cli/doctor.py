@@ -22,7 +22,7 @@ import typer
 from longspan.cli.output import Json, example, print_json, print_table
 from longspan.core.log import get_logger
 
-EXAMPLE = example("longspan doctor --json", "longspan doctor --certify --world 2,4")
+EXAMPLE = example("longspan doctor --json", "longspan doctor --certify --schedule striped --world 2")
 FIRST_STEPS = "\b\nFirst steps:\n  longspan doctor\n  longspan quickstart --out quickstart-run"
 
 REQUIRED = ("torch", "transformers", "tokenizers", "gigatoken", "numpy", "pyarrow", "safetensors")
