@@ -12,9 +12,9 @@ import typer
 from longspan.cli.output import Json, example, print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
+    from longspan.train.config import TrainConfig
     from longspan.train.recipes import LoadedRecipe
     from longspan.train.resolve import ResolvedRecipe, ResolvedStage
-    from longspan.train.trainer import TrainResult
 
 EXAMPLE = example(
     "longspan train recipe.yaml --dry-run",
@@ -84,21 +84,27 @@ def train(
     """Train through the stages of a recipe; the same command goes on after a kill."""
     from longspan.train.recipes import load_recipe
 
-    loaded = load_recipe(recipe, settings or [])
+    # At tiny scale, settings change the scaled recipe: a length of 128 means 128.
+    loaded = load_recipe(recipe, [] if scale is Scale.tiny else settings or [])
     out = out or Path("runs") / (loaded.name if scale is Scale.full else f"{loaded.name}-{scale.value}")
     if print_sbatch:
         _print_sbatch(loaded, gpus_per_node)
         return
-    if dry_run:
-        _dry_run(recipe, loaded, scale, out, gpu, as_json=as_json)
-        return
     quiet_transformers()
+    config, root = loaded.config, loaded.folder
+    if scale is Scale.tiny:
+        config, root = _tiny(loaded, settings or [], out.with_name(f"{out.name}-inputs"))
+        recipe = f"{recipe} --scale tiny"
+    if dry_run:
+        _dry_run(recipe, config, root, gpu, as_json=as_json)
+        return
     if search_rope is not None:
-        _search_rope(loaded, scale, out, search_rope, as_json=as_json)
+        _search_rope(config, root, scale, search_rope, as_json=as_json)
         return
     from longspan.parallel.launch import is_first_process
+    from longspan.train import trainer
 
-    result = _run(loaded, scale, out, profile=profile)
+    result = trainer.train(config, out, data_root=root, profile=profile)
     if not is_first_process():
         return
     models = {stage: str(path) for stage, path in result.models.items()}
@@ -107,11 +113,6 @@ def train(
     else:
         title = f"{out}: {result.steps:,} steps, {result.tokens:,} tokens"
         print_table(title, ("stage", "model"), list(models.items()))
-
-
-def _inputs(out: Path) -> Path:
-    """Return the folder of what a recipe at tiny scale reads."""
-    return out.with_name(f"{out.name}-inputs")
 
 
 def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
@@ -128,49 +129,38 @@ def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
     typer.echo(sbatch_script(command, world=world, per_node=gpus_per_node, name=loaded.name), nl=False)
 
 
-def _run(loaded: LoadedRecipe, scale: Scale, out: Path, *, profile: bool) -> TrainResult:
-    from longspan.train import trainer
-
-    if scale is Scale.full:
-        return trainer.train(loaded.config, out, data_root=loaded.folder, profile=profile)
+def _tiny(loaded: LoadedRecipe, settings: list[str], inputs: Path) -> tuple[TrainConfig, Path]:
+    """Return the recipe at tiny scale and the folder with its inputs, which one process makes."""
+    from longspan.core.config import apply_overrides
     from longspan.parallel.launch import on_first_rank, process_group
+    from longspan.train.config import TrainConfig
     from longspan.train.recipes import scale_tiny
     from longspan.train.tiny_inputs import tiny_inputs
 
-    tiny = scale_tiny(loaded.config)
-    with process_group(timeout_seconds=tiny.parallel.timeout_seconds):
-        on_first_rank(lambda: tiny_inputs(loaded.config, tiny, _inputs(out), root=loaded.folder))
-        return trainer.train(tiny, out, data_root=_inputs(out), profile=profile)
+    values = apply_overrides(scale_tiny(loaded.config).to_dict(), settings)
+    config = TrainConfig.from_dict(values, where=f"{loaded.name} at tiny scale")
+    with process_group(timeout_seconds=config.parallel.timeout_seconds):
+        on_first_rank(lambda: tiny_inputs(loaded.config, config, inputs, root=loaded.folder))
+    return config, inputs
 
 
-def _dry_run(recipe: str, loaded: LoadedRecipe, scale: Scale, out: Path, gpu: str, *, as_json: bool) -> None:
-    from longspan.train.recipes import scale_tiny
+def _dry_run(recipe: str, config: TrainConfig, root: Path, gpu: str, *, as_json: bool) -> None:
     from longspan.train.resolve import resolve
-    from longspan.train.tiny_inputs import tiny_inputs
 
-    config, root, named = loaded.config, loaded.folder, recipe
-    if scale is Scale.tiny:
-        config, root, named = scale_tiny(config), _inputs(out), f"{recipe} --scale tiny"
-        tiny_inputs(loaded.config, config, root, root=loaded.folder)
-    resolved = resolve(config, named, data_root=root, gpu=gpu)
+    resolved = resolve(config, recipe, data_root=root, gpu=gpu)
     if as_json:
         print_json({"recipe": recipe, "fingerprint": config.fingerprint(), **resolved.to_dict()})
     else:
-        _print_resolved(named, resolved)
+        _print_resolved(recipe, resolved)
 
 
-def _search_rope(loaded: LoadedRecipe, scale: Scale, out: Path, stage: str, *, as_json: bool) -> None:
+def _search_rope(config: TrainConfig, root: Path, scale: Scale, stage: str, *, as_json: bool) -> None:
     import json
 
-    from longspan.kernels.longrope import LongRopeSearch
-    from longspan.train.recipes import scale_tiny
+    from longspan.kernels.longrope import PAPER, LongRopeSearch
     from longspan.train.rope_search import search_rope
-    from longspan.train.tiny_inputs import tiny_inputs
 
-    config, root, search = loaded.config, loaded.folder, LongRopeSearch()
-    if scale is Scale.tiny:
-        config, root, search = scale_tiny(config), _inputs(out), LongRopeSearch(8, 4, 4, 3)
-        tiny_inputs(loaded.config, config, root, root=loaded.folder)
+    search = PAPER if scale is Scale.full else LongRopeSearch(8, 4, 4, 3)
     found = search_rope(config, stage, data_root=root, search=search)
     if as_json:
         print_json({"stage": stage, "rope": found.rope, **found.result._asdict()})
