@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longspan.core.errors import ArgumentError
+from longspan.core.errors import ArgumentError, ConfigError
+from longspan.core.records import read_jsonl
 from longspan.train.config import TrainConfig
 from longspan.train.fit import Budget, fit_memory, machine_budget, stage_memory, step_settings
+from longspan.train.trainer import train
+from tests.train.conftest import recipe as small_recipe
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
@@ -63,3 +67,33 @@ def test_what_does_not_fit_is_said_before_it_runs() -> None:
     """An out-of-memory error after an hour of loading."""
     with pytest.raises(ArgumentError, match="does not fit"):
         fit_memory(recipe(), LLAMA, Budget(5e9, 1e9, True))
+
+
+def test_auto_is_a_word_and_chooses_alone() -> None:
+    """`memory: auto` beside a setting that it would overrule without a word."""
+    assert recipe(memory="auto").memory.auto
+    assert recipe(memory={"auto": True, "compute_dtype": "bfloat16"}).memory.compute_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"memory\.auto chooses tiled_mlp"):
+        recipe(memory={"auto": True, "tiled_mlp": 1024})
+
+
+def test_a_single_gpu_walks_in_chunks_where_nothing_else_fits() -> None:
+    """A choice that names a field of the recipe by another name, and is lost on the way."""
+    config = recipe(
+        parallel={},
+        stages=[{**recipe().stages[0].to_dict(), "batch_tokens": 65536, "micro_batch_tokens": None}],
+    )
+    roomy, tight = (fit_memory(config, LLAMA, Budget(size, 1e12, True))[0] for size in (300e9, 30e9))
+    assert roomy.chunk_tokens is None
+    assert tight.offload_parameters and (tight.chunk_tokens is None) == (not tight.offload_chunk_cache)
+
+
+def test_auto_trains_with_the_same_losses(data_root: Path, tmp_path: Path) -> None:
+    """A choice that is made and not used, or that changes what is computed."""
+    losses: list[list[float]] = []
+    settings: tuple[Any, ...] = ({}, "auto")
+    for memory in settings:
+        out = tmp_path / str(len(losses))
+        train(TrainConfig.from_dict(small_recipe(memory=memory)), out, data_root=data_root)
+        losses.append([record["loss"] for record in read_jsonl(out / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)

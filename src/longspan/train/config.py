@@ -285,8 +285,11 @@ class ParallelConfig(Config):
 
 
 class MemoryConfig(Config):
-    """What is spent to use less memory."""
+    """What is spent to use less memory; `memory: auto` in a recipe is short for `memory: {auto: true}`."""
 
+    auto: bool = False
+    """Choose the cheapest of the settings below with which every stage fits this machine, and say why. The types stay
+    as they are given: they change what is computed."""
     activation_checkpointing: Literal["none", "full", "offload"] = "none"
     """Recompute each block in the backward pass from its input; `offload` keeps the inputs in host memory."""
     tiled_mlp: TokenBudget | None = pydantic.Field(None, gt=0)
@@ -304,6 +307,20 @@ class MemoryConfig(Config):
     chunk and of the keys and values. Not beside cp_ring or cp_ulysses. None: all at once."""
     offload_chunk_cache: bool = False
     """Keep those keys, values and their gradients in host memory."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"auto": True} if value == "auto" else value
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_chosen_twice(self) -> Self:
+        chosen = self.model_fields_set - {"auto", "compute_dtype", "reduce_dtype"}
+        if self.auto and chosen:
+            raise ValueError(
+                f"memory.auto chooses {', '.join(sorted(chosen))}: leave it out, or leave auto out"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _there_is_a_cache(self) -> Self:

@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from longspan.core.log import get_logger
 from longspan.plan.choose import Choice, choose_memory
 from longspan.plan.models import shape_of
 from longspan.plan.training import LoraSettings, TrainingMemory, TrainingSettings, training_memory
 from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
 
-__all__ = ["Budget", "fit_memory", "machine_budget", "stage_memory", "step_settings"]
+__all__ = ["Budget", "fit_memory", "machine_budget", "resolve_memory", "stage_memory", "step_settings"]
 
 TRAINED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -103,7 +104,22 @@ def fit_memory(
         max(steps, key=lambda step: (step.tokens, step.accumulates)),
         device_bytes=budget.device,
         host_bytes=budget.host,
-        chunks="chunk_tokens" in MemoryConfig.model_fields,
+        chunks=config.parallel.cp_ring * config.parallel.cp_ulysses == 1,
     )
-    fields = {name: value for name, value in choice.settings.items() if name in MemoryConfig.model_fields}
+    fields = dict(choice.settings)
+    fields["offload_chunk_cache"] = fields.pop("offload_cache")
     return config.memory.model_copy(update=fields), choice
+
+
+def resolve_memory(config: TrainConfig, hf_config: Mapping[str, Any]) -> TrainConfig:
+    """Return the recipe with the settings that `memory: auto` stands for on this machine, and log why.
+
+    Raises:
+        ArgumentError: nothing fits.
+    """
+    if not config.memory.auto:
+        return config
+    memory, choice = fit_memory(config, hf_config, machine_budget())
+    for line in choice.reasons():
+        get_logger("train").info(line)
+    return config.model_copy(update={"memory": memory})

@@ -41,6 +41,7 @@ from longspan.train.checkpoint import (
     read_checkpoint,
 )
 from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.fit import resolve_memory
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -108,7 +109,8 @@ def train(
     config = on_machine(config)
     with contextlib.ExitStack() as stack:
         timeout = config.parallel.timeout_seconds
-        always = config.memory.needs_sharding
+        # What `memory: auto` chooses may need a group too.
+        always = config.memory.needs_sharding or config.memory.auto
         device = stack.enter_context(process_group(timeout_seconds=timeout, always=always))
         several = dist.is_initialized() and dist.get_world_size() > 1
         if several:
@@ -120,6 +122,7 @@ def train(
         on_all_ranks(lambda: plans.extend(plan_run(config, data_root=Path(data_root))))
         # A stage that counts in epochs has its steps from here on.
         config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
+        config = resolve_memory(config, model_config(config, root).to_dict())
         sizes = attention_sizes(config, root)
         spread.check(config, sizes.heads, sizes.kv_heads, window=sizes.window)
         folder = RunDir(out)
