@@ -79,13 +79,16 @@ def test_auto_is_a_word_and_chooses_alone() -> None:
 
 def test_a_single_gpu_walks_in_chunks_where_nothing_else_fits() -> None:
     """A choice that names a field of the recipe by another name, and is lost on the way."""
-    config = recipe(
-        parallel={},
-        stages=[{**recipe().stages[0].to_dict(), "batch_tokens": 65536, "micro_batch_tokens": None}],
-    )
-    roomy, tight = (fit_memory(config, LLAMA, Budget(size, 1e12, True))[0] for size in (300e9, 30e9))
-    assert roomy.chunk_tokens is None
-    assert tight.offload_parameters and (tight.chunk_tokens is None) == (not tight.offload_chunk_cache)
+    long = {
+        "context_length": 524288,
+        "tokens": 524288 * 4,
+        "batch_tokens": 524288,
+        "micro_batch_tokens": None,
+    }
+    config = recipe(parallel={}, stages=[{**recipe().stages[0].to_dict(), **long}])
+    roomy, tight = (fit_memory(config, LLAMA, Budget(size, 1e12, True))[0] for size in (400e9, 40e9))
+    assert roomy.chunk_tokens is None and not roomy.offload_chunk_cache
+    assert tight.chunk_tokens is not None and tight.offload_chunk_cache and tight.offload_parameters
 
 
 def test_auto_trains_with_the_same_losses(data_root: Path, tmp_path: Path) -> None:
