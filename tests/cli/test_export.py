@@ -89,7 +89,7 @@ def test_stage_checkpoint_adapter_and_run_become_the_same_model(longspan, run):
 
 def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
     stage = run / "stages" / "long"
-    (run / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"torn")
+    (run / "checkpoints" / "step-00000004" / "model-00000-of-00001.safetensors").write_bytes(b"torn")
     Path("empty").mkdir()
     for line, parts in (
         ("export absent --out out", ["absent is nothing to export", "no such folder"]),
@@ -98,7 +98,10 @@ def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
         ("export base --base base --out out", ["--base is for adapters"]),
         (f"export {stage} --adapter --dtype bfloat16 --out out", ["--dtype has no effect"]),
         (f"export {stage} --base tokenizer --out out", ["tokenizer is not a Hugging Face model folder"]),
-        (f"export {run}/checkpoints/step-00000004 --out out", ["is damaged", "model.safetensors"]),
+        (
+            f"export {run}/checkpoints/step-00000004 --out out",
+            ["is damaged", "model-00000-of-00001.safetensors"],
+        ),
         (f"export {stage} --out base", ["base already exists", "--out"]),
     ):
         outcome = longspan(line)

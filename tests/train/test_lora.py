@@ -120,7 +120,7 @@ def test_stage_folder_holds_the_adapter_and_its_rope(
         model = load_model(stage)
         assert model.config.rope_parameters["rope_theta"] == 50000.0
         assert model.config.max_position_embeddings == LENGTH
-        state = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
+        state = load_file(run / "checkpoints" / "step-00000004" / "model-00000-of-00001.safetensors")
         trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
         assert state.keys() == trained.keys()
         assert all(torch.equal(state[key], trained[key]) for key in state)

@@ -9,6 +9,7 @@ Shape legend: B = batch, H = query heads, K = key/value heads, Q = query tokens,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from longspan.kernels.attention import Bands, attention
 from longspan.models.documents import Documents
 from longspan.parallel.documents import ShardedDocuments
 
-__all__ = ["ATTENTION_NAME", "longspan_attention", "longspan_mask", "register"]
+__all__ = ["ATTENTION_NAME", "keep_out_of_compiler", "longspan_attention", "longspan_mask", "register"]
 
 ATTENTION_NAME = "longspan"
 
@@ -40,8 +41,17 @@ UNSUPPORTED = {
 
 def register() -> None:
     """Make "longspan" known to transformers as an attention implementation; calling it again is harmless."""
-    AttentionInterface.register(ATTENTION_NAME, longspan_attention)
+    AttentionInterface.register(ATTENTION_NAME, _registered[ATTENTION_NAME])
     AttentionMaskInterface.register(ATTENTION_NAME, longspan_mask)
+
+
+def keep_out_of_compiler() -> None:
+    """Let torch.compile leave attention as it is from now on: its kernels are chosen and compiled by themselves.
+
+    Tables of documents are numpy, which torch.compile would try to turn into tensors.
+    """
+    _registered[ATTENTION_NAME] = torch.compiler.disable(longspan_attention)
+    register()
 
 
 def longspan_mask(
@@ -193,3 +203,6 @@ def _refuse_packed_positions(module: torch.nn.Module, kwargs: dict[str, Any]) ->
         raise ArgumentError(
             "several documents in a row, but no document table", found=found, fix=USE_DOCUMENTS
         )
+
+
+_registered: dict[str, Callable[..., Any]] = {ATTENTION_NAME: longspan_attention}
