@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 
 from longspan.core.errors import ConfigError
 from longspan.kernels import rope
+from longspan.kernels.longrope import LongRopeSearch, search_factors, starting_factors
 
 
 def test_ntk_slows_the_lowest_frequency_by_the_factor_and_keeps_the_highest() -> None:
@@ -81,3 +85,72 @@ def test_mistakes_are_named(settings: dict[str, object], message: str) -> None:
         rope.rope_parameters(settings)
     with pytest.raises(ConfigError, match="computed by transformers"):
         rope.inv_freq({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, head_dim=8)
+
+
+def longrope_settings(length: int) -> dict[str, object]:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * length,
+        "long_factor": [1.0] * length,
+    }
+
+
+def test_factors_reach_the_context_or_are_refused() -> None:
+    """transformers trains on with a factor of 2 for a context of 4 times the length."""
+    for kind in ("linear", "ntk", "dynamic", "yarn"):
+        settings = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+        if kind == "yarn":
+            settings["original_max_position_embeddings"] = 64
+        rope.check_reach(settings, own_context=64, context=256, head_dim=16)
+        rope.check_reach(settings, own_context=64, context=100, head_dim=16)
+        with pytest.raises(ConfigError, match="does not match the context length"):
+            rope.check_reach(settings, own_context=64, context=257, head_dim=16)
+    rope.check_reach(rope.default(1e6), own_context=64, context=1 << 20, head_dim=16)
+    rope.check_reach(longrope_settings(8), own_context=64, context=256, head_dim=16)
+    with pytest.raises(ConfigError, match="number for each pair"):
+        rope.check_reach(longrope_settings(7), own_context=64, context=256, head_dim=16)
+
+
+def test_longrope_search_finds_factors_that_no_known_method_has() -> None:
+    """A search that only returns one of its starting points is none; the factors rise and keep to their bounds."""
+    wanted = np.array([1.0, 1.0, 1.5, 1.5, 3.0, 6.0, 8.0, 8.0])
+
+    def score(factors: Sequence[float]) -> float:
+        return float(np.square(np.log(np.array(factors) / wanted)).sum())
+
+    found = search_factors(
+        score, theta=1e4, head_dim=16, own_context=64, context=512,
+        search=LongRopeSearch(16, 8, 8, 25), seed=1,
+    )  # fmt: skip
+    assert found.score < 0.2 * min(found.started_at.values())
+    assert found.history == sorted(found.history, reverse=True)
+    assert found.factors == sorted(found.factors) and found.factors[0] >= 1 and found.factors[-1] <= 10
+    assert found.evaluations <= 16 + 25 * 16
+    settings = found.rope(theta=1e4, own_context=64, context=512)
+    assert rope.rope_parameters(settings) == settings
+    rope.check_reach(settings, own_context=64, context=512, head_dim=16)
+    again = search_factors(
+        score, theta=1e4, head_dim=16, own_context=64, context=512,
+        search=LongRopeSearch(16, 8, 8, 25), seed=1,
+    )  # fmt: skip
+    assert again == found
+
+
+def test_longrope_candidates_that_overflow_never_win() -> None:
+    """NaN compares false with everything and would stay where it stands."""
+    found = search_factors(
+        lambda factors: float("nan") if factors[-1] < 8 else factors[-1],
+        theta=1e4, head_dim=8, own_context=64, context=512, search=LongRopeSearch(8, 4, 4, 3),
+    )  # fmt: skip
+    assert 8 <= found.score < 11
+
+
+def test_longrope_starts_with_what_is_known() -> None:
+    """Formulas of the three methods, at their ends: fast pairs stay, slow ones are interpolated by the ratio."""
+    starts = starting_factors(theta=1e4, head_dim=64, own_context=4096, context=32768)
+    assert set(starts["linear"]) == {8.0}
+    assert starts["ntk"][0] == 1.0 and starts["ntk"][-1] == pytest.approx(8.0)
+    assert starts["yarn"][0] == 1.0 and starts["yarn"][-1] == pytest.approx(8.0)
