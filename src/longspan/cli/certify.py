@@ -85,7 +85,7 @@ def _worlds(worlds: str) -> list[int]:
 
 def _print_json(results: list[CellResult], half: Half, growth: dict[str, float], passed: bool) -> None:
     def plain(value: float) -> float | None:
-        return None if math.isnan(value) else value
+        return value if math.isfinite(value) else None
 
     cells = [
         {

@@ -198,12 +198,12 @@ def _run(cell: Cell, schedule: Schedule, device: torch.device) -> CellResult:
     sent = _sent(schedule) - before
     mine = torch.from_numpy(shards.indices(schedule.rank)).to(device)
     expected = [x[mine] for x in reference]
-    exact_error = max(float((a - b).abs().max()) for a, b in zip(exact, expected))
+    exact_error = _worst([float((a - b).abs().max()) for a, b in zip(exact, expected)])
     # Norms are of whole tensors: sums of squares over ranks, then the root.
     squares = [((a.double() - b).square().sum(), b.square().sum()) for a, b in zip(fast, expected)]
     sums = torch.stack([torch.stack(pair) for pair in squares])
     dist.all_reduce(sums)
-    relative = (sums[:, 0] / sums[:, 1]).sqrt().tolist()
+    relative = [_worst([error]) for error in (sums[:, 0] / sums[:, 1]).sqrt().tolist()]
     leaks = 0
     if len(borders) > 2:
         leaks = _leaks(whole, fast, shards, schedule, window, device)
@@ -212,6 +212,11 @@ def _run(cell: Cell, schedule: Schedule, device: torch.device) -> CellResult:
     return CellResult(
         cell, schedule.world, "", float(most[0]), relative[0], max(relative[1:]), int(most[1]), int(most[2])
     )
+
+
+def _worst(errors: Sequence[float]) -> float:
+    """Return the largest error. What is not a number is infinitely wrong: `max` alone may pass over it."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def _leaks(
