@@ -64,6 +64,7 @@ def test_every_place_once_equally_many_and_the_mask_of_the_whole(
     places[everyone] = whole if order is None else whole[order]
     document = np.searchsorted(shards.cu_seqlens, np.arange(shards.num_padded), side="right")
     pairs = list(itertools.product(ranks, ranks)) + [(everyone, everyone)]
+    sees = np.zeros((world, world), dtype=np.int64)
     for q_ranks, k_ranks in pairs:
         q, k = places[q_ranks], places[k_ranks]
         bands = shards.bands(q_ranks, k_ranks, window=window)
@@ -75,7 +76,13 @@ def test_every_place_once_equally_many_and_the_mask_of_the_whole(
         assert bands.num_pairs() == expected.sum()
         if len(q_ranks) == len(k_ranks) == 1:
             needed = shards.needed_rows(q_ranks[0], k_ranks[0], window=window)
-            assert set(np.flatnonzero(expected.any(axis=0))) <= set(needed)
+            assert np.flatnonzero(expected.any(axis=0)).tolist() == needed.tolist()
+            sees[q_ranks[0], k_ranks[0]] = len(needed)
+    if layout != "striped":
+        assert shards.needed_counts(window=window).tolist() == sees.tolist()
+    steps = np.arange(world)
+    reach = [int(max(steps * (sees[(place + steps) % world, place] > 0))) for place in steps]
+    assert shards.reach(ranks, window=window) == reach
 
 
 def test_positions_restart_in_every_document_and_in_the_padding() -> None:
@@ -152,5 +159,7 @@ def test_user_mistakes_are_named() -> None:
         local_indices("zigzag", 8, 2, 2)
     with pytest.raises(ArgumentError, match="do not fit"):
         local_indices("zigzag", 8, 0, 2, documents=[0, 9])
+    with pytest.raises(ArgumentError, match="at least the token itself"):
+        SequenceShards("balanced", [0, 8], 2, window=0)
     with pytest.raises(ArgumentError, match="tokens and ranks"):
         local_indices("zigzag", 0, 0, 2)

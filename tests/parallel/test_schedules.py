@@ -75,6 +75,26 @@ def test_the_certificate_fails_a_wrong_schedule(fault: str, leaks: bool) -> None
     assert (leaking > 0) == leaks
 
 
+def _not_a_number(rank: int) -> set[str]:
+    """Return the masks of the cells that pass with a ring that returns NaN for the gradient of the values."""
+    backward = Ring.backward
+
+    def lose_dv(self: Ring, *rest: Any) -> Any:
+        dq, dk, dv = backward(self, *rest)
+        return dq, dk, dv * float("nan")
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Ring, "backward", lose_dv)
+    patch.setattr(certify, "HEADS", ((2, 1),))
+    results, _ = certify.certify_world(rank, ["ring"])
+    return {result.cell.mask for result in results if result.passed}
+
+
+def test_the_certificate_fails_what_is_not_a_number() -> None:
+    """Guards against `max`, which passes over a NaN that is not the first: a NaN gradient was certified."""
+    assert spawn_local(_not_a_number, 2, timeout_seconds=200.0) == [set(), set()]
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "degree", "expected"),
     [
@@ -135,6 +155,22 @@ def test_user_mistakes_are_named() -> None:
         sequence_attention(q, q, q, SequenceShards("zigzag", [0, 8], 2), build_schedule("ring"))
     with pytest.raises(ArgumentError, match="do not hold this rank's tokens"):
         sequence_attention(q, q, q, SequenceShards("zigzag", [0, 5], 1), build_schedule("ring"))
+    shards, ring = SequenceShards("zigzag", [0, 4], 1), build_schedule("ring")
+    with pytest.raises(ArgumentError, match="differ in type"):
+        sequence_attention(q, q, q.bfloat16(), shards, ring)
+    with pytest.raises(ArgumentError, match="H a multiple of K"):
+        sequence_attention(q, q[..., :4], q[..., :4], shards, ring)
+    with pytest.raises(ArgumentError, match="at least the token itself"):
+        sequence_attention(q, q, q, shards, ring, window=0)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Guards against one that is silently wrong: what other ranks contribute is not recorded."""
+    q = torch.randn(4, 2, 8, requires_grad=True)
+    out = sequence_attention(q, q, q, SequenceShards("zigzag", [0, 4], 1), build_schedule("ring"))
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def _needed_bytes(rank: int) -> tuple[dict[str, int], dict[str, int]]:

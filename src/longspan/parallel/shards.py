@@ -40,12 +40,13 @@ class SequenceShards:
         window: sliding window that `balanced` balances for; masks take theirs by call.
 
     Raises:
-        ArgumentError: an unknown layout or borders that do not fit.
+        ArgumentError: an unknown layout, borders that do not fit, or a window below 1.
     """
 
     def __init__(
         self, layout: Layout, cu_seqlens: IntColumn, world: int, *, window: int | None = None
     ) -> None:
+        _check_window(window)
         borders = np.asarray(cu_seqlens, dtype=np.int64).reshape(-1)
         if not len(borders):
             raise ArgumentError("a sequence needs document borders", found="none", allowed="[0, ..., tokens]")
@@ -58,6 +59,7 @@ class SequenceShards:
         self.cu_seqlens = borders[np.concatenate([[True], np.diff(borders) > 0])]
         self._longest = int(np.diff(self.cu_seqlens).max())
         self._segments: dict[Ranks, _Segments] = {}
+        self._order: dict[Ranks, NDArray[np.int64] | None] = {}
         self._bands: dict[tuple[Ranks, Ranks, int | None], Bands] = {}
         self._reach: dict[tuple[tuple[Ranks, ...], int | None], list[int]] = {}
 
@@ -84,16 +86,18 @@ class SequenceShards:
         """
         if self.runs[0][0].stride > 1 and 1 < len(ranks) < self.world:
             return None
-        places = np.concatenate([self.indices(rank) for rank in ranks])
-        return None if (np.diff(places) > 0).all() else np.argsort(places, kind="stable")
+        if ranks not in self._order:
+            places = np.concatenate([self.indices(rank) for rank in ranks])
+            ascends = bool((np.diff(places) > 0).all())
+            self._order[ranks] = None if ascends else np.argsort(places, kind="stable")
+        return self._order[ranks]
 
     def bands(self, q_ranks: Ranks, k_ranks: Ranks, *, window: int | None = None) -> Bands:
         """Return who sees whom between the tokens of `q_ranks` and those of `k_ranks`, each in the order of `order`.
 
         Causal within each document; a query sees the `window` keys up to itself, None = all before it.
         """
-        if window is not None and window >= self._longest:
-            window = None  # a window that no document fills is full attention
+        window = self._normal(window)
         key = (q_ranks, k_ranks, window)
         if key not in self._bands:
             q, k = self._of(q_ranks), self._of(k_ranks)
@@ -114,12 +118,17 @@ class SequenceShards:
 
         `places` are the ranks that stand at each place: one each, or a group of them (USP).
         """
+        window = self._normal(window)
         key = (tuple(places), window)
         if key not in self._reach:
             size = len(places)
+            may_see = self._may_see(places, window)
 
             def is_seen(place: int, step: int) -> bool:
-                return len(self.bands(places[(place + step) % size], places[place], window=window)) > 0
+                visited = (place + step) % size
+                if window is None or not may_see[visited, place]:
+                    return bool(may_see[visited, place])
+                return len(self.bands(places[visited], places[place], window=window)) > 0
 
             self._reach[key] = [
                 next((step for step in range(size - 1, 0, -1) if is_seen(place, step)), 0)
@@ -127,10 +136,51 @@ class SequenceShards:
             ]
         return self._reach[key]
 
+    def _may_see(self, places: Sequence[Ranks], window: int | None) -> NDArray[np.bool_]:
+        """Return whether a query of one place can see a key of another, bool [query place, key place].
+
+        Exact without a window; with one, some say yes that do not. All pairs of band tables would say the same,
+        but they are world^2 on every rank.
+        """
+        shape = len(places), len(self.cu_seqlens) - 1
+        first, last = np.full(shape, self.num_padded), np.full(shape, -1)
+        for place, ranks in enumerate(places):
+            document, _, start, length, stride = self._of(ranks)
+            np.minimum.at(first[place], document, start)
+            np.maximum.at(last[place], document, start + (length - 1) * stride)
+        may_see = np.zeros((len(places), len(places)), dtype=np.bool_)
+        for place in range(len(places)):
+            here = np.flatnonzero(last[place] >= 0)
+            sees = last[:, here] >= first[place, here]
+            if window is not None:
+                sees &= first[:, here] - last[place, here] < window
+            may_see[:, place] = sees.any(axis=1)
+        return may_see
+
+    def needed_counts(self, *, window: int | None = None) -> NDArray[np.int64]:
+        """Return how many rows `needed_rows` has for any two ranks, int64 [query rank, key rank]; not for striped."""
+        everyone = tuple(range(self.world))
+        runs = sorted(
+            (start, start + length, rank) for rank in everyone for start, length, _ in self.runs[rank]
+        )
+        starts, ends, owners = np.array(runs, dtype=np.int64).T
+        counts = np.zeros((self.world, self.world), dtype=np.int64)
+        for rank in everyone:
+            # Taken together, keys stand at their places in the sequence.
+            bands = self.bands((rank,), everyone, window=window)
+            seen = _Union(bands.k_start, bands.k_start + bands.k_len)
+            np.add.at(counts[rank], owners, seen.up_to(ends) - seen.up_to(starts))
+        return counts
+
     def work(self, *, window: int | None = None) -> NDArray[np.int64]:
         """Return the visible (query, key) pairs between any two ranks: int64 [query rank, key rank]."""
         ranks = range(self.world)
         return np.array([[self.bands((q,), (k,), window=window).num_pairs() for k in ranks] for q in ranks])
+
+    def _normal(self, window: int | None) -> int | None:
+        """Return the window as tables are kept by it: one that no document fills is full attention."""
+        _check_window(window)
+        return None if window is None or window >= self._longest else window
 
     def _of(self, ranks: Ranks) -> _Segments:
         if ranks not in self._segments:
@@ -138,6 +188,33 @@ class SequenceShards:
                 [run for rank in ranks for run in self.runs[rank]], self.cu_seqlens
             )
         return self._segments[ranks]
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ArgumentError(
+            "a sliding window must keep at least the token itself", found=window, allowed=">= 1"
+        )
+
+
+class _Union:
+    """Places that lie in at least one of some ranges."""
+
+    def __init__(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        order = np.argsort(starts, kind="stable")
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+        first = np.flatnonzero(np.concatenate([[True], starts[1:] > ends[:-1]])) if len(starts) else order
+        last = np.append(first[1:], len(starts)) - 1 if len(starts) else order
+        self._starts, self._ends = starts[first], ends[last]
+        self._before = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
+
+    def up_to(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many of the union lie before each of `places`."""
+        index = np.searchsorted(self._starts, places, side="right") - 1
+        if not len(self._starts):
+            return np.zeros(len(places), dtype=np.int64)
+        inside = np.minimum(places, self._ends[index]) - self._starts[index]
+        return np.where(index < 0, 0, self._before[index] + inside)
 
 
 class _Segments(NamedTuple):

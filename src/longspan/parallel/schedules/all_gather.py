@@ -54,14 +54,16 @@ class AllGather:
         self.channel = Channel(group)
         self.channels: tuple[Channel, ...] = (self.channel,)
         self.rank, self.world = self.channel.rank, self.channel.world
-        self._routes: WeakKeyDictionary[SequenceShards, dict[int | None, _Route]] = WeakKeyDictionary()
+        self._routes: WeakKeyDictionary[SequenceShards, dict[tuple[int | None, torch.device], _Route]] = (
+            WeakKeyDictionary()
+        )
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Accept any: heads stay where they are."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
         """Return out of this rank's queries; see `Schedule.forward`."""
-        route = self._route(call)
+        route = self._route(call, q.device)
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))
         coming = route.gather(_head(k, v, 0))
@@ -77,7 +79,7 @@ class AllGather:
     def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
         """Return dq, dk, dv of this rank's tokens; keys are gathered again."""
         q, k, v, out, lse = saved
-        route = self._route(call)
+        route = self._route(call, q.device)
         dq = torch.empty_like(q)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         coming, leaving = route.gather(_head(k, v, 0)), None
@@ -105,14 +107,16 @@ class AllGather:
             _store(leaving.wait(), dk, dv, k.shape[1] - 1)
         return dq, dk, dv
 
-    def _route(self, call: Call) -> _Route:
+    def _route(self, call: Call, device: torch.device) -> _Route:
+        # Kept for the layers, and with its indices on the device: moving them there stops the host.
         routes = self._routes.setdefault(call.shards, {})
-        if call.window not in routes:
+        key = call.window, device
+        if key not in routes:
             only_needed = sends_only_needed(call.shards, window=call.window)
-            routes[call.window] = (_NeededRows if only_needed else _AllRows)(
-                self.channel, call.shards, call.window
+            routes[key] = (_NeededRows if only_needed else _AllRows)(
+                self.channel, call.shards, call.window, device
             )
-        return routes[call.window]
+        return routes[key]
 
 
 class _Pending(NamedTuple):
@@ -143,21 +147,23 @@ class _Route(Protocol):
 class _AllRows:
     """Everything to everyone."""
 
-    def __init__(self, channel: Channel, shards: SequenceShards, window: int | None) -> None:
+    def __init__(
+        self, channel: Channel, shards: SequenceShards, window: int | None, device: torch.device
+    ) -> None:
         everyone = tuple(range(shards.world))
         self._channel = channel
         order = shards.order(everyone)
-        self._order = None if order is None else torch.from_numpy(order)
+        self._order = None if order is None else torch.from_numpy(order).to(device)
         self.bands = shards.bands((channel.rank,), everyone, window=window)
 
     def gather(self, local: torch.Tensor) -> _Pending:
         whole, transfer = self._channel.all_gather(local)
-        order = None if self._order is None else self._order.to(local.device)
+        order = self._order
         return _Pending(transfer, lambda: whole if order is None else whole.index_select(0, order))
 
     def scatter(self, whole: torch.Tensor) -> _Pending:
         if self._order is not None:
-            whole = torch.empty_like(whole).index_copy_(0, self._order.to(whole.device), whole)
+            whole = torch.empty_like(whole).index_copy_(0, self._order, whole)
         local, transfer = self._channel.reduce_scatter(whole)
         return _Pending(transfer, lambda: local)
 
@@ -165,36 +171,41 @@ class _AllRows:
 class _NeededRows:
     """To each rank the rows that its queries see; they lie at their place in the sequence, the rest is zero."""
 
-    def __init__(self, channel: Channel, shards: SequenceShards, window: int | None) -> None:
+    def __init__(
+        self, channel: Channel, shards: SequenceShards, window: int | None, device: torch.device
+    ) -> None:
         ranks = range(shards.world)
         self._channel, self._num_padded, self._num_local = channel, shards.num_padded, shards.num_local
         self.bands = shards.bands((channel.rank,), tuple(ranks), window=window)
         me = channel.rank
-        self._sent = [torch.from_numpy(shards.needed_rows(q, me, window=window)) for q in ranks]
+        sent = [shards.needed_rows(q, me, window=window) for q in ranks]
+        self._num_sent = [len(rows_of_rank) for rows_of_rank in sent]
+        self._sent = torch.from_numpy(np.concatenate(sent)).to(device)
         rows = [shards.needed_rows(me, k, window=window) for k in ranks]
-        self._received = [len(rows_of_rank) for rows_of_rank in rows]
-        self._places = torch.from_numpy(np.concatenate([shards.indices(k)[rows[k]] for k in ranks]))
+        self._num_received = [len(rows_of_rank) for rows_of_rank in rows]
+        places = np.concatenate([shards.indices(k)[rows[k]] for k in ranks])
+        self._places = torch.from_numpy(places).to(device)
 
     def gather(self, local: torch.Tensor) -> _Pending:
-        parts = [local.index_select(0, rows.to(local.device)) for rows in self._sent]
-        chunks, transfer = self._channel.all_to_all(parts, [(n, *local.shape[1:]) for n in self._received])
+        parts = local.index_select(0, self._sent).split(self._num_sent)
+        chunks, transfer = self._channel.all_to_all(
+            parts, [(n, *local.shape[1:]) for n in self._num_received]
+        )
 
         def finish() -> torch.Tensor:
             whole = local.new_zeros(self._num_padded, *local.shape[1:])
-            return whole.index_copy_(0, self._places.to(local.device), torch.cat(chunks))
+            return whole.index_copy_(0, self._places, torch.cat(chunks))
 
         return _Pending(transfer, finish)
 
     def scatter(self, whole: torch.Tensor) -> _Pending:
-        parts = whole.index_select(0, self._places.to(whole.device)).split(self._received)
-        chunks, transfer = self._channel.all_to_all(
-            parts, [(len(rows), *whole.shape[1:]) for rows in self._sent]
-        )
+        parts = whole.index_select(0, self._places).split(self._num_received)
+        chunks, transfer = self._channel.all_to_all(parts, [(n, *whole.shape[1:]) for n in self._num_sent])
 
         def finish() -> torch.Tensor:
             local = whole.new_zeros(self._num_local, *whole.shape[1:])
-            for rows, chunk in zip(self._sent, chunks):
-                local.index_add_(0, rows.to(whole.device), chunk)
+            for rows, chunk in zip(self._sent.split(self._num_sent), chunks):
+                local.index_add_(0, rows, chunk)
             return local
 
         return _Pending(transfer, finish)
@@ -202,9 +213,9 @@ class _NeededRows:
 
 def sends_only_needed(shards: SequenceShards, *, window: int | None) -> bool:
     """Return whether ranks send rows by need instead of all of them; the same answer on every rank."""
-    ranks = range(shards.world)
-    most = max(sum(len(shards.needed_rows(q, k, window=window)) for q in ranks if q != k) for k in ranks)
-    return most <= WORTHWHILE * (shards.world - 1) * shards.num_local
+    needed = shards.needed_counts(window=window)
+    np.fill_diagonal(needed, 0)
+    return bool(needed.sum(axis=0).max() <= WORTHWHILE * (shards.world - 1) * shards.num_local)
 
 
 def _head(k: torch.Tensor, v: torch.Tensor, head: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionKernel, Bands, choose_kernel, merge
@@ -97,7 +98,13 @@ def sequence_attention(
     Raises:
         ArgumentError: tensors, shards and schedule that do not fit each other, or heads that cannot be spread.
     """
-    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or q.shape[1] % k.shape[1]:
+    if (
+        q.ndim != 3
+        or k.shape != v.shape
+        or k.ndim != 3
+        or q.shape[2] != k.shape[2]
+        or q.shape[1] % k.shape[1]
+    ):
         raise ArgumentError(
             "attention takes q [T, H, D] and k, v [T, K, D] with H a multiple of K",
             found=f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
@@ -107,6 +114,11 @@ def sequence_attention(
             "the tensors do not hold this rank's tokens",
             found=f"{q.shape[0]} queries and {k.shape[0]} keys",
             allowed=f"{shards.num_local} of {shards}",
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        # A rank receives keys and values into one buffer: of two types it would be too short.
+        raise ArgumentError(
+            "queries, keys and values differ in type", found=f"{q.dtype}, {k.dtype} and {v.dtype}"
         )
     check_layout(schedule, shards)
     schedule.check_heads(q.shape[1], k.shape[1])
@@ -146,6 +158,7 @@ class _SequenceAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss what came from other ranks
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = ctx.schedule.backward(grad_outputs[0].contiguous(), ctx.saved_tensors, ctx.call)
         return (*grads, None, None)

@@ -149,9 +149,13 @@ class DistFlash:
         return dq.to(q.dtype), dkv_2TKD[0].to(k.dtype), dkv_2TKD[1].to(v.dtype)
 
     def _steps(self, call: Call) -> list[list[Block]]:
-        """Return the blocks of each step that some document crosses."""
+        """Return the blocks of each step that some document crosses and that are this rank's business."""
         return [[]] + [
-            [block for block in blocks_at(step, self.world) if len(self._bands(call, block))]
+            [
+                b
+                for b in blocks_at(step, self.world)
+                if self.rank in (b.q_rank, b.k_rank) and len(self._bands(call, b))
+            ]
             for step in range(1, self.world // 2 + 1)
         ]
 
@@ -173,7 +177,7 @@ class DistFlash:
             return _Inputs(None, None, Transfer((), ()))
         sends: list[tuple[torch.Tensor, int]] = []
         for block in steps[step]:
-            if block.worker != self.rank and self.rank in (block.q_rank, block.k_rank):
+            if block.worker != self.rank:
                 tensors = owned if block.k_rank == self.rank else helped
                 sends += [(tensor, block.worker) for tensor in tensors]
         mine = self._mine(steps, step)
@@ -202,7 +206,7 @@ class DistFlash:
                 continue
             if block.q_rank == self.rank:
                 receives.append((_buffer(dq), block.worker))
-            elif block.k_rank == self.rank:
+            else:
                 receives.append((_buffer(dkv_2TKD), block.worker))
         return _Returned([x for x, _ in receives], self.channel.exchange(sends, receives))
 

@@ -86,8 +86,8 @@ class Ring:
         q, k, v, out, lse = saved
         reach = call.shards.reach(self._places, window=call.window)
         dtype = accumulation_dtype(q)
-        dq = torch.zeros_like(q, dtype=dtype)
-        own_2TKD = torch.zeros((2, *k.shape), dtype=dtype, device=k.device)
+        dq: torch.Tensor | None = None
+        own_2TKD: torch.Tensor | None = None
         home_2TKD: torch.Tensor | None = None
         kv_2TKD: torch.Tensor | None = torch.stack((k, v))
         # Gradient of the visiting block so far, and the transfer that brings it.
@@ -99,13 +99,14 @@ class Ring:
             part_2TKD: torch.Tensor | None = None
             if kv_2TKD is not None and len(bands):
                 dq_part, dk, dv = block_backward(dout, q, kv_2TKD[0], kv_2TKD[1], out, lse, bands, call)
-                dq += dq_part
+                dq = dq_part.to(dtype) if dq is None else dq.add_(dq_part)
                 part_2TKD = torch.stack((dk.to(dtype), dv.to(dtype)))
             carrying.wait()
             if step == 0:
-                if part_2TKD is not None:
-                    own_2TKD = part_2TKD
-            else:
+                own_2TKD = part_2TKD
+            # Every token sees itself, so the first step has always a part.
+            assert dq is not None and own_2TKD is not None
+            if step > 0:
                 carried_2TKD, back_2TKD, carrying = self._carry(
                     _sum(carried_2TKD, part_2TKD), own_2TKD, reach, step
                 )
@@ -113,6 +114,7 @@ class Ring:
             transfer.wait()
             kv_2TKD = arriving
         carrying.wait()
+        assert dq is not None and own_2TKD is not None
         if home_2TKD is not None:
             own_2TKD += home_2TKD
         return dq.to(q.dtype), own_2TKD[0].to(k.dtype), own_2TKD[1].to(v.dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import Call, Forward, Gradients, accumulation_dtype
 from longspan.parallel.schedules.ring import Ring
+from longspan.parallel.shards import SequenceShards
 
 __all__ = ["HeadShare", "Ulysses", "head_share"]
 
@@ -89,6 +91,9 @@ class Ulysses:
         if self.ring.num_places > 1:
             self.layouts = ("zigzag", "contiguous", "balanced", "striped")
         self.rank, self.world = self.ring.rank + self.channel.rank, self.ring.world
+        self._orders: WeakKeyDictionary[SequenceShards, dict[torch.device, torch.Tensor]] = (
+            WeakKeyDictionary()
+        )
 
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Refuse a number of query heads that the degree does not divide.
@@ -135,7 +140,12 @@ class Ulysses:
         """Return the permutation of the tokens of this place from rank after rank to the order of the bands."""
         start = self.ring.rank
         order = call.shards.order(tuple(range(start, start + self.degree)))
-        return None if order is None else torch.from_numpy(order).to(device)
+        if order is None:
+            return None
+        orders = self._orders.setdefault(call.shards, {})
+        if device not in orders:
+            orders[device] = torch.from_numpy(order).to(device)
+        return orders[device]
 
     def _to_heads(
         self, tensors: tuple[torch.Tensor, ...], ranges: Sequence[tuple[range, ...]]
