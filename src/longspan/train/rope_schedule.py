@@ -58,8 +58,10 @@ def check_stage_ropes(config: TrainConfig, *, own_context: int, head_dim: int) -
 def own_context(model: PretrainedConfig) -> int:
     """Return the positions that a model was made for, before its context was extended; 0 if it does not say."""
     rope = getattr(model, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    return int(original or getattr(model, "max_position_embeddings", 0) or 0)
+    own = getattr(model, "max_position_embeddings", 0) or 0
+    # Llama-3's scaling belongs to the model; other types are replaced by the stage's, which count from the original.
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") != "llama3" else None
+    return int(original or own)
 
 
 def _changes_with_length(rope: dict[str, Any]) -> bool:
