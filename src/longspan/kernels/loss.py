@@ -26,6 +26,9 @@ IGNORE_LABEL = -100
 LOGITS_BUDGET_BYTES = 128 << 20
 """Size of the one buffer of logits when `chunk_tokens` is not given."""
 
+CACHED_BYTES = 1 << 20
+"""Logits that a CPU core turns into their gradient at a time: what stays in its second-level cache between passes."""
+
 
 class LossSum(NamedTuple):
     """A weighted sum of token losses, and the losses themselves."""
@@ -144,33 +147,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.zeros(hidden.shape[0], dtype=dtype, device=device)
         total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else dtype, device=device)
         dhidden = torch.zeros_like(hidden) if grad_hidden else None
-        dweight = torch.zeros(weight.shape, dtype=dtype, device=device) if grad_weight else None
         # Tokens without a label cost nothing: only the others are gathered into chunks.
         with_label = (labels != IGNORE_LABEL).nonzero().squeeze(1)
         chunk_tokens = min(chunk_tokens, max(1, with_label.numel()))
+        # Products on CPU are faster into [D, V]; turning that round takes memory, which the buffer of logits frees.
+        turned = device.type == "cpu" and weight.shape[1] <= chunk_tokens
+        shape = tuple(reversed(weight.shape)) if turned else weight.shape
+        dweight = torch.zeros(shape, dtype=dtype, device=device) if grad_weight else None
         # One buffer serves every chunk: with a fresh one, the last chunk would still be held beside it.
         buffer_cv = torch.empty(chunk_tokens, weight.shape[0], dtype=dtype, device=device)
         for index in with_label.split(chunk_tokens):
-            hidden_cd, label_c = hidden[index].to(factor_dtype), labels[index]
+            hidden_cd = hidden[index].to(factor_dtype)
             logits_cv = _product(hidden_cd, weight_vd.T, out=buffer_cv[: len(index)])
-            label_logit_c = logits_cv.gather(1, label_c[:, None]).squeeze(1)
-            top_c = logits_cv.amax(1)
-            exp_cv = logits_cv.sub_(top_c[:, None]).exp_()
-            sum_c = exp_cv.sum(1)
-            nll_c = top_c - label_logit_c + sum_c.log()
+            factor_c = None if loss_weights is None else loss_weights[index].to(dtype)
+            nll_c = _to_gradient(logits_cv, labels[index], factor_c, wanted=grad_hidden or grad_weight)
             nll[index] = nll_c
-            factor_c = torch.ones_like(nll_c) if loss_weights is None else loss_weights[index].to(dtype)
-            total += (nll_c * factor_c).sum(dtype=total.dtype)
+            total += (nll_c if factor_c is None else nll_c * factor_c).sum(dtype=total.dtype)
             if dhidden is None and dweight is None:
                 continue
-            # d nll / d logits = softmax - onehot, written over the logits.
-            dlogits_cv = exp_cv.mul_((factor_c / sum_c)[:, None])
-            dlogits_cv.scatter_add_(1, label_c[:, None], -factor_c[:, None])
-            dlogits_cv = dlogits_cv.to(factor_dtype)
+            dlogits_cv = logits_cv.to(factor_dtype)
             if dhidden is not None:
                 dhidden[index] = (dlogits_cv @ weight_vd).to(hidden.dtype)
             if dweight is not None:
-                _add_product(dweight, dlogits_cv.T, hidden_cd)
+                pair = (hidden_cd.T, dlogits_cv) if turned else (dlogits_cv.T, hidden_cd)
+                _add_product(dweight, *pair)
+        if dweight is not None and turned:
+            del buffer_cv, logits_cv, dlogits_cv
+            dweight = dweight.T.contiguous()
         ctx.grads = (dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         loss = total.to(dtype)
@@ -191,6 +194,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dweight is not None:
             dweight = dweight.mul_(grad).to(ctx.weight_dtype)
         return dhidden, dweight, None, None, None, None, None
+
+
+def _to_gradient(
+    logits_cv: torch.Tensor, label_c: torch.Tensor, factor_c: torch.Tensor | None, *, wanted: bool
+) -> torch.Tensor:
+    """Return each token's nll; if it is wanted, its gradient, times the token's factor, takes the place of the logits."""
+    rows = len(logits_cv)
+    if logits_cv.device.type == "cpu":
+        row_bytes = logits_cv.element_size() * logits_cv.shape[1]
+        rows = max(1, CACHED_BYTES * torch.get_num_threads() // row_bytes)
+    nll_c = logits_cv.new_empty(len(logits_cv))
+    for start in range(0, len(logits_cv), rows):
+        part = slice(start, start + rows)
+        block_cv, block_label_c = logits_cv[part], label_c[part, None]
+        label_logit_c = block_cv.gather(1, block_label_c).squeeze(1)
+        top_c = block_cv.amax(1)
+        exp_cv = block_cv.sub_(top_c[:, None]).exp_()
+        sum_c = exp_cv.sum(1)
+        nll_c[part] = top_c - label_logit_c + sum_c.log()
+        if wanted:
+            # d nll / d logits = softmax - onehot, written over the logits.
+            block_factor_c = torch.ones_like(sum_c) if factor_c is None else factor_c[part]
+            exp_cv.mul_((block_factor_c / sum_c)[:, None])
+            exp_cv.scatter_add_(1, block_label_c, -block_factor_c[:, None])
+    return nll_c
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
