@@ -199,7 +199,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _to_gradient(
     logits_cv: torch.Tensor, label_c: torch.Tensor, factor_c: torch.Tensor | None, *, wanted: bool
 ) -> torch.Tensor:
-    """Return each token's nll; if it is wanted, its gradient, times the token's factor, takes the place of the logits."""
+    """Return the nll of each token; if wanted, the gradient of its loss takes the place of the logits."""
     rows = len(logits_cv)
     if logits_cv.device.type == "cpu":
         row_bytes = logits_cv.element_size() * logits_cv.shape[1]
