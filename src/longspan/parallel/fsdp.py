@@ -42,7 +42,8 @@ def shard_model(
     offload: bool = False,
     from_first: bool = False,
 ) -> None:
-    """Shard the parameters of `root` in place: every member of a module list by itself, the rest with the root.
+    """Shard the parameters of `root` in place: every member of an outermost module list by itself, the rest with the
+    root.
 
     From then on parameters are DTensors, of which each rank holds its part, and only `root` and what it calls may
     be run. Parameters that two modules share (tied heads) stay one. Optimizers are built afterwards.
@@ -59,7 +60,10 @@ def shard_model(
     Raises:
         ArgumentError: a model without blocks.
     """
-    blocks = [block for module in root.modules() if isinstance(module, nn.ModuleList) for block in module]
+    lists = [module for module in root.modules() if isinstance(module, nn.ModuleList)]
+    # A list inside a block (experts) goes with the block: a rank without tokens for an expert would not gather it.
+    inside = {id(module) for blocks in lists for block in blocks for module in block.modules()}
+    blocks = [block for module in lists if id(module) not in inside for block in module]
     if not blocks:
         raise ArgumentError(f"{type(root).__name__} has no list of blocks to shard")
     pinned = mesh.device_type == "cuda"
