@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -318,7 +319,8 @@ def _local_rank(
     parent: Connection,
     timeout_seconds: float,
 ) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    # What torch was told to use (OMP_NUM_THREADS), or all cores, is shared.
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
     try:
         dist.init_process_group(
             "gloo",
@@ -331,7 +333,7 @@ def _local_rank(
             result = function(rank, *args)
     # Whatever it is, the parent has to be told, or it would wait.
     except BaseException as error:  # noqa: BLE001
-        parent.send((False, _is_loss(error), f"{type(error).__name__}: {error}"))
+        parent.send((False, _is_loss(error), _described(error)))
         # Not through destroy_process_group: the peers may be in the middle of something.
         parent.poll(EXIT_SECONDS)
         return
@@ -339,6 +341,15 @@ def _local_rank(
     # Tensors are sent as shared memory, which is this process' until the parent has looked.
     parent.poll(None)
     dist.destroy_process_group()
+
+
+def _described(error: BaseException) -> str:
+    """Return one message; with the place where it was raised, unless the message is written for users."""
+    described = f"{type(error).__name__}: {error}"
+    if isinstance(error, LongspanError) or error.__traceback__ is None:
+        return described
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{described} ({frame.filename}:{frame.lineno})"
 
 
 def _is_loss(error: BaseException) -> bool:
