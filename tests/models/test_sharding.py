@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import longspan
 from longspan.core.errors import ArgumentError
 from longspan.models.hf import enable
-from longspan.models.sharding import shard_batch
+from longspan.models.sharding import SCHEDULE_ATTRIBUTE, shard_batch
 from longspan.parallel.mesh import MeshConfig, build_mesh
+from longspan.parallel.shards import SequenceShards
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
 
@@ -87,11 +89,29 @@ def test_user_mistakes_are_named() -> None:
     model = alone()
     with pytest.raises(ArgumentError, match="does not fit the tokens"):
         shard_batch(model, torch.arange(4), cu_seqlens=[0, 3])
+    for nothing in (torch.arange(0), torch.zeros(2, 0, dtype=torch.int64), torch.tensor(3)):
+        with pytest.raises(ArgumentError, match="a batch has tokens"):
+            shard_batch(model, nothing)
     with pytest.raises(ArgumentError, match="differ in shape"):
         shard_batch(model, torch.arange(4), labels=torch.arange(3))
     with pytest.raises(ArgumentError, match="without a label"):
         shard_batch(model, torch.arange(4), labels=torch.full((4,), -100))
     assert longspan.shard_batch is shard_batch
+
+
+def test_balanced_looks_at_the_sliding_window_of_the_model() -> None:
+    """Guards against work dealt as if every query saw its whole document: with a window all cost alike."""
+    model = tiny()
+    setattr(
+        model, SCHEDULE_ATTRIBUTE, SimpleNamespace(name="of four", rank=0, world=4, layouts=("balanced",))
+    )
+    runs = []
+    for window in (None, 8):
+        model.config.sliding_window = window
+        batch = shard_batch(model, torch.arange(64))
+        runs.append(batch["documents"].shards.runs)
+    assert runs == [SequenceShards("balanced", [0, 64], 4, window=window).runs for window in (None, 8)]
+    assert runs[0] != runs[1]
 
 
 def test_a_padded_attention_mask_is_refused() -> None:

@@ -61,8 +61,8 @@ def shard_batch(
         rank], documents, num_items_in_batch (labels of all ranks) and use_cache=False.
 
     Raises:
-        ArgumentError: a model without a schedule, a padded batch in disguise (borders that do not fit the
-            tokens), labels of another shape, or no label at all.
+        ArgumentError: a model without a schedule, a batch without tokens, a padded batch in disguise (borders that
+            do not fit the tokens), labels of another shape, or no label at all.
     """
     schedule: Schedule | None = getattr(model, SCHEDULE_ATTRIBUTE, None)
     if schedule is None:
@@ -74,6 +74,10 @@ def shard_batch(
     if labels.shape != input_ids.shape:
         raise ArgumentError(
             "labels and tokens differ in shape", found=f"{list(labels.shape)} and {list(input_ids.shape)}"
+        )
+    if not input_ids.numel() or input_ids.ndim < 1:
+        raise ArgumentError(
+            "a batch has tokens, [tokens] or [rows, tokens]", found=f"shape {list(input_ids.shape)}"
         )
     row = input_ids.shape[-1]
     ids, targets = input_ids.reshape(-1), labels.reshape(-1)
@@ -87,7 +91,9 @@ def shard_batch(
                 found=f"{borders.reshape(-1)[-3:].tolist()} at the end, {len(ids)} tokens",
                 fix="give the borders of all documents, from 0 to the number of tokens, padding included",
             )
-    shards = SequenceShards(layout or schedule.layouts[0], borders, schedule.world)
+    shards = SequenceShards(
+        layout or schedule.layouts[0], borders, schedule.world, window=_window_of_all_layers(model)
+    )
     documents = ShardedDocuments(shards, schedule)
     shifted = torch.cat((targets[1:], targets.new_full((1,), IGNORE)))
     # A document's last token predicts nothing.
@@ -106,3 +112,10 @@ def shard_batch(
         "num_items_in_batch": num_labels,
         "use_cache": False,
     }
+
+
+def _window_of_all_layers(model: PreTrainedModel) -> int | None:
+    """Return the sliding window, if every layer has it: `balanced` deals work by it."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    return getattr(config, "sliding_window", None) if kinds == {"sliding_attention"} else None
