@@ -105,7 +105,11 @@ FOUR_MORE = {
 
 @pytest.mark.parametrize(
     ("world", "cases"),
-    [(2, TWO), (4, FOUR), pytest.param(4, FOUR_MORE, marks=pytest.mark.slow)],
+    [
+        (2, TWO),
+        pytest.param(4, FOUR, marks=pytest.mark.slow),
+        pytest.param(4, FOUR_MORE, marks=pytest.mark.slow),
+    ],
     ids=["2", "4", "4 more"],
 )
 def test_every_schedule_follows_one_process(
@@ -270,7 +274,7 @@ run()
 """
 
 
-@pytest.mark.parametrize("fate", ["killed", "stuck"])
+@pytest.mark.parametrize("fate", ["killed", pytest.param("stuck", marks=pytest.mark.slow)])
 def test_a_lost_rank_ends_all_with_a_message(data_root: Path, tmp_path: Path, fate: str) -> None:
     """A run that waits for ever for a rank that is gone costs all its machines, and says nothing."""
     (data_root / f"{fate}.yaml").write_text(
@@ -300,3 +304,36 @@ def test_a_lost_rank_ends_all_with_a_message(data_root: Path, tmp_path: Path, fa
         assert ranks[1].returncode == 1
         assert "error: rank 1 has made no progress for" in ends[1]
         assert "in step" in ends[1]
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_and_srun_starts_processes_too(data_root: Path, tmp_path: Path) -> None:
+    """Eight processes that say the same thing hide it; tasks of srun that do not find each other train eight runs."""
+    (data_root / "wrong.yaml").write_text(yaml.safe_dump(spread_recipe(parallel={"dp_shard": 2}, seed=1)))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port, **step}
+    command = [
+        sys.executable,
+        "-m",
+        "longspan",
+        "train",
+        f"{data_root}/wrong.yaml",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    tasks = [
+        subprocess.Popen(
+            # Three rows on two data-parallel processes.
+            [*command, "--set", f"stages.0.batch_tokens={LENGTH * 3}"],
+            env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [task.communicate(timeout=120)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [2, 2], told
+    assert "do not divide among the data-parallel processes" in told[0]
+    assert "error" not in told[1]

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, LongspanError, RunError
-from longspan.core.launched import is_first, launched
+from longspan.core.launched import Launched, is_first, launched
 from longspan.core.log import ROOT
 
 __all__ = [
@@ -93,11 +93,16 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timedelta(seconds=collective_timeout(timeout_seconds, device.type))
     if started is not None:
-        # torchrun has a store of its own, in the environment.
-        place = None if started.address is None else f"tcp://{started.address}:{started.port}"
         with lost_ranks("joining the other processes"):
+            store = _store_of_this_attempt(started, timeout)
+            address = f"tcp://{started.address}:{started.port}" if started.address is not None else None
             dist.init_process_group(
-                backend, timeout=timeout, init_method=place, rank=started.rank, world_size=started.world
+                backend,
+                timeout=timeout,
+                store=store,
+                init_method=address if store is None else None,
+                rank=started.rank,
+                world_size=started.world,
             )
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
@@ -116,6 +121,19 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
     finally:
         logger.setLevel(level)
     dist.destroy_process_group()
+
+
+def _store_of_this_attempt(started: Launched, timeout: timedelta) -> dist.Store | None:
+    """Return where the processes of a node find each other after torchrun has restarted them; None: anywhere.
+
+    torchrun keeps one store for all attempts, in which the addresses of the processes that are gone still stand. On
+    several nodes attempts are not counted alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, started.world, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ def sbatch_script(command: Sequence[str], *, world: int, per_node: int, name: st
 
 # All nodes see the same recipe, data and run folder. After a lost job, submit this file again: it goes on.
 export OMP_NUM_THREADS=8
+# A new store for every attempt: in a shared one the addresses of lost processes are found again.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 torchrun \\
     --nnodes={nodes} --nproc-per-node={on_node} --max-restarts=3 \\
