@@ -122,12 +122,13 @@ class SequenceShards:
         key = (tuple(places), window)
         if key not in self._reach:
             size = len(places)
-            may_see = self._may_see(places, window)
+            extents = [self._extents(ranks) for ranks in places]
 
             def is_seen(place: int, step: int) -> bool:
                 visited = (place + step) % size
-                if window is None or not may_see[visited, place]:
-                    return bool(may_see[visited, place])
+                may_see = _may_see(extents[visited], extents[place], window)
+                if window is None or not may_see:
+                    return may_see
                 return len(self.bands(places[visited], places[place], window=window)) > 0
 
             self._reach[key] = [
@@ -136,26 +137,13 @@ class SequenceShards:
             ]
         return self._reach[key]
 
-    def _may_see(self, places: Sequence[Ranks], window: int | None) -> NDArray[np.bool_]:
-        """Return whether a query of one place can see a key of another, bool [query place, key place].
-
-        Exact without a window; with one, some say yes that do not. All pairs of band tables would say the same,
-        but they are world^2 on every rank.
-        """
-        shape = len(places), len(self.cu_seqlens) - 1
-        first, last = np.full(shape, self.num_padded), np.full(shape, -1)
-        for place, ranks in enumerate(places):
-            document, _, start, length, stride = self._of(ranks)
-            np.minimum.at(first[place], document, start)
-            np.maximum.at(last[place], document, start + (length - 1) * stride)
-        may_see = np.zeros((len(places), len(places)), dtype=np.bool_)
-        for place in range(len(places)):
-            here = np.flatnonzero(last[place] >= 0)
-            sees = last[:, here] >= first[place, here]
-            if window is not None:
-                sees &= first[:, here] - last[place, here] < window
-            may_see[:, place] = sees.any(axis=1)
-        return may_see
+    def _extents(self, ranks: Ranks) -> _Extents:
+        document, _, start, length, stride = self._of(ranks)
+        num_documents = len(self.cu_seqlens) - 1
+        first, last = np.full(num_documents, self.num_padded), np.full(num_documents, -1)
+        np.minimum.at(first, document, start)
+        np.maximum.at(last, document, start + (length - 1) * stride)
+        return _Extents(np.flatnonzero(last >= 0), first, last)
 
     def needed_counts(self, *, window: int | None = None) -> NDArray[np.int64]:
         """Return how many rows `needed_rows` has for any two ranks, int64 [query rank, key rank]; not for striped."""
@@ -215,6 +203,28 @@ class _Union:
             return np.zeros(len(places), dtype=np.int64)
         inside = np.minimum(places, self._ends[index]) - self._starts[index]
         return np.where(index < 0, 0, self._before[index] + inside)
+
+
+class _Extents(NamedTuple):
+    """Where the tokens of some ranks begin and end in each document."""
+
+    documents: NDArray[np.int64]
+    """Those that they have tokens of."""
+    first: NDArray[np.int64]
+    """First place, [all documents]."""
+    last: NDArray[np.int64]
+
+
+def _may_see(q: _Extents, k: _Extents, window: int | None) -> bool:
+    """Return whether some query can see some key: exact without a window; with one, some say yes that do not.
+
+    A table of bands would say the same, but those of all pairs of ranks are many on every rank.
+    """
+    here = k.documents
+    sees = q.last[here] >= k.first[here]
+    if window is not None:
+        sees &= q.first[here] - k.last[here] < window
+    return bool(sees.any())
 
 
 class _Segments(NamedTuple):
