@@ -117,7 +117,11 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         if entries
     ]
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps))
+        # One pass over memory instead of ten: on CPU, where parameters may be offloaded to, about five times as fast.
+        # Elsewhere torch's own choice, which takes all parameters together.
+        fused = True if all(parameter.device.type == "cpu" for _, parameter in decayed + plain) else None
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+        optimizers.append(adamw)
     return optimizers
 
 
