@@ -274,6 +274,8 @@ def test_names_of_numbers_are_flat() -> None:
 
 
 @pytest.mark.slow
+# torch warns of its own doings while it compiles.
+@pytest.mark.filterwarnings("default")
 def test_compiled_blocks_have_the_same_losses(run: Path, data_root: Path, tmp_path: Path) -> None:
     """Tables of documents inside a compiled block are turned into tensors, which they are not."""
     for name, more in {
