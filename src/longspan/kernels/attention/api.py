@@ -19,7 +19,7 @@ from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel
 from longspan.kernels.attention.merging import merge
 from longspan.kernels.attention.reference import ReferenceKernel
 
-__all__ = ["AttentionKernel", "attention", "choose_kernel", "merge"]
+__all__ = ["AttentionKernel", "attention", "check_shapes", "choose_kernel", "merge"]
 
 
 class AttentionKernel(Protocol):
@@ -96,6 +96,18 @@ def attention(
     Raises:
         ArgumentError: shapes that do not fit each other or the bands.
     """
+    check_shapes(q, k, v)
+    bands.check(num_queries=q.shape[0], num_keys=k.shape[0])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, bands, scale, kernel or choose_kernel(q.device))
+
+
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse tensors that are not q [T, H, D] and k, v [S, K, D] with H a multiple of K.
+
+    Raises:
+        ArgumentError: naming the shapes.
+    """
     if (
         q.ndim != 3
         or k.shape != v.shape
@@ -107,9 +119,6 @@ def attention(
             "attention takes q [T, H, D] and k, v [S, K, D] with H a multiple of K",
             found=f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
         )
-    bands.check(num_queries=q.shape[0], num_keys=k.shape[0])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, bands, scale, kernel or choose_kernel(q.device))
 
 
 class _Attention(torch.autograd.Function):

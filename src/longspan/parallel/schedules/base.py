@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import AttentionKernel, Bands, choose_kernel, merge
+from longspan.kernels.attention import AttentionKernel, Bands, check_shapes, choose_kernel, merge
 from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.shards import SequenceShards
@@ -98,17 +98,7 @@ def sequence_attention(
     Raises:
         ArgumentError: tensors, shards and schedule that do not fit each other, or heads that cannot be spread.
     """
-    if (
-        q.ndim != 3
-        or k.shape != v.shape
-        or k.ndim != 3
-        or q.shape[2] != k.shape[2]
-        or q.shape[1] % k.shape[1]
-    ):
-        raise ArgumentError(
-            "attention takes q [T, H, D] and k, v [T, K, D] with H a multiple of K",
-            found=f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}",
-        )
+    check_shapes(q, k, v)
     if q.shape[0] != shards.num_local or k.shape[0] != shards.num_local:
         raise ArgumentError(
             "the tensors do not hold this rank's tokens",
