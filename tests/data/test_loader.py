@@ -47,8 +47,9 @@ def test_a_row_by_hand() -> None:
     assert [second.source_names[s] for s in second.sources] == ["code", "padding"]
     assert first.continuation.tolist() == [False, False]
     assert second.continuation.tolist() == [True, False]
-    dtypes = [column.dtype for column in (*first[:4], *first[5:])]
+    dtypes = [column.dtype for column in (*first[:4], *first[5:7])]
     assert dtypes == [np.int64, np.int32, np.uint32, np.uint16, np.bool_, np.uint8]
+    assert first.positions is None
 
 
 def test_documents_without_a_mask_weigh_one() -> None:

@@ -55,10 +55,10 @@ def make_plan(path: Path, stores: list[TokenStore], **values: object) -> RowLoad
     return RowLoader(stores, PackPlan.load(path))
 
 
-def parts(row: PackedRow) -> dict[str, list]:
+def parts(row: PackedRow) -> dict[str, list | None]:
     """Return a row as plain lists, sources by name."""
     found = {
-        name: value.tolist()
+        name: None if value is None else value.tolist()
         for name, value in row._asdict().items()
         if name not in ("source_names", "sources")
     }
