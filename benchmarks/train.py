@@ -59,7 +59,19 @@ def _flat(tool: str, count: int) -> Configuration:
     return Configuration(tool, f"{name}, {count} at a time", {"flat": True, "batch": count})
 
 
-OWN = [Configuration("longspan", f"{rows} rows at a time", {"rows_per_micro_batch": rows}) for rows in (1, 2)]
+def _checkpointed(other: Configuration) -> Configuration:
+    """Every block computed again in the backward pass."""
+    settings = other.settings | {"checkpointing": True}
+    return other._replace(name=f"{other.name}, checkpointed", settings=settings)
+
+
+OWN = [
+    Configuration("longspan", "1 row at a time", {"rows_per_micro_batch": 1}),
+    Configuration("longspan", "2 rows at a time", {"rows_per_micro_batch": 2}),
+    Configuration(
+        "longspan", "1 row at a time, compiled blocks", {"rows_per_micro_batch": 1, "compile_blocks": True}
+    ),
+]
 HUGGING_FACE = [
     *(_padded("transformers", count) for count in (1, 2, 4, 8)),
     *(_flat("transformers", count) for count in (2, 4, 16)),
@@ -84,7 +96,9 @@ TRL = [
 ]
 MEMORY_CONFIGURATIONS = [
     OWN[0],
+    _checkpointed(OWN[0]),
     _flat("transformers", 16),
+    _checkpointed(_flat("transformers", 16)),
     _padded("transformers", 4),
     _padded("transformers", 1),
     _flat("trl", 16),

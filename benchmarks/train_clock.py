@@ -26,19 +26,22 @@ class StepClock:
     def __init__(self) -> None:
         self.imports_mib = memory_mib("VmRSS")
         self._ends: list[tuple[float, float]] = []
+        self._peak_mib = 0.0
         register_optimizer_step_post_hook(self._end)
 
     def _end(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._ends.append((time.perf_counter(), time.process_time()))
+        self._peak_mib = memory_mib("VmHWM")
 
     def result(self, losses: list[float], **more: Any) -> dict[str, Any]:
-        """Return what the process found: seconds of each step but the first, losses, MiB."""
+        """Return what the process found: seconds of each step but the first, losses, MiB to the last one and in all."""
         pairs = list(zip(self._ends, self._ends[1:]))
         return {
             "wall_s": [after[0] - before[0] for before, after in pairs],
             "cpu_s": [after[1] - before[1] for before, after in pairs],
             "losses": losses,
-            "peak_mib": memory_mib("VmHWM"),
+            "peak_mib": self._peak_mib,
+            "run_peak_mib": memory_mib("VmHWM"),
             "imports_mib": self.imports_mib,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

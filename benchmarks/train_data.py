@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     memory_steps: int
 
 
-FULL = Sizes(row_tokens=4096, rows_per_step=2, scout_steps=4, steps=6, memory_steps=2)
+FULL = Sizes(row_tokens=4096, rows_per_step=2, scout_steps=3, steps=6, memory_steps=2)
 DRY = Sizes(row_tokens=128, rows_per_step=2, scout_steps=2, steps=3, memory_steps=2)
 
 # The 15M Llama of llama2.c with the vocabulary of Llama 2 or of Llama 3, and the model of our quickstart.
@@ -136,10 +136,20 @@ def _write_rows(path: Path, rows: list[tuple[np.ndarray, np.ndarray]]) -> None:
     pq.write_table(pa.Table.from_pylist(records), path)
 
 
-def recipe(inputs: Inputs, sizes: Sizes, *, steps: int, rows_per_micro_batch: int) -> dict[str, Any]:
+def recipe(
+    inputs: Inputs,
+    sizes: Sizes,
+    *,
+    steps: int,
+    rows_per_micro_batch: int,
+    compile_blocks: bool = False,
+    checkpointing: bool = False,
+) -> dict[str, Any]:
     """Return the recipe of our side."""
     return {
         "model": {"path": str(inputs.model)},
+        "runtime": {"compile_blocks": compile_blocks},
+        "memory": {"activation_checkpointing": "full" if checkpointing else "none"},
         "optimizer": {"name": "adamw", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
         "stages": [
             {

@@ -55,7 +55,7 @@ def arguments(case: Case, documents: Documents) -> dict[str, Any]:
         "output_dir": case["run"],
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": case.get("checkpointing", False),
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": (rows if case.get("packing") else documents.per_step) // batch,
         "max_steps": case["steps"],
