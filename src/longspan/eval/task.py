@@ -1,0 +1,62 @@
+"""What every evaluation has in common: samples that are planned at once and composed when their turn comes.
+
+plan()          all samples by key, nothing composed: what is recorded already is left out by key
+build(planned)  one prompt, with what is recorded of it; DataError: this sample is unscored, with that reason
+summary(...)    the numbers to print, from the records alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from longspan.infer.requests import Request
+
+Mode = Literal["generate", "teacher_forced"]
+
+
+class Planned(NamedTuple):
+    """A sample before it is composed."""
+
+    key: tuple[str | int | float, ...]
+    """Names it among the samples of its task, in JSON values."""
+    tokens: int
+    """About how long it will be."""
+    group: str = ""
+    """Samples of one group share a long prefix and are given to the model together."""
+
+
+class Built(NamedTuple):
+    """A composed sample."""
+
+    request: Request
+    fields: Mapping[str, Any]
+    """What is recorded of it beside id, output and score: length, depth, question, achieved_length, ..."""
+    expected: str | list[str]
+    """The right answer, or several of which scorers take the best, or which `parts` scorers count."""
+
+
+class Task(Protocol):
+    """An evaluation of one kind with its settings."""
+
+    name: str
+    """Stands in the header and the name of the records file: needle, passkey, ruler, ..."""
+    mode: Mode
+    scorer: str
+    """Name of the scorer (`eval.scorers`) whose result is the sample's `score`."""
+
+    def params(self) -> dict[str, Any]:
+        """Return the settings that determine the samples, for the header."""
+        ...
+
+    def plan(self) -> list[Planned]:
+        """Return all samples; those of one group stand together."""
+        ...
+
+    def build(self, planned: Planned) -> Built:
+        """Compose one sample, a pure function of the settings and its key. Raises DataError."""
+        ...
+
+    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the task's own numbers from recorded samples."""
+        ...

@@ -1,0 +1,80 @@
+"""What is asked of a model and what it answers, whatever runs it: this process, several ranks or a server.
+
+answerer.generate([Request(prompt="2, 4, 6,", prompt_ids=ids, max_new_tokens=3)])   -> Answer(text=" 8, 10", ...)
+answerer.score([Request(prompt="2, 4, 6,", prompt_ids=ids, answer_ids=eight)])      -> Answer(nll=[0.1], ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+Finish = Literal["stop", "length"]
+
+
+class Request(NamedTuple):
+    """A prompt and how it is to be continued, or the answer whose likelihood is wanted."""
+
+    prompt: str
+    """The text; what a server without a chat is sent."""
+    prompt_ids: np.ndarray | None = None
+    """The same as token ids, int64 `[prompt]`; local models need them."""
+    messages: Sequence[Mapping[str, str]] | None = None
+    """A chat (role, content), sent to a server that chats; None: the prompt is the only message."""
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; neither they nor what follows is part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end the answer; they are part of `token_ids`, not of the text."""
+    answer_ids: np.ndarray | None = None
+    """What `score` measures after the prompt, int64 `[answer]`."""
+
+
+class Answer(NamedTuple):
+    """What a model gave for one request."""
+
+    text: str
+    """The answer; of `score`, the most likely token at each position, decoded."""
+    token_ids: np.ndarray | None = None
+    """The same as ids, int64 `[answer]`; None where a server does not say."""
+    finish: Finish | None = None
+    """Why generation ended; None for `score`."""
+    error: str | None = None
+    """Why there is no answer; the text is empty then."""
+    nll: np.ndarray | None = None
+    """Of `score`: negative log-likelihood of each answer token in nats, float32 `[answer]`."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    """Time that this answer took beside those it shared work with."""
+
+
+class Answerer(Protocol):
+    """Runs requests. Answers come as they are ready, in any order, with the index of their request.
+
+    A request that cannot be answered has an `Answer` with `error`; others go on.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the header of records says of the model: path, fingerprint, rope, trained_length, backend."""
+        ...
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that prompt and answer may have together; None: not known."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Continue each prompt greedily."""
+        ...
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Measure each given answer after its prompt."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds: processes, connections."""
+        ...
