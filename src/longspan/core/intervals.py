@@ -1,10 +1,12 @@
-"""Confidence intervals of proportions."""
+"""Confidence intervals of proportions and of their differences, and the context length they vouch for."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 Z_95 = 1.959963984540054
+EFFECTIVE_THRESHOLD = 0.8
 
 
 def wilson_interval(correct: float, samples: int) -> tuple[float, float] | None:
@@ -19,3 +21,53 @@ def wilson_interval(correct: float, samples: int) -> tuple[float, float] | None:
     half = Z_95 / (1 + z2 / samples) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples**2))
     # At 0 and at 1 rounding can put a bound just inside of the share itself.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def effective_context(
+    by_length: Mapping[int, tuple[float, int]], *, threshold: float = EFFECTIVE_THRESHOLD
+) -> int | None:
+    """Return the longest length at which, as at every shorter one, the lower 95 % bound exceeds `threshold`.
+
+    `by_length` holds (correct, scored) by length in tokens, pooled over depths, subtasks and questions. None:
+    not even the shortest length holds, or nothing was scored. A length without a scored sample ends the way.
+
+    >>> effective_context({1024: (40, 40), 2048: (39, 40), 4096: (30, 40)})
+    2048
+    """
+    reached = None
+    for length in sorted(by_length):
+        interval = wilson_interval(*by_length[length])
+        if interval is None or interval[0] <= threshold:
+            break
+        reached = length
+    return reached
+
+
+def paired_difference(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of `differences`, each -1..1: the same question before and after.
+
+    Adjusted Wald interval for matched pairs (Agresti and Min 2005): half a pair is added to each outcome of
+    two right-or-wrong answers, differences 0, 0, 1 and -1, so it is not empty when no answer changed.
+    """
+    if not differences:
+        return None
+    count = len(differences) + 2.0
+    mean = math.fsum(differences) / count
+    variance = (math.fsum(d * d for d in differences) + 1.0) / count - mean * mean
+    half = Z_95 * math.sqrt(max(variance, 0.0) / count)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def independent_difference(before: tuple[float, int], after: tuple[float, int]) -> tuple[float, float] | None:
+    """Return the 95 % interval of after - before for (correct, scored) of different samples.
+
+    Hybrid score interval (Newcombe 1998, method 10). None where one side has no sample.
+    """
+    old, new = wilson_interval(*before), wilson_interval(*after)
+    if old is None or new is None:
+        return None
+    first, second = before[0] / before[1], after[0] / after[1]
+    difference = second - first
+    low = difference - math.hypot(second - new[0], old[1] - first)
+    high = difference + math.hypot(new[1] - second, first - old[0])
+    return low, high
