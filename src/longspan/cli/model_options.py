@@ -1,0 +1,225 @@
+"""Options of all commands that ask a model, and what becomes of them.
+
+    @app.command()
+    @takes_model
+    def needle(model: ModelOptions, data: Data, ...) -> None:
+        with opened(model) as asked:
+            asked.answerer.generate(...)
+
+`takes_model` puts the options below in place of the argument `model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from longspan.data.chat import ChatFormat
+    from longspan.data.tokenizer import Tokenizer
+    from longspan.infer.opening import Source
+    from longspan.infer.requests import Answerer
+
+Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class ModelOptions(NamedTuple):
+    """What the command line says of a model."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hugging Face folder or hub name, a folder of our training (stage, checkpoint, adapter), or "
+            "openai:NAME / anthropic:NAME for a model behind a server.",
+        ),
+    ]
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer. Default: the one in the model's folder.")
+    ] = None
+    label: Annotated[
+        str | None, typer.Option(help="Name of the model in reports. Default: that of its folder.")
+    ] = None
+    rope: Annotated[
+        str | None,
+        typer.Option(
+            help="RoPE to use instead of the model's own, such as '{rope_type: linear, factor: 8}'."
+        ),
+    ] = None
+    rope_theta: Annotated[
+        float | None, typer.Option(help="Base of the RoPE instead of the model's own, such as 5e6.")
+    ] = None
+    max_length: Annotated[
+        str | None,
+        typer.Option(help="Tokens of prompt and answer at most, such as 128k. Default: no limit."),
+    ] = None
+    dtype: Annotated[DType | None, typer.Option(help="Type of the weights. Default: as saved.")] = None
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask as in a chat: `own` for the tokenizer's template, or a shipped name or a Jinja file. "
+            "Default: as plain text."
+        ),
+    ] = None
+    tp: Annotated[int, typer.Option(min=1, help="Processes that share each matrix.")] = 1
+    cp: Annotated[int, typer.Option(min=1, help="Processes that share each sequence.")] = 1
+    schedule: Annotated[Schedule, typer.Option(help="How keys travel among the --cp processes.")] = "ring"
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in one forward pass, at least one sample.")
+    ] = 16384
+    no_prefix_reuse: Annotated[
+        bool, typer.Option("--no-prefix-reuse", help="Read every prompt from its first token.")
+    ] = False
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of the server, such as http://localhost:8000/v1.")
+    ] = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model is behind a server."""
+        return self.model.partition(":")[0] in ("openai", "anthropic") and ":" in self.model
+
+
+class AskedModel(NamedTuple):
+    """A model that was opened for a command."""
+
+    answerer: Answerer
+    tokenizer: Tokenizer
+    label: str
+    """Name in reports, part of file names."""
+    chat: ChatFormat | None
+    """How questions are put as a chat; None: as plain text."""
+
+    def records(self, out: Path, task: str) -> Path:
+        """Return the file that the records of a task go to."""
+        return out / "records" / f"{task}-{self.label}.jsonl"
+
+
+def takes_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `ModelOptions` in place of its parameter `model`."""
+    fields = get_type_hints(ModelOptions, include_extras=True)
+    defaults = ModelOptions._field_defaults
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=fields[name],
+            default=defaults.get(name, inspect.Parameter.empty),
+        )
+        for name in ModelOptions._fields
+    ]
+    own = inspect.signature(command, eval_str=True).parameters
+    rest = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in own.items()
+        if name != "model"
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        command(ModelOptions(**{name: given.pop(name) for name in ModelOptions._fields}), **given)
+
+    del with_options.__wrapped__  # or typer would read the options of that
+    # What must be given comes first, then what is the command's own.
+    parameters = [options[0], *rest, *options[1:]]
+    parameters.sort(key=lambda each: each.default is not inspect.Parameter.empty)
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
+
+
+@contextlib.contextmanager
+def opened(options: ModelOptions) -> Iterator[AskedModel]:
+    """Open the model that the options name, and close it in the end.
+
+    With several processes this returns in the first alone: the others do its bidding and end here.
+    """
+    from longspan.core.units import parse_length
+    from longspan.infer.opening import open_answerer
+
+    tokenizer = find_tokenizer(options)
+    label = label_of(options)
+    chat = find_chat(options, tokenizer)
+    answerer = open_answerer(
+        options.model if options.is_remote else find_source(options),
+        tokenizer=tokenizer,
+        max_length=None if options.max_length is None else parse_length(options.max_length),
+        tp=options.tp,
+        cp=options.cp,
+        schedule=options.schedule if options.cp > 1 else None,
+        prefix_reuse=not options.no_prefix_reuse,
+        batch_tokens=options.batch_tokens,
+        base_url=options.base_url,
+    )
+    try:
+        yield AskedModel(answerer, tokenizer, label, chat)
+    finally:
+        answerer.close()
+
+
+def find_source(options: ModelOptions) -> Source:
+    """Return where the weights come from, and what is changed about the model."""
+    from longspan.cli.output import quiet_transformers
+    from longspan.core.config import parse_yaml
+    from longspan.infer.opening import Source
+
+    quiet_transformers()
+    rope = parse_yaml(options.rope, where="--rope") if options.rope else None
+    return Source(options.model, rope, options.rope_theta, options.dtype)
+
+
+def find_tokenizer(options: ModelOptions) -> Tokenizer:
+    """Return the tokenizer that is named, or that of the model's folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    from longspan.core.errors import ArgumentError, DataError
+    from longspan.data.tokenizer import load_tokenizer
+
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer)
+    if options.is_remote:
+        raise ArgumentError(
+            "a model behind a server has no tokenizer here",
+            fix="name with --tokenizer one that counts its tokens, such as the hub name of the model",
+        )
+    path = Path(options.model)
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise DataError(f"{path} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
+    return load_tokenizer(options.model)
+
+
+def find_chat(options: ModelOptions, tokenizer: Tokenizer) -> ChatFormat | None:
+    """Return how questions are put as a chat; None: as plain text."""
+    if options.chat_template is None:
+        return None
+    from longspan.data.chat import load_chat_format
+
+    return load_chat_format(tokenizer, None if options.chat_template == "own" else options.chat_template)
+
+
+def label_of(options: ModelOptions) -> str:
+    """Return the name of the model in reports.
+
+    Raises:
+        ArgumentError: it cannot be part of a file name.
+    """
+    from longspan.core.errors import ArgumentError
+
+    label = options.label or Path(options.model.partition(":")[2] or options.model).name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
+        raise ArgumentError(
+            "a label is part of a file name",
+            found=repr(label),
+            allowed="letters, digits and ._-",
+            fix="give one with --label",
+        )
+    return label

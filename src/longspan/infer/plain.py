@@ -1,0 +1,136 @@
+"""A model in this process, asked the plain way: every prompt is read from its first token.
+
+The slow twin of what reuses prefixes, by the same names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from longspan.core.errors import ArgumentError
+from longspan.data.tokenizer import Tokenizer
+from longspan.infer.generate import generate_greedy
+from longspan.infer.requests import Answer, Finish, Request
+from longspan.infer.score import ScoreRequest, score
+
+
+class PlainAnswerer:
+    """Answers requests one by one, in their order.
+
+    Args:
+        model: with longspan's attention.
+        tokenizer: decodes the answers.
+        identity: what records say of the model.
+        max_length: longer requests are answered with an error; None = no limit.
+        batch_tokens: tokens in one forward pass of `score`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        identity: Mapping[str, Any],
+        max_length: int | None = None,
+        batch_tokens: int,
+    ) -> None:
+        self.identity, self.max_length = identity, max_length
+        self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Continue each prompt greedily."""
+        for index, request in enumerate(requests):
+            started = time.monotonic()
+            prompt_ids = prompt_of(request)
+            excess = excess_error(request, self.max_length)
+            if excess is not None:
+                yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
+                continue
+            ids = generate_greedy(
+                self._model, prompt_ids, max_new_tokens=request.max_new_tokens, stop_ids=request.stop_ids
+            )
+            yield index, finished(request, ids, self._tokenizer, seconds=time.monotonic() - started)
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Measure each given answer after its prompt."""
+        for index, request in enumerate(requests):
+            started = time.monotonic()
+            prompt_ids, answer_ids = prompt_of(request), answer_of(request)
+            excess = excess_error(request, self.max_length)
+            if excess is not None:
+                yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
+                continue
+            result = score(
+                self._model, [ScoreRequest(prompt_ids, answer_ids)], batch_tokens=self._batch_tokens
+            )[0]
+            yield (
+                index,
+                scored(
+                    request,
+                    result.nll,
+                    result.argmax_ids,
+                    self._tokenizer,
+                    seconds=time.monotonic() - started,
+                ),
+            )
+
+    def close(self) -> None:
+        """Let go of nothing: the model is the caller's."""
+
+
+def prompt_of(request: Request) -> np.ndarray:
+    """Return the prompt's ids. Raises ArgumentError where there are none."""
+    if request.prompt_ids is None or len(request.prompt_ids) == 0:
+        raise ArgumentError("a model that is run here is asked in token ids", found=repr(request.prompt[:40]))
+    return request.prompt_ids
+
+
+def answer_of(request: Request) -> np.ndarray:
+    """Return the ids to be measured. Raises ArgumentError where there are none."""
+    if request.answer_ids is None or len(request.answer_ids) == 0:
+        raise ArgumentError("no answer to measure", found=repr(request.prompt[-40:]))
+    return request.answer_ids
+
+
+def excess_error(request: Request, max_length: int | None) -> str | None:
+    """Return why a request is too long for a limit; None: it fits."""
+    answer = request.max_new_tokens if request.answer_ids is None else len(request.answer_ids)
+    tokens = len(prompt_of(request)) + answer
+    if max_length is None or tokens <= max_length:
+        return None
+    return f"prompt and answer have {tokens} tokens, at most {max_length} are allowed"
+
+
+def finished(request: Request, ids: np.ndarray, tokenizer: Tokenizer, *, seconds: float) -> Answer:
+    """Return the answer that generated ids are: without stop ids in its text, cut at the first stop text."""
+    stopped = len(ids) > 0 and int(ids[-1]) in request.stop_ids
+    text = tokenizer.decode(ids[:-1] if stopped else ids)
+    cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+    finish: Finish = "stop" if stopped or cuts else "length"
+    return Answer(
+        text[: min(cuts)] if cuts else text,
+        ids,
+        finish,
+        prompt_tokens=len(prompt_of(request)),
+        completion_tokens=len(ids),
+        seconds=seconds,
+    )
+
+
+def scored(
+    request: Request, nll: np.ndarray, argmax_ids: np.ndarray, tokenizer: Tokenizer, *, seconds: float
+) -> Answer:
+    """Return the answer of `score`: the most likely tokens, and the losses of those given."""
+    return Answer(
+        tokenizer.decode(argmax_ids),
+        argmax_ids,
+        nll=nll,
+        prompt_tokens=len(prompt_of(request)),
+        completion_tokens=len(argmax_ids),
+        seconds=seconds,
+    )
