@@ -407,7 +407,8 @@ def _evaluate_variant(
     beyond: NeedleTask | None,
     harder: NeedleTask | None,
 ) -> None:
-    from longspan.eval.runner import run_needle, run_ppl
+    from longspan.eval.needle_run import run_needle
+    from longspan.eval.ppl_run import run_ppl
     from longspan.models.hf import load_model, usable_device
     from longspan.models.identity import model_identity
 

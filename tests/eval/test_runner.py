@@ -12,7 +12,7 @@ import torch
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.intervals import wilson_interval
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval import runner
+from longspan.eval import needle_run, ppl_run, runner
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.needle import NeedleBuilder, NeedleTask
 from longspan.eval.ppl import PplTask
@@ -28,7 +28,7 @@ Run = Callable[..., dict[str, Any]]
 def run_needle(model: Any, tokenizer: Tokenizer, documents: list[HeldOutDocument], model_info: dict) -> Run:
     def run(task: NeedleTask, out: Path, **changes: Any) -> dict[str, Any]:
         settings = {"documents": documents, "label": "before", "model_info": model_info, "batch_tokens": 700}
-        return runner.run_needle(model, tokenizer, task, out=out, **{**settings, **changes})
+        return needle_run.run_needle(model, tokenizer, task, out=out, **{**settings, **changes})
 
     return run
 
@@ -45,7 +45,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[ScoreRequest]:
             for _, answer in requests
         ]
 
-    monkeypatch.setattr(runner, "score", copy)
+    monkeypatch.setattr(needle_run, "score", copy)
     return seen
 
 
@@ -168,7 +168,7 @@ def test_output_that_is_no_number_is_unscored(
     def diverged(model: object, requests: Sequence[ScoreRequest], *, batch_tokens: int) -> list[ScoreResult]:
         return [ScoreResult(np.full(6, np.nan, np.float32), np.zeros(6, np.int64), False) for _ in requests]
 
-    monkeypatch.setattr(runner, "score", diverged)
+    monkeypatch.setattr(needle_run, "score", diverged)
     summary = run_needle(TASK, records)
     assert summary["mean"] is None
     assert summary["unscored"] == {runner.NOT_FINITE: 12}
@@ -198,7 +198,7 @@ def test_perplexity_equals_brute_force(
         "model_info": model_info,
         "out": records,
     }
-    summary = runner.run_ppl(model, tokenizer, task, batch_tokens=500, **settings)
+    summary = ppl_run.run_ppl(model, tokenizer, task, batch_tokens=500, **settings)
     tokens = {document.id: tokenizer.encode(document.text) for document in documents}
     total: dict[tuple[str, int], list[float]] = {}
     found = read_records(records)
@@ -246,14 +246,14 @@ def test_ppl_goes_on_after_a_kill_and_names_what_it_lacks(
     short = HeldOutDocument("short", "A line.\n", "chat")
     settings: dict[str, Any] = {"documents": [*documents, short], "label": "after", "model_info": model_info}
     task = PplTask(lengths=(64, 128), num_spans=1)
-    summary = runner.run_ppl(model, tokenizer, task, out=records, **settings)
+    summary = ppl_run.run_ppl(model, tokenizer, task, out=records, **settings)
     assert (summary["samples"], summary["scored"]) == (8, 6)
     assert list(summary["unscored"].values()) == [2]
     expected = sorted(lines_of(records))
     whole = records.read_bytes()
     for cut in (len(whole) // 3, len(whole) // 2, len(whole) - 5):
         records.write_bytes(whole[:cut])
-        runner.run_ppl(model, tokenizer, task, out=records, **settings)
+        ppl_run.run_ppl(model, tokenizer, task, out=records, **settings)
         assert sorted(lines_of(records)) == expected
 
 

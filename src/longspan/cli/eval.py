@@ -74,7 +74,7 @@ def needle(
     name = "needle_distractors" if distractors else "needle"
     prepared = _prepare(name, model, tokenizer, label, rope, out)
     documents = _read(data, text_field, source_field)
-    from longspan.eval.runner import run_needle
+    from longspan.eval.needle_run import run_needle
 
     summary = run_needle(**prepared, task=task, documents=documents, batch_tokens=batch_tokens)
     if as_json:
@@ -110,7 +110,7 @@ def ppl(
     task = PplTask.from_dict(settings, where="the command line")
     prepared = _prepare("ppl", model, tokenizer, label, rope, out)
     documents = _read(data, text_field, source_field)
-    from longspan.eval.runner import run_ppl
+    from longspan.eval.ppl_run import run_ppl
 
     summary = run_ppl(**prepared, task=task, documents=documents, batch_tokens=batch_tokens)
     if as_json:

@@ -71,3 +71,18 @@ def independent_difference(before: tuple[float, int], after: tuple[float, int]) 
     low = difference - math.hypot(second - new[0], old[1] - first)
     high = difference + math.hypot(new[1] - second, first - old[0])
     return low, high
+
+
+def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of scores in 0..1; None for no scores.
+
+    Wilson's for right-or-wrong scores. For graded ones mean +- 1.96 s.e., kept inside 0..1; a single one has
+    no spread to go by and gets Wilson's, which is as wide as scores in 0..1 with that mean can make it.
+    """
+    count = len(scores)
+    if count < 2 or all(score in (0.0, 1.0) for score in scores):
+        return wilson_interval(math.fsum(scores), count)
+    mean = math.fsum(scores) / count
+    variance = math.fsum((score - mean) ** 2 for score in scores) / (count - 1)
+    half = Z_95 * math.sqrt(variance / count)
+    return max(0.0, mean - half), min(1.0, mean + half)

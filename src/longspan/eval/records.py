@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.files import atomic_write
 from longspan.core.records import JsonlWriter, read_jsonl
 
 MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
@@ -113,14 +114,15 @@ class RecordsWriter:
                 writer.write({"kind": "sample", "id": ..., ...})
             writer.finish()
 
-    `recorded` holds what earlier runs wrote, by id.
+    `recorded` holds what earlier runs wrote, by id. With `retry_unscored` samples without a score are taken
+    out of the file, which is replaced as a whole, and so are missing again.
 
     Raises:
         ConfigError: the file belongs to an evaluation with other settings; the message names them.
         DataError: the file is something else.
     """
 
-    def __init__(self, path: str | Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, header: Mapping[str, Any], *, retry_unscored: bool = False) -> None:
         self.path = Path(path)
         self.complete = False
         self.recorded: dict[str, dict[str, Any]] = {}
@@ -128,6 +130,8 @@ class RecordsWriter:
         if self.path.exists() and any(read_jsonl(self.path)):
             found = read_records(self.path)
             _check_same_evaluation(self.path, found.header, header)
+            if retry_unscored:
+                found = _without_unscored(self.path, found)
             self.recorded = {record["id"]: record for record in found.samples}
             self.complete = found.complete
         self._file = JsonlWriter(self.path)
@@ -152,6 +156,17 @@ class RecordsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _without_unscored(path: Path, found: EvalRecords) -> EvalRecords:
+    """Take the samples without a score, and the footer with them, out of a file."""
+    kept = [record for record in found.samples if record.get("unscored") is None]
+    if len(kept) == len(found.samples):
+        return found
+    with atomic_write(path, "w") as file:
+        for record in (found.header, *kept):
+            file.write(json.dumps(record, ensure_ascii=True, allow_nan=False) + "\n")
+    return EvalRecords(found.header, kept, False)
 
 
 def _check_same_evaluation(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

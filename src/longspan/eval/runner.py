@@ -1,286 +1,129 @@
-"""Run an evaluation: plan the samples, skip those recorded, score the rest in batches, write records.
+"""Run an evaluation: plan the samples, skip those recorded, ask the model for the others, write records.
 
-A killed run goes on where it stopped when the same call is made again. A sample that cannot be built or whose
-result is not a number is recorded as unscored with the reason; it never counts as zero and is never left out
-of the counts.
+Any task (`eval.task.Task`) on anything that answers (`infer.requests.Answerer`):
+
+    summary = run_task(task, answerer, tokenizer=tokenizer, label="before", out="run/records/needle-before.jsonl")
+
+A killed run goes on where it stopped when the same call is made again: every answer is a line in the file as
+soon as it is there. A sample that cannot be composed, answered or scored is recorded as unscored with the
+reason; it never counts as zero and is never left out of the counts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedModel
 
-from longspan.core.errors import DataError
+from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import sha256_bytes
-from longspan.core.intervals import wilson_interval
+from longspan.core.intervals import score_interval
 from longspan.core.log import get_logger
-from longspan.core.progress import progress
+from longspan.core.progress import Progress, progress
+from longspan.core.units import format_count
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval import ppl
-from longspan.eval.documents import HeldOutDocument, describe_documents
-from longspan.eval.needle import PROMPT_VERSION, NeedleBuilder, NeedleSample, NeedleTask
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
-from longspan.infer.packed import plan_batches
-from longspan.infer.perplexity import token_nll
-from longspan.infer.score import ScoreRequest, ScoreResult, score
+from longspan.eval.task import Built, Planned, Task
+from longspan.infer.requests import Answer, Answerer, Request
 
-BATCH_TOKENS = 16_384
+TooLong = Literal["refuse", "skip"]
 NOT_FINITE = "the model's output is not a finite number"
+PART_TOKENS = 4_000_000
+"""Prompts are composed this many tokens at a time (8 bytes each), so that memory does not grow with the task."""
+PART_SAMPLES = 256
+GROUP_TOKENS = 64_000_000
+"""A group is kept together for its shared prefix up to this many tokens, half a gigabyte of ids."""
 
 _log = get_logger("eval")
 
 
-class _Planned(NamedTuple):
+class _Sample(NamedTuple):
     id: str
-    tokens: int
-    item: Any
+    planned: Planned
 
 
-def run_needle(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    task: NeedleTask,
+def run_task(
+    task: Task,
+    answerer: Answerer,
     *,
-    documents: Sequence[HeldOutDocument],
+    tokenizer: Tokenizer,
     label: str,
     out: str | Path,
-    model_info: Mapping[str, Any],
     note: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    retry_unscored: bool = False,
+    too_long: TooLong = "refuse",
 ) -> dict[str, Any]:
-    """Evaluate needle retrieval by teacher-forced scoring; write records to `out`, return a summary.
+    """Evaluate; write one record a sample to `out`, return a summary.
 
-    `model` is any causal LM that `models.load_model` returns, with whatever RoPE it was loaded;
-    `model_info` holds path, fingerprint, rope and trained_length for the header. `label` names the state of
-    the model (`before`, `after`, `theta_only`, ...); `note` is a remark that goes into the header.
+    Args:
+        tokenizer: what the task composes its prompts with; its fingerprint goes into the header.
+        label: names the state of the model in reports: `before`, `after`, `theta_only`, ...
+        note: a remark for readers, kept in the header.
+        retry_unscored: ask again for recorded samples that have no score.
+        too_long: what to do where the plan holds samples longer than the model can read; `skip` records
+            them as unscored.
 
     Returns:
-        samples, scored, unscored (reason -> count), mean score, `cells` with one row per length and depth
-        (samples, scored, mean, 95 % Wilson interval), and samples_per_s of this call.
+        task, label, records (the path), samples, scored, unscored (reason -> count), mean, interval (95 %),
+        samples_per_s of this call, and the task's own numbers (`Task.summary`).
 
     Raises:
-        ConfigError: `out` holds an evaluation with other settings.
-        DataError: the documents are too few or too short.
+        ConfigError: `out` holds an evaluation with other settings; or samples are too long for the model.
     """
-    scorer = scorer_named("exact_match")
+    scorer = scorer_named(task.scorer)
+    params = task.params()
     header = make_header(
-        "needle",
+        task.name,
         label,
-        model_info=model_info,
+        model_info=answerer.identity,
         note=note,
         tokenizer=tokenizer.fingerprint,
-        seed=task.seed,
+        seed=int(params.get("seed", 0)),
         params={
-            **task.to_dict(),
-            "documents": describe_documents(documents),
-            "prompt_version": PROMPT_VERSION,
-            "mode": "teacher_forced",
+            **params,
+            "mode": task.mode,
             "scorer": {"name": scorer.name, "version": scorer.version},
         },
     )
-    plan = [_Planned(sample_id(header, *cell), cell[0], cell) for cell in task.cells()]
-    builder: list[NeedleBuilder] = []
-
-    def evaluate(batch: Sequence[_Planned]) -> list[dict[str, Any]]:
-        if not builder:
-            builder.append(NeedleBuilder(task, documents, tokenizer))
-        return _needle_records(model, tokenizer, builder[0], scorer, batch)
-
-    samples, rate = _run(
-        plan, evaluate, title=f"needle {label}", header=header, out=out, batch_tokens=batch_tokens
-    )
-    return {**_summary(header, out, samples, rate), **_needle_means(samples)}
-
-
-def run_ppl(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    task: ppl.PplTask,
-    *,
-    documents: Sequence[HeldOutDocument],
-    label: str,
-    out: str | Path,
-    model_info: Mapping[str, Any],
-    note: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-) -> dict[str, Any]:
-    """Evaluate perplexity by length and position; write records to `out`, return a summary.
-
-    Arguments are those of `run_needle`.
-
-    Returns:
-        samples, scored, unscored (reason -> count), `by_length` with one row per source and length
-        (tokens, nll in nats, perplexity), and samples_per_s of this call.
-
-    Raises:
-        ConfigError: `out` holds an evaluation with other settings.
-        DataError: no document is as long as the longest length.
-    """
-    header = make_header(
-        "ppl",
-        label,
-        model_info=model_info,
-        note=note,
-        tokenizer=tokenizer.fingerprint,
-        seed=task.seed,
-        params={
-            **task.to_dict(),
-            "documents": describe_documents(documents),
-            "windowing_version": ppl.WINDOWING_VERSION,
-            "first_token": "context only, no begin-of-text token",
-        },
-    )
-    plan = [
-        _Planned(
-            sample_id(header, window.source, window.document, window.start, window.length),
-            window.length,
-            window,
-        )
-        for window in ppl.plan_windows(task, documents, tokenizer)
-    ]
-    width = ppl.bucket_width(task)
-
-    def evaluate(batch: Sequence[_Planned]) -> list[dict[str, Any]]:
-        return _ppl_records(model, batch, width=width, batch_tokens=batch_tokens)
-
-    samples, rate = _run(
-        plan, evaluate, title=f"ppl {label}", header=header, out=out, batch_tokens=batch_tokens
-    )
-    return {**_summary(header, out, samples, rate), "by_length": ppl.perplexities(samples)}
-
-
-def _run(
-    plan: Sequence[_Planned],
-    evaluate: Callable[[Sequence[_Planned]], list[dict[str, Any]]],
-    *,
-    title: str,
-    header: Mapping[str, Any],
-    out: str | Path,
-    batch_tokens: int,
-) -> tuple[list[dict[str, Any]], float]:
-    """Write what is missing of `plan`; return all its records in plan order and the rate in samples/s."""
+    samples = [_Sample(sample_id(header, *planned.key), planned) for planned in task.plan()]
+    _check_ids(samples)
+    if too_long == "refuse":
+        _refuse_too_long(samples, answerer.max_length)
     started = time.monotonic()
-    with RecordsWriter(out, header) as writer:
-        missing = [planned for planned in plan if planned.id not in writer.recorded]
-        total = sum(planned.tokens for planned in plan)
-        done = total - sum(planned.tokens for planned in missing)
-        if done:
-            _log.info("%s: %d of %d samples stand in %s", title, len(plan) - len(missing), len(plan), out)
+    title = f"{task.name} {label}"
+    with RecordsWriter(out, header, retry_unscored=retry_unscored) as writer:
+        missing = [sample for sample in samples if sample.id not in writer.recorded]
+        if len(missing) < len(samples):
+            _log.info(
+                "%s: %d of %d samples stand in %s", title, len(samples) - len(missing), len(samples), out
+            )
+        total = sum(sample.planned.tokens for sample in samples)
+        done = total - sum(sample.planned.tokens for sample in missing)
         with progress(title, total=total, unit="tokens", done=done) as bar:
-            for batch in plan_batches([planned.tokens for planned in missing], batch_tokens):
-                planned_batch = [missing[index] for index in batch]
-                for record in evaluate(planned_batch):
-                    writer.write(record)
-                bar.advance(sum(planned.tokens for planned in planned_batch))
+            for part in _parts(missing):
+                _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
         writer.finish()
-        records = [writer.recorded[planned.id] for planned in plan]
+        records = [writer.recorded[sample.id] for sample in samples]
     seconds = time.monotonic() - started
-    return records, len(missing) / seconds if seconds > 0 else 0.0
-
-
-def _needle_records(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    builder: NeedleBuilder,
-    scorer: Scorer,
-    batch: Sequence[_Planned],
-) -> list[dict[str, Any]]:
-    built: list[NeedleSample] = []
-    reasons: list[str | None] = []
-    for planned in batch:
-        try:
-            built.append(builder.build(*planned.item))
-            reasons.append(None)
-        except DataError as error:
-            reasons.append(str(error))
-    requests = [ScoreRequest(sample.prompt_ids, sample.answer_ids) for sample in built]
-    longest = sum(sample.achieved_length for sample in built)
-    results = iter(zip(built, score(model, requests, batch_tokens=max(1, longest))))
-    records = []
-    for planned, reason in zip(batch, reasons):
-        length, depth, number = planned.item
-        record = {"kind": "sample", "id": planned.id, "length": length, "depth": depth, "sample": number}
-        if reason is None:
-            record |= _scored(*next(results), tokenizer=tokenizer, scorer=scorer)
-        else:
-            record |= _unscored(reason)
-        records.append(record | {"num_distractors": builder.task.num_distractors})
-    return records
-
-
-def _unscored(reason: str) -> dict[str, Any]:
+    rate = len(missing) / seconds if seconds > 0 else 0.0
     return {
-        "prompt_sha256": "",
-        "achieved_length": None,
-        "achieved_depth": None,
-        "question": "",
-        "expected": "",
-        "output": "",
-        "score": None,
-        "unscored": reason,
-        "needle_window": "",
+        **summarise_records(header, out, records, rate),
+        **mean_score(records),
+        **task.summary(records),
     }
 
 
-def _scored(
-    sample: NeedleSample, result: ScoreResult, *, tokenizer: Tokenizer, scorer: Scorer
-) -> dict[str, Any]:
-    finite = bool(np.isfinite(result.nll).all())
-    output = tokenizer.decode(result.argmax_ids) if finite else ""
-    return {
-        "prompt_sha256": sha256_bytes(sample.prompt.encode()),
-        "achieved_length": sample.achieved_length,
-        "achieved_depth": round(sample.achieved_depth, 6),
-        "question": sample.question,
-        "expected": sample.expected,
-        "output": output,
-        "score": scorer.score(sample.expected, output) if finite else None,
-        "unscored": None if finite else NOT_FINITE,
-        "needle_window": sample.needle_window,
-    }
-
-
-def _ppl_records(
-    model: PreTrainedModel, batch: Sequence[_Planned], *, width: int, batch_tokens: int
-) -> list[dict[str, Any]]:
-    windows: list[ppl.PplWindow] = [planned.item for planned in batch]
-    runnable = [window.ids for window in windows if window.reason is None]
-    losses = iter(token_nll(model, runnable, batch_tokens=batch_tokens))
-    records = []
-    for planned, window in zip(batch, windows):
-        reason, buckets = window.reason, []
-        if reason is None:
-            nll = next(losses)
-            if np.isfinite(nll).all():
-                buckets = ppl.bucket_sums(nll, length=window.length, width=width)
-            else:
-                reason = NOT_FINITE
-        records.append(
-            {
-                "kind": "sample",
-                "id": planned.id,
-                "source": window.source,
-                "document": window.document,
-                "start": window.start,
-                "length": window.length,
-                "buckets": buckets,
-                "unscored": reason,
-            }
-        )
-    return records
-
-
-def _summary(
+def summarise_records(
     header: Mapping[str, Any], out: str | Path, samples: Sequence[Mapping[str, Any]], rate: float
 ) -> dict[str, Any]:
+    """Return the counts that every summary holds; warn of samples without a score."""
     reasons = Counter(sample["unscored"] for sample in samples if sample["unscored"] is not None)
     for reason, count in reasons.items():
         _log.warning(
@@ -297,28 +140,163 @@ def _summary(
     }
 
 
-def _needle_means(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    cells: dict[tuple[int, float], list[float | None]] = {}
+def mean_score(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return mean and 95 % interval of the scores that there are; None where there are none."""
+    scores = [float(sample["score"]) for sample in samples if sample.get("score") is not None]
+    mean = math.fsum(scores) / len(scores) if scores else None
+    return {"mean": mean, "interval": score_interval(scores)}
+
+
+def mean_by(samples: Iterable[Mapping[str, Any]], *fields: str) -> list[dict[str, Any]]:
+    """Return one row for each combination of values of `fields`, in their order.
+
+    A row holds the fields, samples, scored, mean and interval (95 %).
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for sample in samples:
-        cells.setdefault((sample["length"], sample["depth"]), []).append(sample["score"])
-    rows = []
-    for (length, depth), scores in sorted(cells.items()):
-        known = [value for value in scores if value is not None]
-        rows.append(
-            {
-                "length": length,
-                "depth": depth,
-                "samples": len(scores),
-                "scored": len(known),
-                "mean": _mean(known),
-                "interval": wilson_interval(sum(known), len(known)),
-            }
+        groups.setdefault(tuple(sample[field] for field in fields), []).append(sample)
+    return [
+        {
+            **dict(zip(fields, values)),
+            "samples": len(group),
+            "scored": sum(sample["score"] is not None for sample in group),
+            **mean_score(group),
+        }
+        for values, group in sorted(groups.items())
+    ]
+
+
+def _check_ids(samples: Sequence[_Sample]) -> None:
+    """Refuse a plan in which two samples have one key: the second would be taken for recorded."""
+    twice = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
+    if twice:
+        key = next(sample.planned.key for sample in samples if sample.id == twice[0])
+        raise ConfigError("a sample is planned twice", found=key)
+
+
+def _refuse_too_long(samples: Sequence[_Sample], max_length: int | None) -> None:
+    if max_length is None:
+        return
+    lengths = sorted({sample.planned.tokens for sample in samples if sample.planned.tokens > max_length})
+    if lengths:
+        shown = [f"{length:,}" for length in (lengths if len(lengths) <= 6 else [*lengths[:5], lengths[-1]])]
+        raise ConfigError(
+            "some contexts are longer than the model can read",
+            found=f"{', '.join(shown)} tokens",
+            allowed=f"at most {max_length:,} tokens, prompt and answer together",
+            fix="leave out these lengths, raise --max-length if the model can do more, or pass "
+            "--too-long skip to record them as unscored",
         )
-    return {
-        "mean": _mean([sample["score"] for sample in samples if sample["score"] is not None]),
-        "cells": rows,
+
+
+def _parts(samples: Sequence[_Sample]) -> Iterator[list[_Sample]]:
+    """Cut the samples into what is composed and handed to the model at once.
+
+    Whole groups together, the longest first, because what does not fit into memory should fail at once; a
+    group that is too large by itself is cut.
+    """
+    groups: dict[object, list[_Sample]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault(sample.planned.group or number, []).append(sample)
+    longest_first = sorted(groups.values(), key=lambda group: -max(each.planned.tokens for each in group))
+    part: list[_Sample] = []
+    tokens = 0
+    for group in longest_first:
+        for piece in _pieces(group):
+            size = sum(sample.planned.tokens for sample in piece)
+            if part and (tokens + size > PART_TOKENS or len(part) + len(piece) > PART_SAMPLES):
+                yield part
+                part, tokens = [], 0
+            part = part + piece
+            tokens += size
+    if part:
+        yield part
+
+
+def _pieces(group: list[_Sample]) -> Iterator[list[_Sample]]:
+    sizes = itertools.accumulate(sample.planned.tokens for sample in group)
+    numbered = zip(group, sizes)
+    for _, piece in itertools.groupby(numbered, key=lambda pair: (pair[1] - 1) // GROUP_TOKENS):
+        yield [sample for sample, _ in piece]
+
+
+def _run_part(
+    part: Sequence[_Sample],
+    task: Task,
+    answerer: Answerer,
+    *,
+    scorer: Scorer,
+    writer: RecordsWriter,
+    bar: Progress,
+) -> None:
+    """Compose a part of the samples, ask for the answers, and write each as it comes."""
+    asked: list[tuple[_Sample, Built]] = []
+    for sample in part:
+        try:
+            built = task.build(sample.planned)
+            _check_fits(built.request, answerer.max_length)
+        except DataError as error:
+            writer.write(_record(sample, {}, unscored=str(error)))
+            bar.advance(sample.planned.tokens)
+        else:
+            asked.append((sample, built))
+    if not asked:
+        return
+    requests = [built.request for _, built in asked]
+    teacher_forced = task.mode == "teacher_forced"
+    answers = answerer.score(requests) if teacher_forced else answerer.generate(requests)
+    for index, answer in answers:
+        sample, built = asked[index]
+        writer.write(_answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced))
+        bar.advance(sample.planned.tokens)
+
+
+def _check_fits(request: Request, max_length: int | None) -> None:
+    if max_length is None or request.prompt_ids is None:
+        return
+    answer = request.max_new_tokens if request.answer_ids is None else len(request.answer_ids)
+    if len(request.prompt_ids) + answer > max_length:
+        raise DataError(
+            f"{format_count(len(request.prompt_ids))} tokens and an answer of {answer} are longer than the "
+            f"{format_count(max_length)} tokens that the model can read"
+        )
+
+
+def _answered(
+    sample: _Sample, built: Built, answer: Answer, *, scorer: Scorer, teacher_forced: bool
+) -> dict[str, Any]:
+    request = built.request
+    measured: dict[str, Any] = {
+        "expected": built.expected,
+        "prompt_sha256": sha256_bytes(request.prompt.encode("utf-8", "surrogatepass")),
+        "prompt_tokens": answer.prompt_tokens
+        or (0 if request.prompt_ids is None else len(request.prompt_ids)),
+        "seconds": round(answer.seconds, 6),
+        **built.fields,
     }
+    unscored = answer.error
+    if unscored is None and teacher_forced:
+        if answer.nll is None or not np.isfinite(answer.nll).all():
+            unscored = NOT_FINITE
+        else:
+            measured["answer_nll"] = float(np.sum(answer.nll, dtype=np.float64))
+            measured["answer_tokens"] = len(answer.nll)
+    if unscored is not None:
+        return _record(sample, measured, unscored=unscored)
+    score = float(scorer.score(built.expected, answer.text))
+    if not math.isfinite(score):
+        return _record(sample, {**measured, "output": answer.text}, unscored=NOT_FINITE)
+    return _record(sample, {**measured, "output": answer.text, "score": score}, unscored=None)
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+def _record(sample: _Sample, measured: Mapping[str, Any], *, unscored: str | None) -> dict[str, Any]:
+    empty = {"output": "", "expected": "", "score": None, "prompt_sha256": "", "prompt_tokens": None}
+    return {
+        "kind": "sample",
+        "id": sample.id,
+        **sample.planned.fields,
+        **empty,
+        "seconds": None,
+        **measured,
+        "unscored": unscored,
+    }

@@ -8,6 +8,7 @@ summary(...)    the numbers to print, from the records alone
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 from longspan.infer.requests import Request
@@ -24,6 +25,8 @@ class Planned(NamedTuple):
     """About how long it will be."""
     group: str = ""
     """Samples of one group share a long prefix and are given to the model together."""
+    fields: Mapping[str, Any] = MappingProxyType({})
+    """What is recorded even of a sample that cannot be composed: length, depth, sample number, ..."""
 
 
 class Built(NamedTuple):
@@ -31,7 +34,7 @@ class Built(NamedTuple):
 
     request: Request
     fields: Mapping[str, Any]
-    """What is recorded of it beside id, output and score: length, depth, question, achieved_length, ..."""
+    """What is recorded of it beside what was planned, output and score: question, achieved_length, ..."""
     expected: str | list[str]
     """The right answer, or several of which scorers take the best, or which `parts` scorers count."""
 
