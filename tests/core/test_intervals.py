@@ -6,17 +6,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.intervals import effective_context, independent_difference, paired_difference
+from longspan.core.intervals import (
+    effective_context,
+    independent_difference,
+    paired_difference,
+    wilson_interval,
+)
 
 
 def test_effective_context_needs_every_shorter_length_too() -> None:
     """Guards against a lucky long length, few samples, and a hole in the grid counted as reached."""
-    assert effective_context({1024: (40, 40), 2048: (39, 40), 4096: (30, 40)}) == 2048
-    assert effective_context({4096: (40, 40), 1024: (40, 40), 2048: (20, 40)}) == 1024
-    assert effective_context({1024: (8, 8)}) is None, "8 of 8 says no more than 68 %"
-    assert effective_context({1024: (40, 40), 2048: (0.0, 0), 4096: (40, 40)}) == 1024
-    assert effective_context({}) is None
-    assert effective_context({1024: (30, 40)}, threshold=0.5) == 1024
+
+    def reached(threshold: float = 0.8, **right: tuple[int, int]) -> int | None:
+        intervals = {int(length[1:]): wilson_interval(*counts) for length, counts in right.items()}
+        return effective_context(intervals, threshold=threshold)
+
+    assert reached(n1024=(40, 40), n2048=(39, 40), n4096=(30, 40)) == 2048
+    assert reached(n4096=(40, 40), n1024=(40, 40), n2048=(20, 40)) == 1024
+    assert reached(n1024=(8, 8)) is None, "8 of 8 says no more than 68 %"
+    assert reached(n1024=(40, 40), n2048=(0, 0), n4096=(40, 40)) == 1024
+    assert reached() is None
+    assert reached(0.5, n1024=(30, 40)) == 1024
 
 
 def test_paired_difference_by_hand() -> None:

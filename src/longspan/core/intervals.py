@@ -24,19 +24,18 @@ def wilson_interval(correct: float, samples: int) -> tuple[float, float] | None:
 
 
 def effective_context(
-    by_length: Mapping[int, tuple[float, int]], *, threshold: float = EFFECTIVE_THRESHOLD
+    intervals: Mapping[int, tuple[float, float] | None], *, threshold: float = EFFECTIVE_THRESHOLD
 ) -> int | None:
     """Return the longest length at which, as at every shorter one, the lower 95 % bound exceeds `threshold`.
 
-    `by_length` holds (correct, scored) by length in tokens, pooled over depths, subtasks and questions. None:
-    not even the shortest length holds, or nothing was scored. A length without a scored sample ends the way.
+    `intervals` holds (low, high) of the mean score by length in tokens, pooled over depths, subtasks and
+    questions; a length without one (nothing scored) ends the way. None: not even the shortest length holds.
 
-    >>> effective_context({1024: (40, 40), 2048: (39, 40), 4096: (30, 40)})
+    >>> effective_context({n: wilson_interval(right, 40) for n, right in {1024: 40, 2048: 39, 4096: 30}.items()})
     2048
     """
     reached = None
-    for length in sorted(by_length):
-        interval = wilson_interval(*by_length[length])
+    for length, interval in sorted(intervals.items()):
         if interval is None or interval[0] <= threshold:
             break
         reached = length
