@@ -2,30 +2,112 @@
 
 The name and version stand in every records file, so a changed rule never mixes with older scores, and
 records can be scored again from their texts without running a model.
+
+    scorer_named("rouge_1").score("a sunny day", "It was sunny.")        one expected text
+    scorer_named("qa_f1").score(["Paris", "the capital"], output)        the best over several
+    scorer_named("string_match_all").score(["48213", "77102"], output)   the share of the parts that are found
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 from longspan.core.errors import ArgumentError
+from longspan.eval import metrics
+from longspan.eval import metrics_longbench as longbench
+
+Rule = Callable[[Sequence[str], str, Mapping[str, Any]], float]
+"""Expected texts (at least one), output, fields of the sample -> 0..1."""
+_NO_FIELDS: Mapping[str, Any] = MappingProxyType({})
 
 
-class Scorer(NamedTuple):
-    """A scoring rule; `score(expected, output)` lies in 0..1 and a perfect output scores 1."""
+@dataclass(frozen=True)
+class Scorer:
+    """A scoring rule; a perfect output scores 1."""
 
     name: str
     version: int
-    score: Callable[[str, str], float]
+    rule: Rule
+
+    def score(
+        self, expected: str | Sequence[str], output: str, fields: Mapping[str, Any] = _NO_FIELDS
+    ) -> float:
+        """Return 0..1 for an output.
+
+        `fields` is what else is recorded of the sample; two rules need it (`classification`: `all_classes`,
+        `by_metric`: `metric` and, if given, `postprocess`).
+
+        Raises:
+            ArgumentError: nothing is expected, or a field that the rule needs is missing.
+            MissingDependencyError: the rule needs a package that is not installed.
+        """
+        several = [expected] if isinstance(expected, str) else list(expected)
+        if not several:
+            raise ArgumentError(f"scorer {self.name}: no expected answer is given")
+        return self.rule(several, output, fields)
 
 
-def exact_match(expected: str, output: str) -> float:
-    """Return 1.0 when the whole value is right, else 0.0; surrounding white space does not count."""
-    return 1.0 if output.strip() == expected.strip() else 0.0
+def _best(metric: Callable[[str, str], float]) -> Rule:
+    return lambda expected, output, fields: max(metric(each, output) for each in expected)
 
 
-SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in (Scorer("exact_match", 1, exact_match),)}
+def _share(metric: Callable[[str, str], float]) -> Rule:
+    return lambda expected, output, fields: sum(metric(each, output) for each in expected) / len(expected)
+
+
+def _classification(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    classes = _field(fields, "all_classes", scorer="classification")
+    return max(longbench.classification(each, output.strip(), classes) for each in expected)
+
+
+def _by_metric(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    if fields.get("postprocess") == "first_line":
+        output = longbench.first_line(output)
+    return scorer_named(_field(fields, "metric", scorer="by_metric")).score(expected, output, fields)
+
+
+def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
+    if not fields.get(name):
+        raise ArgumentError(f"scorer {scorer} needs the field {name!r} of a sample, which has none")
+    return fields[name]
+
+
+SCORERS: dict[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (
+        Scorer("exact_match", 1, _best(metrics.exact_match)),
+        # The text of the most likely tokens, one after each token of the answer, is the answer.
+        Scorer("teacher_forced", 1, _best(metrics.exact_match)),
+        Scorer("contains", 1, _best(metrics.contains)),
+        Scorer("first_number", 1, _best(metrics.first_number)),
+        Scorer("word_recall", 1, _best(metrics.word_recall)),
+        Scorer("rouge_1", 1, _best(metrics.rouge_n)),
+        Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True))),
+        Scorer("rouge_l", 1, _best(metrics.rouge_l)),
+        Scorer("rouge_l_stemmed", 1, _best(partial(metrics.rouge_l, stemmed=True))),
+        Scorer(
+            "similarity", 1, _best(lambda expected, output: longbench.similarity(expected, output.strip()))
+        ),
+        # RULER: all parts are wanted, or any of several answers.
+        Scorer("string_match_all", 1, _share(metrics.ruler_part)),
+        Scorer("string_match_part", 1, _best(metrics.ruler_part)),
+        # LongBench.
+        Scorer("qa_f1", 1, _best(longbench.qa_f1)),
+        Scorer("qa_f1_zh", 1, _best(longbench.qa_f1_zh)),
+        Scorer("rouge_l_summary", 1, _best(longbench.rouge_l_summary)),
+        Scorer("rouge_l_summary_zh", 1, _best(longbench.rouge_l_summary_zh)),
+        Scorer("classification", 1, _classification),
+        Scorer("retrieval", 1, _best(longbench.retrieval)),
+        Scorer("count", 1, _best(longbench.count)),
+        Scorer("code_sim", 1, _best(longbench.code_similarity)),
+        # Each sample names its own.
+        Scorer("by_metric", 1, _by_metric),
+    )
+}
 """Every scoring rule by name."""
 
 

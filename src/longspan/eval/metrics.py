@@ -1,0 +1,91 @@
+"""How much of an expected text is in an output: pure functions of two strings, each 0..1.
+
+`rouge_n` and `rouge_l` give the F-measures of the `rouge-score` package (C.-Y. Lin, "ROUGE", 2004): words are
+runs of a-z and 0-9 in lower case, so text in other scripts has none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from longspan.eval.porter import stem
+
+_WORD = re.compile(r"\w+")
+_ROUGE_WORD = re.compile(r"[a-z0-9]+")
+_CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+def exact_match(expected: str, output: str) -> float:
+    """Return 1.0 when the whole value is right, else 0.0; surrounding white space does not count."""
+    return float(output.strip() == expected.strip())
+
+
+def contains(expected: str, output: str) -> float:
+    """Return 1.0 when the value stands in the output, whatever the case of its letters, else 0.0."""
+    wanted = expected.strip().casefold()
+    return float(wanted in output.casefold()) if wanted else exact_match(expected, output)
+
+
+def ruler_part(expected: str, output: str) -> float:
+    """Return whether RULER finds `expected` in an output: in lower case, control characters as new lines."""
+    return float(expected.lower() in _CONTROL.sub("\n", output).strip().lower())
+
+
+def first_number(expected: str, output: str) -> float:
+    """Return 1.0 when the first run of digits in the output is the expected one, else 0.0."""
+    found = re.search(r"\d+", output)
+    return float(found is not None and found.group() == expected.strip())
+
+
+def word_recall(expected: str, output: str) -> float:
+    """Return the share of the different words of `expected` that the output holds, in any case and order."""
+    wanted = set(_WORD.findall(expected.casefold()))
+    if not wanted:
+        return exact_match(expected, output)
+    return len(wanted & set(_WORD.findall(output.casefold()))) / len(wanted)
+
+
+def rouge_n(expected: str, output: str, *, n: int = 1, stemmed: bool = False) -> float:
+    """Return the F-measure of n-grams that both texts hold, each as often as in both."""
+    left, right = (_ngrams(rouge_words(text, stemmed=stemmed), n) for text in (expected, output))
+    common = sum((left & right).values())
+    return f_measure(common, left.total(), right.total())
+
+
+def rouge_l(expected: str, output: str, *, stemmed: bool = False) -> float:
+    """Return the F-measure of the longest common subsequence of words. Cost: expected x output words."""
+    left, right = (rouge_words(text, stemmed=stemmed) for text in (expected, output))
+    table = common_lengths(left, right)
+    return f_measure(table[-1][-1], len(left), len(right))
+
+
+def rouge_words(text: str, *, stemmed: bool) -> list[str]:
+    """Return the words that ROUGE counts; `stemmed` cuts the endings of those longer than three letters."""
+    words = _ROUGE_WORD.findall(text.lower())
+    return [stem(word) if len(word) > 3 else word for word in words] if stemmed else words
+
+
+def common_lengths(left: Sequence[Hashable], right: Sequence[Hashable]) -> list[list[int]]:
+    """Return the length of the longest common subsequence of every head of `left` and head of `right`."""
+    table = [[0] * (len(right) + 1)]
+    for item in left:
+        above, row, last = table[-1], [0], 0
+        for column, other in enumerate(right):
+            if item == other:
+                last = above[column] + 1
+            elif above[column + 1] > last:
+                last = above[column + 1]
+            row.append(last)
+        table.append(row)
+    return table
+
+
+def f_measure(common: int, expected: int, given: int) -> float:
+    """Return the harmonic mean of common / given and common / expected; 0.0 when nothing is common."""
+    return 2 * common / (expected + given) if common else 0.0
+
+
+def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))

@@ -1,0 +1,169 @@
+"""The metrics of LongBench (Bai et al., arXiv 2308.14508), as its published code defines them.
+
+    qa_f1("the Eiffel Tower", "Eiffel tower, Paris")        0.8    articles, case and punctuation do not count
+    retrieval("Paragraph 3", "It is paragraph 3, not 5.")   0.5    one of two numbers is right
+    code_similarity("return x", "# so\\nreturn y\\n")         0.88   the first line that is no comment
+
+Each is a pure function of expected and given text, 0..1. Two corrections: a perfect answer scores 1 where the
+published code gives 0.999999995 (rouge) or takes away only every second class name that is part of the right
+one (classification).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from types import ModuleType
+
+from longspan.core.optional import require
+from longspan.eval.metrics import common_lengths, f_measure
+
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CHINESE_PUNCTUATION = str.maketrans(
+    "",
+    "",
+    string.punctuation
+    # Full-width forms of ASCII punctuation, CJK marks, half-width forms, dashes, quotes, ellipses.
+    + "".join(map(chr, (*range(0xFF01, 0xFF0E), 0xFF0F, *range(0xFF1A, 0xFF21), *range(0xFF3B, 0xFF41))))
+    + "".join(map(chr, (*range(0xFF5B, 0xFF65), *range(0x3001, 0x3004), *range(0x300B, 0x3012))))
+    + "".join(map(chr, (*range(0x3014, 0x3020), 0x3030, 0x303E, 0x303F, 0x2013, 0x2014, 0x2018, 0x2019)))
+    + "".join(map(chr, (0x201B, 0x201C, 0x201D, 0x201E, 0x201F, 0x2026, 0x2027, 0xFE4F))),
+)
+
+
+def first_line(output: str) -> str:
+    """Return the first line that is not empty; what LongBench keeps of an output of few-shot tasks."""
+    return output.lstrip("\n").split("\n")[0]
+
+
+def qa_f1(expected: str, output: str) -> float:
+    """Return the F1 of the words that both texts hold, without case, punctuation and articles."""
+    return _bag_f1(_english_words(expected), _english_words(output))
+
+
+def qa_f1_zh(expected: str, output: str) -> float:
+    """Return the F1 of the Chinese words that both texts hold, without punctuation.
+
+    Raises:
+        MissingDependencyError: jieba, which finds the words, is not installed.
+    """
+    left, right = (
+        [word for word in map(_chinese_word, _jieba().cut(text, cut_all=False)) if word]
+        for text in (expected, output)
+    )
+    return _bag_f1(left, right)
+
+
+def rouge_l_summary(expected: str, output: str) -> float:
+    """Return ROUGE-L of summaries as the package `rouge` computes it, on which LongBench relies.
+
+    Texts are cut into sentences at ".", words at white space. Common are the different words in the union of
+    the longest common subsequences of every pair of sentences; the F-measure counts different words. Cost:
+    expected x output words.
+    """
+    left, right = _sentences(expected), _sentences(output)
+    common: set[str] = set()
+    for sentence in left:
+        for other in right:
+            common |= _common_words(sentence, other)
+    expected_words = {word for sentence in left for word in sentence}
+    given_words = {word for sentence in right for word in sentence}
+    return f_measure(len(common), len(expected_words), len(given_words))
+
+
+def rouge_l_summary_zh(expected: str, output: str) -> float:
+    """Return `rouge_l_summary` of Chinese texts cut into words.
+
+    Raises:
+        MissingDependencyError: jieba, which finds the words, is not installed.
+    """
+    left, right = (" ".join(_jieba().cut(text, cut_all=False)) for text in (expected, output))
+    return rouge_l_summary(left, right)
+
+
+def classification(expected: str, output: str, classes: Sequence[str]) -> float:
+    """Return 1 / (class names in the output) when the right one is among them, else 0.0.
+
+    A name that is part of the right one ("event" of "sports event") is not counted.
+    """
+    named = [name for name in classes if name in output]
+    named = [name for name in named if name == expected or name not in expected]
+    return 1.0 / len(named) if expected in named else 0.0
+
+
+def retrieval(expected: str, output: str) -> float:
+    """Return the share of the numbers in the output that are the one of `Paragraph 17` (in Chinese too)."""
+    found = re.search("(?:Paragraph |\u6bb5\u843d)(\\d+)", expected)
+    return count(found.group(1) if found else expected, output)
+
+
+def count(expected: str, output: str) -> float:
+    """Return the share of the numbers in the output that are the expected one."""
+    numbers = re.findall(r"\d+", output)
+    return numbers.count(expected.strip()) / len(numbers) if numbers else 0.0
+
+
+def code_similarity(expected: str, output: str) -> float:
+    """Return the similarity of the expected line and the first line of code in the output, in hundredths.
+
+    A line with a back-tick, `#` or `//` counts as none of code.
+    """
+    lines = (
+        line
+        for line in output.split("\n")
+        if line.strip() and not any(mark in line for mark in ("`", "#", "//"))
+    )
+    return similarity(expected, next(lines, ""))
+
+
+def similarity(expected: str, output: str) -> float:
+    """Return difflib's ratio in hundredths, as `fuzz.ratio` of the package fuzzywuzzy; 0.0 if one is empty."""
+    if expected == output:
+        return 1.0
+    if not expected or not output:
+        return 0.0
+    return round(100 * SequenceMatcher(None, output, expected).ratio()) / 100
+
+
+def _english_words(text: str) -> list[str]:
+    return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _chinese_word(word: str) -> str:
+    return "".join(word.lower().translate(_CHINESE_PUNCTUATION).split())
+
+
+def _bag_f1(expected: Sequence[str], given: Sequence[str]) -> float:
+    common = Counter(expected) & Counter(given)
+    return f_measure(common.total(), len(expected), len(given))
+
+
+def _sentences(text: str) -> list[list[str]]:
+    # As the package splits: white space of any kind first, and a sentence of nothing but spaces is one word "".
+    return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+
+
+def _common_words(left: Sequence[str], right: Sequence[str]) -> set[str]:
+    """Return the words of one longest common subsequence: the one that leaves words of `right` out first."""
+    table = common_lengths(left, right)
+    row, column = len(left), len(right)
+    words = set()
+    while row and column:
+        if left[row - 1] == right[column - 1]:
+            row, column = row - 1, column - 1
+            words.add(left[row])
+        elif table[row - 1][column] > table[row][column - 1]:
+            row -= 1
+        else:
+            column -= 1
+    return words
+
+
+def _jieba() -> ModuleType:
+    module = require("jieba", extra="chinese", feature="scoring of Chinese text")
+    module.setLogLevel("WARNING")  # else it reports on stderr that it reads its dictionary
+    return module

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.core.errors import ArgumentError, MissingDependencyError
+from longspan.eval.scorers import SCORERS, scorer_named
+
+FIELDS = {"all_classes": ["48213", "a day"], "metric": "contains"}
+NEEDS_JIEBA = ("qa_f1_zh", "rouge_l_summary_zh")
+NUMBERS = ("retrieval", "count", "first_number")
+HERE = sorted(set(SCORERS) - set(NEEDS_JIEBA))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_perfect_output_scores_one(name: str) -> None:
+    """A scorer whose maximum is below 1 makes perfect models look flawed."""
+    assert SCORERS[name].score("48213", "48213", FIELDS) == 1.0
+    assert SCORERS[name].score(["48213", "48213"], "48213", FIELDS) == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(set(HERE) - set(NUMBERS) - {"classification"}))
+@settings(max_examples=30, deadline=None)
+@given(words=st.lists(st.text("abcdxyzABC", min_size=1), min_size=1, max_size=8))
+def test_perfect_sentence_scores_one(name: str, words: list[str]) -> None:
+    """Repeated words, capitals and single letters must not cost a perfect answer anything."""
+    sentence = " ".join([*words, "end."])
+    assert SCORERS[name].score(sentence, sentence, FIELDS) == 1.0
+
+
+@pytest.mark.parametrize("name", HERE)
+@settings(max_examples=60, deadline=None)
+@given(expected=st.text(max_size=30), output=st.text(max_size=60))
+def test_any_text_scores_between_zero_and_one(name: str, expected: str, output: str) -> None:
+    """Empty outputs, lone surrogates and other scripts come out of models; none may end an evaluation."""
+    assert 0.0 <= SCORERS[name].score(expected, output, FIELDS) <= 1.0
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_wrong_output_scores_zero(name: str) -> None:
+    """A scorer that gives points for anything hides a model that finds nothing."""
+    assert SCORERS[name].score("48213", "zzz", FIELDS) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("output", "score"),
+    [(" 48213", 1.0), ("48213\n", 1.0), ("4821", 0.0), ("482130", 0.0), ("48 213", 0.0), ("", 0.0)],
+)
+def test_exact_match_wants_the_whole_value(output: str, score: float) -> None:
+    """A part of the value, or more than the value, is not the value."""
+    assert SCORERS["exact_match"].score("48213", output) == score
+
+
+def test_word_recall_counts_different_words() -> None:
+    """The published rule divides by all words, "a" twice, so that a perfect answer has 0.92."""
+    expected = "eat a sandwich and sit in Dolores Park on a sunny day."
+    assert scorer_named("word_recall").score(expected, f"You should {expected.upper()}") == 1.0
+    assert scorer_named("word_recall").score("a b a c", "a c") == pytest.approx(2 / 3)
+
+
+def test_best_over_answers_and_share_of_parts() -> None:
+    """Several right answers and several wanted parts are told apart by the scorer."""
+    parts = ["48213", "77102", "Blue-Moon"]
+    assert scorer_named("string_match_all").score(parts, "48213 and BLUE-MOON") == pytest.approx(2 / 3)
+    assert scorer_named("string_match_part").score(parts, "it is 77102") == 1.0
+    assert scorer_named("qa_f1").score(["Rome", "the city of Paris"], "Paris city") == 0.8
+
+
+def test_first_number_is_the_answer() -> None:
+    """A later number that happens to be right is not what the model answered."""
+    assert scorer_named("first_number").score("48213", "It is 48213, not 1") == 1.0
+    assert scorer_named("first_number").score("48213", "1. 48213") == 0.0
+
+
+def test_metric_of_the_sample() -> None:
+    """One file holds data sets with different metrics; few-shot answers end at the first line."""
+    score = scorer_named("by_metric").score
+    fields = {"metric": "classification", "all_classes": ["city", "food"]}
+    assert score("city", "\ncity\nType: food", fields) == 0.5
+    assert score("city", "\ncity\nType: food", {**fields, "postprocess": "first_line"}) == 1.0
+    with pytest.raises(ArgumentError, match="'metric'"):
+        score("city", "city")
+    with pytest.raises(ArgumentError, match="'all_classes'"):
+        score("city", "city", {"metric": "classification"})
+
+
+def test_nothing_expected_is_refused() -> None:
+    """A record without an answer has no score; dividing by no parts must not be the message."""
+    with pytest.raises(ArgumentError, match="no expected answer"):
+        scorer_named("string_match_all").score([], "anything")
+
+
+def test_unknown_scorer_lists_the_known_ones() -> None:
+    """A typing mistake must not select another rule."""
+    with pytest.raises(ArgumentError, match="exact_match"):
+        scorer_named("exact")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jieba") is not None, reason="jieba is installed")
+@pytest.mark.parametrize("name", NEEDS_JIEBA)
+def test_missing_package_is_named(name: str) -> None:
+    """A score without word borders would be another metric under the same name."""
+    with pytest.raises(MissingDependencyError, match="longspan\\[chinese\\]"):
+        SCORERS[name].score("a", "a")
