@@ -46,6 +46,8 @@ class Configuration(NamedTuple):
     settings: dict[str, Any]
     same_steps: bool = True
     """Whether its steps are made of the same documents, and documents do not see each other."""
+    returning: bool = False
+    """Whether glibc is told to return every freed block of 1 MiB at once; by itself it keeps what is below 32 MiB."""
 
 
 def _padded(tool: str, count: int) -> Configuration:
@@ -63,6 +65,10 @@ def _checkpointed(other: Configuration) -> Configuration:
     """Every block computed again in the backward pass."""
     settings = other.settings | {"checkpointing": True}
     return other._replace(name=f"{other.name}, checkpointed", settings=settings)
+
+
+def _returning(other: Configuration) -> Configuration:
+    return other._replace(name=f"{other.name}, memory returned", returning=True)
 
 
 OWN = [
@@ -94,11 +100,10 @@ TRL = [
     Configuration("trl", "packing=True, bfd", {"packing": "bfd", "batch": 1}, same_steps=False),
     Configuration("trl", "packing=True, wrapped", {"packing": "wrapped", "batch": 1}, same_steps=False),
 ]
+PACKED = [OWN[0], _checkpointed(OWN[0]), _flat("transformers", 16), _checkpointed(_flat("transformers", 16))]
 MEMORY_CONFIGURATIONS = [
-    OWN[0],
-    _checkpointed(OWN[0]),
-    _flat("transformers", 16),
-    _checkpointed(_flat("transformers", 16)),
+    *PACKED,
+    *(_returning(each) for each in PACKED),
     _padded("transformers", 4),
     _padded("transformers", 1),
     _flat("trl", 16),
@@ -153,6 +158,7 @@ def run(setup: Setup, inputs: Inputs, configuration: Configuration, *, steps: in
         "OMP_NUM_THREADS": str(setup.threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(setup.work / "hf"),
+        **({"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if configuration.returning else {}),
     }
     row = {"tool": configuration.tool, "name": configuration.name, "same_steps": configuration.same_steps}
     try:
