@@ -1,4 +1,4 @@
-"""Conversations as training data: chat templates, token ids, and an exact mask of the assistant's words.
+"""Conversations: chat templates, token ids, an exact mask of the assistant's words, and prompts to be answered.
 
 chat = load_chat_format(load_tokenizer("tokenizer"), "llama-3")
 ids, mask = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from longspan.data.chat.format import ChatFormat, ChatTokens, load_chat_format
 from longspan.data.chat.messages import Message, MessagesError, as_messages, document_messages
+from longspan.data.chat.prompt import ChatPrompt
 from longspan.data.chat.template import shipped_templates
 
 __all__ = [
     "ChatFormat",
+    "ChatPrompt",
     "ChatTokens",
     "Message",
     "MessagesError",

@@ -90,8 +90,10 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid: {error.message}, line {error.lineno}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation; `{% generation %}` blocks stand between private-use marks.
+
+        `add_generation_prompt` has the template write how an answer of the assistant begins.
 
         Raises:
             MessagesError: the template refuses the conversation (`raise_exception`).
@@ -104,7 +106,7 @@ class Template:
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
-                add_generation_prompt=False,
+                add_generation_prompt=add_generation_prompt,
                 **self._special,
             )
         except _RefusedError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from longspan.core.files import read_json
 from longspan.data.tokenizer.cutting import CutRule
 
 Backend = Literal["gigatoken", "hf"]
@@ -103,6 +104,24 @@ class Tokenizer:
     @cached_property
     def _reference(self) -> tokenizers.Tokenizer:
         return self._make_reference()
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether this tokenizer itself, left alone, begins a text with its BOS, as its model was trained.
+
+        `add_bos_token` of its config decides, else what tokenizer.json adds; a bare SentencePiece model with
+        a BOS adds it.
+        """
+        if self.bos_id is None:
+            return False
+        config = self.path.parent / "tokenizer_config.json"
+        content = read_json(config) if config.is_file() else {}
+        stated = content.get("add_bos_token") if isinstance(content, dict) else None
+        if isinstance(stated, bool):
+            return stated
+        if self.path.suffix == ".model" and not config.is_file():
+            return True
+        return self._reference.encode("a", add_special_tokens=True).ids[0] == self.bos_id
 
     @property
     def encodes_in_pieces(self) -> bool:
