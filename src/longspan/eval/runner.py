@@ -283,7 +283,8 @@ def _answered(
             measured["answer_tokens"] = len(answer.nll)
     if unscored is not None:
         return _record(sample, measured, unscored=unscored)
-    score = float(scorer.score(built.expected, answer.text))
+    fields = {**sample.planned.fields, **built.fields}
+    score = float(scorer.score(built.expected, answer.text, fields))
     if not math.isfinite(score):
         return _record(sample, {**measured, "output": answer.text}, unscored=NOT_FINITE)
     return _record(sample, {**measured, "output": answer.text, "score": score}, unscored=None)
