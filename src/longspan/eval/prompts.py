@@ -63,7 +63,7 @@ class PromptForm:
 
     def params(self) -> dict[str, Any]:
         """Return what determines the ids beside tokenizer and text, for the header of records."""
-        begins = self._encode("a")[:1].tolist() == [self.tokenizer.bos_id]
+        begins = self.encode("a")[:1].tolist() == [self.tokenizer.bos_id]
         return {
             "bos": "one BOS" if begins else "no BOS",
             "chat_template": None if self._chat is None else self._chat.fingerprint[:16],
@@ -72,7 +72,7 @@ class PromptForm:
 
     def count(self, prompt: str, *, answer: str | None = None) -> int:
         """Return how many tokens a prompt has, BOS, chat template and answer counted."""
-        return len(self._encode(prompt, "" if answer is None else self._lead(prompt) + answer))
+        return len(self.encode(prompt, "" if answer is None else self._lead(prompt) + answer))
 
     def request(
         self,
@@ -91,10 +91,10 @@ class PromptForm:
         """
         text = prompt if self._chat is None else self._chat.text(prompt)
         if answer is None:
-            ids, answer_ids = self._encode(prompt).astype(np.int64), None
+            ids, answer_ids = self.encode(prompt).astype(np.int64), None
         else:
             lead = self._lead(prompt)
-            whole = self._encode(prompt, lead + answer).astype(np.int64)
+            whole = self.encode(prompt, lead + answer).astype(np.int64)
             count = self._answer_tokens(prompt, lead + answer)
             ids, answer_ids = whole[: len(whole) - count], whole[len(whole) - count :]
         return Request(
@@ -113,13 +113,14 @@ class PromptForm:
     def _answer_tokens(self, prompt: str, answer: str) -> int:
         """Return how many tokens the answer has; looked at on the end of the prompt, which decides it."""
         tail = prompt[-_TAIL_CHARS:]
-        without, together = self._encode(tail), self._encode(tail, answer)
+        without, together = self.encode(tail), self.encode(tail, answer)
         count = len(together) - len(without)
         if count <= 0 or not np.array_equal(together[: len(without)], without):
             raise DataError("this tokenizer joins the end of the question and the answer into one token")
         return count
 
-    def _encode(self, prompt: str, answer: str = "") -> np.ndarray:
+    def encode(self, prompt: str, answer: str = "") -> np.ndarray:
+        """Return the ids of a prompt, and of an answer tokenised together with it `[tokens]`."""
         if self._chat is None:
             ids = self.tokenizer.encode(prompt + answer)
         else:
