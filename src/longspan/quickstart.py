@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -408,7 +409,8 @@ def _evaluate_variant(
     harder: NeedleTask | None,
 ) -> None:
     from longspan.eval.needle_run import run_needle
-    from longspan.eval.ppl_run import run_ppl
+    from longspan.eval.ppl_run import BATCH_TOKENS, run_ppl
+    from longspan.infer.perplexity import token_nll
     from longspan.models.hf import load_model, usable_device
     from longspan.models.identity import model_identity
 
@@ -426,7 +428,8 @@ def _evaluate_variant(
         "note": variant.note,
     }
     run_needle(model, tokenizer, needle, out=records / f"needle-{variant.label}.jsonl", **shared)
-    run_ppl(model, tokenizer, ppl, out=records / f"ppl-{variant.label}.jsonl", **shared)
+    measure = partial(token_nll, model, batch_tokens=BATCH_TOKENS)
+    run_ppl(measure, tokenizer, ppl, out=records / f"ppl-{variant.label}.jsonl", **shared)
     if beyond is not None:
         run_needle(model, tokenizer, beyond, out=records / f"needle_beyond-{variant.label}.jsonl", **shared)
     if harder is not None:

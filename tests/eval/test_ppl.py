@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
-from longspan.eval.ppl import PplTask, bucket_sums, bucket_width, perplexities, plan_windows
+from longspan.eval.ppl import PplTask, bucket_sums, perplexities, plan_windows
 
 Documents = list[HeldOutDocument]
 
@@ -18,7 +18,7 @@ Documents = list[HeldOutDocument]
 def test_all_lengths_read_the_same_text(documents: Documents, tokenizer: Tokenizer) -> None:
     """Short windows from other documents than long ones would compare texts, not lengths."""
     task = PplTask(lengths=(64, 256, 128), num_spans=3)
-    windows = plan_windows(task, documents, tokenizer)
+    windows = plan_windows(task, documents, tokenizer).windows
     texts: dict[tuple[str, int], list[int]] = {}
     for window in windows:
         assert len(window.ids) == window.length
@@ -31,7 +31,7 @@ def test_all_lengths_read_the_same_text(documents: Documents, tokenizer: Tokeniz
 def test_windows_are_parts_of_their_documents(documents: Documents, tokenizer: Tokenizer) -> None:
     """A window that ran over a document border would be harder than the text is."""
     tokens = {document.id: tokenizer.encode(document.text) for document in documents}
-    windows = plan_windows(PplTask(lengths=(100, 333), num_spans=4), documents, tokenizer)
+    windows = plan_windows(PplTask(lengths=(100, 333), num_spans=4), documents, tokenizer).windows
     for window in windows:
         assert np.array_equal(
             window.ids, tokens[window.document][window.start : window.start + window.length]
@@ -44,7 +44,7 @@ def test_choice_of_spans_follows_the_seed(documents: Documents, tokenizer: Token
     """Two runs of one setting see the same text; another seed sees other text."""
 
     def places(seed: int) -> list[tuple[str, int]]:
-        windows = plan_windows(PplTask(lengths=(128,), num_spans=5, seed=seed), documents, tokenizer)
+        windows = plan_windows(PplTask(lengths=(128,), num_spans=5, seed=seed), documents, tokenizer).windows
         return [(window.document, window.start) for window in windows]
 
     assert places(1) == places(1) != places(2)
@@ -53,7 +53,7 @@ def test_choice_of_spans_follows_the_seed(documents: Documents, tokenizer: Token
 def test_source_without_long_documents_is_named(documents: Documents, tokenizer: Tokenizer) -> None:
     """A source that is left out silently looks like a source that was measured."""
     short = HeldOutDocument("short", "A line.\n", "chat")
-    windows = plan_windows(PplTask(lengths=(128, 256)), [*documents, short], tokenizer)
+    windows = plan_windows(PplTask(lengths=(128, 256)), [*documents, short], tokenizer).windows
     reasons = [(window.length, window.reason) for window in windows if window.source == "chat"]
     found = len(tokenizer.encode(short.text))
     reason = f"no document of 256 tokens or more; the longest has {found}"
@@ -78,8 +78,6 @@ def test_buckets_hold_the_position_they_say() -> None:
         {"start": 2, "end": 4, "tokens": 2, "nll": 5.0},
         {"start": 4, "end": 5, "tokens": 1, "nll": 4.0},
     ]
-    assert bucket_width(PplTask(lengths=(2048, 256))) == 128
-    assert bucket_width(PplTask(lengths=(5,))) == 1
 
 
 @settings(max_examples=50, deadline=None)

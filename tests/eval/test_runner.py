@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from longspan.eval.documents import HeldOutDocument
 from longspan.eval.needle import NeedleBuilder, NeedleTask
 from longspan.eval.ppl import PplTask
 from longspan.eval.records import read_records
+from longspan.infer.perplexity import token_nll
 from longspan.infer.score import ScoreRequest, ScoreResult
 
 TASK = NeedleTask(lengths=(160, 320), depths=(0.0, 0.5, 1.0), samples=2, seed=5)
@@ -198,7 +200,9 @@ def test_perplexity_equals_brute_force(
         "model_info": model_info,
         "out": records,
     }
-    summary = ppl_run.run_ppl(model, tokenizer, task, batch_tokens=500, **settings)
+    summary = ppl_run.run_ppl(
+        partial(token_nll, model, batch_tokens=500), tokenizer, task, batch_tokens=500, **settings
+    )
     tokens = {document.id: tokenizer.encode(document.text) for document in documents}
     total: dict[tuple[str, int], list[float]] = {}
     found = read_records(records)
@@ -246,14 +250,15 @@ def test_ppl_goes_on_after_a_kill_and_names_what_it_lacks(
     short = HeldOutDocument("short", "A line.\n", "chat")
     settings: dict[str, Any] = {"documents": [*documents, short], "label": "after", "model_info": model_info}
     task = PplTask(lengths=(64, 128), num_spans=1)
-    summary = ppl_run.run_ppl(model, tokenizer, task, out=records, **settings)
+    measure = partial(token_nll, model, batch_tokens=500)
+    summary = ppl_run.run_ppl(measure, tokenizer, task, out=records, **settings)
     assert (summary["samples"], summary["scored"]) == (8, 6)
     assert list(summary["unscored"].values()) == [2]
     expected = sorted(lines_of(records))
     whole = records.read_bytes()
     for cut in (len(whole) // 3, len(whole) // 2, len(whole) - 5):
         records.write_bytes(whole[:cut])
-        ppl_run.run_ppl(model, tokenizer, task, out=records, **settings)
+        ppl_run.run_ppl(measure, tokenizer, task, out=records, **settings)
         assert sorted(lines_of(records)) == expected
 
 

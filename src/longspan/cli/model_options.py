@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_
 import typer
 
 if TYPE_CHECKING:
-    from longspan.data.chat import ChatFormat
     from longspan.data.tokenizer import Tokenizer
     from longspan.infer.opening import Source
     from longspan.infer.requests import Answerer
@@ -94,8 +93,6 @@ class AskedModel(NamedTuple):
     tokenizer: Tokenizer
     label: str
     """Name in reports, part of file names."""
-    chat: ChatFormat | None
-    """How questions are put as a chat; None: as plain text."""
 
     def records(self, out: Path, task: str) -> Path:
         """Return the file that the records of a task go to."""
@@ -146,7 +143,6 @@ def opened(options: ModelOptions) -> Iterator[AskedModel]:
 
     tokenizer = find_tokenizer(options)
     label = label_of(options)
-    chat = find_chat(options, tokenizer)
     answerer = open_answerer(
         options.model if options.is_remote else find_source(options),
         tokenizer=tokenizer,
@@ -159,7 +155,7 @@ def opened(options: ModelOptions) -> Iterator[AskedModel]:
         base_url=options.base_url,
     )
     try:
-        yield AskedModel(answerer, tokenizer, label, chat)
+        yield AskedModel(answerer, tokenizer, label)
     finally:
         answerer.close()
 
@@ -195,15 +191,6 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise DataError(f"{path} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
     return load_tokenizer(options.model)
-
-
-def find_chat(options: ModelOptions, tokenizer: Tokenizer) -> ChatFormat | None:
-    """Return how questions are put as a chat; None: as plain text."""
-    if options.chat_template is None:
-        return None
-    from longspan.data.chat import load_chat_format
-
-    return load_chat_format(tokenizer, None if options.chat_template == "own" else options.chat_template)
 
 
 def label_of(options: ModelOptions) -> str:

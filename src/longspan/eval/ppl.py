@@ -1,135 +1,286 @@
 """Perplexity of held-out text by context length and by position in the context.
 
-Spans of exactly the longest length are cut from documents that are at least that long. For each shorter
-length the same spans are cut into windows of that length, so all lengths are measured on the same text, save
-for the rest of a span that fills no window (1536 of 2048 leaves 512 out). No begin- or end-of-text token is
-added: the first token of a window is context only and has no loss.
+Four ways to cut documents into windows of `length` tokens:
+
+    spans      spans of exactly the longest length, cut into windows of each length: all lengths are measured on
+               the same text, save for the rest of a span that fills no window (1536 of 2048 leaves 512 out)
+    sliding    whole documents, each window `stride` tokens further; what an earlier window measured is context
+    truncate   the first `length` tokens of each document
+    full       each document in one window, whatever its length
+
+Every token is measured at most once for each length. Without a begin-of-text token the first token of a document,
+and in `spans` and `truncate` of a window, is context only and has no loss; with one, it stands at the start of every
+window, counts towards its length, and the first token of the text is predicted from it. For 10 tokens, windows of 4:
+
+    sliding, stride 2        0 1 2 3 | 2 3 4 5 | 4 5 6 7 | 6 7 8 9     measured: 1 2 3 | 4 5 | 6 7 | 8 9
+    sliding, stride 4        0 1 2 3 | 3 4 5 6 | 6 7 8 9               measured: 1 2 3 | 4 5 6 | 7 8 9
+    the same with BOS        B 0 1 2 | B 3 4 5 | B 6 7 8 | B 9         measured: all
+
+A stride of the whole length leaves no room for context, so a window then begins with the last token of the one
+before: none is skipped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from longspan.core.config import Config
-from longspan.core.errors import DataError
+from longspan.core.errors import ArgumentError, DataError
 from longspan.core.seeds import rng
+from longspan.data.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.needle import lengths_from, refuse_repeats
+from longspan.eval.ppl_documents import PplDocument, ppl_documents
 
 WINDOWING_VERSION = 1
 """Raised whenever the same settings would cut other windows."""
+
+Cut = Literal["spans", "sliding", "truncate", "full"]
+Bos = Literal["auto", "always", "never"]
 
 
 class PplTask(Config):
     """Settings of a perplexity evaluation."""
 
-    lengths: tuple[int, ...]
-    """Window lengths in tokens, each at least 2 (`4k` = 4096). The longest gives the curve by position."""
+    lengths: tuple[int, ...] = ()
+    """Window lengths in tokens, each at least 2 (`4k` = 4096); none for `full`. The longest gives the curve by
+    position."""
     num_spans: pydantic.PositiveInt = 16
-    """Spans of the longest length per source (fewer when the documents hold fewer)."""
+    """Of `spans`: spans of the longest length per source (fewer when the documents hold fewer)."""
     num_buckets: pydantic.PositiveInt = 16
     """Position buckets of equal width that the longest length is divided into."""
     seed: int = 0
-    """Seed of the choice of spans."""
+    """Seed of the choice of documents and spans."""
     split: str = "test"
     """Name of the share of the documents that the windows are cut from."""
+    cut: Cut = "spans"
+    """How documents are cut into windows; see the module."""
+    stride: pydantic.PositiveInt | None = None
+    """Of `sliding`: tokens from one window to the next, at most the shortest length."""
+    num_documents: pydantic.PositiveInt | None = None
+    """Documents of each source, drawn by the seed; None = all."""
+    min_tokens: pydantic.NonNegativeInt = 0
+    """Documents with fewer tokens are left out."""
+    max_tokens: pydantic.PositiveInt | None = None
+    """Documents with more tokens are left out."""
+    bos: Bos = "auto"
+    """Whether windows begin with the begin-of-text token; auto = where the tokenizer's own settings add it."""
 
     _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
-    _no_repeats = pydantic.field_validator("lengths")(refuse_repeats)
 
     @pydantic.field_validator("lengths")
     @classmethod
     def _something_to_predict(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        if not lengths:
+            return lengths
+        refuse_repeats(lengths)
         if min(lengths) < 2:
             raise ValueError("a window has at least 2 tokens, one of them to be predicted")
         return lengths
 
+    @pydantic.model_validator(mode="after")
+    def _settings_fit_the_cut(self) -> PplTask:
+        if (self.cut == "full") == bool(self.lengths):
+            raise ValueError(
+                "whole documents have lengths of their own"
+                if self.lengths
+                else f"windows need lengths (cut: {self.cut})"
+            )
+        if (self.stride is not None) != (self.cut == "sliding"):
+            raise ValueError("a stride is for sliding windows, and they need one")
+        if self.stride is not None and self.stride > min(self.lengths):
+            raise ValueError(
+                f"a stride of {self.stride} would skip tokens between windows of {min(self.lengths)}"
+            )
+        return self
+
+    def params(self) -> dict[str, Any]:
+        """Return the settings for the header, those of this module's later ways only where they are used."""
+        later = ("cut", "stride", "num_documents", "min_tokens", "max_tokens")
+        unused = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in self.to_dict().items() if name not in {*unused, "bos"}}
+
 
 class PplWindow(NamedTuple):
-    """`length` tokens of a document; `reason` says why a source has none."""
+    """A window of at most `length` tokens of a document; `reason` says why a source has none."""
 
     source: str
     document: str
     start: int
+    """Its first token in the document."""
     length: int
-    ids: np.ndarray
+    """Of the grid; the last window of a document may be shorter."""
+    ids: NDArray[Any]
+    """What the model reads, with the begin-of-text token if there is one."""
+    scored: int = 0
+    """How many of the last `ids` are measured."""
     reason: str | None = None
 
 
-def plan_windows(
-    task: PplTask, documents: Sequence[HeldOutDocument], tokenizer: Tokenizer
-) -> list[PplWindow]:
-    """Choose the spans and cut them into windows of every length.
+class WindowPlan(NamedTuple):
+    """All windows of a task."""
 
-    A source without a document of the longest length gets one window without tokens per length, with the
-    reason. Cost: every document is tokenised once.
+    windows: list[PplWindow]
+    width: int
+    """Tokens in a position bucket."""
+    first_token: str
+    """What becomes of the first token, for the header."""
+
+
+def bos_of(task: PplTask, tokenizer: Tokenizer) -> int | None:
+    """Return the begin-of-text token that windows begin with; None: without.
 
     Raises:
-        DataError: no source has a document of the longest length.
+        ArgumentError: it is asked for and the tokenizer has none.
     """
-    longest = max(task.lengths)
-    by_source: dict[str, list[HeldOutDocument]] = {}
-    for document in documents:
+    if task.bos == "never" or (task.bos == "auto" and not tokenizer.adds_bos):
+        return None
+    if tokenizer.bos_id is None:
+        raise ArgumentError(
+            f"the tokenizer {tokenizer.path} has no begin-of-text token", fix="leave it out: bos never"
+        )
+    return tokenizer.bos_id
+
+
+def plan_windows(
+    task: PplTask, documents: Sequence[HeldOutDocument] | TokenDocuments, tokenizer: Tokenizer
+) -> WindowPlan:
+    """Choose the documents and cut them into windows of every length.
+
+    A source without a document that is long enough gets one window without tokens per length, with the
+    reason. Cost: every text is tokenised once; of tokenised documents those chosen are read.
+
+    Raises:
+        DataError: no source has a document that is long enough, or the documents have another tokenizer.
+        ArgumentError: a begin-of-text token is asked for and the tokenizer has none.
+    """
+    bos = bos_of(task, tokenizer)
+    by_source: dict[str, list[PplDocument]] = {}
+    for document in ppl_documents(documents, tokenizer):
         by_source.setdefault(document.source, []).append(document)
-    windows: list[PplWindow] = []
-    longest_found = 0
-    for source in sorted(by_source):
-        tokens = tokenizer.encode_batch([document.text for document in by_source[source]])
-        spans = [
-            (index, start)
-            for index, ids in enumerate(tokens)
-            for start in range(0, len(ids) - longest + 1, longest)
-        ]
-        found = max(len(ids) for ids in tokens)
-        longest_found = max(longest_found, found)
-        if not spans:
-            reason = f"no document of {longest} tokens or more; the longest has {found}"
-            windows += [
-                PplWindow(source, "", 0, length, np.empty(0, dtype=np.uint32), reason)
-                for length in task.lengths
-            ]
-            continue
-        chosen = rng(task.seed, "ppl", source).permutation(len(spans))[: task.num_spans]
-        for index, span_start in (spans[number] for number in sorted(chosen)):
-            name, ids = by_source[source][index].id, tokens[index]
-            windows += [
-                PplWindow(source, name, start, length, ids[start : start + length])
-                for length in task.lengths
-                for start in range(span_start, span_start + longest - length + 1, length)
-            ]
-    if all(window.reason for window in windows):
+    cutter = _Cutter(task, bos)
+    chosen = {source: cutter.choose(source, found) for source, found in sorted(by_source.items())}
+    everything = [document for found in chosen.values() for document in found]
+    if not everything:
+        longest = max(document.num_tokens for found in by_source.values() for document in found)
         raise DataError(
-            "no held-out document is as long as the longest window",
-            found=f"the longest has {longest_found:,} tokens",
-            allowed=f"at least one of {longest:,} tokens",
+            "no held-out document is as long as the longest window"
+            if task.cut == "spans"
+            else "no held-out document has as many tokens as asked for",
+            found=f"the longest has {longest:,} tokens",
+            allowed=cutter.wanted,
             fix="give longer held-out documents or leave out the longest lengths",
         )
-    return windows
+    lengths = task.lengths or (max(document.num_tokens for document in everything) + cutter.frame,)
+    windows: list[PplWindow] = []
+    for source, found in chosen.items():
+        if found:
+            windows += cutter.windows(source, found, lengths)
+        else:
+            most = max(document.num_tokens for document in by_source[source])
+            reason = f"no document of {cutter.wanted}; the longest has {most}"
+            windows += [
+                PplWindow(source, "", 0, length, np.empty(0, np.uint32), 0, reason) for length in lengths
+            ]
+    width = max(1, math.ceil(max(lengths) / task.num_buckets))
+    return WindowPlan(windows, width, cutter.first_token)
 
 
-def bucket_sums(nll: np.ndarray, *, length: int, width: int) -> list[dict[str, Any]]:
-    """Sum the losses of one window by position, in buckets of `width` positions.
+class _Cutter:
+    """Chooses documents of a source and cuts them; `frame` is 1 where a begin-of-text token is put in front."""
+
+    def __init__(self, task: PplTask, bos: int | None) -> None:
+        self._task, self._bos = task, bos
+        self.frame = 0 if bos is None else 1
+        # Without a token in front, the first token of the text is not predicted: at least two are needed.
+        shortest = max(task.lengths) - self.frame if task.cut == "spans" else 2 - self.frame
+        self._least = max(shortest, task.min_tokens)
+        most = "or more" if task.max_tokens is None else f"to {task.max_tokens}"
+        self.wanted = f"{self._least} tokens {most}"
+        self.first_token = (
+            "context only, no begin-of-text token"
+            if bos is None
+            else f"predicted from the begin-of-text token {bos}, which counts towards the length"
+        )
+
+    def choose(self, source: str, documents: Sequence[PplDocument]) -> list[PplDocument]:
+        """Return the documents that are long enough, or as many of them as are asked for, in their order."""
+        task = self._task
+        most = math.inf if task.max_tokens is None else task.max_tokens
+        fitting = [document for document in documents if self._least <= document.num_tokens <= most]
+        if task.num_documents is None:
+            return fitting
+        drawn = rng(task.seed, "ppl documents", source).permutation(len(fitting))[: task.num_documents]
+        return [fitting[number] for number in sorted(drawn)]
+
+    def windows(
+        self, source: str, documents: Sequence[PplDocument], lengths: Sequence[int]
+    ) -> Iterator[PplWindow]:
+        """Yield the windows of a source."""
+        if self._task.cut == "spans":
+            yield from self._spans(source, documents, lengths)
+            return
+        for document in documents:
+            ids = document.ids()
+            for length in lengths:
+                room, advance = length - self.frame, min(self._task.stride or length, length - 1)
+                measured = 1 - self.frame  # tokens of the document before this one are done with
+                for start in range(0, len(ids), advance if self._task.cut == "sliding" else len(ids)):
+                    end = min(start + room, len(ids))
+                    if end > measured:
+                        yield self._window(document, ids, start, end, length, scored=end - measured)
+                        measured = end
+
+    def _spans(
+        self, source: str, documents: Sequence[PplDocument], lengths: Sequence[int]
+    ) -> Iterator[PplWindow]:
+        longest = max(lengths) - self.frame
+        spans = [
+            (index, start)
+            for index, document in enumerate(documents)
+            for start in range(0, document.num_tokens - longest + 1, longest)
+        ]
+        chosen = rng(self._task.seed, "ppl", source).permutation(len(spans))[: self._task.num_spans]
+        for index, span_start in (spans[number] for number in sorted(chosen)):
+            ids = documents[index].ids()
+            for length in lengths:
+                room = length - self.frame
+                for start in range(span_start, span_start + longest - room + 1, room):
+                    yield self._window(documents[index], ids, start, start + room, length, scored=length - 1)
+
+    def _window(
+        self, document: PplDocument, ids: NDArray[Any], start: int, end: int, length: int, *, scored: int
+    ) -> PplWindow:
+        part = ids[start:end]
+        if self._bos is not None:
+            part = np.concatenate([np.array([self._bos], part.dtype), part])
+        return PplWindow(document.source, document.id, start, length, part, scored)
+
+
+def bucket_sums(
+    nll: NDArray[Any], *, length: int, width: int, scored: int | None = None
+) -> list[dict[str, Any]]:
+    """Sum the losses of one window by position, in buckets of `width` positions of `length`.
 
     `nll[i]` belongs to position i + 1, as position 0 is not predicted: a window of 5 tokens with width 4 has
-    buckets 0-4 (3 tokens) and 4-5 (1 token).
+    buckets 0-4 (3 tokens) and 4-5 (1 token). Of `nll` the last `scored` count (None: all); buckets without such
+    are left out.
     """
+    first = len(nll) + 1 - (len(nll) if scored is None else scored)
     buckets = []
-    for start in range(0, length, width):
+    for start in range(first // width * width, len(nll) + 1, width):
+        part = nll[max(first, start) - 1 : start + width - 1].astype(np.float64)
         end = min(start + width, length)
-        part = nll[max(0, start - 1) : end - 1].astype(np.float64)
-        buckets.append({"start": start, "end": end, "tokens": len(part), "nll": math.fsum(part)})
+        if len(part):
+            buckets.append({"start": start, "end": end, "tokens": len(part), "nll": math.fsum(part)})
     return buckets
-
-
-def bucket_width(task: PplTask) -> int:
-    """Return the width of a position bucket in tokens."""
-    return max(1, math.ceil(max(task.lengths) / task.num_buckets))
 
 
 def perplexities(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

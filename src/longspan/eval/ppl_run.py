@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
 
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
+from longspan.data.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import ppl
-from longspan.eval.documents import HeldOutDocument, describe_documents
+from longspan.eval.documents import HeldOutDocument
+from longspan.eval.ppl_documents import describe
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.runner import NOT_FINITE, summarise_records
 from longspan.infer.packed import plan_batches
-from longspan.infer.perplexity import token_nll
 
 BATCH_TOKENS = 16_384
+
+Measure = Callable[[Sequence[NDArray[Any]]], Sequence[NDArray[np.float32]]]
+"""From windows of n token ids to the n - 1 losses of each, in nats."""
 
 _log = get_logger("eval")
 
@@ -28,15 +32,15 @@ _log = get_logger("eval")
 class _Planned(NamedTuple):
     id: str
     tokens: int
-    item: Any
+    window: ppl.PplWindow
 
 
 def run_ppl(
-    model: PreTrainedModel,
+    measure: Measure,
     tokenizer: Tokenizer,
     task: ppl.PplTask,
     *,
-    documents: Sequence[HeldOutDocument],
+    documents: Sequence[HeldOutDocument] | TokenDocuments,
     label: str,
     out: str | Path,
     model_info: Mapping[str, Any],
@@ -45,8 +49,13 @@ def run_ppl(
 ) -> dict[str, Any]:
     """Evaluate perplexity by length and position; write records to `out`, return a summary.
 
-    `model_info` holds path, fingerprint, rope and trained_length for the header; other arguments are those of
-    `run_task`.
+    Args:
+        measure: gives the losses of windows, `infer.perplexity.token_nll` of a model say.
+        documents: texts, or documents in the ids of this tokenizer.
+        model_info: path, fingerprint, rope and trained_length for the header.
+        batch_tokens: tokens that are measured, and recorded, at a time.
+
+    Other arguments are those of `run_task`.
 
     Returns:
         samples, scored, unscored (reason -> count), `by_length` with one row per source and length
@@ -56,6 +65,7 @@ def run_ppl(
         ConfigError: `out` holds an evaluation with other settings.
         DataError: no document is as long as the longest length.
     """
+    windows, width, first_token = ppl.plan_windows(task, documents, tokenizer)
     header = make_header(
         "ppl",
         label,
@@ -64,24 +74,23 @@ def run_ppl(
         tokenizer=tokenizer.fingerprint,
         seed=task.seed,
         params={
-            **task.to_dict(),
-            "documents": describe_documents(documents),
+            **task.params(),
+            "documents": describe(documents),
             "windowing_version": ppl.WINDOWING_VERSION,
-            "first_token": "context only, no begin-of-text token",
+            "first_token": first_token,
         },
     )
     plan = [
         _Planned(
             sample_id(header, window.source, window.document, window.start, window.length),
-            window.length,
+            max(1, len(window.ids)),
             window,
         )
-        for window in ppl.plan_windows(task, documents, tokenizer)
+        for window in windows
     ]
-    width = ppl.bucket_width(task)
 
     def evaluate(batch: Sequence[_Planned]) -> list[dict[str, Any]]:
-        return _ppl_records(model, batch, width=width, batch_tokens=batch_tokens)
+        return _ppl_records(measure, batch, width=width)
 
     samples, rate = _run(
         plan, evaluate, title=f"ppl {label}", header=header, out=out, batch_tokens=batch_tokens
@@ -118,19 +127,16 @@ def _run(
     return records, len(missing) / seconds if seconds > 0 else 0.0
 
 
-def _ppl_records(
-    model: PreTrainedModel, batch: Sequence[_Planned], *, width: int, batch_tokens: int
-) -> list[dict[str, Any]]:
-    windows: list[ppl.PplWindow] = [planned.item for planned in batch]
-    runnable = [window.ids for window in windows if window.reason is None]
-    losses = iter(token_nll(model, runnable, batch_tokens=batch_tokens))
+def _ppl_records(measure: Measure, batch: Sequence[_Planned], *, width: int) -> list[dict[str, Any]]:
+    windows = [planned.window for planned in batch]
+    losses = iter(measure([window.ids for window in windows if window.reason is None]))
     records = []
     for planned, window in zip(batch, windows):
         reason, buckets = window.reason, []
         if reason is None:
             nll = next(losses)
-            if np.isfinite(nll).all():
-                buckets = ppl.bucket_sums(nll, length=window.length, width=width)
+            if np.isfinite(nll[len(nll) - window.scored :]).all():
+                buckets = ppl.bucket_sums(nll, length=window.length, width=width, scored=window.scored)
             else:
                 reason = NOT_FINITE
         records.append(
