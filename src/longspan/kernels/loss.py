@@ -12,13 +12,24 @@ Shape legend: T = tokens, C = tokens of a chunk, V = vocabulary, D = model dimen
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from longspan.core.errors import ArgumentError, RunError
 
-__all__ = ["IGNORE_LABEL", "LossSum", "linear_cross_entropy", "reference_linear_cross_entropy"]
+__all__ = [
+    "IGNORE_LABEL",
+    "LossSum",
+    "TokenLosses",
+    "cached_blocks",
+    "check_linear_loss",
+    "chunked_linear_loss",
+    "linear_cross_entropy",
+    "product",
+    "reference_linear_cross_entropy",
+]
 
 IGNORE_LABEL = -100
 """Label of a token that has no loss."""
@@ -37,6 +48,22 @@ class LossSum(NamedTuple):
     """Scalar, fp32 (fp64 for fp64 inputs): sum over tokens of weight * nll, in nats; differentiable."""
     per_token_nll: torch.Tensor
     """[T], same dtype, detached: unweighted nll in nats, 0 where the label is ignored."""
+    per_token_kl: torch.Tensor | None = None
+    """[T], same dtype, detached: divergence from a teacher (`kernels.distill`), 0 where there is none; else None."""
+
+
+class TokenLosses(NamedTuple):
+    """What a chunk of logits comes to, each [C]."""
+
+    loss: torch.Tensor
+    """What is summed."""
+    nll: torch.Tensor
+    kl: torch.Tensor | None = None
+
+
+ToGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, bool], TokenLosses]
+"""Takes the logits [C, V] of a chunk, the places of its tokens [C] and the weights of their losses [C]; if the last is
+true, puts the gradient of the weighted loss in the place of the logits."""
 
 
 def linear_cross_entropy(
@@ -64,16 +91,39 @@ def linear_cross_entropy(
         ArgumentError: shapes that do not fit, or a label outside the vocabulary.
         RunError: `backward` is called twice on one result; the gradients are handed over, not kept.
     """
-    _check(hidden, weight, labels, loss_weights, chunk_tokens)
+    check_linear_loss(hidden, weight, labels, loss_weights, chunk_tokens)
+
+    def to_gradient(
+        logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
+    ) -> TokenLosses:
+        nll_c = _to_gradient(logits_cv, labels[index], factor_c, wanted=wanted)
+        return TokenLosses(nll_c, nll_c)
+
+    return chunked_linear_loss(
+        hidden, weight, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
+    )
+
+
+def chunked_linear_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    to_gradient: ToGradient,
+    *,
+    loss_weights: torch.Tensor | None,
+    chunk_tokens: int | None,
+) -> LossSum:
+    """Return the sum of a loss that `to_gradient` finds in the logits of each chunk; see `linear_cross_entropy`."""
     grad_hidden = torch.is_grad_enabled() and hidden.requires_grad
     grad_weight = torch.is_grad_enabled() and weight.requires_grad
     if chunk_tokens is None:
         item = torch.promote_types(hidden.dtype, torch.float32).itemsize
         chunk_tokens = max(16, LOGITS_BUDGET_BYTES // (item * weight.shape[0]))
-    loss, nll = _LinearCrossEntropy.apply(
-        hidden, weight, labels, loss_weights, chunk_tokens, grad_hidden, grad_weight
+    return LossSum(
+        *_ChunkedLinearLoss.apply(
+            hidden, weight, labels, loss_weights, chunk_tokens, grad_hidden, grad_weight, to_gradient
+        )
     )
-    return LossSum(loss, nll)
 
 
 def reference_linear_cross_entropy(
@@ -88,7 +138,7 @@ def reference_linear_cross_entropy(
 
     `chunk_tokens` is accepted for the shared signature and has no effect here.
     """
-    _check(hidden, weight, labels, loss_weights, chunk_tokens)
+    check_linear_loss(hidden, weight, labels, loss_weights, chunk_tokens)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits_tv = hidden.to(dtype) @ weight.to(dtype).T
     nll = torch.nn.functional.cross_entropy(logits_tv, labels, ignore_index=IGNORE_LABEL, reduction="none")
@@ -97,13 +147,14 @@ def reference_linear_cross_entropy(
     return LossSum(weighted.masked_fill(labels == IGNORE_LABEL, 0.0).sum(), nll.detach())
 
 
-def _check(
+def check_linear_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     loss_weights: torch.Tensor | None,
     chunk_tokens: int | None,
 ) -> None:
+    """Raise ArgumentError for what `linear_cross_entropy` refuses."""
     tokens = hidden.shape[:1]
     fits = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == tokens
     if not fits or (loss_weights is not None and loss_weights.shape != tokens):
@@ -127,7 +178,7 @@ def _check(
             )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _ChunkedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -138,13 +189,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         grad_hidden: bool,
         grad_weight: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        to_gradient: ToGradient,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         device = hidden.device
         # Lower precisions keep their fast products on an accelerator; on CPU everything becomes fp32.
         factor_dtype = dtype if device.type == "cpu" else hidden.dtype
         weight_vd = weight.to(factor_dtype)
         nll = torch.zeros(hidden.shape[0], dtype=dtype, device=device)
+        kl: torch.Tensor | None = None
         total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else dtype, device=device)
         dhidden = torch.zeros_like(hidden) if grad_hidden else None
         # Tokens without a label cost nothing: only the others are gathered into chunks.
@@ -158,11 +211,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer_cv = torch.empty(chunk_tokens, weight.shape[0], dtype=dtype, device=device)
         for index in with_label.split(chunk_tokens):
             hidden_cd = hidden[index].to(factor_dtype)
-            logits_cv = _product(hidden_cd, weight_vd.T, out=buffer_cv[: len(index)])
+            logits_cv = product(hidden_cd, weight_vd.T, out=buffer_cv[: len(index)])
             factor_c = None if loss_weights is None else loss_weights[index].to(dtype)
-            nll_c = _to_gradient(logits_cv, labels[index], factor_c, wanted=grad_hidden or grad_weight)
-            nll[index] = nll_c
-            total += (nll_c if factor_c is None else nll_c * factor_c).sum(dtype=total.dtype)
+            found = to_gradient(logits_cv, index, factor_c, grad_hidden or grad_weight)
+            nll[index] = found.nll
+            if found.kl is not None:
+                kl = torch.zeros_like(nll) if kl is None else kl
+                kl[index] = found.kl
+            total += (found.loss if factor_c is None else found.loss * factor_c).sum(dtype=total.dtype)
             if dhidden is None and dweight is None:
                 continue
             dlogits_cv = logits_cv.to(factor_dtype)
@@ -177,8 +233,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = (dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         loss = total.to(dtype)
-        ctx.mark_non_differentiable(nll)
-        return loss, nll
+        ctx.mark_non_differentiable(*(nll,) if kl is None else (nll, kl))
+        return loss, nll, kl
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -193,20 +249,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = dhidden.mul_(grad.to(dhidden.dtype))
         if dweight is not None:
             dweight = dweight.mul_(grad).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None, None
 
 
 def _to_gradient(
     logits_cv: torch.Tensor, label_c: torch.Tensor, factor_c: torch.Tensor | None, *, wanted: bool
 ) -> torch.Tensor:
     """Return the nll of each token; if wanted, the gradient of its loss takes the place of the logits."""
-    rows = len(logits_cv)
-    if logits_cv.device.type == "cpu":
-        row_bytes = logits_cv.element_size() * logits_cv.shape[1]
-        rows = max(1, CACHED_BYTES * torch.get_num_threads() // row_bytes)
     nll_c = logits_cv.new_empty(len(logits_cv))
-    for start in range(0, len(logits_cv), rows):
-        part = slice(start, start + rows)
+    for part in cached_blocks(logits_cv):
         block_cv, block_label_c = logits_cv[part], label_c[part, None]
         label_logit_c = block_cv.gather(1, block_label_c).squeeze(1)
         top_c = block_cv.amax(1)
@@ -221,7 +272,17 @@ def _to_gradient(
     return nll_c
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+def cached_blocks(logits_cv: torch.Tensor) -> Iterator[slice]:
+    """Yield the rows of logits that stay in cache between passes over them: on a GPU all at once."""
+    rows = max(1, len(logits_cv))
+    if logits_cv.device.type == "cpu":
+        row_bytes = logits_cv.element_size() * logits_cv.shape[1]
+        rows = max(1, CACHED_BYTES * torch.get_num_threads() // row_bytes)
+    for start in range(0, len(logits_cv), rows):
+        yield slice(start, start + rows)
+
+
+def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """Write a @ b into `out` without rounding it to the dtype of the factors on the way."""
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
