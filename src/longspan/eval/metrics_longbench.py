@@ -52,7 +52,7 @@ def qa_f1_zh(expected: str, output: str) -> float:
         MissingDependencyError: jieba, which finds the words, is not installed.
     """
     left, right = (
-        [word for word in map(_chinese_word, _jieba().cut(text, cut_all=False)) if word]
+        [word for word in map(without_chinese_punctuation, _jieba().cut(text, cut_all=False)) if word]
         for text in (expected, output)
     )
     return _bag_f1(left, right)
@@ -133,8 +133,9 @@ def _english_words(text: str) -> list[str]:
     return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def _chinese_word(word: str) -> str:
-    return "".join(word.lower().translate(_CHINESE_PUNCTUATION).split())
+def without_chinese_punctuation(text: str) -> str:
+    """Return a text in lower case without white space and punctuation, Chinese and other."""
+    return "".join(text.lower().translate(_CHINESE_PUNCTUATION).split())
 
 
 def _bag_f1(expected: Sequence[str], given: Sequence[str]) -> float:

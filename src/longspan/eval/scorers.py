@@ -18,6 +18,8 @@ from typing import Any
 
 from longspan.core.errors import ArgumentError
 from longspan.eval import metrics
+from longspan.eval import metrics_helmet as helmet
+from longspan.eval import metrics_infinitebench as infinitebench
 from longspan.eval import metrics_longbench as longbench
 
 Rule = Callable[[Sequence[str], str, Mapping[str, Any]], float]
@@ -57,6 +59,14 @@ def _best(metric: Callable[[str, str], float]) -> Rule:
 
 def _share(metric: Callable[[str, str], float]) -> Rule:
     return lambda expected, output, fields: sum(metric(each, output) for each in expected) / len(expected)
+
+
+def _all(metric: Callable[[Sequence[str], str], float]) -> Rule:
+    return lambda expected, output, fields: metric(expected, output)
+
+
+def _labelled(metric: Callable[[str, str], float], *, parsed_only: bool = False) -> Rule:
+    return partial(helmet.best_of_both, metric, parsed_only=parsed_only)
 
 
 def _classification(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
@@ -104,6 +114,24 @@ SCORERS: dict[str, Scorer] = {
         Scorer("retrieval", 1, _best(longbench.retrieval)),
         Scorer("count", 1, _best(longbench.count)),
         Scorer("code_sim", 1, _best(longbench.code_similarity)),
+        # InfiniteBench, beside qa_f1, rouge_l_summary and first_number.
+        Scorer("word_found", 1, _best(infinitebench.word_found)),
+        Scorer("name_found", 1, _best(infinitebench.name_found)),
+        Scorer("last_number", 1, _best(infinitebench.last_number)),
+        Scorer("first_decimal", 1, _best(infinitebench.first_decimal)),
+        Scorer("leading_numbers", 1, _all(infinitebench.leading_numbers)),
+        Scorer("function_chosen", 1, _all(infinitebench.function_chosen)),
+        Scorer("letter_chosen", 1, _all(infinitebench.letter_chosen)),
+        Scorer("character_f1", 1, _best(infinitebench.character_f1)),
+        # HELMET.
+        Scorer("helmet_exact_match", 1, _labelled(helmet.exact_match)),
+        Scorer("helmet_label_match", 1, _labelled(helmet.exact_match, parsed_only=True)),
+        Scorer("helmet_substring_exact_match", 1, _labelled(helmet.substring_exact_match)),
+        Scorer("helmet_f1", 1, _labelled(helmet.f1)),
+        Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1)),
+        Scorer("helmet_choice", 1, helmet.choice),
+        # The right one of several choices has the highest likelihood.
+        Scorer("accuracy", 1, _best(metrics.exact_match)),
         # Each sample names its own.
         Scorer("by_metric", 1, _by_metric),
     )

@@ -1,0 +1,79 @@
+"""HELMET's metrics, from what its published scoring says; 0..1 for one output.
+
+An output is scored as it is and once more as what follows its label ("Answer: Paris\\n..." is "Paris"), and the
+better counts. A prompt that ends with the label is continued by the answer, so the label is put before the
+output first; otherwise a later "Answer:" of an output that goes on with questions of its own would count.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from longspan.eval.metrics import f_measure, rouge_l
+
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_CLOSED = ("yes", "no", "noanswer")
+
+Metric = Callable[[str, str], float]
+
+
+def exact_match(expected: str, output: str) -> float:
+    """Return 1.0 when both texts are the same without case, punctuation, articles and extra spaces."""
+    return float(_normalised(expected) == _normalised(output))
+
+
+def substring_exact_match(expected: str, output: str) -> float:
+    """Return 1.0 when the expected text stands in the output, both as in `exact_match`."""
+    return float(_normalised(expected) in _normalised(output))
+
+
+def f1(expected: str, output: str) -> float:
+    """Return the F1 of the words that both texts hold; yes and no are right as a whole or not at all."""
+    left, right = _normalised(expected), _normalised(output)
+    if left != right and (left in _CLOSED or right in _CLOSED):
+        return 0.0
+    words = left.split(), right.split()
+    return f_measure((Counter(words[0]) & Counter(words[1])).total(), len(words[0]), len(words[1]))
+
+
+def rouge_l_f1(expected: str, output: str) -> float:
+    """Return ROUGE-L with stemmed words."""
+    return rouge_l(expected, output, stemmed=True)
+
+
+def after_label(output: str, label: str) -> str:
+    """Return the rest of the first line that holds the label, else the first line of the output."""
+    found = re.search(f"{re.escape(label)}(.*)", output, re.IGNORECASE) or re.search("(.*)", output)
+    assert found is not None  # the empty text matches
+    # A chat's answer may repeat the label.
+    return re.sub(f"^{re.escape(label)}", "", found.group(1).strip(), flags=re.IGNORECASE).strip()
+
+
+def best_of_both(
+    metric: Metric, expected: Sequence[str], output: str, fields: Mapping[str, Any], *, parsed_only: bool
+) -> float:
+    """Return the best score over the expected texts, of the output and of what follows its label.
+
+    `fields` may hold `label` ("Answer:" where it does not) and `label_in_prompt`, with which prompts end.
+    """
+    whole = f"{fields.get('label_in_prompt') or ''}{output}"
+    texts = [after_label(whole, fields.get("label") or "Answer:")]
+    if not parsed_only:
+        texts.append(whole)
+    return max(metric(each, text) for each in expected for text in texts)
+
+
+def choice(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    """Return 1.0 when the letter is given, or the option ("B. Bath") stands in the output."""
+    if expected[-1].lower() in output.lower():
+        return 1.0
+    return best_of_both(exact_match, expected, output, fields, parsed_only=False)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
