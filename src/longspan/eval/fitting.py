@@ -1,0 +1,75 @@
+"""Prompts of a wanted number of tokens, made of a number of like units: sentences, words, documents.
+
+A prompt is tokenised as a whole, mostly once: how many units fit is known from the prompts before it and from
+counts of single units. It is never grown unit by unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+from longspan.core.errors import DataError
+
+T = TypeVar("T")
+_MAX_TRIES = 12
+
+
+class Fitted(NamedTuple, Generic[T]):
+    """A prompt that fits."""
+
+    made: T
+    units: int
+    tokens: int
+
+
+def fit_units(
+    make: Callable[[int], tuple[T, int]],
+    *,
+    budget: int,
+    slack: int,
+    start: float,
+    tokens_per_unit: float,
+    least: int = 1,
+    most: int | None = None,
+) -> Fitted[T]:
+    """Return what `make` gives for about the largest number of units that fits.
+
+    Args:
+        make: units -> (the prompt, its tokens), about linear in the units.
+        budget: tokens at most.
+        slack: tokens that may be left unused; where units are larger than that, one unit less than too many
+            is taken whatever it leaves.
+        start: a guess of the units.
+        least, most: bounds of the units.
+
+    Raises:
+        DataError: not even the least fits; or `most` units leave more unused than the slack.
+    """
+    ceiling = most  # the most units that are not known to be too many
+    best: Fitted[T] | None = None
+    units = int(start)
+    for _ in range(_MAX_TRIES):
+        units = max(least, units if ceiling is None else min(units, ceiling))
+        made, tokens = make(units)
+        if tokens > budget:
+            if units <= least:
+                raise DataError(f"no room in {budget} tokens", found=f"{tokens} tokens at the least")
+            ceiling = units - 1
+        elif best is None or units > best.units:
+            best = Fitted(made, units, tokens)
+        if best is not None and (budget - best.tokens <= slack or best.units == ceiling):
+            break
+        step = (budget - slack / 3 - tokens) / tokens_per_unit
+        units += max(1, int(step)) if step >= 0 else min(-1, -int(-step + 1))
+        if best is not None:
+            units = max(units, best.units + 1)
+    if best is None:
+        raise DataError(f"the text could not be cut to {budget} tokens", found=f"{tokens} tokens")
+    if best.units == most and budget - best.tokens > slack:
+        raise DataError(
+            f"the material is too little for {budget} tokens",
+            found=f"{best.tokens} tokens with all of it",
+            fix="give more text, or leave out the longest lengths",
+        )
+    return best

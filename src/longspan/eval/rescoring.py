@@ -1,0 +1,100 @@
+"""Score recorded outputs by another rule: from the records alone, without a model.
+
+    rescore("run/records/needle-before.jsonl", "rouge_1", "run/records/needle-before-rouge_1.jsonl")
+
+The new file has the old header with the new scorer, `rescored_from` and a fingerprint of its own. A sample
+that had no score has none now, for the same reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.intervals import score_interval
+from longspan.eval.records import EvalRecords, RecordsWriter, header_fingerprint, read_records, sample_id
+from longspan.eval.scorers import Scorer, scorer_named
+
+
+def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]:
+    """Write `records` to `out` with the scores of another scorer; return a summary.
+
+    Returns:
+        task, label, scorer, records (the new path), samples, scored, unscored (reason -> count), mean and its
+        95 % interval.
+
+    Raises:
+        ArgumentError: there is no such scorer, `out` is the same file, or the scorer needs a field that the
+            samples lack.
+        ConfigError: `out` holds something else.
+        DataError: `records` holds no samples with expected and given text.
+    """
+    rule = scorer_named(scorer)
+    source = open_for_rescoring(records, out)
+    header = rescored_header(source.header, {"name": rule.name, "version": rule.version})
+    new = [rescored(sample, header, rule) for sample in source.samples]  # all, or the file is not begun
+    with RecordsWriter(out, header) as writer:
+        for record in new:
+            if record["id"] not in writer.recorded:
+                writer.write(record)
+        if source.complete:
+            writer.finish()
+        samples = list(writer.recorded.values())
+    return summarise(header, out, samples)
+
+
+def open_for_rescoring(records: str | Path, out: str | Path) -> EvalRecords:
+    """Return the records to score again. Raises as `rescore`."""
+    if Path(records).resolve() == Path(out).resolve():
+        raise ArgumentError("the scores would be written over their source", found=out, fix="choose another")
+    source = read_records(records)
+    for sample in source.samples:
+        if sample.get("unscored") is None and not {"expected", "output"} <= sample.keys():
+            raise DataError(
+                f"{records} holds no texts to score",
+                found=f"a sample of {source.header.get('task')} with {', '.join(sorted(sample))}",
+                allowed="samples with `expected` and `output`",
+            )
+    return source
+
+
+def rescored_header(header: Mapping[str, Any], scorer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the header of the same evaluation by another scorer (name, version, whatever else it says)."""
+    changed = {
+        **header,
+        "params": {**header["params"], "scorer": dict(scorer)},
+        "rescored_from": header["fingerprint"],
+    }
+    changed["fingerprint"] = header_fingerprint(changed)
+    return changed
+
+
+def rescored(sample: Mapping[str, Any], header: Mapping[str, Any], scorer: Scorer) -> dict[str, Any]:
+    """Return a recorded sample with the score of `scorer`, or as it is when it has none."""
+    score = None
+    if sample.get("unscored") is None:
+        score = float(scorer.score(sample["expected"], sample["output"], sample))
+    return {**sample, "id": sample_id(header, sample["id"]), "score": score}
+
+
+def summarise(header: Mapping[str, Any], out: str | Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what `rescore` returns."""
+    scores = [float(sample["score"]) for sample in samples if sample["score"] is not None]
+    unscored: dict[str, int] = {}
+    for sample in samples:
+        if sample["score"] is None:
+            unscored[sample["unscored"]] = unscored.get(sample["unscored"], 0) + 1
+    return {
+        "task": header["task"],
+        "label": header["label"],
+        "scorer": header["params"]["scorer"]["name"],
+        "records": str(out),
+        "samples": len(samples),
+        "scored": len(scores),
+        "unscored": unscored,
+        "mean": math.fsum(scores) / len(scores) if scores else None,
+        "interval": score_interval(scores),
+    }
