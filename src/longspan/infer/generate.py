@@ -1,4 +1,4 @@
-"""Greedy generation: the most likely token, again and again, with a key-value cache.
+"""Greedy generation the plain way: one prompt, transformers' key-value cache, the most likely token again and again.
 
 The settings that a model folder brings along (sampling, repetition penalty) play no part: published folders
 carry penalties that forbid a model to repeat what it has read, which is what retrieval asks for.
@@ -6,37 +6,58 @@ carry penalties that forbid a model to repeat what it has read, which is what re
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from longspan.core.errors import ArgumentError
+from longspan.core.errors import ArgumentError, RunError
+from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.packed import inference
+from longspan.infer.requests import NOT_FINITE
+
+
+class NotFiniteError(RunError):
+    """The model's logits are infinite or no numbers."""
 
 
 def generate_greedy(
-    model: PreTrainedModel, prompt_ids: np.ndarray, *, max_new_tokens: int, stop_ids: Collection[int] = ()
+    model: PreTrainedModel,
+    prompt_ids: np.ndarray,
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    push: Callable[[int], object] | None = None,
+    batch_tokens: int | None = None,
 ) -> np.ndarray:
     """Return the ids `[at most max_new_tokens]` that greedy decoding puts after a prompt `[tokens]`.
 
-    A token of `stop_ids` ends the answer and is part of it. Cost: one pass over the prompt, then one pass of
-    a single token per generated token; the cache holds the keys and values of all tokens.
+    A token of `stop_ids` ends the answer and is part of it; so does one for which `push` returns something true.
+    Cost: one pass over the prompt (one for each `batch_tokens` tokens), then one pass of a single token per
+    generated token; the cache holds the keys and values of all tokens.
 
     Raises:
         ArgumentError: the prompt is empty.
+        NotFiniteError: the model gives no numbers.
     """
     if len(prompt_ids) == 0:
         raise ArgumentError("an empty prompt cannot be continued")
     cache = DynamicCache(config=model.config)
     generated: list[int] = []
-    with inference(model):
+    with fixed_frequencies(model, len(prompt_ids)), inference(model):
         input_1T = torch.from_numpy(np.asarray(prompt_ids, dtype=np.int64))[None].to(model.device)
-        while len(generated) < max_new_tokens and (not generated or generated[-1] not in stop_ids):
+        *before, input_1T = input_1T.split(batch_tokens or len(prompt_ids), dim=1)
+        for part_1T in before:
+            model(input_ids=part_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        while len(generated) < max_new_tokens:
             logits_11V = model(
                 input_ids=input_1T, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits
+            if not bool(logits_11V.isfinite().all()):
+                raise NotFiniteError(NOT_FINITE)
             input_1T = logits_11V[:, -1].argmax(dim=-1, keepdim=True)
             generated.append(int(input_1T))
+            if generated[-1] in stop_ids or (push is not None and push(generated[-1])):
+                break
     return np.array(generated, dtype=np.int64)

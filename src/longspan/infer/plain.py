@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
-from longspan.infer.generate import generate_greedy
-from longspan.infer.requests import Answer, Finish, Request
+from longspan.infer.answer_stream import AnswerStream
+from longspan.infer.generate import NotFiniteError, generate_greedy
+from longspan.infer.length_rope import fixed_frequencies
+from longspan.infer.requests import NOT_FINITE, Answer, Finish, Request
 from longspan.infer.score import ScoreRequest, score
 
 
@@ -27,7 +29,7 @@ class PlainAnswerer:
         tokenizer: decodes the answers.
         identity: what records say of the model.
         max_length: longer requests are answered with an error; None = no limit.
-        batch_tokens: tokens in one forward pass of `score`.
+        batch_tokens: tokens in one forward pass of `generate`; `score` reads a prompt in one pass.
     """
 
     def __init__(
@@ -51,9 +53,18 @@ class PlainAnswerer:
             if excess is not None:
                 yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
                 continue
-            ids = generate_greedy(
-                self._model, prompt_ids, max_new_tokens=request.max_new_tokens, stop_ids=request.stop_ids
-            )
+            stream = AnswerStream(request, self._tokenizer)
+            try:
+                ids = generate_greedy(
+                    self._model,
+                    prompt_ids,
+                    max_new_tokens=request.max_new_tokens,
+                    push=stream.push,
+                    batch_tokens=self._batch_tokens,
+                )
+            except NotFiniteError:
+                yield index, Answer("", error=NOT_FINITE, prompt_tokens=len(prompt_ids))
+                continue
             yield index, finished(request, ids, self._tokenizer, seconds=time.monotonic() - started)
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
@@ -65,9 +76,10 @@ class PlainAnswerer:
             if excess is not None:
                 yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
                 continue
-            result = score(
-                self._model, [ScoreRequest(prompt_ids, answer_ids)], batch_tokens=self._batch_tokens
-            )[0]
+            with fixed_frequencies(self._model, len(prompt_ids)):
+                result = score(
+                    self._model, [ScoreRequest(prompt_ids, answer_ids)], batch_tokens=self._batch_tokens
+                )[0]
             yield (
                 index,
                 scored(

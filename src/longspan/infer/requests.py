@@ -13,6 +13,9 @@ import numpy as np
 
 Finish = Literal["stop", "length"]
 
+NOT_FINITE = "the model's output is not a finite number"
+"""`Answer.error` of a model whose logits are infinite or no numbers."""
+
 
 class Request(NamedTuple):
     """A prompt and how it is to be continued, or the answer whose likelihood is wanted."""

@@ -1,0 +1,444 @@
+"""Runs sequences that begin alike: what they share is read once, and answers are generated side by side.
+
+    tree        every token of the sequences stands in it once              (infer.prefix_tree)
+    batch       subtrees whose keys are held at once, at most `cache_tokens`
+    pass        at most `batch_tokens` tokens of a batch in one forward pass, each batch front to end
+    decoding    one forward pass a step for all answers of a batch          (infer.kv)
+
+A subtree that is too large for a batch is opened: its trunk is read and kept, its branches go on in batches, and then
+the trunk is let go. So memory is that of the longest trunk and one batch. Logits exist at the positions that are
+asked for.
+
+Shape legend: T = tokens of a pass, A = positions asked for, D = model width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from longspan.core.log import log_once
+from longspan.infer.flops import ModelFlops
+from longspan.infer.kv import Block, DecodePass, Place, PrefillPass, Segment
+from longspan.infer.memory import (
+    LOGIT_ROWS,
+    available_memory,
+    cache_bytes_per_token,
+    memory_errors,
+    pass_bytes,
+    refuse_excess,
+)
+from longspan.infer.packed import inference
+from longspan.infer.prefix_tree import PrefixTree, Strand, build_tree
+from longspan.kernels.attention import choose_kernel
+from longspan.models.hf import lm_head_weight
+
+CACHE_PASSES = 4
+"""A batch holds the keys of so many full passes, where nothing else is asked for."""
+FIRST_ROOM = 256
+"""Tokens of an answer for which there is room from the start; it doubles when it is full."""
+
+
+class Job(NamedTuple):
+    """A sequence to be read, and what is wanted of it."""
+
+    ids: NDArray[np.int64]
+    """[sequence]; not empty."""
+    wanted: int = 1
+    """The predictions behind so many of its last tokens."""
+    targets: NDArray[np.int64] | None = None
+    """[wanted]: tokens whose likelihood is wanted."""
+    max_new_tokens: int = 0
+    """The answer is generated up to this length; 0: nothing is generated."""
+    push: Callable[[int], object] | None = None
+    """Is given each generated token; the answer ends when it returns something true."""
+
+
+class Outcome(NamedTuple):
+    """What came of a job."""
+
+    argmax_ids: NDArray[np.int64]
+    """The most likely tokens behind the wanted positions, or the generated ones."""
+    nll: NDArray[np.float32] | None
+    """Negative log-likelihoods of the targets, in nats."""
+    finite: bool
+    """Whether all logits were numbers."""
+    seconds: float
+    """Share of the time since the answers before: of its batch, and of the trunk if it is the first to need it."""
+
+
+class Counters:
+    """What an engine has run so far."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Tokens that went through the layers."""
+        self.decoded_tokens = 0
+        """Those of them that had just been generated."""
+        self.logit_rows = 0
+        """Positions that went through the output embedding."""
+        self.attention_flops = 0
+        """4 * head_dim for each head and visible (query, key) pair."""
+        self.passes = 0
+        """Forward passes."""
+
+
+class _Progress:
+    """The predictions of one job as they arrive."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.argmax_ids = np.zeros(job.wanted, dtype=np.int64)
+        self.nll = None if job.targets is None else np.zeros(job.wanted, dtype=np.float32)
+        self.generated: list[int] = []
+        self.finite = True
+
+
+class _Wanted(NamedTuple):
+    """A prediction that a pass yields."""
+
+    row: int
+    """Of the strand's tokens."""
+    job: int
+    place: int
+    """Among the job's wanted ones."""
+
+
+class Engine:
+    """Reads and continues sequences.
+
+    Args:
+        model: with longspan's attention; nothing about it is changed.
+        batch_tokens: tokens of a forward pass at most.
+        cache_tokens: tokens of branches whose keys are held at once; None = `CACHE_PASSES` full passes, fewer where
+            memory is short.
+        available: tells the free bytes of a device; None is no limit. Of several ranks all have to hear the same.
+        on_tokens: is told after each pass how many tokens of prompts it has read.
+
+    Raises:
+        ArgumentError: a model whose logits are more than a product with its output embedding.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_tokens: int,
+        cache_tokens: int | None = None,
+        available: Callable[[torch.device], int | None] = available_memory,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> None:
+        lm_head_weight(model)
+        self.counters = Counters()
+        self._model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
+        self._available, self._on_tokens = available, on_tokens
+        self._head = model.get_output_embeddings()
+        self._flops = ModelFlops.of(model.config)
+        self._kernel = choose_kernel(model.device)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of all forward passes so far; a multiplication and an addition are two."""
+        counters = self.counters
+        return (
+            self._flops.per_token * counters.tokens
+            + self._flops.per_logit_row * counters.logit_rows
+            + counters.attention_flops
+        )
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
+        """Yield (index of the job, outcome) as batches are done.
+
+        Raises:
+            RunError: not enough memory, before anything is run or on the way.
+        """
+        if not jobs:
+            return
+        run = _Run(self, jobs, build_tree([job.ids for job in jobs]))
+        run.limit = self._check_memory(run)
+        yield from run.branches(run.tree.roots)
+
+    def _check_memory(self, run: _Run) -> int:
+        """Return how many tokens of branches are held at once."""
+        device = self._model.device
+        available = self._available(device)
+        limit = CACHE_PASSES * self._batch_tokens if self._cache_tokens is None else self._cache_tokens
+        if available is None:
+            return limit
+        cache_bytes = cache_bytes_per_token(self._model, upcasts=self._kernel.upcasts)
+        total = sum(len(strand.ids) for strand in run.tree.strands())
+        activations = pass_bytes(self._model, min(self._batch_tokens, total))
+        while True:
+            held = run.most_held(limit)
+            if held * cache_bytes + activations <= available:
+                return limit
+            if limit <= 1:
+                break
+            limit //= 2
+            log_once("infer", "memory is short: fewer branches of a shared prefix are read at once")
+        refuse_excess(
+            cache_tokens=held,
+            cache_bytes=cache_bytes,
+            activations=activations,
+            available=available,
+            device=device,
+        )
+        return limit
+
+    def prefill(self, run: _Run, strands: Sequence[Strand]) -> None:
+        """Read the tokens of strands, parents first, in passes."""
+        segments: list[Segment] = []
+        room = self._batch_tokens
+        for strand in strands:
+            first = 0
+            while first < len(strand.ids):
+                last = min(len(strand.ids), first + room)
+                segments.append(Segment(strand, first, last))
+                room -= last - first
+                first = last
+                if room == 0:
+                    self._prefill_pass(run, segments)
+                    segments, room = [], self._batch_tokens
+        if segments:
+            self._prefill_pass(run, segments)
+
+    def _prefill_pass(self, run: _Run, segments: Sequence[Segment]) -> None:
+        device = self._model.device
+        documents = PrefillPass(segments, run.places, self._kernel)
+        wanted = [
+            (offset + each.row - first, each)
+            for (strand, first, last), offset in zip(segments, documents.offsets.tolist())
+            for each in run.wanted.get(strand, ())
+            if first <= each.row < last
+        ]
+        with inference(self._model), memory_errors(device, doing=f"{documents.num_tokens:,} tokens are read"):
+            hidden_TD = self._hidden(documents.ids(), documents)
+            for start in range(0, len(wanted), LOGIT_ROWS):
+                part = wanted[start : start + LOGIT_ROWS]
+                rows_A = torch.tensor([row for row, _ in part], device=device)
+                self._predict(hidden_TD[rows_A], run, [each for _, each in part])
+        self.counters.attention_flops += documents.attention_flops
+        if self._on_tokens is not None:
+            self._on_tokens(documents.num_tokens)
+
+    def decode(self, run: _Run, answering: Sequence[tuple[int, Strand]]) -> None:
+        """Generate the answers of (job, strand) whose prompts have been read."""
+        live = [
+            (job, strand) for job, strand in answering if run.take(job, int(run.progress[job].argmax_ids[-1]))
+        ]
+        device = self._model.device
+        with inference(self._model), memory_errors(device, doing="answers are generated"):
+            documents: DecodePass | None = None
+            while live:
+                if documents is None:
+                    documents = DecodePass([strand for _, strand in live], run.places, self._kernel)
+                said = np.array([len(run.progress[job].generated) for job, _ in live]) - 1
+                if run.make_room(live, said + 1):
+                    documents = DecodePass([strand for _, strand in live], run.places, self._kernel)
+                documents.step(said)
+                ids_T = np.array([run.progress[job].generated[-1] for job, _ in live], dtype=np.int64)
+                before = documents.attention_flops
+                logits_TV = self._head(self._hidden(ids_T, documents)).float()
+                self.counters.attention_flops += documents.attention_flops - before
+                self.counters.logit_rows += len(live)
+                self.counters.decoded_tokens += len(live)
+                highest, tokens = logits_TV.max(dim=-1)
+                going_on = []
+                for (job, strand), token, value in zip(live, tokens.tolist(), highest.tolist()):
+                    run.progress[job].finite &= bool(np.isfinite(value))
+                    if run.take(job, token):
+                        going_on.append((job, strand))
+                if len(going_on) < len(live):
+                    live, documents = going_on, None
+
+    def _hidden(self, ids: NDArray[np.int64], documents: PrefillPass | DecodePass) -> torch.Tensor:
+        """Return the last hidden states [T, D]."""
+        device = self._model.device
+        self.counters.tokens += len(ids)
+        self.counters.passes += 1
+        # No document table but what stands in its place, as for a row in chunks.
+        states_1TD = self._model.base_model(
+            input_ids=torch.from_numpy(ids).to(device)[None],
+            position_ids=documents.positions(device)[None],
+            documents=documents,
+            use_cache=False,
+        ).last_hidden_state
+        return states_1TD[0]
+
+    def _predict(self, hidden_AD: torch.Tensor, run: _Run, wanted: Sequence[_Wanted]) -> None:
+        logits_AV = self._head(hidden_AD).float()
+        self.counters.logit_rows += len(wanted)
+        highest_A, argmax_A = (found.tolist() for found in logits_AV.max(dim=-1))
+        targets = [run.targets(each) for each in wanted]
+        if any(target is not None for target in targets):
+            targets_A1 = torch.tensor([[target or 0] for target in targets], device=logits_AV.device)
+            log_probs_AV = torch.log_softmax(logits_AV, dim=-1)
+            nll = (-log_probs_AV.gather(1, targets_A1)[:, 0]).tolist()
+        else:
+            nll = [0.0] * len(wanted)
+        for each, value, token, loss in zip(wanted, highest_A, argmax_A, nll):
+            progress = run.progress[each.job]
+            progress.finite &= bool(np.isfinite(value))
+            progress.argmax_ids[each.place] = token
+            if progress.nll is not None:
+                progress.nll[each.place] = loss
+
+
+class _Run:
+    """Jobs on their way: what is held of their tree, and what has come of them."""
+
+    def __init__(self, engine: Engine, jobs: Sequence[Job], tree: PrefixTree) -> None:
+        self.tree = tree
+        self.places: dict[Strand, Place] = {}
+        self.progress = [_Progress(job) for job in jobs]
+        self.wanted: dict[Strand, list[_Wanted]] = {}
+        self.limit = 0
+        self._engine = engine
+        self._ending: dict[Strand, list[int]] = {}
+        self._spent = 0.0
+        for index, (job, end) in enumerate(zip(jobs, tree.ends)):
+            for place in range(job.wanted):
+                position = len(job.ids) - job.wanted + place
+                holder = end.holder(position)
+                self.wanted.setdefault(holder, []).append(_Wanted(position - holder.start, index, place))
+            self._ending.setdefault(self._answering(job, end), []).append(index)
+        self._tokens = self._count()
+
+    def _answering(self, job: Job, end: Strand) -> Strand:
+        """Return the strand that the job ends with, and that its answer is appended to if one is generated."""
+        position = len(job.ids)
+        if job.max_new_tokens <= 1:
+            return end
+        if position == end.end and not end.children and end not in self._ending:
+            return end
+        # Other prompts go on from here, so the answer has a strand of its own, with no token of the prompt.
+        own = Strand(end, position, end.ids[:0])
+        end.children.append(own)
+        return own
+
+    def _count(self) -> dict[Strand, int]:
+        """Return for each strand the rows of its subtree."""
+        found: dict[Strand, int] = {}
+        for strand in reversed(list(self.tree.strands())):
+            found[strand] = self._room(strand) + sum(found[child] for child in strand.children)
+        return found
+
+    def _room(self, strand: Strand) -> int:
+        said = max((self.progress[job].job.max_new_tokens for job in self._ending.get(strand, ())), default=0)
+        # The last token of an answer is not read.
+        return len(strand.ids) + min(max(said - 1, 0), FIRST_ROOM)
+
+    def targets(self, wanted: _Wanted) -> int | None:
+        """Return the token whose likelihood is asked for."""
+        targets = self.progress[wanted.job].job.targets
+        return None if targets is None else int(targets[wanted.place])
+
+    def take(self, job: int, token: int) -> bool:
+        """Note a generated token; return whether the answer goes on."""
+        progress = self.progress[job]
+        progress.generated.append(token)
+        push = progress.job.push
+        ended = bool(push(token)) if push is not None else False
+        return not ended and progress.finite and len(progress.generated) < progress.job.max_new_tokens
+
+    def branches(self, siblings: Sequence[Strand]) -> Iterator[tuple[int, Outcome]]:
+        """Answer the jobs of subtrees whose ancestors have been read."""
+        for batch, opened in self._batches(siblings, self.limit):
+            started = time.monotonic()
+            strands = batch if opened else [strand for top in batch for strand in _below(top)]
+            with self._held(strands):
+                self._engine.prefill(self, strands)
+                ending = [(job, strand) for strand in strands for job in self._ending.get(strand, ())]
+                self._engine.decode(
+                    self, [each for each in ending if self.progress[each[0]].job.max_new_tokens > 0]
+                )
+                self._spent += time.monotonic() - started
+                if ending:
+                    share, self._spent = self._spent / len(ending), 0.0
+                for job, _ in ending:
+                    yield job, self._outcome(job, share)
+                if opened:
+                    yield from self.branches(batch[0].children)
+
+    def _batches(self, siblings: Sequence[Strand], limit: int) -> Iterator[tuple[list[Strand], bool]]:
+        """Yield (subtrees to be read together, False), or ([strand to be read before its branches], True)."""
+        batch: list[Strand] = []
+        size = 0
+        for strand in sorted(siblings, key=lambda strand: strand.start):
+            tokens = self._tokens[strand]
+            if tokens > limit and strand.children:
+                yield [strand], True
+                continue
+            if batch and size + tokens > limit:
+                yield batch, False
+                batch, size = [], 0
+            batch.append(strand)
+            size += tokens
+        if batch:
+            yield batch, False
+
+    def most_held(self, limit: int) -> int:
+        """Return how many tokens are held at once at most, if batches have at most `limit`."""
+        most = 0
+        waiting: list[tuple[Sequence[Strand], int]] = [(self.tree.roots, 0)]
+        while waiting:
+            siblings, held = waiting.pop()
+            for batch, opened in self._batches(siblings, limit):
+                if opened:
+                    waiting.append((batch[0].children, held + self._room(batch[0])))
+                else:
+                    most = max(most, held + sum(self._tokens[strand] for strand in batch))
+        return most
+
+    @contextlib.contextmanager
+    def _held(self, strands: Sequence[Strand]) -> Iterator[None]:
+        """Give strands their places in a new block, and take them back."""
+        rows = [self._room(strand) for strand in strands]
+        block = Block(sum(rows), self._engine._kernel)
+        for strand, row, room in zip(strands, np.cumsum([0, *rows[:-1]]).tolist(), rows):
+            self.places[strand] = Place(block, row, room)
+        try:
+            yield
+        finally:
+            for strand in strands:
+                del self.places[strand]
+
+    def make_room(self, live: Sequence[tuple[int, Strand]], needed: NDArray[np.int64]) -> bool:
+        """Let each answer have room for `needed` tokens; return whether anything was moved."""
+        full = {
+            strand
+            for (_, strand), count in zip(live, needed.tolist())
+            if len(strand.ids) + count > self.places[strand].room
+        }
+        if not full:
+            return False
+        block = self.places[live[0][1]].block
+        moves, row = [], 0
+        for strand, place in list(self.places.items()):
+            if place.block is not block:
+                continue
+            room = len(strand.ids) + 2 * (place.room - len(strand.ids)) if strand in full else place.room
+            moves.append((place.row, row, place.room))
+            self.places[strand] = Place(block, row, room)
+            row += room
+        block.move(row, moves)
+        return True
+
+    def _outcome(self, job: int, seconds: float) -> Outcome:
+        progress = self.progress[job]
+        ids = progress.argmax_ids
+        if progress.job.max_new_tokens:
+            ids = np.array(progress.generated, dtype=np.int64)
+        return Outcome(ids, progress.nll, progress.finite, seconds)
+
+
+def _below(top: Strand) -> Iterator[Strand]:
+    """Yield a strand and all that leave it, each behind its parent."""
+    return PrefixTree([top], []).strands()

@@ -1,0 +1,118 @@
+"""Floating-point operations of evaluation grids, in closed form: each cell by itself, and with a shared prefix.
+
+A token that is read costs 2 operations for each weight of the linear layers, and 4 * head_dim for each head and each
+key that it sees: reading n tokens from the first is n * linear + n (n + 1) / 2 * pair. With cells c of n_c tokens
+that leave a common trunk behind p_c tokens, P = max p_c:
+
+    by themselves   sum n_c                 tokens     sum n_c (n_c + 1) / 2                             pairs
+    shared          P + sum (n_c - p_c)     tokens     P (P + 1) / 2
+                                                       + sum [n_c (n_c + 1) - p_c (p_c + 1)] / 2         pairs
+
+On a ladder, lengths L_1 .. L_m by d even depths, half of every cell lies behind its needle on average, so the factor
+in the linear layers is 2 / (1 + 2 L_m / (d sum L)): 1.92 for 11 depths and 8 even lengths. In attention it is the
+late half, which is the dear one: about 1.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+
+class ModelFlops(NamedTuple):
+    """What a model's forward pass costs."""
+
+    per_token: float
+    """In the linear layers of all blocks, for each token."""
+    per_pair: float
+    """In attention, all layers and heads, for each query and key that it sees; sliding windows are not counted."""
+    per_logit_row: float
+    """In the output embedding, for each position whose logits are wanted."""
+
+    @classmethod
+    def of(cls, config: Any) -> ModelFlops:
+        """Return the costs of a config of transformers with blocks like Llama's (grouped queries, gated MLP)."""
+        config = config.get_text_config(decoder=True)
+        heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
+        head_dim = getattr(config, "head_dim", None) or hidden // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+        return cls(
+            per_token=2.0 * layers * (attention + 3 * hidden * inner),
+            per_pair=4.0 * layers * heads * head_dim,
+            per_logit_row=2.0 * hidden * config.vocab_size,
+        )
+
+
+class Cell(NamedTuple):
+    """A prompt of a grid."""
+
+    branch: int
+    """Tokens at its start that it has in common with every cell that goes on at least so far."""
+    tokens: int
+    """All its tokens."""
+
+
+class Work(NamedTuple):
+    """What is read, in numbers."""
+
+    tokens: int
+    pairs: int
+    """(query, key) pairs of full attention."""
+    logit_rows: int
+
+    def flops(self, model: ModelFlops) -> float:
+        """Return the floating-point operations."""
+        return (
+            model.per_token * self.tokens
+            + model.per_pair * self.pairs
+            + model.per_logit_row * self.logit_rows
+        )
+
+
+class Factor(NamedTuple):
+    """How many times more the cells cost by themselves than with a shared prefix."""
+
+    linear: float
+    attention: float
+    all: float
+
+
+def work_by_themselves(cells: Iterable[Cell]) -> Work:
+    """Return the work of reading every cell from its first token."""
+    lengths = [cell.tokens for cell in cells]
+    return Work(sum(lengths), sum(map(_triangle, lengths)), len(lengths))
+
+
+def work_shared(cells: Sequence[Cell]) -> Work:
+    """Return the work of reading the trunk once and of each cell what follows its branch."""
+    trunk = max((cell.branch for cell in cells), default=0)
+    tokens = trunk + sum(cell.tokens - cell.branch for cell in cells)
+    pairs = _triangle(trunk) + sum(_triangle(cell.tokens) - _triangle(cell.branch) for cell in cells)
+    return Work(tokens, pairs, len(cells))
+
+
+def reuse_factor(cells: Sequence[Cell], model: ModelFlops) -> Factor:
+    """Return by how much a shared prefix makes the cells cheaper."""
+    alone, shared = work_by_themselves(cells), work_shared(cells)
+    return Factor(
+        alone.tokens / shared.tokens,
+        alone.pairs / shared.pairs,
+        alone.flops(model) / shared.flops(model),
+    )
+
+
+def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) -> list[Cell]:
+    """Return the cells of a needle grid over one haystack.
+
+    Args:
+        lengths: tokens of each prompt.
+        depths: 0 = at the start of the haystack, 1 = at its end.
+        rest: tokens of each prompt that are no haystack (needle, question); they stand behind the branch.
+    """
+    return [Cell(round(depth * (length - rest)), length) for length in lengths for depth in depths]
+
+
+def _triangle(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2

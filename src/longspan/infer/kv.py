@@ -1,0 +1,369 @@
+"""Keys and values of a prefix tree, and the attention of some of its tokens over them.
+
+Strands (`infer.prefix_tree`) that are read together have their keys in one block, one strand behind the other, with
+room for what they are going to say:
+
+    block of the trunk       | h h h h h h h h |
+    block of its branches    | n h h q . . | n h q . . | q . . |
+
+A query sees the keys of its own strand up to itself, and of each ancestor those before the fork. Each is a band
+(`kernels.attention.Bands`). Bands over one block in which no query stands twice make one kernel call, a `Part`;
+parts cover disjoint keys and are joined by their log-sum-exp. Keys are never copied: branches read the trunk's
+where they lie.
+
+Shape legend: T = tokens of a pass, S = rows of a block, H = query heads, K = key/value heads, G = H / K, D = head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from longspan.core.errors import ArgumentError
+from longspan.infer.prefix_tree import Strand
+from longspan.kernels.attention import NO_LIMIT, AttentionKernel, Bands, merge
+
+__all__ = ["Block", "DecodePass", "Part", "Place", "PrefillPass", "Segment", "attend_parts"]
+
+
+class Block:
+    """Keys and values of `rows` tokens in every layer; memory is taken when a layer first writes."""
+
+    def __init__(self, rows: int, kernel: AttentionKernel) -> None:
+        self.rows = rows
+        self._widen = kernel.upcasts
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+
+    def append(
+        self, layer: int, rows: slice | torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
+    ) -> None:
+        """Write keys and values of a pass to their rows."""
+        if layer not in self._layers:
+            # A kernel that computes in fp32 would cast all that it reads, again and again.
+            dtype = torch.promote_types(k_TKD.dtype, torch.float32) if self._widen else k_TKD.dtype
+            shape = (self.rows, *k_TKD.shape[1:])
+            self._layers[layer] = (k_TKD.new_empty(shape, dtype=dtype), k_TKD.new_empty(shape, dtype=dtype))
+        for kept, new in zip(self._layers[layer], (k_TKD, v_TKD)):
+            if isinstance(rows, slice):
+                kept[rows] = new
+            else:
+                kept.index_copy_(0, rows, new.to(kept.dtype))
+
+    def read(self, layer: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [S, K, D] of some rows, uncopied."""
+        k_SKD, v_SKD = self._layers[layer]
+        return k_SKD[rows], v_SKD[rows]
+
+    def move(self, rows: int, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Take `rows` rows instead and bring tokens along: (old row, new row, how many)."""
+        self.rows = rows
+        for layer, kept in self._layers.items():
+            moved = tuple(tensor.new_empty((rows, *tensor.shape[1:])) for tensor in kept)
+            for old, new, count in moves:
+                for source, target in zip(kept, moved):
+                    target[new : new + count] = source[old : old + count]
+            self._layers[layer] = (moved[0], moved[1])
+
+
+class Place(NamedTuple):
+    """Where the keys of a strand lie."""
+
+    block: Block
+    row: int
+    room: int
+    """Rows for its own tokens and for those that it is going to say."""
+
+
+class Segment(NamedTuple):
+    """Tokens of a strand that are read in one pass: its tokens first .. last - 1."""
+
+    strand: Strand
+    first: int
+    last: int
+
+
+class Part(NamedTuple):
+    """One kernel call: some queries over some rows of a block."""
+
+    queries: slice
+    block: Block
+    keys: slice
+    bands: Bands
+    """Counted from the starts of `queries` and `keys`."""
+
+
+def attend_parts(
+    q_THD: torch.Tensor, parts: Sequence[Part], *, layer: int, scale: float, kernel: AttentionKernel
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [T, H, D] and lse [T, H] over the keys of all parts; the first part covers every query.
+
+    Keys that are held elsewhere, by another rank say, can be joined to these by `kernels.attention.merge`.
+    """
+    joined: tuple[torch.Tensor, torch.Tensor] | None = None
+    for queries, block, keys, bands in parts:
+        k_SKD, v_SKD = block.read(layer, keys)
+        q = q_THD[queries].to(k_SKD.dtype)
+        found = kernel.forward(q, k_SKD, v_SKD, bands, scale)
+        if joined is None:
+            joined = found if len(parts) == 1 else (found[0].to(found[1].dtype), found[1])
+        elif len(q) == len(q_THD):
+            joined = merge(*joined, *found)
+        else:
+            out, lse = joined
+            out[queries], lse[queries] = merge(out[queries], lse[queries], *found)
+    assert joined is not None
+    return joined
+
+
+class PrefillPass:
+    """Tokens of several strands in one forward pass, in place of a document table.
+
+    Args:
+        segments: what is read, each strand's tokens in order; what they see of other strands was read before, or
+            stands in front of them here.
+        places: where the keys of strands lie; all segments in one block.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], places: dict[Strand, Place], kernel: AttentionKernel
+    ) -> None:
+        self.segments, self._places, self._kernel = segments, places, kernel
+        lengths = [last - first for _, first, last in segments]
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self._block = places[segments[0].strand].block
+        self._rows = _as_rows([(places[s].row + first, last - first) for s, first, last in segments])
+        self._longest = max(strand.start + last for strand, _, last in segments)
+        self._parts: dict[int | None, list[Part]] = {}
+        self._pairs: dict[int | None, int] = {}
+        self.attention_flops = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this pass."""
+        return int(self.offsets[-1])
+
+    def ids(self) -> NDArray[np.int64]:
+        """Return the token ids [T]."""
+        return np.concatenate([strand.ids[first:last] for strand, first, last in self.segments])
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the position of each token in its prompt, int64 [T]."""
+        found = [
+            np.arange(strand.start + first, strand.start + last) for strand, first, last in self.segments
+        ]
+        return torch.from_numpy(np.concatenate(found)).to(device)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        layer: int | None = None,
+    ) -> torch.Tensor:
+        """Keep k, v [T, K, D] and return the attention of q [T, H, D] over all that its tokens see."""
+        layer = _numbered(layer)
+        if isinstance(self._rows, torch.Tensor):
+            self._rows = self._rows.to(k.device)
+        self._block.append(layer, self._rows, k, v)
+        if window is not None and window >= self._longest:
+            window = None
+        if window not in self._parts:
+            self._parts[window] = self.parts(window)
+            self._pairs[window] = sum(part.bands.num_pairs() for part in self._parts[window])
+        self.attention_flops += 4 * self._pairs[window] * q.shape[1] * q.shape[2]
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, _ = attend_parts(q, self._parts[window], layer=layer, scale=scale, kernel=self._kernel)
+        return out.to(q.dtype)
+
+    def parts(self, window: int | None) -> list[Part]:
+        """Return the kernel calls of a layer with this window; the first covers every query."""
+        own = _Table(self._block)
+        above: dict[tuple[Block, int], _Table] = {}
+        for (strand, first, last), offset in zip(self.segments, self.offsets.tolist()):
+            # Query i is the strand's token first + i; key j is its token j.
+            hi = NO_LIMIT if window is None else window - 1 - first
+            own.add(offset, last - first, self._places[strand].row, last, lo=-first, hi=hi)
+            chain = list(strand.ancestors())
+            for level, (ancestor, seen) in enumerate(reversed(chain)):
+                # Key j stands at ancestor.start + j, before every query.
+                ahead = strand.start + first - ancestor.start
+                hi = NO_LIMIT if window is None else window - 1 - ahead
+                place = self._places[ancestor]
+                table = above.setdefault((place.block, level), _Table(place.block))
+                table.add(offset, last - first, place.row, seen, lo=-NO_LIMIT, hi=hi)
+        tables = [own, *above.values()]
+        return [part for table in tables for part in table.parts(self.num_tokens, self._kernel)]
+
+
+class DecodePass:
+    """One new token for each of several strands, again and again.
+
+    The queries of heads that read the same key head stand as rows of their own, [T * G, K, D]: what a single token
+    sees is a rectangle, and for a kernel G rows of one head cost less than G heads of one row.
+
+    Args:
+        strands: a place has room for what is said.
+        places: of the strands, all in one block, and of their ancestors.
+    """
+
+    def __init__(
+        self, strands: Sequence[Strand], places: dict[Strand, Place], kernel: AttentionKernel
+    ) -> None:
+        self.strands, self._places, self._kernel = strands, places, kernel
+        self._block = places[strands[0]].block
+        self._first_row = np.array([places[strand].row for strand in strands], dtype=np.int64)
+        self._start = np.array([strand.start for strand in strands], dtype=np.int64)
+        self._own = np.array([len(strand.ids) for strand in strands], dtype=np.int64)
+        self._above: dict[int, list[Part]] = {}
+        self._now: dict[tuple[int | None, int], tuple[list[Part], int]] = {}
+        self._rows: torch.Tensor | None = None
+        self.attention_flops = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a step."""
+        return len(self.strands)
+
+    def step(self, said: NDArray[np.int64]) -> None:
+        """Go to the step in which strand n reads its token number said[n] after those of its prompt."""
+        self._length = self._own + said + 1
+        self._rows = torch.from_numpy(self._first_row + self._length - 1)
+        self._now.clear()
+
+    def positions(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the position of each token, int64 [T]."""
+        return torch.from_numpy(self._start + self._length - 1).to(device)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        layer: int | None = None,
+    ) -> torch.Tensor:
+        """Keep k, v [T, K, D] and return the attention of q [T, H, D] over all that its tokens see."""
+        layer = _numbered(layer)
+        assert self._rows is not None
+        self._rows = self._rows.to(k.device)
+        self._block.append(layer, self._rows, k, v)
+        num_tokens, num_heads, head_dim = q.shape
+        groups = num_heads // k.shape[1]
+        if window is not None and window >= int((self._start + self._length).max()):
+            window = None
+        if (window, groups) not in self._now:
+            found = self._parts(window, groups)
+            self._now[window, groups] = found, sum(part.bands.num_pairs() for part in found)
+        parts, num_pairs = self._now[window, groups]
+        scale = head_dim**-0.5 if scale is None else scale
+        # [T, H, D] -> [T, K, G, D] -> [T, G, K, D] -> [T * G, K, D]
+        folded = q.view(num_tokens, -1, groups, head_dim).transpose(1, 2).reshape(-1, k.shape[1], head_dim)
+        out, _ = attend_parts(folded, parts, layer=layer, scale=scale, kernel=self._kernel)
+        self.attention_flops += 4 * num_pairs * folded.shape[1] * head_dim
+        unfolded = out.view(num_tokens, groups, -1, head_dim).transpose(1, 2)
+        return unfolded.reshape(q.shape).to(q.dtype)
+
+    def _parts(self, window: int | None, groups: int) -> list[Part]:
+        rows = self.num_tokens * groups
+        hidden = np.zeros_like(self._length) if window is None else self._length - window
+        first = np.maximum(hidden, 0)
+        own = _Table(self._block)
+        for index in range(self.num_tokens):
+            own.add(
+                index * groups,
+                groups,
+                int(self._first_row[index] + first[index]),
+                int(self._length[index] - first[index]),
+            )
+        parts = own.parts(rows, self._kernel)
+        if window is not None:
+            return parts + self._parts_above(window, groups)
+        if groups not in self._above:
+            self._above[groups] = self._parts_above(window, groups)
+        return parts + self._above[groups]
+
+    def _parts_above(self, window: int | None, groups: int) -> list[Part]:
+        tables: dict[tuple[Block, int], _Table] = {}
+        for index, strand in enumerate(self.strands):
+            oldest = 0 if window is None else int(self._start[index] + self._length[index]) - window
+            for level, (ancestor, seen) in enumerate(reversed(list(strand.ancestors()))):
+                place = self._places[ancestor]
+                skipped = min(max(oldest - ancestor.start, 0), seen)
+                table = tables.setdefault((place.block, level), _Table(place.block))
+                table.add(index * groups, groups, place.row + skipped, seen - skipped)
+        rows = self.num_tokens * groups
+        return [part for table in tables.values() for part in table.parts(rows, self._kernel)]
+
+
+class _Table:
+    """Bands over one block, in its rows, that have no query in common."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._bands: list[tuple[int, int, int, int, int, int]] = []
+
+    def add(
+        self, q_start: int, q_len: int, k_start: int, k_len: int, *, lo: int = -NO_LIMIT, hi: int = NO_LIMIT
+    ) -> None:
+        if self._bands and (lo, hi) == (-NO_LIMIT, NO_LIMIT):
+            # Neighbours that see all of the same keys are one rectangle.
+            start, length, *rest = self._bands[-1]
+            if start + length == q_start and rest == [k_start, k_len, lo, hi]:
+                self._bands[-1] = (start, length + q_len, k_start, k_len, lo, hi)
+                return
+        self._bands.append((q_start, q_len, k_start, k_len, lo, hi))
+
+    def parts(self, num_queries: int, kernel: AttentionKernel) -> list[Part]:
+        """Return the kernel calls for `num_queries` query rows."""
+        q_start, q_len, k_start, k_len, lo, hi = np.array(self._bands, dtype=np.int64).T
+        first, last = int(k_start.min()), int((k_start + k_len).max())
+        bands = Bands(q_start, q_len, k_start - first, k_len, lo=lo, hi=hi)
+        if len(bands) == 0:
+            return []
+        if kernel.name == "cpu_flash" or int(bands.k_len.sum()) <= last - first:
+            return [Part(slice(0, num_queries), self._block, slice(first, last), bands)]
+        # Other kernels gather the keys of their bands: they would copy those that several of them read.
+        columns = zip(*(c.tolist() for c in (bands.q_start, bands.q_len, bands.k_start, bands.k_len)))
+        return [
+            Part(
+                slice(q, q + rows),
+                self._block,
+                slice(first + k, first + k + keys),
+                Bands([0], [rows], [0], [keys], lo=bands.lo[n : n + 1], hi=bands.hi[n : n + 1]),
+            )
+            for n, (q, rows, k, keys) in enumerate(columns)
+        ]
+
+
+def _as_rows(spans: Sequence[tuple[int, int]]) -> slice | torch.Tensor:
+    """Return the rows of spans (start, length) one behind the other, as a slice where they are one."""
+    start, stop = spans[0][0], spans[0][0]
+    for first, length in spans:
+        if first != stop:
+            rows = np.concatenate([np.arange(first, first + length) for first, length in spans])
+            return torch.from_numpy(rows)
+        stop += length
+    return slice(start, stop)
+
+
+def _numbered(layer: int | None) -> int:
+    if layer is None:
+        raise ArgumentError(
+            "this model does not number its attention layers, so their keys cannot be kept",
+            fix="run it without prefix reuse",
+        )
+    return layer

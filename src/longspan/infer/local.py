@@ -1,0 +1,151 @@
+"""A model in this process, asked so that prompts which begin alike share what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from longspan.data.tokenizer import Tokenizer
+from longspan.infer.answer_stream import AnswerStream
+from longspan.infer.engine import Counters, Engine, Job
+from longspan.infer.length_rope import fixed_frequencies, frequency_class
+from longspan.infer.memory import available_memory
+from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
+from longspan.infer.requests import NOT_FINITE, Answer, Request
+
+
+class LocalAnswerer:
+    """Answers requests together; `infer.plain.PlainAnswerer` is its slow twin and gives the same answers.
+
+    Args:
+        model: with longspan's attention.
+        tokenizer: decodes the answers.
+        identity: what records say of the model.
+        max_length: longer requests are answered with an error; None = no limit.
+        batch_tokens: tokens in one forward pass.
+        cache_tokens: tokens of branches whose keys are held at once; see `infer.engine.Engine`.
+        available: tells the free bytes of a device; of several ranks all have to hear the same.
+        on_tokens: is told after each forward pass over prompts how many tokens it has read.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        identity: Mapping[str, Any],
+        max_length: int | None = None,
+        batch_tokens: int,
+        cache_tokens: int | None = None,
+        available: Callable[[torch.device], int | None] = available_memory,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> None:
+        self.identity, self.max_length = identity, max_length
+        self._model, self._tokenizer = model, tokenizer
+        self._engine = Engine(
+            model,
+            batch_tokens=batch_tokens,
+            cache_tokens=cache_tokens,
+            available=available,
+            on_tokens=on_tokens,
+        )
+
+    @property
+    def counters(self) -> Counters:
+        """What has been run so far."""
+        return self._engine.counters
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations so far."""
+        return self._engine.flops
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Continue each prompt greedily.
+
+        Raises:
+            ArgumentError: a request without token ids.
+            RunError: not enough memory.
+        """
+        yield from self._generate(requests, [None] * len(requests))
+
+    def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
+        """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes.
+
+        The pieces are the answer's text, but for bytes that are no text.
+        """
+        return next(answer for _, answer in self._generate([request], [on_text]))
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Measure each given answer after its prompt.
+
+        Raises:
+            ArgumentError: a request without token ids, or without an answer.
+            RunError: not enough memory.
+        """
+        jobs: dict[int, Job] = {}
+        for index, request in enumerate(requests):
+            prompt_ids, answer_ids = prompt_of(request), answer_of(request)
+            if (error := self._error(request)) is not None:
+                yield index, error
+                continue
+            # The last answer token is predicted, never read.
+            ids = np.concatenate([prompt_ids, answer_ids[:-1]]).astype(np.int64)
+            jobs[index] = Job(ids, wanted=len(answer_ids), targets=answer_ids)
+        for indices in self._alike(requests, jobs):
+            with fixed_frequencies(self._model, len(prompt_of(requests[indices[0]]))):
+                for place, outcome in self._engine.run([jobs[index] for index in indices]):
+                    assert outcome.nll is not None
+                    request = requests[indices[place]]
+                    answer = scored(
+                        request, outcome.nll, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds
+                    )
+                    yield indices[place], answer
+
+    def close(self) -> None:
+        """Let go of nothing: the model is the caller's."""
+
+    def _generate(
+        self, requests: Sequence[Request], listeners: Sequence[Callable[[str], None] | None]
+    ) -> Iterator[tuple[int, Answer]]:
+        jobs: dict[int, Job] = {}
+        for index, (request, on_text) in enumerate(zip(requests, listeners)):
+            prompt_ids = prompt_of(request)
+            if (error := self._error(request)) is not None:
+                yield index, error
+                continue
+            if request.max_new_tokens < 1:
+                yield index, finished(request, np.empty(0, np.int64), self._tokenizer, seconds=0.0)
+                continue
+            stream = AnswerStream(request, self._tokenizer, on_text=on_text)
+            ids = np.asarray(prompt_ids, dtype=np.int64)
+            jobs[index] = Job(ids, max_new_tokens=request.max_new_tokens, push=stream.push)
+        for indices in self._alike(requests, jobs):
+            with fixed_frequencies(self._model, len(prompt_of(requests[indices[0]]))):
+                for place, outcome in self._engine.run([jobs[index] for index in indices]):
+                    request = requests[indices[place]]
+                    answer = finished(request, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds)
+                    if not outcome.finite:
+                        answer = Answer("", error=NOT_FINITE, prompt_tokens=answer.prompt_tokens)
+                    yield indices[place], answer
+
+    def _error(self, request: Request) -> Answer | None:
+        excess = excess_error(request, self.max_length)
+        if excess is None:
+            return None
+        return Answer("", error=excess, prompt_tokens=len(prompt_of(request)))
+
+    def _alike(self, requests: Sequence[Request], jobs: Mapping[int, Job]) -> list[list[int]]:
+        """Return the indices of jobs that can share what is read, those with the longest prompts first.
+
+        Frequencies may depend on the length of the prompt, for its answer too.
+        """
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index in sorted(jobs, key=lambda index: -len(prompt_of(requests[index]))):
+            key = frequency_class(self._model, len(prompt_of(requests[index])))
+            found.setdefault(key, []).append(index)
+        return list(found.values())

@@ -1,0 +1,112 @@
+"""Memory for answers: what is free, what a plan needs, and what is said when it was not enough."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from longspan.core.errors import RunError
+from longspan.core.units import format_bytes
+
+FIX = (
+    "ask for shorter contexts, lower --batch-tokens, load the weights as --dtype bfloat16, or use more processes "
+    "(--cp, --tp)"
+)
+LOGIT_ROWS = 1024
+"""Positions whose logits exist at once."""
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that can be had on a device; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    if "MemAvailable" not in fields:
+        return None
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool) -> int:
+    """Return the bytes of keys and values of one token in all layers, on this rank.
+
+    `upcasts`: the kernel keeps them in fp32 at least (`AttentionKernel.upcasts`).
+    """
+    config = _text_config(model)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dtype = torch.promote_types(model.dtype, torch.float32) if upcasts else model.dtype
+    ranks = getattr(model, "tp_size", None) or 1
+    return 2 * config.num_hidden_layers * max(1, kv_heads // ranks) * head_dim * dtype.itemsize
+
+
+def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the bytes of activations of a forward pass: one layer's, and logits of `LOGIT_ROWS` positions.
+
+    Residual stream, its normalised copy and the sum; queries, keys, values and output, partly in fp32; gate, up and
+    their product.
+    """
+    config = _text_config(model)
+    heads = config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    size = model.dtype.itemsize
+    per_token = 4 * config.hidden_size * size + width * (4 * size + 8) + 3 * inner * size
+    logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 8)
+    return tokens * per_token + logits
+
+
+def refuse_excess(
+    *, cache_tokens: int, cache_bytes: int, activations: int, available: int, device: torch.device
+) -> None:
+    """Refuse what does not fit, before anything is run.
+
+    Raises:
+        RunError: more is needed than is available.
+    """
+    needed = cache_tokens * cache_bytes + activations
+    if needed > available:
+        raise RunError(
+            f"these prompts do not fit into the memory of {device}",
+            found=f"about {format_bytes(needed)}: keys and values of {cache_tokens:,} tokens, "
+            f"{format_bytes(cache_bytes)} each, and {format_bytes(activations)} of activations",
+            allowed=f"{format_bytes(available)} that are free",
+            fix=FIX,
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(device: torch.device, *, doing: str) -> Iterator[None]:
+    """Turn what torch raises when memory is used up into a RunError that says what it was doing."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _used_up(device, doing, error) from error
+    except RuntimeError as error:
+        # The CPU allocator has no error of its own.
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise _used_up(device, doing, error) from error
+
+
+def _used_up(device: torch.device, doing: str, error: BaseException) -> RunError:
+    free = available_memory(device)
+    return RunError(
+        f"the memory of {device} is used up while {doing}",
+        found=(str(error).strip().splitlines() or ["no more memory"])[0][:200],
+        allowed=None if free is None else f"{format_bytes(free)} are free now",
+        fix=FIX,
+    )
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)

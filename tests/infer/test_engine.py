@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.core.errors import ArgumentError, RunError
+from longspan.infer.flops import ModelFlops, ladder, work_by_themselves, work_shared
+from longspan.infer.local import LocalAnswerer
+from tests.infer.engines import (
+    MODELS,
+    Bytes,
+    assert_same,
+    grid,
+    in_order,
+    library_answer,
+    local,
+    model_of,
+    plain,
+    random_ids,
+    request,
+)
+
+PROMPTS = grid([40, 60, 25], [0.0, 0.3, 0.5, 1.0])
+# Batches of everything, of a few cells in passes across their borders, and of one cell at a time.
+LIMITS = [(10_000, None), (17, 100), (5, 1)]
+
+
+@pytest.mark.parametrize(("batch_tokens", "cache_tokens"), LIMITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_answers_equal_the_plain_way(
+    name: str, batch_tokens: int, cache_tokens: int | None
+) -> None:
+    """A key too many or too few, or at another position, changes what a random model says."""
+    requests = [request(ids, max_new_tokens=6) for ids in PROMPTS]
+    ours = in_order(local(name, batch_tokens=batch_tokens, cache_tokens=cache_tokens).generate(requests))
+    theirs = in_order(plain(name).generate(requests))
+    assert_same(ours, theirs)
+    assert len({answer.text for answer in ours}) >= 3  # a short window sees little of the difference
+
+
+@pytest.mark.parametrize(("batch_tokens", "cache_tokens"), LIMITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_equal_the_plain_way(name: str, batch_tokens: int, cache_tokens: int | None) -> None:
+    """Answers that are branches of each other, one of which is longer than what is left behind the fork."""
+    requests = [request(ids, answer_ids=np.array(random_ids(n, 1 + n % 4))) for n, ids in enumerate(PROMPTS)]
+    requests += [request(PROMPTS[0][:30], answer_ids=np.array(PROMPTS[0][30:]))]
+    ours = in_order(local(name, batch_tokens=batch_tokens, cache_tokens=cache_tokens).score(requests))
+    assert_same(ours, in_order(plain(name).score(requests)))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen"])
+def test_the_library_gives_the_same_answers(name: str) -> None:
+    """The twin shares our attention; this one reads all tokens again at every step, without a cache."""
+    answers = in_order(local(name).generate([request(ids, max_new_tokens=4) for ids in PROMPTS]))
+    for ids, answer in zip(PROMPTS, answers):
+        assert answer.token_ids is not None
+        assert answer.token_ids.tolist() == library_answer(name, ids, 4)
+
+
+def test_prompts_within_prompts() -> None:
+    """One token, the same prompt twice, a prompt that begins another, answers of different lengths."""
+    whole = PROMPTS[3]
+    prompts = [whole[:1], whole, whole, whole[:20], whole[:20] + [250], whole[:19], [7], whole]
+    requests = [request(ids, max_new_tokens=1 + 3 * n) for n, ids in enumerate(prompts)]
+    expected = in_order(plain("llama").generate(requests))
+    for limit in (10_000, 30, 1):
+        assert_same(in_order(local("llama", cache_tokens=limit).generate(requests)), expected)
+
+
+def test_every_token_of_the_tree_is_read_once() -> None:
+    """The counted work of a small ladder equals the closed form to the last token and pair."""
+    lengths, depths, rest = [30, 40, 60], [0.0, 0.25, 0.5, 1.0], 7
+    cells = ladder(lengths, depths, rest=rest)
+    prompts = grid(lengths, depths, own_needles=True)
+    model = ModelFlops.of(model_of("llama").config)
+    for limits in LIMITS:
+        answerer = local("llama", batch_tokens=limits[0], cache_tokens=limits[1])
+        list(answerer.generate([request(ids, max_new_tokens=1) for ids in prompts]))
+        expected = work_shared(cells)
+        assert answerer.counters.tokens == expected.tokens
+        assert answerer.counters.attention_flops == model.per_pair * expected.pairs
+        assert answerer.counters.logit_rows == expected.logit_rows == len(cells)
+        assert answerer.flops == expected.flops(model)
+        assert expected.tokens < 0.75 * work_by_themselves(cells).tokens
+
+
+def test_answers_are_decoded_together() -> None:
+    """Twelve answers of six tokens are five passes after those over the prompts, not sixty."""
+    answerer = local("llama")
+    list(answerer.generate([request(ids, max_new_tokens=6) for ids in PROMPTS]))
+    assert answerer.counters.passes == 1 + 5
+    assert answerer.counters.decoded_tokens == 12 * 5
+
+
+def test_a_pass_has_no_more_tokens_than_allowed() -> None:
+    """A chunk too large is the memory that chunks are for."""
+    told: list[int] = []
+    answerer = local("llama", batch_tokens=16, cache_tokens=10_000, on_tokens=told.append)
+    list(answerer.generate([request(ids, max_new_tokens=1) for ids in PROMPTS]))
+    assert max(told) == 16
+    assert sum(told) == answerer.counters.tokens
+    assert sorted(told)[1] == 16  # all but the last pass are full
+
+
+def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of cells that are answered must not pile up until the run ends."""
+    from longspan.infer import engine
+
+    blocks: list[int] = []
+    original = engine.Block
+
+    class Watched(original):  # type: ignore[valid-type, misc]
+        def __init__(self, rows: int, kernel: object) -> None:
+            super().__init__(rows, kernel)
+            blocks.append(rows)
+
+    monkeypatch.setattr(engine, "Block", Watched)
+    answerer = local("llama", cache_tokens=70)
+    seen = []
+    for index, _ in answerer.generate([request(ids, max_new_tokens=3) for ids in PROMPTS]):
+        seen.append(index)
+    assert sorted(seen) == list(range(12))
+    trunk, *batches = blocks
+    assert trunk <= 60 + 2
+    assert len(batches) > 4
+    assert max(batches) <= 70
+
+
+def test_room_for_long_answers_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys moved to a larger block must stay those of their strand."""
+    from longspan.infer import engine
+
+    monkeypatch.setattr(engine, "FIRST_ROOM", 2)
+    requests = [request(ids, max_new_tokens=3 + 4 * n) for n, ids in enumerate(PROMPTS[:4])]
+    expected = in_order(plain("qwen").generate(requests))
+    for limit in (10_000, 30):
+        assert_same(in_order(local("qwen", cache_tokens=limit).generate(requests)), expected)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_run() -> None:
+    """An out-of-memory after an hour of reading helps nobody."""
+    answerer = local("llama", available=lambda device: 1_000_000)
+    with pytest.raises(RunError, match=r"do not fit into the memory of cpu(.|\n)*977 KiB that are free"):
+        list(answerer.generate([request(random_ids(0, 3000))]))
+    assert answerer.counters.tokens == 0
+
+
+def test_branches_are_read_in_smaller_batches_where_memory_is_short() -> None:
+    """The answers are the same; only the trunk and one branch have to fit."""
+    requests = [request(ids, max_new_tokens=2) for ids in PROMPTS]
+    expected = in_order(plain("llama").generate(requests))
+    wide, narrow = (local("llama", batch_tokens=8, cache_tokens=400) for _ in range(2))
+    from longspan.infer.memory import pass_bytes
+
+    narrow._engine._available = lambda device: pass_bytes(model_of("llama"), 8) + 120 * 256
+    assert_same(in_order(narrow.generate(requests)), expected)
+    assert_same(in_order(wide.generate(requests)), expected)
+    assert narrow.counters.passes > wide.counters.passes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_memory_that_runs_out_is_said_in_words(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own message has a page of allocator statistics and no way out."""
+    answerer = local("llama")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(answerer._engine, "_hidden", fail)
+    with pytest.raises(RunError, match=r"used up while 5 tokens are read(.|\n)*--batch-tokens"):
+        list(answerer.generate([request([1, 2, 3, 4, 5])]))
+
+
+def test_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape error is no lack of memory."""
+    answerer = local("llama")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(answerer._engine, "_hidden", fail)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        list(answerer.generate([request([1, 2, 3])]))
+
+
+def test_requests_that_cannot_be_answered() -> None:
+    """One that is too long is an answer with an error, and the others go on; one without ids is a mistake."""
+    requests = [
+        request(PROMPTS[0], max_new_tokens=2),
+        request([1, 2], max_new_tokens=2),
+        request([1], max_new_tokens=0),
+    ]
+    ours = in_order(local("llama", max_length=20).generate(requests))
+    assert_same(ours, in_order(plain("llama", max_length=20).generate(requests)))
+    assert ours[0].error == "prompt and answer have 42 tokens, at most 20 are allowed"
+    assert ours[1].completion_tokens == 2
+    assert (ours[2].text, ours[2].finish) == ("", "length")
+    with pytest.raises(ArgumentError, match="token ids"):
+        list(local("llama").generate([requests[1], requests[1]._replace(prompt_ids=None)]))
+    with pytest.raises(ArgumentError, match="no answer to measure"):
+        list(local("llama").score([requests[1]]))
+    assert list(local("llama").generate([])) == []
+
+
+def test_output_that_is_no_number() -> None:
+    """The argmax of NaN is a token like any other."""
+    from longspan.models.hf import build_model
+
+    model = build_model(MODELS["llama"], seed=3).eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    requests = [request([1, 2, 3]), request([1, 2])]
+    from longspan.infer.plain import PlainAnswerer
+
+    for kind in (LocalAnswerer, PlainAnswerer):
+        answers = in_order(kind(model, Bytes(), identity={}, batch_tokens=100).generate(requests))  # type: ignore[arg-type]
+        assert [answer.error for answer in answers] == ["the model's output is not a finite number"] * 2
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_frequencies_of_the_length_are_those_of_each_prompt(name: str) -> None:
+    """In one pass all prompts would have the frequencies of the longest; afterwards the model is as it was."""
+    prompts = [PROMPTS[0], PROMPTS[0][:30], PROMPTS[0][:20], PROMPTS[0][:10]]
+    requests = [request(ids, answer_ids=np.array([5])) for ids in prompts]
+    before = model_of(name).model.rotary_emb.inv_freq.clone()
+    together = in_order(local(name).score(requests))
+    for ids, answer in zip(prompts, together):
+        with torch.no_grad():
+            logits = torch.log_softmax(model_of(name)(torch.tensor([ids])).logits[0, -1].double(), -1)
+        assert answer.nll is not None
+        assert answer.nll[0] == pytest.approx(-float(logits[5]), abs=1e-4)
+        from longspan.infer.length_rope import _reset
+
+        _reset(model_of(name).model.rotary_emb, None)
+    assert torch.equal(model_of(name).model.rotary_emb.inv_freq, before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8),
+    batch_tokens=st.integers(1, 30),
+    cache_tokens=st.integers(1, 60),
+    new_tokens=st.integers(1, 5),
+    name=st.sampled_from(["llama", "mistral"]),
+)
+def test_any_tree_gives_the_plain_answers(
+    prompts: list[list[int]], batch_tokens: int, cache_tokens: int, new_tokens: int, name: str
+) -> None:
+    """Of three letters, random prompts share, contain and equal each other in every way."""
+    requests = [request(ids, max_new_tokens=new_tokens) for ids in prompts]
+    answerer = local(name, batch_tokens=batch_tokens, cache_tokens=cache_tokens)
+    assert_same(in_order(answerer.generate(requests)), in_order(plain(name).generate(requests)))
+    prefixes = {tuple(ids[:n]) for ids in prompts for n in range(1, len(ids) + 1)}
+    assert answerer.counters.tokens - answerer.counters.decoded_tokens == len(prefixes)
