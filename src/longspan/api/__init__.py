@@ -1,0 +1,28 @@
+"""Ask language models over HTTP: OpenAI-compatible and Anthropic endpoints, within limits, never twice the same.
+
+`Client.complete` takes an iterator of requests and gives an iterator of results. Keys come from the environment
+and go nowhere but into the header of a request. Needs the extra `api` (httpx) when a client is made.
+"""
+
+from longspan.api.budget import Budget, Estimate, Price, estimate, price_of, read_prices
+from longspan.api.client import Client
+from longspan.api.endpoint import Endpoint
+from longspan.api.limits import Limits
+from longspan.api.messages import ChatRequest, ChatResult, Usage
+from longspan.api.report import Report
+
+__all__ = [
+    "Budget",
+    "ChatRequest",
+    "ChatResult",
+    "Client",
+    "Endpoint",
+    "Estimate",
+    "Limits",
+    "Price",
+    "Report",
+    "Usage",
+    "estimate",
+    "price_of",
+    "read_prices",
+]

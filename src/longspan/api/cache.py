@@ -1,0 +1,122 @@
+"""Answers that were paid for, in one SQLite file: asked again, they come from there.
+
+The key is the SHA-256 of what determines an answer: the protocol, the body (model, messages, every parameter) and
+the number of the draw. Neither the address nor any secret is part of it. An answer is committed as soon as it has
+come; the write-ahead log survives a kill at any time, and several processes may use one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longspan.api.messages import LogProbs, Reading, Usage
+from longspan.core.errors import DataError, RunError
+
+_KEY_VERSION = 1
+_FORMAT = 1
+_BUSY_SECONDS = 60.0
+
+
+def request_key(kind: str, body: Mapping[str, Any], sample: int) -> str:
+    """Return 64 hex characters that identify what is asked."""
+    content = {"version": _KEY_VERSION, "kind": kind, "body": body, "sample": sample}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class AnswerCache:
+    """A file of answers by key; used from several threads and processes.
+
+    Raises:
+        DataError: the file is something else.
+        RunError: the disk refuses.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        with self._errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(
+                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            version = self._database.execute("PRAGMA user_version").fetchone()[0]
+            tables = {row[0] for row in self._database.execute("SELECT name FROM sqlite_master")}
+            if version not in (0, _FORMAT) or (tables and "answers" not in tables):
+                self._database.close()
+                raise DataError(f"{self.path} is not a file of answers of this version")
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS answers"
+                " (key TEXT PRIMARY KEY, model TEXT NOT NULL, created REAL NOT NULL, answer TEXT NOT NULL)"
+            )
+            self._database.execute(f"PRAGMA user_version={_FORMAT}")
+
+    def get(self, key: str) -> Reading | None:
+        """Return a recorded answer."""
+        with self._lock, self._errors():
+            row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+            return _decode(json.loads(row[0])) if row is not None else None
+
+    def put(self, key: str, model: str, reading: Reading) -> None:
+        """Record an answer; it is on its way to the disk when this returns."""
+        answer = json.dumps(_encode(reading))
+        with self._lock, self._errors():
+            self._database.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, model, time.time(), answer)
+            )
+
+    def __len__(self) -> int:
+        with self._lock, self._errors():
+            return int(self._database.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.OperationalError, OSError) as error:
+            raise RunError(
+                f"the file of answers {self.path} cannot be used",
+                found=str(error),
+                fix="free space or choose another place; what is recorded is kept",
+            ) from error
+        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.path} is not a file of answers, or it is damaged",
+                found=str(error),
+                fix="choose another file, or remove this one and pay for its answers again",
+            ) from None
+
+
+def _encode(reading: Reading) -> dict[str, Any]:
+    return {
+        "text": reading.text,
+        "finish": reading.finish,
+        "usage": list(reading.usage) if reading.usage else None,
+        "error": reading.error,
+        "detail": reading.detail,
+        "logprobs": list(reading.logprobs) if reading.logprobs else None,
+    }
+
+
+def _decode(record: dict[str, Any]) -> Reading:
+    usage, logprobs = record.pop("usage"), record.pop("logprobs")
+    return Reading(
+        **record,
+        usage=Usage(*usage) if usage else None,
+        logprobs=LogProbs(tuple(logprobs[0]), tuple(logprobs[1])) if logprobs else None,
+    )

@@ -1,0 +1,89 @@
+"""What a protocol has to give: bodies to send, and answers read out of what comes back, whole or as a stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from longspan.api.endpoint import Endpoint
+from longspan.api.messages import ChatRequest, Reading
+
+
+class MalformedError(Exception):
+    """The server's answer is not what its protocol promises; asking again may help."""
+
+
+class ErrorInBodyError(Exception):
+    """The server reports an error inside an answer that began as a success."""
+
+    def __init__(self, error: Any) -> None:
+        super().__init__("error in the body")
+        self.error = error
+
+
+class Event(NamedTuple):
+    """One server-sent event."""
+
+    name: str
+    data: str
+
+
+class StreamReader(Protocol):
+    """Puts a streamed answer together."""
+
+    def feed(self, event: Event) -> str:
+        """Take one event; return the text that it adds to the answer.
+
+        Raises:
+            MalformedError: the event is not what the protocol promises.
+            ErrorInBodyError: the server gives up.
+        """
+        ...
+
+    def finish(self) -> Reading | None:
+        """Return the whole answer after the last event; None: the stream broke off before its end."""
+        ...
+
+
+class WireProtocol(Protocol):
+    """How requests and answers are written on the wire."""
+
+    stream_fields: Mapping[str, Any]
+    """What is added to a body to have the answer streamed."""
+
+    def body(self, endpoint: Endpoint, request: ChatRequest) -> dict[str, Any]:
+        """Return the JSON body. Raises ArgumentError: this protocol cannot ask that."""
+        ...
+
+    def read(self, payload: Any, request: ChatRequest) -> Reading:
+        """Read an answer. Raises MalformedError, ErrorInBodyError."""
+        ...
+
+    def stream_reader(self) -> StreamReader:
+        """Return a reader for one streamed answer."""
+        ...
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse what a server sent. Raises MalformedError, also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise MalformedError("not JSON") from None
+
+
+def member(value: Any, name: str, kind: type) -> Any:
+    """Return `value[name]`, None where it is missing or null. Raises MalformedError: it is of another kind."""
+    if not isinstance(value, Mapping):
+        raise MalformedError(f"an object with {name!r} was expected")
+    found = value.get(name)
+    if found is not None and not isinstance(found, kind):
+        raise MalformedError(f"{name!r} is of the wrong kind")
+    return found
+
+
+def count(value: Any, name: str) -> int:
+    """Return a count out of an object of usage; missing is 0. Raises MalformedError."""
+    found = member(value, name, int)
+    return max(0, found or 0)
