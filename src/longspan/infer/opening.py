@@ -10,17 +10,27 @@ What other readers open (a checkpoint of a training) is given as a function that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isqrt
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError
+from longspan.core.log import log_once
 from longspan.data.tokenizer import Tokenizer
-from longspan.infer.requests import Answerer
+from longspan.infer.distributed import TIMEOUT_SECONDS, Member, join_ranks
+from longspan.infer.local import LocalAnswerer
+from longspan.infer.perplexity import token_nll
+from longspan.infer.plain import PlainAnswerer
+from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.spread import SpreadModel
 from longspan.models.hf import load_model, reading_folder, rope_of, usable_device
 from longspan.models.identity import model_identity
+from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.schedules import ScheduleName
 
 BATCH_TOKENS = 16_384
@@ -48,21 +58,27 @@ def provider(model: str) -> tuple[str, str] | None:
     return (kind, name) if colon and kind in PROVIDERS else None
 
 
-def load_source(source: Source, *, device: torch.device | None = None) -> PreTrainedModel:
-    """Load a model and put it on the device (None: the usable one), ready to be run."""
+def load_source(source: Source, *, device: torch.device | None = None, tp: int = 1) -> PreTrainedModel:
+    """Load a model and put it on the device (None: the usable one), ready to be run.
+
+    With `tp` ranks, all of which call this, each gets its share of every matrix.
+    """
     if source.load is not None:
+        if tp > 1:
+            raise ArgumentError(f"{source.path} cannot be shared by --tp", fix="export it first, or use --cp")
         model = source.load(source)
     else:
         dtype = None if source.dtype is None else getattr(torch, source.dtype)
-        model = load_model(source.path, rope=rope_settings(source), dtype=dtype)
-    return model.to(usable_device() if device is None else device).eval()
+        model = load_model(source.path, rope=rope_settings(source), dtype=dtype, tp=tp)
+    if tp == 1:
+        model = model.to(usable_device() if device is None else device)
+    return model.eval()
 
 
-def identify(model: PreTrainedModel, source: Source, *, backend: str = "transformers") -> dict[str, Any]:
-    """Return what the header of records says of a loaded model."""
+def identify(model: PreTrainedModel, source: Source) -> dict[str, Any]:
+    """Return what the header of records says of a loaded model: the same for any number of processes."""
     trained_length = model.config.get_text_config(decoder=True).max_position_embeddings
-    identity = model_identity(model, source.path)
-    return {**identity, "trained_length": trained_length, "backend": backend}
+    return {**model_identity(model, source.path), "trained_length": trained_length, "backend": "transformers"}
 
 
 def open_answerer(
@@ -81,7 +97,10 @@ def open_answerer(
     base_url: str | None = None,
     trained_length: int | None = None,
 ) -> Answerer:
-    """Open a model; close what is returned.
+    """Open a model; close what is returned. Of one that is run here that is a `TokenLosses`, too.
+
+    With several processes this returns in the first: it starts the others on this machine, or they are those of
+    torchrun or srun, where they end in this call with SystemExit when the model is closed.
 
     Args:
         model: see the module; a `Source` says all about the weights itself.
@@ -90,7 +109,7 @@ def open_answerer(
         max_length: tokens that prompt and answer may have together; None = the model's own limit is not asked.
         tp: processes that share each matrix.
         cp: processes that share each sequence, by `schedule` (None: ring).
-        prefix_reuse: read a prefix that several prompts share once.
+        prefix_reuse: read a prefix that several prompts share once (not with cp).
         batch_tokens: tokens in one forward pass, at least one sequence.
         base_url: of the server.
         trained_length: of a server's model, which does not say.
@@ -98,41 +117,113 @@ def open_answerer(
     Raises:
         DataError, ConfigError: the model cannot be loaded so.
         ArgumentError: settings that do not go together.
+        RunError: another process failed.
     """
     remote = provider(model) if isinstance(model, str) else None
     if remote is not None:
+        if tp > 1 or cp > 1:
+            raise ArgumentError("how a server runs its model is its own affair", found="--tp or --cp")
         return _open_remote(*remote, base_url=base_url, max_length=max_length, trained_length=trained_length)
     if base_url is not None:
         raise ArgumentError("a base URL is for models behind a server", found=model, allowed="openai:NAME")
     if tokenizer is None:
         raise ArgumentError("a model that is run here needs its tokenizer")
     source = model if isinstance(model, Source) else Source(model, rope, rope_theta, dtype)
-    loaded = load_source(source)
-    return local_answerer(
-        loaded,
-        tokenizer=tokenizer,
-        identity=identify(loaded, source),
-        max_length=max_length,
-        prefix_reuse=prefix_reuse,
-        batch_tokens=batch_tokens,
+    settings = _Settings(
+        source, tokenizer, max_length, tp, cp, schedule or "ring", prefix_reuse, batch_tokens
     )
+    if tp > 1 and cp > 1:
+        raise ArgumentError(
+            "processes share either matrices or sequences", found=f"--tp {tp} --cp {cp}", fix="leave out one"
+        )
+    if tp == cp == 1:
+        return _build(usable_device(), settings)
+    return join_ranks(tp * cp, _build, settings)
 
 
-def local_answerer(
-    model: PreTrainedModel,
-    *,
-    tokenizer: Tokenizer,
-    identity: Mapping[str, Any],
-    max_length: int | None = None,
-    prefix_reuse: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
-) -> Answerer:
-    """Return an answerer around a model in memory; `identity` as from `identify`."""
-    from longspan.infer.plain import PlainAnswerer
+class _Settings(NamedTuple):
+    """What every rank has to know to make its part of a model."""
 
-    return PlainAnswerer(
-        model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
+    source: Source
+    tokenizer: Tokenizer
+    max_length: int | None
+    tp: int
+    cp: int
+    schedule: ScheduleName
+    prefix_reuse: bool
+    batch_tokens: int
+
+
+def _build(device: torch.device, settings: _Settings) -> Member:
+    """Make this rank's part of a model; all ranks call it together."""
+    mesh = (
+        build_mesh(_degrees(settings), device, timeout_seconds=TIMEOUT_SECONDS) if settings.cp > 1 else None
     )
+    model = load_source(settings.source, device=device, tp=settings.tp)
+    shared: dict[str, Any] = {
+        "identity": identify(model, settings.source),
+        "max_length": settings.max_length,
+        "batch_tokens": settings.batch_tokens,
+    }
+    if mesh is not None:
+        if settings.prefix_reuse:
+            log_once("infer", "--cp reads every prompt from its first token: prefixes are not shared")
+        return SpreadModel(model, settings.tokenizer, mesh=mesh, schedule=settings.schedule, **shared)
+    return ModelHere(model, settings.tokenizer, prefix_reuse=settings.prefix_reuse, **shared)
+
+
+def _degrees(settings: _Settings) -> MeshConfig:
+    """Return how the processes of --cp are arranged: for usp as near to a square as they can be."""
+    if settings.schedule == "ulysses":
+        return MeshConfig(cp_ulysses=settings.cp)
+    if settings.schedule != "usp":
+        return MeshConfig(cp_ring=settings.cp)
+    ulysses = max(side for side in range(1, isqrt(settings.cp) + 1) if settings.cp % side == 0)
+    return MeshConfig(cp_ring=settings.cp // ulysses, cp_ulysses=ulysses)
+
+
+class ModelHere:
+    """A model in this process: what is asked in requests goes to an answerer, losses are computed by themselves.
+
+    Args:
+        model: with longspan's attention.
+        prefix_reuse: read a prefix that several prompts share once.
+
+    Other arguments are those of `LocalAnswerer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        identity: Mapping[str, Any],
+        max_length: int | None = None,
+        prefix_reuse: bool = True,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        answers = LocalAnswerer if prefix_reuse else PlainAnswerer
+        self.identity, self.max_length = identity, max_length
+        self.answerer: LocalAnswerer | PlainAnswerer = answers(
+            model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
+        )
+        self._model, self._batch_tokens = model, batch_tokens
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Continue each prompt greedily; see `Answerer`."""
+        return self.answerer.generate(requests)
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Measure each given answer after its prompt; see `Answerer`."""
+        return self.answerer.score(requests)
+
+    def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """Return the losses of windows; see `infer.perplexity.token_nll`."""
+        return token_nll(self._model, windows, batch_tokens=self._batch_tokens)
+
+    def close(self) -> None:
+        """Let go of nothing: the model is the caller's."""
+        self.answerer.close()
 
 
 def _open_remote(

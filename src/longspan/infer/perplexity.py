@@ -30,17 +30,22 @@ def token_nll(
     Raises:
         ArgumentError: a window has fewer than two tokens.
     """
-    for index, ids in enumerate(windows):
-        if len(ids) < 2:
-            raise ArgumentError(
-                f"window {index} has nothing to predict", found=f"{len(ids)} tokens", allowed=">= 2"
-            )
+    check_windows(windows)
     losses: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(windows)
     with inference(model):
         for batch in plan_batches([len(ids) for ids in windows], batch_tokens):
             for index, nll in zip(batch, _batch_nll(model, [windows[index] for index in batch])):
                 losses[index] = nll
     return losses
+
+
+def check_windows(windows: Sequence[np.ndarray]) -> None:
+    """Refuse windows with nothing to predict. Raises ArgumentError."""
+    for index, ids in enumerate(windows):
+        if len(ids) < 2:
+            raise ArgumentError(
+                f"window {index} has nothing to predict", found=f"{len(ids)} tokens", allowed=">= 2"
+            )
 
 
 def _batch_nll(model: PreTrainedModel, windows: Sequence[np.ndarray]) -> list[np.ndarray]:

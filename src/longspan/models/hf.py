@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
@@ -197,6 +199,7 @@ def load_model(
     max_position_embeddings: int | None = None,
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
+    tp: int = 1,
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub name, with longspan's attention.
 
@@ -208,8 +211,11 @@ def load_model(
         max_position_embeddings: replaces the config's where that is smaller.
         dtype: dtype of the weights; None = as saved.
         overrides: other fields of the config that replace those of the folder.
+        tp: ranks that share each matrix by the model's own plan, for inference: all ranks of the run, each of
+            which calls this. Each holds the whole output embedding.
 
     Raises:
+        ArgumentError: heads that do not divide among the `tp` ranks, or an adapter with `tp`.
         DataError: nothing loadable at `path`, or weights that do not fill the model.
         ConfigError: an unknown RoPE setting.
     """
@@ -219,9 +225,19 @@ def load_model(
 
         if overrides:
             raise ArgumentError(f"{path} is an adapter: the fields of its config are those of its base")
+        if tp > 1:
+            raise ArgumentError(
+                f"{path} is an adapter, whose matrices are not shared between processes",
+                fix="merge it with `longspan export` first",
+            )
         return load_adapter(path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype)
     return load_base(
-        path, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype, overrides=overrides
+        path,
+        rope=rope,
+        max_position_embeddings=max_position_embeddings,
+        dtype=dtype,
+        overrides=overrides,
+        tp=tp,
     )
 
 
@@ -232,6 +248,7 @@ def load_base(
     max_position_embeddings: int | None = None,
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
+    tp: int = 1,
 ) -> PreTrainedModel:
     """Load a model as `load_model` does, but no adapter."""
     register()
@@ -244,6 +261,8 @@ def load_base(
         if max_position_embeddings is not None:
             own = getattr(_text_config(config), "max_position_embeddings", 0)
             changes["max_position_embeddings"] = max(own, max_position_embeddings)
+        if tp > 1:
+            changes["distributed_config"] = _tensor_parallel(config, tp)
         with without_bars() if Path(path).exists() else contextlib.nullcontext():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -262,7 +281,31 @@ def load_base(
             found=f"{len(absent)} parameters missing or of another shape: {', '.join(absent[:4])}",
             fix="restore the folder from where it came",
         )
+    if tp > 1:
+        _gather_head(model)
     return enable(model)
+
+
+def _tensor_parallel(config: PretrainedConfig, ranks: int) -> DistributedConfig:
+    text = _text_config(config)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if heads % ranks or kv_heads % ranks:
+        raise ArgumentError(
+            f"the heads of this model do not divide among {ranks} processes",
+            found=f"{heads} heads, {kv_heads} of keys",
+            fix="share sequences instead (--cp), or use fewer processes",
+        )
+    return DistributedConfig(tp_size=ranks)
+
+
+def _gather_head(model: PreTrainedModel) -> None:
+    """Give every rank the whole output embedding: losses are computed by it a chunk of tokens at a time."""
+    head = model.get_output_embeddings()
+    if isinstance(head.weight, DTensor):
+        head.weight = torch.nn.Parameter(head.weight.full_tensor(), requires_grad=False)
+        # What transformers put in its place shares the logits out.
+        vars(head).pop("forward", None)
 
 
 def usable_device() -> torch.device:

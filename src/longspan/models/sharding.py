@@ -16,7 +16,7 @@ from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import Schedule, ScheduleName, build_schedule
 from longspan.parallel.shards import SequenceShards
 
-__all__ = ["SCHEDULE_ATTRIBUTE", "attach_schedule", "shard_batch"]
+__all__ = ["SCHEDULE_ATTRIBUTE", "attach_schedule", "shard_batch", "window_of_all_layers"]
 
 SCHEDULE_ATTRIBUTE = "longspan_schedule"
 IGNORE = -100
@@ -92,7 +92,7 @@ def shard_batch(
                 fix="give the borders of all documents, from 0 to the number of tokens, padding included",
             )
     shards = SequenceShards(
-        layout or schedule.layouts[0], borders, schedule.world, window=_window_of_all_layers(model)
+        layout or schedule.layouts[0], borders, schedule.world, window=window_of_all_layers(model)
     )
     documents = ShardedDocuments(shards, schedule)
     shifted = torch.cat((targets[1:], targets.new_full((1,), IGNORE)))
@@ -114,7 +114,7 @@ def shard_batch(
     }
 
 
-def _window_of_all_layers(model: PreTrainedModel) -> int | None:
+def window_of_all_layers(model: PreTrainedModel) -> int | None:
     """Return the sliding window, if every layer has it: `balanced` deals work by it."""
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
