@@ -19,7 +19,8 @@ from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.eval.records import RecordsWriter
-from longspan.eval.runner import NOT_FINITE, PART_TOKENS, mean_score, summarise_records
+from longspan.eval.runner import NOT_FINITE, PART_TOKENS, summarise_records
+from longspan.eval.summaries import mean_score
 from longspan.infer.requests import Answer, Answerer, Request
 
 PART_REQUESTS = 1024
