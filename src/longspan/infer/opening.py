@@ -169,7 +169,7 @@ def _build(device: torch.device, settings: _Settings) -> Member:
         if settings.prefix_reuse:
             log_once("infer", "--cp reads every prompt from its first token: prefixes are not shared")
         return SpreadModel(model, settings.tokenizer, mesh=mesh, schedule=settings.schedule, **shared)
-    return ModelHere(model, settings.tokenizer, prefix_reuse=settings.prefix_reuse, **shared)
+    return local_answerer(model, tokenizer=settings.tokenizer, prefix_reuse=settings.prefix_reuse, **shared)
 
 
 def _degrees(settings: _Settings) -> MeshConfig:
@@ -180,6 +180,26 @@ def _degrees(settings: _Settings) -> MeshConfig:
         return MeshConfig(cp_ring=settings.cp)
     ulysses = max(side for side in range(1, isqrt(settings.cp) + 1) if settings.cp % side == 0)
     return MeshConfig(cp_ring=settings.cp // ulysses, cp_ulysses=ulysses)
+
+
+def local_answerer(
+    model: PreTrainedModel,
+    *,
+    tokenizer: Tokenizer,
+    identity: Mapping[str, Any],
+    max_length: int | None = None,
+    prefix_reuse: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+) -> ModelHere:
+    """Return an answerer around a model in memory; `identity` as from `identify`."""
+    return ModelHere(
+        model,
+        tokenizer,
+        identity=identity,
+        max_length=max_length,
+        prefix_reuse=prefix_reuse,
+        batch_tokens=batch_tokens,
+    )
 
 
 class ModelHere:
@@ -198,9 +218,9 @@ class ModelHere:
         tokenizer: Tokenizer,
         *,
         identity: Mapping[str, Any],
-        max_length: int | None = None,
-        prefix_reuse: bool = True,
-        batch_tokens: int = BATCH_TOKENS,
+        max_length: int | None,
+        prefix_reuse: bool,
+        batch_tokens: int,
     ) -> None:
         answers = LocalAnswerer if prefix_reuse else PlainAnswerer
         self.identity, self.max_length = identity, max_length
