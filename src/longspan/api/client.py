@@ -193,6 +193,7 @@ class Client:
             raise piece.error
         if piece.result is None:
             raise self._fatal or RunError("the request was called off")
+        self._counts.result(piece.result)
         return piece.result
 
     def report(self) -> Report:
