@@ -39,7 +39,7 @@ from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.eval.documents import HeldOutDocument
-from longspan.eval.needle import NeedleTask
+from longspan.eval.needle_settings import NeedleSettings
 from longspan.eval.ppl import PplTask
 from longspan.train.config import StageConfig, TrainConfig
 
@@ -369,7 +369,7 @@ def _evaluate(
     """Write the records of every variant; those that are there already are not made again."""
     settings = config.evaluation
     documents = _held_out(work, settings.split)
-    needle = NeedleTask(
+    needle = NeedleSettings(
         lengths=settings.lengths,
         depths=settings.depths,
         samples=settings.samples,
@@ -403,13 +403,16 @@ def _evaluate_variant(
     documents: Sequence[HeldOutDocument],
     *,
     trained_length: int,
-    needle: NeedleTask,
+    needle: NeedleSettings,
     ppl: PplTask,
-    beyond: NeedleTask | None,
-    harder: NeedleTask | None,
+    beyond: NeedleSettings | None,
+    harder: NeedleSettings | None,
 ) -> None:
-    from longspan.eval.needle_run import run_needle
+    from longspan.eval.needle import NeedleTask
     from longspan.eval.ppl_run import BATCH_TOKENS, run_ppl
+    from longspan.eval.prompts import PromptForm
+    from longspan.eval.runner import run_task
+    from longspan.infer.local import LocalAnswerer
     from longspan.infer.perplexity import token_nll
     from longspan.models.hf import load_model, usable_device
     from longspan.models.identity import model_identity
@@ -418,24 +421,21 @@ def _evaluate_variant(
     longest = max(*needle.lengths, *(beyond.lengths if beyond else ()))
     model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest)
     model = model.to(usable_device()).eval()
-    shared: dict[str, Any] = {
-        "documents": documents,
-        "label": variant.label,
-        "model_info": {
-            **model_identity(model, variant.path, shown_as=str(variant.path.relative_to(work))),
-            "trained_length": trained_length,
-        },
-        "note": variant.note,
+    identity = {
+        **model_identity(model, variant.path, shown_as=str(variant.path.relative_to(work))),
+        "trained_length": trained_length,
     }
-    run_needle(model, tokenizer, needle, out=records / f"needle-{variant.label}.jsonl", **shared)
+    named: dict[str, Any] = {"label": variant.label, "note": variant.note}
     measure = partial(token_nll, model, batch_tokens=BATCH_TOKENS)
-    run_ppl(measure, tokenizer, ppl, out=records / f"ppl-{variant.label}.jsonl", **shared)
-    if beyond is not None:
-        run_needle(model, tokenizer, beyond, out=records / f"needle_beyond-{variant.label}.jsonl", **shared)
-    if harder is not None:
-        run_needle(
-            model, tokenizer, harder, out=records / f"needle_distractors-{variant.label}.jsonl", **shared
-        )
+    path = records / f"ppl-{variant.label}.jsonl"
+    run_ppl(measure, tokenizer, ppl, documents=documents, out=path, model_info=identity, **named)
+    answerer = LocalAnswerer(model, tokenizer, identity=identity, batch_tokens=BATCH_TOKENS)
+    grids = {"needle": needle, "needle_beyond": beyond, "needle_distractors": harder}
+    for name, settings in grids.items():
+        if settings is not None:
+            task = NeedleTask(settings, documents, PromptForm(tokenizer))
+            path = records / f"{name}-{variant.label}.jsonl"
+            run_task(task, answerer, tokenizer=tokenizer, out=path, **named)
 
 
 def _trained_length(config: QuickstartConfig, variant: Variant) -> int:

@@ -59,7 +59,7 @@ def python_documents(library: Path | None = None) -> Iterator[CorpusDocument]:
         )
     for package, paths in packages.items():
         yield from _code_documents(package, [(path.relative_to(library).as_posix(), path) for path in paths])
-    yield from _reference_documents()
+    yield from reference_documents()
     for package, paths in packages.items():
         for path in paths:
             yield from _docstring_documents(package, path.relative_to(library).as_posix(), path)
@@ -122,7 +122,8 @@ def _code_documents(package: str, files: list[tuple[str, Path]]) -> Iterator[Cor
             yield CorpusDocument("code", f"{package}/{number}", package, text)
 
 
-def _reference_documents() -> Iterator[CorpusDocument]:
+def reference_documents() -> Iterator[CorpusDocument]:
+    """Yield the prose behind `help("topic")`, in alphabetical order."""
     from pydoc_data import topics
 
     for name, text in sorted(topics.topics.items()):

@@ -35,3 +35,17 @@ def describe_documents(documents: Sequence[HeldOutDocument]) -> dict[str, Any]:
             data = part.encode()
             digest.update(len(data).to_bytes(8, "little") + data)
     return {"count": len(documents), "sha256": digest.hexdigest()}
+
+
+def default_documents() -> list[HeldOutDocument]:
+    """Return the haystack of those who bring none: the reference prose that comes with every CPython.
+
+    About 460 thousand characters on 79 topics, read on this machine; the exact texts follow the
+    interpreter's version and are identified in the header of the records. A model trained on public text
+    has seen them, which does not help it to find what was planted.
+    """
+    from longspan.data.python_corpus import reference_documents
+
+    return [
+        HeldOutDocument(document.name, document.text, document.source) for document in reference_documents()
+    ]

@@ -6,6 +6,7 @@ tokens is then a slice of text: nothing is decoded, and no haystack is tokenised
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -38,11 +39,17 @@ class Window(NamedTuple):
 
 
 class Haystack:
-    """Draws windows of running text from documents; a window never holds the same text twice."""
+    """Draws windows of running text from documents.
 
-    def __init__(self, documents: Sequence[HeldOutDocument], tokenizer: Tokenizer) -> None:
+    A window never holds the same text twice, unless `repeat` allows it where the documents are too short.
+    """
+
+    def __init__(
+        self, documents: Sequence[HeldOutDocument], tokenizer: Tokenizer, *, repeat: bool = False
+    ) -> None:
         self._texts = [document.text for document in documents if document.text]
         self._tokenizer = tokenizer
+        self._repeat = repeat
 
     def window(self, generator: np.random.Generator, num_tokens: int) -> Window:
         """Draw a window of at least `num_tokens` tokens.
@@ -54,10 +61,25 @@ class Haystack:
             DataError: all documents together have fewer tokens.
         """
         order = [int(document) for document in generator.permutation(len(self._texts))]
+        return self._join(self._spans(order, generator), num_tokens)
+
+    def first(self, num_tokens: int) -> Window:
+        """Return the documents in their order, up to where the tokens suffice. Raises DataError as `window`."""
+        spans = [(document, 0, len(text)) for document, text in enumerate(self._texts)]
+        return self._join(spans, num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents together; tokenises those that never were."""
+        return sum(len(self._token_ends(document)) for document in range(len(self._texts)))
+
+    def _join(
+        self, spans: Iterator[tuple[int, int, int]] | list[tuple[int, int, int]], num_tokens: int
+    ) -> Window:
         pieces: list[str] = []
         ends: list[np.ndarray] = []
         counted = chars = 0
-        for document, start, stop in self._spans(order, generator):
+        for document, start, stop in itertools.cycle(spans) if self._repeat and self._texts else spans:
             token_ends = self._token_ends(document)
             first, last = np.searchsorted(token_ends, [start, stop], side="right")
             token_ends = token_ends[first : min(last, first + num_tokens - counted)]
@@ -73,7 +95,7 @@ class Haystack:
             "the haystack is too short",
             found=f"{counted:,} tokens in {len(self._texts):,} held-out documents",
             allowed=f"at least {num_tokens:,} tokens for the longest context",
-            fix="give more held-out documents or leave out the longest lengths",
+            fix="give more held-out documents, leave out the longest lengths, or let the text be repeated",
         )
 
     def _spans(self, order: list[int], generator: np.random.Generator) -> Iterator[tuple[int, int, int]]:

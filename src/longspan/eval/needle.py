@@ -7,34 +7,44 @@
 
 The whole, prompt and answer, has exactly the stated length in tokens, up to the stated tolerance. Facts are
 planted into the text at a line or sentence border; text and answer are then tokenised together, and length
-and depth are measured on the result and recorded. Each sample has a haystack, a key and a value of its own.
+and depth are measured on the result and recorded.
+
+Samples of one number share a haystack: that of a shorter length is the head of that of the longest. What
+stands before the needle is then the same text for every depth and length behind it, and a model reads it once
+(`Planned.group`). Needle, key and value are drawn anew for each cell; other facts for each length.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import pydantic
 
-from longspan.core.config import Config
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ConfigError, DataError
+from longspan.core.intervals import EFFECTIVE_THRESHOLD, effective_context
 from longspan.core.seeds import rng
-from longspan.core.units import parse_length
-from longspan.data.facts import Fact, collect_keys, draw_facts, insert_at_sentence, nearest_border
-from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
+from longspan.data.facts import collect_keys
+from longspan.eval.documents import HeldOutDocument, describe_documents
+from longspan.eval.grid import lengths_from, refuse_repeats
 from longspan.eval.haystack import Haystack, Window
+from longspan.eval.needle_settings import NeedleSettings, fill
+from longspan.eval.planting import Insertion, Planted, check_depth, plant
+from longspan.eval.prompts import PromptForm
+from longspan.eval.summaries import mean_by
+from longspan.eval.task import Built, Mode, Planned
 
-PROMPT_VERSION = 1
+__all__ = ["NeedleTask", "effective_of", "length_tolerance", "lengths_from", "refuse_repeats"]
+
+PROMPT_VERSION = 2
 """Raised whenever the same settings would compose another prompt."""
 
 MIN_HAYSTACK_TOKENS = 16
-DEPTH_TOLERANCE = 0.02
+MIN_ABSENT_KEYS = 20
 DISTRACTOR_GAP = 0.05
 _MAX_FITS = 6
+_MAX_DRAWS = 100
 _CONTEXT_CHARS = 60
 
 
@@ -43,271 +53,371 @@ def length_tolerance(length: int) -> int:
     return max(8, length // 100)
 
 
-def lengths_from(values: Any) -> Any:
-    """Read context lengths as people write them (`4k` = 4096) before validation."""
-    if not isinstance(values, list | tuple):
-        return values
-    try:
-        return tuple(parse_length(value) if isinstance(value, str) else value for value in values)
-    except ArgumentError as error:
-        raise ValueError(str(error)) from None
+class Facts(NamedTuple):
+    """What was drawn for the `{key}` and `{number}` of one planted sentence."""
+
+    key: str
+    number: str
 
 
-def refuse_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the values. Raises ValueError when there are none or one stands twice."""
-    if not values:
-        raise ValueError("at least one value is needed")
-    if len(set(values)) < len(values):
-        raise ValueError("a value stands twice")
-    return values
+class Sample(NamedTuple):
+    """The haystack of one sample number, as long as the longest context."""
+
+    window: Window
+    keys: list[str]
+    """Words that may be keys: those that the window lacks, if there are some."""
 
 
-class NeedleTask(Config):
-    """Settings of a needle evaluation: every length with every depth is a cell of `samples` samples."""
+class Context(NamedTuple):
+    """A haystack with what is planted in it, cut to a length."""
 
-    lengths: tuple[pydantic.PositiveInt, ...]
-    """Context lengths in tokens, prompt and answer together; `4k` is read as 4096."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the needle stands: 0 is the start of the haystack, 1 its end."""
-    samples: pydantic.PositiveInt = 10
-    """Samples per cell."""
-    num_distractors: pydantic.NonNegativeInt = 0
-    """Facts about other keys, with other values, planted at other depths."""
-    answer_digits: int = pydantic.Field(default=5, ge=1, le=18)
-    """Digits of the value."""
-    seed: int = 0
-    """Seed of all random choices."""
-    key_split: Literal["train", "validation", "test"] = "test"
-    """Which share of the words may be keys; only `train` words are keys in training."""
-    split: str = "test"
-    """Name of the share of the documents that the haystacks are cut from."""
-
-    _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
-    _no_repeats = pydantic.field_validator("lengths", "depths")(refuse_repeats)
-
-    @pydantic.field_validator("depths")
-    @classmethod
-    def _depths_are_fractions(cls, depths: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0.0 <= depth <= 1.0 for depth in depths):
-            raise ValueError("a depth lies between 0 (start) and 1 (end of the haystack)")
-        return depths
-
-    @pydantic.model_validator(mode="after")
-    def _enough_values(self) -> NeedleTask:
-        # 9 of 10 numbers do not begin with 0; a tenth of them is plenty to find some that the text lacks.
-        if (1 + self.num_distractors) * 10 > 9 * 10 ** (self.answer_digits - 1):
-            raise ValueError(
-                f"{self.num_distractors} distractors need values of more than {self.answer_digits} digits"
-            )
-        return self
-
-    def cells(self) -> list[tuple[int, float, int]]:
-        """Return (length, depth, sample number) of every sample."""
-        return [
-            (length, depth, sample)
-            for length in self.lengths
-            for depth in self.depths
-            for sample in range(self.samples)
-        ]
-
-
-class NeedleSample(NamedTuple):
-    """One composed prompt with its answer, and what was measured on it."""
-
-    prompt_ids: np.ndarray
-    answer_ids: np.ndarray
-    """What follows `prompt_ids` when prompt and answer are tokenised together."""
-    prompt: str
-    question: str
-    expected: str
-    achieved_length: int
-    """Tokens of prompt and answer together."""
-    achieved_depth: float
-    """Haystack tokens before the needle / haystack tokens before and after it."""
-    needle_window: str
-    """The needle with the text around it."""
-
-
-class _Places(NamedTuple):
-    depths: list[float]
-    """Depth in the bare haystack of the needle and of each distractor."""
-    order: list[int]
-    """Indices of `depths` in the order of the text."""
-    expected: float
-    """Depth of the needle among all that surrounds it, were there a border at every token."""
-
-
-class _Planted(NamedTuple):
     text: str
-    start: int
-    end: int
+    planted: Planted
 
 
-class NeedleBuilder:
-    """Composes the samples of a task, each a pure function of task, documents, tokenizer and cell.
+class NeedleComposer:
+    """Composes contexts: what all needle evaluations share.
 
     Raises:
-        ConfigError: a length has no room for the planted facts and the question.
-        DataError: the documents hold no key, or fewer tokens than the longest length.
+        ConfigError: a length has no room for the planted facts and the question, or keys are too few.
+        DataError: the documents hold too few keys, or fewer tokens than the longest length.
     """
 
-    def __init__(self, task: NeedleTask, documents: Sequence[HeldOutDocument], tokenizer: Tokenizer) -> None:
-        self.task = task
-        self._tokenizer = tokenizer
-        self._haystack = Haystack(documents, tokenizer)
-        self._keys = collect_keys((document.text for document in documents), split=task.key_split)
-        if len(self._keys) <= task.num_distractors:
-            raise DataError(
-                f"the documents hold too few words that may be keys ({task.key_split} split)",
-                found=len(self._keys),
-                allowed=f"more than {task.num_distractors}, one for the needle and one for each distractor",
-                fix="give more held-out documents",
-            )
+    def __init__(
+        self,
+        settings: NeedleSettings,
+        documents: Sequence[HeldOutDocument],
+        form: PromptForm,
+        *,
+        num_needles: int,
+    ) -> None:
+        self.settings = settings
+        self.form = form
+        self.documents = describe_documents(documents)
+        self._num_needles = num_needles
+        self._haystack = Haystack(documents, form.tokenizer, repeat=settings.repeat)
+        self._samples: dict[int, Sample] = {}
+        fields = settings.planted_fields()
+        self._needle_fields, self._distractor_fields = fields[0], fields[1:]
+        num_keys = num_needles * ("key" in self._needle_fields)
+        needed = num_keys + sum("key" in each for each in self._distractor_fields)
+        self._num_keys = needed
+        self._keys: list[str] = list(settings.keys)
+        if self._keys:
+            if len(self._keys) < num_keys:
+                raise ConfigError(
+                    "there are fewer keys than needles", found=len(self._keys), allowed=f"at least {num_keys}"
+                )
+        elif needed:
+            self._keys = collect_keys((document.text for document in documents), split=settings.key_split)
+            if len(self._keys) < needed:
+                raise DataError(
+                    f"the documents hold too few words that may be keys ({settings.key_split} split)",
+                    found=len(self._keys),
+                    allowed=f"at least {needed}, one for each needle and each distractor",
+                    fix="give more held-out documents, or name keys",
+                )
         self._check_lengths()
 
-    def build(self, length: int, depth: float, sample: int) -> NeedleSample:
-        """Compose one sample.
+    def sample(self, number: int) -> Sample:
+        """Return the haystack of a sample number; the last one is kept."""
+        if number not in self._samples:
+            longest = max(self.settings.lengths)
+            if self.settings.order == "given":
+                window = self._haystack.first(longest)
+            else:
+                generator = rng(self.settings.seed, "needle haystack", number)
+                window = self._haystack.window(generator, longest)
+            keys = self._keys
+            if not self.settings.keys:
+                words = set(re.findall(r"[a-z]+", window.text.lower()))
+                absent = [key for key in self._keys if key not in words]
+                # A context as long as all documents holds every word; "of iron is" still stands there once.
+                keys = absent if len(absent) >= max(MIN_ABSENT_KEYS, self._num_keys) else self._keys
+            self._samples = {number: Sample(window, keys)}
+        return self._samples[number]
+
+    def draw_needles(
+        self, generator: np.random.Generator, sample: Sample, count: int, taken: Sequence[Facts] = ()
+    ) -> list[Facts]:
+        """Draw keys and numbers of `count` needles: none is in `taken`, and no number in the haystack."""
+        return self._draw(generator, sample, ["key" in self._needle_fields] * count, taken)
+
+    def draw_distractors(
+        self, generator: np.random.Generator, sample: Sample, taken: Sequence[Facts] = ()
+    ) -> list[Facts]:
+        """Draw keys and numbers of the distractors."""
+        return self._draw(generator, sample, ["key" in each for each in self._distractor_fields], taken)
+
+    def needle(self, facts: Facts, depth: float) -> Insertion:
+        """Return a needle to be planted."""
+        return self._insertion(fill(self.settings.needle, **facts._asdict()), depth)
+
+    def distractor(self, index: int, facts: Facts, depth: float) -> Insertion:
+        """Return a distractor to be planted."""
+        texts = self.settings.distractors or (self.settings.needle,)
+        return self._insertion(fill(texts[index % len(texts)], **facts._asdict()), depth)
+
+    def question(self, facts: Sequence[Facts]) -> str:
+        """Return the question for some needles: `{key}` is "iron, coal and tin"."""
+        keys = [each.key for each in facts]
+        joined = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
+        return fill(self.settings.question, key=joined, number=facts[0].number)
+
+    def answer(self, facts: Facts) -> str:
+        """Return the right answer for a needle."""
+        return fill(self.settings.answer, **facts._asdict())
+
+    def prompt(self, context: str, question: str) -> str:
+        """Return the whole prompt."""
+        # One pass: a context that holds "{question}" stays as it is.
+        return fill(self.settings.prompt, context=context, question=question)
+
+    def count(self, context: str, question: str, answer: str) -> int:
+        """Return the tokens of prompt and answer, or of prompt and the room for a generated one."""
+        prompt = self.prompt(context, question)
+        if self.settings.mode == "teacher_forced":
+            return self.form.count(prompt, answer=answer)
+        return self.form.count(prompt) + self.settings.max_new_tokens
+
+    def context(
+        self,
+        sample: Sample,
+        length: int,
+        insertions: Sequence[Insertion],
+        *,
+        question: str,
+        answer: str,
+        exact: int | None,
+    ) -> Context:
+        """Cut and plant a haystack so that with question and answer it has `length` tokens.
 
         Raises:
-            DataError: this sample cannot be built as asked; the message says why.
+            DataError: it cannot be done; the message says why.
         """
-        generator = rng(self.task.seed, "needle", length, depth, sample)
-        window = self._haystack.window(generator, length)
-        needle, *distractors = self._draw_facts(generator, window)
-        other_depths = [_other_depth(generator, depth) for _ in distractors]
-        sizes = [len(self._tokenizer.encode(f"{fact.sentence}\n")) for fact in distractors]
-        haystack_tokens = length - self._num_planned_tokens([needle, *distractors])
+        planned = self.count("", question, answer) + sum(each.tokens for each in insertions)
+        # A little less than fits: what is planted at a border may cost a token more than on its own.
+        haystack_tokens = length - planned - 2
         for _ in range(_MAX_FITS):
-            places = _places(depth, other_depths, sizes, haystack_tokens)
-            planted = _plant(window, haystack_tokens, [needle, *distractors], places)
-            context = planted.text if planted.text.endswith("\n") else f"{planted.text}\n"
-            prompt = f"{context}{needle.question}"
-            ids = self._tokenizer.encode(f"{prompt} {needle.value}")
-            excess = len(ids) - length
-            if -length_tolerance(length) < excess <= 0:
-                break
-            haystack_tokens -= excess
             if haystack_tokens < MIN_HAYSTACK_TOKENS:
                 raise DataError(
                     f"no room for a haystack in {length} tokens", found=f"{haystack_tokens} tokens"
                 )
-        else:
-            raise DataError(f"the text could not be cut to {length} tokens", found=f"{len(ids)} tokens")
-        before = len(self._tokenizer.encode(context[: planted.start]))
-        after = len(self._tokenizer.encode(context[planted.end :].removeprefix("\n")))
+            planted = plant(sample.window, haystack_tokens, insertions, exact=exact)
+            text = planted.text.removesuffix("\n")
+            tokens = self.count(text, question, answer)
+            excess = tokens - length
+            if -length_tolerance(length) < excess <= 0:
+                return Context(text, planted)
+            haystack_tokens -= excess
+        raise DataError(f"the text could not be cut to {length} tokens", found=f"{tokens} tokens")
+
+    def measured_depth(self, context: Context, index: int) -> float:
+        """Return the share of the tokens around an insertion that stand before it.
+
+        Raises:
+            DataError: it is not where it should be.
+        """
+        start, end = context.planted.spans[index]
+        encode = self.form.tokenizer.encode
+        before = len(encode(context.text[:start]))
+        after = len(encode(context.text[end:].removeprefix("\n")))
         achieved = before / max(1, before + after)
-        _check_depth(achieved, places, window=window, haystack_tokens=haystack_tokens)
-        prompt_tokens = self._prompt_tokens(prompt, ids)
-        around = slice(max(0, planted.start - _CONTEXT_CHARS), planted.end + _CONTEXT_CHARS)
-        return NeedleSample(
-            prompt_ids=ids[:prompt_tokens],
-            answer_ids=ids[prompt_tokens:],
-            prompt=prompt,
-            question=needle.question,
-            expected=needle.value,
-            achieved_length=len(ids),
-            achieved_depth=achieved,
-            needle_window=context[around],
+        check_depth(achieved, context.planted, index)
+        return achieved
+
+    def built(self, context: Context, index: int, facts: Sequence[Facts], **fields: Any) -> Built:
+        """Return the request for some needles of a context; the insertion `index` is the one measured."""
+        question = self.question(facts)
+        answers = [self.answer(each) for each in facts]
+        depth = self.measured_depth(context, index)
+        prompt = self.prompt(context.text, question)
+        if self.settings.mode == "teacher_forced":
+            request = self.form.request(prompt, answer=answers[0])
+        else:
+            request = self.form.request(prompt, max_new_tokens=self.settings.max_new_tokens)
+        assert request.prompt_ids is not None
+        room = self.settings.max_new_tokens if request.answer_ids is None else len(request.answer_ids)
+        start, end = context.planted.spans[index]
+        return Built(
+            request,
+            {
+                "question": question,
+                "achieved_length": len(request.prompt_ids) + room,
+                "achieved_depth": round(depth, 6),
+                "needle_window": context.text[max(0, start - _CONTEXT_CHARS) : end + _CONTEXT_CHARS],
+                **fields,
+            },
+            answers[0] if len(answers) == 1 else answers,
         )
 
-    def _draw_facts(self, generator: np.random.Generator, window: Window) -> list[Fact]:
-        """Draw needle and distractors; none of their keys and values occurs in the haystack."""
-        words = set(re.findall(r"[a-z]+", window.text.lower()))
-        keys = [key for key in self._keys if key not in words]
-        count = 1 + self.task.num_distractors
-        if len(keys) < count:
-            raise DataError(
-                "too few keys that do not occur in the haystack", found=len(keys), allowed=f">= {count}"
-            )
-        for _ in range(100):
-            facts = draw_facts(generator, keys, count, digits=self.task.answer_digits)
-            if not any(fact.value in window.text for fact in facts):
-                return facts
-        raise DataError(f"the haystack holds nearly every number of {self.task.answer_digits} digits")
+    def params(self) -> dict[str, Any]:
+        """Return what determines the prompts, for the header."""
+        return {
+            **self.settings.identity(),
+            **self.form.params(),
+            "documents": self.documents,
+            "prompt_version": PROMPT_VERSION,
+        }
 
-    def _num_planned_tokens(self, facts: Sequence[Fact]) -> int:
-        """Return about how many tokens stand beside the haystack: planted facts, question and answer."""
-        planted = "".join(f"\n{fact.sentence}\n" for fact in facts)
-        asked = f"\n{facts[0].question} {facts[0].value}"
-        return len(self._tokenizer.encode(planted)) + len(self._tokenizer.encode(asked))
+    def _insertion(self, text: str, depth: float) -> Insertion:
+        return Insertion(text, depth, len(self.form.tokenizer.encode(f"{text}\n")))
 
-    def _prompt_tokens(self, prompt: str, ids: np.ndarray) -> int:
-        """Return where the answer begins in the ids of prompt and answer; refuse a token that is in both."""
-        prompt_ids = self._tokenizer.encode(prompt)
-        count = len(prompt_ids)
-        if count >= len(ids) or not np.array_equal(ids[:count], prompt_ids):
-            raise DataError("this tokenizer joins the end of the question and the answer into one token")
-        return count
+    def _draw(
+        self,
+        generator: np.random.Generator,
+        sample: Sample,
+        wants_key: Sequence[bool],
+        taken: Sequence[Facts],
+    ) -> list[Facts]:
+        used = {each.key for each in taken}
+        pool = [key for key in sample.keys if key not in used]
+        count = sum(wants_key)
+        # Given keys may serve several distractors, each with a number of its own.
+        if count > len(pool) and not (self.settings.keys and pool):
+            raise DataError("too few keys for so many facts", found=len(pool), allowed=f">= {count}")
+        order = generator.permutation(len(pool)) if count > len(pool) else ()
+        chosen = order if count > len(pool) else generator.choice(len(pool), size=count, replace=False)
+        keys = iter([pool[int(chosen[number % len(chosen)])] for number in range(count)])
+        numbers = {each.number for each in taken}
+        facts = []
+        for wanted in wants_key:
+            number = self._draw_number(generator, sample.window.text, numbers)
+            numbers.add(number)
+            facts.append(Facts(next(keys) if wanted else "", number))
+        return facts
+
+    def _draw_number(self, generator: np.random.Generator, text: str, taken: set[str]) -> str:
+        digits = self.settings.answer_digits
+        for _ in range(_MAX_DRAWS):
+            number = str(generator.integers(10 ** (digits - 1), 10**digits))
+            if number not in taken and number not in text:
+                return number
+        raise DataError(f"the haystack holds nearly every number of {digits} digits")
 
     def _check_lengths(self) -> None:
-        count = 1 + self.task.num_distractors
-        longest_keys = sorted(self._keys, key=len)[-count:]
-        facts = [Fact(key, "9" * self.task.answer_digits) for key in longest_keys]
-        needed = self._num_planned_tokens(facts) + MIN_HAYSTACK_TOKENS
-        if min(self.task.lengths) < needed:
+        longest = sorted(self._keys, key=len)[-1:] or [""]
+        facts = Facts(longest[0], "9" * self.settings.answer_digits)
+        planted = [self.needle(facts, 0.0).tokens] * self._num_needles
+        planted += [
+            self.distractor(number, facts, 0.0).tokens for number in range(len(self._distractor_fields))
+        ]
+        asked = self.question([facts] * self.settings.num_needles)
+        needed = self.count("", asked, self.answer(facts)) + sum(planted) + MIN_HAYSTACK_TOKENS + 2
+        if min(self.settings.lengths) < needed:
             raise ConfigError(
                 "a context length has no room for the planted facts and the question",
-                found=f"{min(self.task.lengths)} tokens",
-                allowed=f"at least {needed} tokens with {self.task.num_distractors} distractors",
-                fix="leave out the shortest lengths or use fewer distractors",
+                found=f"{min(self.settings.lengths)} tokens",
+                allowed=f"at least {needed} tokens with {self._num_needles} needles and "
+                f"{self.settings.num_distractors} distractors",
+                fix="leave out the shortest lengths or plant fewer facts",
             )
-        self._haystack.window(rng(self.task.seed, "needle check"), max(self.task.lengths))
+        self.sample(0)
 
 
-def _other_depth(generator: np.random.Generator, depth: float) -> float:
-    """Draw a depth that is at least DISTRACTOR_GAP away from the needle's."""
-    low, high = max(0.0, depth - DISTRACTOR_GAP), min(1.0, depth + DISTRACTOR_GAP)
-    drawn = generator.random() * (1.0 - (high - low))
-    return float(drawn if drawn < low else drawn + high - low)
+class NeedleTask:
+    """The needle evaluation: one needle asked for in each context, or several at once.
 
-
-def _places(
-    depth: float, other_depths: Sequence[float], sizes: Sequence[int], haystack_tokens: int
-) -> _Places:
-    """Return where in the bare haystack to plant, so that the needle is at `depth` of all that surrounds it.
-
-    Distractors take room: with 40 tokens of them before the needle in a haystack of 100 tokens, depth 0.5 of
-    all 140 tokens is depth 0.3 of the haystack. They keep their side of the needle.
+    Arguments are the settings, the documents that haystacks are cut from, and how prompts become ids.
     """
-    earlier = sum(size for other, size in zip(other_depths, sizes) if other < depth)
-    total = haystack_tokens + sum(sizes)
-    needle = min(1.0, max(0.0, (depth * total - earlier) / haystack_tokens))
-    others = [
-        other / depth * needle if other < depth else 1.0 - (1.0 - other) / (1.0 - depth) * (1.0 - needle)
-        for other in other_depths
-    ]
-    order = sorted(range(1 + len(others)), key=lambda index: [depth, *other_depths][index])
-    return _Places([needle, *others], order, (needle * haystack_tokens + earlier) / total)
 
+    def __init__(
+        self, settings: NeedleSettings, documents: Sequence[HeldOutDocument], form: PromptForm
+    ) -> None:
+        self.settings = settings
+        self.mode: Mode = settings.mode
+        self.scorer = settings.scorer_name
+        self.name = "needle"
+        if settings.num_needles > 1:
+            self.name = "needle_multi"
+        elif settings.num_distractors:
+            self.name = "needle_distractors"
+        self._composer = NeedleComposer(settings, documents, form, num_needles=settings.num_needles)
 
-def _plant(window: Window, haystack_tokens: int, facts: Sequence[Fact], places: _Places) -> _Planted:
-    """Plant facts into the first tokens of the window; the first fact is the needle.
+    def params(self) -> dict[str, Any]:
+        """Return the settings that determine the samples, for the header."""
+        return self._composer.params()
 
-    Planted from the last to the first, so what is planted never moves a place that is still to come. The
-    borders are those of the bare haystack: a planted line has ends of its own, which are nobody's place.
-    """
-    text = haystack = window.head(haystack_tokens)
-    start = end = -1
-    for index in reversed(places.order):
-        before = len(text)
-        border = nearest_border(haystack, window.char_at(places.depths[index], haystack_tokens))
-        text, at, stop = insert_at_sentence(text, facts[index].sentence, border / before)
-        if index == 0:
-            start, end = at, stop
-        elif at <= start:
-            start, end = start + len(text) - before, end + len(text) - before
-    assert text[start:end] == facts[0].sentence
-    return _Planted(text, start, end)
+    def plan(self) -> list[Planned]:
+        """Return all samples; those of one number share a haystack and stand together."""
+        return plan_grid(self.settings)
 
-
-def _check_depth(achieved: float, places: _Places, *, window: Window, haystack_tokens: int) -> None:
-    """Raise DataError when the needle is farther off than the nearest line or sentence border explains."""
-    target = window.char_at(places.depths[0], haystack_tokens)
-    border = nearest_border(window.head(haystack_tokens), target)
-    low, high = np.searchsorted(window.ends[:haystack_tokens], sorted([target, border]))
-    tolerance = DEPTH_TOLERANCE + (int(high - low) + 1) / haystack_tokens
-    if abs(achieved - places.expected) > tolerance:
-        raise DataError(
-            f"the needle stands at depth {achieved:.3f} instead of {places.expected:.3f}",
-            allowed=f"{tolerance:.3f} off, by the nearest line or sentence border",
+    def build(self, planned: Planned) -> Built:
+        """Compose one sample, a pure function of the settings and its key. Raises DataError."""
+        length, depth, number = int(planned.key[0]), float(planned.key[1]), int(planned.key[2])
+        settings, composer = self.settings, self._composer
+        sample = composer.sample(number)
+        shared = rng(settings.seed, "needle others", length, number)
+        others = composer.draw_needles(shared, sample, settings.num_needles - 1)
+        distractors = composer.draw_distractors(shared, sample, others)
+        depths = [_away_from(depth, float(place)) for place in shared.random(len(others) + len(distractors))]
+        own = rng(settings.seed, "needle", length, depth, number)
+        (needle,) = composer.draw_needles(own, sample, 1, [*others, *distractors])
+        insertions = [composer.needle(needle, depth)]
+        insertions += [composer.needle(each, place) for each, place in zip(others, depths)]
+        insertions += [
+            composer.distractor(index, each, place)
+            for index, (each, place) in enumerate(zip(distractors, depths[len(others) :]))
+        ]
+        asked = [needle, *others]
+        context = composer.context(
+            sample,
+            length,
+            insertions,
+            question=composer.question(asked),
+            answer=composer.answer(needle),
+            exact=0,
         )
+        return composer.built(context, 0, asked)
+
+    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return means by cell and by length, and the effective context."""
+        return summarise_grid(samples)
+
+
+def plan_grid(settings: NeedleSettings) -> list[Planned]:
+    """Return every sample of a grid, grouped by the haystack that samples share."""
+    counts: dict[str, Any] = {"num_distractors": settings.num_distractors}
+    if settings.num_needles > 1:
+        counts["num_needles"] = settings.num_needles
+    return [
+        Planned(
+            (length, depth, number),
+            length,
+            group=f"haystack {number}",
+            fields={"length": length, "depth": depth, "sample": number, **counts},
+        )
+        for number in range(settings.samples)
+        for length, depth in settings.cells()
+    ]
+
+
+def summarise_grid(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return means by cell and by length, and the effective context."""
+    by_length = mean_by(samples, "length")
+    return {
+        "cells": mean_by(samples, "length", "depth"),
+        "by_length": by_length,
+        **effective_of(by_length),
+    }
+
+
+def effective_of(
+    by_length: Sequence[Mapping[str, Any]], *, threshold: float = EFFECTIVE_THRESHOLD
+) -> dict[str, Any]:
+    """Return the effective context of rows by length (see `core.intervals`) and the threshold it kept."""
+    intervals = {row["length"]: row["interval"] for row in by_length}
+    return {
+        "effective_context": effective_context(intervals, threshold=threshold),
+        "effective_threshold": threshold,
+    }
+
+
+def _away_from(depth: float, place: float) -> float:
+    """Move a place that is nearer to the needle's depth than DISTRACTOR_GAP to its other side of the gap."""
+    if abs(place - depth) >= DISTRACTOR_GAP:
+        return place
+    before, after = depth - DISTRACTOR_GAP, depth + DISTRACTOR_GAP
+    if before < 0.0 or after > 1.0:
+        return after if before < 0.0 else before
+    return before if place < depth else after

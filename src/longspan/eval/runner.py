@@ -11,11 +11,10 @@ reason; it never counts as zero and is never left out of the counts.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,18 +22,17 @@ import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import sha256_bytes
-from longspan.core.intervals import score_interval
 from longspan.core.log import get_logger
 from longspan.core.progress import Progress, progress
 from longspan.core.units import format_count
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
+from longspan.eval.summaries import mean_score
 from longspan.eval.task import Built, Planned, Task
-from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
 
 TooLong = Literal["refuse", "skip"]
-NOT_FINITE = "the model's output is not a finite number"
 PART_TOKENS = 4_000_000
 """Prompts are composed this many tokens at a time (8 bytes each), so that memory does not grow with the task."""
 PART_SAMPLES = 256
@@ -140,32 +138,6 @@ def summarise_records(
     }
 
 
-def mean_score(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return mean and 95 % interval of the scores that there are; None where there are none."""
-    scores = [float(sample["score"]) for sample in samples if sample.get("score") is not None]
-    mean = math.fsum(scores) / len(scores) if scores else None
-    return {"mean": mean, "interval": score_interval(scores)}
-
-
-def mean_by(samples: Iterable[Mapping[str, Any]], *fields: str) -> list[dict[str, Any]]:
-    """Return one row for each combination of values of `fields`, in their order.
-
-    A row holds the fields, samples, scored, mean and interval (95 %).
-    """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        groups.setdefault(tuple(sample[field] for field in fields), []).append(sample)
-    return [
-        {
-            **dict(zip(fields, values)),
-            "samples": len(group),
-            "scored": sum(sample["score"] is not None for sample in group),
-            **mean_score(group),
-        }
-        for values, group in sorted(groups.items())
-    ]
-
-
 def _check_ids(samples: Sequence[_Sample]) -> None:
     """Refuse a plan in which two samples have one key: the second would be taken for recorded."""
     twice = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
@@ -214,10 +186,15 @@ def _parts(samples: Sequence[_Sample]) -> Iterator[list[_Sample]]:
 
 
 def _pieces(group: list[_Sample]) -> Iterator[list[_Sample]]:
-    sizes = itertools.accumulate(sample.planned.tokens for sample in group)
-    numbered = zip(group, sizes)
-    for _, piece in itertools.groupby(numbered, key=lambda pair: (pair[1] - 1) // GROUP_TOKENS):
-        yield [sample for sample, _ in piece]
+    piece: list[_Sample] = []
+    tokens = 0
+    for sample in group:
+        if piece and tokens + sample.planned.tokens > GROUP_TOKENS:
+            yield piece
+            piece, tokens = [], 0
+        piece.append(sample)
+        tokens += sample.planned.tokens
+    yield piece
 
 
 def _run_part(

@@ -1,0 +1,264 @@
+"""`longspan eval needle`: what a model finds at each context length and depth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from longspan.cli.eval_options import (
+    BosOption,
+    Note,
+    Out,
+    RetryUnscored,
+    SourceField,
+    TextField,
+    TooLongOption,
+    read_held_out,
+)
+from longspan.cli.model_options import ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.output import Json, example, percent, print_json, print_table
+
+if TYPE_CHECKING:
+    from longspan.eval.needle_settings import NeedleSettings
+    from longspan.eval.prompts import PromptForm
+    from longspan.eval.task import Task
+    from longspan.infer.flops import Cell
+
+EXAMPLE = example(
+    "longspan eval needle --model model --data texts --lengths 128,256 --samples 2 --out run",
+    "longspan eval needle --model model --lengths 256,384 --depths 0:1:3 --samples 1 --multi-key --out run",
+)
+
+Mode = Literal["teacher_forced", "generate"]
+Order = Literal["random", "given"]
+
+
+@takes_model
+def needle(
+    model: ModelOptions,
+    out: Out,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Haystack: files, folders, patterns; many times. Default: Python's reference prose."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings of a published test; see `eval list`. Options outrank it.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k,32k or 1k:8k:8.")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(help="0: start of the text, 1: its end; such as 0,0.5,1 or 0:1:11.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of each length and depth.")] = None,
+    needles: Annotated[int | None, typer.Option(min=1, help="Needles in one context, all asked for.")] = None,
+    distractors: Annotated[
+        int | None, typer.Option(min=0, help="Other planted facts in the same text.")
+    ] = None,
+    multi_key: Annotated[
+        bool, typer.Option("--multi-key", help="A needle at every depth of one context, each asked for.")
+    ] = False,
+    needle: Annotated[str | None, typer.Option(help="Planted text; {key} and {number} are drawn.")] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked at the end.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The right answer.")] = None,
+    distractor: Annotated[
+        list[str] | None, typer.Option(help="Text of a planted fact that is not asked for; many times.")
+    ] = None,
+    key: Annotated[list[str] | None, typer.Option(help="A word that may be {key}; many times.")] = None,
+    digits: Annotated[int | None, typer.Option(min=1, max=18, help="Digits of {number}.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The whole, with {context} and {question}.")] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Most likely tokens along the answer, or free ones.")
+    ] = None,
+    scorer: Annotated[str | None, typer.Option(help="Scoring rule; see `eval list`.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated answer.")] = None,
+    order: Annotated[Order | None, typer.Option(help="Order of the documents in a haystack.")] = None,
+    repeat_haystack: Annotated[
+        bool, typer.Option("--repeat-haystack", help="Repeat documents that are shorter than the context.")
+    ] = False,
+    bos: BosOption = "auto",
+    too_long: TooLongOption = "refuse",
+    retry_unscored: RetryUnscored = False,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Mean that the effective context has to keep.")
+    ] = 0.8,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the grid and its cost, run nothing.")
+    ] = False,
+    text_field: TextField = "text",
+    source_field: SourceField = None,
+    note: Note = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask for facts planted in text that the model has not seen, at each length and depth.
+
+    By default a sample is right when the model's first choices, token by token, spell the answer.
+    """
+    given = {
+        "lengths": lengths,
+        "depths": depths,
+        "samples": samples,
+        "num_needles": needles,
+        "num_distractors": distractors,
+        "needle": needle,
+        "question": question,
+        "answer": answer,
+        "distractors": distractor,
+        "keys": key,
+        "answer_digits": digits,
+        "prompt": prompt,
+        "mode": mode or ("generate" if model.is_remote and preset is None else None),
+        "scorer": scorer,
+        "max_new_tokens": max_new_tokens,
+        "order": order,
+        "repeat": (repeat_haystack or not data) or None,
+        "seed": seed,
+    }
+    settings = _settings(preset, {name: value for name, value in given.items() if value is not None})
+    tokenizer = find_tokenizer(model)
+    from longspan.eval.documents import default_documents
+    from longspan.eval.prompts import PromptForm
+
+    form = PromptForm(tokenizer, bos=bos, chat_template=model.chat_template)
+    if data:
+        documents = read_held_out(data, text_field=text_field, source_field=source_field)
+    else:
+        documents = default_documents()
+    if dry_run:
+        _show_grid(settings, form, multi_key=multi_key, as_json=as_json)
+        return
+    task: Task
+    if multi_key:
+        from longspan.eval.needle_multikey import MultiKeyTask
+
+        task = MultiKeyTask(settings, documents, form)
+    else:
+        from longspan.eval.needle import NeedleTask
+
+        task = NeedleTask(settings, documents, form)
+    from longspan.eval.runner import run_task
+
+    with opened(model) as asked:
+        summary = run_task(
+            task,
+            asked.answerer,
+            tokenizer=tokenizer,
+            label=asked.label,
+            out=asked.records(out, task.name),
+            note=note,
+            retry_unscored=retry_unscored,
+            too_long=too_long,
+        )
+    from longspan.eval.needle import effective_of
+
+    summary |= effective_of(summary["by_length"], threshold=threshold)
+    if as_json:
+        print_json(summary)
+    else:
+        print_grid(summary)
+
+
+def print_grid(summary: dict[str, Any]) -> None:
+    """Print means by depth and length with intervals, counts, and the effective context."""
+    cells = {(cell["length"], cell["depth"]): percent(cell["mean"]) for cell in summary["cells"]}
+    lengths = [row["length"] for row in summary["by_length"]]
+    depths = sorted({cell["depth"] for cell in summary["cells"]})
+    rows: list[list[object]] = [
+        [f"{depth:g}", *(cells.get((length, depth)) for length in lengths)] for depth in depths
+    ]
+    rows.append(["all depths", *(percent(row["mean"]) for row in summary["by_length"])])
+    rows.append(["95% interval", *(_interval(row["interval"]) for row in summary["by_length"])])
+    rows.append(["unscored", *(row["samples"] - row["scored"] for row in summary["by_length"])])
+    title = (
+        f"{summary['task']}, {summary['label']}: mean {percent(summary['mean']) or '-'}, "
+        f"{summary['scored']} of {summary['samples']} samples scored"
+    )
+    print_table(title, ("depth", *(f"{length:,}" for length in lengths)), rows)
+    effective = summary["effective_context"]
+    typer.echo(
+        f"effective context: {'none of these lengths' if effective is None else f'{effective:,} tokens'} "
+        f"(the lower bound of the interval is above {percent(summary['effective_threshold'])} there and at "
+        "every shorter length)"
+    )
+
+
+def _interval(interval: tuple[float, float] | None) -> str | None:
+    return None if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}%"
+
+
+def _settings(preset: str | None, given: dict[str, Any]) -> NeedleSettings:
+    from longspan.core.errors import ArgumentError
+    from longspan.eval.needle_presets import preset_named
+    from longspan.eval.needle_settings import NeedleSettings
+
+    values = {**(preset_named(preset) if preset else {}), **given}
+    if "lengths" not in values:
+        raise ArgumentError(
+            "no context lengths are given", fix="name them with --lengths, or take a --preset"
+        )
+    return NeedleSettings.from_dict(values, where="the command line")
+
+
+def _show_grid(settings: NeedleSettings, form: PromptForm, *, multi_key: bool, as_json: bool) -> None:
+    """Print what would be run: cells, prompts, tokens, and how much a shared prefix saves."""
+    from longspan.core.units import format_count
+    from longspan.infer.flops import work_by_themselves, work_shared
+
+    groups = _cells(settings, form, multi_key=multi_key)
+    alone = [work_by_themselves(group) for group in groups]
+    shared = [work_shared(group) for group in groups]
+    tokens, read = (settings.samples * sum(work.tokens for work in works) for works in (alone, shared))
+    pairs = sum(work.pairs for work in alone) / sum(work.pairs for work in shared)
+    result = {
+        "task": "needle_multikey" if multi_key else "needle",
+        "lengths": list(settings.lengths),
+        "depths": list(settings.depths),
+        "cells": len(settings.cells()),
+        "prompts": settings.samples * len(settings.cells()),
+        "prompt_tokens": tokens,
+        "tokens_read_with_prefix_reuse": read,
+        "factor_linear_layers": tokens / read,
+        "factor_attention": pairs,
+    }
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        [
+            f"{length:,}",
+            len(settings.depths),
+            settings.samples,
+            f"{length * len(settings.depths) * settings.samples:,}",
+        ]
+        for length in settings.lengths
+    ]
+    print_table(f"{result['task']}: {result['cells']} cells", ("length", "depths", "samples", "tokens"), rows)
+    depths = ", ".join(f"{depth:g}" for depth in settings.depths)
+    typer.echo(f"depths: {depths}")
+    typer.echo(
+        f"{result['prompts']:,} prompts of {format_count(tokens)} tokens; {settings.mode}, {settings.scorer_name}"
+    )
+    typer.echo(
+        f"with prefix reuse about {format_count(read)} tokens are read: {tokens / read:.2f} times fewer in the "
+        f"linear layers, {pairs:.2f} times fewer pairs in attention"
+    )
+
+
+def _cells(settings: NeedleSettings, form: PromptForm, *, multi_key: bool) -> list[list[Cell]]:
+    """Return the prompts of one haystack, those that share a trunk together."""
+    from longspan.infer.flops import Cell, ladder
+
+    number = "9" * settings.answer_digits
+    asked = form.count(settings.question, answer=settings.answer.replace("{number}", number))
+    planted = len(form.tokenizer.encode(settings.needle.replace("{number}", number)))
+    if multi_key:
+        return [[Cell(length - asked, length)] * len(settings.depths) for length in settings.lengths]
+    rest = asked + planted
+    if settings.num_distractors or settings.num_needles > 1:
+        # Other facts stand elsewhere at each length.
+        return [ladder([length], settings.depths, rest=rest) for length in settings.lengths]
+    return [ladder(settings.lengths, settings.depths, rest=rest)]

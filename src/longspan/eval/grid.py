@@ -1,0 +1,90 @@
+"""Grids of context lengths and depths: lists as people write them, or evenly spaced `start:end:count`.
+
+lengths   4k,16k,128k      4096, 16384, 131072
+          1000:128000:40   40 lengths from 1000 to 128000, both included
+depths    0,0.5,1          start, middle and end of the haystack
+          0:1:11           0, 0.1, ..., 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from longspan.core.errors import ArgumentError
+from longspan.core.units import parse_length
+
+
+def lengths_from(values: Any) -> Any:
+    """Read context lengths before validation; a value that is no text and no list is left to it."""
+    if isinstance(values, str):
+        values = values.split(",")
+    if not isinstance(values, list | tuple):
+        return values
+    try:
+        lengths: list[Any] = []
+        for value in values:
+            if isinstance(value, str) and ":" in value:
+                start, end, count = _range(value)
+                lengths += _spaced(float(parse_length(start)), float(parse_length(end)), count, whole=True)
+            else:
+                lengths.append(parse_length(value) if isinstance(value, str) else value)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return tuple(lengths)
+
+
+def depths_from(values: Any) -> Any:
+    """Read depths before validation; a value that is no text and no list is left to it."""
+    if isinstance(values, str):
+        values = values.split(",")
+    if not isinstance(values, list | tuple):
+        return values
+    depths: list[Any] = []
+    for value in values:
+        if isinstance(value, str) and ":" in value:
+            start, end, count = _range(value)
+            depths += _spaced(_depth(start), _depth(end), count, whole=False)
+        else:
+            depths.append(_depth(value) if isinstance(value, str) else value)
+    return tuple(depths)
+
+
+def refuse_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values. Raises ValueError when there are none or one stands twice."""
+    if not values:
+        raise ValueError("at least one value is needed")
+    if len(set(values)) < len(values):
+        raise ValueError("a value stands twice")
+    return values
+
+
+def refuse_outside(depths: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the depths. Raises ValueError when one is not a fraction."""
+    if not all(0.0 <= depth <= 1.0 for depth in depths):
+        raise ValueError("a depth lies between 0 (start) and 1 (end of the haystack)")
+    return depths
+
+
+def _range(text: str) -> tuple[str, str, int]:
+    parts = text.split(":")
+    if len(parts) != 3 or not parts[2].strip().isdigit() or int(parts[2]) < 1:
+        raise ValueError(f"{text!r} is not start:end:count, such as 0:1:11")
+    if int(parts[2]) == 1 and parts[0].strip() != parts[1].strip():
+        raise ValueError(f"{text!r} asks for one value between two different ends")
+    return parts[0], parts[1], int(parts[2])
+
+
+def _spaced(start: float, end: float, count: int, *, whole: bool) -> Sequence[Any]:
+    # Ends are exact, and 11 depths are 0.1 and 0.3, not 0.30000000000000004.
+    points = np.linspace(start, end, count)
+    return [round(float(point)) if whole else round(float(point), 9) for point in points]
+
+
+def _depth(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a depth, such as 0.5") from None

@@ -1,0 +1,94 @@
+"""Multi-key needle: one context with a needle of its own key at every depth, each asked for by itself.
+
+All questions of a context share all that stands before them, so it is read once for the whole row of depths.
+That is another and harder task than a single needle: the other needles are distractors of the very form that
+is asked for. Its name and records are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longspan.core.errors import ConfigError
+from longspan.core.seeds import rng
+from longspan.eval.documents import HeldOutDocument
+from longspan.eval.needle import Context, Facts, NeedleComposer, plan_grid, summarise_grid
+from longspan.eval.needle_settings import NeedleSettings
+from longspan.eval.prompts import PromptForm
+from longspan.eval.task import Built, Mode, Planned
+
+
+class MultiKeyTask:
+    """The multi-key needle evaluation; arguments are those of `NeedleTask`.
+
+    Raises:
+        ConfigError: needles without a key, or several needles a question.
+    """
+
+    name = "needle_multikey"
+
+    def __init__(
+        self, settings: NeedleSettings, documents: Sequence[HeldOutDocument], form: PromptForm
+    ) -> None:
+        if "key" not in settings.template(settings.needle) & settings.template(settings.question):
+            raise ConfigError(
+                "a needle at every depth needs a {key} in needle and question, to tell them apart"
+            )
+        if settings.num_needles > 1:
+            raise ConfigError(
+                "the multi-key task has one needle at each depth",
+                found=f"num_needles: {settings.num_needles}",
+            )
+        self.settings = settings
+        self.mode: Mode = settings.mode
+        self.scorer = settings.scorer_name
+        self._composer = NeedleComposer(settings, documents, form, num_needles=len(settings.depths))
+        self._row: tuple[tuple[int, int], Context, list[Facts]] | None = None
+
+    def params(self) -> dict[str, Any]:
+        """Return the settings that determine the samples, for the header."""
+        return self._composer.params()
+
+    def plan(self) -> list[Planned]:
+        """Return all samples; those of one context, and of one haystack, stand together."""
+        return plan_grid(self.settings)
+
+    def build(self, planned: Planned) -> Built:
+        """Compose one sample, a pure function of the settings and its key. Raises DataError."""
+        length, depth, number = int(planned.key[0]), float(planned.key[1]), int(planned.key[2])
+        context, needles = self._context(length, number)
+        index = self.settings.depths.index(depth)
+        return self._composer.built(context, index, [needles[index]])
+
+    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return means by cell and by length, and the effective context."""
+        return summarise_grid(samples)
+
+    def _context(self, length: int, number: int) -> tuple[Context, list[Facts]]:
+        """Return the context that all depths share; the last one is kept."""
+        if self._row is None or self._row[0] != (length, number):
+            settings, composer = self.settings, self._composer
+            sample = composer.sample(number)
+            generator = rng(settings.seed, "needle multikey", length, number)
+            needles = composer.draw_needles(generator, sample, len(settings.depths))
+            distractors = composer.draw_distractors(generator, sample, needles)
+            insertions = [composer.needle(each, depth) for each, depth in zip(needles, settings.depths)]
+            insertions += [
+                composer.distractor(index, each, float(place))
+                for index, (each, place) in enumerate(zip(distractors, generator.random(len(distractors))))
+            ]
+            # The longest question decides how long the text can be that all of them share.
+            longest = max(
+                needles, key=lambda each: composer.count("", composer.question([each]), composer.answer(each))
+            )
+            context = composer.context(
+                sample,
+                length,
+                insertions,
+                question=composer.question([longest]),
+                answer=composer.answer(longest),
+                exact=None,
+            )
+            self._row = (length, number), context, needles
+        return self._row[1], self._row[2]

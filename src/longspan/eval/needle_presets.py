@@ -1,0 +1,90 @@
+r"""Grids, prompts, needles and scores of published needle evaluations, as settings of ours.
+
+What they share with the originals: lengths, depths, samples, texts, prompt, haystack order (as given; the
+originals read Paul Graham's essays, which are given by path), mode, and the metric by name. What differs, for
+all of them: the prompt has the stated length as a whole, the needle stands at the nearest sentence border of
+any language, on a line of its own, and a depth is what it says.
+
+fu-2024     Fu et al. 2024, arXiv 2402.10171. 40 lengths 1000..128000, 10 depths 0..1, a sentence. What was
+            plotted is the share of the words of the expected answer in the output; the original divided 11
+            different words by 12 ("a" stands twice), so a perfect answer had 0.917; here it has 1. The
+            original cut the text 200 tokens short of the length to leave room, looked for full stops by ids
+            of two tokenizers, and put a second BOS before the needle.
+easycontext EasyContext's needle test at 1M tokens, as its README runs it: 20 lengths 50000..1000000, 11 depths
+            0..1, 2 samples, a number of 7 digits, teacher-forced. The original's prompts were longer than stated by
+            needle and question, its depths were rounded to tens (0.25 was shown as 0.2), its numbers could
+            have fewer digits and its tokens were right for one tokenizer.
+longllm     FlagEmbedding's Long_LLM: 10 lengths 8000..80000, 10 depths 0..1, a sentence, rouge-L F1. The
+            original counted the position of the needle from the start of the prompt and put it at that
+            place of the context, in the middle of a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from longspan.core.errors import ArgumentError
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fu-2024": {
+            "lengths": "1000:128000:40",
+            "depths": "0:1:10",
+            "samples": 1,
+            "needle": "The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.",
+            "question": "What is the best thing to do in San Francisco?",
+            "answer": "eat a sandwich and sit in Dolores Park on a sunny day.",
+            "prompt": "<|im_start|> This is a very long story book: <book> {context} </book>.\n Based on the content "
+            "of the book, Question: {question}\nAnswer:",
+            "mode": "generate",
+            "scorer": "word_recall",
+            "max_new_tokens": 50,
+            "order": "given",
+            "repeat": True,
+        },
+        "easycontext": {
+            "lengths": "50000:1000000:20",
+            "depths": "0:1:11",
+            "samples": 2,
+            "needle": "The special magic Singapore number is: {number}.",
+            "question": "What is the special magic Singapore number? Answer: The special magic Singapore number is:",
+            "answer": "{number}",
+            "distractors": ("The special magic {key} number is: {number}.",),
+            "keys": ("New York", "London", "Paris", "Tokyo", "Beijing", "Berlin"),
+            "answer_digits": 7,
+            "prompt": "This is a very long story book: <book> {context} </book>.\n Based on the content of the book, "
+            "Question: {question}",
+            "mode": "teacher_forced",
+            "order": "given",
+            "repeat": True,
+            "seed": 24242424,
+        },
+        "longllm": {
+            "lengths": "8000:80000:10",
+            "depths": "0:1:10",
+            "samples": 1,
+            "needle": "The best thing to do in San Francisco is sitting in Dolores Park and eating a hamburg on a "
+            "sunny day.",
+            "question": "What is the best thing to do in San Francisco?",
+            "answer": "The best thing to do in San Francisco is sitting in Dolores Park and eating a hamburg on a "
+            "sunny day.",
+            "prompt": "There is an important information hidden in the following context. Find the information and "
+            "memorize it. I will quiz you about the important information there.\n{context}\n\n{question}\nAnswer:",
+            "mode": "generate",
+            "scorer": "rouge_l",
+            "max_new_tokens": 50,
+            "order": "given",
+            "repeat": True,
+        },
+    }
+)
+"""Settings by name; see `NeedleSettings` for what they mean."""
+
+
+def preset_named(name: str) -> dict[str, Any]:
+    """Return the settings of a preset. Raises ArgumentError listing the names that exist."""
+    if name not in PRESETS:
+        raise ArgumentError("there is no such preset", found=repr(name), allowed=sorted(PRESETS))
+    return dict(PRESETS[name])

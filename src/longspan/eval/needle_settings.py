@@ -1,0 +1,154 @@
+"""Settings of the needle evaluations: the grid, the texts, and how an answer is got and scored."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import pydantic
+
+from longspan.core.config import Config
+from longspan.eval.grid import depths_from, lengths_from, refuse_outside, refuse_repeats
+from longspan.eval.scorers import SCORERS
+from longspan.eval.task import Mode
+
+Order = Literal["random", "given"]
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_FACT_FIELDS = ("key", "number")
+
+
+class NeedleSettings(Config):
+    """Settings of a needle evaluation: every length with every depth is a cell of `samples` samples."""
+
+    lengths: tuple[pydantic.PositiveInt, ...]
+    """Context lengths in tokens, prompt and answer together; `4k` is read as 4096, `1k:8k:8` as 8 lengths."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the needle stands: 0 is the start of the haystack, 1 its end; `0:1:11` is read as 11 depths."""
+    samples: pydantic.PositiveInt = 10
+    """Samples per cell; samples of one number share a haystack across all cells."""
+    num_needles: pydantic.PositiveInt = 1
+    """Needles in one context, all asked for; the first stands at the cell's depth, others anywhere."""
+    num_distractors: pydantic.NonNegativeInt = 0
+    """Planted facts that are not asked for, at other depths."""
+    needle: str = "The magic number of {key} is {number}."
+    """What is planted: `{key}` is a word, `{number}` a number, drawn for each sample."""
+    question: str = "The magic number of {key} is"
+    """What is asked; with several needles `{key}` is all their keys."""
+    answer: str = "{number}"
+    """The right answer."""
+    distractors: tuple[str, ...] = ()
+    """Texts of the facts not asked for, in turn; none: the needle with another key and number."""
+    keys: tuple[str, ...] = ()
+    """Words that may be keys; none: words of the documents, those that the haystack lacks where it lacks some."""
+    answer_digits: int = pydantic.Field(default=5, ge=1, le=18)
+    """Digits of a number; none begins with 0."""
+    prompt: str = "{context}\n{question}"
+    """How haystack and question are put."""
+    mode: Mode = "teacher_forced"
+    """`teacher_forced`: the most likely tokens along the right answer; `generate`: what the model writes."""
+    scorer: str | None = None
+    """Scoring rule; None: `teacher_forced`, or of generated answers `contains`, `string_match_all` for several."""
+    max_new_tokens: pydantic.PositiveInt = 32
+    """Tokens that a generated answer may have; the stated length holds room for them."""
+    order: Order = "random"
+    """A haystack is cut out of documents in random order, or is the documents in the order given."""
+    repeat: bool = False
+    """Whether documents may be repeated where they are shorter than the longest context."""
+    seed: int = 0
+    """Seed of all random choices."""
+    key_split: Literal["train", "validation", "test"] = "test"
+    """Which share of the words may be keys; only `train` words are keys in training."""
+    split: str = "test"
+    """Name of the share of the documents that the haystacks are cut from."""
+
+    _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
+    _read_depths = pydantic.field_validator("depths", mode="before")(depths_from)
+    _no_repeats = pydantic.field_validator("lengths", "depths")(refuse_repeats)
+    _fractions = pydantic.field_validator("depths")(refuse_outside)
+
+    @property
+    def scorer_name(self) -> str:
+        """The scoring rule in effect."""
+        if self.scorer is not None:
+            return self.scorer
+        if self.mode == "teacher_forced":
+            return "teacher_forced"
+        return "contains" if self.num_needles == 1 else "string_match_all"
+
+    def template(self, text: str) -> set[str]:
+        """Return the fields in a text."""
+        return set(_FIELD.findall(text))
+
+    def planted_fields(self) -> list[set[str]]:
+        """Return the fields in the needle's text and in that of each distractor."""
+        others = self.distractors or (self.needle,)
+        return [
+            self.template(self.needle),
+            *(self.template(others[number % len(others)]) for number in range(self.num_distractors)),
+        ]
+
+    @pydantic.model_validator(mode="after")
+    def _texts_fit_together(self) -> NeedleSettings:
+        for name in ("needle", "question", "answer"):
+            _refuse_unknown(name, getattr(self, name), _FACT_FIELDS)
+            missing = self.template(getattr(self, name)) - self.template(self.needle)
+            if missing:
+                raise ValueError(f"{name} holds {{{min(missing)}}}, which the needle does not say")
+        for text in self.distractors:
+            _refuse_unknown("distractors", text, _FACT_FIELDS)
+        _refuse_unknown("prompt", self.prompt, ("context", "question"))
+        for field in ("context", "question"):
+            if self.prompt.count(f"{{{field}}}") != 1:
+                raise ValueError(
+                    f"prompt holds {{{field}}} {self.prompt.count(f'{{{field}}}')} times, not once"
+                )
+        if self.prompt.index("{context}") > self.prompt.index("{question}"):
+            raise ValueError(
+                "prompt asks before the context: what stands before a haystack is shared by all cells"
+            )
+        if self.scorer is not None and self.scorer not in SCORERS:
+            raise ValueError(f"there is no scorer {self.scorer!r}, only {', '.join(sorted(SCORERS))}")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _facts_differ(self) -> NeedleSettings:
+        if self.num_needles > 1:
+            if "key" not in self.template(self.needle) or "key" not in self.template(self.question):
+                raise ValueError("several needles need a {key} in needle and question, to tell them apart")
+            if self.mode == "teacher_forced":
+                raise ValueError("several needles in one question are answered by `mode: generate`")
+        if self.num_distractors and not self.distractors and not self.template(self.needle):
+            raise ValueError(
+                "a needle without {key} or {number} needs `distractors`: its copy would give the answer"
+            )
+        # 9 of 10 numbers do not begin with 0; a tenth of them is plenty to find some that the text lacks.
+        if (self.num_needles + self.num_distractors) * 10 > 9 * 10 ** (self.answer_digits - 1):
+            raise ValueError(
+                f"{self.num_distractors} distractors need values of more than {self.answer_digits} digits"
+            )
+        return self
+
+    def cells(self) -> list[tuple[int, float]]:
+        """Return (length, depth) of every cell."""
+        return [(length, depth) for length in self.lengths for depth in self.depths]
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that determine prompts, for the header; mode and scorer stand there by themselves."""
+        values = self.to_dict()
+        del values["mode"], values["scorer"]
+        if self.mode == "teacher_forced":
+            del values["max_new_tokens"]
+        return values
+
+
+def fill(text: str, **fields: str) -> str:
+    """Put fields into a text: `fill("of {key} is", key="iron")`; braces that are no field stay."""
+    return _FIELD.sub(lambda match: fields.get(match[1], match[0]), text)
+
+
+def _refuse_unknown(name: str, text: str, known: tuple[str, ...]) -> None:
+    unknown = set(_FIELD.findall(text)) - set(known)
+    if unknown:
+        allowed = ", ".join(f"{{{field}}}" for field in known)
+        raise ValueError(f"{name} holds {{{min(unknown)}}}; fields are {allowed}")
