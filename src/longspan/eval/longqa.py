@@ -1,0 +1,253 @@
+"""Questions on long documents from local JSON lines, by the prompts and metrics of LongBench.
+
+    {"context": "...", "input": "Who wrote it?", "answers": ["Ada"], "dataset": "hotpotqa"}
+
+LongBench's released files are read as they are. A data set that it does not know has a plain prompt and
+`qa_f1`, or the `metric` that its samples name. A prompt that is too long loses its middle: instructions stand
+at its head, the question at its tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+
+from longspan.core.config import Config, parse_yaml
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.files import sha256_bytes, sha256_file
+from longspan.core.records import read_jsonl
+from longspan.eval.prompts import PromptForm
+from longspan.eval.scorers import scorer_named
+from longspan.eval.summaries import mean_by
+from longspan.eval.task import Built, Mode, Planned
+from longspan.eval.truncation import cut_middle
+
+PROMPT_VERSION = 1
+"""Raised whenever the same settings would compose another prompt."""
+_CHARS_PER_TOKEN = 4
+
+
+class DatasetRule(Config):
+    """How one data set is asked and scored."""
+
+    kind: str
+    prompt: str
+    metric: str
+    max_new_tokens: pydantic.PositiveInt
+    chat: bool = True
+    first_line: bool = False
+    stop: tuple[str, ...] = ()
+
+
+class LongQaSample(NamedTuple):
+    """A question with its document."""
+
+    dataset: str
+    number: int
+    """Among those of its data set."""
+    context: str
+    question: str
+    answers: list[str]
+    metric: str | None
+    all_classes: list[str] | None
+
+
+class LongQaData(NamedTuple):
+    """What was read."""
+
+    samples: list[LongQaSample]
+    sha256: dict[str, str]
+    """Of each file, by name."""
+
+
+class LongQaSettings(Config):
+    """Settings of an evaluation on local questions."""
+
+    datasets: tuple[str, ...] = ()
+    """Names; none: all that the files hold."""
+    samples: pydantic.PositiveInt | None = None
+    """The first so many of each data set; None: all."""
+    max_length: pydantic.PositiveInt | None = None
+    """Tokens of prompt and answer; a longer prompt is cut in the middle. None: nothing is cut."""
+
+
+class LongQa:
+    """The task; each sample is a pure function of settings, tokenizer and data.
+
+    Args:
+        plain: the form of prompts that are put as plain text even to chat models: examples, code.
+
+    Raises:
+        DataError: no sample is left.
+        ArgumentError: a sample names a metric that there is not.
+    """
+
+    name = "longqa"
+    mode: Mode = "generate"
+    scorer = "by_metric"
+
+    def __init__(
+        self, settings: LongQaSettings, form: PromptForm, data: LongQaData, *, plain: PromptForm | None = None
+    ) -> None:
+        self.settings = settings
+        self._form = form
+        self._plain = plain or form
+        self._data = data
+        self._samples = {
+            (sample.dataset, sample.number): sample
+            for sample in data.samples
+            if (not settings.datasets or sample.dataset in settings.datasets)
+            and (settings.samples is None or sample.number < settings.samples)
+        }
+        if not self._samples:
+            names = sorted({sample.dataset for sample in data.samples})
+            raise DataError("no sample is left to ask", found=settings.datasets, allowed=names)
+        for sample in self._samples.values():
+            scorer_named(self._metric(sample))
+
+    def params(self) -> dict[str, Any]:
+        """Return what determines the samples."""
+        names = sorted({sample.dataset for sample in self._samples.values()})
+        metrics = sorted({self._metric(sample) for sample in self._samples.values()})
+        return {
+            **self.settings.to_dict(),
+            **self._form.params(),
+            "datasets": names,
+            "metrics": {name: scorer_named(name).version for name in metrics},
+            "data_sha256": self._data.sha256,
+            "prompts_sha256": sha256_bytes(_rules_text().encode())[:16],
+            "prompt_version": PROMPT_VERSION,
+        }
+
+    def plan(self) -> list[Planned]:
+        """Return all samples; questions on one document stand together."""
+        groups: dict[str, list[Planned]] = {}
+        for (dataset, number), sample in self._samples.items():
+            rule = rule_for(dataset)
+            tokens = len(sample.context) // _CHARS_PER_TOKEN
+            if self.settings.max_length is not None:
+                tokens = min(tokens, self.settings.max_length - rule.max_new_tokens)
+            group = sha256_bytes(f"{dataset}\0{sample.context}".encode("utf-8", "surrogatepass"))[:16]
+            fields = {"dataset": dataset, "sample": number, "metric": self._metric(sample)}
+            planned = Planned((dataset, number), tokens + rule.max_new_tokens, group, fields)
+            groups.setdefault(group, []).append(planned)
+        return [planned for group in groups.values() for planned in group]
+
+    def build(self, planned: Planned) -> Built:
+        """Compose one sample. Raises DataError: its data set's answer leaves no room for a prompt."""
+        sample = self._samples[str(planned.key[0]), int(planned.key[1])]
+        rule = rule_for(sample.dataset)
+        form = self._form if rule.chat else self._plain
+        prompt = rule.prompt.format(context=sample.context, input=sample.question)
+        removed = 0
+        if self.settings.max_length is not None:
+            prompt, removed = self._cut(prompt, form, self.settings.max_length - rule.max_new_tokens)
+        request = form.request(prompt, max_new_tokens=rule.max_new_tokens, stop=rule.stop)
+        assert request.prompt_ids is not None
+        fields: dict[str, Any] = {
+            "question": sample.question,
+            "category": rule.kind,
+            "length": len(request.prompt_ids),
+            "removed_tokens": removed,
+        }
+        if rule.first_line:
+            fields["postprocess"] = "first_line"
+        if sample.all_classes:
+            fields["all_classes"] = sample.all_classes
+        return Built(request, fields, sample.answers)
+
+    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `by_dataset`, and `by_kind`: the mean over the data sets of a kind, as LongBench's tables."""
+        by_dataset = mean_by(samples, "dataset")
+        kinds: dict[str, list[float]] = {}
+        for row in by_dataset:
+            if row["mean"] is not None:
+                kinds.setdefault(rule_for(row["dataset"]).kind, []).append(row["mean"])
+        by_kind = [
+            {"kind": kind, "datasets": len(means), "mean": sum(means) / len(means)}
+            for kind, means in kinds.items()
+        ]
+        return {"by_dataset": by_dataset, "by_kind": by_kind}
+
+    def _cut(self, prompt: str, form: PromptForm, room: int) -> tuple[str, int]:
+        """Return a prompt of at most `room` tokens, BOS and chat template counted, and how many were removed."""
+        around = form.count("a") - len(form.tokenizer.encode("a"))
+        if room - around < 2:
+            raise DataError(f"an answer leaves {max(0, room - around)} tokens for the prompt")
+        removed, allowed = 0, room - around
+        for _ in range(3):  # where the halves meet, tokenised anew, there can be a few tokens more
+            cut = cut_middle(prompt, form.tokenizer, allowed)
+            removed = cut.removed
+            excess = form.count(cut.text) - room if removed else 0
+            if excess <= 0:
+                return cut.text, removed
+            allowed -= excess + 1
+        raise DataError(f"a prompt could not be cut to {room} tokens")
+
+    def _metric(self, sample: LongQaSample) -> str:
+        return sample.metric or rule_for(sample.dataset).metric
+
+
+def read_longqa(paths: Sequence[str | Path]) -> LongQaData:
+    """Read JSON lines with context, input (or question), answers (or answer), and optional fields.
+
+    `dataset` is the file's name where samples do not say; `metric` and `all_classes` are optional.
+
+    Raises:
+        DataError: a file is missing or broken, or a line lacks a field; file and line are named.
+    """
+    samples: list[LongQaSample] = []
+    counts: dict[str, int] = {}
+    for path in map(Path, paths):
+        for number, record in enumerate(read_jsonl(path), 1):
+            dataset = str(record.get("dataset") or path.stem)
+            question = record.get("input", record.get("question"))
+            answers = record.get("answers", record.get("answer"))
+            context, classes = record.get("context"), record.get("all_classes")
+            if not isinstance(context, str) or not isinstance(question, str) or not answers:
+                raise DataError(
+                    f"{path}:{number} is not a question on a document",
+                    found=f"fields {', '.join(sorted(record))}",
+                    allowed="context and input (or question) as texts, answers (or answer)",
+                )
+            several = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+            place = counts[dataset] = counts.get(dataset, -1) + 1
+            metric = record.get("metric")
+            samples.append(LongQaSample(dataset, place, context, question, several, metric, classes))
+    if not samples:
+        raise DataError("the files hold no samples", found=", ".join(map(str, paths)))
+    return LongQaData(samples, {Path(path).name: sha256_file(path) for path in paths})
+
+
+def rule_for(dataset: str) -> DatasetRule:
+    """Return how a data set is asked; LongBench-E's `hotpotqa_e` as `hotpotqa`, an unknown one plainly."""
+    rules, default = _rules()
+    return rules.get(dataset, rules.get(dataset.removesuffix("_e"), default))
+
+
+def check_datasets(names: Sequence[str], data: LongQaData) -> None:
+    """Refuse names of data sets that the files do not hold. Raises ArgumentError."""
+    known = {sample.dataset for sample in data.samples}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ArgumentError("the files hold no such data set", found=unknown, allowed=sorted(known))
+
+
+@cache
+def _rules() -> tuple[dict[str, DatasetRule], DatasetRule]:
+    content = parse_yaml(_rules_text(), where="longbench.yaml")
+    rules = {
+        name: DatasetRule.from_dict(rule, where=f"longbench.yaml: {name}")
+        for name, rule in content["datasets"].items()
+    }
+    return rules, DatasetRule.from_dict(content["default"], where="longbench.yaml: default")
+
+
+@cache
+def _rules_text() -> str:
+    return files("longspan.eval").joinpath("longbench.yaml").read_text(encoding="utf-8")
