@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from longspan.data.tokenizer import Tokenizer
     from longspan.infer.opening import Source
     from longspan.infer.requests import Answerer
@@ -164,11 +166,52 @@ def find_source(options: ModelOptions) -> Source:
     """Return where the weights come from, and what is changed about the model."""
     from longspan.cli.output import quiet_transformers
     from longspan.core.config import parse_yaml
+    from longspan.core.errors import ArgumentError
     from longspan.infer.opening import Source
 
     quiet_transformers()
+    path = find_folder(options.model)
     rope = parse_yaml(options.rope, where="--rope") if options.rope else None
-    return Source(options.model, rope, options.rope_theta, options.dtype)
+    if not _is_checkpoint(path):
+        return Source(path, rope, options.rope_theta, options.dtype)
+    if rope is not None or options.rope_theta is not None or options.dtype is not None:
+        raise ArgumentError(
+            f"{path} is a checkpoint, which is used as it was trained",
+            fix="write it as a model folder with `longspan export`, and change that",
+        )
+    return Source(path, load=load_checkpoint)
+
+
+def find_folder(model: str) -> str:
+    """Return the folder or hub name that is meant: of a run folder, its last stage.
+
+    Raises:
+        DataError: the last stage is not done.
+    """
+    path = Path(model)
+    if not (path / "stages").is_dir():
+        return model
+    from longspan.core.errors import DataError
+    from longspan.train.config import TrainConfig
+
+    last = path / "stages" / TrainConfig.from_yaml(path / "config.yaml").stages[-1].name
+    if not last.is_dir():
+        raise DataError(
+            f"the last stage of {path}, {last.name}, is not done",
+            fix="finish the run, or name one of its stages/ or checkpoints/",
+        )
+    return str(last)
+
+
+def load_checkpoint(source: Source) -> PreTrainedModel:
+    """Load a checkpoint of a training, which says itself how its model was made."""
+    from longspan.train.trainer import load_trained
+
+    return load_trained(source.path).model
+
+
+def _is_checkpoint(path: str) -> bool:
+    return (Path(path) / "state.json").is_file()
 
 
 def find_tokenizer(options: ModelOptions) -> Tokenizer:
@@ -187,10 +230,19 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
             "a model behind a server has no tokenizer here",
             fix="name with --tokenizer one that counts its tokens, such as the hub name of the model",
         )
-    path = Path(options.model)
+    path = Path(find_folder(options.model))
+    if _is_checkpoint(str(path)):
+        from longspan.train.config import TrainConfig
+        from longspan.train.stage_model import tokenizer_source
+
+        config = TrainConfig.from_yaml(path.resolve().parent.parent / "config.yaml")
+        found = tokenizer_source(config, Path(config.data_root))
+        if found is None:
+            raise DataError(f"the training of {path} names no tokenizer", fix="name it with --tokenizer")
+        return load_tokenizer(found)
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise DataError(f"{path} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
-    return load_tokenizer(options.model)
+    return load_tokenizer(path if path.is_dir() else options.model)
 
 
 def label_of(options: ModelOptions) -> str:
@@ -201,7 +253,8 @@ def label_of(options: ModelOptions) -> str:
     """
     from longspan.core.errors import ArgumentError
 
-    label = options.label or Path(options.model.partition(":")[2] or options.model).name
+    name = options.model.partition(":")[2] if options.is_remote else options.model
+    label = options.label or Path(name).name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
         raise ArgumentError(
             "a label is part of a file name",
