@@ -1,0 +1,292 @@
+"""`longspan eval passkey | topics | ruler | longqa | rescore`: retrieval that is generated, questions from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from longspan.cli.eval_options import (
+    BosOption,
+    Lengths,
+    Note,
+    Out,
+    RetryUnscored,
+    TooLongOption,
+    read_held_out,
+)
+from longspan.cli.model_options import ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
+
+if TYPE_CHECKING:
+    from longspan.eval.prompts import BosPolicy, PromptForm
+    from longspan.eval.task import Task
+
+PASSKEY_EXAMPLE = example(
+    "longspan eval passkey --model model --lengths 192,256 --depths 0,1 --samples 1 --out run"
+)
+TOPICS_EXAMPLE = example(
+    "longspan eval topics --model model --counts 2,3 --samples 1 --out run",
+    "longspan eval topics --model model --kind lines --counts 4 --samples 1 --questions 2 --out run",
+)
+RULER_EXAMPLE = example(
+    "longspan eval ruler --model model --lengths 768 --subtasks niah_single_1,niah_multikey_2,vt --samples 1 "
+    "--cache cache --out run"
+)
+LONGQA_EXAMPLE = example("longspan eval longqa --model model --data questions.jsonl --samples 2 --out run")
+RESCORE_EXAMPLE = example(
+    "longspan eval rescore run/records/passkey-model.jsonl --scorer rouge_1 --out rescored/passkey-model.jsonl"
+)
+
+Kind = Literal["topics", "lines"]
+
+
+@takes_model
+def passkey(
+    model: ModelOptions,
+    out: Out,
+    lengths: Annotated[
+        str, typer.Option(help="Context lengths in tokens. Default: 20 from 8192 to 131072, as LongLLM.")
+    ] = "8192:131072:20",
+    depths: Annotated[
+        str, typer.Option(help="0: start of the text, 1: its end; such as 0,0.5,1 or 0:1:11.")
+    ] = "0:1:5",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each length and depth.")] = 10,
+    digits: Annotated[int, typer.Option(min=1, max=18, help="Digits of the key.")] = 5,
+    bos: BosOption = "auto",
+    too_long: TooLongOption = "refuse",
+    retry_unscored: RetryUnscored = False,
+    note: Note = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Ask for a number hidden among a few sentences that are repeated over and over.
+
+    The first number of the answer counts.
+    """
+    from longspan.eval.passkey import Passkey, PasskeySettings
+
+    values = {"lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "seed": seed}
+    settings = PasskeySettings.from_dict(values, where="the command line")
+    task = Passkey(settings, _form(model, bos))
+    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    if as_json:
+        print_json(summary)
+        return
+    cells = {(cell["length"], cell["depth"]): percent(cell["mean"]) for cell in summary["cells"]}
+    rows = [
+        [f"{depth:g}", *(cells.get((length, depth)) for length in settings.lengths)]
+        for depth in settings.depths
+    ]
+    print_table(_title(summary), ("depth", *(f"{length:,}" for length in settings.lengths)), rows)
+
+
+@takes_model
+def topics(
+    model: ModelOptions,
+    out: Out,
+    kind: Annotated[Kind, typer.Option(help="Topics of a talk, or numbered lines.")] = "topics",
+    counts: Annotated[
+        str | None, typer.Option(help="Topics or lines in a record. Default: 5 to 70; 200 to 680.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Records of each count.")] = 10,
+    questions: Annotated[
+        int, typer.Option(min=1, max=10, help="Questions on one record: the first topic, the second, ...")
+    ] = 1,
+    turns: Annotated[int, typer.Option(min=1, help="Questions and answers on one topic.")] = 8,
+    bos: BosOption = "auto",
+    too_long: TooLongOption = "refuse",
+    retry_unscored: RetryUnscored = False,
+    note: Note = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Ask which topic a long talk began with, or for the number in one of many lines."""
+    from longspan.eval.topics import Topics, TopicsSettings
+
+    values: dict[str, Any] = {
+        "kind": kind,
+        "samples": samples,
+        "questions": questions,
+        "turns": turns,
+        "seed": seed,
+    }
+    if counts is not None:
+        values["counts"] = counts
+    task = Topics(TopicsSettings.from_dict(values, where="the command line"), _form(model, bos))
+    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    if as_json:
+        print_json(summary)
+        return
+    _print_means(summary, summary["by_count"], f"num_{kind}")
+
+
+@takes_model
+def ruler(
+    model: ModelOptions,
+    out: Out,
+    lengths: Lengths = "4k,8k,16k,32k,64k,128k",
+    subtasks: Annotated[
+        str | None, typer.Option(help="Such as niah_single_1,vt. Default: all for which there is material.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each subtask and length.")] = 100,
+    haystack: Annotated[
+        list[str] | None,
+        typer.Option(help="Essays: files, folders, patterns; many times. Default: Python's reference prose."),
+    ] = None,
+    qa_data: Annotated[
+        list[Path] | None,
+        typer.Option(help="SQuAD's dev-v2.0.json (qa_1), HotpotQA's hotpot_dev_distractor_v1.json (qa_2)."),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of composed samples. Default: ruler-samples in the run folder."),
+    ] = None,
+    bos: BosOption = "auto",
+    too_long: TooLongOption = "refuse",
+    retry_unscored: RetryUnscored = False,
+    note: Note = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run RULER: needles of many kinds, variable tracking, frequent words, questions among documents.
+
+    Samples are composed here, as long as stated, and kept: the same samples for the next model cost nothing.
+    """
+    from longspan.core.log import get_logger
+    from longspan.eval.documents import default_documents
+    from longspan.eval.ruler.cache import SampleCache
+    from longspan.eval.ruler.documents import read_qa
+    from longspan.eval.ruler.task import Ruler, RulerSettings
+
+    values: dict[str, Any] = {"lengths": lengths, "samples": samples, "seed": seed}
+    if subtasks is not None:
+        values["subtasks"] = subtasks.split(",")
+    settings = RulerSettings.from_dict(values, where="the command line")
+    documents = read_held_out(haystack) if haystack else default_documents()
+    task = Ruler(
+        settings,
+        _form(model, bos),
+        essay="\n\n".join(document.text for document in documents),
+        qa=[read_qa(path) for path in qa_data or ()],
+        cache=SampleCache(cache or out / "ruler-samples"),
+    )
+    for name, reason in task.left_out.items():
+        get_logger("eval").warning("ruler: %s is left out: it %s", name, reason)
+    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    if as_json:
+        print_json(summary)
+        return
+    cells = {(cell["subtask"], cell["length"]): percent(cell["mean"]) for cell in summary["cells"]}
+    rows: list[list[object]] = [
+        [subtask.name, *(cells.get((subtask.name, length)) for length in settings.lengths)]
+        for subtask in task.subtasks
+    ]
+    rows.append(["mean", *(percent(row["mean"]) for row in summary["by_length"])])
+    print_table(_title(summary), ("subtask", *(f"{length:,}" for length in settings.lengths)), rows)
+
+
+@takes_model
+def longqa(
+    model: ModelOptions,
+    out: Out,
+    data: Annotated[list[Path], typer.Option(help="JSON lines as LongBench's; many times.")],
+    datasets: Annotated[
+        str | None, typer.Option(help="Names, with commas. Default: all in the files.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="The first so many of each data set.")] = None,
+    bos: BosOption = "auto",
+    too_long: TooLongOption = "refuse",
+    retry_unscored: RetryUnscored = False,
+    note: Note = None,
+    as_json: Json = False,
+) -> None:
+    """Ask questions on long documents by the prompts and metrics of LongBench.
+
+    With --max-length a longer prompt loses its middle; each record says how many tokens that were.
+    """
+    from longspan.core.units import parse_length
+    from longspan.eval.longqa import LongQa, LongQaSettings, check_datasets, read_longqa
+
+    read = read_longqa(data)
+    values: dict[str, Any] = {"samples": samples, "datasets": datasets.split(",") if datasets else []}
+    if model.max_length is not None:
+        values["max_length"] = parse_length(model.max_length)
+    settings = LongQaSettings.from_dict(values, where="the command line")
+    check_datasets(settings.datasets, read)
+    # LongBench puts examples and code as plain text to chat models too.
+    plain = _form(model._replace(chat_template=None), bos)
+    task = LongQa(settings, _form(model, bos), read, plain=plain)
+    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    if as_json:
+        print_json(summary)
+        return
+    _print_means(summary, summary["by_dataset"], "dataset")
+
+
+def rescore(
+    records: Annotated[Path, typer.Argument(help="Records file of an evaluation.")],
+    scorer: Annotated[str, typer.Option(help="Scoring rule; see `eval list`.")],
+    out: Annotated[Path, typer.Option(help="Records file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Score recorded answers by another rule, without a model."""
+    from longspan.eval.rescoring import rescore as score_again
+
+    summary = score_again(records, scorer, out)
+    if as_json:
+        print_json(summary)
+        return
+    row = [summary["scored"], sum(summary["unscored"].values()), _decimal(summary["mean"])]
+    interval = summary["interval"]
+    row.append("-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
+    title = f"{summary['task']}, {summary['label']}, by {scorer}"
+    print_table(title, ("scored", "unscored", "mean", "95% interval"), [row])
+
+
+def _form(model: ModelOptions, bos: BosPolicy) -> PromptForm:
+    from longspan.eval.prompts import PromptForm
+
+    return PromptForm(find_tokenizer(model), bos=bos, chat_template=model.chat_template)
+
+
+def _run(
+    task: Task,
+    model: ModelOptions,
+    out: Path,
+    *,
+    note: str | None,
+    retry_unscored: bool,
+    too_long: Literal["refuse", "skip"],
+) -> dict[str, Any]:
+    from longspan.eval.runner import run_task
+
+    with opened(model) as asked:
+        return run_task(
+            task,
+            asked.answerer,
+            tokenizer=asked.tokenizer,
+            label=asked.label,
+            out=asked.records(out, task.name),
+            note=note,
+            retry_unscored=retry_unscored,
+            too_long=too_long,
+        )
+
+
+def _print_means(summary: dict[str, Any], means: Sequence[dict[str, Any]], name: str) -> None:
+    rows = [[row[name], row["scored"], row["samples"] - row["scored"], percent(row["mean"])] for row in means]
+    print_table(_title(summary), (name, "scored", "unscored", "mean"), rows)
+
+
+def _title(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['task']}, {summary['label']}: mean {percent(summary['mean']) or '-'}, "
+        f"{summary['scored']} of {summary['samples']} samples scored"
+    )
+
+
+def _decimal(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
