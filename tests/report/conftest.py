@@ -8,13 +8,26 @@ from typing import Any
 
 import pytest
 
-from tests.report.synthetic_run import build_run, header, write_records
+from longspan.report.html import render
+from longspan.report.load import load_runs
+from tests.report.synthetic_run import build_evaluated, build_run, header, write_records
+
+
+def page_of(*runs: Path) -> str:
+    """Return the page without figures and tables, which take most of the time."""
+    return render(load_runs(runs))
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run folder; tests must not write into it."""
     return build_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of evaluations of every kind, without training; tests must not write into it."""
+    return build_evaluated(tmp_path_factory.mktemp("runs") / "evaluated")
 
 
 @pytest.fixture

@@ -205,6 +205,142 @@ def length_summary(name: str, title: str, tilt: float) -> dict[str, Any]:
     return {"name": name, "title": title, "sources": sources}
 
 
+RULER = ("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+         "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")  # fmt: skip
+
+
+def sample_line(name: str, score: float | None, **fields: Any) -> dict[str, Any]:
+    """Return a sample line with what every task records."""
+    measured = {"prompt_tokens": 900, "completion_tokens": 12, "seconds": 0.25, "prompt_sha256": "ab" * 32}
+    reason = None if score is not None else "the server did not answer"
+    text = {"expected": "Lisbon", "output": "" if score is None else "Lisbon" if score == 1 else "Porto"}
+    return {"kind": "sample", "id": name, **text, "score": score, "unscored": reason, **measured, **fields}
+
+
+def placed_lines(label: str, rng: np.random.Generator, *, per_cell: int = 8) -> list[dict[str, Any]]:
+    """Return the samples of a generated task by length and depth, one of them without a score."""
+    lines = []
+    for length in LENGTHS:
+        for depth in DEPTHS:
+            for sample in range(per_cell):
+                right = float(rng.random() < chance(label, length, depth))
+                number = str(48_000 + 17 * sample)
+                lines.append(
+                    sample_line(
+                        f"{length}-{depth}-{sample}",
+                        None if (length, depth, sample) == (512, 0.5, 3) else right,
+                        length=length,
+                        depth=depth,
+                        sample=sample,
+                        achieved_length=length - 1,
+                        achieved_depth=depth,
+                        question="What is the pass key?",
+                        expected=number,
+                        output=f" {number}" if right else " 11111",
+                        needle_window=f"The grass is green. The sky is blue. The pass key is {number}. "
+                        f"Remember it. {number} is the pass key. The sun is yellow.",
+                        prompt_tokens=length,
+                        seconds=length * 1e-4,
+                    )
+                )
+    return lines
+
+
+def ruler_lines(label: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return ten samples of each subtask and length; one of two answers found is a score of a half."""
+    return [
+        sample_line(
+            f"{subtask}-{length}-{n}",
+            float(rng.choice((1.0, 1.0, 0.5)) * (rng.random() < chance(label, length, 1.0))),
+            subtask=subtask,
+            length=length,
+            sample=n,
+            expected=["48213", "10007"] if subtask == "niah_multivalue" else "48213",
+            output="48213, 10008",
+            prompt_tokens=length,
+        )
+        for subtask in RULER
+        for length in LENGTHS[2:]
+        for n in range(10)
+    ]
+
+
+def topic_lines(label: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return samples of 5, 10 and 20 topics, each with the length that it came to."""
+    return [
+        sample_line(
+            f"{topics}-{n}",
+            float(rng.random() < chance(label, length, 0.5)),
+            num_topics=topics,
+            length=length,
+            sample=n,
+            question="What was the first topic?",
+        )
+        for topics, length in ((5, 512), (10, 1024), (20, 2048))
+        for n in range(12)
+    ]
+
+
+def longqa_lines(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Return graded answers on three data sets."""
+    sets = (("qasper", "qa_f1"), ("gov_report", "rouge_l"), ("trec", "classification"))
+    return [
+        sample_line(
+            f"{dataset}-{n}",
+            round(float(rng.random()), 3),
+            dataset=dataset,
+            metric=metric,
+            length=1500 + n,
+            question="Who wrote it?",
+            expected=["Ada Lovelace", "Lovelace"],
+            output="It was written by Lovelace.",
+        )
+        for dataset, metric in sets
+        for n in range(15)
+    ]
+
+
+def harness_lines(lost: int) -> list[dict[str, Any]]:
+    """Return 60 questions of two subjects, every third wrong, and `lost` more of the right ones wrong."""
+    lines = []
+    for subject in ("mmlu_anatomy", "mmlu_law"):
+        for n in range(30):
+            right = float(n % 3 > 0 and n // 3 >= (lost if n % 3 == 1 else 0))
+            fields = {
+                "dataset": "mmlu",
+                "subtask": subject,
+                "metric": "acc",
+                "sample": n,
+                "prompt_tokens": 180,
+            }
+            lines.append(sample_line(f"{subject}-{n}", right, **fields))
+    lines += [
+        sample_line(f"arc-{n}", float(n % 2), dataset="arc_easy", subtask="", metric="acc_norm", sample=n)
+        for n in range(40)
+    ]
+    return lines
+
+
+def build_evaluated(path: Path, labels: tuple[str, ...] = ("before", "after"), *, seed: int = 11) -> Path:
+    """Write a run folder of evaluations alone: all tasks, two labels, an unknown task, and a price."""
+    rng = np.random.default_rng(seed)
+    for label in labels:
+
+        def put(task: str, lines: list[dict[str, Any]], label: str = label) -> None:
+            write_records(path / f"records/{task}-{label}.jsonl", header(task, label), lines)
+
+        put("needle", needle_lines(label, rng))
+        put("passkey", placed_lines(label, rng))
+        put("needle_multikey", placed_lines(label, rng, per_cell=4))
+        put("ruler", ruler_lines(label, rng))
+        put("topics", topic_lines(label, rng))
+        put("longqa", [{**line, "cost": 0.0004} for line in longqa_lines(rng)])
+        put("harness", harness_lines(0 if label == "before" else 2))
+        put("haiku", [sample_line(f"h{n}", 3.0 + n, subtask="syllables") for n in range(4)])
+        put("ppl", ppl_lines(label))
+    return path
+
+
 def build_run(path: Path) -> Path:
     """Write a complete run folder."""
     rng = np.random.default_rng(7)

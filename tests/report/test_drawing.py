@@ -19,10 +19,10 @@ from longspan.report.charts import (
     length_text,
     number_axis,
 )
-from longspan.report.load import NeedleSample
 from longspan.report.palette import LINES, _luminance, contrast, ink_on, sequential, step_of
+from longspan.report.samples import Sample
 from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, thinned
-from longspan.report.tables import needle_table
+from longspan.report.tables import needle_grid
 
 PAGES = ("#fdfdfb", "#12151b")
 
@@ -83,14 +83,13 @@ def test_text_and_attributes_are_escaped() -> None:
     )
 
 
-def sample(length: int, depth: float, score: float | None) -> NeedleSample:
-    reason = None if score is not None else "lost"
-    return NeedleSample(f"{length}", length, depth, 0, "", None, None, "", "", "", score, reason, "", 0)
+def sample(length: int, depth: float, score: float | None) -> Sample:
+    return Sample(f"{length}", length, depth, score=score, unscored=None if score is not None else "lost")
 
 
 def test_a_heat_map_tells_zero_missing_and_unscored_apart() -> None:
     """Guards against a missing cell painted like a zero."""
-    table = needle_table([sample(128, 0.0, 0.0), sample(256, 1.0, None), sample(128, 1.0, 1.0)])
+    table = needle_grid([sample(128, 0.0, 0.0), sample(256, 1.0, None), sample(128, 1.0, 1.0)])
     root = ElementTree.fromstring(
         heat_map("x", table, 400, key="m", trained=[(128, "trained")], compact=False)
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ArgumentError
-from longspan.report import write_report
+from longspan.report import summarise, write_report
+from longspan.report.html import render
+from longspan.report.load import load_runs
+from tests.report.conftest import page_of
 from tests.report.synthetic_run import LENGTHS, header, needle_lines, write_lines, write_records
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-CHROMIUM = "/usr/bin/chromium"
-CHROMIUM_ARGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +43,26 @@ def test_every_section_is_there_in_order_with_figures_and_tables(report: Any) ->
     """Guards against a section that silently drops out."""
     page = report.page.read_text()
     assert re.findall(r'<section id="(\w+)"', page) == [
-        "needle", "perplexity", "data", "training", "controls", "distractors", "method"
+        "models", "needle", "needle_distractors", "perplexity", "data", "training", "controls", "method"
     ]  # fmt: skip
     assert [path.name for path in report.figures] == [
-        "needle_heatmaps.png", "needle_by_length.png", "perplexity.png", "lengths.png", "loss.png"
+        "needle_heatmaps.png", "needle_by_length.png", "needle_distractors_heatmaps.png", "perplexity.png",
+        "lengths.png", "loss.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in report.figures)
     assert len(report.tables[0].read_text().splitlines()) == 1 + 7 * 5 * len(LENGTHS)
     assert "more training alone does not extend the context" in page
-    assert page.count('class="plot heat"') == 5 + 1, "five labels, the main one also for narrow pages"
+    assert page.count('class="plot heat"') == (5 + 2) + (2 + 2), (
+        "before and after are drawn for narrow pages too"
+    )
 
 
-def test_the_page_is_self_contained_small_and_reproducible(
-    report: Any, finished_run: Path, tmp_path: Path
-) -> None:
+def test_the_page_is_self_contained_small_and_reproducible(report: Any, finished_run: Path) -> None:
     """Guards against a page that needs a network, outgrows a mail, or changes from run to run."""
     page = report.page.read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"|url\(|@import|https?://', page)
     assert len(page) < 1_000_000
-    assert write_report([finished_run], tmp_path / "r.html", title="A small <job>").page.read_text() == page
+    assert render(load_runs([finished_run]), title="A small <job>") == page
 
 
 def test_markup_in_records_stays_text(tmp_path: Path) -> None:
@@ -81,7 +79,8 @@ def test_markup_in_records_stays_text(tmp_path: Path) -> None:
     page = write_report([run], tmp_path / "out/report.html", title=ATTACK).page.read_text()
     assert "<script>alert" not in page and "<img" not in page
     data = json.loads(re.search(r'id="sample-data">(.*?)</script>', page, re.DOTALL).group(1))  # type: ignore[union-attr]
-    assert data["prompts"][0] == [ATTACK, ATTACK, ATTACK]
+    assert [data["texts"][n] for n in data["prompts"][0]] == [ATTACK, ATTACK, ATTACK]
+    assert data["texts"].count(ATTACK) == 1, "every text stands once"
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
@@ -90,14 +89,13 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     write_records(
         tmp_path / "run/records/needle-after.jsonl", header("needle", "after"), needle_lines("after", rng)
     )
-    page = write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
-    assert re.findall(r'<section id="(\w+)"', page) == ["needle", "method", "missing"]
+    page = page_of(tmp_path / "run")
+    assert re.findall(r'<section id="(\w+)"', page) == ["models", "needle", "method", "missing"]
     for words in (
         "Needle accuracy before training",
         "Perplexity was not",
         "no metrics.jsonl",
         "no lengths",
-        "distractors",
     ):
         assert words in page
 
@@ -109,7 +107,7 @@ def test_training_alone_and_lengths_alone_make_a_page(finished_run: Path, tmp_pa
         run.mkdir(parents=True)
         copy = shutil.copytree if (finished_run / part).is_dir() else shutil.copy
         copy(finished_run / part, run / part)
-        page = write_report([run], tmp_path / part / "report.html").page.read_text()
+        page = page_of(run)
         assert "Needle accuracy was not measured" in page
 
 
@@ -118,7 +116,7 @@ def test_lengths_beyond_the_trained_one_are_called_out(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     head = header("needle", "after", trained=1024)
     write_records(tmp_path / "run/records/needle-after.jsonl", head, needle_lines("after", rng))
-    page = write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
+    page = page_of(tmp_path / "run")
     assert re.search(r"Beyond the trained 1,024 tokens: \d+% at 1,536, \d+% at 2,048", page)
     assert "needle accuracy at 1,024 tokens" in page, "the headline stays inside the trained length"
 
@@ -131,9 +129,9 @@ def test_an_unfinished_evaluation_is_said(tmp_path: Path) -> None:
     unfinished = (
         "needle-after.jsonl ends before its evaluation did: its numbers are over the 9 samples so far."
     )
-    assert unfinished in write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
+    assert unfinished in page_of(tmp_path / "run")
     write_records(path, header("needle", "after"), lines)
-    assert "ends before" not in write_report([tmp_path / "run"], tmp_path / "report.html").page.read_text()
+    assert "ends before" not in page_of(tmp_path / "run")
 
 
 def test_two_runs_share_a_page_and_keep_their_names(finished_run: Path, tmp_path: Path) -> None:
@@ -142,7 +140,91 @@ def test_two_runs_share_a_page_and_keep_their_names(finished_run: Path, tmp_path
     shutil.copytree(finished_run, second)
     result = write_report([finished_run, second], tmp_path / "report.html")
     assert set(result.results) == {"quickstart", "second"}
-    assert "after (second)" in result.page.read_text()
+    page = result.page.read_text()
+    assert "After training (second)" in page and "After training (quickstart)" in page
+    assert [f"loss-{name}.png" in {p.name for p in result.figures} for name in ("quickstart", "second")] == [
+        True
+    ] * 2
+    names = re.findall(r'<figure class="heatmap">\s*<h3>(.*?) <span', page)[:4]
+    assert names == [
+        f"{name} training ({run})" for run in ("quickstart", "second") for name in ("Before", "After")
+    ]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(evaluated_run: Path, tmp_path: Path) -> None:
+    """Guards against two folders called `run` whose results cannot be told apart, or a run counted twice."""
+    for name in ("a", "b"):
+        shutil.copytree(evaluated_run, tmp_path / name / "run")
+    assert "After training (a/run)" in page_of(tmp_path / "a/run", tmp_path / "b/run")
+    with pytest.raises(ArgumentError, match="named twice"):
+        page_of(tmp_path / "a/run", tmp_path / "b/../a/run")
+
+
+def section_of(page: str, name: str) -> str:
+    found = re.search(rf'<section id="{name}">(.*?)</section>', page, re.DOTALL)
+    return re.sub(r"<[^>]+>", " ", found.group(1)) if found else ""
+
+
+def test_evaluations_alone_have_a_section_each(evaluated_run: Path, tmp_path: Path) -> None:
+    """Guards against tasks that are dropped, an unknown one above all, and numbers that are not those of records."""
+    result = write_report([evaluated_run], tmp_path / "report.html")
+    page = result.page.read_text()
+    assert re.findall(r'<section id="(\w+)"', page) == [
+        "models", "needle", "needle_multikey", "passkey", "ruler", "topics", "perplexity", "short_context", "longqa",
+        "harness", "haiku", "cost", "method", "missing",
+    ]  # fmt: skip
+    assert {path.stem for path in result.tables} == {
+        "needle", "needle_multikey", "passkey", "ruler", "topics", "perplexity", "longqa", "harness", "haiku",
+        "effective_context", "short_context",
+    }  # fmt: skip
+    assert {"passkey_heatmaps.png", "ruler_by_length.png", "short_context.png"} <= {
+        p.name for p in result.figures
+    }
+    assert "syllables" in section_of(page, "haiku") and "4.5" in section_of(page, "haiku")
+    assert "2 of all samples; never counted as wrong" in section_of(page, "passkey")
+    # 2 x 30 questions, of which 2 subjects x 2 right answers were lost: 40 right before, 36 after.
+    assert re.search(r"mmlu\s+acc\s+after . before\s+66.7\s+60.0\s+.6.7", section_of(page, "short_context"))
+    assert "0.0180" in section_of(page, "cost")
+    ruler = result.results["evaluated"]["ruler"]["after"]
+    assert ruler["rows"][:2] == ["niah_single_1", "niah_single_2"] and ruler["rows"][-1] == "qa_2"
+
+
+def test_a_rescored_evaluation_is_not_pooled_with_its_source(tmp_path: Path) -> None:
+    """Guards against the same answers counted twice under two scorers."""
+    lines = needle_lines("after", np.random.default_rng(0))
+    write_records(tmp_path / "run/records/needle-after.jsonl", header("needle", "after"), lines)
+    head = header("needle", "after")
+    head["params"]["scorer"] = {"name": "rouge_l", "version": 1}
+    half = [{**line, "score": 0.5} for line in lines]
+    write_records(tmp_path / "run/records/needle-after-rouge_l.jsonl", head, half)
+    result = summarise(tmp_path / "run")["needle"]
+    assert set(result) == {"after", "after (rouge_l 1)"}
+    assert result["after (rouge_l 1)"]["mean"] == 0.5 and result["after"]["scored"] == len(lines)
+
+
+def test_an_empty_record_file_is_named_and_does_not_stop_the_report(tmp_path: Path) -> None:
+    """Guards against one evaluation killed at its start taking away the report of all others."""
+    lines = needle_lines("after", np.random.default_rng(0))
+    write_records(tmp_path / "run/records/needle-after.jsonl", header("needle", "after"), lines)
+    (tmp_path / "run/records/ppl-after.jsonl").write_text('{"kind": "head')
+    page = page_of(tmp_path / "run")
+    assert "ppl-after.jsonl holds no evaluation yet." in page
+
+
+def test_two_thousand_samples_stay_small(tmp_path: Path) -> None:
+    """Guards against texts that are written once for every cell, map and width."""
+    rng = np.random.default_rng(0)
+    for run in ("one", "two"):
+        lines = [
+            {**line, "needle_window": str(rng.bytes(200).hex()), "id": f"{line['id']}-{copy}"}
+            for copy in range(9)
+            for line in needle_lines("after", rng)
+        ]
+        write_records(tmp_path / run / "records/needle-after.jsonl", header("needle", "after"), lines)
+    page = page_of(tmp_path / "one", tmp_path / "two")
+    assert len(page.encode()) < 10_000_000
+    data = json.loads(re.search(r'id="sample-data">(.*?)</script>', page, re.DOTALL).group(1))  # type: ignore[union-attr]
+    assert sum(len(rows) for _, rows in data["cells"].values()) == 2 * 9 * 240, "all of them are there"
 
 
 def test_arguments_are_checked(finished_run: Path, tmp_path: Path) -> None:
@@ -151,75 +233,3 @@ def test_arguments_are_checked(finished_run: Path, tmp_path: Path) -> None:
         write_report([], tmp_path / "report.html")
     with pytest.raises(ArgumentError, match="one HTML file"):
         write_report([finished_run], tmp_path)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install playwright")
-    found = shutil.which("chromium") or (CHROMIUM if Path(CHROMIUM).exists() else None)
-    if found is None:
-        pytest.skip("no chromium to look at the page with: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_ARGS)
-        yield browser
-        browser.close()
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_a_reader_can_hover_click_and_type(report: Any, browser: Any, width: int, scheme: str) -> None:
-    """Guards against dead tooltips, a dialog that does not open, sideways scrolling, and requests that leave."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page = context.new_page()
-    requests: list[str] = []
-    problems: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.goto(report.page.as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    cell = page.locator('[data-cell="m1/2/3"]:visible').first
-    cell.scroll_into_view_if_needed()
-    cell.hover()
-    assert re.search(
-        r"1,024 tokens, depth 50%: \d of 8 correct .* 95% interval", page.locator("#tip").inner_text()
-    )
-    cell.click()
-    dialog = page.locator("#samples")
-    assert dialog.is_visible() and dialog.locator("li").count() == 8
-    assert "The magic number of" in dialog.locator(".window").first.inner_text()
-    page.keyboard.press("Escape")
-    assert not dialog.is_visible()
-    page.keyboard.press("ArrowRight")
-    assert page.evaluate("document.activeElement.dataset.cell") == "m1/2/4"
-    page.keyboard.press("Enter")
-    assert dialog.is_visible()
-    assert "1,536 tokens" in page.locator("#samples-title").inner_text()
-    assert problems == []
-    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-    context.close()
-
-
-def test_no_label_is_clipped_and_no_names_overlap(report: Any, browser: Any) -> None:
-    """Guards against text that leaves its drawing or is printed over other text."""
-    for width in (1280, 390):
-        context = browser.new_context(viewport={"width": width, "height": 900})
-        page = context.new_page()
-        page.goto(report.page.as_uri())
-        found = page.evaluate(
-            """() => [...document.querySelectorAll("svg.plot")].filter(s => s.getClientRects().length).flatMap(svg => {
-              const frame = svg.getBoundingClientRect();
-              const boxes = [...svg.querySelectorAll("text")].filter(t => t.textContent)
-                .map(t => [t.textContent, t.getBoundingClientRect()]);
-              const out = boxes.filter(([, b]) => b.left < frame.left - 6 || b.right > frame.right + 12)
-                .map(([text]) => ["clipped", svg.getAttribute("aria-label"), text]);
-              for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
-                const [a, b] = [boxes[i][1], boxes[j][1]];
-                const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
-                const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-                if (across > 1 && down > 4) out.push(["overlap", boxes[i][0], boxes[j][0]]);
-              }
-              return out;
-            })"""
-        )
-        assert found == []
-        context.close()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from longspan.report.palette import DASHES, step_of
 from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, text_width, thinned
-from longspan.report.tables import NeedleTable, Tally
+from longspan.report.tables import Grid, Tally
 
 FONT = 12.0
 
@@ -174,7 +174,7 @@ def _draw_series(canvas: Canvas, series: Series, x: Scale, y: Scale, *, dodge: f
 
 def heat_map(
     name: str,
-    table: NeedleTable,
+    table: Grid,
     width: float,
     *,
     key: str,
@@ -189,7 +189,7 @@ def heat_map(
     font = 11.0 if compact else 13.0
     named = _short_length if compact else length_text
     left, top, right = (43.0, 20.0, 3.0) if compact else (64.0, 30.0, 6.0)
-    columns, rows = len(table.lengths), len(table.depths)
+    columns, rows = len(table.lengths), len(table.rows)
     cell_w = (width - left - right) / columns
     cell_h = min(max(cell_w * 0.62, 22.0), 30.0 if compact else 46.0)
     gap = 1.0 if compact else 1.5
@@ -197,18 +197,18 @@ def heat_map(
     bottom = mean_top + cell_h
     canvas = Canvas(width, bottom + (36 if not compact else 34))
     prints = cell_w >= font * 2.1
-    for row, depth in enumerate(table.depths):
+    for row, depth in enumerate(table.rows):
         y = top + row * cell_h
         canvas.text(left - 8, y + cell_h / 2 + font * 0.34, f"{depth:.0%}", cls="tick", text_anchor="end")
         for column, length in enumerate(table.lengths):
             tally = table.tallies.get((depth, length), Tally())
             label = f"{name}, {length_text(length)} tokens, depth {depth:.0%}: {tally_text(tally)}"
             cell = (
-                {"tabindex": 0, "role": "button", "data_cell": f"{key}/{row}/{column}"}
+                {"tabindex": -1, "role": "button", "data_cell": f"{key}/{row}/{column}"}
                 if tally_size(tally)
-                else {}
+                else {"data_tip": "", "role": "img"}
             )
-            canvas.open(cls="cell", aria_label=label, data_tip=label, **cell)
+            canvas.open(cls="cell", aria_label=label, **cell)
             box = (left + column * cell_w + gap, y + gap, cell_w - 2 * gap, cell_h - 2 * gap)
             _cell(canvas, box, tally, font, prints)
             canvas.close()
@@ -216,7 +216,7 @@ def heat_map(
     for column, length in enumerate(table.lengths):
         tally = table.by_length[length]
         tip = f"{name}, {length_text(length)} tokens, all depths: {tally_text(tally)}"
-        canvas.open(cls="cell mean", aria_label=tip, data_tip=tip)
+        canvas.open(cls="cell mean", role="img", aria_label=tip, data_tip="")
         _cell(
             canvas,
             (left + column * cell_w + gap, mean_top + gap, cell_w - 2 * gap, cell_h - 2 * gap),
@@ -245,11 +245,15 @@ def tally_size(tally: Tally) -> int:
 
 
 def tally_text(tally: Tally) -> str:
-    """Say a tally in words: `7 of 8 correct (88%), 95% interval 53% to 98%`."""
+    """Say a tally in words: `7 of 8 correct (88%), 95% interval 53% to 98%`; a graded score has a mean instead."""
     if tally.mean is None:
         return f"{tally.unscored} not scored" if tally.unscored else "not measured"
-    low, high = tally.interval or (0.0, 1.0)
-    text = f"{tally.correct:g} of {tally.scored} correct ({tally.mean:.0%}), 95% interval {low:.0%} to {high:.0%}"
+    if all(score in (0.0, 1.0) for score in tally.scores):
+        text = f"{tally.correct:g} of {tally.scored} correct ({tally.mean:.0%})"
+    else:
+        text = f"mean {tally.mean:.1%} of {tally.scored}"
+    if tally.interval is not None:
+        text += f", 95% interval {tally.interval[0]:.0%} to {tally.interval[1]:.0%}"
     return text + (f", {tally.unscored} not scored" if tally.unscored else "")
 
 
@@ -274,7 +278,7 @@ def _cell(
 
 def _trained_lines(
     canvas: Canvas,
-    table: NeedleTable,
+    table: Grid,
     trained: Sequence[tuple[int, str]],
     x: Scale,
     top: float,
@@ -347,3 +351,51 @@ def _histogram(histogram: LengthHistogram, width: float) -> str:
             min(x(value), width - right - 8), height - 8, texts[value], cls="tick", text_anchor="middle"
         )
     return canvas.render(histogram.label)
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """One change with its interval, both as shares (0.01 is one percentage point)."""
+
+    name: str
+    color: int
+    value: float
+    interval: tuple[float, float] | None
+    tip: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Changes around zero, one row each, in percentage points."""
+
+    label: str
+    rows: Sequence[ForestRow]
+
+    def draw(self, width: float) -> str:
+        """Return the drawing; names stand left of the plot, above it where that leaves too little room."""
+        widest = max(text_width(row.name, FONT) for row in self.rows) + 14
+        above = widest > 0.4 * width
+        left, step, top = (8.0 if above else widest), (38.0 if above else 26.0), 10.0
+        bottom = top + step * len(self.rows)
+        canvas = Canvas(width, bottom + 40)
+        ends = [100 * end for row in self.rows for end in (row.value, *(row.interval or ()), 0.0)]
+        pad = (max(ends) - min(ends)) * 0.06 or 1.0
+        x = Scale(min(ends) - pad, max(ends) + pad, left, width - 12)
+        for value in linear_ticks(x.lo, x.hi, 6 if width > 500 else 4):
+            canvas.line(x(value), top, x(value), bottom, cls="grid")
+            text = f"{value:+g}".replace("-", "\u2212") if value else "0"
+            canvas.text(x(value), bottom + 16, text, cls="tick", text_anchor="middle")
+        canvas.line(x(0), top, x(0), bottom, cls="axis")
+        for number, row in enumerate(self.rows):
+            y = top + step * number + (step - 11 if above else step / 2)
+            place = {"x": 2.0, "y": y - 12} if above else {"x": left - 12, "y": y + 4}
+            canvas.text(place["x"], place["y"], row.name, cls="tick", text_anchor=None if above else "end")
+            if row.interval is not None:
+                low, high = (x(100 * end) for end in row.interval)
+                canvas.line(low, y, high, y, cls=f"whisker bold c{row.color}")
+            canvas.circle(x(100 * row.value), y, 4.5, cls=f"dot full c{row.color}")
+            canvas.circle(x(100 * row.value), y, 11, cls="hit", data_tip=row.tip)
+        canvas.text(
+            (left + width) / 2, bottom + 34, "percentage points", cls="axis-name", text_anchor="middle"
+        )
+        return canvas.render(self.label)

@@ -1,4 +1,4 @@
-"""Control runs beside the main ones, and needles among distractors."""
+"""Control runs beside the main ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from longspan.report.charts import (
 )
 from longspan.report.evaluation import Evaluation
 from longspan.report.tables import (
-    NeedleTable,
+    Grid,
     PplTable,
 )
 from longspan.report.view import (
@@ -16,7 +16,6 @@ from longspan.report.view import (
     Table,
     decimal,
     heat_cell,
-    interval_text,
     percent,
     short_name,
 )
@@ -24,7 +23,7 @@ from longspan.report.view import (
 
 def controls_section(ev: Evaluation) -> Section:
     """Return the ablation runs beside before and after, with their notes."""
-    section = Section("controls", "Controls")
+    section = Section("controls", "Controls", "controls")
     ablations = [label for label in {**ev.needle, **ev.ppl} if label.startswith("ablate_")]
     if not ablations:
         section.missing.append("No control runs (labels that start with ablate_) were recorded.")
@@ -32,15 +31,15 @@ def controls_section(ev: Evaluation) -> Section:
     section.intro = (
         "The same evaluation for runs that change one thing, so that the gain can be told from its causes."
     )
-    labels = [label for label in ("before", "after") if label in ev.needle] + ablations
+    labels = [label for label in (ev.before, ev.after) if label in ev.needle] + ablations
     lengths = sorted({n for label in labels if label in ev.needle for n in ev.needle[label].lengths})
     rows: list[list[str | Cell]] = []
     for label in labels:
-        table, ppl = ev.needle.get(label, NeedleTable()), ev.ppl.get(label, PplTable())
+        table, ppl = ev.needle.get(label, Grid()), ev.ppl.get(label, PplTable())
         last = ppl.last()
         rows.append(
             [
-                Cell(short_name(label), "reference" if label in ("before", "after") else ""),
+                Cell(short_name(label), "reference" if label in (ev.before, ev.after) else ""),
                 Cell(percent(table.total.mean), "num"),
                 *(heat_cell(table.by_length.get(n)) for n in lengths),
                 Cell(decimal(last[1]) if last else "\u2013", "num"),
@@ -54,34 +53,4 @@ def controls_section(ev: Evaluation) -> Section:
         rows,
     )
     section.parts["notes"] = [(short_name(label), note) for label in ablations if (note := ev.note(label))]
-    return section
-
-
-def distractor_section(ev: Evaluation) -> Section:
-    """Return accuracy when other needles stand in the same context."""
-    section = Section("distractors", "Needle with distractors")
-    if not ev.distractors:
-        section.missing.append("Needles with distractors were not measured.")
-        return section
-    section.intro = (
-        "Other facts of the same form stand in the same context. "
-        "Finding the only fact of its kind is easier than finding the one asked for: this table tells them apart."
-    )
-    groups = [(label, count, table) for label, by in ev.distractors.items() for count, table in by.items()]
-    lengths = sorted({n for _, _, table in groups for n in table.lengths})
-    section.parts["table"] = Table(
-        "Needle accuracy with distractors",
-        ["", "other needles", "samples", "mean", "95% interval", *(length_text(n) for n in lengths)],
-        [
-            [
-                short_name(label),
-                Cell(str(count), "num"),
-                Cell(f"{table.total.scored:,}", "num"),
-                Cell(percent(table.total.mean), "num"),
-                Cell(interval_text(table.total), "num"),
-                *(heat_cell(table.by_length.get(n)) for n in lengths),
-            ]
-            for label, count, table in groups
-        ],
-    )
     return section

@@ -1,45 +1,77 @@
-"""All evaluations of a report, grouped by label: what the evaluation sections draw from."""
+"""All evaluations of a report, grouped by task and label: what the evaluation sections draw from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from longspan.report.charts import (
-    Mark,
-)
+from longspan.report.charts import Mark
 from longspan.report.load import RecordFile
-from longspan.report.tables import (
-    NeedleTable,
-    PplTable,
-    tabulate,
-)
+from longspan.report.samples import Sample
+from longspan.report.tables import Grid, PplTable, tabulate
+from longspan.report.view import order_of, role_of, short_name
+
+MOST_MARKS = 3
 
 
 @dataclass
 class Evaluation:
-    """All evaluations of a report by label, and the two trained lengths they speak of."""
+    """All evaluations of a report by task and label."""
 
     files: list[RecordFile]
-    needle: dict[str, NeedleTable]
+    grids: dict[str, dict[str, Grid]]
+    distractors: dict[str, dict[int, Grid]]
+    scores: dict[str, dict[str, list[Sample]]]
     ppl: dict[str, PplTable]
-    distractors: dict[str, dict[int, NeedleTable]]
 
     @classmethod
     def from_records(cls, records: Sequence[RecordFile]) -> Evaluation:
         """Group the samples of every record file."""
         tables = tabulate(records)
-        return cls(list(records), tables.needle, tables.ppl, tables.distractors)
+        return cls(list(records), tables.grids, tables.distractors, tables.scores, tables.ppl)
+
+    @property
+    def needle(self) -> dict[str, Grid]:
+        """Single needles by label."""
+        return self.grids.get("needle", {})
+
+    @property
+    def labels(self) -> list[str]:
+        """All labels in order."""
+        return sorted({file.label for file in self.files}, key=order_of)
+
+    @property
+    def before(self) -> str | None:
+        """Label of the model before its extension, of the first run that has one."""
+        return first_with_role("before", self.labels)
+
+    @property
+    def after(self) -> str | None:
+        """Label of the model after its extension, of the first run that has one."""
+        return first_with_role("after", self.labels)
 
     @property
     def before_length(self) -> int | None:
         """Context length the model was trained for before the extension, in tokens."""
-        return self.trained_length("before")
+        return self.trained_length(self.before) if self.before else None
 
     @property
     def after_length(self) -> int | None:
         """Context length the model was trained for by the extension, in tokens."""
-        return self.trained_length("after")
+        return self.trained_length(self.after) if self.after else None
+
+    def baseline(self, label: str, among: Mapping[str, object]) -> str | None:
+        """Return what a label is compared with: `before` of its own run, else of another, else the first label."""
+        own = {file.run for file in self.files if file.label == label}
+        candidates = [other for other in sorted(among, key=order_of) if other != label]
+        same_run = [o for o in candidates if own & {f.run for f in self.files if f.label == o}]
+        found = first_with_role("before", same_run) or first_with_role("before", candidates)
+        if role_of(label) == "before":
+            return None
+        if found is not None:
+            return found
+        first = min(among, key=order_of)
+        return None if first == label else first
 
     def rope(self, label: str) -> object:
         """Return the RoPE parameters a label was evaluated with, as recorded."""
@@ -53,15 +85,31 @@ class Evaluation:
         """Return the note that came with a label, from whichever task has one."""
         return next((f.note for f in self.files if f.label == label and f.note), None)
 
-    @property
-    def main_labels(self) -> list[str]:
-        """Labels for the needle maps and curves: all but the controls."""
-        return [label for label in self.needle if not label.startswith("ablate_")]
+    def main_labels(self, task: str = "needle") -> list[str]:
+        """Labels for a task's maps and curves: all but the controls."""
+        return [label for label in self.grids.get(task, {}) if not label.startswith("ablate_")]
+
+
+def first_with_role(role: str, labels: Iterable[str]) -> str | None:
+    """Return the first label that is `role`, with or without the name of its run."""
+    return next((label for label in labels if role_of(label) == role), None)
 
 
 def trained_marks(ev: Evaluation, lengths: Sequence[int]) -> list[Mark]:
     """Return vertical lines at the trained lengths that lie inside the measured ones."""
-    wanted = [(ev.before_length, "trained before"), (ev.after_length, "trained after")]
-    if ev.before_length == ev.after_length:
-        wanted = [(ev.after_length, "trained length")]
-    return [Mark(n, text) for n, text in wanted if n and min(lengths) <= n <= max(lengths)]
+    roles: dict[int, list[str]] = {}
+    for label in ev.labels:
+        length = ev.trained_length(label)
+        if length and not label.startswith("ablate_") and min(lengths) <= length <= max(lengths):
+            roles.setdefault(length, []).append(label)
+    marks = []
+    for length, labels in sorted(roles.items()):
+        known = [role for role in ("before", "after") if first_with_role(role, labels)]
+        if known == ["before", "after"] or len(ev.labels) == 1:
+            text = "trained length"
+        elif known:
+            text = f"trained {known[0]}"
+        else:
+            text = f"trained, {short_name(labels[0])}" + (" ..." if len(labels) > 1 else "")
+        marks.append(Mark(length, text))
+    return marks if len(marks) <= MOST_MARKS else [Mark(mark.x, "") for mark in marks]

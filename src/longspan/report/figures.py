@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,11 @@ from longspan.report.charts import length_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.load import Run
 from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
-from longspan.report.tables import NeedleTable, perplexity
+from longspan.report.samples import GRID_TASKS
+from longspan.report.scores_view import DatasetDifference, dataset_differences
+from longspan.report.tables import Grid, perplexity
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
-from longspan.report.view import long_name, short_name
+from longspan.report.view import long_name, role_of, short_name
 
 _INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
 
@@ -29,26 +32,59 @@ _INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
 def write_figures(runs: Sequence[Run], evaluation: Evaluation, folder: Path) -> list[Path]:
     """Write the figures that the data allows into `folder`; return their paths."""
     figures: dict[str, Figure] = {}
-    labels = evaluation.main_labels
-    if labels:
-        figures["needle_heatmaps"] = needle_figure({label: evaluation.needle[label] for label in labels})
-        figures["needle_by_length"] = accuracy_figure(evaluation, labels)
+    for task, grids in evaluation.grids.items():
+        labels = [label for label in evaluation.main_labels(task) if grids[label].lengths]
+        if labels and task in GRID_TASKS:
+            figures[f"{task}_heatmaps"] = needle_figure({label: grids[label] for label in labels})
+        if labels:
+            figures[f"{task}_by_length"] = accuracy_figure(evaluation, task, labels)
+    if evaluation.distractors:
+        hardest = {label: by[max(by)] for label, by in evaluation.distractors.items() if by[max(by)].lengths}
+        figures |= {"needle_distractors_heatmaps": needle_figure(hardest)} if hardest else {}
     if any(table.by_length for table in evaluation.ppl.values()):
         figures["perplexity"] = perplexity_figure(evaluation)
-    if lengths := next((run.lengths for run in runs if run.lengths), None):
-        figures["lengths"] = lengths_figure(lengths)
-    if metrics := next((run.metrics for run in runs if run.metrics), None):
-        figures["loss"] = loss_figure(metrics)
+    if differences := dataset_differences(evaluation):
+        figures["short_context"] = difference_figure(differences)
+    for kind, draw in (("lengths", lengths_figure), ("loss", loss_figure)):
+        having = [run for run in runs if (run.lengths if kind == "lengths" else run.metrics)]
+        for run in having:
+            name = kind if len(having) == 1 else f"{kind}-{run.name}"
+            figures[name] = draw(run.lengths if kind == "lengths" else run.metrics)
     paths = []
     for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
+        paths.append(folder / f"{file_name(name)}.png")
         with atomic_write(paths[-1]) as file:
             # No metadata: the same records give the same bytes.
             FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     return paths
 
 
-def needle_figure(tables: dict[str, NeedleTable]) -> Figure:
+def file_name(name: str) -> str:
+    """Return a task's or run's name as the name of a file."""
+    return re.sub(r"[^\w.()-]+", "_", name)
+
+
+def difference_figure(rows: Sequence[DatasetDifference]) -> Figure:
+    """Draw the change on every benchmark with its interval, in percentage points."""
+    figure = Figure(figsize=(7.2, 1.2 + 0.34 * len(rows)), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    _style(axes, "change in percentage points", "")
+    labels = list(dict.fromkeys(row.label for row in rows))
+    for place, row in enumerate(rows):
+        value, interval = row.difference.value, row.difference.interval or (row.difference.value,) * 2
+        color = LINES[line_index(row.label, 1 + labels.index(row.label))][0]
+        axes.plot([100 * interval[0], 100 * interval[1]], [place, place], color=color, lw=1.6)
+        axes.plot([100 * value], [place], color=color, marker="o", ms=5)
+    names = [f"{row.dataset}, {short_name(row.label)}" for row in rows]
+    axes.set_yticks(range(len(rows)), [_literal(name) for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color=_MUTED, lw=0.8)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=_GRID, lw=0.8)
+    return figure
+
+
+def needle_figure(tables: dict[str, Grid]) -> Figure:
     """Draw one heat map per label, depth down and length to the right."""
     columns = min(len(tables), 3)
     rows = -(-len(tables) // columns)
@@ -60,8 +96,7 @@ def needle_figure(tables: dict[str, NeedleTable]) -> Figure:
     norm = Normalize(0, 1)
     for axes, (label, table) in zip(grid.flat, tables.items()):
         means = [
-            [t.mean if (t := table.tallies.get((d, n))) else None for n in table.lengths]
-            for d in table.depths
+            [t.mean if (t := table.tallies.get((d, n))) else None for n in table.lengths] for d in table.rows
         ]
         axes.imshow(np.array(means, dtype=float), cmap=cmap, norm=norm, aspect="auto")
         for row, line in enumerate(means):
@@ -72,10 +107,10 @@ def needle_figure(tables: dict[str, NeedleTable]) -> Figure:
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
         axes.set_title(_literal(long_name(label)), fontsize=10, color=_INK, loc="left")
         axes.set_xticks(range(len(table.lengths)), [length_text(n) for n in table.lengths], fontsize=8)
-        axes.set_yticks(range(len(table.depths)), [f"{d:.0%}" for d in table.depths], fontsize=8)
+        axes.set_yticks(range(len(table.rows)), [f"{d:.0%}" for d in table.rows], fontsize=8)
         axes.tick_params(which="both", length=0, labelcolor=_MUTED)
         axes.set_xticks(np.arange(len(table.lengths) - 1) + 0.5, minor=True)
-        axes.set_yticks(np.arange(len(table.depths) - 1) + 0.5, minor=True)
+        axes.set_yticks(np.arange(len(table.rows) - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="white", lw=1.5)
         axes.spines[:].set_visible(False)
     bar = figure.colorbar(
@@ -88,11 +123,12 @@ def needle_figure(tables: dict[str, NeedleTable]) -> Figure:
     return figure
 
 
-def accuracy_figure(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
+def accuracy_figure(evaluation: Evaluation, task: str, labels: Sequence[str]) -> Figure:
     """Draw accuracy by length with 95 % Wilson intervals."""
-    figure, axes = _plain("context length in tokens", "needle accuracy")
+    figure, axes = _plain("context length in tokens", f"{task.replace('_', ' ')} accuracy")
+    grids = evaluation.grids[task]
     for position, label in enumerate(labels):
-        table = evaluation.needle[label]
+        table = grids[label]
         rows = [
             (n, t.mean, t.interval)
             for n in table.lengths
@@ -101,7 +137,7 @@ def accuracy_figure(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
         means = np.array([mean for _, mean, _ in rows], dtype=float)
         bounds = np.array([interval for _, _, interval in rows], dtype=float).reshape(-1, 2)
         color = LINES[line_index(label, position)][0]
-        width = 2.2 if label == "after" else 1.4
+        width = 2.2 if role_of(label) == "after" else 1.4
         errors = np.abs(np.vstack([means - bounds[:, 0], bounds[:, 1] - means]))
         axes.errorbar(
             [n for n, _, _ in rows],
@@ -116,7 +152,7 @@ def accuracy_figure(evaluation: Evaluation, labels: Sequence[str]) -> Figure:
         )
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _length_ticks(axes, sorted({n for label in labels for n in evaluation.needle[label].lengths}))
+    _length_ticks(axes, sorted({n for label in labels for n in grids[label].lengths}))
     _legend(axes)
     return figure
 
@@ -135,7 +171,7 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
             "color": LINES[line_index(label, position)][0],
             "marker": "o",
             "ms": 3.5,
-            "lw": 2.2 if label == "after" else 1.4,
+            "lw": 2.2 if role_of(label) == "after" else 1.4,
         }
         by_position = [
             ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := perplexity(sums))

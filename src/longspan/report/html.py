@@ -14,16 +14,21 @@ from markupsafe import Markup
 
 from longspan.core.errors import ArgumentError
 from longspan.core.files import atomic_write
-from longspan.report.controls_view import controls_section, distractor_section
-from longspan.report.evaluation import Evaluation
-from longspan.report.figures import write_figures
-from longspan.report.headline import headline
-from longspan.report.load import RecordFile, Run, load_run
-from longspan.report.needle_view import needle_section
+from longspan.report.controls_view import controls_section
+from longspan.report.csv_files import csv_tables
+from longspan.report.evaluation import Evaluation, first_with_role
+from longspan.report.figures import file_name, write_figures
+from longspan.report.headline import headline, models_section
+from longspan.report.load import RecordFile, Run, load_runs
+from longspan.report.method_view import cost_section, method_section, two_models
+from longspan.report.needle_view import map_section
 from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
-from longspan.report.tables import needle_csv, ppl_csv, summarise
-from longspan.report.training_view import lengths_section, method_section, training_section, training_totals
+from longspan.report.sample_data import SampleData
+from longspan.report.samples import DATASET_TASKS, GRID_TASKS
+from longspan.report.scores_view import delta_section, ruler_section, scores_section, topics_section
+from longspan.report.tables import summarise
+from longspan.report.training_view import lengths_section, training_section, training_totals
 from longspan.report.view import merge_records
 
 
@@ -40,10 +45,10 @@ class ReportResult:
 def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> ReportResult:
     """Write the page `out` (.html), figures/*.png and tables/*.csv beside it.
 
-    Several runs share one page; a label that two runs have carries the run's name from the second on.
+    Several runs share one page; labels that two runs have carry the names of their runs.
 
     Raises:
-        ArgumentError: no run is named, or `out` is not an .html file name.
+        ArgumentError: no run is named, one is named twice, or `out` is not an .html file name.
         DataError: a run folder is missing, holds nothing to report, or has a malformed record.
     """
     out = Path(out)
@@ -51,24 +56,18 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | No
         raise ArgumentError("a report needs at least one run folder")
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ArgumentError("the report is one HTML file", found=out, fix=f"--out {out / 'report.html'}")
-    loaded = [load_run(path) for path in runs]
-    records = merge_records(loaded)
-    evaluation = Evaluation.from_records(records)
+    loaded = load_runs(runs)
+    evaluation = Evaluation.from_records(merge_records(loaded))
     page = render(loaded, title=title)
     with atomic_write(out, "w") as file:
         file.write(page)
     figures = write_figures(loaded, evaluation, out.parent / "figures")
     tables = []
-    for name, text in (("needle", needle_csv(evaluation.needle)), ("perplexity", ppl_csv(evaluation.ppl))):
-        if text.count("\n") > 1:
-            tables.append(out.parent / "tables" / f"{name}.csv")
-            with atomic_write(tables[-1], "w") as file:
-                file.write(text)
-    results = {
-        run.name if len({r.name for r in loaded}) == len(loaded) else str(run.path): summarise(run)
-        for run in loaded
-    }
-    return ReportResult(out, figures, tables, results)
+    for name, text in csv_tables(evaluation).items():
+        tables.append(out.parent / "tables" / f"{file_name(name)}.csv")
+        with atomic_write(tables[-1], "w") as file:
+            file.write(text)
+    return ReportResult(out, figures, tables, {run.name: summarise(run) for run in loaded})
 
 
 def render(runs: Sequence[Run], *, title: str | None = None) -> str:
@@ -76,15 +75,27 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     records = merge_records(runs)
     evaluation = Evaluation.from_records(records)
     sentence, tiles = headline(evaluation, training_totals(runs))
+    data = SampleData()
+    maps = [map_section(evaluation, task, data) for task in GRID_TASKS]
+    others = [task for task in evaluation.scores if task not in DATASET_TASKS]
     sections = [
-        needle_section(evaluation),
+        models_section(evaluation),
+        *maps,
+        ruler_section(evaluation, data),
+        topics_section(evaluation, data),
         ppl_section(evaluation),
+        delta_section(evaluation),
+        scores_section("longqa", "Long question answering", evaluation, data),
+        scores_section("harness", "Benchmarks", evaluation, data),
+        *(scores_section(task, task, evaluation, data) for task in others),
         lengths_section(runs),
         training_section(runs),
         controls_section(evaluation),
-        distractor_section(evaluation),
+        cost_section(records),
         method_section(runs, records),
     ]
+    missing = [line for section in sections for line in section.missing]
+    missing += [*_unfinished(records), *_empty(runs), *two_models(records)]
     environment = Environment(
         loader=PackageLoader("longspan.report"),
         autoescape=True,
@@ -97,14 +108,18 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         sentence=sentence,
         tiles=tiles,
         runs=[run.name for run in runs],
-        facts=_facts(runs, [file.header for file in records]),
-        sections={section.id: section for section in sections},
-        missing=[*(line for section in sections for line in section.missing), *_unfinished(records)],
+        facts=_facts(runs, records),
+        sections=[section for section in sections if section.parts],
+        missing=missing,
         steps=range(STEPS),
         css=Markup(theme_css() + "\n" + _asset("report.css")),
         script=Markup(_asset("report.js")),
-        samples=_json(sections[0].parts.get("samples", {})),
+        samples=_json(data.to_json()),
     )
+
+
+def _empty(runs: Sequence[Run]) -> list[str]:
+    return [f"{path} holds no evaluation yet." for run in runs for path in run.empty]
 
 
 def _unfinished(records: Sequence[RecordFile]) -> list[str]:
@@ -116,9 +131,11 @@ def _unfinished(records: Sequence[RecordFile]) -> list[str]:
     ]
 
 
-def _facts(runs: Sequence[Run], headers: Sequence[dict[str, Any]]) -> list[str]:
+def _facts(runs: Sequence[Run], records: Sequence[RecordFile]) -> list[str]:
     """Return the small print under the headline: model, seed, date, versions."""
-    model = next((h.get("model", {}).get("path") for h in headers if h.get("label") == "after"), None)
+    headers = [file.header for file in records]
+    after = first_with_role("after", [file.label for file in records])
+    model = next((f.header.get("model", {}).get("path") for f in records if f.label == after), None)
     environment = next((run.env for run in runs if run.env), {})
     seeds = [run.env["seed"] for run in runs if run.env and "seed" in run.env] or [
         h.get("seed") for h in headers

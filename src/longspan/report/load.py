@@ -6,55 +6,16 @@ folder with none of them is refused, a folder with some gives a report of those.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from longspan.core.errors import DataError
+from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json
 from longspan.core.records import read_jsonl
-
-NEEDLE_TASKS = ("needle", "needle_distractors")
-
-
-class NeedleSample(NamedTuple):
-    """One needle question; `score` is None when it could not be scored, which is not a score of zero."""
-
-    id: str
-    length: int
-    depth: float
-    sample: int
-    prompt: str
-    achieved_length: int | None
-    achieved_depth: float | None
-    question: str
-    expected: str
-    output: str
-    score: float | None
-    unscored: str | None
-    window: str
-    distractors: int
-
-
-class Bucket(NamedTuple):
-    """Summed negative log-likelihood (nats) of the tokens at positions [start, end)."""
-
-    start: int
-    end: int
-    tokens: int
-    nll: float
-
-
-class PplSample(NamedTuple):
-    """One perplexity window of `length` tokens."""
-
-    id: str
-    source: str
-    length: int
-    buckets: tuple[Bucket, ...]
-    unscored: str | None
+from longspan.report.samples import PplSample, Sample, number, parse_sample, text
 
 
 @dataclass(frozen=True)
@@ -69,7 +30,10 @@ class RecordFile:
     label: str
     header: dict[str, Any]
     samples: tuple[Any, ...]
+    """`Sample`, or `PplSample` where the task is ppl."""
     complete: bool = True
+    footer: dict[str, Any] = field(default_factory=dict)
+    run: str = ""
 
     @property
     def trained_length(self) -> int | None:
@@ -89,6 +53,19 @@ class RecordFile:
         note = self.header.get("note") or self.header.get("params", {}).get("note")
         return str(note) if note else None
 
+    @property
+    def scorer(self) -> str:
+        """Name and version of what gave the scores, such as `exact_match 1`; empty where not recorded."""
+        scorer = self.header.get("params", {}).get("scorer")
+        if isinstance(scorer, dict):
+            return " ".join(str(scorer[key]) for key in ("name", "version") if scorer.get(key) is not None)
+        return str(scorer or "")
+
+    @property
+    def mode(self) -> str:
+        """How answers were taken: generate, teacher_forced; empty where not recorded."""
+        return str(self.header.get("params", {}).get("mode") or "")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -102,6 +79,29 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
     env: dict[str, Any] | None = None
     config: str | None = None
+    empty: list[Path] = field(default_factory=list)
+    """Record files that do not even hold a header yet."""
+
+
+def load_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Read several run folders; folders of one name are told apart by the folders above them.
+
+    Raises:
+        ArgumentError: a folder is named twice.
+        DataError: see `load_run`.
+    """
+    runs = [load_run(path) for path in paths]
+    parts = [run.path.resolve().parts for run in runs]
+    for place, count in Counter(parts).items():
+        if count > 1:
+            raise ArgumentError("a run is named twice", found=Path(*place), fix="name every folder once")
+    names = [run.name for run in runs]
+    depth = 1
+    while len(set(names)) < len(names):
+        depth += 1
+        counts = Counter(names)
+        names = ["/".join(p[-depth:]) if counts[n] > 1 else n for n, p in zip(names, parts)]
+    return [replace(run, name=name) for run, name in zip(runs, names)]
 
 
 def load_run(path: str | Path) -> Run:
@@ -115,15 +115,17 @@ def load_run(path: str | Path) -> Run:
         raise DataError(f"{path} is not a run folder", fix="name a folder that training or evaluation wrote")
     config = path / "config.yaml"
     env = read_json(path / "env.json") if (path / "env.json").exists() else None
+    read = {name: _record_file(name) for name in sorted((path / "records").glob("*.jsonl"))}
     run = Run(
         path=path,
         name=path.resolve().name,
-        records=[file for name in sorted((path / "records").glob("*.jsonl")) if (file := _record_file(name))],
+        records=_scorers_apart([file for file in read.values() if file is not None]),
         metrics=_metrics(path / "metrics.jsonl"),
         lengths=[_length_summary(name) for name in sorted((path / "lengths").glob("*.json"))],
         events=list(read_jsonl(path / "events.jsonl")) if (path / "events.jsonl").exists() else [],
         env=env if isinstance(env, dict) else None,
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        config=_text_of(config) if config.exists() else None,
+        empty=[name for name, file in read.items() if file is None],
     )
     _refuse_mixed_models(run.records)
     if not (run.records or run.metrics or run.lengths):
@@ -134,6 +136,27 @@ def load_run(path: str | Path) -> Run:
             fix="run `longspan eval` or `longspan train` with this folder as --out",
         )
     return run
+
+
+def _scorers_apart(records: list[RecordFile]) -> list[RecordFile]:
+    """Give a rescored evaluation a label of its own: its samples are those of the file it was made from.
+
+    The file named <task>-<label>.jsonl, else the first, keeps the label; others carry scorer or mode.
+    """
+    first: dict[tuple[str, str], RecordFile] = {}
+    for file in records:
+        key = (file.task, file.label)
+        if key not in first or file.path.stem == f"{file.task}-{file.label}":
+            first[key] = file
+    apart = []
+    for file in records:
+        other = first[file.task, file.label]
+        differing = [
+            mine for mine, its in ((file.scorer, other.scorer), (file.mode, other.mode)) if mine != its
+        ]
+        label = f"{file.label} ({', '.join(differing)})" if differing else file.label
+        apart.append(replace(file, label=label))
+    return apart
 
 
 def _refuse_mixed_models(records: list[RecordFile]) -> None:
@@ -150,95 +173,49 @@ def _refuse_mixed_models(records: list[RecordFile]) -> None:
 
 
 def _record_file(path: Path) -> RecordFile | None:
-    """Read one evaluation; None for a task the report does not draw."""
+    """Read one evaluation; None for a file that was killed before its header was whole."""
     lines = _numbered(path)
     first = next(lines, None)
     if first is None:
-        raise DataError(f"{path} is empty", fix="delete it, or run the evaluation again")
+        return None
     where, header = first
     if header.get("kind") != "header":
         raise DataError(
-            f"{where} is not a header line", found=f"kind={header.get('kind')!r}", allowed="header"
+            f"{where} is not a header line",
+            found=f"kind={header.get('kind')!r}",
+            allowed="header",
+            fix="take this file out of records/, or evaluate again",
         )
-    task, label = _text(header, "task", where), _text(header, "label", where)
+    task, label = text(header, "task", where), text(header, "label", where)
     for name in ("model", "params"):
         if not isinstance(header.get(name, {}), dict):
             raise DataError(f"{where} field {name!r} is not an object", found=repr(header[name])[:80])
-    if task not in (*NEEDLE_TASKS, "ppl"):
-        return None
-    parse = _ppl_sample if task == "ppl" else _needle_sample
-    samples: dict[tuple[Any, ...], Any] = {}
-    complete = False
+    samples: dict[tuple[Any, ...], Sample | PplSample] = {}
+    footer: dict[str, Any] = {}
     for where, line in lines:
-        complete = line.get("kind") == "footer" and line.get("samples") == len(samples)
-        if line.get("kind") == "footer":
+        footer = line if line.get("kind") == "footer" else {}
+        if footer:
             continue
         if line.get("kind") != "sample":
             raise DataError(
                 f"{where} is not a sample line", found=f"kind={line.get('kind')!r}", allowed="sample"
             )
-        sample = parse(line, where)
-        # A sample counted twice would shrink every interval without a word.
-        key = (sample.id, sample.length, getattr(sample, "depth", None), getattr(sample, "sample", None))
-        if key in samples:
+        sample = parse_sample(task, line, where)
+        key = _key(sample)
+        # A sample counted twice would shrink every interval without a word; one tried again has its last word.
+        if key in samples and samples[key].unscored is None:
             raise DataError(
                 f"{where} repeats an earlier sample", found=f"id={sample.id!r}, length={sample.length}"
             )
         samples[key] = sample
-    return RecordFile(path, task, label, header, tuple(samples.values()), complete)
+    complete = footer.get("samples") == len(samples)
+    return RecordFile(path, task, label, header, tuple(samples.values()), complete, footer)
 
 
-def _needle_sample(line: dict[str, Any], where: str) -> NeedleSample:
-    score = line.get("score")
-    unscored = line.get("unscored")
-    if score is not None and not (_is_number(score) and 0 <= score <= 1):
-        raise DataError(
-            f"{where} field 'score' is out of range", found=repr(score), allowed="0 to 1, or null"
-        )
-    if (score is None) == (unscored is None):
-        raise DataError(
-            f"{where} a sample has either a score or a reason why it has none",
-            found=f"score={score!r}, unscored={unscored!r}",
-        )
-    depth = _number(line, "depth", where)
-    if not 0 <= depth <= 1:
-        raise DataError(f"{where} field 'depth' is out of range", found=repr(depth), allowed="0 to 1")
-    return NeedleSample(
-        id=_text(line, "id", where),
-        length=_count(line, "length", where, least=1),
-        depth=round(depth, 4),
-        sample=_count(line, "sample", where),
-        prompt=str(line.get("prompt_sha256", "")),
-        achieved_length=int(line["achieved_length"]) if _is_number(line.get("achieved_length")) else None,
-        achieved_depth=float(line["achieved_depth"]) if _is_number(line.get("achieved_depth")) else None,
-        question=str(line.get("question", "")),
-        expected=str(line.get("expected", "")),
-        output=str(line.get("output") or ""),
-        score=None if score is None else float(score),
-        unscored=None if unscored is None else str(unscored),
-        window=str(line.get("needle_window", "")),
-        distractors=int(line["num_distractors"]) if _is_number(line.get("num_distractors")) else 0,
-    )
-
-
-def _ppl_sample(line: dict[str, Any], where: str) -> PplSample:
-    raw = line.get("buckets", [])
-    if not isinstance(raw, list) or not all(isinstance(bucket, dict) for bucket in raw):
-        raise DataError(f"{where} field 'buckets' is not a list of objects", found=repr(raw)[:80])
-    buckets = []
-    for bucket in raw:
-        start, end = _count(bucket, "start", where), _count(bucket, "end", where)
-        if end <= start:
-            raise DataError(f"{where} a bucket ends before it starts", found=f"{start}-{end}")
-        buckets.append(Bucket(start, end, _count(bucket, "tokens", where), _number(bucket, "nll", where)))
-    unscored = line.get("unscored")
-    return PplSample(
-        id=_text(line, "id", where),
-        source=str(line.get("source") or "unknown"),
-        length=_count(line, "length", where, least=1),
-        buckets=tuple(buckets) if unscored is None else (),
-        unscored=None if unscored is None else str(unscored),
-    )
+def _key(sample: Sample | PplSample) -> tuple[Any, ...]:
+    if isinstance(sample, PplSample):
+        return (sample.id, sample.length)
+    return (*sample[:4], sample.dataset, sample.subtask, sample.metric)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -247,7 +224,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     steps = []
     for where, line in _numbered(path):
         for name in ("step", "tokens"):
-            _number(line, name, where)
+            number(line, name, where)
         loss = line.get("loss")
         if loss is not None and not isinstance(loss, (int, float)):
             raise DataError(f"{where} field 'loss' is not a number", found=repr(loss)[:80])
@@ -272,34 +249,16 @@ def _length_summary(path: Path) -> dict[str, Any]:
     return {"name": path.stem, "title": path.stem.replace("_", " "), **summary}
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text", found=str(error)) from None
+
+
 def _numbered(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:line", record); blank lines are counted, as an editor counts them."""
     with open(path, "rb") as file:
-        numbers = (number for number, line in enumerate(file, 1) if line.strip())
+        numbers = (place for place, line in enumerate(file, 1) if line.strip())
         for record in read_jsonl(path):
             yield f"{path}:{next(numbers)}", record
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _number(line: dict[str, Any], name: str, where: str) -> float:
-    value = line.get(name)
-    if not _is_number(value):
-        raise DataError(f"{where} field {name!r} is not a number", found=repr(value)[:80])
-    return float(value)  # type: ignore[arg-type]
-
-
-def _count(line: dict[str, Any], name: str, where: str, least: int = 0) -> int:
-    value = _number(line, name, where)
-    if value != int(value) or value < least:
-        raise DataError(f"{where} field {name!r} is not a whole number >= {least}", found=repr(value))
-    return int(value)
-
-
-def _text(line: dict[str, Any], name: str, where: str) -> str:
-    value = line.get(name)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{where} field {name!r} is missing or not text", found=repr(value)[:80])
-    return value

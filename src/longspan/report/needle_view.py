@@ -1,27 +1,19 @@
-"""The needle section: heat maps, accuracy by length, and the samples behind every cell."""
+"""The sections with heat maps, by needle depth and length: needles of all kinds and passkeys."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from longspan.report.charts import (
-    Axis,
-    LineChart,
-    Series,
-    heat_map,
-    length_axis,
-    length_text,
-)
-from longspan.report.evaluation import Evaluation, trained_marks
-from longspan.report.load import NeedleSample
+from longspan.report.charts import Axis, LineChart, Series, heat_map, length_axis, length_text
+from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.palette import line_index
-from longspan.report.tables import (
-    NeedleTable,
-)
+from longspan.report.sample_data import SampleData
+from longspan.report.tables import Grid
 from longspan.report.view import (
+    HALF,
     NARROW,
     ZERO_SHOT,
     Cell,
@@ -33,6 +25,7 @@ from longspan.report.view import (
     line_view,
     long_name,
     percent,
+    role_of,
     short_name,
     tokens_text,
 )
@@ -41,63 +34,125 @@ ZERO_SHOT_WORDS = (
     "Zero-shot maps show the model before training with nothing but its RoPE changed: "
     "a larger theta, NTK-aware scaling (NTK), or position interpolation (PI)."
 )
-SAMPLES_SHOWN = 4000  # over the whole page; keeps it near 1 MB
-WINDOW_CHARS, OUTPUT_CHARS = 360, 200
+LARGE_MAPS = 6
+_CELL_WORDS = "A cell shows the share of correct answers in percent; choose a cell to read its samples."
+TITLES = {
+    "needle": (
+        "Needle in a haystack",
+        "One fact is hidden at a given depth of a long context, then asked for.",
+    ),
+    "needle_distractors": (
+        "Needle with distractors",
+        "Other facts of the same form stand in the same context. Finding the only fact of its kind is easier "
+        "than finding the one asked for.",
+    ),
+    "needle_multi": ("Several needles", "Several facts are hidden in one context, and all are asked for."),
+    "needle_multikey": (
+        "Needles with keys at every depth",
+        "One context holds a fact with its own key at every depth, and each is asked for. "
+        "It is harder than a single needle.",
+    ),
+    "passkey": ("Passkey", "A number is hidden in repeated filler text, then asked for."),
+}
 
 
-def needle_section(ev: Evaluation) -> Section:
-    """Return the needle maps, the curves by length and the data behind every cell."""
-    section = Section("needle", "Needle in a haystack")
-    labels = ev.main_labels
+_NAV = {"needle": "Needle", "needle_distractors": "Distractors", "needle_multikey": "Multi-key"}
+
+
+def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
+    """Return a task's maps, its curves by length, and add the samples behind every cell to `data`."""
+    title, words = TITLES[task]
+    section = Section(task, title, "maps", _NAV.get(task, ""))
+    grids = _named_grids(ev, task)
+    labels = [label for label in grids if not label.startswith("ablate_") and grids[label].lengths]
     if not labels:
-        section.missing.append("Needle accuracy was not measured: no records/needle-*.jsonl.")
+        if task == "needle":
+            section.missing.append("Needle accuracy was not measured: no records/needle-*.jsonl.")
         return section
-    main = "after" if "after" in labels else labels[-1] if labels == ["before"] else labels[0]
-    section.intro = (
-        "One fact is hidden at a given depth of a long context, then asked for. "
-        "A cell shows the share of correct answers in percent; choose a cell to read its samples."
-    )
-    maps = {label: f"m{number}" for number, label in enumerate(labels)}
-    section.parts["main"] = _map_view(ev, main, maps[main], wide=True)
-    section.parts["others"] = [
-        _map_view(ev, label, key, wide=False) for label, key in maps.items() if label != main
+    section.intro = f"{words} {_CELL_WORDS}"
+    zero_shot = [label for label in labels if role_of(label) in ZERO_SHOT]
+    main = [label for label in labels if label not in zero_shot] or labels
+    large = _side_by_side(ev, main) if len(main) <= LARGE_MAPS else []
+    small = [label for label in _side_by_side(ev, main) + zero_shot if label not in large]
+    section.parts["large"] = [
+        _map_view(ev, task, label, grids, data, width=640 if len(large) == 1 else HALF) for label in large
     ]
-    section.parts["zero_shot"] = ZERO_SHOT_WORDS if any(label in labels for label in ZERO_SHOT) else ""
-    section.parts["facts"] = _needle_facts(ev, main)
-    section.parts["beyond"] = _beyond_note(ev, main)
-    section.parts["curve"] = accuracy_chart(ev, labels)
-    section.parts["samples"] = _sample_data({key: ev.needle[label] for label, key in maps.items()})
-    if "before" not in labels:
+    section.parts["small"] = [_map_view(ev, task, label, grids, data, width=None) for label in small]
+    section.parts["zero_shot"] = ZERO_SHOT_WORDS if any(label in small for label in zero_shot) else ""
+    shown = first_with_role("after", labels) or main[0]
+    section.parts["facts"] = _facts(grids, shown, labels)
+    section.parts["beyond"] = _beyond_note(ev, shown, grids[shown])
+    section.parts["curve"] = accuracy_chart(ev, {label: grids[label] for label in labels}, what=title)
+    if task == "needle" and first_with_role("after", labels) and not first_with_role("before", labels):
         section.missing.append("Needle accuracy before training was not measured.")
-    if not any(label in labels for label in ZERO_SHOT):
+    if task == "needle" and first_with_role("before", labels) and not zero_shot:
         section.missing.append("No zero-shot method (theta only, NTK, PI) was measured with needles.")
     return section
 
 
-def _map_view(ev: Evaluation, label: str, key: str, *, wide: bool) -> dict[str, Any]:
-    table = ev.needle[label]
-    own, old = ev.trained_length(label), ev.before_length
+def _named_grids(ev: Evaluation, task: str) -> dict[str, Grid]:
+    """Return a task's grids by label; with distractors one for each number of them."""
+    if task != "needle_distractors":
+        return ev.grids.get(task, {})
+    counts = {count for by_count in ev.distractors.values() for count in by_count}
+    if len(counts) == 1:
+        return {label: grid for label, by in ev.distractors.items() for grid in by.values()}
+    return {f"{label} ({n} others)": grid for label, by in ev.distractors.items() for n, grid in by.items()}
+
+
+def _base(ev: Evaluation, label: str) -> str:
+    """Return the label that stands in the records, without the number of distractors."""
+    return label if label in ev.labels else label.rpartition(" (")[0]
+
+
+def _side_by_side(ev: Evaluation, labels: Sequence[str]) -> list[str]:
+    """Order labels by run, so that before and after of one run stand next to each other."""
+    runs = list(dict.fromkeys(file.run for file in ev.files))
+
+    def place(label: str) -> int:
+        base = _base(ev, label)
+        return min((runs.index(file.run) for file in ev.files if file.label == base), default=0)
+
+    return sorted(labels, key=place)
+
+
+def _map_view(
+    ev: Evaluation,
+    task: str,
+    label: str,
+    grids: Mapping[str, Grid],
+    data: SampleData,
+    *,
+    width: float | None,
+) -> dict[str, Any]:
+    """Draw one map, `width` pixels wide and again for narrow pages; small ones are drawn once."""
+    table, base = grids[label], _base(ev, label)
+    own, old = ev.trained_length(base), ev.before_length
     lines = []
-    if wide and old and own and old != own:
+    if width and old and own and old != own:
         lines.append((old, f"before: {length_text(old)}"))
     if own:
         lines.append((own, f"trained: {length_text(own)}"))
     name = long_name(label)
-    drawn = heat_map(name, table, 640 if wide else 232, key=key, trained=lines, compact=not wide)
+    columns = [length_text(n) for n in table.lengths]
+    key = data.add_grid(task, short_name(label), table, [percent(d) for d in table.rows], columns)
+    files = [file for file in ev.files if file.label == base and file.task == task]
+    unscored = f", {table.total.unscored} not scored" if table.total.unscored else ""
     return {
         "name": name,
-        "mean": percent(table.total.mean),
-        "detail": _rope_text(ev.rope(label)),
-        "svg": Markup(drawn),
+        "mean": f"{percent(table.total.mean)}, {interval_text(table.total)}{unscored}",
+        "detail": _rope_text(ev.rope(base)),
+        "scored_by": ", ".join(dict.fromkeys(s for f in files for s in (f.scorer, f.mode) if s)),
+        "svg": Markup(heat_map(name, table, width or 232, key=key, trained=lines, compact=not width)),
         "narrow": Markup(heat_map(name, table, NARROW, key=key, trained=lines, compact=True))
-        if wide
+        if width
         else None,
         "table": Table(
-            f"Needle accuracy, {name}",
-            ["depth", *(length_text(n) for n in table.lengths)],
+            f"{TITLES[task][0]}, {name}",
+            ["depth", *columns],
             [
                 [percent(d), *(heat_cell(table.tallies.get((d, n))) for n in table.lengths)]
-                for d in table.depths
+                for d in table.rows
             ],
         ),
     }
@@ -105,36 +160,45 @@ def _map_view(ev: Evaluation, label: str, key: str, *, wide: bool) -> dict[str, 
 
 def _rope_text(rope: Any) -> str:
     """Write RoPE parameters as `default, theta 100,000`."""
+    words = rope_words(rope)
+    return f"RoPE {words}" if words else ""
+
+
+def rope_words(rope: Any) -> str:
+    """Write RoPE parameters in words, empty where none were recorded."""
     if not isinstance(rope, dict):
         return ""
     words = [str(rope[name]) for name in ("rope_type", "type") if rope.get(name)][:1]
     for name, value in rope.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             words.append(f"{name.removeprefix('rope_').replace('_', ' ')} {value:,.6g}")
-    return "RoPE " + ", ".join(words) if words else ""
+    return ", ".join(words)
 
 
-def _needle_facts(ev: Evaluation, main: str) -> list[tuple[str, str]]:
-    table = ev.needle[main]
+def _facts(grids: Mapping[str, Grid], main: str, labels: Sequence[str]) -> list[tuple[str, str]]:
+    table = grids[main]
     facts = [
         ("Samples", f"{table.total.scored:,} scored, {table.samples_per_cell} in a cell"),
         ("All cells", f"{percent(table.total.mean)}, 95% interval {interval_text(table.total)}"),
     ]
-    worst = (
-        min((t.mean, key) for key, t in table.tallies.items() if t.mean is not None)
-        if table.total.scored
-        else None
+    worst = min(
+        ((t.mean, length, depth) for (depth, length), t in table.tallies.items() if t.mean is not None),
+        default=None,
     )
     if worst is not None:
-        share, (depth, length) = worst
+        share, length, depth = worst
         facts.append(("Weakest cell", f"{percent(share)} at {length_text(length)} tokens, depth {depth:.0%}"))
-    unscored = sum(ev.needle[label].total.unscored for label in ev.main_labels)
+    unscored = sum(grids[label].total.unscored for label in labels)
     facts.append(("Not scored", f"{unscored} of all samples; never counted as wrong" if unscored else "none"))
+    if len(labels) > 1:
+        facts = [
+            (f"{name}, {short_name(main)}" if name == "All cells" else name, text) for name, text in facts
+        ]
     return facts
 
 
-def _beyond_note(ev: Evaluation, label: str) -> str:
-    trained, table = ev.trained_length(label), ev.needle[label]
+def _beyond_note(ev: Evaluation, label: str, table: Grid) -> str:
+    trained = ev.trained_length(_base(ev, label))
     beyond = [length for length in table.lengths if trained and length > trained]
     if not beyond or trained is None:
         return ""
@@ -142,12 +206,13 @@ def _beyond_note(ev: Evaluation, label: str) -> str:
     return f"Beyond the trained {tokens_text(trained)}: {listed}. The model never saw these positions in training."
 
 
-def accuracy_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
+def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> Chart:
     """Return accuracy by length with 95 % intervals, one line per label."""
-    lengths = sorted({length for label in labels for length in ev.needle[label].lengths})
+    labels = list(grids)
+    lengths = sorted({length for grid in grids.values() for length in grid.lengths})
     series = []
     for position, label in enumerate(labels):
-        rows = [(n, ev.needle[label].by_length[n]) for n in ev.needle[label].lengths]
+        rows = [(n, grids[label].by_length[n]) for n in grids[label].lengths]
         known = [(n, tally, tally.mean) for n, tally in rows if tally.mean is not None]
         tips = [
             f"{short_name(label)}, {tokens_text(n)}: {percent(mean)}, {interval_text(t)}, n = {t.scored}"
@@ -155,79 +220,31 @@ def accuracy_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
         ]
         points = [(float(n), mean) for n, _, mean in known]
         intervals = [t.interval for _, t, _ in known]
-        series.append(
-            Series(
-                short_name(label),
-                line_index(label, position),
-                points,
-                intervals,
-                tips,
-                strong=label == "after",
-            )
-        )
+        color = line_index(label, position)
+        strong = role_of(label) == "after"
+        series.append(Series(short_name(label), color, points, intervals, tips, strong=strong))
     chart = LineChart(
-        label="Needle accuracy by context length with 95 percent intervals",
+        label=f"{what}: accuracy by context length with 95 percent intervals",
         x=length_axis(lengths, "context length in tokens", air=1.06),
-        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], "accuracy, all depths"),
+        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], "accuracy, all samples of a length"),
         series=series,
         marks=trained_marks(ev, lengths),
     )
     table = Table(
-        "Needle accuracy by context length",
+        f"{what}: accuracy by context length",
         ["", *(length_text(n) for n in lengths), "mean", "95% interval"],
         [
             [
                 short_name(label),
-                *(heat_cell(ev.needle[label].by_length.get(n)) for n in lengths),
-                Cell(percent(ev.needle[label].total.mean), "num"),
-                Cell(interval_text(ev.needle[label].total), "num"),
+                *(heat_cell(grids[label].by_length.get(n)) for n in lengths),
+                Cell(percent(grids[label].total.mean), "num"),
+                Cell(interval_text(grids[label].total), "num"),
             ]
             for label in labels
         ],
     )
     note = (
-        "Whiskers: 95% Wilson intervals over all depths, samples taken as independent; "
-        "lines are set a few pixels apart so that whiskers stay readable."
+        "Whiskers: 95% intervals over all samples of a length, taken as independent (Wilson's for right or "
+        "wrong answers); lines are set a few pixels apart so that whiskers stay readable."
     )
     return line_view(chart, title="Accuracy by context length", note=note, table=table)
-
-
-def _sample_data(maps: dict[str, NeedleTable]) -> dict[str, Any]:
-    """Return what the page shows for a cell: wrong answers first; prompts shared by several labels are stored once."""
-    prompts: dict[tuple[str, str, str], int] = {}
-    cells: dict[str, Any] = {}
-    count = sum(len(table.cells) for table in maps.values())
-    most = max(1, SAMPLES_SHOWN // max(count, 1))
-    for key, table in maps.items():
-        for (depth, length), samples in table.cells.items():
-            ordered = sorted(samples, key=lambda s: (s.score if s.score is not None else 0.5, s.sample))
-            rows = []
-            for sample in ordered[:most]:
-                text = (_around(sample), sample.question, sample.expected)
-                index = prompts.setdefault(text, len(prompts))
-                rows.append(
-                    [
-                        index,
-                        sample.id,
-                        sample.output[:OUTPUT_CHARS],
-                        sample.score,
-                        sample.unscored,
-                        sample.achieved_length,
-                        sample.achieved_depth,
-                    ]
-                )
-            cells[f"{key}/{table.depths.index(depth)}/{table.lengths.index(length)}"] = {
-                "total": len(samples),
-                "rows": rows,
-            }
-    return {"prompts": [list(prompt) for prompt in prompts], "cells": cells}
-
-
-def _around(sample: NeedleSample) -> str:
-    """Cut a prompt window to WINDOW_CHARS around the expected answer."""
-    text, place = sample.window, max(sample.window.find(sample.expected), 0)
-    if len(text) <= WINDOW_CHARS:
-        return text
-    start = min(max(0, place - WINDOW_CHARS // 2), len(text) - WINDOW_CHARS)
-    end = start + WINDOW_CHARS
-    return ("\u2026" if start else "") + text[start:end] + ("\u2026" if end < len(text) else "")

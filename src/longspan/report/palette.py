@@ -28,8 +28,8 @@ _ROLES = {"before": 0, "after": 1, "theta_only": 2, "ntk": 3, "pi": 4, "yarn": 5
 
 
 def line_index(label: str, position: int) -> int:
-    """Return the colour number of a label: fixed for the usual ones, else by `position` among the others."""
-    return _ROLES.get(label, 5 + position % (len(LINES) - 5))
+    """Return the colour number of a label: fixed for the usual ones, else by `position` among all labels."""
+    return _ROLES.get(label, position % len(LINES))
 
 
 def step_of(value: float) -> int:

@@ -12,7 +12,7 @@ from longspan.report.charts import (
     length_text,
     number_axis,
 )
-from longspan.report.evaluation import Evaluation, trained_marks
+from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.palette import line_index
 from longspan.report.tables import (
     perplexity,
@@ -26,6 +26,7 @@ from longspan.report.view import (
     change,
     decimal,
     line_view,
+    role_of,
     short_name,
     tokens_text,
 )
@@ -33,7 +34,7 @@ from longspan.report.view import (
 
 def ppl_section(ev: Evaluation) -> Section:
     """Return perplexity by position and by length, the short-context change and the table by source."""
-    section = Section("perplexity", "Perplexity")
+    section = Section("perplexity", "Perplexity", "perplexity")
     labels = [label for label in ev.ppl if not label.startswith("ablate_") and ev.ppl[label].by_length]
     if not labels:
         section.missing.append("Perplexity was not measured: no records/ppl-*.jsonl.")
@@ -65,9 +66,11 @@ def ppl_section(ev: Evaluation) -> Section:
 
 
 def _short_context(ev: Evaluation) -> dict[str, str]:
-    before, after, length = ev.ppl.get("before"), ev.ppl.get("after"), ev.before_length
-    if before is None or after is None or not length:
+    names = first_with_role("before", ev.ppl), first_with_role("after", ev.ppl)
+    length = ev.before_length
+    if names[0] is None or names[1] is None or not length:
         return {}
+    before, after = ev.ppl[names[0]], ev.ppl[names[1]]
     old, new = before.short(length), after.short(length)
     if old is None or new is None:
         return {}
@@ -99,7 +102,14 @@ def _ppl_series(
         ]
         points = [(x, value) for x, _, _, value in known]
         series.append(
-            Series(short_name(label), line_index(label, position), points, (), tips, strong=label == "after")
+            Series(
+                short_name(label),
+                line_index(label, position),
+                points,
+                (),
+                tips,
+                strong=role_of(label) == "after",
+            )
         )
     return series
 

@@ -1,4 +1,4 @@
-"""Numbers from records: needle grids with intervals, token-weighted perplexity, CSV tables.
+"""Numbers from records: score grids with intervals, token-weighted perplexity, and differences between labels.
 
 A sample without a score is counted as unscored and left out of every mean; it is never a zero. A cell without
 a scored sample is None.
@@ -6,34 +6,54 @@ a scored sample is None.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.core.intervals import wilson_interval
-from longspan.report.load import NeedleSample, PplSample, RecordFile, Run, load_run
+from longspan.core.intervals import (
+    effective_context,
+    independent_difference,
+    paired_difference,
+    score_interval,
+)
+from longspan.report.load import RecordFile, Run, load_run
+from longspan.report.samples import GRID_TASKS, LENGTH_TASKS, PplSample, Sample
+
+RULER_SUBTASKS = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+)  # fmt: skip
+"""The 13 subtasks in the order of Hsieh et al. (2024), table 3."""
+RULER_THRESHOLD = 0.856
+"""Mean over the 13 subtasks that a length must reach to be effective in RULER: that of Llama-2-7B at 4K."""
 
 
 @dataclass
 class Tally:
     """Scores of a group of samples."""
 
-    correct: float = 0.0
-    scored: int = 0
+    scores: list[float] = field(default_factory=list)
     unscored: int = 0
 
-    def add(self, sample: NeedleSample) -> None:
+    def add(self, sample: Sample) -> None:
         """Count one sample."""
         if sample.score is None:
             self.unscored += 1
         else:
-            self.scored += 1
-            self.correct += sample.score
+            self.scores.append(sample.score)
+
+    @property
+    def correct(self) -> float:
+        """Sum of the scores: the number of right answers where each is right or wrong."""
+        return math.fsum(self.scores)
+
+    @property
+    def scored(self) -> int:
+        """Samples that have a score."""
+        return len(self.scores)
 
     @property
     def mean(self) -> float | None:
@@ -42,42 +62,142 @@ class Tally:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % Wilson interval of the mean, None without a scored sample."""
-        return wilson_interval(self.correct, self.scored)
+        """95 % interval of the mean; None without a scored sample or with scores that are no shares."""
+        if any(not 0 <= score <= 1 for score in self.scores):
+            return None
+        return score_interval(self.scores)
+
+
+RowKey = float | int | str
 
 
 @dataclass
-class NeedleTable:
-    """One label's needle results by cell, by length and in all."""
+class Grid:
+    """One label's scores by row (needle depth, subtask or number of topics) and by length, and in all."""
 
     lengths: list[int] = field(default_factory=list)
-    depths: list[float] = field(default_factory=list)
-    cells: dict[tuple[float, int], list[NeedleSample]] = field(default_factory=dict)
-    tallies: dict[tuple[float, int], Tally] = field(default_factory=dict)
+    rows: list[Any] = field(default_factory=list)
+    cells: dict[tuple[RowKey, int], list[Sample]] = field(default_factory=dict)
+    tallies: dict[tuple[RowKey, int], Tally] = field(default_factory=dict)
     by_length: dict[int, Tally] = field(default_factory=dict)
+    by_row: dict[RowKey, Tally] = field(default_factory=dict)
     total: Tally = field(default_factory=Tally)
+    unplaced: int = 0
+    """Samples that could not be composed, so that they have no cell; they are unscored in `total`."""
 
     @property
     def samples_per_cell(self) -> int:
         """Samples in the fullest cell, scored or not."""
         return max((len(samples) for samples in self.cells.values()), default=0)
 
+    @property
+    def effective(self) -> int | None:
+        """Longest length up to which the lower 95 % bound, pooled over rows, stays above the threshold."""
+        return effective_context({length: tally.interval for length, tally in self.by_length.items()})
 
-def needle_table(samples: Iterable[NeedleSample], target: int | None = None) -> NeedleTable:
-    """Group samples by (depth, length); `total` is over lengths up to `target`, unless all are longer."""
+    def mean_of_rows(self, length: int) -> float | None:
+        """Mean over the rows' means at a length: every subtask weighs alike. None without a score."""
+        means = [
+            mean for row in self.rows if (mean := self.tallies.get((row, length), Tally()).mean) is not None
+        ]
+        return math.fsum(means) / len(means) if means else None
+
+
+def score_grid(
+    samples: Iterable[Sample], row_of: Callable[[Sample], RowKey | None], target: int | None = None
+) -> Grid:
+    """Group samples by (row, length); `total` is over lengths up to `target`, unless all are longer."""
     samples = list(samples)
-    table = NeedleTable()
-    inside = [sample for sample in samples if target is None or sample.length <= target]
+    grid = Grid()
+    inside = [s for s in samples if target is None or s.length is None or s.length <= target]
     for sample in samples:
-        key = (sample.depth, sample.length)
-        table.cells.setdefault(key, []).append(sample)
-        table.tallies.setdefault(key, Tally()).add(sample)
-        table.by_length.setdefault(sample.length, Tally()).add(sample)
-    for sample in inside or samples:
-        table.total.add(sample)
-    table.lengths = sorted(table.by_length)
-    table.depths = sorted({depth for depth, _ in table.cells})
-    return table
+        row = row_of(sample)
+        if row is None or sample.length is None:
+            grid.unplaced += 1
+            continue
+        grid.cells.setdefault((row, sample.length), []).append(sample)
+        grid.tallies.setdefault((row, sample.length), Tally()).add(sample)
+        grid.by_length.setdefault(sample.length, Tally()).add(sample)
+        grid.by_row.setdefault(row, Tally()).add(sample)
+    for sample in inside if any(s.length is not None for s in inside) else samples:
+        grid.total.add(sample)
+    grid.lengths = sorted(grid.by_length)
+    grid.rows = sorted(grid.by_row)
+    return grid
+
+
+def needle_grid(samples: Iterable[Sample], target: int | None = None) -> Grid:
+    """Group samples by needle depth and length."""
+    return score_grid(samples, lambda sample: sample.depth, target)
+
+
+def ruler_effective(grid: Grid) -> int | None:
+    """Return RULER's own effective length: the longest up to which the mean of all 13 subtasks is >= 85.6 %.
+
+    None: not even the shortest reaches it, or a subtask is missing.
+    """
+    reached = None
+    for length in grid.lengths:
+        mean = grid.mean_of_rows(length)
+        whole = all((subtask, length) in grid.tallies for subtask in RULER_SUBTASKS)
+        if mean is None or not whole or mean < RULER_THRESHOLD:
+            break
+        reached = length
+    return reached
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a label differs from another on the same questions, or on the same data set."""
+
+    before: float
+    after: float
+    interval: tuple[float, float] | None
+    pairs: int
+    """Questions that both have a score for; 0: the intervals are of independent samples."""
+
+    @property
+    def value(self) -> float:
+        """Mean after - mean before."""
+        return self.after - self.before
+
+
+def difference(before: Sequence[Sample], after: Sequence[Sample]) -> Difference | None:
+    """Compare scores of one data set, paired by `subtask` and `sample` where both sides have these.
+
+    Paired samples alone are compared when there are any. None when one side has no score.
+    """
+    old, new = _by_question(before), _by_question(after)
+    common = [key for key in old if key in new]
+    if common:
+        first, second = [old[key] for key in common], [new[key] for key in common]
+        return Difference(
+            math.fsum(first) / len(first),
+            math.fsum(second) / len(second),
+            paired_difference([b - a for a, b in zip(first, second)]),
+            len(common),
+        )
+    tallies = Tally(), Tally()
+    for tally, samples in zip(tallies, (before, after)):
+        for sample in samples:
+            tally.add(sample)
+    first_mean, second_mean = tallies[0].mean, tallies[1].mean
+    if first_mean is None or second_mean is None:
+        return None
+    interval = independent_difference(
+        (tallies[0].correct, tallies[0].scored), (tallies[1].correct, tallies[1].scored)
+    )
+    return Difference(first_mean, second_mean, interval, 0)
+
+
+def _by_question(samples: Sequence[Sample]) -> dict[tuple[str, str, str], float]:
+    """Return scores by question, of those questions that stand once; a sample without a number cannot be paired."""
+    keys = Counter((s.subtask, s.sample, s.metric) for s in samples)
+    return {
+        key: s.score
+        for s in samples
+        if s.score is not None and s.sample and keys[key := (s.subtask, s.sample, s.metric)] == 1
+    }
 
 
 @dataclass
@@ -139,35 +259,76 @@ def perplexity(sums: tuple[int, float]) -> float | None:
 class Tables:
     """The tables of every label; files of one task and label are pooled."""
 
-    needle: dict[str, NeedleTable] = field(default_factory=dict)
-    distractors: dict[str, dict[int, NeedleTable]] = field(default_factory=dict)
+    grids: dict[str, dict[str, Grid]] = field(default_factory=dict)
+    """By task and label: needle tasks and passkey by depth, ruler by subtask, topics by their number."""
+    distractors: dict[str, dict[int, Grid]] = field(default_factory=dict)
+    """By label and number of distractors."""
+    scores: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
+    """By task and label: longqa, harness and every task that has no grid."""
     ppl: dict[str, PplTable] = field(default_factory=dict)
+
+
+_ROW_OF: Mapping[str, Callable[[Sample], RowKey | None]] = {
+    **{task: lambda sample: sample.depth for task in GRID_TASKS},
+    "ruler": lambda sample: sample.subtask or None,
+    "topics": lambda sample: sample.topics if sample.topics is not None else 0,
+}
 
 
 def tabulate(records: Iterable[RecordFile]) -> Tables:
     """Pool the samples of every label; needles among other needles are kept apart from single ones."""
     records = list(records)
     target = max((file.trained_length or 0 for file in records), default=0) or None
-    needle: dict[str, list[NeedleSample]] = {}
-    distractors: dict[str, dict[int, list[NeedleSample]]] = {}
+    pooled: dict[str, dict[str, list[Sample]]] = {}
+    distractors: dict[str, dict[int, list[Sample]]] = {}
     ppl: dict[str, list[PplSample]] = {}
     for file in records:
         if file.task == "ppl":
             ppl.setdefault(file.label, []).extend(file.samples)
             continue
         for sample in file.samples:
-            if sample.distractors > 0 or file.task == "needle_distractors":
-                distractors.setdefault(file.label, {}).setdefault(sample.distractors, []).append(sample)
+            single = file.task != "needle_distractors" and (file.task != "needle" or not sample.distractors)
+            if single:
+                pooled.setdefault(file.task, {}).setdefault(file.label, []).append(sample)
             else:
-                needle.setdefault(file.label, []).append(sample)
-    return Tables(
-        needle={label: needle_table(samples, target) for label, samples in needle.items()},
-        distractors={
-            label: {count: needle_table(by_count[count], target) for count in sorted(by_count)}
-            for label, by_count in distractors.items()
-        },
-        ppl={label: ppl_table(samples) for label, samples in ppl.items()},
-    )
+                distractors.setdefault(file.label, {}).setdefault(sample.distractors, []).append(sample)
+    tables = Tables(ppl={label: ppl_table(samples) for label, samples in ppl.items()})
+    for task, by_label in pooled.items():
+        if task in (*GRID_TASKS, *LENGTH_TASKS):
+            tables.grids[task] = {
+                label: score_grid(samples, _ROW_OF[task], target) for label, samples in by_label.items()
+            }
+        else:
+            tables.scores[task] = by_label
+    for grid in tables.grids.get("ruler", {}).values():
+        grid.rows.sort(key=ruler_order)
+    tables.distractors = {
+        label: {count: needle_grid(by_count[count], target) for count in sorted(by_count)}
+        for label, by_count in distractors.items()
+    }
+    return tables
+
+
+def ruler_order(subtask: str) -> tuple[int, str]:
+    """Sort key: the published order, then unknown subtasks by name."""
+    known = subtask in RULER_SUBTASKS
+    return (RULER_SUBTASKS.index(subtask) if known else len(RULER_SUBTASKS), subtask)
+
+
+def by_group(samples: Iterable[Sample], *fields: str) -> dict[tuple[str, ...], list[Sample]]:
+    """Group samples by the text of `fields` (dataset, subtask, metric, ...), in order of the names."""
+    groups: dict[tuple[str, ...], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(tuple(str(getattr(sample, name)) for name in fields), []).append(sample)
+    return dict(sorted(groups.items()))
+
+
+def tally_of(samples: Iterable[Sample]) -> Tally:
+    """Count samples."""
+    tally = Tally()
+    for sample in samples:
+        tally.add(sample)
+    return tally
 
 
 def summarise(run: str | Path | Run) -> dict[str, Any]:
@@ -175,34 +336,49 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
 
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
-    confidence (95 % Wilson interval of the mean). mean, confidence, scored and unscored are over lengths up to the
-    longest trained length in the run; longer ones stand in by_length and grid.
+    confidence (95 % interval of the mean), effective_context. mean, confidence, scored and unscored are over
+    lengths up to the longest trained length in the run; longer ones stand in by_length and grid.
     ppl[label]: by_length {"128": x}, by_position {"0-128": x}, by_source {source: x} (the last two over the
     longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
+    Further tasks stand under their names when they were recorded: those by depth and length as needle, ruler and
+    topics with `rows` in the place of depths, all others as {label: {"dataset/subtask/metric": {mean, ...}}}.
 
     Raises:
         DataError: see `load_run`.
     """
     run = run if isinstance(run, Run) else load_run(run)
     tables = tabulate(run.records)
+    further = {
+        task: {label: _grid_summary(grid, task) for label, grid in grids.items()}
+        for task, grids in tables.grids.items()
+    }
+    scores = {
+        task: {
+            label: {
+                "/".join(part for part in key if part) or "all": _tally_summary(tally_of(group))
+                for key, group in by_group(samples, "dataset", "subtask", "metric").items()
+            }
+            for label, samples in by_label.items()
+        }
+        for task, by_label in tables.scores.items()
+    }
     return {
-        "needle": {label: _needle_summary(table) for label, table in tables.needle.items()},
+        "needle": {},
         "ppl": {label: _ppl_summary(table) for label, table in tables.ppl.items()},
         "needle_distractors": {
             label: {str(count): _distractor_summary(table) for count, table in by_count.items()}
             for label, by_count in tables.distractors.items()
         },
+        **further,
+        **scores,
     }
 
 
-def _needle_summary(table: NeedleTable) -> dict[str, Any]:
-    tallies = [
-        [table.tallies.get((depth, length), Tally()) for length in table.lengths] for depth in table.depths
-    ]
+def _grid_summary(table: Grid, task: str) -> dict[str, Any]:
+    tallies = [[table.tallies.get((row, length), Tally()) for length in table.lengths] for row in table.rows]
     return {
-        "mean": table.total.mean,
-        "confidence": _listed(table.total.interval),
+        **_tally_summary(table.total),
         "by_length": {str(length): table.by_length[length].mean for length in table.lengths},
         "by_length_confidence": {
             str(length): _listed(table.by_length[length].interval) for length in table.lengths
@@ -210,10 +386,9 @@ def _needle_summary(table: NeedleTable) -> dict[str, Any]:
         "grid": [[tally.mean for tally in row] for row in tallies],
         "counts": [[tally.scored for tally in row] for row in tallies],
         "lengths": table.lengths,
-        "depths": table.depths,
+        "depths" if task in GRID_TASKS else "rows": table.rows,
         "samples_per_cell": table.samples_per_cell,
-        "scored": table.total.scored,
-        "unscored": table.total.unscored,
+        "effective_context": table.effective,
     }
 
 
@@ -227,55 +402,19 @@ def _ppl_summary(table: PplTable) -> dict[str, Any]:
     }
 
 
-def _distractor_summary(table: NeedleTable) -> dict[str, Any]:
+def _distractor_summary(table: Grid) -> dict[str, Any]:
+    by_length = {str(length): table.by_length[length].mean for length in table.lengths}
+    return {**_tally_summary(table.total), "by_length": by_length}
+
+
+def _tally_summary(tally: Tally) -> dict[str, Any]:
     return {
-        "mean": table.total.mean,
-        "confidence": _listed(table.total.interval),
-        "by_length": {str(length): table.by_length[length].mean for length in table.lengths},
-        "scored": table.total.scored,
-        "unscored": table.total.unscored,
+        "mean": tally.mean,
+        "confidence": _listed(tally.interval),
+        "scored": tally.scored,
+        "unscored": tally.unscored,
     }
 
 
 def _listed(interval: tuple[float, float] | None) -> list[float] | None:
     return None if interval is None else list(interval)
-
-
-def needle_csv(tables: dict[str, NeedleTable]) -> str:
-    """Return one CSV line per label and cell; an empty mean is a cell without a scored sample."""
-    rows: list[list[Any]] = []
-    for label, table in tables.items():
-        for depth in table.depths:
-            for length in table.lengths:
-                tally = table.tallies.get((depth, length), Tally())
-                low, high = tally.interval or ("", "")
-                rows.append(
-                    [label, length, depth, _blank(tally.mean), low, high, tally.scored, tally.unscored]
-                )
-    return _csv(["label", "length", "depth", "mean", "low95", "high95", "scored", "unscored"], rows)
-
-
-def ppl_csv(tables: dict[str, PplTable]) -> str:
-    """Return one CSV line per label and group (window length, position bucket or source)."""
-    rows: list[list[Any]] = []
-    for label, table in tables.items():
-        groups = [("length", str(length), sums) for length, sums in table.by_length.items()]
-        groups += [("position", f"{a}-{b}", sums) for (a, b), sums in table.by_position.items()]
-        groups += [("source", source, sums) for source, sums in table.by_source.items()]
-        rows += [[label, by, group, _blank(perplexity(sums)), sums[0]] for by, group, sums in groups]
-    return _csv(["label", "by", "group", "perplexity", "tokens"], rows)
-
-
-def _blank(value: float | None) -> float | str:
-    return "" if value is None else value
-
-
-def _csv(columns: list[str], rows: list[list[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    # A text cell that starts like a formula would run when a spreadsheet opens the file.
-    writer.writerows(
-        [f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for v in row] for row in rows
-    )
-    return text.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from longspan.core.units import format_count, format_seconds
+from longspan.core.units import format_count
 from longspan.report.charts import (
     Axis,
     LengthHistogram,
@@ -21,7 +20,7 @@ from longspan.report.charts import (
     length_text,
     number_axis,
 )
-from longspan.report.load import RecordFile, Run
+from longspan.report.load import Run
 from longspan.report.svg import linear_ticks
 from longspan.report.view import (
     NARROW,
@@ -33,7 +32,6 @@ from longspan.report.view import (
     decimal,
     line_view,
     percent,
-    short_name,
 )
 
 SMOOTH_POINTS, RAW_POINTS = 120, 400
@@ -52,29 +50,32 @@ def training_totals(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def lengths_section(runs: Sequence[Run]) -> Section:
-    """Return token shares by document length, per source, for every length summary of the first run that has one."""
-    section = Section("data", "Document lengths")
-    summaries = next((run.lengths for run in runs if run.lengths), [])
-    if not summaries:
+    """Return token shares by document length, per source, for every run that has length summaries."""
+    section = Section("data", "Document lengths", "lengths", "Lengths")
+    having = [run for run in runs if run.lengths]
+    if not having:
         section.missing.append("Document lengths were not recorded: no lengths/*.json.")
         return section
-    summaries = sorted(summaries, key=lambda s: (s["name"] != "before", s["name"]))
-    section.intro = (
-        "Share of tokens by the length of the document they stand in (log2 bins). "
-        "Upsampling long documents within a source moves its tokens to the right."
-        if len(summaries) > 1
-        else "Share of tokens by the length of the document they stand in (log2 bins)."
-    )
-    section.parts["legend"] = [(str(s["title"]), f"c{n}") for n, s in enumerate(summaries)]
+    section.intro = "Share of tokens by the length of the document they stand in (log2 bins)."
+    if any(len(run.lengths) > 1 for run in having):
+        section.intro += " Upsampling long documents within a source moves its tokens to the right."
+    section.parts["runs"] = [_lengths_view(run, run.name if len(having) > 1 else "") for run in having]
+    return section
+
+
+def _lengths_view(run: Run, name: str) -> dict[str, Any]:
+    summaries = sorted(run.lengths, key=lambda s: (s["name"] != "before", s["name"]))
     panels = _length_panels(summaries)
     # Four across when that leaves no lonely panel in the last row.
     columns = 4 if len(panels) in (4, 7, 8) else 3
-    section.parts["columns"] = columns
-    section.parts["panels"] = [
-        {"name": name, "svg": Markup(panel.draw(232 if columns == 4 else 318))} for name, panel in panels
-    ]
-    section.parts["table"] = _lengths_table(summaries)
-    return section
+    width = 232 if columns == 4 else 318
+    return {
+        "name": name,
+        "legend": [(str(s["title"]), f"c{n}") for n, s in enumerate(summaries)],
+        "columns": columns,
+        "panels": [{"name": title, "svg": Markup(panel.draw(width))} for title, panel in panels],
+        "table": _lengths_table(summaries),
+    }
 
 
 def _length_panels(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, LengthHistogram]]:
@@ -174,7 +175,7 @@ def _as_length(key: str) -> str:
 
 def training_section(runs: Sequence[Run]) -> Section:
     """Return losses by source with the stage borders, the learning rate, and losses by position, for every run."""
-    section = Section("training", "Training")
+    section = Section("training", "Training", "training")
     trained = [run for run in runs if run.metrics]
     if not trained:
         section.missing.append("Training losses were not recorded: no metrics.jsonl.")
@@ -373,85 +374,3 @@ def _stage_marks(metrics: Sequence[dict[str, Any]]) -> list[Mark]:
         if name:
             marks.append(Mark(float(metrics[start - 1]["tokens"]) if start else 0.0, name))
     return marks
-
-
-def method_section(runs: Sequence[Run], records: Sequence[RecordFile]) -> Section:
-    """Return what is needed to run it again: timings, recipe, environment, evaluated models."""
-    section = Section("method", "Recipe and environment")
-    section.parts["timings"] = [timing for run in runs if (timing := _timings(run, len(runs) > 1))]
-    section.parts["configs"] = [(run.name, run.config) for run in runs if run.config]
-    section.parts["environments"] = [(run.name, _flat(run.env)) for run in runs if run.env]
-    section.parts["models"] = _models_table(records) if records else None
-    tasks = [
-        (f"{file.task}, {short_name(file.label)}", file.header["params"])
-        for file in records
-        if file.header.get("params")
-    ]
-    section.parts["tasks"] = [
-        (name, json.dumps(params, indent=2, ensure_ascii=False)) for name, params in tasks
-    ]
-    for part, file in (
-        ("timings", "phases in events.jsonl"),
-        ("configs", "config.yaml"),
-        ("environments", "env.json"),
-    ):
-        if not section.parts[part]:
-            section.missing.append(f"{part.capitalize()} were not recorded: no {file}.")
-    return section
-
-
-def _timings(run: Run, several: bool) -> dict[str, Any] | None:
-    totals: dict[str, float] = {}
-    for event in run.events:
-        if event.get("event") == "phase" and isinstance(event.get("seconds"), (int, float)):
-            phase = str(event.get("phase", ""))
-            totals[phase] = totals.get(phase, 0.0) + event["seconds"]
-    whole, longest = sum(totals.values()), max(totals.values(), default=0)
-    if not longest:
-        return None
-    rows = [
-        {
-            "phase": phase,
-            "seconds": format_seconds(value),
-            "share": f"{value / whole:.0%}",
-            "width": f"{100 * value / longest:.1f}",
-        }
-        for phase, value in totals.items()
-    ]
-    return {"name": run.name if several else "", "total": format_seconds(whole), "rows": rows}
-
-
-def _models_table(records: Sequence[RecordFile]) -> Table:
-    rows: list[list[str | Cell]] = []
-    for file in records:
-        model = file.header.get("model", {})
-        rows.append(
-            [
-                f"{file.task}, {short_name(file.label)}",
-                str(model.get("path", "\u2013")),
-                Cell(str(model.get("fingerprint", "\u2013"))[:16], "mono"),
-                Cell(length_text(file.trained_length) if file.trained_length else "\u2013", "num"),
-                str(file.header.get("tokenizer", "\u2013")),
-                Cell(str(file.header.get("seed", "\u2013")), "num"),
-                Cell(f"{len(file.samples):,}", "num"),
-                str(file.header.get("created", "\u2013")),
-            ]
-        )
-    return Table(
-        "Evaluations",
-        ["evaluation", "model", "fingerprint", "trained length", "tokenizer", "seed", "samples", "created"],
-        rows,
-    )
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested JSON to (dotted key, text) rows; lists are joined by spaces."""
-    if isinstance(value, dict):
-        return [
-            row
-            for key, item in value.items()
-            for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if isinstance(value, list):
-        return [(prefix, " ".join(str(item) for item in value))]
-    return [(prefix, "not installed" if value is None else str(value))]

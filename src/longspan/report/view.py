@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markupsafe import Markup
 
-from longspan.report.charts import LineChart, length_text
+from longspan.report.charts import LineChart, length_text, tally_size, tally_text
 from longspan.report.load import RecordFile, Run
 from longspan.report.palette import DASHES, step_of
 from longspan.report.tables import Tally
@@ -30,11 +31,12 @@ ZERO_SHOT = ("theta_only", "ntk", "pi", "yarn")
 
 @dataclass(frozen=True)
 class Cell:
-    """One table cell: text, CSS class, and a longer text for hover."""
+    """One table cell: text, CSS class, and a longer text for hover; `key` names the samples that it opens."""
 
     text: str
     cls: str = ""
     title: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,42 +63,58 @@ class Chart:
 
 @dataclass
 class Section:
-    """A section of the page; `missing` holds one line for everything in it that was not measured."""
+    """A section of the page; `missing` holds one line for everything in it that was not measured.
+
+    `view` names how the template shows `parts`; empty: they are one table. `nav` is the title where room is short.
+    """
 
     id: str
     title: str
+    view: str = ""
+    nav: str = ""
     intro: str = ""
     parts: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
 
+def role_of(label: str) -> str:
+    """Return a label without the name of its run or scorer: `after` of `after (second)`."""
+    return label.partition(" (")[0]
+
+
 def short_name(label: str) -> str:
     """Return a label's name for lines and table rows."""
-    return _NAMES[label][0] if label in _NAMES else label.removeprefix("ablate_").replace("_", " ")
+    return _named(label, 0)
 
 
 def long_name(label: str) -> str:
     """Return a label's name for headings."""
-    return _NAMES[label][1] if label in _NAMES else short_name(label)
+    return _named(label, 1)
+
+
+def _named(label: str, form: int) -> str:
+    role = role_of(label)
+    if role in _NAMES:
+        return _NAMES[role][form] + label[len(role) :]
+    return label.removeprefix("ablate_").replace("_", " ") if role.startswith("ablate_") else label
 
 
 def order_of(label: str) -> tuple[int, str]:
     """Sort key: before, after, zero-shot methods, then the rest by name."""
-    known = list(_NAMES)
-    return (known.index(label) if label in known else len(known), label)
+    known, role = list(_NAMES), role_of(label)
+    return (known.index(role) if role in known else len(known), label)
 
 
 def merge_records(runs: Sequence[Run]) -> list[RecordFile]:
-    """Return all evaluations of all runs; a label that an earlier run has carries its run's name."""
-    merged: list[RecordFile] = []
-    taken: set[str] = set()
-    for run in runs:
-        names = {}
-        for label in {file.label for file in run.records}:
-            wished = [label, f"{label} ({run.name})", f"{label} ({run.path})"]
-            names[label] = next((name for name in wished if name not in taken), wished[-1])
-        taken |= set(names.values())
-        merged += [replace(file, label=names[file.label]) for file in run.records]
+    """Return all evaluations of all runs; labels that several runs have carry the names of their runs."""
+    having = Counter(label for run in runs for label in {file.label for file in run.records})
+    merged = [
+        replace(
+            file, run=run.name, label=f"{file.label} ({run.name})" if having[file.label] > 1 else file.label
+        )
+        for run in runs
+        for file in run.records
+    ]
     return sorted(merged, key=lambda f: order_of(f.label))
 
 
@@ -136,25 +154,32 @@ def decimal(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
+def points(value: float) -> str:
+    """Write a difference of shares in percentage points: `+3.1` with a true minus sign."""
+    return f"{100 * value:+.1f}".replace("-", "\u2212")
+
+
 def change(before: float, after: float) -> str:
     """Write a relative change as `+3.1%` or `-1.6%` with a true minus sign."""
     share = after / before - 1
     return f"{share:+.1%}".replace("-", "\u2212")
 
 
-def heat_cell(tally: Tally | None) -> Cell:
-    """Return an accuracy cell coloured by the sequential scale."""
-    if tally is None or tally.mean is None:
-        return Cell("n/s" if tally is not None and tally.unscored else MISSING, "num absent-cell")
+def heat_cell(tally: Tally | None, *, name: str = "", key: str = "") -> Cell:
+    """Return an accuracy cell coloured by the sequential scale; `name` says for hover what it is."""
+    if tally is None or tally_size(tally) == 0:
+        return Cell(MISSING, "num absent-cell")
+    hint = f"{name}: {tally_text(tally)}" if name else tally_text(tally)
+    if tally.mean is None:
+        return Cell("n/s", "num absent-cell", hint, key)
     step = step_of(tally.mean)
-    low, high = tally.interval or (0.0, 1.0)
-    hint = f"{tally.correct:g} of {tally.scored}, 95% interval {low:.0%} to {high:.0%}"
-    return Cell(percent(tally.mean), f"num heat-cell h{step} i{step}", hint)
+    return Cell(percent(tally.mean), f"num heat-cell h{step} i{step}", hint, key)
 
 
 def interval_text(tally: Tally) -> str:
     """Write a 95 % interval as `86% to 99%`."""
-    return MISSING if tally.interval is None else f"{tally.interval[0]:.0%} to {tally.interval[1]:.0%}"
+    interval = tally.interval
+    return MISSING if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
 
 
 def tokens_text(length: int) -> str:

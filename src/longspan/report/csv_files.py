@@ -1,0 +1,118 @@
+"""The numbers of a report as CSV, one file for each kind."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from longspan.report.evaluation import Evaluation
+from longspan.report.headline import effective_grids
+from longspan.report.samples import GRID_TASKS
+from longspan.report.scores_view import dataset_differences
+from longspan.report.tables import Grid, PplTable, Tally, by_group, perplexity, ruler_effective, tally_of
+
+_COUNTS = ["mean", "low95", "high95", "scored", "unscored"]
+
+
+def csv_tables(ev: Evaluation) -> dict[str, str]:
+    """Return name -> CSV text of everything that was measured."""
+    tables = {}
+    for task, grids in ev.grids.items():
+        row_name = "depth" if task in GRID_TASKS else "subtask" if task == "ruler" else "topics"
+        tables[task] = grid_csv(grids, row_name)
+    if ev.distractors:
+        tables["needle_distractors"] = _distractor_csv(ev)
+    for task, by_label in ev.scores.items():
+        rows = [
+            [label, *key, *_counts(tally_of(samples))]
+            for label, group in by_label.items()
+            for key, samples in by_group(group, "dataset", "subtask", "metric").items()
+        ]
+        tables[task] = _csv(["label", "dataset", "subtask", "metric", *_COUNTS], rows)
+    tables["perplexity"] = ppl_csv(ev.ppl)
+    tables["effective_context"] = _effective_csv(ev)
+    tables["short_context"] = _delta_csv(ev)
+    return {name: text for name, text in tables.items() if text.count("\n") > 1}
+
+
+def grid_csv(grids: Mapping[str, Grid], row_name: str) -> str:
+    """Return one CSV line per label and cell; an empty mean is a cell without a scored sample."""
+    rows = [
+        [label, length, row, *_counts(grid.tallies.get((row, length), Tally()))]
+        for label, grid in grids.items()
+        for row in grid.rows
+        for length in grid.lengths
+    ]
+    return _csv(["label", "length", row_name, *_COUNTS], rows)
+
+
+def ppl_csv(tables: Mapping[str, PplTable]) -> str:
+    """Return one CSV line per label and group (window length, position bucket or source)."""
+    rows: list[list[Any]] = []
+    for label, table in tables.items():
+        groups = [("length", str(length), sums) for length, sums in table.by_length.items()]
+        groups += [("position", f"{a}-{b}", sums) for (a, b), sums in table.by_position.items()]
+        groups += [("source", source, sums) for source, sums in table.by_source.items()]
+        rows += [[label, by, group, _blank(perplexity(sums)), sums[0]] for by, group, sums in groups]
+    return _csv(["label", "by", "group", "perplexity", "tokens"], rows)
+
+
+def _distractor_csv(ev: Evaluation) -> str:
+    rows = [
+        [label, count, length, depth, *_counts(grid.tallies.get((depth, length), Tally()))]
+        for label, by_count in ev.distractors.items()
+        for count, grid in by_count.items()
+        for depth in grid.rows
+        for length in grid.lengths
+    ]
+    return _csv(["label", "distractors", "length", "depth", *_COUNTS], rows)
+
+
+def _effective_csv(ev: Evaluation) -> str:
+    rows = [
+        [
+            label,
+            task,
+            _blank(ev.trained_length(label)),
+            _blank(grid.effective),
+            _blank(ruler_effective(grid) if task == "ruler" else None),
+            grid.lengths[-1] if grid.lengths else "",
+        ]
+        for task, grids in effective_grids(ev).items()
+        for label, grid in grids.items()
+    ]
+    columns = ["label", "task", "trained_length", "effective_context", "ruler_effective", "longest_measured"]
+    return _csv(columns, rows)
+
+
+def _delta_csv(ev: Evaluation) -> str:
+    rows: list[list[Any]] = []
+    for row in dataset_differences(ev):
+        for subtask, change in {"": row.difference, **row.subtasks}.items():
+            low, high = change.interval or ("", "")
+            names = [row.dataset, subtask, row.metric, row.label, row.baseline]
+            rows.append([*names, change.before, change.after, change.value, low, high, change.pairs])
+    columns = ["dataset", "subtask", "metric", "label", "compared_with"]
+    return _csv([*columns, "before", "after", "change", "low95", "high95", "pairs"], rows)
+
+
+def _counts(tally: Tally) -> list[Any]:
+    low, high = tally.interval or ("", "")
+    return [_blank(tally.mean), low, high, tally.scored, tally.unscored]
+
+
+def _blank(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def _csv(columns: list[str], rows: list[list[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    # A text cell that starts like a formula would run when a spreadsheet opens the file.
+    writer.writerows(
+        [f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for v in row] for row in rows
+    )
+    return text.getvalue()

@@ -1,0 +1,229 @@
+"""What is needed to do it again and what it took: provenance of every evaluation, recipes, machines, time, cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from longspan.core.units import format_count, format_seconds
+from longspan.report.charts import length_text
+from longspan.report.load import RecordFile, Run
+from longspan.report.needle_view import rope_words
+from longspan.report.samples import is_number
+from longspan.report.view import MISSING, Cell, Section, Table, short_name
+
+
+def cost_section(records: Sequence[RecordFile]) -> Section:
+    """Return seconds, tokens, rate and price of every evaluation that recorded them."""
+    section = Section("cost", "Cost and time", nav="Cost")
+    timed = [(file, _spent(file)) for file in records]
+    timed = [(file, spent) for file, spent in timed if any(value is not None for value in spent.values())]
+    if not timed:
+        return section
+    section.intro = (
+        "What each evaluation took, as recorded sample by sample. Samples that share a forward pass share its "
+        "time, so the seconds add up to that of the model."
+    )
+    priced = any(spent["cost"] is not None for _, spent in timed)
+    rows: list[list[str | Cell]] = [
+        [f"{file.task}, {short_name(file.label)}", *_cost_cells(len(file.samples), spent, priced)]
+        for file, spent in timed
+    ]
+    if len(timed) > 1:
+        whole = {name: _sum([spent[name] for _, spent in timed]) for name in _SPENT}
+        count = sum(len(file.samples) for file, _ in timed)
+        rows.append([Cell("all", "reference"), *_cost_cells(count, whole, priced, cls="num strong")])
+    columns = ["evaluation", "samples", "time", "samples/s", "prompt tokens", "completion tokens", "tokens/s"]
+    columns += ["API cost, USD"] if priced else []
+    section.parts["table"] = Table("Cost and time by evaluation", columns, rows)
+    return section
+
+
+Spent = dict[str, float | None]
+
+
+_SPENT = ("seconds", "prompt_tokens", "completion_tokens", "cost")
+
+
+def _spent(file: RecordFile) -> Spent:
+    """Return sums over the samples that recorded them, else what the footer says; None where neither does."""
+    spent: Spent = {}
+    for name in _SPENT:
+        footer = file.footer.get(name)
+        known = _sum([getattr(sample, name, None) for sample in file.samples])
+        spent[name] = float(footer) if known is None and is_number(footer) else known  # type: ignore[arg-type]
+    return spent
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
+
+
+def _cost_cells(count: int, spent: Spent, priced: bool, *, cls: str = "num") -> list[Cell]:
+    seconds, prompt, completion = spent["seconds"], spent["prompt_tokens"], spent["completion_tokens"]
+    tokens = (prompt or 0) + (completion or 0)
+    cells = [
+        f"{count:,}",
+        MISSING if seconds is None else format_seconds(seconds),
+        f"{count / seconds:,.3g}" if seconds else MISSING,
+        _count_text(prompt),
+        _count_text(completion),
+        f"{tokens / seconds:,.0f}" if seconds and tokens else MISSING,
+    ]
+    if priced:
+        cells.append(MISSING if spent["cost"] is None else f"{spent['cost']:,.4f}")
+    return [Cell(text, cls) for text in cells]
+
+
+def _count_text(value: float | None) -> str:
+    return MISSING if value is None else format_count(value)
+
+
+def two_models(records: Sequence[RecordFile]) -> list[str]:
+    """Return one line for every label that stands for different models in different tasks."""
+    models: dict[str, dict[str, str]] = {}
+    for file in records:
+        if file.model:
+            models.setdefault(file.label, {}).setdefault(file.model, file.task)
+    return [
+        f"{short_name(label)} is not one model: "
+        + ", ".join(f"{task} {fingerprint[:16]}" for fingerprint, task in by_model.items())
+        + "."
+        for label, by_model in models.items()
+        if len(by_model) > 1
+    ]
+
+
+def method_section(runs: Sequence[Run], records: Sequence[RecordFile]) -> Section:
+    """Return what is needed to run it again: timings, recipe, environment, evaluated models."""
+    section = Section("method", "Recipe and environment", "method", "Method")
+    section.parts["timings"] = [timing for run in runs if (timing := _timings(run, len(runs) > 1))]
+    section.parts["configs"] = [(run.name, run.config) for run in runs if run.config]
+    section.parts["environments"] = [(run.name, _flat(run.env)) for run in runs if run.env]
+    section.parts["models"] = [_models_table(records), _evaluations_table(records)] if records else None
+    settings: dict[str, list[str]] = {}
+    for file in records:
+        if file.header.get("params"):
+            text = json.dumps(file.header["params"], indent=2, ensure_ascii=False)
+            settings.setdefault(text, []).append(f"{file.task}, {short_name(file.label)}")
+    section.parts["tasks"] = [("; ".join(names), text) for text, names in settings.items()]
+    for part, source in (
+        ("timings", "phases in events.jsonl"),
+        ("configs", "config.yaml"),
+        ("environments", "env.json"),
+    ):
+        if not section.parts[part]:
+            section.missing.append(f"{part.capitalize()} were not recorded: no {source}.")
+    return section
+
+
+def _timings(run: Run, several: bool) -> dict[str, Any] | None:
+    totals: dict[str, float] = {}
+    for event in run.events:
+        if event.get("event") == "phase" and isinstance(event.get("seconds"), (int, float)):
+            phase = str(event.get("phase", ""))
+            totals[phase] = totals.get(phase, 0.0) + event["seconds"]
+    whole, longest = sum(totals.values()), max(totals.values(), default=0)
+    if not longest:
+        return None
+    rows = [
+        {
+            "phase": phase,
+            "seconds": format_seconds(value),
+            "share": f"{value / whole:.0%}",
+            "width": f"{100 * value / longest:.1f}",
+        }
+        for phase, value in totals.items()
+    ]
+    return {"name": run.name if several else "", "total": format_seconds(whole), "rows": rows}
+
+
+def _models_table(records: Sequence[RecordFile]) -> Table:
+    """Return every model with the RoPE it was evaluated with."""
+    rows: list[list[str | Cell]] = []
+    seen: set[tuple[Any, ...]] = set()
+    for file in records:
+        model = file.header.get("model", {})
+        row = (
+            short_name(file.label),
+            str(model.get("path") or MISSING),
+            str(model.get("fingerprint") or MISSING),
+            rope_words(model.get("rope")) or MISSING,
+            length_text(file.trained_length) if file.trained_length else MISSING,
+            str(model.get("backend") or MISSING),
+            str(file.header.get("tokenizer") or MISSING),
+        )
+        if row in seen:
+            continue
+        seen.add(row)
+        name, path, fingerprint, rope, trained, backend, tokenizer = row
+        rows.append(
+            [
+                name,
+                Cell(file.run or MISSING, "left"),
+                Cell(path, "left wrap"),
+                Cell(fingerprint[:16], "mono", fingerprint),
+                Cell(rope, "left"),
+                Cell(trained, "num"),
+                Cell(backend, "left wrap"),
+                Cell(tokenizer[:16], "mono", tokenizer),
+            ]
+        )
+    return Table(
+        "Models as evaluated",
+        ["model", "run", "path", "fingerprint", "RoPE", "trained length", "backend", "tokenizer"],
+        rows,
+    )
+
+
+def _evaluations_table(records: Sequence[RecordFile]) -> Table:
+    """Return how every evaluation was scored and when."""
+    rows: list[list[str | Cell]] = []
+    for file in records:
+        versions = file.header.get("versions")
+        words = [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
+        version = file.header.get("prompt_version", file.header.get("params", {}).get("prompt_version"))
+        rows.append(
+            [
+                f"{file.task}, {short_name(file.label)}",
+                Cell(file.scorer or MISSING, "left"),
+                Cell(file.mode or MISSING, "left"),
+                Cell(MISSING if version is None else str(version), "num"),
+                Cell(str(file.header.get("seed", MISSING)), "num"),
+                Cell(f"{len(file.samples):,}", "num"),
+                Cell(f"{sum(s.unscored is not None for s in file.samples):,}", "num"),
+                Cell(", ".join(words) or MISSING, "left wrap"),
+                Cell(str(file.header.get("created", MISSING)), "left"),
+            ]
+        )
+    return Table(
+        "Evaluations",
+        [
+            "evaluation",
+            "scorer",
+            "mode",
+            "prompt version",
+            "seed",
+            "samples",
+            "not scored",
+            "versions",
+            "created",
+        ],
+        rows,
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested JSON to (dotted key, text) rows; lists are joined by spaces."""
+    if isinstance(value, dict):
+        return [
+            row
+            for key, item in value.items()
+            for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(value, list):
+        return [(prefix, " ".join(str(item) for item in value))]
+    return [(prefix, "not installed" if value is None else str(value))]

@@ -1,0 +1,207 @@
+"""One line of a record file as a typed sample, refused by file and line where a field makes no sense.
+
+Tasks that are known must have what their view is drawn from; of any other task what is there is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from longspan.core.errors import DataError
+
+GRID_TASKS = ("needle", "needle_distractors", "needle_multi", "needle_multikey", "passkey")
+"""Tasks with samples by length and depth."""
+LENGTH_TASKS = ("ruler", "topics")
+"""Tasks with samples by length and something else: subtask, number of topics."""
+DATASET_TASKS = ("longqa", "harness")
+"""Tasks with samples by data set and metric."""
+
+
+class Sample(NamedTuple):
+    """One question; `score` is None when it could not be scored, which is not a score of zero."""
+
+    id: str
+    length: int | None = None
+    depth: float | None = None
+    sample: str = ""
+    score: float | None = None
+    unscored: str | None = None
+    question: str = ""
+    expected: tuple[str, ...] = ()
+    output: str = ""
+    window: str = ""
+    achieved_length: int | None = None
+    achieved_depth: float | None = None
+    distractors: int = 0
+    dataset: str = ""
+    subtask: str = ""
+    metric: str = ""
+    topics: int | None = None
+    seconds: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost: float | None = None
+
+
+class Bucket(NamedTuple):
+    """Summed negative log-likelihood (nats) of the tokens at positions [start, end)."""
+
+    start: int
+    end: int
+    tokens: int
+    nll: float
+
+
+class PplSample(NamedTuple):
+    """One perplexity window of `length` tokens."""
+
+    id: str
+    source: str
+    length: int
+    buckets: tuple[Bucket, ...]
+    unscored: str | None
+    seconds: float | None = None
+
+
+def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSample:
+    """Return the sample on one line of a record file of `task`.
+
+    Raises:
+        DataError: a field is missing, of another type or out of range; `where` is named.
+    """
+    if task == "ppl":
+        return _ppl_sample(line, where)
+    known = task in (*GRID_TASKS, *LENGTH_TASKS, *DATASET_TASKS)
+    score, unscored = _score(line, where) if known else _any_score(line)
+    # What could not be composed has no length and no depth; it is counted all the same.
+    placed = score is not None
+    depth = _optional(line, "depth")
+    if depth is not None and not 0 <= depth <= 1:
+        raise DataError(f"{where} field 'depth' is out of range", found=repr(depth), allowed="0 to 1")
+    needs_length = task in (*GRID_TASKS, *LENGTH_TASKS)
+    if task in GRID_TASKS and placed:
+        depth = number(line, "depth", where)
+    length = line.get("length")
+    if (needs_length and placed) or length is not None:
+        length = count(line, "length", where, least=1)
+    if task == "ruler" and placed:
+        text(line, "subtask", where)
+    if task in DATASET_TASKS:
+        text(line, "dataset", where)
+    return Sample(
+        id=text(line, "id", where),
+        length=length,
+        depth=None if depth is None else round(depth, 4),
+        sample=_words(line.get("sample")),
+        score=score,
+        unscored=unscored,
+        question=_words(line.get("question")),
+        expected=_texts(line.get("expected")),
+        output=_words(line.get("output")),
+        window=_words(line.get("needle_window")),
+        achieved_length=_whole(line, "achieved_length"),
+        achieved_depth=_optional(line, "achieved_depth"),
+        distractors=_whole(line, "num_distractors") or 0,
+        dataset=_words(line.get("dataset")),
+        subtask=_words(line.get("subtask")),
+        metric=_words(line.get("metric")),
+        topics=_whole(line, "num_topics"),
+        seconds=_optional(line, "seconds"),
+        prompt_tokens=_whole(line, "prompt_tokens"),
+        completion_tokens=_whole(line, "completion_tokens"),
+        cost=_optional(line, "cost"),
+    )
+
+
+def _score(line: dict[str, Any], where: str) -> tuple[float | None, str | None]:
+    score, unscored = line.get("score"), line.get("unscored")
+    if score is not None and not (is_number(score) and 0 <= score <= 1):
+        raise DataError(
+            f"{where} field 'score' is out of range", found=repr(score), allowed="0 to 1, or null"
+        )
+    if (score is None) == (unscored is None):
+        raise DataError(
+            f"{where} a sample has either a score or a reason why it has none",
+            found=f"score={score!r}, unscored={unscored!r}",
+        )
+    return (None if score is None else float(score)), (None if unscored is None else str(unscored))
+
+
+def _any_score(line: dict[str, Any]) -> tuple[float | None, str | None]:
+    """Return the score of a task that the report does not know; any number will do."""
+    score, unscored = line.get("score"), line.get("unscored")
+    if unscored is not None or not is_number(score):
+        return None, str(unscored or "no score")
+    return float(score), None  # type: ignore[arg-type]
+
+
+def _ppl_sample(line: dict[str, Any], where: str) -> PplSample:
+    raw = line.get("buckets", [])
+    if not isinstance(raw, list) or not all(isinstance(bucket, dict) for bucket in raw):
+        raise DataError(f"{where} field 'buckets' is not a list of objects", found=repr(raw)[:80])
+    buckets = []
+    for bucket in raw:
+        start, end = count(bucket, "start", where), count(bucket, "end", where)
+        if end <= start:
+            raise DataError(f"{where} a bucket ends before it starts", found=f"{start}-{end}")
+        buckets.append(Bucket(start, end, count(bucket, "tokens", where), number(bucket, "nll", where)))
+    unscored = line.get("unscored")
+    return PplSample(
+        id=text(line, "id", where),
+        source=str(line.get("source") or "unknown"),
+        length=count(line, "length", where, least=1),
+        buckets=tuple(buckets) if unscored is None else (),
+        unscored=None if unscored is None else str(unscored),
+        seconds=_optional(line, "seconds"),
+    )
+
+
+def is_number(value: object) -> bool:
+    """Return whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(line: dict[str, Any], name: str, where: str) -> float:
+    """Return a finite number. Raises DataError."""
+    value = line.get(name)
+    if not is_number(value):
+        raise DataError(f"{where} field {name!r} is not a number", found=repr(value)[:80])
+    return float(value)  # type: ignore[arg-type]
+
+
+def count(line: dict[str, Any], name: str, where: str, least: int = 0) -> int:
+    """Return a whole number that is at least `least`. Raises DataError."""
+    value = number(line, name, where)
+    if value != int(value) or value < least:
+        raise DataError(f"{where} field {name!r} is not a whole number >= {least}", found=repr(value))
+    return int(value)
+
+
+def text(line: dict[str, Any], name: str, where: str) -> str:
+    """Return a text that is not empty. Raises DataError."""
+    value = line.get(name)
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{where} field {name!r} is missing or not text", found=repr(value)[:80])
+    return value
+
+
+def _optional(line: dict[str, Any], name: str) -> float | None:
+    value = line.get(name)
+    return float(value) if is_number(value) else None  # type: ignore[arg-type]
+
+
+def _whole(line: dict[str, Any], name: str) -> int | None:
+    value = _optional(line, name)
+    return None if value is None else int(value)
+
+
+def _words(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """Return the right answer, or all of several."""
+    if isinstance(value, list):
+        return tuple(_words(item) for item in value)
+    return () if value is None or value == "" else (_words(value),)
