@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "infer": {"core", "data", "api", "kernels", "parallel", "models"},
     "train": {"core", "data", "plan", "kernels", "parallel", "models"},
     "eval": {"core", "data", "api", "infer"},
+    "annotate": {"core", "data", "kernels", "parallel", "models", "infer"},
 }
 EVERYTHING = {"cli", "quickstart", "__init__", "__main__"}
 """The user's side: may import every room."""

@@ -44,6 +44,17 @@ class DocumentStore(Protocol):
         """Return uint8 loss weights, one a token, or None."""
 
 
+class TeacherRow(NamedTuple):
+    """What a teacher predicts after each of T tokens: its K likeliest words and the mass of the others."""
+
+    ids: np.ndarray
+    """int32 [T, K]."""
+    logprobs: np.ndarray
+    """float32 [T, K], natural logarithms; -inf behind the words that a token has, all -inf: it has no teacher."""
+    tail: np.ndarray
+    """float32 [T], logarithm of the mass of all other words."""
+
+
 class PackedRow(NamedTuple):
     """One row of T tokens and the n documents in it (padding is a document of its own, the last)."""
 
@@ -63,6 +74,8 @@ class PackedRow(NamedTuple):
     and tokens that overlapping pieces repeat 0."""
     positions: np.ndarray | None = None
     """int64 [T] positions that do not count on within each document; None = they do."""
+    teacher: TeacherRow | None = None
+    """What a teacher predicts after each token; None = nobody was asked."""
 
 
 class RowSource(Protocol):

@@ -1,0 +1,1 @@
+"""What a teacher predicts after every token of a store, written beside it for distillation."""

@@ -1,0 +1,163 @@
+"""Running a job: in this process, in others of this machine or a cluster, or with the teacher shared among several."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from longspan.annotate.estimate import Estimate, estimate
+from longspan.annotate.job import OpenJob, annotation_folder, open_job, shard_range
+from longspan.annotate.spec import AnnotateSpec
+from longspan.core.errors import ArgumentError
+from longspan.core.launched import launched
+from longspan.core.log import get_logger, setup_logging
+from longspan.core.units import format_bytes, format_count
+from longspan.data.executor import ArrayJob, Executor, LocalExecutor
+from longspan.infer.teacher import SharedTeacher
+from longspan.parallel.launch import process_group, spawn_local
+from longspan.parallel.mesh import MeshConfig, build_mesh
+
+__all__ = ["annotate", "estimate_job", "shard_folder"]
+
+WAIT_SECONDS = 30 * 24 * 3600.0
+"""How long processes that share a teacher wait for each other: the first one writes, and may wait for a slow disk."""
+
+def annotate(
+    spec: AnnotateSpec,
+    out: str | Path,
+    *,
+    shard: ArrayJob | None = None,
+    executor: Executor | None = None,
+    share: ArrayJob | None = None,
+) -> bool:
+    """Write the annotations of a spec to `out`; a killed job goes on with the pieces that are there.
+
+    Says first what it will take on disk, and what other settings would save.
+
+    Args:
+        shard: which part of the rows, a folder of its own (`merge` joins them); None: all.
+        executor: runs the pieces; None: this process.
+        share: which of several jobs that write one folder this is; None: the only one.
+
+    Returns:
+        Whether `out` is complete: of several jobs that share it, the last one makes the whole.
+
+    Raises:
+        DataError, ConfigError, ArgumentError: teacher, data and settings do not fit; before anything is written.
+        RunError: another job is at work on it, a process died, or the disk refuses.
+    """
+    shard, share, out = shard or ArrayJob(), share or ArrayJob(), Path(out)
+    if spec.teacher.cp == 1:
+        return _run(open_job(spec), out, shard, share, executor or LocalExecutor())
+    if executor is not None and executor.num_workers > 1:
+        raise ArgumentError(
+            "a teacher that is shared among processes runs one piece at a time",
+            found=f"--cp {spec.teacher.cp} with {executor.num_workers} workers",
+            fix="leave one of them out",
+        )
+    if launched() is not None:
+        with process_group(timeout_seconds=WAIT_SECONDS) as device:
+            return bool(_shared(spec, out, shard, share, device, estimate_only=False))
+    return bool(
+        spawn_local(_rank, spec.teacher.cp, spec, out, shard, share, False, timeout_seconds=WAIT_SECONDS)[0]
+    )
+
+
+def estimate_job(spec: AnnotateSpec, *, shard: ArrayJob | None = None) -> Estimate:
+    """Return what a job would write, from a short sample of the teacher; nothing is written."""
+    shard = shard or ArrayJob()
+    if spec.teacher.cp == 1:
+        job = open_job(spec)
+        return estimate(job, *shard_range(job.source.lengths, shard))
+    if launched() is not None:
+        with process_group(timeout_seconds=WAIT_SECONDS) as device:
+            found = _shared(spec, Path(), shard, ArrayJob(), device, estimate_only=True)
+    else:
+        args = (spec, Path(), shard, ArrayJob(), True)
+        found = spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
+    assert isinstance(found, Estimate)
+    return found
+
+
+def shard_folder(out: str | Path, shard: ArrayJob) -> Path:
+    """Return where a shard is written: OUT-2 for shard 2 of several, else OUT."""
+    out = Path(out)
+    return out if shard.count == 1 else out.with_name(f"{out.name}-{shard.index}")
+
+
+def _rank(
+    rank: int, spec: AnnotateSpec, out: Path, shard: ArrayJob, share: ArrayJob, estimate_only: bool
+) -> Estimate | bool:
+    if rank == 0:
+        setup_logging()
+    return _shared(spec, out, shard, share, torch.device("cpu"), estimate_only=estimate_only)
+
+
+def _shared(
+    spec: AnnotateSpec,
+    out: Path,
+    shard: ArrayJob,
+    share: ArrayJob,
+    device: torch.device,
+    *,
+    estimate_only: bool,
+) -> Estimate | bool:
+    """Be one of the processes that share a teacher; the first one writes."""
+    by_heads = spec.teacher.schedule == "ulysses"
+    degrees = MeshConfig(
+        cp_ring=1 if by_heads else spec.teacher.cp, cp_ulysses=spec.teacher.cp if by_heads else 1
+    )
+    mesh = build_mesh(degrees, device, timeout_seconds=WAIT_SECONDS)
+    job = open_job(spec, mesh=mesh)
+    teacher = job.teacher
+    assert isinstance(teacher, SharedTeacher)
+    if not mesh.is_first:
+        teacher.follow()
+        return True
+    found: Estimate | bool
+    if estimate_only:
+        found = estimate(job, *shard_range(job.source.lengths, shard))
+    else:
+        found = _run(job, out, shard, share, LocalExecutor())
+    teacher.close()
+    return found
+
+
+def _run(job: OpenJob, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> bool:
+    first, stop = shard_range(job.source.lengths, shard)
+    folder = annotation_folder(job, out, first=first, stop=stop)
+    if folder.missing():
+        _announce(estimate(job, first, stop), out)
+    with executor as running:
+        return folder.make(running, share)
+
+
+def _announce(found: Estimate, out: Path) -> None:
+    """Say what the job will take on disk, and what would take less."""
+    log = get_logger("annotate")
+    asked, *others = found.options
+    log.info(
+        "%s tokens in %s rows will take about %s: %.0f bytes a token, %.1f words that hold %.1f %% of the mass",
+        format_count(found.tokens),
+        format_count(found.rows),
+        format_bytes(found.num_bytes),
+        asked.bytes_per_token,
+        asked.words,
+        100 * asked.mass,
+    )
+    for other in others:
+        if other.saves > 0:
+            log.info(
+                "%s would save %.0f %%: %s, %.1f words a token that hold %.1f %%",
+                other.name,
+                100 * other.saves,
+                format_bytes(other.num_bytes),
+                other.words,
+                100 * other.mass,
+            )
+    there = next(folder for folder in out.resolve().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < found.num_bytes:
+        log.warning("the disk of %s has %s left", there, format_bytes(free))

@@ -1,0 +1,70 @@
+"""What to annotate, by which teacher and how much of it to keep."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import pydantic
+
+from longspan.core.config import Config
+from longspan.data.lengths import Length, TokenBudget
+
+__all__ = ["AnnotateSpec", "PairWindows", "TeacherConfig"]
+
+
+class TeacherConfig(Config):
+    """Which model, and how it runs."""
+
+    model: str
+    """Hugging Face folder, hub name, or folder of an adapter."""
+    rope: dict[str, Any] | None = None
+    """RoPE in place of the model's own."""
+    context: Length | None = pydantic.Field(None, gt=0)
+    """Tokens that it may read. None: max_position_embeddings of its config."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of its weights. None: as saved."""
+    quantize: Literal["nf4"] | None = None
+    """Keep its linear layers in 4 bits."""
+    cp: int = pydantic.Field(1, ge=1)
+    """Processes that share each row."""
+    schedule: Literal["ring", "striped", "dist_flash", "ulysses", "all_gather"] = "ring"
+    """How keys travel among them."""
+    batch_tokens: TokenBudget = pydantic.Field(16_384, gt=0)
+    """Tokens in one forward pass, at least one row."""
+
+
+class PairWindows(Config):
+    """CEPE's windows; see `sources.PairSource`."""
+
+    encoder_tokens: Length = pydantic.Field(2048, ge=0)
+    """Last tokens of `prev_token_ids` that the teacher reads."""
+    decoder_tokens: Length = pydantic.Field(2048, gt=0)
+    """First tokens of `token_ids`, which are annotated."""
+    retrieval: str | None = None
+    """Store whose `retrieved_token_ids` are read instead of `prev_token_ids`."""
+    retrieval_k: int = pydantic.Field(8, ge=1)
+    """Passages of it."""
+
+
+class AnnotateSpec(Config):
+    """Everything that decides what is written."""
+
+    teacher: TeacherConfig
+    data: str
+    """Pack plan, packed rows or token store; of one domain's pairs where `pairs` is given."""
+    k: int = pydantic.Field(50, ge=1)
+    """Words kept after each token."""
+    mass: float | None = pydantic.Field(None, gt=0, le=1)
+    """Keep only as many words as hold this mass, at most k. None: k."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the logarithms."""
+    pairs: PairWindows | None = None
+    """Write CEPE's columns for CEPE's windows."""
+    piece_tokens: TokenBudget = pydantic.Field(1 << 18, gt=0)
+    """Tokens of a shard file: what a killed job does again."""
+
+    @pydantic.model_validator(mode="after")
+    def _pairs_are_dense(self) -> Self:
+        if self.pairs is not None and (self.mass is not None or self.dtype != "float16"):
+            raise ValueError("CEPE's columns hold k words in float16: mass and dtype have no effect on them")
+        return self

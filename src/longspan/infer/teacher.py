@@ -1,0 +1,245 @@
+"""What a teacher predicts after each token: its k likeliest words, and the mass of all others.
+
+    ids       [tokens, k]   the likeliest word first
+    logprobs  [tokens, k]   natural logarithms of the softmax over the whole vocabulary, in fp32
+    tail      [tokens]      logarithm of the mass of all other words
+
+Entry t is the distribution of the word AFTER token t, given the tokens of its document up to t. Logits exist for a
+chunk of tokens at a time, and are turned into these while they are in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from longspan.core.errors import ArgumentError
+from longspan.infer.packed import inference
+from longspan.kernels.loss import LOGITS_BUDGET_BYTES, cached_blocks, product
+from longspan.models.documents import Documents
+from longspan.models.hf import hidden_states, lm_head_weight
+from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.mesh import Mesh
+from longspan.parallel.schedules import Schedule, ScheduleName, build_schedule
+from longspan.parallel.shards import SequenceShards
+
+__all__ = ["LocalTeacher", "SharedTeacher", "Teacher", "TopK", "hidden_topk", "select_topk"]
+
+# Shape suffixes: N = tokens whose prediction is asked for, C = tokens of a chunk, D = model width, V = vocabulary,
+# K = words kept, G = groups of words, M = words of a group.
+
+
+class TopK(NamedTuple):
+    """Predictions after N tokens."""
+
+    ids: np.ndarray
+    """int32 [N, K]."""
+    logprobs: np.ndarray
+    """float32 [N, K], falling."""
+    tail: np.ndarray
+    """float32 [N]; -inf where K is the whole vocabulary."""
+
+
+class Teacher(Protocol):
+    """A model that says what it predicts."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Words that its output embedding knows."""
+
+    def topk(
+        self, input_ids: np.ndarray, cu_seqlens: np.ndarray, *, k: int, places: np.ndarray | None = None
+    ) -> TopK:
+        """Return what it predicts after the tokens at `places` (None: all) of a row of documents.
+
+        Args:
+            input_ids: integers [tokens].
+            cu_seqlens: borders of the documents, [documents + 1]; they do not see each other.
+            k: words to keep.
+            places: ascending integers [N].
+
+        Raises:
+            ArgumentError: k is below 1 or beyond the vocabulary.
+        """
+
+    def close(self) -> None:
+        """Let other processes that it speaks to end."""
+
+
+class LocalTeacher:
+    """A model in this process."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Teacher`."""
+        return lm_head_weight(self.model).shape[0]
+
+    def topk(
+        self, input_ids: np.ndarray, cu_seqlens: np.ndarray, *, k: int, places: np.ndarray | None = None
+    ) -> TopK:
+        """See `Teacher`."""
+        check_k(k, self.vocab_size)
+        device = self.model.device
+        documents = Documents.from_cu_seqlens(cu_seqlens)
+        with inference(self.model):
+            ids_T = torch.from_numpy(np.asarray(input_ids, dtype=np.int64)).to(device)
+            hidden_ND = hidden_states(self.model, ids_T, documents)
+            if places is not None:
+                hidden_ND = hidden_ND[torch.from_numpy(np.asarray(places, dtype=np.int64)).to(device)]
+            return _to_numpy(hidden_topk(hidden_ND, lm_head_weight(self.model), k))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SharedTeacher:
+    """A model that several processes run together, each on its part of the tokens of a row.
+
+    All of a group make one. The first asks with `topk`, the others do their part in `follow` until it calls `close`.
+
+    Raises:
+        ArgumentError: heads that the schedule cannot share.
+    """
+
+    def __init__(self, model: PreTrainedModel, mesh: Mesh, schedule: ScheduleName = "ring") -> None:
+        self.model, self._mesh = model, mesh
+        self._schedule: Schedule = build_schedule(
+            schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
+        )
+        config = model.config.get_text_config(decoder=True)
+        heads = config.num_attention_heads
+        self._schedule.check_heads(heads, getattr(config, "num_key_value_heads", None) or heads)
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Teacher`."""
+        return lm_head_weight(self.model).shape[0]
+
+    def topk(
+        self, input_ids: np.ndarray, cu_seqlens: np.ndarray, *, k: int, places: np.ndarray | None = None
+    ) -> TopK:
+        """See `Teacher`; on the first process."""
+        check_k(k, self.vocab_size)
+        asked = (np.asarray(input_ids, np.int64), np.asarray(cu_seqlens, np.int64), k, places)
+        dist.broadcast_object_list([asked], src=0)
+        found = self._part(*asked)
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(found, parts, dst=0)
+        where = np.concatenate([part[0] for part in parts])
+        order = np.argsort(where)
+        return TopK(*(np.concatenate([part[1][i] for part in parts])[order] for i in range(3)))
+
+    def follow(self) -> None:
+        """Do this process' part of what the first asks for, until it closes."""
+        while True:
+            asked: list[Any] = [None]
+            dist.broadcast_object_list(asked, src=0)
+            if asked[0] is None:
+                return
+            dist.gather_object(self._part(*asked[0]), None, dst=0)
+
+    def close(self) -> None:
+        """Let the other processes end; on the first process."""
+        dist.broadcast_object_list([None], src=0)
+
+    def _part(
+        self, input_ids: np.ndarray, cu_seqlens: np.ndarray, k: int, places: np.ndarray | None
+    ) -> tuple[np.ndarray, TopK]:
+        """Return the places that this process holds of those asked for, and what comes after them."""
+        shards = SequenceShards(self._schedule.layouts[0], cu_seqlens, self._mesh.cp_size)
+        documents = ShardedDocuments(shards, self._schedule)
+        device = self.model.device
+        with inference(self.model):
+            ids_T = documents.take(torch.from_numpy(input_ids), padding=0).to(device)
+            hidden_ND = hidden_states(self.model, ids_T, documents)
+            wanted = np.arange(len(input_ids)) if places is None else places
+            mine = np.isin(documents.indices, wanted)
+            hidden_ND = hidden_ND[torch.from_numpy(np.flatnonzero(mine)).to(device)]
+            found = _to_numpy(hidden_topk(hidden_ND, lm_head_weight(self.model), k))
+        return documents.indices[mine], found
+
+
+def check_k(k: int, vocab_size: int) -> None:
+    """Raise ArgumentError if so many words cannot be kept."""
+    if not 1 <= k <= vocab_size:
+        raise ArgumentError("so many words cannot be kept", found=f"k = {k}", allowed=f"1 to {vocab_size}")
+
+
+def hidden_topk(
+    hidden_ND: torch.Tensor, head_VD: torch.Tensor, k: int, *, chunk_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids int64 [N, k], logprobs fp32 [N, k] and tail fp32 [N] of softmax(hidden head^T).
+
+    Products are fp32 on CPU, and summed in fp32 elsewhere. `chunk_tokens`: None = as many as fit 128 MiB of logits.
+    """
+    device, vocab_size = hidden_ND.device, head_VD.shape[0]
+    num_tokens = hidden_ND.shape[0]
+    if chunk_tokens is None:
+        chunk_tokens = max(16, LOGITS_BUDGET_BYTES // (4 * vocab_size))
+    chunk_tokens = max(1, min(chunk_tokens, num_tokens))
+    factor_dtype = torch.float32 if device.type == "cpu" else hidden_ND.dtype
+    head_DV = head_VD.to(factor_dtype).T
+    ids_NK = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
+    logprobs_NK = torch.empty(num_tokens, k, device=device)
+    tail_N = torch.empty(num_tokens, device=device)
+    buffer_CV = torch.empty(chunk_tokens, vocab_size, device=device)
+    for start in range(0, num_tokens, chunk_tokens):
+        hidden_CD = hidden_ND[start : start + chunk_tokens].to(factor_dtype)
+        logits_CV = product(hidden_CD, head_DV, out=buffer_CV[: len(hidden_CD)])
+        for part in cached_blocks(logits_CV):
+            block = slice(start + part.start, start + min(part.stop, len(logits_CV)))
+            ids_NK[block], logprobs_NK[block], tail_N[block] = _of_logits(logits_CV[part], k)
+    return ids_NK, logprobs_NK, tail_N
+
+
+def _of_logits(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ids, logprobs and tail; the logits are overwritten."""
+    top_CK, ids_CK = select_topk(logits_CV, k)
+    top_CK = top_CK - top_CK[:, :1]
+    exp_CV = logits_CV.sub_(logits_CV.gather(1, ids_CK[:, :1])).exp_()
+    # Without the words kept, the sum is exactly the mass of the others, however small.
+    rest_C = exp_CV.scatter_(1, ids_CK, 0.0).sum(1)
+    log_sum_C = (rest_C + top_CK.exp().sum(1)).log()
+    return ids_CK, top_CK - log_sum_C[:, None], rest_C.log() - log_sum_C
+
+
+def select_topk(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values and ids [C, k] of the k largest, falling: what `torch.topk` returns, but for ties.
+
+    On CPU that is slow over a whole vocabulary. The k largest lie in the k groups of words with the largest maxima,
+    and maxima of groups are found at the speed of memory: of 32,768 words in 1,024 groups, 1,600 are looked at.
+    """
+    num_words = logits_CV.shape[1]
+    size = _group_size(num_words, k)
+    if logits_CV.device.type != "cpu" or size < 2:
+        return logits_CV.topk(k, dim=1)
+    # Group g holds words g, g + G, g + 2 G, ...: so a maximum over groups runs along memory.
+    num_groups = num_words // size
+    grouped_CMG = logits_CV[:, : num_groups * size].unflatten(1, (size, num_groups))
+    _, groups_CK = grouped_CMG.amax(1).topk(k, dim=1, sorted=False)
+    step_M1 = torch.arange(0, num_groups * size, num_groups)[:, None]
+    places = (groups_CK[:, None, :] + step_M1).flatten(1)
+    if rest := num_words - num_groups * size:
+        behind = torch.arange(num_words - rest, num_words).expand(len(places), rest)
+        places = torch.cat((places, behind), 1)
+    values_CK, at_CK = logits_CV.gather(1, places).topk(k, dim=1)
+    return values_CK, places.gather(1, at_CK)
+
+
+def _group_size(num_words: int, k: int) -> int:
+    """Return how many words a group has: the power of two with the fewest values to look at, 1 = no groups."""
+    sizes = [2**power for power in range(12) if num_words // 2**power >= k]
+    return min(sizes, key=lambda size: num_words // size + k * size if size > 1 else num_words)
+
+
+def _to_numpy(found: Sequence[torch.Tensor]) -> TopK:
+    ids, logprobs, tail = found
+    return TopK(ids.to(torch.int32).cpu().numpy(), logprobs.cpu().numpy(), tail.cpu().numpy())
