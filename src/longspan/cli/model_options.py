@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from longspan.data.tokenizer import Tokenizer
-    from longspan.infer.opening import Source
+    from longspan.infer.opening import ServerSettings, Source
     from longspan.infer.requests import Answerer
 
 Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
@@ -38,8 +38,8 @@ class ModelOptions(NamedTuple):
     model: Annotated[
         str,
         typer.Option(
-            help="Hugging Face folder or hub name, a folder of our training (stage, checkpoint, adapter), or "
-            "openai:NAME / anthropic:NAME for a model behind a server.",
+            help="Hugging Face folder or hub name, a folder of our training (run, stage, checkpoint, adapter), or "
+            "openai:NAME, completions:NAME, anthropic:NAME for a model behind a server.",
         ),
     ]
     tokenizer: Annotated[
@@ -81,11 +81,18 @@ class ModelOptions(NamedTuple):
     base_url: Annotated[
         str | None, typer.Option(help="Address of the server, such as http://localhost:8000/v1.")
     ] = None
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="How the server is asked, as YAML or a YAML file: trained_length, limits (concurrency, "
+            "tokens_per_minute ...), budget, cache, key_variable, api_version."
+        ),
+    ] = None
 
     @property
     def is_remote(self) -> bool:
         """Whether the model is behind a server."""
-        return self.model.partition(":")[0] in ("openai", "anthropic") and ":" in self.model
+        return self.model.startswith(("openai:", "completions:", "anthropic:"))
 
 
 class AskedModel(NamedTuple):
@@ -155,6 +162,7 @@ def opened(options: ModelOptions) -> Iterator[AskedModel]:
         prefix_reuse=not options.no_prefix_reuse,
         batch_tokens=options.batch_tokens,
         base_url=options.base_url,
+        server=find_server(options),
     )
     try:
         yield AskedModel(answerer, tokenizer, label)
@@ -243,6 +251,18 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise DataError(f"{path} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
     return load_tokenizer(path if path.is_dir() else options.model)
+
+
+def find_server(options: ModelOptions) -> ServerSettings | None:
+    """Return how the server is asked; None: nothing is said of it."""
+    if options.server is None:
+        return None
+    from longspan.core.config import parse_yaml
+    from longspan.infer.opening import ServerSettings
+
+    if Path(options.server).is_file():
+        return ServerSettings.from_yaml(options.server)
+    return ServerSettings.from_dict(parse_yaml(options.server, where="--server"), where="--server")
 
 
 def label_of(options: ModelOptions) -> str:

@@ -2,7 +2,8 @@
 
     model, a hub name       a folder in Hugging Face's form, or what the hub calls it
     run/stages/long         the same: a stage's folder, or an adapter's with the base that it names
-    openai:NAME             a server that speaks OpenAI's protocol (vLLM, SGLang, llama.cpp do) at `base_url`
+    openai:NAME             a server that speaks OpenAI's protocol (vLLM, SGLang, llama.cpp do), as a chat
+    completions:NAME        the same, for plain text that is continued
     anthropic:NAME          Anthropic's
 
 What other readers open (a checkpoint of a training) is given as a function that loads it.
@@ -19,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, PreTrainedModel
 
+from longspan.api import Budget, Limits
+from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.core.log import log_once
 from longspan.data.tokenizer import Tokenizer
@@ -26,6 +29,7 @@ from longspan.infer.distributed import TIMEOUT_SECONDS, Member, join_ranks
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer
+from longspan.infer.remote import KINDS, open_remote
 from longspan.infer.requests import Answer, Answerer, Request
 from longspan.infer.spread import SpreadModel
 from longspan.models.hf import load_model, reading_folder, rope_of, usable_device
@@ -34,7 +38,22 @@ from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.schedules import ScheduleName
 
 BATCH_TOKENS = 16_384
-PROVIDERS = ("openai", "anthropic")
+PROVIDERS = tuple(KINDS)
+
+
+class ServerSettings(Config):
+    """How a model behind a server is asked; see `api`."""
+
+    trained_length: int | None = None
+    """Of the model, which its server does not say."""
+    key_variable: str | None = None
+    """Environment variable that holds the key, in place of the provider's own."""
+    api_version: str | None = None
+    """Of Azure or Anthropic."""
+    cache: str | None = None
+    """Folder that keeps answers by what was asked."""
+    limits: Limits = Limits()
+    budget: Budget = Budget()
 
 
 class Source(NamedTuple):
@@ -53,7 +72,7 @@ class Source(NamedTuple):
 
 
 def provider(model: str) -> tuple[str, str] | None:
-    """Return provider and name of `openai:NAME` or `anthropic:NAME`; None for a model to be run here."""
+    """Return provider and name of `openai:NAME` and the like; None for a model to be run here."""
     kind, colon, name = model.partition(":")
     return (kind, name) if colon and kind in PROVIDERS else None
 
@@ -95,7 +114,7 @@ def open_answerer(
     prefix_reuse: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     base_url: str | None = None,
-    trained_length: int | None = None,
+    server: ServerSettings | None = None,
 ) -> Answerer:
     """Open a model; close what is returned. Of one that is run here that is a `TokenLosses`, too.
 
@@ -111,8 +130,8 @@ def open_answerer(
         cp: processes that share each sequence, by `schedule` (None: ring).
         prefix_reuse: read a prefix that several prompts share once (not with cp).
         batch_tokens: tokens in one forward pass, at least one sequence.
-        base_url: of the server.
-        trained_length: of a server's model, which does not say.
+        base_url: of the server; None = the provider itself.
+        server: how it is asked.
 
     Raises:
         DataError, ConfigError: the model cannot be loaded so.
@@ -123,9 +142,25 @@ def open_answerer(
     if remote is not None:
         if tp > 1 or cp > 1:
             raise ArgumentError("how a server runs its model is its own affair", found="--tp or --cp")
-        return _open_remote(*remote, base_url=base_url, max_length=max_length, trained_length=trained_length)
-    if base_url is not None:
-        raise ArgumentError("a base URL is for models behind a server", found=model, allowed="openai:NAME")
+        how = server or ServerSettings()
+        return open_remote(
+            *remote,
+            base_url=base_url,
+            max_length=max_length,
+            trained_length=how.trained_length,
+            tokenizer=tokenizer,
+            key_variable=how.key_variable,
+            api_version=how.api_version,
+            limits=how.limits,
+            budget=how.budget,
+            cache=how.cache,
+        )
+    if base_url is not None or server is not None:
+        raise ArgumentError(
+            "an address is for models behind a server",
+            found=model if isinstance(model, str) else model.path,
+            allowed="openai:NAME, completions:NAME, anthropic:NAME",
+        )
     if tokenizer is None:
         raise ArgumentError("a model that is run here needs its tokenizer")
     source = model if isinstance(model, Source) else Source(model, rope, rope_theta, dtype)
@@ -244,14 +279,6 @@ class ModelHere:
     def close(self) -> None:
         """Let go of nothing: the model is the caller's."""
         self.answerer.close()
-
-
-def _open_remote(
-    kind: str, name: str, *, base_url: str | None, max_length: int | None, trained_length: int | None
-) -> Answerer:
-    from longspan.infer.remote import RemoteAnswerer
-
-    return RemoteAnswerer(kind, name, base_url=base_url, max_length=max_length, trained_length=trained_length)
 
 
 def rope_settings(source: Source) -> Mapping[str, Any] | None:
