@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from longspan.eval.needle_settings import NeedleSettings
     from longspan.eval.prompts import PromptForm
     from longspan.eval.task import Task
-    from longspan.infer.flops import Cell
 
 EXAMPLE = example(
     "longspan eval needle --model model --data texts --lengths 128,256 --samples 2 --out run",
@@ -206,59 +205,24 @@ def _settings(preset: str | None, given: dict[str, Any]) -> NeedleSettings:
 def _show_grid(settings: NeedleSettings, form: PromptForm, *, multi_key: bool, as_json: bool) -> None:
     """Print what would be run: cells, prompts, tokens, and how much a shared prefix saves."""
     from longspan.core.units import format_count
-    from longspan.infer.flops import work_by_themselves, work_shared
+    from longspan.eval.needle_cost import grid_cost
 
-    groups = _cells(settings, form, multi_key=multi_key)
-    alone = [work_by_themselves(group) for group in groups]
-    shared = [work_shared(group) for group in groups]
-    tokens, read = (settings.samples * sum(work.tokens for work in works) for works in (alone, shared))
-    pairs = sum(work.pairs for work in alone) / sum(work.pairs for work in shared)
-    result = {
-        "task": "needle_multikey" if multi_key else "needle",
-        "lengths": list(settings.lengths),
-        "depths": list(settings.depths),
-        "cells": len(settings.cells()),
-        "prompts": settings.samples * len(settings.cells()),
-        "prompt_tokens": tokens,
-        "tokens_read_with_prefix_reuse": read,
-        "factor_linear_layers": tokens / read,
-        "factor_attention": pairs,
-    }
+    cost = grid_cost(settings, form, multi_key=multi_key)
     if as_json:
-        print_json(result)
+        print_json(cost._asdict())
         return
+    each = len(settings.depths) * settings.samples
     rows = [
-        [
-            f"{length:,}",
-            len(settings.depths),
-            settings.samples,
-            f"{length * len(settings.depths) * settings.samples:,}",
-        ]
+        [f"{length:,}", len(settings.depths), settings.samples, f"{length * each:,}"]
         for length in settings.lengths
     ]
-    print_table(f"{result['task']}: {result['cells']} cells", ("length", "depths", "samples", "tokens"), rows)
-    depths = ", ".join(f"{depth:g}" for depth in settings.depths)
-    typer.echo(f"depths: {depths}")
+    print_table(f"{cost.cells} cells", ("length", "depths", "samples", "tokens"), rows)
+    typer.echo(f"depths: {', '.join(f'{depth:g}' for depth in settings.depths)}")
     typer.echo(
-        f"{result['prompts']:,} prompts of {format_count(tokens)} tokens; {settings.mode}, {settings.scorer_name}"
+        f"{cost.prompts:,} prompts of {format_count(cost.prompt_tokens)} tokens; {settings.mode}, "
+        f"{settings.scorer_name}"
     )
     typer.echo(
-        f"with prefix reuse about {format_count(read)} tokens are read: {tokens / read:.2f} times fewer in the "
-        f"linear layers, {pairs:.2f} times fewer pairs in attention"
+        f"with prefix reuse about {format_count(cost.tokens_read)} tokens are read: {cost.factor_linear:.2f} "
+        f"times fewer in the linear layers, {cost.factor_attention:.2f} times fewer pairs in attention"
     )
-
-
-def _cells(settings: NeedleSettings, form: PromptForm, *, multi_key: bool) -> list[list[Cell]]:
-    """Return the prompts of one haystack, those that share a trunk together."""
-    from longspan.infer.flops import Cell, ladder
-
-    number = "9" * settings.answer_digits
-    asked = form.count(settings.question, answer=settings.answer.replace("{number}", number))
-    planted = len(form.tokenizer.encode(settings.needle.replace("{number}", number)))
-    if multi_key:
-        return [[Cell(length - asked, length)] * len(settings.depths) for length in settings.lengths]
-    rest = asked + planted
-    if settings.num_distractors or settings.num_needles > 1:
-        # Other facts stand elsewhere at each length.
-        return [ladder([length], settings.depths, rest=rest) for length in settings.lengths]
-    return [ladder(settings.lengths, settings.depths, rest=rest)]
