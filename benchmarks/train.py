@@ -77,6 +77,9 @@ OWN = [
     Configuration(
         "longspan", "1 row at a time, compiled blocks", {"rows_per_micro_batch": 1, "compile_blocks": True}
     ),
+    Configuration(
+        "longspan", "2 rows at a time, compiled blocks", {"rows_per_micro_batch": 2, "compile_blocks": True}
+    ),
 ]
 HUGGING_FACE = [
     *(_padded("transformers", count) for count in (1, 2, 4, 8)),
