@@ -134,7 +134,7 @@ class Unreliable:
 @pytest.mark.timeout(900)
 def test_ten_thousand_requests_to_an_unreliable_server(tmp_path, capsys):
     """All samples exactly once, the limits kept, at least 90 % of them used, memory flat, two kills."""
-    count, concurrency, rpm, tpm = 10_000, 32, 6_000, 200_000
+    count, concurrency, rpm, tpm = 10_000, 32, 4_800, 200_000
     settings = {
         "count": count,
         "padding": 4_000,

@@ -321,7 +321,9 @@ class Client:
                 job.sent = True
                 attempts += 1
                 self._counts.attempt()
+                began = self._clock.now()
                 outcome = await self._attempt(job)
+                seconds = self._clock.now() - began
                 usage = outcome.usage if isinstance(outcome, Reading) else None
                 if usage is not None:
                     self._throttle.settle(ticket, usage.prompt_tokens + usage.completion_tokens)
@@ -338,7 +340,7 @@ class Client:
                 outcome = Reading("", error="failed", detail=detail)
             self._watch(outcome)
             result = _result(outcome, job.reserved)
-            return result._replace(attempts=attempts, cost=self._meter.cost(result.usage))
+            return result._replace(attempts=attempts, cost=self._meter.cost(result.usage), seconds=seconds)
 
     def _record(self, job: _Job, reading: Reading) -> None:
         if self._cache is not None:

@@ -90,6 +90,8 @@ class ChatResult(NamedTuple):
     cached: bool = False
     attempts: int = 0
     """HTTP requests that it took."""
+    seconds: float = 0.0
+    """From the last of them to its answer."""
     error: Reason | None = None
     detail: str = ""
     """What is behind `error`, for people."""

@@ -1,0 +1,233 @@
+"""Models behind a server, asked like those that run here.
+
+    openai:NAME         OpenAI's protocol, chat: OpenAI, Azure, vLLM, SGLang, llama.cpp, `transformers serve`
+    completions:NAME    the same protocol, a plain text continued: base models, and `score` where the server can
+    anthropic:NAME      Anthropic's messages
+
+A server tokenizes by itself: what is sent is the text of a request or its chat, ids only where `score` measures
+them. Its own stop tokens end an answer; `stop_ids` are not sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longspan.api import Budget, ChatRequest, ChatResult, Client, Endpoint, Limits
+from longspan.api.endpoint import Kind
+from longspan.core.errors import ArgumentError, RunError
+from longspan.core.log import get_logger
+from longspan.data.tokenizer import Tokenizer
+from longspan.infer.requests import Answer, Finish, Request
+
+KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
+"""Protocol of each provider, the part of a model's name before the colon."""
+_TOKEN_ID = "token_id:"
+_log = get_logger("infer")
+
+
+def open_remote(
+    provider: str,
+    model: str,
+    *,
+    base_url: str | None = None,
+    max_length: int | None = None,
+    trained_length: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    key_variable: str | None = None,
+    api_version: str | None = None,
+    limits: Limits | None = None,
+    budget: Budget | None = None,
+    cache: str | Path | None = None,
+) -> RemoteAnswerer:
+    """Return an answerer for a model behind a server; `api.Endpoint` and `api.Client` explain the settings.
+
+    Raises:
+        ArgumentError: there is no such provider.
+        ConfigError: the address or the key is wrong.
+        MissingDependencyError: the extra `api` is not installed.
+    """
+    if provider not in KINDS:
+        raise ArgumentError("there is no such provider", found=repr(provider), allowed=sorted(KINDS))
+    endpoint = Endpoint(
+        kind=KINDS[provider],
+        model=model,
+        base_url=base_url or "",
+        max_length=max_length,
+        key_variable=key_variable,
+        api_version=api_version,
+    )
+    client = Client(endpoint, limits=limits, budget=budget, cache=cache)
+    return RemoteAnswerer(client, tokenizer=tokenizer, trained_length=trained_length)
+
+
+class RemoteAnswerer:
+    """A model behind a server; closing it closes its client.
+
+    Args:
+        client: asks the server.
+        tokenizer: the server's, where it is known: decodes the most likely tokens of `score`, counts prompts.
+        trained_length: of the model, which its server does not say.
+        temperature: None for models that refuse to be given one; else 0, which is greedy.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        tokenizer: Tokenizer | None = None,
+        trained_length: int | None = None,
+        temperature: float | None = 0.0,
+    ) -> None:
+        self.client = client
+        self.max_length = client.endpoint.max_length
+        self._tokenizer, self._temperature = tokenizer, temperature
+        self._explained: set[str] = set()
+        self.identity = identify_endpoint(client.endpoint, trained_length)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Continue each prompt greedily, several at a time.
+
+        Raises:
+            UserError: no request can succeed (bad key, unknown model).
+            RunError: the server does not answer, or the budget is used up.
+        """
+        asked = ((index, self._chat_request(request)) for index, request in enumerate(requests))
+        for index, result in self._all(asked, len(requests)):
+            yield index, self._answer(requests[index], result)
+
+    def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
+        """Continue one prompt; `on_text` is given the answer piece by piece as it comes. Raises as `generate`.
+
+        A stop text that the server sends along is given to `on_text`, but is no part of the answer.
+        """
+        return self._answer(request, self.client.stream(self._chat_request(request), on_text))
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
+        """Measure each given answer after its prompt; the ids have to be of the server's tokenizer.
+
+        Raises:
+            ArgumentError: this endpoint does not say how likely given tokens are.
+            UserError, RunError: as `generate`.
+        """
+        if self.client.endpoint.kind != "completions":
+            raise _no_scores(f"an endpoint of kind {self.client.endpoint.kind}")
+        asked = ((index, self._scored_request(request)) for index, request in enumerate(requests))
+        for index, result in self._all(asked, len(requests)):
+            if result.error == "rejected":
+                raise _no_scores(result.detail)
+            yield index, self._scored_answer(requests[index], result)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.close()
+
+    def _chat_request(self, request: Request) -> ChatRequest:
+        chats = request.messages is not None and self.client.endpoint.kind != "completions"
+        return ChatRequest(
+            messages=tuple(request.messages or ()) if chats else (),
+            prompt=None if chats else request.prompt,
+            max_tokens=request.max_new_tokens,
+            temperature=self._temperature,
+            stop=request.stop,
+            prompt_tokens=self._count(request),
+        )
+
+    def _scored_request(self, request: Request) -> ChatRequest:
+        if request.prompt_ids is None or request.answer_ids is None or not len(request.answer_ids):
+            raise ArgumentError("prompt and answer are measured as token ids", found="a request without them")
+        ids = [*map(int, request.prompt_ids), *map(int, request.answer_ids)]
+        return ChatRequest(
+            prompt=ids,
+            max_tokens=1,
+            temperature=self._temperature,
+            scored=len(request.answer_ids),
+            prompt_tokens=len(ids),
+        )
+
+    def _count(self, request: Request) -> int | None:
+        if request.prompt_ids is not None:
+            return len(request.prompt_ids)
+        if self._tokenizer is None or request.messages is not None:
+            return None
+        return len(self._tokenizer.encode(request.prompt))
+
+    def _all(self, asked: Iterator[tuple[int, ChatRequest]], count: int) -> Iterator[tuple[int, ChatResult]]:
+        """Yield every result. Raises RunError: the budget stopped the client before the last one."""
+        answered = 0
+        for index, result in self.client.complete(asked):
+            answered += 1
+            yield index, result
+        if answered < count:
+            raise RunError(
+                f"{count - answered:,} requests were not sent: {self.client.report().stopped} is reached",
+                fix="raise it and run again: recorded answers are not asked for again",
+            )
+
+    def _answer(self, request: Request, result: ChatResult) -> Answer:
+        if result.error is not None:
+            return self._failed(result)
+        cuts = [place for stop in request.stop if (place := result.text.find(stop)) >= 0]
+        finish: Finish | None = "stop" if cuts else result.finish
+        return Answer(
+            result.text[: min(cuts)] if cuts else result.text,
+            finish=finish,
+            prompt_tokens=result.usage.prompt_tokens,
+            completion_tokens=result.usage.completion_tokens,
+            seconds=result.seconds,
+        )
+
+    def _scored_answer(self, request: Request, result: ChatResult) -> Answer:
+        if result.error is not None:
+            return self._failed(result)
+        assert request.prompt_ids is not None and request.answer_ids is not None
+        if result.logprobs is None or any(value is None for value in result.logprobs.values):
+            return Answer("", error="the server gave no log-probability of a token")
+        nll = -np.array(result.logprobs.values, dtype=np.float32)
+        best = result.logprobs.top_tokens
+        ids = None
+        if all(token.startswith(_TOKEN_ID) for token in best):
+            ids = np.array([int(token.removeprefix(_TOKEN_ID)) for token in best], dtype=np.int64)
+        text = self._tokenizer.decode(ids) if self._tokenizer and ids is not None else "".join(best)
+        return Answer(
+            text,
+            ids,
+            nll=nll,
+            prompt_tokens=len(request.prompt_ids),
+            completion_tokens=len(request.answer_ids),
+            seconds=result.seconds,
+        )
+
+    def _failed(self, result: ChatResult) -> Answer:
+        """Return an answer that names the reason alone, so that equal reasons add up; say once what is behind."""
+        assert result.error is not None
+        if result.error not in self._explained:
+            self._explained.add(result.error)
+            _log.warning("%s: a request was %s: %s", self.client.endpoint.model, result.error, result.detail)
+        return Answer("", error=f"endpoint: {result.error}", prompt_tokens=result.usage.prompt_tokens)
+
+
+def identify_endpoint(endpoint: Endpoint, trained_length: int | None = None) -> dict[str, Any]:
+    """Return what records say of a model behind a server; the address is one without secrets."""
+    parts = "\n".join((endpoint.kind, endpoint.model, endpoint.address))
+    return {
+        "path": endpoint.model,
+        "fingerprint": hashlib.sha256(parts.encode()).hexdigest()[:16],
+        "rope": {},
+        "trained_length": trained_length,
+        "backend": endpoint.kind,
+        "address": endpoint.address,
+    }
+
+
+def _no_scores(found: str) -> ArgumentError:
+    return ArgumentError(
+        "this endpoint does not say how likely given tokens are",
+        found=found,
+        allowed="kind completions with `echo` and `logprobs`, as vLLM has them",
+        fix="let the model generate its answers instead of measuring given ones",
+    )
