@@ -6,13 +6,15 @@ counts of single units. It is never grown unit by unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from longspan.core.errors import DataError
 
 T = TypeVar("T")
-_MAX_TRIES = 12
+_MAX_TRIES = 64
+_GUESSES = 4
 
 
 class Fitted(NamedTuple, Generic[T]):
@@ -48,8 +50,9 @@ def fit_units(
     """
     ceiling = most  # the most units that are not known to be too many
     best: Fitted[T] | None = None
-    units = int(start)
-    for _ in range(_MAX_TRIES):
+    units, slope = max(least, int(start)), tokens_per_unit
+    before: tuple[int, int] | None = None
+    for attempt in range(_MAX_TRIES):
         units = max(least, units if ceiling is None else min(units, ceiling))
         made, tokens = make(units)
         if tokens > budget:
@@ -60,10 +63,14 @@ def fit_units(
             best = Fitted(made, units, tokens)
         if best is not None and (budget - best.tokens <= slack or best.units == ceiling):
             break
-        step = (budget - slack / 3 - tokens) / tokens_per_unit
-        units += max(1, int(step)) if step >= 0 else min(-1, -int(-step + 1))
-        if best is not None:
-            units = max(units, best.units + 1)
+        if before is not None and (tokens - before[1]) * (units - before[0]) > 0:
+            slope = (tokens - before[1]) / (units - before[0])
+        before = units, tokens
+        units += math.floor((budget - slack / 3 - tokens) / slope)
+        floor = least if best is None else best.units + 1
+        if ceiling is not None and attempt >= _GUESSES:
+            units = (floor + ceiling + 1) // 2  # sizes that jump: halve what is left
+        units = max(floor, units)
     if best is None:
         raise DataError(f"the text could not be cut to {budget} tokens", found=f"{tokens} tokens")
     if best.units == most and budget - best.tokens > slack:
