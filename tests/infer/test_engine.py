@@ -244,7 +244,7 @@ def test_frequencies_of_the_length_are_those_of_each_prompt(name: str) -> None:
     assert torch.equal(model_of(name).model.rotary_emb.inv_freq, before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8),
     batch_tokens=st.integers(1, 30),
@@ -261,3 +261,13 @@ def test_any_tree_gives_the_plain_answers(
     assert_same(in_order(answerer.generate(requests)), in_order(plain(name).generate(requests)))
     prefixes = {tuple(ids[:n]) for ids in prompts for n in range(1, len(ids) + 1)}
     assert answerer.counters.tokens - answerer.counters.decoded_tokens == len(prefixes)
+
+
+def test_the_model_is_its_owners_between_two_answers() -> None:
+    """Whoever runs it while answers are under way, or leaves them, must not find gradients off or frequencies held."""
+    model = model_of("dynamic")
+    answers = local("dynamic", cache_tokens=1).generate([request(ids, max_new_tokens=2) for ids in PROMPTS])
+    next(answers)
+    assert model.model.rotary_emb.rope_type == "dynamic"
+    assert not torch.is_inference_mode_enabled()
+    answers.close()

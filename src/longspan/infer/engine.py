@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from longspan.core.log import log_once
 from longspan.infer.flops import ModelFlops
 from longspan.infer.kv import Block, DecodePass, Place, PrefillPass, Segment
+from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import (
     LOGIT_ROWS,
     available_memory,
@@ -137,11 +138,11 @@ class Engine:
     ) -> None:
         lm_head_weight(model)
         self.counters = Counters()
-        self._model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
+        self.model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
         self._available, self._on_tokens = available, on_tokens
         self._head = model.get_output_embeddings()
         self._flops = ModelFlops.of(model.config)
-        self._kernel = choose_kernel(model.device)
+        self.kernel = choose_kernel(model.device)
 
     @property
     def flops(self) -> float:
@@ -153,28 +154,30 @@ class Engine:
             + counters.attention_flops
         )
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Outcome]]:
+    def run(self, jobs: Sequence[Job], *, length: int) -> Iterator[tuple[int, Outcome]]:
         """Yield (index of the job, outcome) as batches are done.
+
+        The frequencies of RoPE are those of a prompt of `length` tokens (`infer.length_rope`).
 
         Raises:
             RunError: not enough memory, before anything is run or on the way.
         """
         if not jobs:
             return
-        run = _Run(self, jobs, build_tree([job.ids for job in jobs]))
+        run = _Run(self, jobs, build_tree([job.ids for job in jobs]), length)
         run.limit = self._check_memory(run)
         yield from run.branches(run.tree.roots)
 
     def _check_memory(self, run: _Run) -> int:
         """Return how many tokens of branches are held at once."""
-        device = self._model.device
+        device = self.model.device
         available = self._available(device)
         limit = CACHE_PASSES * self._batch_tokens if self._cache_tokens is None else self._cache_tokens
         if available is None:
             return limit
-        cache_bytes = cache_bytes_per_token(self._model, upcasts=self._kernel.upcasts)
+        cache_bytes = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts)
         total = sum(len(strand.ids) for strand in run.tree.strands())
-        activations = pass_bytes(self._model, min(self._batch_tokens, total))
+        activations = pass_bytes(self.model, min(self._batch_tokens, total))
         while True:
             held = run.most_held(limit)
             if held * cache_bytes + activations <= available:
@@ -210,15 +213,15 @@ class Engine:
             self._prefill_pass(run, segments)
 
     def _prefill_pass(self, run: _Run, segments: Sequence[Segment]) -> None:
-        device = self._model.device
-        documents = PrefillPass(segments, run.places, self._kernel)
+        device = self.model.device
+        documents = PrefillPass(segments, run.places, self.kernel)
         wanted = [
             (offset + each.row - first, each)
             for (strand, first, last), offset in zip(segments, documents.offsets.tolist())
             for each in run.wanted.get(strand, ())
             if first <= each.row < last
         ]
-        with inference(self._model), memory_errors(device, doing=f"{documents.num_tokens:,} tokens are read"):
+        with inference(self.model), memory_errors(device, doing=f"{documents.num_tokens:,} tokens are read"):
             hidden_TD = self._hidden(documents.ids(), documents)
             for start in range(0, len(wanted), LOGIT_ROWS):
                 part = wanted[start : start + LOGIT_ROWS]
@@ -233,15 +236,15 @@ class Engine:
         live = [
             (job, strand) for job, strand in answering if run.take(job, int(run.progress[job].argmax_ids[-1]))
         ]
-        device = self._model.device
-        with inference(self._model), memory_errors(device, doing="answers are generated"):
+        device = self.model.device
+        with inference(self.model), memory_errors(device, doing="answers are generated"):
             documents: DecodePass | None = None
             while live:
                 if documents is None:
-                    documents = DecodePass([strand for _, strand in live], run.places, self._kernel)
+                    documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
                 said = np.array([len(run.progress[job].generated) for job, _ in live]) - 1
                 if run.make_room(live, said + 1):
-                    documents = DecodePass([strand for _, strand in live], run.places, self._kernel)
+                    documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
                 documents.step(said)
                 ids_T = np.array([run.progress[job].generated[-1] for job, _ in live], dtype=np.int64)
                 before = documents.attention_flops
@@ -260,11 +263,11 @@ class Engine:
 
     def _hidden(self, ids: NDArray[np.int64], documents: PrefillPass | DecodePass) -> torch.Tensor:
         """Return the last hidden states [T, D]."""
-        device = self._model.device
+        device = self.model.device
         self.counters.tokens += len(ids)
         self.counters.passes += 1
         # No document table but what stands in its place, as for a row in chunks.
-        states_1TD = self._model.base_model(
+        states_1TD = self.model.base_model(
             input_ids=torch.from_numpy(ids).to(device)[None],
             position_ids=documents.positions(device)[None],
             documents=documents,
@@ -294,13 +297,13 @@ class Engine:
 class _Run:
     """Jobs on their way: what is held of their tree, and what has come of them."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], tree: PrefixTree) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[Job], tree: PrefixTree, length: int) -> None:
         self.tree = tree
         self.places: dict[Strand, Place] = {}
         self.progress = [_Progress(job) for job in jobs]
         self.wanted: dict[Strand, list[_Wanted]] = {}
         self.limit = 0
-        self._engine = engine
+        self._engine, self._length = engine, length
         self._ending: dict[Strand, list[int]] = {}
         self._spent = 0.0
         for index, (job, end) in enumerate(zip(jobs, tree.ends)):
@@ -354,11 +357,12 @@ class _Run:
             started = time.monotonic()
             strands = batch if opened else [strand for top in batch for strand in _below(top)]
             with self._held(strands):
-                self._engine.prefill(self, strands)
                 ending = [(job, strand) for strand in strands for job in self._ending.get(strand, ())]
-                self._engine.decode(
-                    self, [each for each in ending if self.progress[each[0]].job.max_new_tokens > 0]
-                )
+                answering = [each for each in ending if self.progress[each[0]].job.max_new_tokens > 0]
+                # Nothing is yielded in here: between two answers the model is as its owner knows it.
+                with fixed_frequencies(self._engine.model, self._length):
+                    self._engine.prefill(self, strands)
+                    self._engine.decode(self, answering)
                 self._spent += time.monotonic() - started
                 if ending:
                     share, self._spent = self._spent / len(ending), 0.0
@@ -401,7 +405,7 @@ class _Run:
     def _held(self, strands: Sequence[Strand]) -> Iterator[None]:
         """Give strands their places in a new block, and take them back."""
         rows = [self._room(strand) for strand in strands]
-        block = Block(sum(rows), self._engine._kernel)
+        block = Block(sum(rows), self._engine.kernel)
         for strand, row, room in zip(strands, np.cumsum([0, *rows[:-1]]).tolist(), rows):
             self.places[strand] = Place(block, row, room)
         try:

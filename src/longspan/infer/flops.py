@@ -114,5 +114,23 @@ def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) ->
     return [Cell(round(depth * (length - rest)), length) for length in lengths for depth in depths]
 
 
+PUBLISHED_GRIDS: dict[str, list[Cell]] = {
+    # 50K to 1M in steps of 50K, 11 depths, 2 samples: 440 prompts.
+    "easycontext": ladder(range(50_000, 1_000_001, 50_000), [tenth / 10 for tenth in range(11)] * 2),
+    # 40 even lengths from 1000 to 128000, 10 even depths: 400 prompts.
+    "fu-2024": ladder(
+        [round(1000 + 127_000 * step / 39) for step in range(40)], [step / 9 for step in range(10)]
+    ),
+}
+"""The cells of needle grids as they were published, needles and questions left out; for one haystack."""
+
+LLAMA_2_7B = ModelFlops(
+    per_token=2.0 * 32 * (4 * 4096**2 + 3 * 4096 * 11008),
+    per_pair=4.0 * 32 * 4096,
+    per_logit_row=2.0 * 4096 * 32000,
+)
+"""Of the model that both were published for."""
+
+
 def _triangle(tokens: int) -> int:
     return tokens * (tokens + 1) // 2

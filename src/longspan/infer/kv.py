@@ -51,7 +51,8 @@ class Block:
             # A kernel that computes in fp32 would cast all that it reads, again and again.
             dtype = torch.promote_types(k_TKD.dtype, torch.float32) if self._widen else k_TKD.dtype
             shape = (self.rows, *k_TKD.shape[1:])
-            self._layers[layer] = (k_TKD.new_empty(shape, dtype=dtype), k_TKD.new_empty(shape, dtype=dtype))
+            # Zeros: a dense kernel multiplies what no query sees by 0, and 0 * NaN is NaN.
+            self._layers[layer] = (k_TKD.new_zeros(shape, dtype=dtype), k_TKD.new_zeros(shape, dtype=dtype))
         for kept, new in zip(self._layers[layer], (k_TKD, v_TKD)):
             if isinstance(rows, slice):
                 kept[rows] = new
@@ -67,7 +68,7 @@ class Block:
         """Take `rows` rows instead and bring tokens along: (old row, new row, how many)."""
         self.rows = rows
         for layer, kept in self._layers.items():
-            moved = tuple(tensor.new_empty((rows, *tensor.shape[1:])) for tensor in kept)
+            moved = tuple(tensor.new_zeros((rows, *tensor.shape[1:])) for tensor in kept)
             for old, new, count in moves:
                 for source, target in zip(kept, moved):
                     target[new : new + count] = source[old : old + count]

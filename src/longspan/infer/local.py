@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.engine import Counters, Engine, Job
-from longspan.infer.length_rope import fixed_frequencies, frequency_class
+from longspan.infer.length_rope import frequency_class
 from longspan.infer.memory import available_memory
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
 from longspan.infer.requests import NOT_FINITE, Answer, Request
@@ -97,14 +97,14 @@ class LocalAnswerer:
             ids = np.concatenate([prompt_ids, answer_ids[:-1]]).astype(np.int64)
             jobs[index] = Job(ids, wanted=len(answer_ids), targets=answer_ids)
         for indices in self._alike(requests, jobs):
-            with fixed_frequencies(self._model, len(prompt_of(requests[indices[0]]))):
-                for place, outcome in self._engine.run([jobs[index] for index in indices]):
-                    assert outcome.nll is not None
-                    request = requests[indices[place]]
-                    answer = scored(
-                        request, outcome.nll, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds
-                    )
-                    yield indices[place], answer
+            length = len(prompt_of(requests[indices[0]]))
+            for place, outcome in self._engine.run([jobs[index] for index in indices], length=length):
+                assert outcome.nll is not None
+                request = requests[indices[place]]
+                answer = scored(
+                    request, outcome.nll, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds
+                )
+                yield indices[place], answer
 
     def close(self) -> None:
         """Let go of nothing: the model is the caller's."""
@@ -125,13 +125,13 @@ class LocalAnswerer:
             ids = np.asarray(prompt_ids, dtype=np.int64)
             jobs[index] = Job(ids, max_new_tokens=request.max_new_tokens, push=stream.push)
         for indices in self._alike(requests, jobs):
-            with fixed_frequencies(self._model, len(prompt_of(requests[indices[0]]))):
-                for place, outcome in self._engine.run([jobs[index] for index in indices]):
-                    request = requests[indices[place]]
-                    answer = finished(request, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds)
-                    if not outcome.finite:
-                        answer = Answer("", error=NOT_FINITE, prompt_tokens=answer.prompt_tokens)
-                    yield indices[place], answer
+            length = len(prompt_of(requests[indices[0]]))
+            for place, outcome in self._engine.run([jobs[index] for index in indices], length=length):
+                request = requests[indices[place]]
+                answer = finished(request, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds)
+                if not outcome.finite:
+                    answer = Answer("", error=NOT_FINITE, prompt_tokens=answer.prompt_tokens)
+                yield indices[place], answer
 
     def _error(self, request: Request) -> Answer | None:
         excess = excess_error(request, self.max_length)
