@@ -83,7 +83,7 @@ class LongQa:
         plain: the form of prompts that are put as plain text even to chat models: examples, code.
 
     Raises:
-        DataError: no sample is left.
+        DataError: no sample is left, or one that is a choice of classes does not name them.
         ArgumentError: a sample names a metric that there is not.
     """
 
@@ -109,6 +109,8 @@ class LongQa:
             raise DataError("no sample is left to ask", found=settings.datasets, allowed=names)
         for sample in self._samples.values():
             scorer_named(self._metric(sample))
+            if self._metric(sample) == "classification" and not sample.all_classes:
+                raise DataError(f"sample {sample.number} of {sample.dataset} names no all_classes")
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""
@@ -228,6 +230,11 @@ def rule_for(dataset: str) -> DatasetRule:
     """Return how a data set is asked; LongBench-E's `hotpotqa_e` as `hotpotqa`, an unknown one plainly."""
     rules, default = _rules()
     return rules.get(dataset, rules.get(dataset.removesuffix("_e"), default))
+
+
+def longbench_names() -> list[str]:
+    """Return the names of LongBench's data sets."""
+    return list(_rules()[0])
 
 
 def check_datasets(names: Sequence[str], data: LongQaData) -> None:

@@ -1,0 +1,1 @@
+"""Evaluation sets as others released them, read from files: `long-llm` (FlagEmbedding) and HELMET."""

@@ -1,0 +1,328 @@
+"""HELMET's released folders: recall, RULER, RAG, and ICL and long QA from the data sets that it reads.
+
+    ROOT/json_kv/test_k1800_dep6.jsonl                     context, question, answer, demos, num_kvs
+    ROOT/ruler/niah_multikey_2/validation_131072.jsonl     context, query, type_needle_v, answer or outputs
+    ROOT/kilt/nq-dev-multikilt_1000_k1000_dep6.jsonl       question, answers, ctxs (title, text); demos beside it
+    ROOT/trec/train.jsonl, test.jsonl                      text, coarse_label, fine_label; others likewise
+    ROOT/infinitebench/longbook_qa_eng.jsonl, ROOT/narrativeqa/test.jsonl
+
+Which questions are asked, which examples stand before them and how labels are renamed is drawn as HELMET draws
+it (seed 42, SHA-256 of the question, the orders of `datasets` and `random`), so questions and prompts are those of
+its published runs; templates, sizes and metrics are data (helmet.yaml). Different here: contexts are cut by
+the model's tokenizer where HELMET takes Llama-2's, and answers do not end at a new line, which HELMET's
+configurations ask for by a name that it does not know. Re-ranking, citations and summaries need judges or
+packages that are not here, and are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longspan.core.errors import ArgumentError
+from longspan.data.tokenizer import Tokenizer
+from longspan.eval.released.longllm import read_settings
+from longspan.eval.released.rows import Rows, find_rows
+from longspan.eval.released.sets import Question, Rule
+
+CATEGORIES = ("recall", "rag", "icl", "longqa", "ruler")
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+SEED = 42
+_PASSAGE = "Document (Title: {title}): {text}"
+_OMITTED = " ... [the rest of the text is omitted]"
+
+
+def open_sets(
+    root: Path, category: str, names: Sequence[str] = (), *, length: int = 131072, tokenizer: Tokenizer
+) -> list[HelmetSet]:
+    """Open the sets of one category.
+
+    Args:
+        category: one of CATEGORIES.
+        names: sets of it; none: all.
+        length: tokens of prompt and answer; one of LENGTHS.
+        tokenizer: counts the tokens of stories, of which the short ones are left out.
+
+    Raises:
+        ArgumentError: there is no such set or length.
+        DataError: a file is missing.
+    """
+    if length not in LENGTHS:
+        raise ArgumentError("HELMET has no files for this input length", found=length, allowed=LENGTHS)
+    settings = read_settings("helmet.yaml")[category]
+    known = settings["datasets"]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ArgumentError(f"{category} has no such set", found=", ".join(unknown), allowed=list(known))
+    kinds = {"json_kv": JsonKV, "rag": Rag, "icl": Icl, "narrativeqa": NarrativeQA, "longqa": InfiniteQA}
+    sets = []
+    for name in names or known:
+        kind = kinds.get(name) or kinds.get(category) or Ruler
+        each = {**known[name], "name": name, "max_samples": settings["max_samples"]}
+        sets.append(kind(root, category, each, length, tokenizer))
+    return sets
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """Return the order in which `datasets` shuffles so many rows."""
+    return np.random.default_rng(seed).permutation(count).tolist()
+
+
+def seed_of(text: str) -> int:
+    """Return HELMET's seed of a text."""
+    return int(hashlib.sha256(text.encode("utf-8")).hexdigest(), 16) % 2**31
+
+
+class HelmetSet:
+    """A set of HELMET: what all have in common."""
+
+    def __init__(
+        self, root: Path, category: str, settings: dict[str, Any], length: int, tokenizer: Tokenizer
+    ) -> None:
+        self.dataset, self.subtask = f"helmet_{category}", settings["name"]
+        self._root, self._settings, self._length = root, settings, length
+        self._tokenizer = tokenizer
+        self._shots = settings.get("shots", 0)
+        self.rule = Rule(
+            settings["metric"],
+            settings["max_new_tokens"],
+            max_length=length - settings["max_new_tokens"],
+            cut="end of context",
+            omitted=_OMITTED if category == "longqa" else "",
+        )
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def size(self, number: int) -> int:
+        """Return about how many bytes the question has."""
+        return self._rows.size(self._chosen[number])
+
+    def describe(self) -> dict[str, Any]:
+        """Return what determines the questions."""
+        return {"file": self._rows.path.name, "sha256": self._rows.sha256, "length": self._length}
+
+    def question(self, number: int, *, chat: bool) -> Question:
+        """Return a question; its prompt ends with the label, save in a chat."""
+        values, expected = self._example(self._chosen[number])
+        label = self._settings["label"].format_map(values)
+        template = self._settings["user"]
+        if not chat:
+            template += self._settings.get("separator", "\n") + self._settings["label"]
+        fields = {"label": label, "label_in_prompt": "" if chat else label, "question": values["question"]}
+        if not self._settings["metric"].startswith("helmet_"):
+            fields = {"question": values["question"]}
+        return Question(template, values, expected, fields)
+
+    def _open(self) -> None:
+        """Read the file and choose the questions."""
+        self._rows = self._file("file")
+        self._chosen = shuffled(len(self._rows), SEED)[: self._settings["max_samples"]]
+
+    def _file(self, key: str) -> Rows:
+        k = self._settings.get("k", {}).get(self._length, "")
+        place = self._settings[key].format(name=self.subtask, length=self._length, k=k)
+        return find_rows(self._root, [place, f"data/{place}"], what=f"{self.dataset}/{self.subtask}")
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        """Return the template's values and the expected answers of a row."""
+        raise AssertionError  # each kind of set has its own
+
+
+class JsonKV(HelmetSet):
+    """A value in a long JSON object, asked by its key; two of its other pairs are shown first."""
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        rows = self._rows
+        pairs = rows.field(place, "demos")[: self._shots]
+        demos = "".join(f"Key: {key}\nCorresponding value: {value}\n\n" for key, value in pairs)
+        values = {"context": rows.field(place, "context"), "question": rows.field(place, "question")}
+        return {**values, "demos": demos}, _texts(rows.field(place, "answer"))
+
+
+class Ruler(HelmetSet):
+    """A task of RULER."""
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        row = self._rows[place]
+        values = {name: str(value) for name, value in row.items() if isinstance(value, str | int)}
+        values["question"] = str(row.get("query", row.get("question", "")))
+        values["example"] = f"{row['example']}\n\n" if row.get("example") else ""
+        self._rows.field(place, "context")
+        return values, _texts(row["answer"] if "answer" in row else self._rows.field(place, "outputs"))
+
+
+class Rag(HelmetSet):
+    """Questions on many retrieved passages; two answered questions with three passages each stand first."""
+
+    def _open(self) -> None:
+        self._rows, self._demos = self._file("file"), self._file("demo_file")
+        chosen, self._demo_places = (self._popular(rows) for rows in (self._rows, self._demos))
+        self._key = "id" if len(self._rows) and "id" in self._rows[0] else "question"
+        keys = [self._rows.field(place, self._key) for place in chosen]
+        different = sorted(set(keys))
+        count = min(self._settings["max_samples"], len(different))
+        # Questions are drawn; each stands in the file with its answer at several depths, and all are asked.
+        drawn = set(random.Random(SEED).sample(different, count))
+        self._chosen = [place for place, key in zip(chosen, keys) if key in drawn]
+
+    def _popular(self, rows: Rows) -> list[int]:
+        limit = self._settings.get("popularity")
+        if limit is None:
+            return list(range(len(rows)))
+        return [place for place in range(len(rows)) if math.log10(rows.field(place, "s_pop")) < limit]
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        rows = self._rows
+        demos = "".join(
+            f"{_passages(demo['ctxs'])}\n\nQuestion: {demo['question']}\nAnswer: {demo['answers'][0]}\n\n"
+            for demo in self._shown(rows.field(place, self._key))
+        )
+        question, passages = rows.field(place, "question"), _passages(rows.field(place, "ctxs"))
+        values = {"context": passages, "question": question, "demos": demos}
+        return values, _texts(rows.field(place, "answers"))
+
+    def _shown(self, key: Any) -> list[dict[str, Any]]:
+        places = self._demo_places
+        if self._settings.get("popularity") is not None:  # examples and questions are of one file
+            places = [place for place in places if self._demos[place][self._key] != key]
+        shown: dict[Any, dict[str, Any]] = {}
+        for number in shuffled(len(places), seed_of(str(key))):
+            row = self._demos[places[number]]
+            shown.setdefault(row[self._key], row)
+            if len(shown) == self._shots:
+                break
+        return list(shown.values())
+
+
+class Icl(HelmetSet):
+    """Classification by many examples whose labels are numbers drawn anew for each question."""
+
+    def _open(self) -> None:
+        folder, split = self._settings["folder"], self._settings.get("test_split", "test")
+        self._train = self._split(folder, "train")
+        self._train_places = list(range(len(self._train)))
+        if split is None:  # one file: a tenth of it, drawn, is asked
+            order = shuffled(len(self._train), SEED)
+            tested = math.ceil(0.1 * len(order))
+            self._rows, test, self._train_places = self._train, order[:tested], order[tested:]
+        else:
+            self._rows = self._split(folder, split)
+            test = list(range(len(self._rows)))
+        most = self._settings["max_samples"]
+        if len(test) > most:
+            test = [test[number] for number in shuffled(len(test), SEED)]
+            test = self._balanced(self._rows, test, most, SEED)
+        self._chosen = test
+
+    def size(self, number: int) -> int:
+        """Return about how many bytes the question has: the examples fill the length."""
+        return 4 * self._length
+
+    def _split(self, folder: str, split: str) -> Rows:
+        ends = ("jsonl", "json", "parquet")
+        places = [f"{root}{folder}/{split}*.{end}" for root in ("", "icl/") for end in ends]
+        return find_rows(self._root, places, what=f"{self.dataset}/{self.subtask}")
+
+    def _balanced(self, rows: Rows, places: Sequence[int], count: int, seed: int) -> list[int]:
+        """Draw `count` rows, every label about as often, in sets that hold each label once."""
+        drawn = random.Random(seed)
+        by_label: dict[Any, list[int]] = {}
+        for place in places:
+            by_label.setdefault(rows.field(place, self._settings["label_field"]), []).append(place)
+        rounds = math.ceil(count / len(by_label))
+        sets: list[list[int]] = [[] for _ in range(rounds)]
+        for members in by_label.values():
+            chosen = drawn.sample(range(len(members)), rounds % len(members))
+            while len(chosen) < rounds:
+                chosen += drawn.sample(range(len(members)), min(rounds - len(chosen), len(members)))
+            for each, number in zip(sets, chosen):
+                each.append(members[number])
+        for each in sets:
+            drawn.shuffle(each)
+        return [place for each in sets for place in each][:count]
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        field = self._settings["label_field"]
+        text = self._rows.field(place, "text")
+        seed = (int(hashlib.sha256(text.encode("utf-8")).hexdigest(), 16) + SEED) % 2**31
+        shown = self._balanced(self._train, self._train_places, self._settings["k"][self._length], seed)
+        names = list(range(self._settings["num_labels"]))
+        random.Random(seed).shuffle(names)
+        context = "\n\n".join(
+            f"{row['text']}\nlabel: {names[int(row[field])]}" for row in (self._train[each] for each in shown)
+        )
+        answer = str(names[int(self._rows.field(place, field))])
+        return {"context": context, "question": text}, [answer]
+
+
+class InfiniteQA(HelmetSet):
+    """InfiniteBench's questions on novels, free or by choice; answered questions on others stand first."""
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        values, expected = self._values(place)
+        others = [n for n in range(len(self._rows)) if self._rows[n].get("id") != self._rows[place].get("id")]
+        shown = [others[number] for number in shuffled(len(others), SEED)[: self._shots]]
+        demos = "\n\n".join(self._demo(each) for each in shown)
+        if shown:
+            demos = f"For example:\n\n{demos}\n\nNow, read the following story:\n\n"
+        return {**values, "context": self._rows.field(place, "context"), "demos": demos}, expected
+
+    def _demo(self, place: int) -> str:
+        values, expected = self._values(place)
+        options = f"\nOptions:\n{values['options']}" if values["options"] else ""
+        return f"[story text]\nQuestion: {values['question']}{options}\nAnswer: {expected[0]}"
+
+    def _values(self, place: int) -> tuple[dict[str, str], list[str]]:
+        question, answers = self._rows.field(place, "input"), _texts(self._rows.field(place, "answer"))
+        if self._settings["metric"] != "helmet_choice":
+            return {"question": question, "options": ""}, answers
+        options = _texts(self._rows.field(place, "options"))
+        letter = "ABCD"[options.index(answers[0])]
+        lines = [f"{name}. {option}" for name, option in zip("ABCD", options)]
+        return {"question": question, "options": "\n".join(lines)}, [letter, f"{letter}. {answers[0]}"]
+
+
+class NarrativeQA(HelmetSet):
+    """Questions on whole novels and scripts, those of at least 131,072 tokens."""
+
+    def _open(self) -> None:
+        self._rows = self._file("file")
+        self._train = self._file("demo_file")
+        self._chosen: list[int] = []
+        for place in shuffled(len(self._rows), SEED):
+            if len(self._chosen) == self._settings["max_samples"]:
+                break
+            if len(self._tokenizer.encode(self._story(place))) > LENGTHS[-1]:
+                self._chosen.append(place)
+
+    def _story(self, place: int) -> str:
+        return self._rows.field(place, "document")["text"]
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        row = self._rows[place]
+        # HELMET draws these without a seed; here they are the same for a question every time.
+        drawn = shuffled(len(self._train), seed_of(row["question"]["text"]))[: self._shots]
+        demos = "\n\n".join(
+            f"Question: {demo['question']['text']}\nAnswer: {demo['answers'][0]['text']}"
+            for demo in (self._train[each] for each in drawn)
+        )
+        if drawn:
+            demos = f"For example:\n\n{demos}\n\nNow, use the following story to answer the question:\n\n"
+        values = {"context": self._story(place), "question": row["question"]["text"], "demos": demos}
+        return values, [answer["text"] for answer in row["answers"]]
+
+
+def _passages(passages: Sequence[dict[str, str]]) -> str:
+    return "\n\n".join(_PASSAGE.format(title=each["title"], text=each["text"]) for each in passages)
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,152 @@
+"""Rows of the files that evaluation sets are released in: JSON lines, a JSON list, `{"data": [...]}`, Parquet.
+
+JSON lines are read one by one when they are asked for: a set of long contexts has gigabytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longspan.core.errors import DataError
+
+_BLOCK_BYTES = 1 << 20
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """The rows of one file.
+
+    Raises:
+        DataError: the file is not of a kind that is read here, or broken; or a row is no object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[Any] | None = None
+        self._starts = np.empty(0, np.int64)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            self._rows = pyarrow.parquet.read_table(path).to_pylist()
+        elif _first_byte(path) == b"[":
+            self._rows = _read_json(path)
+        elif path.suffix == ".json" and _is_one_object(path):
+            content = _read_json(path)
+            if not isinstance(content.get("data"), list):
+                raise DataError(
+                    f"{path} is no list of rows", allowed='a JSON list, JSON lines, or {"data": [...]}'
+                )
+            self._rows = content["data"]
+        else:
+            self._starts = _line_starts(path)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1 if self._rows is None else len(self._rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        row = self._line(number) if self._rows is None else self._rows[number]
+        if not isinstance(row, dict):
+            raise DataError(f"{self.path}: row {number + 1} is no object", found=type(row).__name__)
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[number] for number in range(len(self)))
+
+    def size(self, number: int) -> int:
+        """Return about how many bytes a row has."""
+        if self._rows is None:
+            return int(self._starts[number + 1] - self._starts[number])
+        return sum(len(str(value)) for value in self[number].values())
+
+    def field(self, number: int, name: str) -> Any:
+        """Return a field of a row. Raises DataError naming file, row and the fields that there are."""
+        row = self[number]
+        if name not in row:
+            raise DataError(
+                f"{self.path}: row {number + 1} has no field {name!r}",
+                found=", ".join(sorted(row)) or "nothing",
+            )
+        return row[name]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file. Cost: reads it."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _line(self, number: int) -> Any:
+        with open(self.path, "rb") as file:
+            file.seek(int(self._starts[number]))
+            line = file.read(int(self._starts[number + 1] - self._starts[number]))
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{self.path}: row {number + 1} is not valid JSON", found=str(error)) from None
+
+
+def find_rows(root: Path, places: Sequence[str], *, what: str) -> Rows:
+    """Return the rows of the first file that exists; a place is a path below `root` and may be a pattern.
+
+    Raises:
+        DataError: none exists; the message says where it was looked for.
+    """
+    for place in places:
+        found = sorted(path for path in root.glob(place) if path.is_file())
+        if found:
+            return Rows(found[0])
+    raise DataError(
+        f"the data of {what} is not there",
+        found=f"{root} is {'a folder without it' if root.is_dir() else 'no folder'}",
+        allowed=[str(root / place) for place in places],
+        fix="put the released files there, or name their folder with --data-root",
+    )
+
+
+def _line_starts(path: Path) -> np.ndarray:
+    """Return where each line that is not blank begins, and the end of the file at last."""
+    ends = [0]
+    size = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            breaks = np.flatnonzero(np.frombuffer(block, np.uint8) == 0x0A)
+            ends.extend((breaks + 1 + size).tolist())
+            size += len(block)
+    if ends[-1] != size:
+        ends.append(size)
+    # A blank line is at most its line break: it is joined to the line before it, where JSON ignores it.
+    starts = [start for start, end in itertools.pairwise(ends) if end - start > 2]
+    return np.array([*starts, size], np.int64)
+
+
+def _first_byte(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(64).lstrip()[:1]
+
+
+def _is_one_object(path: Path) -> bool:
+    """Return whether the whole file is one JSON object: its first line alone is none."""
+    with open(path, "rb") as file:
+        line = file.readline()
+        more = file.readline()
+    try:
+        return "data" in json.loads(line) and not more.strip()
+    except ValueError:
+        return True
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON", found=str(error)) from None
