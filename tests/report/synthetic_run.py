@@ -272,7 +272,7 @@ def topic_lines(label: str, rng: np.random.Generator) -> list[dict[str, Any]]:
             f"{topics}-{n}",
             float(rng.random() < chance(label, length, 0.5)),
             num_topics=topics,
-            length=length,
+            length=length + n,
             sample=n,
             question="What was the first topic?",
         )

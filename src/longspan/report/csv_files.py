@@ -9,7 +9,7 @@ from typing import Any
 
 from longspan.report.evaluation import Evaluation
 from longspan.report.headline import effective_grids
-from longspan.report.samples import GRID_TASKS
+from longspan.report.samples import COUNT_TASKS, GRID_TASKS
 from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import Grid, PplTable, Tally, by_group, perplexity, ruler_effective, tally_of
 
@@ -20,8 +20,8 @@ def csv_tables(ev: Evaluation) -> dict[str, str]:
     """Return name -> CSV text of everything that was measured."""
     tables = {}
     for task, grids in ev.grids.items():
-        row_name = "depth" if task in GRID_TASKS else "subtask" if task == "ruler" else "topics"
-        tables[task] = grid_csv(grids, row_name)
+        row_name = "depth" if task in GRID_TASKS else "subtask"
+        tables[task] = count_csv(grids, task) if task in COUNT_TASKS else grid_csv(grids, row_name)
     if ev.distractors:
         tables["needle_distractors"] = _distractor_csv(ev)
     for task, by_label in ev.scores.items():
@@ -46,6 +46,16 @@ def grid_csv(grids: Mapping[str, Grid], row_name: str) -> str:
         for length in grid.lengths
     ]
     return _csv(["label", "length", row_name, *_COUNTS], rows)
+
+
+def count_csv(grids: Mapping[str, Grid], task: str) -> str:
+    """Return one CSV line per label and number of topics or lines."""
+    rows = [
+        [label, samples[0].num_parts, length, *_counts(grid.by_length[length])]
+        for label, grid in grids.items()
+        for (_, length), samples in grid.cells.items()
+    ]
+    return _csv(["label", task, "median_length", *_COUNTS], rows)
 
 
 def ppl_csv(tables: Mapping[str, PplTable]) -> str:

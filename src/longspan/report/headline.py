@@ -32,6 +32,7 @@ _EFFECTIVE_TASKS = {
     "needle_multikey": "multi-key",
     "passkey": "passkey",
     "topics": "topics",
+    "lines": "lines",
     "ruler": "RULER",
 }
 _MOST_NAMED = 3

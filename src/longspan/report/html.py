@@ -20,13 +20,13 @@ from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.figures import file_name, write_figures
 from longspan.report.headline import headline, models_section
 from longspan.report.load import RecordFile, Run, load_runs
-from longspan.report.method_view import cost_section, method_section, two_models
+from longspan.report.method_view import cost_section, method_section, mixed_settings, two_models
 from longspan.report.needle_view import map_section
 from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
 from longspan.report.sample_data import SampleData
-from longspan.report.samples import DATASET_TASKS, GRID_TASKS
-from longspan.report.scores_view import delta_section, ruler_section, scores_section, topics_section
+from longspan.report.samples import COUNT_TASKS, DATASET_TASKS, GRID_TASKS
+from longspan.report.scores_view import count_section, delta_section, ruler_section, scores_section
 from longspan.report.tables import summarise
 from longspan.report.training_view import lengths_section, training_section, training_totals
 from longspan.report.view import merge_records
@@ -82,7 +82,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         models_section(evaluation),
         *maps,
         ruler_section(evaluation, data),
-        topics_section(evaluation, data),
+        *(count_section(task, evaluation, data) for task in COUNT_TASKS),
         ppl_section(evaluation),
         delta_section(evaluation),
         scores_section("longqa", "Long question answering", evaluation, data),
@@ -95,7 +95,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         method_section(runs, records),
     ]
     missing = [line for section in sections for line in section.missing]
-    missing += [*_unfinished(records), *_empty(runs), *two_models(records)]
+    missing += [*_unfinished(records), *_empty(runs), *two_models(records), *mixed_settings(records)]
     environment = Environment(
         loader=PackageLoader("longspan.report"),
         autoescape=True,

@@ -55,11 +55,17 @@ class RecordFile:
 
     @property
     def scorer(self) -> str:
-        """Name and version of what gave the scores, such as `exact_match 1`; empty where not recorded."""
+        """What gave the scores, name and version first, such as `exact_match 1`; empty where not recorded."""
         scorer = self.header.get("params", {}).get("scorer")
         if isinstance(scorer, dict):
-            return " ".join(str(scorer[key]) for key in ("name", "version") if scorer.get(key) is not None)
+            named = sorted(scorer, key=lambda key: (key != "name", key != "version", key))
+            return " ".join(str(scorer[key]) for key in named if isinstance(scorer[key], (str, int, float)))
         return str(scorer or "")
+
+    @property
+    def rescored(self) -> bool:
+        """Whether these are the answers of another file with the scores of another scorer."""
+        return "rescored_from" in self.header
 
     @property
     def mode(self) -> str:
@@ -141,13 +147,12 @@ def load_run(path: str | Path) -> Run:
 def _scorers_apart(records: list[RecordFile]) -> list[RecordFile]:
     """Give a rescored evaluation a label of its own: its samples are those of the file it was made from.
 
-    The file named <task>-<label>.jsonl, else the first, keeps the label; others carry scorer or mode.
+    What was not rescored keeps the label, the file named <task>-<label>.jsonl before others; the rest carry
+    scorer or mode.
     """
     first: dict[tuple[str, str], RecordFile] = {}
-    for file in records:
-        key = (file.task, file.label)
-        if key not in first or file.path.stem == f"{file.task}-{file.label}":
-            first[key] = file
+    for file in sorted(records, key=lambda f: (f.rescored, f.path.stem != f"{f.task}-{f.label}")):
+        first.setdefault((file.task, file.label), file)
     apart = []
     for file in records:
         other = first[file.task, file.label]

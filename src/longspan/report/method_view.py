@@ -18,7 +18,8 @@ from longspan.report.view import MISSING, Cell, Section, Table, short_name
 def cost_section(records: Sequence[RecordFile]) -> Section:
     """Return seconds, tokens, rate and price of every evaluation that recorded them."""
     section = Section("cost", "Cost and time", nav="Cost")
-    timed = [(file, _spent(file)) for file in records]
+    # Scoring again asks no model: what the answers took stands with the file they were made from.
+    timed = [(file, _spent(file)) for file in records if not file.rescored]
     timed = [(file, spent) for file, spent in timed if any(value is not None for value in spent.values())]
     if not timed:
         return section
@@ -95,6 +96,38 @@ def two_models(records: Sequence[RecordFile]) -> list[str]:
         for label, by_model in models.items()
         if len(by_model) > 1
     ]
+
+
+_GRID_SETTINGS = frozenset(
+    (
+        "lengths",
+        "depths",
+        "samples",
+        "seed",
+        "documents",
+        "note",
+        "num_distractors",
+        "counts",
+        "limit",
+        "subtasks",
+    )
+)
+
+
+def mixed_settings(records: Sequence[RecordFile]) -> list[str]:
+    """Return one line for every task and label whose files differ in more than their grid and their texts."""
+    first: dict[tuple[str, str], RecordFile] = {}
+    lines = []
+    for file in records:
+        other = first.setdefault((file.task, file.label), file)
+        one, two = ({**f.header.get("params", {})} for f in (other, file))
+        differing = [key for key in sorted({*one, *two} - _GRID_SETTINGS) if one.get(key) != two.get(key)]
+        if differing:
+            lines.append(
+                f"{file.task}, {short_name(file.label)}, takes {other.path.name} and {file.path.name} together, "
+                f"which differ in {', '.join(differing)}."
+            )
+    return lines
 
 
 def method_section(runs: Sequence[Run], records: Sequence[RecordFile]) -> Section:

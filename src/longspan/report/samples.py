@@ -12,8 +12,10 @@ from longspan.core.errors import DataError
 
 GRID_TASKS = ("needle", "needle_distractors", "needle_multi", "needle_multikey", "passkey")
 """Tasks with samples by length and depth."""
-LENGTH_TASKS = ("ruler", "topics")
-"""Tasks with samples by length and something else: subtask, number of topics."""
+COUNT_TASKS = ("topics", "lines")
+"""Tasks with samples by the number of topics or lines; their lengths follow from it and differ a little."""
+LENGTH_TASKS = ("ruler", *COUNT_TASKS)
+"""Tasks with samples by length and no depth."""
 DATASET_TASKS = ("longqa", "harness")
 """Tasks with samples by data set and metric."""
 
@@ -37,7 +39,8 @@ class Sample(NamedTuple):
     dataset: str = ""
     subtask: str = ""
     metric: str = ""
-    topics: int | None = None
+    num_parts: int | None = None
+    """Topics or lines in the context."""
     seconds: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -85,6 +88,8 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSam
     length = line.get("length")
     if (needs_length and placed) or length is not None:
         length = count(line, "length", where, least=1)
+    if task in COUNT_TASKS:
+        count(line, f"num_{task}", where)
     if task == "ruler" and placed:
         text(line, "subtask", where)
     if task in DATASET_TASKS:
@@ -106,7 +111,7 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSam
         dataset=_words(line.get("dataset")),
         subtask=_words(line.get("subtask")),
         metric=_words(line.get("metric")),
-        topics=_whole(line, "num_topics"),
+        num_parts=_whole(line, "num_topics" if task == "topics" else "num_lines"),
         seconds=_optional(line, "seconds"),
         prompt_tokens=_whole(line, "prompt_tokens"),
         completion_tokens=_whole(line, "completion_tokens"),

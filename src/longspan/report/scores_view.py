@@ -56,6 +56,7 @@ def ruler_section(ev: Evaluation, data: SampleData) -> Section:
         "Choose a cell to read its samples."
     )
     lengths = sorted({n for grid in grids.values() for n in grid.lengths})
+    section.parts["wide"] = False
     section.parts["average"] = Table(
         "RULER: mean of the subtasks by length; effective lengths by our bound, and as published "
         f"(mean of all 13 at least {RULER_THRESHOLD:.1%})",
@@ -92,21 +93,43 @@ def _published_gap(grid: Grid) -> str:
     return f"< {length_text(grid.lengths[0])}" if whole else MISSING
 
 
-def topics_section(ev: Evaluation, data: SampleData) -> Section:
-    """Return accuracy by number of topics and by length."""
-    section = Section("topics", "Topics", "grids")
-    grids = {label: grid for label, grid in ev.grids.get("topics", {}).items() if grid.lengths}
+_COUNT_WORDS = {
+    "topics": ("Topics", "Several topics are talked about one after the other, then one is asked for."),
+    "lines": ("Lines", "Many lines hold a number each, then that of one line is asked for."),
+}
+
+
+def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
+    """Return accuracy by the number of topics or lines; the length of a context follows from it."""
+    title, words = _COUNT_WORDS[task]
+    section = Section(task, title, "grids")
+    grids = {label: grid for label, grid in ev.grids.get(task, {}).items() if grid.lengths}
     if not grids:
         return section
-    section.intro = (
-        "Several topics are talked about one after the other, then one is asked for. "
-        "Choose a cell to read its samples."
-    )
+    section.intro = f"{words} Choose a cell to read its samples."
+    lengths = sorted({n for grid in grids.values() for n in grid.lengths})
+    counts = {
+        n: next(s.num_parts for grid in grids.values() for s in grid.cells.get(("all", n), ()))
+        for n in lengths
+    }
+    columns = [f"{counts[n]} ({length_text(n)} tokens)" for n in lengths]
+    key = data.add_map(task, title, [], [])
+    rows: list[list[str | Cell]] = []
+    for row, (label, grid) in enumerate(grids.items()):
+        cells = []
+        for column, n in enumerate(lengths):
+            name = f"{short_name(label)}, {counts[n]} {task}, {length_text(n)} tokens"
+            opens = data.add_cell(key, row, column, grid.cells.get(("all", n), ()))
+            cells.append(heat_cell(grid.by_length.get(n), name=name, key=opens))
+        rows.append([short_name(label), *cells, Cell(percent(grid.total.mean), "num strong")])
     section.parts["average"] = None
-    section.parts["curve"] = accuracy_chart(ev, grids, what="Topics")
-    section.parts["tables"] = [
-        _grid_table("topics", label, grid, data, "topics") for label, grid in grids.items()
-    ]
+    section.parts["curve"] = accuracy_chart(ev, grids, what=title)
+    table = Table(f"Accuracy by the number of {task}; lengths are medians", [task, *columns, "all"], rows)
+    scored = sum(grid.total.scored for grid in grids.values())
+    unscored = sum(grid.total.unscored for grid in grids.values())
+    aside = f"{scored:,} scored" + (f", {unscored} not scored" if unscored else "")
+    section.parts["tables"] = [{"name": f"By number of {task}", "aside": aside, "table": table}]
+    section.parts["wide"] = True
     return section
 
 

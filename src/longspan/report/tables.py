@@ -7,6 +7,7 @@ a scored sample is None.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from longspan.core.intervals import (
     score_interval,
 )
 from longspan.report.load import RecordFile, Run, load_run
-from longspan.report.samples import GRID_TASKS, LENGTH_TASKS, PplSample, Sample
+from longspan.report.samples import COUNT_TASKS, GRID_TASKS, LENGTH_TASKS, PplSample, Sample
 
 RULER_SUBTASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -73,7 +74,7 @@ RowKey = float | int | str
 
 @dataclass
 class Grid:
-    """One label's scores by row (needle depth, subtask or number of topics) and by length, and in all."""
+    """One label's scores by row (needle depth or subtask) and by length, and in all."""
 
     lengths: list[int] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
@@ -260,7 +261,7 @@ class Tables:
     """The tables of every label; files of one task and label are pooled."""
 
     grids: dict[str, dict[str, Grid]] = field(default_factory=dict)
-    """By task and label: needle tasks and passkey by depth, ruler by subtask, topics by their number."""
+    """By task and label: needle tasks and passkey by depth, ruler by subtask, topics and lines in one row."""
     distractors: dict[str, dict[int, Grid]] = field(default_factory=dict)
     """By label and number of distractors."""
     scores: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
@@ -270,8 +271,8 @@ class Tables:
 
 _ROW_OF: Mapping[str, Callable[[Sample], RowKey | None]] = {
     **{task: lambda sample: sample.depth for task in GRID_TASKS},
+    **{task: lambda sample: "all" for task in COUNT_TASKS},
     "ruler": lambda sample: sample.subtask or None,
-    "topics": lambda sample: sample.topics if sample.topics is not None else 0,
 }
 
 
@@ -294,6 +295,8 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
                 distractors.setdefault(file.label, {}).setdefault(sample.distractors, []).append(sample)
     tables = Tables(ppl={label: ppl_table(samples) for label, samples in ppl.items()})
     for task, by_label in pooled.items():
+        if task in COUNT_TASKS:
+            by_label = _at_median_length(by_label)
         if task in (*GRID_TASKS, *LENGTH_TASKS):
             tables.grids[task] = {
                 label: score_grid(samples, _ROW_OF[task], target) for label, samples in by_label.items()
@@ -307,6 +310,23 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
         for label, by_count in distractors.items()
     }
     return tables
+
+
+def _at_median_length(by_label: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
+    """Give all samples of one number of topics or lines one length: the median over all labels."""
+    lengths: dict[int | None, list[int]] = defaultdict(list)
+    for samples in by_label.values():
+        for sample in samples:
+            if sample.length is not None:
+                lengths[sample.num_parts].append(sample.length)
+    median = {count: statistics.median_low(values) for count, values in lengths.items()}
+    return {
+        label: [
+            sample._replace(length=median.get(sample.num_parts), achieved_length=sample.length)
+            for sample in samples
+        ]
+        for label, samples in by_label.items()
+    }
 
 
 def ruler_order(subtask: str) -> tuple[int, str]:
@@ -341,8 +361,8 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
     ppl[label]: by_length {"128": x}, by_position {"0-128": x}, by_source {source: x} (the last two over the
     longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
-    Further tasks stand under their names when they were recorded: those by depth and length as needle, ruler and
-    topics with `rows` in the place of depths, all others as {label: {"dataset/subtask/metric": {mean, ...}}}.
+    Further tasks stand under their names when they were recorded: those by depth and length as needle, ruler,
+    topics and lines with `rows` in the place of depths, all others as {label: {"dataset/subtask/metric": {mean, ...}}}.
 
     Raises:
         DataError: see `load_run`.
