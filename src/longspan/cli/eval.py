@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from longspan.cli import eval_needle, eval_ppl
+from longspan.cli import eval_needle, eval_ppl, eval_tasks
 from longspan.cli.output import Json, example, print_json, print_table
 
 app = typer.Typer(help="Measure a model at each context length.", no_args_is_help=True, rich_markup_mode=None)
 
 app.command(epilog=eval_needle.EXAMPLE)(eval_needle.needle)
 app.command(epilog=eval_ppl.EXAMPLE)(eval_ppl.ppl)
+app.command(epilog=eval_tasks.PASSKEY_EXAMPLE)(eval_tasks.passkey)
+app.command(epilog=eval_tasks.TOPICS_EXAMPLE)(eval_tasks.topics)
+app.command(epilog=eval_tasks.RULER_EXAMPLE)(eval_tasks.ruler)
+app.command(epilog=eval_tasks.LONGQA_EXAMPLE)(eval_tasks.longqa)
+app.command(epilog=eval_tasks.RESCORE_EXAMPLE)(eval_tasks.rescore)
 
 TASKS: dict[str, str] = {
     "needle": "a fact planted in unseen text, asked back, by context length and depth",
@@ -18,6 +23,11 @@ TASKS: dict[str, str] = {
     "needle_multi": "several facts asked for at once (needle --needles)",
     "needle_multikey": "a fact at every depth of one context, each asked for (needle --multi-key)",
     "ppl": "perplexity of unseen text by context length and position",
+    "passkey": "a number among a few sentences that are repeated over and over",
+    "topics": "the topic that a long talk began with",
+    "lines": "the number in one of many lines (topics --kind lines)",
+    "ruler": "RULER's 13 tasks: needles, variable tracking, frequent words, questions",
+    "longqa": "questions on documents from JSON lines, as LongBench asks and scores them",
 }
 """What `longspan eval` measures, by the names that records have."""
 
