@@ -228,14 +228,32 @@ def longqa(
 
 def rescore(
     records: Annotated[Path, typer.Argument(help="Records file of an evaluation.")],
-    scorer: Annotated[str, typer.Option(help="Scoring rule; see `eval list`.")],
+    scorer: Annotated[
+        str, typer.Option(help="Scoring rule (see `eval list`), or `judge`: a model rates 1-10.")
+    ],
     out: Annotated[Path, typer.Option(help="Records file to write.")],
+    judge: Annotated[
+        str | None, typer.Option(help="Model that judges: openai:NAME or anthropic:NAME, as in --model.")
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Address of the judge's server, such as http://localhost:8000/v1.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="File of the judge's replies; what stands there is not asked again.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the judge at the same time.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Score recorded answers by another rule, without a model."""
-    from longspan.eval.rescoring import rescore as score_again
+    """Score recorded answers by another rule, without the model that gave them.
 
-    summary = score_again(records, scorer, out)
+    The key of a judge's server comes from OPENAI_API_KEY or ANTHROPIC_API_KEY.
+    """
+    if scorer == "judge":
+        summary = _judged(records, out, judge, base_url, cache=cache, concurrency=concurrency)
+    else:
+        from longspan.eval.rescoring import rescore as score_again
+
+        summary = score_again(records, scorer, out)
     if as_json:
         print_json(summary)
         return
@@ -244,6 +262,27 @@ def rescore(
     row.append("-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
     title = f"{summary['task']}, {summary['label']}, by {scorer}"
     print_table(title, ("scored", "unscored", "mean", "95% interval"), [row])
+
+
+def _judged(
+    records: Path, out: Path, judge: str | None, base_url: str | None, *, cache: Path | None, concurrency: int
+) -> dict[str, Any]:
+    from longspan.api import Client, Endpoint, Limits
+    from longspan.core.errors import ArgumentError
+    from longspan.eval.judge import judge_file
+
+    provider, _, name = (judge or "").partition(":")
+    if provider not in ("openai", "anthropic") or not name:
+        raise ArgumentError(
+            "--scorer judge needs the model that judges",
+            found=judge,
+            allowed="--judge openai:NAME, --judge anthropic:NAME",
+        )
+    endpoint = Endpoint(
+        model=name, kind="anthropic" if provider == "anthropic" else "chat", base_url=base_url or ""
+    )
+    with Client(endpoint, limits=Limits(concurrency=concurrency), cache=cache) as client:
+        return judge_file(records, client, out)
 
 
 def _form(model: ModelOptions, bos: BosPolicy) -> PromptForm:
