@@ -105,17 +105,23 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
         return
     task, by_label = next(iter(grids.items()))
     before, after = first_with_role("before", by_label), first_with_role("after", by_label)
+    clause: Clause
     what = f"Effective context, {_EFFECTIVE_TASKS[task]}"
     rule = f"lower 95% bound above {EFFECTIVE_THRESHOLD:.0%}"
     if after:
         note = f"before {effective_text(by_label[before])}; {rule}" if before else rule
-        tiles.append(_tile(what, effective_text(by_label[after]), note))
+        reached = effective_text(by_label[after])
+        tiles.append(_tile(what, reached, note))
+        if task != "needle":
+            clause = [(f"effective context, {_EFFECTIVE_TASKS[task]}, ", False)]
+            clause += [(f"{effective_text(by_label[before])} {ARROW} ", True)] if before else []
+            clauses.append([*clause, (reached, True), (" tokens", False)])
         return
     best = max(by_label, key=lambda label: by_label[label].effective or 0)
     tiles.append(_tile(what, effective_text(by_label[best]), f"{short_name(best)}; {rule}"))
     if len(by_label) > 1:
         named = sorted(by_label, key=lambda label: -(by_label[label].effective or 0))[:_MOST_NAMED]
-        clause: Clause = [("effective context ", False)]
+        clause = [("effective context ", False)]
         for number, label in enumerate(named):
             text = f"{', ' if number else ''}{short_name(label)} "
             clause += [(text, False), (effective_text(by_label[label]), True)]
