@@ -1,0 +1,104 @@
+"""`longspan eval ppl` on a small random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longspan.data.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def model(store: Path) -> Path:
+    """A random Llama in `model`, with the tokenizer of the store."""
+    folder = store.parent / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=load_tokenizer(store.parent / "tokenizer").vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((store.parent / "tokenizer" / "tokenizer.json").read_bytes())
+    return folder
+
+
+PPL = "eval ppl --model model --out run --num-documents 3 --json"
+
+
+def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tmp_path):
+    """The layout of the published CSV: lengths in the first line, then a line for each model."""
+    limits = "--xmin 32 --xmax 300 --ymin 1 --ymax 1000"
+    lines = [
+        "--data texts --label texts --lengths 64,128 --truncate",
+        "--data store --label store --lengths 64,128 --truncate --csv ppl.csv",
+        f"--data store --label sliding --lengths 128 --stride 96 --csv all.csv --plot ppl.png {limits}",
+    ]
+    found = []
+    for line in lines:
+        outcome = longspan(f"{PPL} {line}")
+        assert outcome.code == 0, outcome.err
+        found.append(json.loads(outcome.out))
+    assert [row["tokens"] for row in found[0]["by_length"]] == [3 * 63, 3 * 127]
+    first, *others = (tmp_path / "ppl.csv").read_text().splitlines()
+    assert first == ",64,128"
+    written = {line.split(",")[0]: line.split(",")[1:] for line in others}
+    assert sorted(written) == ["store", "texts"]
+    for summary in found[:2]:
+        values = [row["perplexity"] for row in summary["by_length"]]
+        assert list(map(float, written[summary["label"]])) == pytest.approx(values, rel=1e-12)
+    # A length at which a model was not measured is an empty cell.
+    assert "\nsliding,," in (tmp_path / "all.csv").read_text()
+    assert (tmp_path / "ppl.png").read_bytes().startswith(b"\x89PNG")
+    header = json.loads((tmp_path / "run/records/ppl-sliding.jsonl").read_text().splitlines()[0])
+    assert header["params"]["stride"] == 96
+    assert header["params"]["first_token"] == "context only, no begin-of-text token"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--data texts --full --truncate", "one way at a time"),
+        ("--data texts", "windows need lengths (cut: spans)"),
+        ("--data texts --data store --full", "some inputs are tokenised and some are texts"),
+        ("--data texts --lengths 64 --stride 65", "a stride of 65 would skip tokens"),
+    ],
+)
+def test_contradictions_are_named(longspan, model, line, message):
+    """A setting that is silently dropped gives a number under another name."""
+    outcome = longspan(f"{PPL} {line}")
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_servers_have_no_perplexity(longspan, model):
+    """A chat server would be asked thousands of questions that it cannot answer."""
+    outcome = longspan("eval ppl --model openai:x --tokenizer tokenizer --data texts --lengths 64 --out run")
+    assert outcome.code == 2
+    assert "servers do not say how likely a text is" in outcome.err
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_records_of_one(longspan, model, tmp_path):
+    """An evaluation that one process began goes on with two, and the other way round."""
+    line = f"{PPL} --data store --lengths 64 --label x"
+    alone = longspan(line)
+    assert alone.code == 0, alone.err
+    again = longspan(f"{line} --cp 2 --schedule ulysses")
+    assert again.code == 0, again.err
+    (tmp_path / "run/records/ppl-x.jsonl").unlink()
+    shared = longspan(f"{line} --cp 2")
+    assert shared.code == 0, shared.err
+    one, two = json.loads(alone.out), json.loads(shared.out)
+    assert json.loads(again.out)["by_length"] == one["by_length"]
+    assert [row["nll"] for row in two["by_length"]] == pytest.approx(
+        [row["nll"] for row in one["by_length"]], rel=1e-6
+    )
