@@ -9,6 +9,7 @@ import numpy as np
 
 from longspan.annotate.job import OpenJob
 from longspan.annotate.rounding import words_for_mass
+from longspan.annotate.sources import check_row
 from longspan.data.annotations import id_dtype
 
 __all__ = ["Estimate", "Option", "bytes_per_token", "estimate"]
@@ -56,10 +57,14 @@ def estimate(job: OpenJob, first: int, stop: int) -> Estimate:
     """Ask the teacher about the beginnings of a few rows, and count what each setting would keep.
 
     Cost: `SAMPLE_TOKENS` tokens of forward pass, however long the job is.
+
+    Raises:
+        ConfigError, DataError: a row that the teacher cannot read.
     """
     spec = job.spec
     tokens = int(job.source.lengths[first:stop].sum())
-    logprobs = np.concatenate([*_sample(job, first, stop)])
+    sampled = list(_sample(job, first, stop))
+    logprobs = np.concatenate(sampled) if sampled else np.full((1, spec.k), -np.log(spec.k), np.float32)
     masses = np.exp(logprobs, dtype=np.float64)
     id_bytes = 4 if spec.pairs is not None else np.dtype(id_dtype(job.teacher.vocab_size)).itemsize
 
@@ -87,7 +92,7 @@ def estimate(job: OpenJob, first: int, stop: int) -> Estimate:
         each._replace(saves=1 - each.num_bytes / asked.num_bytes if asked.num_bytes else 0.0)
         for each in others
     ]
-    return Estimate(stop - first, tokens, asked.num_bytes, len(logprobs), [asked, *options])
+    return Estimate(stop - first, tokens, asked.num_bytes, sum(map(len, sampled)), [asked, *options])
 
 
 def _sample(job: OpenJob, first: int, stop: int) -> Iterator[np.ndarray]:
@@ -96,9 +101,9 @@ def _sample(job: OpenJob, first: int, stop: int) -> Iterator[np.ndarray]:
     share = -(-SAMPLE_TOKENS // len(numbers))
     for number in numbers.tolist():
         row = job.source.row(number)
-        ids = row.ids[: share if job.context is None else min(share, job.context)]
-        if not len(ids) or int(ids.max()) >= job.teacher.vocab_size:
-            continue  # the job itself says what is wrong with such a row, or there is nothing but padding in it
+        check_row(row, number, job.source, context=job.context, vocab_size=job.teacher.vocab_size)
+        ids = row.ids[:share]
+        if not len(ids):
+            continue  # nothing but padding
         borders = np.append(row.cu_seqlens[row.cu_seqlens < len(ids)], len(ids))
         yield job.teacher.topk(ids.astype(np.int64), borders, k=job.spec.k).logprobs
-    yield np.zeros((0, job.spec.k), np.float32)

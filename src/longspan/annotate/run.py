@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,10 +20,19 @@ from longspan.infer.teacher import SharedTeacher
 from longspan.parallel.launch import process_group, spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
 
-__all__ = ["annotate", "estimate_job", "shard_folder"]
+__all__ = ["Outcome", "annotate", "estimate_job", "shard_folder"]
 
-WAIT_SECONDS = 30 * 24 * 3600.0
+WAIT_SECONDS = 14 * 24 * 3600.0
 """How long processes that share a teacher wait for each other: the first one writes, and may wait for a slow disk."""
+
+
+class Outcome(NamedTuple):
+    """How far a folder is."""
+
+    pieces: int
+    missing: int
+    """Pieces that other jobs have not made yet; 0: the folder is complete."""
+
 
 def annotate(
     spec: AnnotateSpec,
@@ -31,7 +41,7 @@ def annotate(
     shard: ArrayJob | None = None,
     executor: Executor | None = None,
     share: ArrayJob | None = None,
-) -> bool:
+) -> Outcome:
     """Write the annotations of a spec to `out`; a killed job goes on with the pieces that are there.
 
     Says first what it will take on disk, and what other settings would save.
@@ -42,7 +52,7 @@ def annotate(
         share: which of several jobs that write one folder this is; None: the only one.
 
     Returns:
-        Whether `out` is complete: of several jobs that share it, the last one makes the whole.
+        What is there: of several jobs that share a folder, the last one to end makes the whole.
 
     Raises:
         DataError, ConfigError, ArgumentError: teacher, data and settings do not fit; before anything is written.
@@ -59,10 +69,12 @@ def annotate(
         )
     if launched() is not None:
         with process_group(timeout_seconds=WAIT_SECONDS) as device:
-            return bool(_shared(spec, out, shard, share, device, estimate_only=False))
-    return bool(
-        spawn_local(_rank, spec.teacher.cp, spec, out, shard, share, False, timeout_seconds=WAIT_SECONDS)[0]
-    )
+            found = _shared(spec, out, shard, share, device, estimate_only=False)
+    else:
+        args = (spec, out, shard, share, False)
+        found = spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
+    assert isinstance(found, Outcome)
+    return found
 
 
 def estimate_job(spec: AnnotateSpec, *, shard: ArrayJob | None = None) -> Estimate:
@@ -89,7 +101,7 @@ def shard_folder(out: str | Path, shard: ArrayJob) -> Path:
 
 def _rank(
     rank: int, spec: AnnotateSpec, out: Path, shard: ArrayJob, share: ArrayJob, estimate_only: bool
-) -> Estimate | bool:
+) -> Estimate | Outcome:
     if rank == 0:
         setup_logging()
     return _shared(spec, out, shard, share, torch.device("cpu"), estimate_only=estimate_only)
@@ -103,7 +115,7 @@ def _shared(
     device: torch.device,
     *,
     estimate_only: bool,
-) -> Estimate | bool:
+) -> Estimate | Outcome:
     """Be one of the processes that share a teacher; the first one writes."""
     by_heads = spec.teacher.schedule == "ulysses"
     degrees = MeshConfig(
@@ -115,8 +127,8 @@ def _shared(
     assert isinstance(teacher, SharedTeacher)
     if not mesh.is_first:
         teacher.follow()
-        return True
-    found: Estimate | bool
+        return Estimate(0, 0, 0, 0, []) if estimate_only else Outcome(0, 0)
+    found: Estimate | Outcome
     if estimate_only:
         found = estimate(job, *shard_range(job.source.lengths, shard))
     else:
@@ -125,13 +137,14 @@ def _shared(
     return found
 
 
-def _run(job: OpenJob, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> bool:
+def _run(job: OpenJob, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> Outcome:
     first, stop = shard_range(job.source.lengths, shard)
     folder = annotation_folder(job, out, first=first, stop=stop)
     if folder.missing():
         _announce(estimate(job, first, stop), out)
     with executor as running:
-        return folder.make(running, share)
+        folder.make(running, share)
+    return Outcome(folder.num_pieces, folder.missing())
 
 
 def _announce(found: Estimate, out: Path) -> None:

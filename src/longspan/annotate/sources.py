@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from longspan.annotate.spec import PairWindows
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json, sha256_bytes
 from longspan.data.annotations import Kind, row_digest
@@ -24,7 +25,18 @@ from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import FORMAT as STORE_FORMAT
 from longspan.data.store.token_store import MANIFEST
 
-__all__ = ["AskedRow", "DocumentSource", "PairSource", "RowSourceToAsk", "Source", "check_row", "open_source"]
+__all__ = [
+    "AskedRow",
+    "DocumentSource",
+    "PairSource",
+    "RowSourceToAsk",
+    "Source",
+    "cepe_folder",
+    "check_row",
+    "open_source",
+    "pair_domains",
+    "too_long",
+]
 
 
 class AskedRow(NamedTuple):
@@ -206,6 +218,38 @@ def open_source(path: str | Path) -> Source:
     if form == ROWS_FORMAT:
         source.vocab_size = read_rows_manifest(path).vocab_size
     return source
+
+
+def pair_domains(path: Path) -> dict[str, Path]:
+    """Return the folders of pairs by domain: `path` itself, or the folders in it.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / INDEX).is_file():
+        return {path.name: path}
+    found = {index.parent.name: index.parent for index in sorted(path.glob(f"*/{INDEX}"))}
+    if not found:
+        raise DataError(
+            f"{path} holds no pairs",
+            found="no MDS folder" if path.is_dir() else "no such folder",
+            allowed="the folder of a part that `longspan data pairs` writes, such as pairs/train, or of one domain",
+        )
+    return found
+
+
+def cepe_folder(pairs: Path, windows: PairWindows, model: str) -> Path:
+    """Return where CEPE's code looks for the annotations of a domain's pairs: the folder around the domain's."""
+    name = Path(model).name
+    if windows.retrieval is not None:
+        around = Path(windows.retrieval).parent
+        return around.with_name(
+            f"{around.name}-ret_k{windows.retrieval_k}-dec{windows.decoder_tokens}-{name}"
+        )
+    around = pairs.parent
+    return around.with_name(
+        f"{around.name}-logits-enc{windows.encoder_tokens}-dec{windows.decoder_tokens}-{name}"
+    )
 
 
 def check_row(row: AskedRow, index: int, source: Source, *, context: int | None, vocab_size: int) -> None:
