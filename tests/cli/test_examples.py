@@ -27,6 +27,7 @@ STORY = (
     ("plan",),
     ("train",),
     ("export",),
+    ("eval", "list"),
     ("eval", "needle"),
     ("eval", "ppl"),
     ("report",),
