@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,42 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from longspan.core.errors import ArgumentError, RunError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer.opening import Source, load_source, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.spread import plan_trunks
+
+
+def save_model(path: Path, *, seed: int, sliding_window: int | None = None) -> Tokenizer:
+    """Write a random model with a tokenizer; its weights are large, so that it says different things."""
+    train_bpe(["one two three four five six seven " * 20], path, vocab_size=270)
+    tokenizer = load_tokenizer(path)
+    sizes: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(seed)
+    if sliding_window is None:
+        LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(path)
+    else:
+        config = MistralConfig(**sizes, sliding_window=sliding_window)
+        MistralForCausalLM(config).save_pretrained(path)
+    return tokenizer
 
 
 class Folder(NamedTuple):
@@ -27,23 +56,9 @@ class Folder(NamedTuple):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A random Llama with a tokenizer in one folder; its weights are large, so that it says different things."""
+    """A random Llama."""
     path = tmp_path_factory.mktemp("model")
-    train_bpe(["one two three four five six seven " * 20], path, vocab_size=270)
-    tokenizer = load_tokenizer(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return Folder(str(path), tokenizer)
+    return Folder(str(path), save_model(path, seed=0))
 
 
 def ids_of(seed: int, count: int) -> np.ndarray:
@@ -59,6 +74,15 @@ def requests() -> list[Request]:
         Request("", prompt_ids=ids, max_new_tokens=5 + number, answer_ids=ids_of(50 + number, 1 + number))
         for number, ids in enumerate(prompts)
     ]
+
+
+def brute_force(path: str, window: np.ndarray) -> float:
+    """Sum of the losses of a window by transformers' own model in double precision."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    ids = torch.from_numpy(window)
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(ids[None]).logits[0], dim=-1)
+    return -float(log_probs[:-1].gather(1, ids[1:, None]).sum())
 
 
 WINDOWS = [ids_of(seed, count) for seed, count in ((1, 50), (2, 2), (3, 33), (4, 33), (5, 7))]
@@ -88,7 +112,7 @@ def alone(folder: Folder) -> Results:
     )
 
 
-def compare(found: Results, alone: Results) -> None:
+def compare(found: Results, alone: Results, path: str) -> None:
     for ours, plain in zip(found.generated, alone.generated):
         assert ours.token_ids is not None
         assert plain.token_ids is not None
@@ -97,9 +121,9 @@ def compare(found: Results, alone: Results) -> None:
     for ours, plain in zip(found.scored, alone.scored):
         assert (ours.text, ours.error) == (plain.text, plain.error)
         np.testing.assert_allclose(ours.nll, plain.nll, rtol=1e-4, atol=1e-5)
-    for losses, expected in zip(found.losses, alone.losses):
-        assert losses.sum(dtype=np.float64) == pytest.approx(expected.sum(dtype=np.float64), rel=1e-6)
+    for window, losses, expected in zip(WINDOWS, found.losses, alone.losses):
         np.testing.assert_allclose(losses, expected, rtol=1e-4, atol=1e-5)
+        assert losses.sum(dtype=np.float64) == pytest.approx(brute_force(path, window), rel=1e-6)
     # Guard against passing because everything is equal anyway.
     assert len({answer.text for answer in found.generated}) == len(found.generated)
 
@@ -109,27 +133,143 @@ def open_shared(folder: Folder, **settings: Any) -> Answerer:
 
 
 @pytest.mark.parametrize(
-    ("settings", "prefix_reuse"),
-    [({"cp": 2}, True), ({"tp": 2}, True), ({"tp": 2}, False)],
+    "settings",
+    [
+        {"cp": 2},
+        {"tp": 2},
+        pytest.param({"tp": 2, "prefix_reuse": False}, marks=pytest.mark.slow),
+    ],
     ids=["cp", "tp", "tp-plain"],
 )
-def test_two_processes_answer_as_one(
-    folder: Folder, alone: Results, settings: dict[str, int], prefix_reuse: bool
-) -> None:
+def test_two_processes_answer_as_one(folder: Folder, alone: Results, settings: dict[str, Any]) -> None:
     """Shards of a sequence or of matrices that were put together wrongly give fluent nonsense."""
-    compare(results(open_shared(folder, **settings, prefix_reuse=prefix_reuse)), alone)
+    compare(results(open_shared(folder, **settings)), alone, folder.path)
     assert not dist.is_initialized()
+
+
+def test_common_beginnings_are_read_once_where_that_is_less_work() -> None:
+    """Ends are read by every rank alike: many ranks share long ends better than a short beginning."""
+    haystack = ids_of(0, 100)
+    ends = [np.concatenate([haystack, ids_of(seed, 10)]) for seed in (1, 2, 3)]
+    other = ids_of(9, 50)
+    assert plan_trunks([*ends[:1], other, *ends[1:]], ranks=2, most=1000) == [
+        (100, sorted([0, 2, 3], key=lambda index: [*ends[:1], other, *ends[1:]][index][100]))
+    ]
+    # 100 / 8 + 30 tokens a rank are more than 330 / 8.
+    assert plan_trunks(ends, ranks=8, most=1000) == []
+    assert plan_trunks(ends, ranks=2, most=15) == []
+    # Of equal prompts, and of one that is the beginning of another, a token is left to ask something of.
+    assert plan_trunks([haystack, haystack], ranks=2, most=1000) == [(99, [0, 1])]
+    assert plan_trunks([ends[0], haystack], ranks=2, most=1000) == [(99, [1, 0])]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["striped", "dist_flash", "ulysses", "all_gather"])
 def test_every_schedule_answers_as_one_process(folder: Folder, alone: Results, schedule: str) -> None:
     """Keys are held where their tokens are, however they travel."""
-    compare(results(open_shared(folder, cp=2, schedule=schedule)), alone)
+    compare(results(open_shared(folder, cp=2, schedule=schedule)), alone, folder.path)
+
+
+@pytest.mark.slow
+def test_sliding_windows_reach_over_ranks(tmp_path: Path) -> None:
+    """What a rank holds of a window has gaps; the keys of the ends are another rank's."""
+    folder = Folder(str(tmp_path), save_model(tmp_path, seed=1, sliding_window=11))
+    alone = results(open_answerer(folder.path, tokenizer=folder.tokenizer, prefix_reuse=False))
+    for schedule in ("ring", "striped"):
+        compare(results(open_shared(folder, cp=2, schedule=schedule)), alone, folder.path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["ring", "usp"])
 def test_four_processes_answer_as_one(folder: Folder, alone: Results, schedule: str) -> None:
     """With four ranks some have no key of a short prompt."""
-    compare(results(open_shared(folder, cp=4, schedule=schedule)), alone)
+    compare(results(open_shared(folder, cp=4, schedule=schedule)), alone, folder.path)
+
+
+def load_that_fails_on_rank_1(source: Source) -> Any:
+    """Load the model; on rank 1 its second forward pass finds no memory."""
+    model = load_source(source._replace(load=None))
+    passes = []
+
+    def fail(*_: object) -> None:
+        passes.append(1)
+        if dist.get_rank() == 1 and len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    return model
+
+
+def test_memory_that_one_rank_lacks_ends_all_with_a_message(folder: Folder) -> None:
+    """The others wait in a collective for a rank that never comes: without word from it they would hang."""
+    source = Source(folder.path, load=load_that_fails_on_rank_1)
+    answerer = open_answerer(source, tokenizer=folder.tokenizer, cp=2, batch_tokens=200)
+    with pytest.raises(
+        RunError, match=r"shares the model failed\n.*rank 1 of 2: the memory of cpu is used up"
+    ):
+        list(answerer.generate(requests()))
+    with pytest.raises(RunError, match="cannot go on after a failure"):
+        list(answerer.score(requests()))
+    answerer.close()
+    assert not dist.is_initialized()
+
+
+def load_nothing_on_rank_1(source: Source) -> Any:
+    """Fail on rank 1 before the model is there."""
+    if dist.get_rank() == 1:
+        raise MemoryError
+    return load_source(source._replace(load=None))
+
+
+@pytest.mark.slow
+def test_rank_that_cannot_load_the_model_ends_all(folder: Folder) -> None:
+    """The first rank is done with loading and asks: nobody is there."""
+    source = Source(folder.path, load=load_nothing_on_rank_1)
+    with pytest.raises(RunError, match="rank 1 of 2: the memory of cpu is used up"):
+        results(open_answerer(source, tokenizer=folder.tokenizer, cp=2))
+    assert not dist.is_initialized()
+
+
+@pytest.mark.slow
+def test_heads_that_do_not_divide_are_named(folder: Folder) -> None:
+    """transformers would cut a head in two."""
+    with pytest.raises(ArgumentError, match=r"heads of this model do not divide among 4 processes"):
+        open_answerer(folder.path, tokenizer=folder.tokenizer, tp=4)
+    assert not dist.is_initialized()
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from longspan.data.tokenizer import load_tokenizer
+from longspan.infer.opening import open_answerer
+from longspan.infer.requests import Request
+
+path = sys.argv[1]
+answerer = open_answerer(path, tokenizer=load_tokenizer(path), cp=2)
+prompt = np.arange(3, 40)
+found = [answer for _, answer in answerer.generate([Request("", prompt_ids=prompt, max_new_tokens=6)])]
+answerer.close()
+print("answer", found[0].token_ids.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_are_used(folder: Folder, tmp_path: Path) -> None:
+    """The same script alone and under torchrun; only the first process says something."""
+    script = tmp_path / "ask.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    found = [
+        subprocess.run([*command, str(script), folder.path], capture_output=True, text=True, timeout=300)
+        for command in ([*torchrun, "2"], [*torchrun, "3"])
+    ]
+    assert found[0].returncode == 0, found[0].stderr
+    lines = [line for line in found[0].stdout.splitlines() if line.startswith("answer")]
+    with_one = open_answerer(folder.path, tokenizer=folder.tokenizer)
+    request = Request("", prompt_ids=np.arange(3, 40), max_new_tokens=6)
+    (expected,) = [answer.token_ids for _, answer in with_one.generate([request])]
+    assert expected is not None
+    assert lines == [f"answer {expected.tolist()}"]
+    assert found[1].returncode != 0
+    assert "the processes that were started are not those asked for" in found[1].stderr

@@ -23,7 +23,6 @@ from transformers import AutoConfig, PreTrainedModel
 from longspan.api import Budget, Limits
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
-from longspan.core.log import log_once
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, join_ranks
 from longspan.infer.local import LocalAnswerer
@@ -51,7 +50,7 @@ class ServerSettings(Config):
     api_version: str | None = None
     """Of Azure or Anthropic."""
     cache: str | None = None
-    """Folder that keeps answers by what was asked."""
+    """SQLite file of answers; what stands there is not asked again."""
     limits: Limits = Limits()
     budget: Budget = Budget()
 
@@ -128,7 +127,7 @@ def open_answerer(
         max_length: tokens that prompt and answer may have together; None = the model's own limit is not asked.
         tp: processes that share each matrix.
         cp: processes that share each sequence, by `schedule` (None: ring).
-        prefix_reuse: read a prefix that several prompts share once (not with cp).
+        prefix_reuse: read a prefix that several prompts share once.
         batch_tokens: tokens in one forward pass, at least one sequence.
         base_url: of the server; None = the provider itself.
         server: how it is asked.
@@ -201,9 +200,14 @@ def _build(device: torch.device, settings: _Settings) -> Member:
         "batch_tokens": settings.batch_tokens,
     }
     if mesh is not None:
-        if settings.prefix_reuse:
-            log_once("infer", "--cp reads every prompt from its first token: prefixes are not shared")
-        return SpreadModel(model, settings.tokenizer, mesh=mesh, schedule=settings.schedule, **shared)
+        return SpreadModel(
+            model,
+            settings.tokenizer,
+            mesh=mesh,
+            schedule=settings.schedule,
+            prefix_reuse=settings.prefix_reuse,
+            **shared,
+        )
     return local_answerer(model, tokenizer=settings.tokenizer, prefix_reuse=settings.prefix_reuse, **shared)
 
 
