@@ -95,7 +95,8 @@ class Haystack:
             "the haystack is too short",
             found=f"{counted:,} tokens in {len(self._texts):,} held-out documents",
             allowed=f"at least {num_tokens:,} tokens for the longest context",
-            fix="give more held-out documents, leave out the longest lengths, or let the text be repeated",
+            fix="give more held-out documents, leave out the longest lengths, or let them be repeated "
+            "(--repeat-haystack)",
         )
 
     def _spans(self, order: list[int], generator: np.random.Generator) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,142 @@
+"""`longspan eval needle` on a small random model: what is printed, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longspan.data.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def model(store: Path) -> Path:
+    """A random Llama in `model`, with the tokenizer of the store."""
+    folder = store.parent / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=load_tokenizer(store.parent / "tokenizer").vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((store.parent / "tokenizer" / "tokenizer.json").read_bytes())
+    return folder
+
+
+GRID = "eval needle --model model --out run --lengths 256,320 --depths 0:1:3 --samples 2"
+
+
+def test_a_grid_is_a_table_and_records(longspan, model, tmp_path):
+    """Counts and interval stand beside every mean, and a second call reads the records."""
+    outcome = longspan(GRID)
+    assert outcome.code == 0, outcome.err
+    for part in (
+        "0.5",
+        "all depths",
+        "95% interval",
+        "unscored",
+        "12 of 12 samples scored",
+        "effective context",
+    ):
+        assert part in outcome.out
+    records = tmp_path / "run" / "records" / "needle-model.jsonl"
+    whole = records.read_bytes()
+    again = longspan(f"{GRID} --json --threshold 0.5")
+    assert records.read_bytes() == whole
+    summary = json.loads(again.out)
+    assert (summary["samples"], summary["effective_threshold"]) == (12, 0.5)
+    assert [row["length"] for row in summary["by_length"]] == [256, 320]
+    plain = longspan(f"{GRID} --label plain --no-prefix-reuse --json")
+    assert json.loads(plain.out)["cells"] == summary["cells"]
+
+
+def test_own_texts_and_modes(longspan, model, tmp_path):
+    """A sentence of one's own, generated; several needles; a needle at every depth: records of their own."""
+    lines = [
+        "--needle 'The cat sleeps.' --question 'What does the cat do?' --answer sleeps --mode generate",
+        "--needles 2 --mode generate --distractors 1",
+        "--multi-key --note 'all depths at once'",
+        "--scorer rouge_l --mode generate --label rouge --chat-template qwen",
+    ]
+    for line in lines:
+        outcome = longspan(f"{GRID} {line}")
+        # The tokenizer has no special tokens of a chat: they are read as text.
+        assert outcome.code == 0, outcome.err
+    names = sorted(path.name for path in (tmp_path / "run" / "records").iterdir())
+    assert names == [
+        "needle-model.jsonl",
+        "needle-rouge.jsonl",
+        "needle_multi-model.jsonl",
+        "needle_multikey-model.jsonl",
+    ]
+
+
+def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
+    """440 prompts of up to 1M tokens should be seen before they are begun."""
+    outcome = longspan(
+        "eval needle --model m --tokenizer tokenizer --preset easycontext --dry-run --json --out r"
+    )
+    assert outcome.code == 0, outcome.err
+    cost = json.loads(outcome.out)
+    assert (cost["cells"], cost["prompts"]) == (220, 440)
+    assert cost["prompt_tokens"] == 22 * sum(range(50_000, 1_000_001, 50_000))
+    assert cost["factor_linear"] == pytest.approx(1.97, abs=0.02)
+    assert cost["factor_attention"] == pytest.approx(1.5, abs=0.03)
+    text = longspan("eval needle --model m --tokenizer tokenizer --lengths 1k,2k --dry-run --out r").out
+    assert "1,024" in text and "depths: 0, 0.25, 0.5, 0.75, 1" in text and "times fewer" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--depths 0,50,100", ["depths", "between 0 (start) and 1"]),
+        ("--depths 0:1", ["depths", "start:end:count"]),
+        ("--lengths 1k,1024", ["lengths", "stands twice"]),
+        ("--lengths 20", ["no room for the planted facts", "20 tokens"]),
+        ("--data texts --lengths 1M", ["haystack is too short", "--repeat-haystack"]),
+        ("--max-length 300", ["longer than the model can read", "320 tokens", "--too-long skip"]),
+        ("--bos always --tokenizer nobos", ["no BOS token", "--bos"]),
+        ("--preset easy", ["preset", "easycontext"]),
+        ("--scorer rouge", ["no scorer 'rouge'", "rouge_l"]),
+        ("--needle 'It is {numbr}.'", ["{numbr}", "{number}"]),
+        ("--chat-template gpt", ["no such chat template", "llama-3"]),
+    ],
+)
+def test_mistakes_say_how_to_mend_them(longspan, model, arguments, parts):
+    """No traceback, and nothing is recorded."""
+    folder = model.parent / "nobos"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text("{}")
+    outcome = longspan(f"{GRID} {arguments}")
+    assert outcome.code == 2, outcome.err
+    message = outcome.err[outcome.err.index("error: ") :]
+    assert "Traceback" not in outcome.err
+    for part in parts:
+        assert part in message, message
+    assert not (model.parent / "run").exists()
+
+
+def test_too_long_contexts_can_be_skipped(longspan, model):
+    """A grid beyond what a model reads has columns without scores, not a missing column."""
+    outcome = longspan(f"{GRID} --max-length 300 --too-long skip --json")
+    assert outcome.code == 0, outcome.err
+    summary = json.loads(outcome.out)
+    assert (summary["samples"], summary["scored"]) == (12, 6)
+    assert [row["scored"] for row in summary["by_length"]] == [6, 0]
+
+
+def test_list_names_tasks_presets_and_scorers(longspan):
+    """What can be asked for can be found."""
+    outcome = longspan("eval list")
+    for name in ("needle_multikey", "ppl", "fu-2024", "easycontext", "longllm", "word_recall"):
+        assert name in outcome.out
+    listed = json.loads(longspan("eval list --json").out)
+    assert listed["presets"]["easycontext"]["answer_digits"] == 7
