@@ -128,11 +128,20 @@ def _measure(
             found=model.model,
             allowed="models that are run here, with --cp or --tp where they are large",
         )
+    if model.chat_template is not None:
+        raise ArgumentError("perplexity is that of the text itself", fix="leave out --chat-template")
     from longspan.eval.ppl_run import run_ppl
     from longspan.infer.distributed import TokenLosses
 
     with opened(model) as asked:
         assert isinstance(asked.answerer, TokenLosses)
+        most = asked.answerer.max_length
+        if most is not None and max(task.lengths, default=0) > most:
+            raise ArgumentError(
+                "windows are longer than the model is to be given",
+                found=f"{max(task.lengths)} tokens",
+                allowed=f"--max-length {most}",
+            )
         return run_ppl(
             asked.answerer.token_nll,
             asked.tokenizer,
