@@ -38,6 +38,12 @@ stages:
 """
 
 
+QUESTIONS = """\
+{"context": "Ada built the bridge. It opened in 1843.", "input": "Who built the bridge?", "answers": ["Ada"]}
+{"context": "Ada built the bridge. It opened in 1843.", "input": "When did it open?", "answers": ["1843"]}
+"""
+
+
 class Outcome(NamedTuple):
     """What a command line printed and how it ended."""
 
@@ -79,7 +85,8 @@ def longspan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """texts/ with real sentences (Python's own modules, 200,000 characters), tokenizer/ and recipe.yaml."""
+    """texts/ with real sentences (Python's own modules, 200,000 characters), tokenizer/,
+    recipe.yaml and questions.jsonl."""
     root = tmp_path_factory.mktemp("cli")
     (root / "texts").mkdir()
     texts = []
@@ -92,6 +99,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             break
     train_bpe(texts, root / "tokenizer", vocab_size=512)
     (root / "recipe.yaml").write_text(RECIPE)
+    (root / "questions.jsonl").write_text(QUESTIONS)
     return root
 
 

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from longspan.eval.task import Task
 
 PASSKEY_EXAMPLE = example(
-    "longspan eval passkey --model model --lengths 192,256 --depths 0,1 --samples 1 --out run"
+    "longspan eval passkey --model model --lengths 512,640 --depths 0,1 --samples 1 --out run"
 )
 TOPICS_EXAMPLE = example(
     "longspan eval topics --model model --counts 2,3 --samples 1 --out run",
     "longspan eval topics --model model --kind lines --counts 4 --samples 1 --questions 2 --out run",
 )
 RULER_EXAMPLE = example(
-    "longspan eval ruler --model model --lengths 768 --subtasks niah_single_1,niah_multikey_2,vt --samples 1 "
+    "longspan eval ruler --model model --lengths 2k --subtasks niah_single_1,niah_multikey_2,vt --samples 1 "
     "--cache cache --out run"
 )
 LONGQA_EXAMPLE = example("longspan eval longqa --model model --data questions.jsonl --samples 2 --out run")

@@ -24,6 +24,7 @@ from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache, cache_key
 from longspan.eval.ruler.documents import QaData
 from longspan.eval.ruler.subtasks import SUBTASKS, Subtask
+from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
 from longspan.eval.word_lists import lists_fingerprint
@@ -116,6 +117,7 @@ class Ruler:
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""
+        metrics = sorted({subtask.metric for subtask in self.subtasks})
         return {
             **self.settings.to_dict(),
             **self._form.params(),
@@ -124,7 +126,7 @@ class Ruler:
             "essay_sha256": self._essay_sha256,
             "qa_sha256": {name: data.sha256 for name, data in sorted(self._qa.items())},
             "prompt_version": compose.GENERATOR_VERSION,
-            "metrics": {subtask.name: subtask.metric for subtask in self.subtasks},
+            "metrics": {name: scorer_named(name).version for name in metrics},
         }
 
     def plan(self) -> list[Planned]:
