@@ -30,6 +30,11 @@ STORY = (
     ("eval", "list"),
     ("eval", "needle"),
     ("eval", "ppl"),
+    ("eval", "passkey"),
+    ("eval", "topics"),
+    ("eval", "ruler"),
+    ("eval", "longqa"),
+    ("eval", "rescore"),
     ("report",),
     ("doctor",),
 )
@@ -58,7 +63,7 @@ def test_every_command_is_in_the_story():
 
 
 def test_examples_run_in_turn(longspan, corpus, tmp_path, monkeypatch):
-    for name in ("texts", "tokenizer"):
+    for name in ("texts", "tokenizer", "questions.jsonl"):
         (tmp_path / name).symlink_to(corpus / name)
     shutil.copy(corpus / "recipe.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
