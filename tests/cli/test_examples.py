@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -35,6 +37,8 @@ STORY = (
     ("eval", "ruler"),
     ("eval", "longqa"),
     ("eval", "rescore"),
+    ("eval", "harness"),
+    ("ask",),
     ("report",),
     ("doctor",),
 )
@@ -62,10 +66,22 @@ def test_every_command_is_in_the_story():
     assert set(examples()) == {*STORY, *SLOW}
 
 
+def write_released_files(root: Path) -> None:
+    """Write long-llm/ with a question of each kind that the examples ask."""
+    row = {"query": "Which?", "subject": "anatomy", "choices": list("wxyz"), "answer": 2, "query_id": 0}
+    question = {"context": "Ada wrote it.", "input": "Who wrote it?", "answers": ["Ada"]}
+    rows = {"mmlu/test.json": row, "mmlu/dev.json": row, "longbench/qasper.jsonl": question}
+    for name, content in rows.items():
+        path = root / "long-llm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content) + "\n")
+
+
 def test_examples_run_in_turn(longspan, corpus, tmp_path, monkeypatch):
     for name in ("texts", "tokenizer", "questions.jsonl"):
         (tmp_path / name).symlink_to(corpus / name)
     shutil.copy(corpus / "recipe.yaml", tmp_path)
+    write_released_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     for path in STORY:
         for arguments in examples()[path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from longspan.cli import eval_needle, eval_ppl, eval_tasks
+from longspan.cli import eval_harness, eval_needle, eval_ppl, eval_tasks
 from longspan.cli.output import Json, example, print_json, print_table
 
 app = typer.Typer(help="Measure a model at each context length.", no_args_is_help=True, rich_markup_mode=None)
@@ -15,6 +15,7 @@ app.command(epilog=eval_tasks.PASSKEY_EXAMPLE)(eval_tasks.passkey)
 app.command(epilog=eval_tasks.TOPICS_EXAMPLE)(eval_tasks.topics)
 app.command(epilog=eval_tasks.RULER_EXAMPLE)(eval_tasks.ruler)
 app.command(epilog=eval_tasks.LONGQA_EXAMPLE)(eval_tasks.longqa)
+app.command(epilog=eval_harness.EXAMPLE)(eval_harness.harness)
 app.command(epilog=eval_tasks.RESCORE_EXAMPLE)(eval_tasks.rescore)
 
 TASKS: dict[str, str] = {
@@ -28,6 +29,7 @@ TASKS: dict[str, str] = {
     "lines": "the number in one of many lines (topics --kind lines)",
     "ruler": "RULER's 13 tasks: needles, variable tracking, frequent words, questions",
     "longqa": "questions on documents from JSON lines, as LongBench asks and scores them",
+    "harness": "published benchmarks: lm-eval's LongBench, InfiniteBench, MMLU, BABILong; long-llm, HELMET",
 }
 """What `longspan eval` measures, by the names that records have."""
 

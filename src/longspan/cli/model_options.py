@@ -108,9 +108,14 @@ class AskedModel(NamedTuple):
         return out / "records" / f"{task}-{self.label}.jsonl"
 
 
-def takes_model(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `ModelOptions` in place of its parameter `model`."""
+def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> Callable[..., None]:
+    """Give a command the options of `ModelOptions` in place of its parameter `model`.
+
+    `as_argument`: the model itself is the command's argument, not an option.
+    """
     fields = get_type_hints(ModelOptions, include_extras=True)
+    if as_argument:
+        fields["model"] = Annotated[str, typer.Argument(help=fields["model"].__metadata__[0].help)]
     defaults = ModelOptions._field_defaults
     options = [
         inspect.Parameter(

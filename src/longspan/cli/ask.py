@@ -1,0 +1,123 @@
+"""`longspan ask`: one question to a model, on long texts or on nothing, with the answer as it is written."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.eval_options import BosOption, TextField, read_held_out
+from longspan.cli.model_options import ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.output import Json, example, print_json
+
+if TYPE_CHECKING:
+    from longspan.eval.asking import Composed
+    from longspan.infer.requests import Answer, Answerer, Request
+
+EXAMPLE = example(
+    'longspan ask model --context texts --needle "The magic number of glacier is 48213." --depth 0.5 '
+    '--question "What is the magic number of glacier?" --length 200 --max-new-tokens 8'
+)
+
+
+@partial(takes_model, as_argument=True)
+def ask(
+    model: ModelOptions,
+    question: Annotated[str, typer.Option(help="What is asked at the end.")],
+    context: Annotated[
+        list[str] | None, typer.Option(help="Texts to read first: files, folders, patterns; many times.")
+    ] = None,
+    needle: Annotated[str | None, typer.Option(help="A sentence to plant in the context.")] = None,
+    depth: Annotated[float, typer.Option(help="Where it lies: 0 is the start, 1 the end.")] = 0.5,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens of the prompt at most, such as 80k; the context loses its end.")
+    ] = None,
+    prompt: Annotated[
+        str,
+        typer.Option(help="A preset's prompt (see `eval list`), or a text with {context} and {question}."),
+    ] = "fu-2024",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask as a chat, by the tokenizer's own template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 256,
+    bos: BosOption = "auto",
+    text_field: TextField = "text",
+    as_json: Json = False,
+) -> None:
+    """Ask a question on texts; show where a planted sentence lies, and the answer as it comes.
+
+    Without a context the question is all that is sent.
+    """
+    from longspan.core.units import parse_length
+    from longspan.eval.asking import compose, template_named
+    from longspan.eval.prompts import OWN_TEMPLATE, PromptForm
+
+    template = model.chat_template or (OWN_TEMPLATE if chat else None)
+    form = PromptForm(find_tokenizer(model), bos=bos, chat_template=template)
+    composed = compose(
+        read_held_out(context, text_field=text_field) if context else [],
+        form,
+        question=question,
+        template=template_named(prompt),
+        needle=needle,
+        depth=depth,
+        length=None if length is None else parse_length(length),
+    )
+    request = form.request(composed.prompt, max_new_tokens=max_new_tokens)
+    if not as_json:
+        _show_prompt(composed)
+    with opened(model) as asked:
+        answer = _stream(asked.answerer, request, quiet=as_json)
+    if as_json:
+        print_json(_summary(composed, question, answer))
+        return
+    typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s")
+
+
+def _stream(answerer: Answerer, request: Request, *, quiet: bool) -> Answer:
+    """Return the answer; write it out as it comes. Raises RunError: there is none."""
+    from longspan.core.errors import RunError
+
+    def write(text: str) -> None:
+        if not quiet:
+            typer.echo(text, nl=False)
+
+    if hasattr(answerer, "generate_stream"):
+        answer = answerer.generate_stream(request, write)
+    else:
+        _, answer = next(iter(answerer.generate([request])))
+        write(answer.text)
+    if answer.error is not None:
+        raise RunError("the model gave no answer", found=answer.error)
+    return answer
+
+
+def _show_prompt(composed: Composed) -> None:
+    if composed.place is not None:
+        place = composed.place
+        typer.echo(f"...{place.before}>>> {place.needle} <<<{place.after}...\n")
+        typer.echo(f"needle at depth {place.depth:.3f} of the context")
+    cut = f" ({composed.removed:,} tokens of the context cut off)" if composed.removed else ""
+    typer.echo(f"input: {composed.tokens:,} tokens{cut}\n")
+
+
+def _summary(composed: Composed, question: str, answer: Answer) -> dict[str, Any]:
+    place = composed.place
+    return {
+        "question": question,
+        "prompt_tokens": composed.tokens,
+        "context_tokens_removed": composed.removed,
+        "needle": None
+        if place is None
+        else {
+            "depth": place.depth,
+            "before": place.before,
+            "text": place.needle,
+            "after": place.after,
+        },
+        "answer": answer.text,
+        "finish": answer.finish,
+        "answer_tokens": answer.completion_tokens,
+        "seconds": answer.seconds,
+    }

@@ -1,0 +1,136 @@
+"""`longspan ask` puts a prompt together, shows it and writes the answer; `eval harness` reads released files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longspan.data.tokenizer import load_tokenizer
+from longspan.eval.asking import compose, template_named
+from longspan.eval.documents import HeldOutDocument
+from longspan.eval.prompts import PromptForm
+
+NEEDLE = "The magic number of glacier is 48213."
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory) -> Path:
+    """A folder with a random model, and texts beside it."""
+    root = tmp_path_factory.mktemp("ask")
+    tokenizer = load_tokenizer(corpus / "tokenizer")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "model")
+    shutil.copy(corpus / "tokenizer" / "tokenizer.json", root / "model")
+    (root / "text.txt").write_text("".join(f"Here is sentence number {n}. " for n in range(400)))
+    return root
+
+
+@pytest.fixture
+def here(folder, monkeypatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_the_needle_is_shown_where_it_lies(longspan, here):
+    """People see that the sentence is in the text at all, which a length in tokens does not tell."""
+    outcome = longspan(
+        f'ask model --context text.txt --needle "{NEEDLE}" --depth 0.5 --question "Which number?" '
+        "--length 600 --max-new-tokens 5"
+    )
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert any(f">>> {NEEDLE} <<<" in line for line in lines)
+    assert "Here is sentence number" in outcome.out
+    depth = next(line for line in lines if line.startswith("needle at depth"))
+    assert abs(float(depth.split()[3]) - 0.5) < 0.05
+    assert any(line.startswith("input: ") and "cut off" in line for line in lines)
+    assert "5 tokens in " in lines[-1]
+
+
+def test_json_holds_the_same_and_nothing_else(longspan, here):
+    arguments = f'ask model --context text.txt --needle "{NEEDLE}" --depth 0 --question Q? --length 500 '
+    found = json.loads(longspan(f"{arguments} --max-new-tokens 3 --json").out)
+    assert found["needle"]["text"] == NEEDLE and found["needle"]["depth"] == 0.0
+    assert 480 <= found["prompt_tokens"] <= 500
+    assert found["answer_tokens"] <= 3 and found["finish"] in ("stop", "length")
+    plain = json.loads(longspan("ask model --question Hello --max-new-tokens 2 --json").out)
+    assert plain["needle"] is None and plain["prompt_tokens"] < 10
+
+
+def test_mistakes_are_said(longspan, here):
+    cases = {
+        f'ask model --question Q? --needle "{NEEDLE}"': "--context",
+        "ask model --question Q? --context text.txt --depth 1.5": "between 0",
+        "ask model --question Q? --context text.txt --length 10": "no room for a context",
+        "ask model --question Q? --context text.txt --prompt fu-2023": "fu-2024",
+        "ask model --question Q? --context text.txt --prompt 'only {question}'": "no place for the context",
+        "ask model --question Q? --chat": "chat template",
+    }
+    for arguments, said in cases.items():
+        outcome = longspan(arguments)
+        assert outcome.code == 2, arguments
+        assert said in outcome.err, outcome.err
+
+
+def test_prompts_of_the_published_tests(folder):
+    """The words around context and question are those of the test that is named."""
+    form = PromptForm(load_tokenizer(folder / "model"))
+    documents = [HeldOutDocument("a", "One. {question} Two."), HeldOutDocument("b", "Three.")]
+    composed = compose(documents, form, question="Why?", template=template_named("fu-2024"))
+    assert composed.prompt == (
+        "<|im_start|> This is a very long story book: <book> One. {question} Two.\n\nThree. </book>.\n "
+        "Based on the content of the book, Question: Why?\nAnswer:"
+    )
+    assert composed.tokens == len(form.encode(composed.prompt)) and composed.place is None
+    for depth in (0.0, 0.5, 1.0):
+        composed = compose(
+            documents, form, question="Why?", template="{context}|{question}", needle=" X y. ", depth=depth
+        )
+        assert composed.prompt.count("X y.") == 1 and composed.prompt.endswith("|Why?")
+        assert composed.place is not None and composed.place.needle == "X y."
+        assert composed.prompt.startswith("X y.") == (depth == 0.0)
+
+
+def released(root: Path) -> None:
+    rows = [
+        {"query": f"Q{n}", "subject": "anatomy", "choices": list("wxyz"), "answer": n % 4, "query_id": n}
+        for n in range(3)
+    ]
+    (root / "mmlu").mkdir(parents=True, exist_ok=True)
+    for name in ("test.json", "dev.json"):
+        (root / "mmlu" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_harness_reads_released_files_and_goes_on(longspan, here, tmp_path):
+    """The table shows what the records hold; a second call asks for nothing."""
+    released(tmp_path / "long-llm")
+    arguments = (
+        f"eval harness --model model --tasks long-llm:mmlu --data-root {tmp_path / 'long-llm'} "
+        f"--num-fewshot 1 --label before --out {tmp_path / 'run'}"
+    )
+    outcome = longspan(arguments)
+    assert outcome.code == 0, outcome.err
+    assert "long-llm:mmlu, before: 3 of 3 questions scored" in outcome.out and "anatomy" in outcome.out
+    path = tmp_path / "run" / "records" / "harness-long-llm-mmlu-before.jsonl"
+    before = path.read_text()
+    again = json.loads(longspan(f"{arguments} --json").out)["long-llm:mmlu"]
+    assert again["scored"] == 3 and path.read_text() == before
+    missing = longspan(f"eval harness --model model --tasks helmet:rag --data-root {tmp_path} --out run")
+    assert missing.code == 2 and "nq-dev-multikilt_1000_k1000_dep6.jsonl" in missing.err
+    unknown = longspan("eval harness --model model --tasks long-llm:mmmu --out run")
+    assert unknown.code == 2 and "long-llm:infbench" in unknown.err
+    nowhere = longspan("eval harness --model model --tasks helmet:icl --out run")
+    assert nowhere.code == 2 and "--data-root" in nowhere.err
