@@ -15,6 +15,8 @@ from longspan.core.errors import DataError
 from longspan.core.intervals import wilson_interval
 from longspan.report import summarise
 from longspan.report.load import load_run
+from longspan.report.samples import Sample
+from longspan.report.tables import RULER_SUBTASKS, Grid, difference, ruler_effective, score_grid
 from tests.report.synthetic_run import header, write_lines, write_records
 
 
@@ -193,3 +195,88 @@ def test_an_empty_or_missing_run_says_what_is_missing(tmp_path: Path) -> None:
         load_run(tmp_path)
     with pytest.raises(DataError, match="not a run folder"):
         load_run(tmp_path / "absent")
+
+
+def answered(subtask: str, number: int, score: float | None) -> Sample:
+    unscored = None if score is not None else "no answer"
+    return Sample(f"{subtask}{number}", subtask=subtask, sample=str(number), score=score, unscored=unscored)
+
+
+def test_a_difference_is_taken_over_the_same_questions() -> None:
+    """Guards against a change that comes from comparing other questions: 1, 0 | lost against 1, 1 | 0."""
+    before = [
+        answered("law", 0, 1.0),
+        answered("law", 1, 0.0),
+        answered("law", 2, None),
+        answered("art", 1, 0.0),
+    ]
+    after = [answered("law", 1, 1.0), answered("law", 0, 1.0), answered("law", 2, 0.0)]
+    found = difference(before, after)
+    assert found is not None and found.interval is not None
+    assert (found.before, found.after, found.value, found.pairs) == (0.5, 1.0, 0.5, 2)
+    assert found.interval[0] < 0 < found.interval[1], "two questions do not show a change"
+    other = [sample._replace(sample="") for sample in after]
+    unpaired = difference(before, other)
+    assert unpaired is not None and unpaired.pairs == 0
+    assert (unpaired.before, unpaired.after) == pytest.approx((1 / 3, 2 / 3))
+    assert difference([answered("law", 0, None)], after) is None
+
+
+def ruler_grid(score: float, subtasks: tuple[str, ...] = RULER_SUBTASKS) -> Grid:
+    samples = [
+        Sample(f"{name}-{length}-{n}", length=length, subtask=name, score=right)
+        for name in subtasks
+        for length, right in ((4096, 1.0), (8192, score))
+        for n in range(2)
+    ]
+    return score_grid(samples, lambda sample: sample.subtask)
+
+
+def test_ruler_has_its_own_effective_length() -> None:
+    """Guards against the published rule (mean of 13 at least 85.6 %) mixed up with ours, or used on 12 subtasks."""
+    assert ruler_effective(ruler_grid(0.856)) == 8192
+    assert ruler_effective(ruler_grid(0.85)) == 4096
+    assert ruler_effective(ruler_grid(1.0, RULER_SUBTASKS[:12])) is None
+    assert ruler_grid(1.0).effective == 8192
+    assert ruler_grid(0.856).effective == 8192, "graded scores of no spread"
+    assert ruler_grid(0.7).effective == 4096
+
+
+def test_contexts_of_one_number_of_topics_share_a_length(tmp_path: Path) -> None:
+    """Guards against a column for every sample, whose lengths differ by some tokens."""
+    lines = [
+        {**needle(length, 0.5, n, 1.0), "num_topics": topics}
+        for topics, lengths in ((5, (500, 510, 531)), (10, (1000, 1004, 1020)))
+        for n, length in enumerate(lengths)
+    ]
+    write_records(tmp_path / "records/topics-after.jsonl", header("topics", "after"), lines)
+    assert summarise(tmp_path)["topics"]["after"]["by_length"] == {"510": 1.0, "1004": 1.0}
+
+
+def test_a_broken_line_is_named_and_a_torn_last_one_is_not_counted(needle_run: Callable[..., Path]) -> None:
+    """Guards against a traceback for a damaged file, and against half a line read as a record."""
+    run = needle_run([needle(128, 0.0, n, 1.0) for n in range(3)])
+    path = run / "records/needle-after.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    assert len(load_run(run).records[0].samples) == 3 and not load_run(run).records[0].complete
+    path.write_bytes(whole.replace(b'"score": 1.0', b'"score": 1.', 1))
+    with pytest.raises(DataError, match=r"needle-after\.jsonl:2 is not valid JSON"):
+        load_run(run)
+    path.write_bytes(whole.replace(b'"id"', b'"\xff"', 1))
+    with pytest.raises(DataError, match=r"needle-after\.jsonl:2"):
+        load_run(run)
+
+
+def test_a_sample_tried_again_counts_once(needle_run: Callable[..., Path]) -> None:
+    """Guards against a lost answer that stays lost after it was asked for again."""
+    run = needle_run([needle(128, 0.0, 0, None), needle(128, 0.0, 0, 1.0)])
+    assert summarise(run)["needle"]["after"]["scored"] == 1
+    assert summarise(run)["needle"]["after"]["unscored"] == 0
+
+
+def test_what_could_not_be_composed_is_counted(needle_run: Callable[..., Path]) -> None:
+    """Guards against samples without length and depth that fall out of all counts, and holes that pass as reached."""
+    lost = {"kind": "sample", "id": "lost", "score": None, "unscored": "the haystack is too short"}
+    result = summarise(needle_run([needle(128, 0.0, n, 1.0) for n in range(40)] + [lost]))["needle"]["after"]
+    assert (result["scored"], result["unscored"], result["effective_context"]) == (40, 1, 128)
