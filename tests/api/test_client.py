@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -381,3 +382,20 @@ def test_an_error_in_the_callers_requests_comes_through():
         with pytest.raises(ZeroDivisionError):
             list(client.complete(requests()))
         assert client.ask(TEN[5][1]).text == "answer to question 5"
+
+
+def test_answers_are_given_while_requests_are_still_made():
+    """Requests may be slow to make: an answer that is there is not kept back until the window is full."""
+    names, made = [], []
+
+    def requests():
+        while not names and len(made) < 2000:
+            made.append(len(made))
+            yield made[-1], ChatRequest(prompt=f"question {made[-1]}")
+            time.sleep(0.001)
+
+    with serving(echo) as server, client_of(server, limits=Limits(concurrency=1000)) as client:
+        for name, _ in client.complete(requests()):
+            names.append(name)
+    assert 0 < len(made) < 2000, "the window of 2,000 was never full"
+    assert sorted(names) == made

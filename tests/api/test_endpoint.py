@@ -142,11 +142,14 @@ def test_newer_models_of_the_provider_have_another_field():
 
 def test_further_fields_reach_the_server():
     with serving([chat("x")]) as server:
-        endpoint = Endpoint(model="m", base_url=server.url, extra={"reasoning_effort": "low"})
+        endpoint = Endpoint(
+            model="m", base_url=server.url, extra={"reasoning_effort": "low", "temperature": None}
+        )
         with Client(endpoint, clock=MadeClock()) as client:
             client.ask(ChatRequest(prompt="q", extra={"top_k": 5}))
     assert server.asked[0].body["reasoning_effort"] == "low"
     assert server.asked[0].body["top_k"] == 5
+    assert "temperature" not in server.asked[0].body, "some models refuse it"
 
 
 def test_without_httpx_the_message_names_the_extra(monkeypatch):

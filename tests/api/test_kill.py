@@ -122,7 +122,7 @@ class Unreliable:
                     return reply
             if draw < 0.212:
                 self.kinds["timeout"] += 1
-                time.sleep(3)
+                time.sleep(7)
             elif draw < 0.23:
                 self.kinds["slow"] += 1
                 time.sleep(0.3)
@@ -134,11 +134,11 @@ class Unreliable:
 @pytest.mark.timeout(900)
 def test_ten_thousand_requests_to_an_unreliable_server(tmp_path, capsys):
     """All samples exactly once, the limits kept, at least 90 % of them used, memory flat, two kills."""
-    count, concurrency, rpm, tpm = 10_000, 32, 4_800, 200_000
+    count, concurrency, rpm, tpm = 10_000, 32, 3_600, 150_000
     settings = {
         "count": count,
         "padding": 4_000,
-        "timeout": 2.0,
+        "timeout": 5.0,
         "limits": {
             "concurrency": concurrency,
             "requests_per_minute": rpm,

@@ -16,6 +16,7 @@ from longspan.api.protocol import (
     count,
     member,
     parse_json,
+    with_extra,
 )
 
 # What was written to or read from the provider's prompt cache is not in `input_tokens`.
@@ -45,7 +46,7 @@ class AnthropicProtocol:
         stops = [stop for stop in request.stop if stop.strip()]  # white space alone is refused
         if stops:
             body["stop_sequences"] = stops
-        return body | dict(endpoint.extra) | dict(request.extra)
+        return with_extra(body, endpoint, request)
 
     def read(self, payload: Any, request: ChatRequest) -> Reading:
         """Read an answer. Raises MalformedError, ErrorInBodyError."""

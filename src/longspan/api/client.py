@@ -126,16 +126,18 @@ class Client:
         `concurrency` requests. Leaving the iterator early lets requests under way end, for 10 seconds at most.
 
         Raises:
-            UserError: no request can succeed (bad key, unknown model, no credit), or a request cannot be asked at
-                this endpoint; what was under way is yielded first.
+            UserError: no request can succeed (bad key, unknown model, no credit); what was under way is yielded
+                first.
             RunError: the endpoint has answered nothing for several requests in a row, or asks for too long a pause.
+            ArgumentError: a request cannot be asked at this kind of endpoint.
         """
         source = iter(requests)
         finished: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         waiting: dict[str, _Waiting] = {}
         try:
             while self._fatal is None and self._counts.stopped is None:
-                if sum(len(entry.names) for entry in waiting.values()) >= 2 * self.limits.concurrency:
+                asked = sum(len(entry.names) for entry in waiting.values())
+                if asked >= 2 * self.limits.concurrency or not finished.empty():
                     yield from self._collect(finished, waiting)
                     continue
                 item = next(source, None)
@@ -179,7 +181,8 @@ class Client:
         job = self._job(request)
         known = self._recorded(job)
         if known is not None:
-            on_text(known.text)
+            if known.text:
+                on_text(known.text)
             return known
         verdict = self._meter.begin(job.reserved)
         if verdict != "yes":

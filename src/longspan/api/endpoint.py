@@ -77,7 +77,7 @@ class Endpoint(Config):
     max_length: pydantic.PositiveInt | None = None
     """Tokens that prompt and answer may have together; longer requests are not sent. None: the server says."""
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
-    """Further fields of every request's body (`reasoning_effort`, `chat_template_kwargs`, ...)."""
+    """Further fields of every body (`reasoning_effort`, `chat_template_kwargs`, ...); null leaves out one of ours."""
 
     @pydantic.field_validator("base_url")
     @classmethod

@@ -19,6 +19,7 @@ from longspan.api.protocol import (
     count,
     member,
     parse_json,
+    with_extra,
 )
 from longspan.core.errors import ArgumentError
 
@@ -36,7 +37,7 @@ class _OpenAI:
                 body[name] = getattr(request, name)
         if request.stop:
             body["stop"] = list(request.stop[:_MAX_STOPS])
-        return body | dict(endpoint.extra) | dict(request.extra)
+        return with_extra(body, endpoint, request)
 
 
 class ChatProtocol(_OpenAI):

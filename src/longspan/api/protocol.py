@@ -65,6 +65,12 @@ class WireProtocol(Protocol):
         ...
 
 
+def with_extra(body: Mapping[str, Any], endpoint: Endpoint, request: ChatRequest) -> dict[str, Any]:
+    """Return a body with the further fields of endpoint and request; one that is None there is left out."""
+    merged = {**body, **endpoint.extra, **request.extra}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse what a server sent. Raises MalformedError, also for what is nested too deeply."""
     try:

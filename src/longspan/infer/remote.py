@@ -11,7 +11,7 @@ them. Its own stop tokens end an answer; `stop_ids` are not sent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def open_remote(
     limits: Limits | None = None,
     budget: Budget | None = None,
     cache: str | Path | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> RemoteAnswerer:
     """Return an answerer for a model behind a server; `api.Endpoint` and `api.Client` explain the settings.
 
@@ -60,6 +61,7 @@ def open_remote(
         max_length=max_length,
         key_variable=key_variable,
         api_version=api_version,
+        extra=dict(extra or {}),
     )
     client = Client(endpoint, limits=limits, budget=budget, cache=cache)
     return RemoteAnswerer(client, tokenizer=tokenizer, trained_length=trained_length)
