@@ -27,15 +27,12 @@ from longspan.core.intervals import EFFECTIVE_THRESHOLD, effective_context
 from longspan.core.seeds import rng
 from longspan.data.facts import collect_keys
 from longspan.eval.documents import HeldOutDocument, describe_documents
-from longspan.eval.grid import lengths_from, refuse_repeats
 from longspan.eval.haystack import Haystack, Window
 from longspan.eval.needle_settings import NeedleSettings, fill
 from longspan.eval.planting import Insertion, Planted, check_depth, plant
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
-
-__all__ = ["NeedleTask", "effective_of", "length_tolerance", "lengths_from", "refuse_repeats"]
 
 PROMPT_VERSION = 2
 """Raised whenever the same settings would compose another prompt."""

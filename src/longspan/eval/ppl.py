@@ -36,7 +36,7 @@ from longspan.core.seeds import rng
 from longspan.data.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
-from longspan.eval.needle import lengths_from, refuse_repeats
+from longspan.eval.grid import lengths_from, refuse_repeats
 from longspan.eval.ppl_documents import PplDocument, ppl_documents
 
 WINDOWING_VERSION = 1
