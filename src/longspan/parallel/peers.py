@@ -11,6 +11,7 @@ it is ended with that message after some seconds.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -175,6 +176,7 @@ def _peer(
     torch.set_num_threads(threads)
     # What transformers binds a process' device by.
     os.environ["LOCAL_RANK"] = str(rank)
+    threading.Thread(target=_end_with, args=(parent,), name="longspan-first", daemon=True).start()
     try:
         device = _join(rank, world, store, timeout_seconds)
         with lost_ranks("computing"):
@@ -184,10 +186,17 @@ def _peer(
         is_loss = isinstance(error, RunError) and isinstance(error.__cause__, RuntimeError)
         is_loss = is_loss and not isinstance(error.__cause__, torch.OutOfMemoryError)
         message = str(error) if isinstance(error, LongspanError) else f"{type(error).__name__}: {error}"
-        parent.send((is_loss, message))
-        parent.close()
+        with contextlib.suppress(OSError):  # the first process may be gone
+            parent.send((is_loss, message))
         sys.stderr.flush()
         # At once, so that others that wait for this rank are told by their connections; not through the
         # clean-up of NCCL, which may wait for them.
         os._exit(RunError.exit_code)
     dist.destroy_process_group()
+
+
+def _end_with(parent: Connection) -> None:
+    """End this process when the first one is gone; in a collective it might wait for that for a long time."""
+    with contextlib.suppress(OSError, EOFError):
+        parent.recv()  # nothing is ever sent
+    os._exit(RunError.exit_code)
