@@ -74,24 +74,6 @@ def draw_facts(rng: np.random.Generator, keys: Sequence[str], count: int, *, dig
     return [Fact(keys[index], value) for index, value in zip(chosen, values)]
 
 
-def insert_at_sentence(text: str, sentence: str, depth: float) -> tuple[str, int, int]:
-    """Put `sentence` on a line of its own at the line or sentence border nearest to `depth` (0 start, 1 end).
-
-    Returns the new text and the character span of the sentence in it.
-
-    Raises:
-        ArgumentError: `depth` is outside 0..1.
-    """
-    if not 0.0 <= depth <= 1.0:
-        raise ArgumentError("a depth lies between 0 and 1", found=depth)
-    at = nearest_border(text, round(depth * len(text)))
-    before, after = text[:at], text[at:]
-    lead = "" if not before or before.endswith("\n") else "\n"
-    tail = "" if after.startswith("\n") else "\n"
-    start = len(before) + len(lead)
-    return f"{before}{lead}{sentence}{tail}{after}", start, start + len(sentence)
-
-
 def nearest_border(text: str, at: int, *, within: int | None = None) -> int:
     """Return the line or sentence border nearest to character `at`; `at` itself if none is `within` reach.
 

@@ -68,11 +68,6 @@ class Haystack:
         spans = [(document, 0, len(text)) for document, text in enumerate(self._texts)]
         return self._join(spans, num_tokens)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents together; tokenises those that never were."""
-        return sum(len(self._token_ends(document)) for document in range(len(self._texts)))
-
     def _join(
         self, spans: Iterator[tuple[int, int, int]] | list[tuple[int, int, int]], num_tokens: int
     ) -> Window:
