@@ -88,7 +88,7 @@ def test_generation_stops_behind_a_stop_token(twins: Any) -> None:
     free = generate_greedy(twins.ours, prompt, max_new_tokens=5)
     stop = int(free[2])
     first = free.tolist().index(stop)
-    stopped = generate_greedy(twins.ours, prompt, max_new_tokens=5, stop_ids=[stop])
+    stopped = generate_greedy(twins.ours, prompt, max_new_tokens=5, push=lambda token: token == stop)
     assert stopped.tolist() == free[: first + 1].tolist()
     with pytest.raises(ArgumentError, match="empty prompt"):
         generate_greedy(twins.ours, prompt[:0], max_new_tokens=5)

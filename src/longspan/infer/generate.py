@@ -6,7 +6,7 @@ carry penalties that forbid a model to repeat what it has read, which is what re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,13 +27,12 @@ def generate_greedy(
     prompt_ids: np.ndarray,
     *,
     max_new_tokens: int,
-    stop_ids: Collection[int] = (),
     push: Callable[[int], object] | None = None,
     batch_tokens: int | None = None,
 ) -> np.ndarray:
     """Return the ids `[at most max_new_tokens]` that greedy decoding puts after a prompt `[tokens]`.
 
-    A token of `stop_ids` ends the answer and is part of it; so does one for which `push` returns something true.
+    A token for which `push` returns something true ends the answer and is part of it.
     Cost: one pass over the prompt (one for each `batch_tokens` tokens), then one pass of a single token per
     generated token; the cache holds the keys and values of all tokens.
 
@@ -58,6 +57,6 @@ def generate_greedy(
                 raise NotFiniteError(NOT_FINITE)
             input_1T = logits_11V[:, -1].argmax(dim=-1, keepdim=True)
             generated.append(int(input_1T))
-            if generated[-1] in stop_ids or (push is not None and push(generated[-1])):
+            if push is not None and push(generated[-1]):
                 break
     return np.array(generated, dtype=np.int64)
