@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,48 @@ def test_infinitebench_and_babilong_are_read_as_released(tmp_path, offline):
     (folder / "qa1.json").write_text(json.dumps([row]))
     task = load_tasks(["babilong_qa1"], data_root=tmp_path, max_seq_lengths="4k")["babilong_qa1"]
     assert task.process_results(task.eval_docs[0], ["At Home"]) == {"acc": 1.0}
+
+
+@needs_lm_eval
+@ALLOW
+def test_longbench_is_read_as_released(tmp_path, offline):
+    """Version 1 has a file for each set, also in a folder data/; version 2 a folder for each."""
+    for name in ("jieba", "rouge", "fuzzywuzzy"):
+        pytest.importorskip(name, reason=f"lm-eval's LongBench needs {name}: pip install 'longspan[harness]'")
+    from longspan.eval.harness_data import load_tasks
+
+    rows = [{"context": "Ada wrote it.", "input": "Who?", "question": "Who?", "answers": ["Ada"]}]
+    folder = tmp_path / "longbench" / "data"
+    folder.mkdir(parents=True)
+    (folder / "qasper.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    task = load_tasks(["longbench_qasper"], data_root=tmp_path)["longbench_qasper"]
+    assert task.process_results(task.eval_docs[0], [" Ada."])["qa_f1_score"] == 1.0
+    assert "Article: Ada wrote it." in task.doc_to_text(task.eval_docs[0])
+    row = {"context": "A table.", "question": "Which?", "choices": list("wxyz"), "answer": "B"}
+    folder = tmp_path / "longbench-v2" / "table_qa"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    task = load_tasks(["longbench2_table"], data_root=tmp_path)["longbench2_table"]
+    assert task.doc_to_choice(task.eval_docs[0]) == ["A", "B", "C", "D"]
+    with pytest.raises(DataError, match="longbench_lcc is not there"):
+        load_tasks(["longbench"], data_root=tmp_path)
+
+
+@pytest.mark.slow
+@needs_lm_eval
+def test_without_network_and_data_there_is_one_message(tmp_path):
+    """No traceback, no waiting for a hub that is not there."""
+    code = (
+        "from longspan.eval.harness_data import load_tasks\n"
+        "try:\n    load_tasks(['mmlu_anatomy'], data_root=None)\n"
+        "except Exception as error:\n    print(type(error).__name__, error)"
+    )
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=settings
+    )
+    assert done.stdout.startswith("DataError the data of mmlu_anatomy could not be loaded"), done.stderr
+    assert "--data-root" in done.stdout
 
 
 @needs_lm_eval

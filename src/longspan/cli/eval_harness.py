@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,6 +117,8 @@ def _lm_eval(
     from longspan.core.optional import require
 
     require("lm_eval", extra="harness", feature=f"the task {name} of lm-eval")
+    # It remarks on every task that is loaded; what goes wrong is raised.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from longspan.eval.harness import run_harness
     from longspan.eval.harness_data import load_tasks
 

@@ -63,6 +63,7 @@ def load_tasks(
     Raises:
         ArgumentError: no such task.
         DataError: data that is not there; the message says which files are looked for.
+            Or data that could not be fetched.
         MissingDependencyError: a package that the family's own scoring needs.
     """
     manager = _manager(names, include_path)
@@ -84,6 +85,14 @@ def load_tasks(
             f"{', '.join(names)} of lm-eval needs further packages",
             found=str(error).splitlines()[0],
             fix="pip install 'longspan[harness]'",
+        ) from None
+    except (
+        OSError
+    ) as error:  # what `datasets` raises without a network, and for data sets that it does not find
+        raise DataError(
+            f"the data of {', '.join(names)} could not be loaded",
+            found=str(error).splitlines()[0],
+            fix="put the files into a folder and name it with --data-root",
         ) from None
 
 
