@@ -116,6 +116,11 @@ def follow(device: torch.device, build: Build, spec: Any) -> None:
                 pass
 
 
+def is_first_rank() -> bool:
+    """Return whether this process is the one that is asked, be it alone or not."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 class Leader:
     """The first rank, which is asked for all; see `join_ranks`."""
 

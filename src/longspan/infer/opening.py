@@ -24,7 +24,7 @@ from longspan.api import Budget, Limits
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
-from longspan.infer.distributed import TIMEOUT_SECONDS, Member, join_ranks
+from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer
@@ -195,7 +195,8 @@ def _build(device: torch.device, settings: _Settings) -> Member:
     )
     model = load_source(settings.source, device=device, tp=settings.tp)
     shared: dict[str, Any] = {
-        "identity": identify(model, settings.source),
+        # Reading all weights for their hash takes its time: only the first rank is asked who it is.
+        "identity": identify(model, settings.source) if is_first_rank() else {},
         "max_length": settings.max_length,
         "batch_tokens": settings.batch_tokens,
     }
