@@ -17,9 +17,9 @@ def model_identity(
 ) -> dict[str, Any]:
     """Return path, fingerprint and RoPE of a model loaded from the folder or hub name `path`.
 
-    The fingerprint covers the bytes of the weight files (a hub name is taken at its word), those of an adapter's base
-    by the fingerprint that it keeps, and the frequencies that the model really uses, so the same weights with another RoPE are another model. `shown_as` replaces
-    the path in the record.
+    The fingerprint covers the bytes of the weight files (a hub name is taken at its word), those of an adapter's
+    base by the fingerprint that it keeps, and the frequencies that the model really uses, so the same weights with
+    another RoPE are another model. `shown_as` replaces the path in the record.
     """
     weights = sorted(Path(path).glob("*.safetensors"))
     parts = [sha256_file(file) for file in weights] or [str(path)]
