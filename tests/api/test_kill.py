@@ -176,7 +176,7 @@ def test_ten_thousand_requests_to_an_unreliable_server(tmp_path, capsys):
             f" memory {memory[0]:.1f} -> {memory[-1]:.1f} MiB over {len(memory) * 500:,} answers"
         )
     timeouts = script.kinds["timeout"]
-    assert busiest <= 1.01 * rpm, "arrival times jitter; what is sent is strictly within the limit"
+    assert busiest <= rpm and 30 * busiest <= tpm
     assert used >= 0.9
     assert repeated <= 2 * concurrency + timeouts
     assert len(memory) >= 3 and memory[-1] - memory[0] <= 8

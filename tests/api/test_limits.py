@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.api.limits import Bucket, Limits, Throttle
+from longspan.api.limits import Bucket, Limits, Throttle, usable
 from tests.api.made_clock import MadeClock
 
 
@@ -106,6 +106,24 @@ def test_a_pause_holds_everybody_and_the_longest_counts():
         return [(await throttle.acquire(1)).waited for _ in range(3)]
 
     assert asyncio.run(three()) == pytest.approx([5, 0, 0])
+
+
+@pytest.mark.parametrize(("limit", "used"), [(1, 1), (99, 99), (100, 99), (6000, 5940)])
+def test_a_hundredth_of_a_large_limit_is_left(limit, used):
+    """Delays on the way can move requests from one minute of the server's into the next."""
+    clock = MadeClock()
+
+    async def times() -> list[float]:
+        throttle = Throttle(Limits(requests_per_minute=limit), clock)
+        found = []
+        while not found or found[-1] < 1060:
+            await throttle.acquire(1)
+            found.append(clock.now())
+        return found
+
+    found = asyncio.run(times())
+    assert usable(limit) == used
+    assert used - 1 <= sum(time < 1060 for time in found) <= used + 1
 
 
 def test_tickets_are_handed_out_in_order():

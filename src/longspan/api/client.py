@@ -29,7 +29,7 @@ from longspan.api.cache import AnswerCache, request_key
 from longspan.api.clock import Clock
 from longspan.api.endpoint import Endpoint
 from longspan.api.failures import Retry
-from longspan.api.limits import Limits, Throttle
+from longspan.api.limits import Limits, Throttle, usable
 from longspan.api.messages import ChatRequest, ChatResult, Reading, Usage, estimate_tokens
 from longspan.api.openai_protocol import ChatProtocol, CompletionsProtocol
 from longspan.api.protocol import WireProtocol
@@ -251,8 +251,11 @@ class Client:
                 f"the endpoint's window is {window:,}"
             )
             return ChatResult("", error="too long", detail=detail)
-        if per_minute is not None and tokens > per_minute:
-            detail = f"it may take {tokens:,} tokens, and tokens_per_minute allows {per_minute:,}"
+        if per_minute is not None and tokens > usable(per_minute):
+            detail = (
+                f"it may take {tokens:,} tokens; of tokens_per_minute, {per_minute:,}, "
+                f"{usable(per_minute):,} are used"
+            )
             return ChatResult("", error="rejected", detail=detail)
         return None
 

@@ -1,7 +1,8 @@
 """How fast requests may go: so many at once, so many requests and tokens a minute, none during a pause.
 
 A bucket refills continuously and never holds more than a second's worth, so requests are spread evenly instead
-of coming in waves; and what was sent in any 60 seconds is added up, so that no minute exceeds the limit.
+of coming in waves; and what was sent in any 60 seconds is added up, so that no minute exceeds the limit. Of limits
+of 100 and more one per cent is left unused, for what the network delays.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class Limits(Config):
     backoff_limit: pydantic.PositiveFloat = 60.0
     max_pause: pydantic.PositiveFloat = 3600.0
     """Longest Retry-After in seconds that is waited for; a longer one ends the job."""
+
+
+def usable(per_minute: int) -> int:
+    """Return how much of a limit is used: requests do not arrive quite as evenly as they are sent."""
+    return per_minute - per_minute // 100
 
 
 class _Sent:
@@ -118,8 +124,8 @@ class Throttle:
         self._turn = asyncio.Lock()
         self._resume = now = clock.now()
         rpm, tpm = limits.requests_per_minute, limits.tokens_per_minute
-        self._requests = Bucket(rpm, now=now, start=1.0) if rpm else None
-        self._tokens = Bucket(tpm, now=now) if tpm else None
+        self._requests = Bucket(usable(rpm), now=now, start=1.0) if rpm else None
+        self._tokens = Bucket(usable(tpm), now=now) if tpm else None
 
     async def acquire(self, tokens: int) -> Ticket:
         """Wait until a request of that many tokens may be sent, and take it from the buckets."""
