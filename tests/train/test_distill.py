@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 
-from longspan.core.errors import ArgumentError
+from longspan.annotate.run import annotate
+from longspan.annotate.spec import AnnotateSpec
+from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.records import read_jsonl
+from longspan.data.annotations import Annotations, TaughtRows
+from longspan.data.loader import PackedRow, RowLoader, TeacherRow
+from longspan.data.packing import PackPlan, PackSpec, plan_packing
+from longspan.data.store import TokenStore
+from longspan.infer.perplexity import token_nll
 from longspan.kernels.distill import TeacherTopK, linear_distillation, reference_linear_distillation
 from longspan.kernels.loss import linear_cross_entropy
+from longspan.models.hf import build_model, hidden_states, lm_head_weight, load_model
+from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.shards import SequenceShards
+from longspan.train.batch import collate, take
+from longspan.train.config import TrainConfig
+from longspan.train.loop_config import DistillConfig
+from longspan.train.objectives import ModelWithLoss, distill
+from longspan.train.recurrent import recurrent_step
+from longspan.train.trainer import train
+from tests.train.conftest import recipe
 
 V, D = 23, 7
 
@@ -168,3 +191,184 @@ def test_refuses(change, settings, message):
     hidden, weight, labels, _ = make_inputs(4, 1)
     with pytest.raises(ArgumentError, match=message):
         linear_distillation(hidden, weight, labels, change(make_teacher(4, 3, 0)), **settings)
+
+
+# What training reads and does.
+
+
+@pytest.fixture(scope="module")
+def taught(data_root, tmp_path_factory):
+    """A teacher that was trained for some steps, a plan of rows of 48 tokens, and what it predicts for them."""
+    root = tmp_path_factory.mktemp("taught")
+    for name in ("plain", "weighted", "tokenizer"):
+        (root / name).symlink_to(data_root / name)
+    store = TokenStore(root / "plain")
+    plan = plan_packing(PackSpec(length=CONTEXT), store.lengths, np.arange(len(store), dtype=np.uint32), 0)
+    plan.save(root / "plan", stores=[root / "plain"])
+    train(TrainConfig.from_dict(lm_recipe(), where="test"), root / "run", data_root=root)
+    shutil.copytree(root / "run" / "stages" / "only", root / "teacher")
+    spec = {"teacher": {"model": str(root / "teacher")}, "data": str(root / "plan"), "k": 8}
+    annotate(AnnotateSpec.from_dict(spec, where="test"), root / "annotations")
+    return root
+
+
+CONTEXT = 48
+
+
+def lm_recipe(**stage: Any) -> dict[str, Any]:
+    values = recipe()
+    only = {
+        **values["stages"][0],
+        "name": "only",
+        "context_length": CONTEXT,
+        "tokens": None,
+        "steps": 40,
+        "batch_tokens": 8 * CONTEXT,
+        "micro_batch_tokens": 3 * CONTEXT,
+        "max_epochs": 100,
+        "streams": {"text": {"rows": "plan"}},
+        **stage,
+    }
+    return {**values, "stages": [{name: value for name, value in only.items() if value is not None}]}
+
+
+def distill_recipe(teacher: str = "annotations", **stage: Any) -> dict[str, Any]:
+    streams = {"text": {"rows": "plan", "teacher": teacher}}
+    return {**lm_recipe(**{"objective": "distill", "streams": streams, **stage}), "seed": 11}
+
+
+def far_loss(model: Any, root: Path) -> float:
+    """Return nats a token in the second half of the context."""
+    loader = RowLoader([TokenStore(root / "plain")], PackPlan.load(root / "plan"))
+    windows = [loader.row(index).input_ids for index in range(12)]
+    losses = token_nll(model, windows, batch_tokens=1024)
+    return float(np.mean([nll[CONTEXT // 2 :].mean() for nll in losses]))
+
+
+def test_a_student_learns_from_a_teacher(taught, tmp_path):
+    """From a trained teacher through its annotations to a student: the divergence falls, and so does the loss of
+    tokens in the second half of the context."""
+    config = TrainConfig.from_dict(distill_recipe(distill={"weight": 0.9, "temperature": 1.5}), where="test")
+    result = train(config, tmp_path / "run", data_root=taught)
+    steps = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert len(steps) == 40 and all(step["kl"] is not None for step in steps)
+    first, last = (np.mean([step["kl"] for step in part]) for part in (steps[:3], steps[-3:]))
+    assert last < 0.3 * first
+    start = build_model(config.model.hf_config, seed=config.seed, rope=config.stages[0].rope)
+    assert far_loss(load_model(result.models["only"]), taught) < 0.7 * far_loss(start, taught)
+
+
+def test_share_nought_trains_as_lm(taught, tmp_path):
+    """The same losses as without a teacher: rows, weights and the sum over a step are untouched."""
+    losses = []
+    for name, values in (
+        ("lm", {**lm_recipe(steps=4), "seed": 11}),
+        ("distill", distill_recipe(steps=4, distill={"weight": 0.0})),
+    ):
+        train(TrainConfig.from_dict(values, where="test"), tmp_path / name, data_root=taught)
+        losses.append([step["loss"] for step in read_jsonl(tmp_path / name / "metrics.jsonl")])
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def rows_of(taught: Path, count: int = 4) -> list[PackedRow]:
+    store = TokenStore(taught / "plain")
+    loader = RowLoader([store], PackPlan.load(taught / "plan"))
+    rows = TaughtRows(loader, [Annotations(taught / "annotations")], stores=[store])
+    return [rows.row(index) for index in range(count)]
+
+
+def test_the_loss_of_a_step_does_not_depend_on_micro_batches(taught):
+    """Rows with fewer words than others, and one without a teacher, in any grouping."""
+    rows = rows_of(taught)
+    rows[1] = rows[1]._replace(teacher=None)
+    rows[2] = rows[2]._replace(teacher=TeacherRow(*(c[:, :3] if c.ndim == 2 else c for c in rows[2].teacher)))
+    model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=0.7))
+    whole = model(collate(rows))
+    parts = [model(collate(rows[start:end])) for start, end in ((0, 1), (1, 2), (2, 4))]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    apart = [torch.zeros(CONTEXT) if part.per_token_kl is None else part.per_token_kl for part in parts]
+    torch.testing.assert_close(torch.cat(apart), whole.per_token_kl)
+
+
+def test_ranks_that_share_a_row_read_their_own_columns(taught):
+    """Labels and teacher taken by other indices would pair a token with the prediction after another."""
+    rows = rows_of(taught, 2)
+    whole = collate(rows)
+    model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=1.0))
+    with torch.no_grad():
+        wanted = model(whole)
+        head = lm_head_weight(model.model)
+        hidden = hidden_states(model.model, whole.input_ids, whole.documents)
+        total, kl = 0.0, torch.zeros(len(whole.labels) + 8)
+        for layout in ("zigzag", "striped"):
+            shards = SequenceShards(layout, whole.documents.cu_seqlens, 3)
+            for rank in range(3):
+                # Only `indices` and `take` of the table are asked for, so no other process is needed.
+                table = ShardedDocuments.__new__(ShardedDocuments)
+                table.shards, table.schedule = shards, SimpleNamespace(rank=rank)
+                part = take(whole, table, device="cpu")
+                found = distill(part, table.take(hidden, padding=0.0), head, DistillConfig(weight=1.0))
+                total += float(found.loss) / 2
+                kl[torch.from_numpy(table.indices)] = found.per_token_kl
+            torch.testing.assert_close(kl[: len(whole.labels)], wanted.per_token_kl)
+    assert total == pytest.approx(float(wanted.loss), rel=1e-5)
+
+
+def test_chunks_of_a_row_have_the_same_gradient(taught):
+    """memory.chunk_tokens walks rows in pieces: each has its own part of the teacher's columns."""
+    batch = collate(rows_of(taught, 2))
+    grads, losses = [], []
+    for chunk in (None, 20):
+        model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=0.5))
+        if chunk is None:
+            result = model(batch)
+            (result.loss / 7).backward()
+        else:
+            result = recurrent_step(model, batch, chunk_tokens=chunk, weight=7.0)
+        losses.append((result.loss.detach(), result.per_token_nll, result.per_token_kl))
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip((*losses[0], *grads[0]), (*losses[1], *grads[1])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_store_annotated_by_document(taught, tmp_path):
+    """A stream that is planned by the recipe takes annotations of the store's documents."""
+    spec = {
+        "teacher": {"model": str(taught / "teacher"), "context": 512},
+        "data": str(taught / "plain"),
+        "k": 5,
+    }
+    annotate(AnnotateSpec.from_dict(spec, where="test"), taught / "by-document")
+    streams = {"text": {"store": "plain", "teacher": "by-document"}}
+    config = TrainConfig.from_dict(distill_recipe(steps=2, streams=streams), where="test")
+    train(config, tmp_path / "run", data_root=taught)
+    assert all(step["kl"] > 0 for step in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"streams": {"text": {"rows": "plan"}}}, "needs the teacher of every stream"),
+        ({"objective": "lm"}, "has no effect with objective lm"),
+        (
+            {"objective": "lm", "streams": {"text": {"rows": "plan"}}, "distill": {"weight": 1}},
+            "has no effect",
+        ),
+        ({"distill": {"weight": 2}}, "distill.weight"),
+        (
+            {"streams": {"text": {"records": ["a.jsonl"], "teacher": "annotations"}}},
+            "make a store of the records",
+        ),
+    ],
+)
+def test_refuses_a_recipe(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(distill_recipe(**stage), where="test")
+
+
+def test_refuses_annotations_of_other_rows(taught, tmp_path):
+    streams = {"text": {"store": "weighted", "teacher": "annotations"}}
+    config = TrainConfig.from_dict(distill_recipe(streams=streams), where="test")
+    with pytest.raises(DataError, match="annotated for other rows"):
+        train(config, tmp_path / "run", data_root=taught)
+    assert not (tmp_path / "run").exists()

@@ -118,7 +118,7 @@ def reference_linear_distillation(
         there = log_p > -torch.inf
         kl.append(temperature**2 * (log_p[there].exp() * (log_p[there] - log_s[there])).sum())
     kl_t = torch.stack(kl).masked_fill(labels == IGNORE_LABEL, 0.0)
-    a_t = torch.where(teacher.logprobs[:, 0] > -torch.inf, distill_weight, 0.0).to(dtype)
+    a_t = torch.full_like(nll, distill_weight).masked_fill(teacher.logprobs[:, 0] == -torch.inf, 0.0)
     loss = a_t * kl_t + (1 - a_t) * nll
     if loss_weights is not None:
         loss = (loss * loss_weights.to(dtype)).masked_fill(labels == IGNORE_LABEL, 0.0)
@@ -133,6 +133,8 @@ class _Known(NamedTuple):
     logprobs_ck: torch.Tensor
     tail_c: torch.Tensor
     absent_ck: torch.Tensor
+    nobody_c: torch.Tensor
+    """Whether the token has no teacher."""
     weight_c: torch.Tensor
     """Share of the divergence in the loss: 0 for a token without a teacher."""
 
@@ -150,7 +152,7 @@ class _Known(NamedTuple):
         absent_ck = logprobs_ck == -torch.inf
         ids_ck = torch.where(absent_ck, ids_ck[:, :1], ids_ck)
         weight_c = torch.full_like(tail_c, distill_weight).masked_fill(nobody_c, 0.0)
-        return cls(ids_ck, logprobs_ck, tail_c, absent_ck, weight_c)
+        return cls(ids_ck, logprobs_ck, tail_c, absent_ck, nobody_c, weight_c)
 
 
 def _to_gradient(
@@ -191,7 +193,7 @@ def _to_gradient(
     p = log_p.exp()
     terms = p * (log_p - log_s)
     kl_c = temperature**2 * terms.masked_fill_(log_p == -torch.inf, 0.0).sum(1)
-    kl_c.masked_fill_(a_c == 0, 0.0)
+    kl_c.masked_fill_(known.nobody_c, 0.0)
     losses = TokenLosses(a_c * kl_c + (1 - a_c) * nll_c, nll_c, kl_c)
     if wanted:
         factor_c = torch.ones_like(sum_c) if factor_c is None else factor_c

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from longspan.data.loader import PackedRow
+from longspan.kernels.distill import TeacherTopK
 from longspan.models.documents import Documents
 from longspan.parallel.documents import ShardedDocuments
 
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
     documents: Documents | ShardedDocuments
     lengths: torch.Tensor | None = None
     """int64 [N], tokens that the token's document has in its row; None: they are not asked for."""
+    teacher: TeacherTopK | None = None
+    """What a teacher predicts after each token, ids int32 [N, K]; None where no row has one."""
 
 
 def total_weight(rows: Sequence[PackedRow]) -> float:
@@ -83,6 +86,7 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
         source_names=tuple(names),
         documents=documents,
         lengths=torch.from_numpy(np.repeat(np.diff(cu_seqlens), np.diff(cu_seqlens))).to(device),
+        teacher=_teacher(rows, device),
     )
 
 
@@ -98,6 +102,14 @@ def take(batch: Batch, documents: ShardedDocuments, *, device: torch.device | st
         source_names=batch.source_names,
         documents=documents,
         lengths=None if batch.lengths is None else documents.take(batch.lengths, padding=1).to(device),
+        # Padding, like every token without a label, needs no teacher.
+        teacher=None
+        if batch.teacher is None
+        else TeacherTopK(
+            documents.take(batch.teacher.ids, padding=0).to(device),
+            documents.take(batch.teacher.logprobs, padding=-float("inf")).to(device),
+            documents.take(batch.teacher.tail, padding=0).to(device),
+        ),
     )
 
 
@@ -112,6 +124,25 @@ def _positions(rows: Sequence[PackedRow], documents: Documents, device: torch.de
             counted[start:end] = row.positions
         start = end
     return torch.from_numpy(counted).to(device)
+
+
+def _teacher(rows: Sequence[PackedRow], device: torch.device | str) -> TeacherTopK | None:
+    """Lay the teacher's predictions end to end, as wide as the widest row's; a row without any has none of it."""
+    width = max((row.teacher.ids.shape[1] for row in rows if row.teacher is not None), default=0)
+    if not width:
+        return None
+    total = sum(len(row.input_ids) for row in rows)
+    ids, tail = np.zeros((total, width), np.int32), np.zeros(total, np.float32)
+    logprobs = np.full((total, width), -np.inf, np.float32)
+    start = 0
+    for row in rows:
+        end = start + len(row.input_ids)
+        if row.teacher is not None:
+            known = row.teacher.ids.shape[1]
+            ids[start:end, :known], logprobs[start:end, :known] = row.teacher.ids, row.teacher.logprobs
+            tail[start:end] = row.teacher.tail
+        start = end
+    return TeacherTopK(*(torch.from_numpy(column).to(device) for column in (ids, logprobs, tail)))
 
 
 def _label_weights(rows: Sequence[PackedRow], last: np.ndarray) -> np.ndarray | None:

@@ -25,7 +25,13 @@ from longspan.data.lengths import Length, TokenBudget
 from longspan.data.mixture import MixtureSpec
 from longspan.models.lora_config import LoraConfig
 from longspan.parallel.layout import Layout
-from longspan.train.loop_config import InitConfig, RuntimeConfig, TrackingConfig, ValidationConfig
+from longspan.train.loop_config import (
+    DistillConfig,
+    InitConfig,
+    RuntimeConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
 
 
 class ModelConfig(Config):
@@ -110,6 +116,9 @@ class StreamConfig(Config):
     first time. `F[5000]` draws so many records, `F[:5000]` takes the first; `long-llm:` is `data_root`."""
     rows: str | None = None
     """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines with `source` spans)."""
+    teacher: str | tuple[str, ...] | None = None
+    """For `objective: distill`: annotations by `longspan annotate topk` of `rows`, or of each `store`, relative to
+    `data_root`."""
     chat_template: str | None = None
     """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
     mixture: MixtureSpec = MixtureSpec(mode="none")
@@ -137,6 +146,10 @@ class StreamConfig(Config):
         changed = [name for name in planning if getattr(self, name) != type(self).model_fields[name].default]
         if self.rows is not None and changed:
             raise ValueError(f"{', '.join(changed)} has no effect on rows that are packed already")
+        if self.records is not None and self.teacher is not None:
+            raise ValueError(
+                "a teacher annotates rows or a store: make a store of the records with `longspan data tokenize`"
+            )
         if self.records is None and self.chat_template is not None:
             raise ValueError("chat_template has an effect on records only: a store is tokenized already")
         return self
@@ -179,9 +192,11 @@ class StageConfig(Config):
     beyond are then new to the model."""
     pose: PoseConfig | None = None
     """Positions are skipped, so that short rows reach far ones. None: positions count on."""
-    objective: Literal["lm", "sft"] = "lm"
+    objective: Literal["lm", "sft", "distill"] = "lm"
     """lm: every token, by the loss weights where the data has some. sft: what the assistant wrote; a stream without
-    masks is refused."""
+    masks is refused. distill: lm mixed with a teacher's predictions; every stream names its `teacher`."""
+    distill: DistillConfig | None = None
+    """Of `objective: distill`. None: its defaults."""
     optimizer_state: Literal["fresh", "carry"] = "fresh"
     """Whether the moments of the stage before are kept."""
     max_epochs: int = pydantic.Field(1, ge=1)
@@ -211,6 +226,21 @@ class StageConfig(Config):
             raise ValueError("the weight of a stream has no effect with shares: rows")
         if self.epochs is not None and self.max_epochs != 1:
             raise ValueError("max_epochs has no effect on a stage that says its epochs")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _teachers_are_asked(self) -> Self:
+        taught = [name for name, stream in self.streams.items() if stream.teacher is not None]
+        alone = sorted(self.streams.keys() - set(taught))
+        if self.objective == "distill" and alone:
+            raise ValueError(
+                f"objective distill needs the teacher of every stream; none of {', '.join(alone)}"
+            )
+        if self.objective != "distill" and (taught or self.distill is not None):
+            found = ", ".join(
+                [*(f"streams.{name}.teacher" for name in taught), *(["distill"] if self.distill else [])]
+            )
+            raise ValueError(f"{found} has no effect with objective {self.objective}: set it to distill")
         return self
 
     @pydantic.model_validator(mode="after")

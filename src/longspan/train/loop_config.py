@@ -1,4 +1,4 @@
-"""Settings of the loop around the steps: where it starts, what it measures, whom it tells, how the machine is used."""
+"""Settings of the loop around the steps: what it learns from and measures, whom it tells, how the machine is used."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ class InitConfig(Config):
         if not (self.weights or self.optimizer):
             raise ValueError("init_from takes weights, optimizer or both")
         return self
+
+
+class DistillConfig(Config):
+    """How a stage of `objective: distill` learns from the annotations of its streams (kernels/distill.py)."""
+
+    weight: float = pydantic.Field(0.5, ge=0, le=1)
+    """Share of the divergence from the teacher in the loss; the rest is the cross-entropy of the next token."""
+    temperature: float = pydantic.Field(1.0, gt=0)
+    """Flattens both distributions before they are compared; the divergence is scaled by its square."""
 
 
 class ValidationConfig(Config):

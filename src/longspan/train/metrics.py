@@ -27,9 +27,16 @@ class LossBreakdown:
         self._by_source: dict[str, tuple[float, int]] = {}
         self._by_position: dict[int, tuple[float, int]] = {}
         self._by_length: dict[int, tuple[float, int]] = {}
+        self._kl: dict[str, tuple[float, int]] = {}
 
-    def add(self, batch: Batch, nll: torch.Tensor) -> None:
-        """Count a micro-batch; `nll` fp32 [N] is unweighted, tokens without label do not count."""
+    def add(self, batch: Batch, nll: torch.Tensor, kl: torch.Tensor | None = None) -> None:
+        """Count a micro-batch; `nll` fp32 [N] is unweighted, tokens without label do not count.
+
+        `kl` fp32 [N]: divergence from a teacher; tokens without one do not count in its mean.
+        """
+        if kl is not None and batch.teacher is not None:
+            taught = (batch.labels != IGNORE) & (batch.teacher.logprobs[:, 0] > -torch.inf)
+            _add(self._kl, {"kl": (float(kl[taught].double().sum()), int(taught.sum()))})
         labelled = batch.labels != IGNORE
         values = nll[labelled].double()
         self._count(self._by_source, batch.sources[labelled], values, list(batch.source_names))
@@ -57,6 +64,7 @@ class LossBreakdown:
         _add(self._by_source, other._by_source)
         _add(self._by_position, other._by_position)
         _add(self._by_length, other._by_length)
+        _add(self._kl, other._kl)
 
     def by_source(self) -> dict[str, float]:
         """Return the mean loss of each source, in nats a token."""
@@ -69,6 +77,11 @@ class LossBreakdown:
     def by_length(self) -> dict[str, float]:
         """Return the mean loss of each bucket of document lengths, as cut in the row, keyed `start-end`."""
         return _means(self._by_length)
+
+    def kl(self) -> float | None:
+        """Return the mean divergence from the teacher, in nats a token; None where there is none."""
+        total, count = self._kl.get("kl", (0.0, 0))
+        return total / count if count else None
 
     def total(self) -> tuple[float, int]:
         """Return the sum over all labels, in nats, and their number."""

@@ -11,10 +11,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from longspan.kernels.distill import linear_distillation
 from longspan.kernels.loss import LossSum, linear_cross_entropy
 from longspan.models.documents import Documents
 from longspan.models.hf import hidden_states, lm_head_weight
 from longspan.train.batch import Batch
+from longspan.train.loop_config import DistillConfig
 
 
 def next_token(batch: Batch, hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> LossSum:
@@ -26,6 +28,25 @@ def next_token(batch: Batch, hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> 
     return linear_cross_entropy(hidden_TD, head_VD, batch.labels, loss_weights=batch.loss_weights)
 
 
+def distill(batch: Batch, hidden_TD: torch.Tensor, head_VD: torch.Tensor, how: DistillConfig) -> LossSum:
+    """Divergence from the batch's teacher, mixed with the cross-entropy of the next token.
+
+    Each token's mix weighs what its label weighs, so a step is divided as in `next_token`. Tokens without a teacher
+    (the frame of a document, rows of another stream) and batches without one (validation) are those of `next_token`.
+    """
+    if batch.teacher is None:
+        return next_token(batch, hidden_TD, head_VD)
+    return linear_distillation(
+        hidden_TD,
+        head_VD,
+        batch.labels,
+        batch.teacher,
+        distill_weight=how.weight,
+        temperature=how.temperature,
+        loss_weights=batch.loss_weights,
+    )
+
+
 class ModelWithLoss(nn.Module):
     """A causal language model whose forward pass ends in its objective.
 
@@ -33,13 +54,18 @@ class ModelWithLoss(nn.Module):
     is called, where the loss needs it, and reduce its gradient with the others'.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, distill: DistillConfig | None = None) -> None:
         super().__init__()
         self.model = model
+        self.distill = distill
+        """How it learns from a teacher; None: `next_token`."""
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss sum of a batch."""
         # A table for a row that is spread over ranks stands in for one of a whole row.
         documents = cast(Documents, batch.documents)
         hidden_TD = hidden_states(self.model, batch.input_ids, documents, position_ids=batch.positions)
-        return next_token(batch, hidden_TD, lm_head_weight(self.model))
+        head_VD = lm_head_weight(self.model)
+        if self.distill is not None:
+            return distill(batch, hidden_TD, head_VD, self.distill)
+        return next_token(batch, hidden_TD, head_VD)

@@ -12,6 +12,7 @@
     adapters       rank 4, alpha as much of it as before
     data           every store, every file of records and every packed folder is made of CPython's own text, with the
                    names of the recipe's sources
+    teachers       none: a stage that distils trains as lm
     machine        one process; fp32; nothing offloaded; MLP tiles and chunks of rows divided like lengths
     beside         no validation, tracking or start from another run
     checkpoints    every 2 steps
@@ -135,6 +136,9 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
         "micro_batch_tokens": min(rows, stage.rows_per_micro_batch) * length,
         "streams": {name: _tiny_stream(stream, rows * length) for name, stream in stage.streams.items()},
     }
+    if stage.objective == "distill":
+        # No teacher can be asked at this scale.
+        changes |= {"objective": "lm", "distill": None}
     if stage.epochs is not None:
         changes["epochs"] = min(1.0, stage.epochs)
     else:
@@ -152,13 +156,13 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
 
 
 def _tiny_stream(stream: StreamConfig, step_tokens: int) -> StreamConfig:
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"teacher": None}
     if stream.rows is None:
         mixture: dict[str, Any] = {"threshold": _limit(stream.mixture.threshold)}
         if stream.mixture.tokens is not None:
             # Some more than the stage reads: sources of small weight round up to whole documents.
             mixture |= {"tokens": 2 * STEPS * step_tokens, "max_repeat": max(4, stream.mixture.max_repeat)}
-        changes = {
+        changes |= {
             "mixture": stream.mixture.model_copy(update=mixture),
             "min_document_tokens": stream.min_document_tokens and _limit(stream.min_document_tokens),
         }

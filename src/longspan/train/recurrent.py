@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longspan.core.errors import ArgumentError
+from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL, LossSum
 from longspan.models.documents import Documents
 from longspan.models.recurrent import ChunkedRow, whole_row_rope
@@ -75,10 +76,25 @@ def recurrent_step(
                 result = root(_part(batch, row, index, first_walk=False))
             (result.loss / weight).backward()
             row.release(index)
-            losses.append(LossSum(result.loss.detach(), result.per_token_nll))
-    total = sum(loss.double() for loss, _ in losses)
+            losses.append(result._replace(loss=result.loss.detach()))
+    losses.reverse()
+    total = sum(each.loss.double() for each in losses)
     return LossSum(
-        cast(torch.Tensor, total).to(losses[0].loss.dtype), torch.cat([nll for _, nll in reversed(losses)])
+        cast(torch.Tensor, total).to(losses[0].loss.dtype),
+        torch.cat([each.per_token_nll for each in losses]),
+        _divergence(losses),
+    )
+
+
+def _divergence(losses: list[LossSum]) -> torch.Tensor | None:
+    """Return the divergences of all chunks; a chunk in which nothing is trained has none."""
+    if all(each.per_token_kl is None for each in losses):
+        return None
+    return torch.cat(
+        [
+            torch.zeros_like(each.per_token_nll) if each.per_token_kl is None else each.per_token_kl
+            for each in losses
+        ]
     )
 
 
@@ -93,6 +109,7 @@ def _part(batch: Batch, row: ChunkedRow, index: int, *, first_walk: bool) -> Bat
         positions=batch.positions[span],
         sources=batch.sources[span],
         lengths=None if batch.lengths is None else batch.lengths[span],
+        teacher=None if batch.teacher is None else TeacherTopK(*(column[span] for column in batch.teacher)),
         # It stands in for a table of whole rows.
         documents=cast(Documents, row.chunk(index, write=first_walk)),
     )

@@ -36,6 +36,8 @@ class StepResult(NamedTuple):
     loss_by_position: dict[str, float]
     loss_by_length: dict[str, float]
     tokens: int
+    kl: float | None = None
+    """Divergence from the teacher, where there is one."""
 
     @classmethod
     def of(
@@ -50,6 +52,7 @@ class StepResult(NamedTuple):
             loss_by_position={} if skipped else breakdown.by_position(),
             loss_by_length={} if skipped else breakdown.by_length(),
             tokens=tokens,
+            kl=None if skipped else breakdown.kl(),
         )
 
 
@@ -126,6 +129,8 @@ class Report:
             "data_wait_s": round(timing.data_wait, 4), "checkpoint_s": round(timing.checkpoint, 4),
             "peak_memory_bytes": peak_memory(self._device), "seconds": round(timing.total, 3),
         }  # fmt: skip
+        if result.kl is not None:
+            record["kl"] = result.kl
         self._metrics.write(record)
         for tracker in self._trackers:
             tracker.write(scalars(record, "train"), step)

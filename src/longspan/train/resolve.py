@@ -122,7 +122,8 @@ def _missing(stage: StageConfig, root: Path) -> list[str]:
     for stream in stage.streams.values():
         stores = (stream.store,) if isinstance(stream.store, str) else stream.store or ()
         records = [parse_records(entry).path.removeprefix(DATA_ROOT_PREFIX) for entry in stream.records or ()]
-        paths += [*stores, *records, *([stream.rows] if stream.rows is not None else [])]
+        teachers = (stream.teacher,) if isinstance(stream.teacher, str) else stream.teacher or ()
+        paths += [*stores, *records, *teachers, *([stream.rows] if stream.rows is not None else [])]
     return [path for path in paths if not (root / path).exists()]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.data.annotations import Annotations, TaughtRows
 from longspan.data.columns import folder_kind
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, RowSource, StreamMixer
@@ -102,6 +103,10 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
             sources[name], behind, mixtures[name] = planned.rows, planned.stores, planned.mixture
             masked, left_out[name] = planned.masked, planned.left_out
         stores += behind
+        if stream.teacher is not None:
+            paths = (stream.teacher,) if isinstance(stream.teacher, str) else stream.teacher
+            annotations = [Annotations(data_root / path) for path in paths]
+            sources[name] = TaughtRows(sources[name], annotations, stores=behind)
         if sources[name].length != stage.context_length:
             raise ConfigError(
                 f"{where} has rows of another length",

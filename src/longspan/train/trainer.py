@@ -42,6 +42,7 @@ from longspan.train.checkpoint import (
 )
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.fit import resolve_memory
+from longspan.train.loop_config import DistillConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -286,6 +287,8 @@ def _ready(run: _Run, stage: StageConfig, state: Checkpoint | None, *, carry: bo
         model = stage_model(config, stage, None, run.root)
     prepare_blocks(model, config)
     trained = spread.shard(model, config.memory, from_first=from_first)
+    if stage.objective == "distill":
+        trained.distill = stage.distill or DistillConfig()
     # Of a model that has values by now, on every process.
     if stage.reach > EXACT_FROM:
         exact_angles(model)
@@ -439,7 +442,7 @@ def train_step(
                 trained, batch, chunk_tokens=chunk_tokens, weight=weight, offload=offload_chunk_cache
             )
         loss_sum += float(result.loss.detach())
-        breakdown.add(batch, result.per_token_nll)
+        breakdown.add(batch, result.per_token_nll, result.per_token_kl)
     if spread is not None:
         loss_sum, breakdown = spread.total(loss_sum, breakdown)
     norm = _clip(model, max_grad_norm) if weight > 0 else 0.0
