@@ -11,18 +11,27 @@ from longspan.eval.scorers import SCORERS, scorer_named
 
 FIELDS = {"all_classes": ["48213", "a day"], "metric": "contains"}
 NEEDS_JIEBA = ("qa_f1_zh", "rouge_l_summary_zh")
-NUMBERS = ("retrieval", "count", "first_number")
+VALUES = {"retrieval", "count", "first_number", "last_number", "first_decimal", "word_found", "name_found"}
+"""Rules for single values; sentences are not their answers."""
+LISTS: dict[str, tuple[list[str], str]] = {
+    "leading_numbers": (["48213", "7"], "48213, 7"),
+    "function_chosen": (["get", "B"], "B"),
+    "letter_chosen": (["Paris", "B"], "B"),
+}
+"""Rules for a list of a certain form, and a perfect answer."""
 HERE = sorted(set(SCORERS) - set(NEEDS_JIEBA))
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_perfect_output_scores_one(name: str) -> None:
     """A scorer whose maximum is below 1 makes perfect models look flawed."""
-    assert SCORERS[name].score("48213", "48213", FIELDS) == 1.0
-    assert SCORERS[name].score(["48213", "48213"], "48213", FIELDS) == 1.0
+    expected, output = LISTS.get(name, (["48213", "48213"], "48213"))
+    assert SCORERS[name].score(expected, output, FIELDS) == 1.0
+    if name not in LISTS:
+        assert SCORERS[name].score("48213", "48213", FIELDS) == 1.0
 
 
-@pytest.mark.parametrize("name", sorted(set(HERE) - set(NUMBERS) - {"classification"}))
+@pytest.mark.parametrize("name", sorted(set(HERE) - VALUES - LISTS.keys() - {"classification"}))
 @settings(max_examples=30, deadline=None)
 @given(words=st.lists(st.text("abcdxyzABC", min_size=1), min_size=1, max_size=8))
 def test_perfect_sentence_scores_one(name: str, words: list[str]) -> None:
@@ -35,14 +44,23 @@ def test_perfect_sentence_scores_one(name: str, words: list[str]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(expected=st.text(max_size=30), output=st.text(max_size=60))
 def test_any_text_scores_between_zero_and_one(name: str, expected: str, output: str) -> None:
-    """Empty outputs, lone surrogates and other scripts come out of models; none may end an evaluation."""
-    assert 0.0 <= SCORERS[name].score(expected, output, FIELDS) <= 1.0
+    """Empty outputs and other scripts come out of models; none may end an evaluation."""
+    if name == "first_decimal":
+        expected = "3.5"
+    wanted = LISTS[name][0] if name in LISTS else expected
+    assert 0.0 <= SCORERS[name].score(wanted, output, FIELDS) <= 1.0
 
 
 @pytest.mark.parametrize("name", HERE)
 def test_wrong_output_scores_zero(name: str) -> None:
     """A scorer that gives points for anything hides a model that finds nothing."""
-    assert SCORERS[name].score("48213", "zzz", FIELDS) == 0.0
+    assert SCORERS[name].score(LISTS.get(name, (["48213"], ""))[0], "zzz", FIELDS) == 0.0
+
+
+def test_answers_of_another_kind_are_named() -> None:
+    """Scoring recorded sentences by a rule for numbers is a mistake, not a crash."""
+    with pytest.raises(ArgumentError, match="first_decimal is not for answers like these"):
+        scorer_named("first_decimal").score("in London", "3")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ def fit_units(
     start: float,
     tokens_per_unit: float,
     least: int = 1,
-    most: int | None = None,
 ) -> Fitted[T]:
     """Return what `make` gives for about the largest number of units that fits.
 
@@ -43,12 +42,12 @@ def fit_units(
         slack: tokens that may be left unused; where units are larger than that, one unit less than too many
             is taken whatever it leaves.
         start: a guess of the units.
-        least, most: bounds of the units.
+        least: units without which there is no prompt.
 
     Raises:
-        DataError: not even the least fits; or `most` units leave more unused than the slack.
+        DataError: not even the least fits.
     """
-    ceiling = most  # the most units that are not known to be too many
+    ceiling: int | None = None  # the most units that are not known to be too many
     best: Fitted[T] | None = None
     units, slope = max(least, int(start)), tokens_per_unit
     before: tuple[int, int] | None = None
@@ -73,10 +72,4 @@ def fit_units(
         units = max(floor, units)
     if best is None:
         raise DataError(f"the text could not be cut to {budget} tokens", found=f"{tokens} tokens")
-    if best.units == most and budget - best.tokens > slack:
-        raise DataError(
-            f"the material is too little for {budget} tokens",
-            found=f"{best.tokens} tokens with all of it",
-            fix="give more text, or leave out the longest lengths",
-        )
     return best

@@ -44,13 +44,19 @@ class Scorer:
         `by_metric`: `metric` and, if given, `postprocess`).
 
         Raises:
-            ArgumentError: nothing is expected, or a field that the rule needs is missing.
+            ArgumentError: nothing is expected, what is expected is not of the rule's kind (no number, say), or
+                a field that the rule needs is missing.
             MissingDependencyError: the rule needs a package that is not installed.
         """
         several = [expected] if isinstance(expected, str) else list(expected)
         if not several:
             raise ArgumentError(f"scorer {self.name}: no expected answer is given")
-        return self.rule(several, output, fields)
+        try:
+            return self.rule(several, output, fields)
+        except ValueError as error:
+            raise ArgumentError(
+                f"scorer {self.name} is not for answers like these", found=f"{several[:4]} ({error})"
+            ) from None
 
 
 def _best(metric: Callable[[str, str], float]) -> Rule:

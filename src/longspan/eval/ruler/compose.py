@@ -155,18 +155,16 @@ def frequent_words(generator: np.random.Generator, units: int, length: int) -> D
 def question_answering(data: QaData, sample: int, generator: np.random.Generator, units: int) -> Draft:
     """Compose question number `sample` with so many documents: those it needs, and others.
 
-    Others of the same article come first, then any.
+    Others of the same article come first, then any; where there are too few they come again.
     """
     if sample >= len(data.questions):
         raise DataError(f"the QA data has no question {sample}", found=f"{len(data.questions)} questions")
     question = data.questions[sample]
-    chosen = distractors(data, sample, generator)[:units]
-    if len(chosen) < units:
-        raise DataError("the QA data has too few documents", found=len(data.documents), allowed=f">= {units}")
-    order = generator.permutation(len(chosen))
+    order = distractors(data, sample, generator)
+    chosen = [order[place % len(order)] for place in range(max(units, len(question.needed)))]
     parts = [
         f"Document {number}:\n{data.documents[chosen[index]]}"
-        for number, index in enumerate(order.tolist(), 1)
+        for number, index in enumerate(generator.permutation(len(chosen)).tolist(), 1)
     ]
     prompt = _QA.format(context="\n\n".join(parts), query=question.text)
     return Draft(prompt, _QA_ANSWER, list(question.answers), question.text)

@@ -228,7 +228,6 @@ class Ruler:
                 start=start,
                 tokens_per_unit=per_unit,
                 least=self._least(subtask),
-                most=len(self._qa[subtask.name].documents) if subtask.kind == "qa" else None,
             )
         except DataError as error:
             raise DataError(f"{subtask.name} does not fit {length} tokens", found=error) from None
@@ -275,9 +274,7 @@ class Ruler:
         """Return the units without which there is no sample."""
         if subtask.kind == "niah":
             return subtask.num_keys * subtask.num_values
-        if subtask.kind == "qa":
-            return 1
-        return {"vt": 2, "cwe": compose.COMMON_WORDS + 2, "fwe": 30}[subtask.kind]
+        return {"qa": 1, "vt": 2, "cwe": compose.COMMON_WORDS + 2, "fwe": 30}[subtask.kind]
 
     def _example(self, length: int) -> int:
         """Return the lines of noise in the solved example of variable tracking: 500 tokens, or an eighth."""
@@ -316,7 +313,9 @@ class Ruler:
         tokens = self._document_tokens[subtask.name][order]
         empty = self._form.count(compose.empty_question(data, sample))
         room = length - subtask.answer_tokens - empty - length // 400
-        return float(np.searchsorted(np.cumsum(tokens), room, side="right"))
+        sums = np.cumsum(tokens)
+        rounds, rest = divmod(max(0, room), int(sums[-1]))
+        return float(rounds * len(order) + np.searchsorted(sums, rest, side="right"))
 
 
 def _slack(length: int, tokens_per_unit: float) -> int:
