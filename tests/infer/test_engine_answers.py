@@ -132,6 +132,9 @@ def test_answers_stream_as_they_come() -> None:
     assert_same([answer], in_order(plain("llama").generate([request(ids, max_new_tokens=20)])))
     assert "".join(pieces) == answer.text
     assert len(pieces) > 3
+    again: list[str] = []
+    assert plain("llama").generate_stream(request(ids, max_new_tokens=20), again.append).text == answer.text
+    assert again == pieces
 
 
 @pytest.mark.parametrize("limit", [10_000, 20])

@@ -273,6 +273,10 @@ class ModelHere:
         """Continue each prompt greedily; see `Answerer`."""
         return self.answerer.generate(requests)
 
+    def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
+        """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes."""
+        return self.answerer.generate_stream(request, on_text)
+
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt; see `Answerer`."""
         return self.answerer.score(requests)

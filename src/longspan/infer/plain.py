@@ -6,7 +6,7 @@ The slow twin of what reuses prefixes, by the same names.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.generate import NotFiniteError, generate_greedy
 from longspan.infer.length_rope import fixed_frequencies
+from longspan.infer.memory import memory_errors
 from longspan.infer.requests import NOT_FINITE, Answer, Finish, Request
 from longspan.infer.score import ScoreRequest, score
 
@@ -47,14 +48,20 @@ class PlainAnswerer:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily."""
         for index, request in enumerate(requests):
-            started = time.monotonic()
-            prompt_ids = prompt_of(request)
-            excess = excess_error(request, self.max_length)
-            if excess is not None:
-                yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
-                continue
-            stream = AnswerStream(request, self._tokenizer)
-            try:
+            yield index, self._answer(request, AnswerStream(request, self._tokenizer))
+
+    def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
+        """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes."""
+        return self._answer(request, AnswerStream(request, self._tokenizer, on_text=on_text))
+
+    def _answer(self, request: Request, stream: AnswerStream) -> Answer:
+        started = time.monotonic()
+        prompt_ids = prompt_of(request)
+        excess = excess_error(request, self.max_length)
+        if excess is not None:
+            return Answer("", error=excess, prompt_tokens=len(prompt_ids))
+        try:
+            with memory_errors(self._model.device, doing=f"{len(prompt_ids):,} tokens are continued"):
                 ids = generate_greedy(
                     self._model,
                     prompt_ids,
@@ -62,10 +69,9 @@ class PlainAnswerer:
                     push=stream.push,
                     batch_tokens=self._batch_tokens,
                 )
-            except NotFiniteError:
-                yield index, Answer("", error=NOT_FINITE, prompt_tokens=len(prompt_ids))
-                continue
-            yield index, finished(request, ids, self._tokenizer, seconds=time.monotonic() - started)
+        except NotFiniteError:
+            return Answer("", error=NOT_FINITE, prompt_tokens=len(prompt_ids))
+        return finished(request, ids, self._tokenizer, seconds=time.monotonic() - started)
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt."""
@@ -76,7 +82,10 @@ class PlainAnswerer:
             if excess is not None:
                 yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
                 continue
-            with fixed_frequencies(self._model, len(prompt_ids)):
+            with (
+                fixed_frequencies(self._model, len(prompt_ids)),
+                memory_errors(self._model.device, doing=f"{len(prompt_ids):,} tokens are read"),
+            ):
                 result = score(
                     self._model, [ScoreRequest(prompt_ids, answer_ids)], batch_tokens=self._batch_tokens
                 )[0]
