@@ -163,7 +163,7 @@ class Rag(HelmetSet):
     """Questions on many retrieved passages; two answered questions with three passages each stand first."""
 
     def _open(self) -> None:
-        self._rows, self._demos = self._file("file"), self._file("demo_file")
+        self._rows, self._demos = self._file("file"), self._file("demo_file").load()
         chosen, self._demo_places = (self._popular(rows) for rows in (self._rows, self._demos))
         self._key = "id" if len(self._rows) and "id" in self._rows[0] else "question"
         keys = [self._rows.field(place, self._key) for place in chosen]
@@ -229,7 +229,7 @@ class Icl(HelmetSet):
     def _split(self, folder: str, split: str) -> Rows:
         ends = ("jsonl", "json", "parquet")
         places = [f"{root}{folder}/{split}*.{end}" for root in ("", "icl/") for end in ends]
-        return find_rows(self._root, places, what=f"{self.dataset}/{self.subtask}")
+        return find_rows(self._root, places, what=f"{self.dataset}/{self.subtask}").load()
 
     def _balanced(self, rows: Rows, places: Sequence[int], count: int, seed: int) -> list[int]:
         """Draw `count` rows, every label about as often, in sets that hold each label once."""
@@ -266,11 +266,17 @@ class Icl(HelmetSet):
 class InfiniteQA(HelmetSet):
     """InfiniteBench's questions on novels, free or by choice; answered questions on others stand first."""
 
+    def _open(self) -> None:
+        super()._open()
+        # Each row holds a novel: what examples show of it is read once.
+        self._ids = [row.get("id") for row in self._rows]
+        self._demos = [self._demo(place) for place in range(len(self._rows))]
+
     def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
         values, expected = self._values(place)
-        others = [n for n in range(len(self._rows)) if self._rows[n].get("id") != self._rows[place].get("id")]
+        others = [demo for id_, demo in zip(self._ids, self._demos) if id_ != self._ids[place]]
         shown = [others[number] for number in shuffled(len(others), SEED)[: self._shots]]
-        demos = "\n\n".join(self._demo(each) for each in shown)
+        demos = "\n\n".join(shown)
         if shown:
             demos = f"For example:\n\n{demos}\n\nNow, read the following story:\n\n"
         return {**values, "context": self._rows.field(place, "context"), "demos": demos}, expected

@@ -61,7 +61,7 @@ def run_mmlu(
         DataError: a file is missing or broken.
         ArgumentError: there is no such subject.
     """
-    rows = find_rows(root, ["mmlu/test.json*", "test.json*"], what="mmlu")
+    rows = find_rows(root, ["mmlu/test.json*", "test.json*"], what="mmlu").load()
     examples = _examples(root, num_fewshot)
     header = make_header(
         "harness",
@@ -129,7 +129,9 @@ def _chosen(rows: Rows, subjects: Sequence[str], limit: int | None) -> list[int]
 
 
 def _examples(root: Path, num_fewshot: int) -> Rows | None:
-    return find_rows(root, ["mmlu/dev.json*", "dev.json*"], what="mmlu's examples") if num_fewshot else None
+    if not num_fewshot:
+        return None
+    return find_rows(root, ["mmlu/dev.json*", "dev.json*"], what="mmlu's examples").load()
 
 
 def _shown(examples: Rows | None, count: int) -> dict[str, str]:

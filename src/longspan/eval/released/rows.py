@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from longspan.core.errors import DataError
 
@@ -63,9 +64,15 @@ class Rows(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))
 
+    def load(self) -> Rows:
+        """Read all rows into memory, for small files whose rows are wanted again and again; return this."""
+        if self._rows is None:
+            self._rows = list(self)
+        return self
+
     def size(self, number: int) -> int:
         """Return about how many bytes a row has."""
-        if self._rows is None:
+        if len(self._starts):
             return int(self._starts[number + 1] - self._starts[number])
         return sum(len(str(value)) for value in self[number].values())
 
@@ -89,6 +96,10 @@ class Rows(Sequence[dict[str, Any]]):
         with open(self.path, "rb") as file:
             file.seek(int(self._starts[number]))
             line = file.read(int(self._starts[number + 1] - self._starts[number]))
+        try:
+            return orjson.loads(line)
+        except ValueError:
+            pass  # it may hold NaN or half a surrogate pair, which only Python's own parser reads
         try:
             return json.loads(line)
         except ValueError as error:
