@@ -24,6 +24,7 @@ from longspan.api import Budget, Client, Endpoint, Limits
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from longspan.data.tokenizer import load_tokenizer
 from longspan.infer.generate import generate_greedy
+from longspan.infer.opening import ServerSettings, open_answerer
 from longspan.infer.remote import RemoteAnswerer, open_remote
 from longspan.infer.requests import Request
 from longspan.infer.score import ScoreRequest, score
@@ -55,6 +56,17 @@ def test_answers_belong_to_their_requests():
     assert {index: answer.text for index, answer in answers.items()} == {n: f"to {n}, " for n in range(5)}
     assert (answers[0].finish, answers[0].prompt_tokens, answers[0].completion_tokens) == ("stop", 4, 2)
     assert server.asked[0].body["temperature"] == 0 and server.asked[0].body["max_tokens"] == 3
+
+
+def test_further_fields_of_the_server_settings_are_sent(monkeypatch):
+    """Reasoning models refuse a temperature: a null has to leave it out, and what is added has to arrive."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with serving(lambda asked: chat("8")) as server:
+        settings = ServerSettings.from_dict({"extra": {"temperature": None, "reasoning_effort": "low"}})
+        answerer = open_answerer("openai:m", base_url=server.url, server=settings)
+        assert [answer.text for _, answer in answerer.generate(NUMBERS[:1])] == ["8"]
+        answerer.close()
+    assert "temperature" not in server.asked[0].body and server.asked[0].body["reasoning_effort"] == "low"
 
 
 def test_a_chat_is_sent_to_a_server_that_chats_and_the_text_to_others():

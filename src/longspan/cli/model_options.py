@@ -85,7 +85,7 @@ class ModelOptions(NamedTuple):
         str | None,
         typer.Option(
             help="How the server is asked, as YAML or a YAML file: trained_length, limits (concurrency, "
-            "tokens_per_minute ...), budget, cache, key_variable, api_version."
+            "tokens_per_minute ...), budget, cache, extra, key_variable, api_version."
         ),
     ] = None
 

@@ -16,6 +16,7 @@ from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, PreTrainedModel
@@ -51,6 +52,8 @@ class ServerSettings(Config):
     """Of Azure or Anthropic."""
     cache: str | None = None
     """SQLite file of answers; what stands there is not asked again."""
+    extra: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Further fields of each request; a null leaves one out, `{temperature: null}` for reasoning models say."""
     limits: Limits = Limits()
     budget: Budget = Budget()
 
@@ -153,6 +156,7 @@ def open_answerer(
             limits=how.limits,
             budget=how.budget,
             cache=how.cache,
+            extra=how.extra,
         )
     if base_url is not None or server is not None:
         raise ArgumentError(
