@@ -29,6 +29,8 @@ STORY = (
     ("plan",),
     ("train",),
     ("export",),
+    ("annotate", "topk"),
+    ("annotate", "merge"),
     ("eval", "list"),
     ("eval", "needle"),
     ("eval", "ppl"),
@@ -85,7 +87,7 @@ def test_examples_run_in_turn(longspan, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in STORY:
         for arguments in examples()[path]:
-            if path[0] == "eval" and not (tmp_path / "model").exists():
+            if path[0] in ("annotate", "eval") and not (tmp_path / "model").exists():
                 # A reader has a model; here it is the one that the example of `train` made.
                 shutil.copytree("run/stages/short", "model")
                 shutil.copy("tokenizer/tokenizer.json", "model")

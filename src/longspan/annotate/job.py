@@ -20,7 +20,9 @@ from longspan.annotate.rounding import cut_to_mass, round_masses
 from longspan.annotate.sources import AskedRow, PairSource, Source, check_row, open_source, too_long
 from longspan.annotate.spec import AnnotateSpec, TeacherConfig
 from longspan.core.errors import ArgumentError, DataError
+from longspan.core.files import read_json
 from longspan.data.annotations import (
+    FORMAT,
     AnnotationManifest,
     cepe_columns,
     id_dtype,
@@ -256,6 +258,13 @@ def _is_done(out: Path, wanted: AnnotationManifest) -> bool:
     """Whether `out` holds these annotations. Raises DataError if it holds others."""
     if not (out / MANIFEST).is_file():
         return False
+    content = read_json(out / MANIFEST)
+    if isinstance(content, dict) and content.get("format") != FORMAT:
+        raise DataError(
+            f"{out} already exists and holds something else",
+            found=content.get("format"),
+            fix="choose another --out",
+        )
     found = read_annotation_manifest(out)
     ours = {**wanted.identity, "first": wanted.first, "rows": wanted.rows}
     theirs = {**found.identity, "first": found.first, "rows": found.rows}

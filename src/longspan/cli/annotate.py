@@ -32,9 +32,10 @@ app = typer.Typer(
 )
 
 TOPK_EXAMPLE = example(
-    "longspan annotate topk --model model --data rows --k 8 --mass 0.99 --dry-run",
-    "longspan annotate topk --model model --data rows --k 8 --num-shards 2 --shard 0 --out taught",
-    "longspan annotate topk --model model --data rows --k 8 --num-shards 2 --shard 1 --out taught",
+    "longspan data pack store --length 128 --out student-rows",
+    "longspan annotate topk --model model --data student-rows --k 8 --mass 0.99 --dry-run",
+    "longspan annotate topk --model model --data student-rows --k 8 --num-shards 2 --shard 0 --out taught",
+    "longspan annotate topk --model model --data student-rows --k 8 --num-shards 2 --shard 1 --out taught",
 )
 MERGE_EXAMPLE = example("longspan annotate merge taught-0 taught-1 --out taught")
 
