@@ -1,8 +1,8 @@
 """Scores of InfiniteBench's tasks, from what its published scoring says; 0..1 for one output.
 
 Kept is what decides a score: which word or number of an output counts. A perfect answer scores 1 everywhere,
-which the published code misses for negative numbers (math_calc) and stops at with an error for a decimal
-number where a whole one is expected (math_find) and for an empty output (summaries).
+which the published code misses for negative numbers (math_calc) and for a bare letter or name (code_debug), and
+it stops with an error at a decimal number where a whole one is expected (math_find) and at an empty summary.
 """
 
 from __future__ import annotations
