@@ -134,3 +134,25 @@ def test_harness_reads_released_files_and_goes_on(longspan, here, tmp_path):
     assert unknown.code == 2 and "long-llm:infbench" in unknown.err
     nowhere = longspan("eval harness --model model --tasks helmet:icl --out run")
     assert nowhere.code == 2 and "--data-root" in nowhere.err
+
+
+@pytest.mark.filterwarnings("ignore")  # those of lm-eval and what it imports are not ours
+def test_harness_asks_lm_evals_tasks(longspan, here, tmp_path):
+    """From a folder as the hub has it, each task to a file of its own, by the model's shared prefixes."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'longspan[harness]'")
+    row = {"question": "Which?", "choices": list("wxyz"), "answer": 2}
+    for subject in ("anatomy", "virology"):
+        for split in ("test", "dev"):
+            path = tmp_path / "mmlu" / subject / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text((json.dumps(row) + "\n") * 2)
+    outcome = longspan(
+        f"eval harness --model model --tasks mmlu_anatomy,mmlu_virology --data-root {tmp_path} "
+        f"--num-fewshot 1 --limit 1 --out {tmp_path / 'run'}"
+    )
+    assert outcome.code == 0, outcome.err
+    assert "mmlu_anatomy, model: 1 of 1 questions scored" in outcome.out
+    names = sorted(path.name for path in (tmp_path / "run" / "records").iterdir())
+    assert names == ["harness-mmlu_anatomy-model.jsonl", "harness-mmlu_virology-model.jsonl"]
+    missing = longspan(f"eval harness --model model --tasks mmlu --data-root {tmp_path} --out run")
+    assert missing.code == 2 and "mmlu_abstract_algebra is not there" in missing.err
