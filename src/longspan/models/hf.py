@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import json
 import shutil
@@ -26,9 +25,10 @@ from transformers.utils import logging as transformers_logging
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir
-from longspan.kernels.rope import inv_freq_hash, rope_parameters
+from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
+from longspan.models.hf_config import checked_overrides, new_config, new_rope, rope_by_layer_type, text_config
 from longspan.models.init import INITS, seeded
 from longspan.models.sharding import attach_schedule
 from longspan.parallel.documents import ShardedDocuments
@@ -66,8 +66,6 @@ TOKENIZER_FILES = (
 )
 # Layers that the document table reaches (chunked attention is refused where its mask would be built).
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Keys of old config files that `rope_parameters` replaces.
-LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 # Config fields by which a model changes its logits after the output embedding, with the value that does not.
 LOGIT_CHANGES = {
     "final_logit_softcapping": None,
@@ -99,7 +97,7 @@ def enable(
             f"{type(model).__name__} does not take its attention from the transformers registry",
             fix="use a model family that does, such as llama, qwen3 or mistral",
         )
-    layer_types = set(getattr(_text_config(model.config), "layer_types", None) or ())
+    layer_types = set(getattr(text_config(model.config), "layer_types", None) or ())
     if other := sorted(layer_types - ATTENTION_LAYERS):
         raise ArgumentError(
             f"{type(model).__name__} has layers that carry a state over document borders",
@@ -111,7 +109,7 @@ def enable(
             "a schedule needs a mesh and a mesh a schedule", found=f"schedule={schedule}, mesh={mesh}"
         )
     if schedule is not None and mesh is not None:
-        config = _text_config(model.config)
+        config = text_config(model.config)
         num_heads = config.num_attention_heads
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
         attach_schedule(model, schedule, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
@@ -140,7 +138,7 @@ def build_model(
     register()
     if init not in INITS:
         raise ConfigError("unknown init", found=init, allowed=sorted(INITS))
-    config = _new_config(hf_config, rope)
+    config = new_config(hf_config, rope)
     with seeded(seed, "model"):
         model = _construct(config)
     fill = INITS[init]
@@ -180,13 +178,13 @@ def empty_model(
     """
     register()
     if isinstance(origin, Mapping):
-        config = _new_config(origin, rope)
+        config = new_config(origin, rope)
     else:
         with reading_folder(origin):
             config = AutoConfig.from_pretrained(origin)
-            changes = _overrides(config, overrides or {})
+            changes = checked_overrides(config, overrides or {})
             if rope is not None:
-                changes["rope_parameters"] = _new_rope(config, rope)
+                changes["rope_parameters"] = new_rope(config, rope)
             config = AutoConfig.from_pretrained(origin, **changes)
     with torch.device("meta"):
         return enable(_construct(config))
@@ -255,11 +253,11 @@ def load_base(
     changes: dict[str, Any] = {}
     with reading_folder(path):
         config = AutoConfig.from_pretrained(path)
-        changes |= _overrides(config, overrides or {})
+        changes |= checked_overrides(config, overrides or {})
         if rope is not None:
-            changes["rope_parameters"] = _new_rope(config, rope)
+            changes["rope_parameters"] = new_rope(config, rope)
         if max_position_embeddings is not None:
-            own = getattr(_text_config(config), "max_position_embeddings", 0)
+            own = getattr(text_config(config), "max_position_embeddings", 0)
             changes["max_position_embeddings"] = max(own, max_position_embeddings)
         if tp > 1:
             changes["distributed_config"] = _tensor_parallel(config, tp)
@@ -287,7 +285,7 @@ def load_base(
 
 
 def _tensor_parallel(config: PretrainedConfig, ranks: int) -> DistributedConfig:
-    text = _text_config(config)
+    text = text_config(config)
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % ranks or kv_heads % ranks:
@@ -403,18 +401,20 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
             parts.append(f"{key}={inv_freq_hash(first, attention_scaling=scaling)}")
     if not parts:
         raise ArgumentError(f"{type(model).__name__} has no rotary frequencies")
-    settings = _text_config(model.config).rope_parameters or {}
-    if any(found.get("rope_type") in ("dynamic", "longrope") for found in _per_layer_type(settings).values()):
+    settings = text_config(model.config).rope_parameters or {}
+    if any(
+        found.get("rope_type") in ("dynamic", "longrope") for found in rope_by_layer_type(settings).values()
+    ):
         parts.append(json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\n".join(sorted(set(parts))).encode()).hexdigest()[:16]
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the RoPE settings of a config, those of full attention where a model has several; None without RoPE."""
-    parameters = getattr(_text_config(config), "rope_parameters", None)
+    parameters = getattr(text_config(config), "rope_parameters", None)
     if not parameters:
         return None
-    by_layer = _per_layer_type(parameters)
+    by_layer = rope_by_layer_type(parameters)
     return dict(by_layer.get("full_attention") or next(iter(by_layer.values())))
 
 
@@ -454,7 +454,7 @@ def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
     Raises:
         ArgumentError: a model whose logits are more than that product.
     """
-    config = _text_config(model.config)
+    config = text_config(model.config)
     for name, neutral in LOGIT_CHANGES.items():
         if (value := getattr(config, name, neutral)) not in (neutral, None):
             raise ArgumentError(
@@ -466,14 +466,6 @@ def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
     return head.weight
 
 
-def _new_config(hf_config: Mapping[str, Any], rope: Mapping[str, Any] | None) -> PretrainedConfig:
-    config = _config_from_dict(hf_config)
-    if rope is None:
-        return config
-    fields = {key: value for key, value in hf_config.items() if key not in LEGACY_ROPE_KEYS}
-    return _config_from_dict(fields | {"rope_parameters": _new_rope(config, rope)})
-
-
 def _construct(config: PretrainedConfig) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
@@ -482,75 +474,3 @@ def _construct(config: PretrainedConfig) -> PreTrainedModel:
             f"transformers makes no causal language model of a {config.model_type} config",
             found=str(error).strip().splitlines()[0][:200],
         ) from error
-
-
-def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
-    fields = copy.deepcopy(dict(hf_config))
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise ConfigError(
-            "a model config needs model_type", found=sorted(fields), allowed="llama, qwen3, ..."
-        )
-    try:
-        known = AutoConfig.for_model(model_type)
-        config = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(
-            f"transformers refuses the model config of type {model_type!r}",
-            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
-        ) from error
-    allowed = (
-        known.to_dict().keys()
-        | set(known.attribute_map)
-        | set(LEGACY_ROPE_KEYS)
-        | {"rope_parameters", "dtype"}
-    )
-    unknown = fields.keys() - allowed
-    if unknown:
-        raise ConfigError(
-            f"a {model_type} config has no {', '.join(sorted(unknown))}",
-            allowed=sorted(key for key in allowed if not key.startswith("_")),
-        )
-    return config
-
-
-def _overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `overrides`, all of which are fields of the config: transformers takes any name."""
-    allowed = config.to_dict().keys() | set(config.attribute_map)
-    unknown = sorted(overrides.keys() - allowed)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted(allowed), n=1)
-        raise ConfigError(
-            f"a {config.model_type} config has no {', '.join(unknown)}",
-            allowed=sorted(key for key in allowed if not key.startswith("_")),
-            fix=f"did you mean {near[0]!r}?" if near else None,
-        )
-    return dict(overrides)
-
-
-def _new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings to put in the config; models with several RoPEs change the one of full attention."""
-    text = _text_config(config)
-    current = getattr(text, "rope_parameters", None)
-    if not current:
-        raise ConfigError(f"{config.model_type} has no RoPE to change")
-    by_layer = _per_layer_type(current)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    key = "full_attention" if "full_attention" in by_layer else next(iter(by_layer))
-    inherited = {
-        name: by_layer[key][name] for name in ("rope_theta", "partial_rotary_factor") if name in by_layer[key]
-    }
-    settings = inherited | dict(rope)
-    rotated = int(head_dim * settings.get("partial_rotary_factor", 1.0))
-    new = rope_parameters(settings, head_dim=rotated)
-    return new if by_layer[key] is current else current | {key: new}
-
-
-def _per_layer_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE settings by layer type; a model with one RoPE has one entry, the settings themselves."""
-    nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
-    return nested or {"all": parameters}
-
-
-def _text_config(config: PretrainedConfig) -> PretrainedConfig:
-    return config.get_text_config(decoder=True)
