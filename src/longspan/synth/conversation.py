@@ -1,0 +1,251 @@
+"""Questions of one document become one conversation at a length, the evidence spread over its depth.
+
+    user        Read the text ... [other documents] document [other documents] ... first question
+    assistant   its answer
+    user        second question ...
+
+Tokens are counted as they are trained: by the student's tokenizer, through its chat template. A document that
+does not fit is cut to a window, at line breaks; one that is shorter may be put among others (distractors). Where the
+window or the document lies is chosen so that evidence is even over all depths of all samples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pydantic
+
+from longspan.core.config import Config
+from longspan.core.errors import DataError
+from longspan.core.seeds import rng
+from longspan.data.chat import ChatFormat
+from longspan.data.tokenizer import Tokenizer
+from longspan.synth.depth import DepthBalance, stratified
+from longspan.synth.items import Item
+from longspan.synth.sections import Span, TokenRuler
+from longspan.synth.selection import DocumentFile
+from longspan.synth.templates import load_prompt
+
+CONVERSATION_PROMPT = "conversation_v1"
+JOINT = "\n\n"
+_PLACES = 16
+"""Places of a window or document that are compared."""
+_KEEP = 0.75
+"""A window keeps at least this share of the questions that the best one keeps."""
+_TRIES = 6
+_SLACK = 8
+
+
+class ConversationSpec(Config):
+    """What a sample looks like."""
+
+    length: pydantic.PositiveInt = 81920
+    """Tokens of a sample at most, the chat template counted."""
+    distractors: pydantic.NonNegativeInt = 0
+    """Other documents that may stand around a document which is shorter than the length."""
+    max_questions: pydantic.PositiveInt | None = None
+    """Questions of a sample; None: all of its document."""
+
+
+class Sample(NamedTuple):
+    """One conversation."""
+
+    turns: list[dict[str, str]]
+    items: list[Item]
+    depths: list[list[float]]
+    """Of the evidence of each item, in tokens of the context."""
+    length: int
+    """Tokens of the whole, as trained."""
+    context_tokens: int
+    distractors: list[str]
+    """Hashes of the other documents."""
+
+
+class _Context(NamedTuple):
+    before: str
+    window: Span
+    """Characters of the document that are in it."""
+    after: str
+    distractors: list[str]
+
+
+class Composer:
+    """Puts samples together; `left_out` counts questions and samples that did not get in, by reason."""
+
+    def __init__(
+        self,
+        spec: ConversationSpec,
+        tokenizer: Tokenizer,
+        chat: ChatFormat,
+        documents: DocumentFile,
+        *,
+        seed: int,
+    ) -> None:
+        self.balance = DepthBalance()
+        self.left_out: Counter[str] = Counter()
+        self._spec, self._tokenizer, self._chat = spec, tokenizer, chat
+        self._documents, self._seed = documents, seed
+        self._template = load_prompt(CONVERSATION_PROMPT)
+
+    def compose(self, number: int, document: Mapping[str, Any], items: Sequence[Item]) -> Sample | None:
+        """Return the sample of document `number`, None (counted) where none of its questions fits.
+
+        Encodes the document once or twice, and the sample on the Hugging Face engine once or more.
+        """
+        text = document["text"]
+        order = rng(self._seed, "synth", "turns", document["id"]).permutation(len(items))
+        items = [items[place] for place in order]
+        try:
+            items = self._with_room(items)
+            if not items:
+                return None
+            ruler = TokenRuler(text, self._tokenizer)
+            budget = self._spec.length - self._around(items) - _SLACK
+            for _ in range(_TRIES):
+                context = self._place(number, ruler, items, budget)
+                sample = self._sample(text, context, items)
+                if sample is None or sample.length <= self._spec.length:
+                    break
+                budget -= sample.length - self._spec.length + _SLACK
+        except DataError:
+            # Characters that the chat format keeps for itself, or a turn that it would rewrite.
+            self.left_out["sample: refused by the chat template"] += 1
+            return None
+        if sample is None or sample.length > self._spec.length:
+            self.left_out["sample: does not fit the length"] += 1
+            return None
+        self.left_out["question: outside the window, or beyond max_questions"] += len(items) - len(
+            sample.items
+        )
+        self.balance.add([depth for depths in sample.depths for depth in depths])
+        return sample
+
+    def _with_room(self, items: list[Item]) -> list[Item]:
+        """Return the first items that leave half of the length to the context."""
+        kept = items
+        while kept and self._around(kept) > self._spec.length // 2:
+            kept = kept[: len(kept) // 2]
+        self.left_out["question: no room for it"] += len(items) - len(kept)
+        return kept
+
+    def _around(self, items: Sequence[Item]) -> int:
+        """Return the tokens of a sample without its context."""
+        return len(self._chat.encode(self._turns("", items)).ids)
+
+    def _turns(self, context: str, items: Sequence[Item]) -> list[dict[str, str]]:
+        turns = []
+        for place, item in enumerate(items):
+            asked = item.question
+            if place == 0:
+                asked = self._template.render(context=context, question=asked)
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": item.answer}]
+        return turns
+
+    def _place(self, number: int, ruler: TokenRuler, items: Sequence[Item], budget: int) -> _Context:
+        """Return where the document, or which window of it, keeps the evidence even over depth."""
+        whole = Span(0, len(ruler.text))
+        spare = budget - ruler.tokens
+        shift = rng(self._seed, "synth", "place").random()
+        shares = stratified(_PLACES, number, shift)
+        places = _evidence_tokens(ruler, items)
+        if spare < 0:
+            return _Context("", self._window(ruler, items, places, budget, shares), "", [])
+        count = min(self._spec.distractors, len(self._documents) - 1)
+        if count < 1 or spare < 2 * _SLACK:
+            return _Context("", whole, "", [])
+        total = max(1, budget)
+        options = [
+            [float((spare * share + tokens) / total) for item in places for tokens in item]
+            for share in shares
+        ]
+        before = spare * float(shares[self.balance.best(options)])
+        return self._among_others(number, whole, before, spare, count)
+
+    def _window(
+        self,
+        ruler: TokenRuler,
+        items: Sequence[Item],
+        places: Sequence[Sequence[float]],
+        budget: int,
+        shares: Sequence[float] | np.ndarray,
+    ) -> Span:
+        windows, options = [], []
+        for share in (0.0, *shares, 1.0):
+            start = ruler.last_before(share * (ruler.tokens - budget))
+            first = float(ruler.before([start])[0])
+            end = ruler.last_before(first + budget)
+            # A line longer than the budget has no mark inside: nothing is left of it.
+            window = Span(start, end)
+            windows.append(window)
+            options.append(
+                [
+                    (tokens - first) / max(1, budget)
+                    for item, its in zip(items, places)
+                    if _inside(item, window)
+                    for tokens in its
+                ]
+            )
+        most = max(map(len, options))
+        usable = [place for place, depths in enumerate(options) if len(depths) >= max(1, _KEEP * most)]
+        if not usable:
+            return windows[0]
+        return windows[usable[self.balance.best([options[place] for place in usable])]]
+
+    def _among_others(self, number: int, whole: Span, before: float, spare: int, count: int) -> _Context:
+        """Return the document between others, which fill `before` tokens before it and the rest behind it."""
+        draw = rng(self._seed, "synth", "distractors", number)
+        others = [int(each) for each in draw.permutation(len(self._documents)) if each != number][:count]
+        texts: dict[str, list[str]] = {"before": [], "after": []}
+        left = {"before": before, "after": spare - before}
+        used: list[str] = []
+        for other in others:
+            side = max(left, key=lambda each: left[each])
+            if left[side] < 2 * _SLACK:
+                break
+            record = self._documents[other]
+            ruler = TokenRuler(record["text"] + JOINT, self._tokenizer)
+            end = ruler.last_before(left[side]) if ruler.tokens > left[side] else len(record["text"])
+            if end == 0:
+                continue
+            piece = record["text"][:end].strip("\n")
+            if not piece.strip():
+                continue
+            left[side] -= float(ruler.before([end])[0])
+            texts[side].append(piece + JOINT if side == "before" else JOINT + piece)
+            used.append(record["id"])
+        return _Context("".join(texts["before"]), whole, "".join(texts["after"]), used)
+
+    def _sample(self, text: str, context: _Context, items: Sequence[Item]) -> Sample | None:
+        inside = [item for item in items if _inside(item, context.window)]
+        if not inside:
+            return None
+        whole = context.before + context.window.of(text) + context.after
+        ruler = TokenRuler(whole, self._tokenizer)
+        shift = len(context.before) - context.window.start
+        depths = [
+            [float(depth) for depth in ruler.before([span.middle + shift for span in item.evidence])]
+            for item in inside
+        ]
+        total = max(1, ruler.tokens)
+        depths = [[round(depth / total, 4) for depth in each] for each in depths]
+        limit = self._spec.max_questions
+        if limit is not None and limit < len(inside):
+            kept = self.balance.pick(depths, limit)
+            inside, depths = [inside[place] for place in kept], [depths[place] for place in kept]
+        turns = self._turns(whole, inside)
+        length = len(self._chat.encode(turns).ids)
+        return Sample(turns, inside, depths, length, ruler.tokens, context.distractors)
+
+
+def _inside(item: Item, window: Span) -> bool:
+    return all(window.start <= span.start and span.end <= window.end for span in item.evidence)
+
+
+def _evidence_tokens(ruler: TokenRuler, items: Sequence[Item]) -> list[list[float]]:
+    """Return the tokens before the evidence of each item."""
+    return [
+        [float(tokens) for tokens in ruler.before([span.middle for span in item.evidence])] for item in items
+    ]
