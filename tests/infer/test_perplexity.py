@@ -8,6 +8,8 @@ import torch
 
 from longspan.core.errors import ArgumentError
 from longspan.infer.perplexity import token_nll
+from longspan.models.hf import build_model
+from tests.infer.engines import MODELS, model_of, random_ids
 
 
 def windows_of(sizes: list[int]) -> list[np.ndarray]:
@@ -46,3 +48,13 @@ def test_window_without_anything_to_predict_is_refused(twins: Any) -> None:
     with pytest.raises(ArgumentError, match="window 1 has nothing to predict"):
         token_nll(twins.ours, [*windows_of([5]), np.array([3], dtype=np.uint32)], batch_tokens=10)
     assert token_nll(twins.ours, [], batch_tokens=10) == []
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+@pytest.mark.parametrize("batch_tokens", [1, 10_000])
+def test_each_window_has_the_frequencies_of_its_own_length(name: str, batch_tokens: int) -> None:
+    """transformers takes the longest window of a pass, and dynamic NTK keeps that of an earlier pass."""
+    windows = [np.array(random_ids(seed, size)) for seed, size in enumerate([100, 30, 10, 30])]
+    for ids, nll in zip(windows, token_nll(model_of(name), windows, batch_tokens=batch_tokens)):
+        fresh = build_model(MODELS[name], seed=3).eval()
+        np.testing.assert_allclose(nll, brute_force(fresh, ids), rtol=1e-4, atol=1e-5)

@@ -9,13 +9,14 @@ frequencies are equal are read together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from longspan.core.log import log_once
+from longspan.infer.packed import plan_batches
 
 
 def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:
@@ -37,6 +38,30 @@ def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:
             "share what is read",
         )
     return tuple(found)
+
+
+def alike(model: nn.Module, indices: Iterable[int], prompts: Sequence[int]) -> list[list[int]]:
+    """Group some sequences, in their order, by the frequencies of their prompts of `prompts[index]` tokens."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index in indices:
+        found.setdefault(frequency_class(model, prompts[index]), []).append(index)
+    return list(found.values())
+
+
+def plan_alike_batches(
+    model: nn.Module,
+    indices: Iterable[int],
+    lengths: Sequence[int],
+    *,
+    prompts: Sequence[int],
+    batch_tokens: int,
+) -> list[list[int]]:
+    """Group some sequences of `lengths[index]` tokens as `plan_batches` does, those of one batch `alike`."""
+    return [
+        [group[place] for place in batch]
+        for group in alike(model, indices, prompts)
+        for batch in plan_batches([lengths[index] for index in group], batch_tokens)
+    ]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.engine import Counters, Engine, Job
-from longspan.infer.length_rope import frequency_class
+from longspan.infer.length_rope import alike
 from longspan.infer.memory import available_memory
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
 from longspan.infer.requests import NOT_FINITE, Answer, Request
@@ -140,12 +140,6 @@ class LocalAnswerer:
         return Answer("", error=excess, prompt_tokens=len(prompt_of(request)))
 
     def _alike(self, requests: Sequence[Request], jobs: Mapping[int, Job]) -> list[list[int]]:
-        """Return the indices of jobs that can share what is read, those with the longest prompts first.
-
-        Frequencies may depend on the length of the prompt, for its answer too.
-        """
-        found: dict[tuple[int, ...], list[int]] = {}
-        for index in sorted(jobs, key=lambda index: -len(prompt_of(requests[index]))):
-            key = frequency_class(self._model, len(prompt_of(requests[index])))
-            found.setdefault(key, []).append(index)
-        return list(found.values())
+        """Return the indices of jobs that can share what is read, those with the longest prompts first."""
+        prompts = [len(prompt_of(request)) for request in requests]
+        return alike(self._model, sorted(jobs, key=lambda index: -prompts[index]), prompts)

@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
-from longspan.infer.packed import boundaries, inference, packed_hidden_states, plan_batches
+from longspan.infer.length_rope import fixed_frequencies, plan_alike_batches
+from longspan.infer.packed import boundaries, inference, packed_hidden_states
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.hf import lm_head_weight
 
@@ -32,9 +33,15 @@ def token_nll(
     """
     check_windows(windows)
     losses: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(windows)
+    lengths = [len(ids) for ids in windows]
+    batches = plan_alike_batches(
+        model, range(len(windows)), lengths, prompts=lengths, batch_tokens=batch_tokens
+    )
     with inference(model):
-        for batch in plan_batches([len(ids) for ids in windows], batch_tokens):
-            for index, nll in zip(batch, _batch_nll(model, [windows[index] for index in batch])):
+        for batch in batches:
+            with fixed_frequencies(model, lengths[batch[0]]):
+                found = _batch_nll(model, [windows[index] for index in batch])
+            for index, nll in zip(batch, found):
                 losses[index] = nll
     return losses
 

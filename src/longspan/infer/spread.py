@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.held_keys import HeldKeys, KeepingDocuments, NextTokens, held_rows
-from longspan.infer.length_rope import fixed_frequencies, frequency_class
+from longspan.infer.length_rope import alike, fixed_frequencies, plan_alike_batches
 from longspan.infer.memory import available_memory, cache_bytes_per_token, pass_bytes, refuse_excess
 from longspan.infer.packed import boundaries, inference, plan_batches
 from longspan.infer.perplexity import check_windows
@@ -155,18 +155,9 @@ class SpreadModel:
     def _batches(
         self, indices: Iterable[int], lengths: Sequence[int], prompts: Sequence[int]
     ) -> list[list[int]]:
-        """Group some sequences into forward passes; those of one have prompts with the same frequencies."""
-        return [
-            [group[number] for number in batch]
-            for group in self._alike(indices, prompts)
-            for batch in plan_batches([lengths[index] for index in group], self._batch_tokens)
-        ]
-
-    def _alike(self, indices: Iterable[int], prompts: Sequence[int]) -> list[list[int]]:
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for index in indices:
-            alike.setdefault(frequency_class(self._model, prompts[index]), []).append(index)
-        return list(alike.values())
+        return plan_alike_batches(
+            self._model, indices, lengths, prompts=prompts, batch_tokens=self._batch_tokens
+        )
 
     def _groups(
         self, sequences: Sequence[NDArray[np.int64]], prompts: Sequence[NDArray[np.int64]]
@@ -175,7 +166,7 @@ class SpreadModel:
         lengths, prompt_lengths = [len(ids) for ids in sequences], [len(ids) for ids in prompts]
         shared: list[tuple[int, list[int]]] = []
         if self._prefix_reuse:
-            for group in self._alike(range(len(prompts)), prompt_lengths):
+            for group in alike(self._model, range(len(prompts)), prompt_lengths):
                 found = plan_trunks(
                     [prompts[index] for index in group], ranks=self._mesh.cp_size, most=self._batch_tokens
                 )
