@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
@@ -18,8 +19,9 @@ from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.generate import NotFiniteError, generate_greedy
 from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import memory_errors
+from longspan.infer.packed import inference, packed_hidden_states
 from longspan.infer.requests import NOT_FINITE, Answer, Finish, Request
-from longspan.infer.score import ScoreRequest, score
+from longspan.models.hf import lm_head_weight
 
 
 class PlainAnswerer:
@@ -82,26 +84,36 @@ class PlainAnswerer:
             if excess is not None:
                 yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
                 continue
-            with (
-                fixed_frequencies(self._model, len(prompt_ids)),
-                memory_errors(self._model.device, doing=f"{len(prompt_ids):,} tokens are read"),
-            ):
-                result = score(
-                    self._model, [ScoreRequest(prompt_ids, answer_ids)], batch_tokens=self._batch_tokens
-                )[0]
-            yield (
-                index,
-                scored(
-                    request,
-                    result.nll,
-                    result.argmax_ids,
-                    self._tokenizer,
-                    seconds=time.monotonic() - started,
-                ),
-            )
+            with memory_errors(self._model.device, doing=f"{len(prompt_ids):,} tokens are read"):
+                nll, argmax_ids = teacher_forced(self._model, prompt_ids, answer_ids)
+            seconds = time.monotonic() - started
+            yield index, scored(request, nll, argmax_ids, self._tokenizer, seconds=seconds)
 
     def close(self) -> None:
         """Let go of nothing: the model is the caller's."""
+
+
+def teacher_forced(
+    model: PreTrainedModel, prompt_ids: np.ndarray, answer_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the model predicts at each position of an answer, given the prompt and the answer before it.
+
+    Greedy generation gives the answer exactly when the most likely token is the right one at every position.
+    One forward pass; memory for logits is answer tokens x vocabulary.
+
+    Returns:
+        Negative log-likelihoods of the answer's tokens in nats, float32 `[answer]`, and the most likely tokens,
+        int64 `[answer]`.
+    """
+    # The last answer token is predicted, never read: prompt [p0 p1], answer [a0 a1] runs [p0 p1 a0], and the
+    # hidden states of p1 and a0 predict a0 and a1.
+    ids = np.concatenate([prompt_ids, answer_ids[:-1]])
+    with fixed_frequencies(model, len(prompt_ids)), inference(model):
+        hidden_AD = packed_hidden_states(model, [ids])[-len(answer_ids) :]
+        logits_AV = torch.nn.functional.linear(hidden_AD, lm_head_weight(model)).float()
+        target_A1 = torch.from_numpy(answer_ids.astype(np.int64))[:, None].to(logits_AV.device)
+        nll_A = -torch.log_softmax(logits_AV, dim=-1).gather(1, target_A1)[:, 0]
+        return nll_A.cpu().numpy(), logits_AV.argmax(dim=-1).cpu().numpy()
 
 
 def prompt_of(request: Request) -> np.ndarray:

@@ -11,66 +11,36 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError
 from longspan.infer.generate import generate_greedy
 from longspan.infer.packed import boundaries, plan_batches
-from longspan.infer.score import ScoreRequest, score
+from longspan.infer.plain import teacher_forced
+from tests.infer.engines import local, plain, request
 
 
 def random_ids(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 97, size=count).astype(np.uint32)
 
 
-def requests_of(sizes: list[tuple[int, int]]) -> list[ScoreRequest]:
-    return [
-        ScoreRequest(random_ids(index, prompt), random_ids(1000 + index, answer))
-        for index, (prompt, answer) in enumerate(sizes)
-    ]
-
-
-SIZES = [(5, 3), (40, 1), (1, 1), (17, 6), (90, 2), (40, 4), (3, 1)]
-
-
-def test_scores_equal_whole_logits_of_the_library(twins: Any) -> None:
+@pytest.mark.parametrize("sizes", [(5, 3), (40, 1), (1, 1), (17, 6), (90, 2)])
+def test_scores_equal_whole_logits_of_the_library(twins: Any, sizes: tuple[int, int]) -> None:
     """Off by one position, every answer would be judged by the prediction of its neighbour."""
-    requests = requests_of(SIZES)
-    for request, result in zip(requests, score(twins.ours, requests, batch_tokens=64)):
-        ids = torch.from_numpy(np.concatenate(request).astype(np.int64))
-        with torch.no_grad():
-            logits = twins.plain(ids[None]).logits[0]
-        first = len(request.prompt_ids) - 1
-        answer_logits = logits[first : first + len(request.answer_ids)]
-        expected = torch.nn.functional.cross_entropy(
-            answer_logits, ids[first + 1 :], reduction="none"
-        ).numpy()
-        np.testing.assert_allclose(result.nll, expected, rtol=1e-4, atol=1e-5)
-        assert result.argmax_ids.tolist() == answer_logits.argmax(-1).tolist()
-        assert result.correct == (answer_logits.argmax(-1).tolist() == request.answer_ids.tolist())
-
-
-def test_flattened_batches_equal_one_at_a_time(twins: Any) -> None:
-    """A prompt that sees its neighbours in the row could read their answers."""
-    requests = requests_of(SIZES)
-    together = score(twins.ours, requests, batch_tokens=10_000)
-    alone = [score(twins.ours, [request], batch_tokens=1)[0] for request in requests]
-    for one, other in zip(alone, together):
-        np.testing.assert_allclose(one.nll, other.nll, rtol=1e-4, atol=1e-5)
-        assert one.argmax_ids.tolist() == other.argmax_ids.tolist()
-    # Guard against passing because everything is equal anyway.
-    assert len({float(result.nll[0]) for result in together}) == len(requests)
+    prompt, answer = random_ids(0, sizes[0]), random_ids(1, sizes[1])
+    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))
+    with torch.no_grad():
+        logits = twins.plain(ids[None]).logits[0, len(prompt) - 1 : -1]
+    nll, argmax_ids = teacher_forced(twins.ours, prompt, answer)
+    expected = torch.nn.functional.cross_entropy(logits, ids[len(prompt) :], reduction="none").numpy()
+    np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-5)
+    assert argmax_ids.tolist() == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("sample", range(6))
-def test_correct_means_that_greedy_generation_gives_the_answer(twins: Any, sample: int) -> None:
+def test_an_answer_of_most_likely_tokens_is_what_greedy_generation_gives(twins: Any, sample: int) -> None:
     """Teacher-forced argmax and greedy decoding agree up to and including the first mistake."""
     prompt = random_ids(50 + sample, 10 + 13 * sample)
     generated = generate_greedy(twins.ours, prompt, max_new_tokens=5)
-    assert len(generated) == 5
-    right = score(twins.ours, [ScoreRequest(prompt, generated)], batch_tokens=100)[0]
-    assert right.correct
-    assert right.argmax_ids.tolist() == generated.tolist()
+    assert teacher_forced(twins.ours, prompt, generated)[1].tolist() == generated.tolist()
     answer = generated.copy()
     answer[3] = (answer[3] + 1) % 97
-    wrong = score(twins.ours, [ScoreRequest(prompt, answer)], batch_tokens=100)[0]
-    assert not wrong.correct
-    assert wrong.argmax_ids[:4].tolist() == generated[:4].tolist()
+    assert teacher_forced(twins.ours, prompt, answer)[1][:4].tolist() == generated[:4].tolist()
 
 
 def test_generation_equals_the_plain_model(twins: Any) -> None:
@@ -96,24 +66,27 @@ def test_generation_stops_behind_a_stop_token(twins: Any) -> None:
 
 def test_training_mode_is_left_as_it_was_and_has_no_effect(twins: Any) -> None:
     """Dropout in an evaluation between two training steps would make scores random and too low."""
-    requests = requests_of(SIZES[:3])
-    before = score(twins.ours, requests, batch_tokens=100)
+    prompt, answer = random_ids(0, 40), random_ids(1, 4)
+    before = teacher_forced(twins.ours, prompt, answer)
     twins.ours.train()
     try:
-        during = score(twins.ours, requests, batch_tokens=100)
+        during = teacher_forced(twins.ours, prompt, answer)
         assert twins.ours.training
     finally:
         twins.ours.eval()
-    for one, other in zip(before, during):
-        np.testing.assert_array_equal(one.nll, other.nll)
+    np.testing.assert_array_equal(before[0], during[0])
 
 
-@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
-def test_empty_prompt_or_answer_is_refused(twins: Any, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("ids", "answer", "found"), [([], [3], "token ids"), ([3], [], "no answer")])
+def test_empty_prompt_or_answer_is_refused(ids: list[int], answer: list[int], found: str) -> None:
     """Nothing to predict from, or nothing to predict, is no score of 1."""
-    with pytest.raises(ArgumentError, match="request 1 cannot be scored"):
-        score(twins.ours, [*requests_of([(4, 4)]), *requests_of([sizes])], batch_tokens=100)
-    assert score(twins.ours, [], batch_tokens=100) == []
+    for answerer in (plain("llama"), local("llama")):
+        with pytest.raises(ArgumentError, match=found):
+            list(
+                answerer.score(
+                    [request([1], answer_ids=np.array([2])), request(ids, answer_ids=np.array(answer))]
+                )
+            )
 
 
 @settings(max_examples=100, deadline=None)
