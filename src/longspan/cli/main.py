@@ -17,7 +17,19 @@ from typing import Annotated
 import typer
 
 from longspan import __version__
-from longspan.cli import annotate, ask, data, data_pairs, doctor, export, plan, quickstart, report, train
+from longspan.cli import (
+    annotate,
+    ask,
+    data,
+    data_pairs,
+    doctor,
+    export,
+    plan,
+    quickstart,
+    report,
+    synth,
+    train,
+)
 from longspan.cli import eval as evaluation
 from longspan.core.errors import LongspanError, UserError
 from longspan.core.launched import is_first
@@ -57,6 +69,7 @@ data.app.command(epilog=data_pairs.PAIRS_EXAMPLE)(data_pairs.pairs)
 data.app.command(epilog=data_pairs.RETRIEVAL_EXAMPLE)(data_pairs.retrieval)
 app.command(epilog=plan.EXAMPLE)(plan.plan)
 app.command(epilog=train.EXAMPLE)(train.train)
+app.add_typer(synth.app, name="synth")
 app.add_typer(annotate.app, name="annotate")
 app.add_typer(evaluation.app, name="eval")
 app.command(epilog=ask.EXAMPLE)(ask.ask)

@@ -66,7 +66,9 @@ class SynthSettings(Config):
     chat_template: str
     """Fingerprint of its chat template."""
     model: str | None = None
-    """Who is asked, at which address; None: nobody (`offline`)."""
+    """Who is asked, such as `openai:NAME`; None: nobody (`offline`). Its address may change while a job goes on."""
+    extra: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Further fields of every request."""
     sample: ConversationSpec = ConversationSpec()
     leak_check: bool = True
     """Whether every question is also asked without its document."""
