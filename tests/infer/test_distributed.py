@@ -214,6 +214,30 @@ def test_memory_that_one_rank_lacks_ends_all_with_a_message(folder: Folder) -> N
     assert not dist.is_initialized()
 
 
+def load_that_is_interrupted_on_rank_0(source: Source) -> Any:
+    """Load the model; on rank 0 somebody interrupts its second forward pass."""
+    model = load_source(source._replace(load=None))
+    passes = []
+
+    def interrupt(*_: object) -> None:
+        passes.append(1)
+        if dist.get_rank() == 0 and len(passes) == 2:
+            raise KeyboardInterrupt
+
+    model.model.layers[0].register_forward_pre_hook(interrupt)
+    return model
+
+
+def test_an_interrupt_of_the_first_rank_alone_ends_all(folder: Folder) -> None:
+    """The others wait in a collective and hear no order to end: closing waited for them, for thirty days."""
+    source = Source(folder.path, load=load_that_is_interrupted_on_rank_0)
+    answerer = open_answerer(source, tokenizer=folder.tokenizer, cp=2, batch_tokens=200)
+    with pytest.raises(KeyboardInterrupt):
+        list(answerer.generate(requests()))
+    answerer.close()
+    assert not dist.is_initialized()
+
+
 def load_nothing_on_rank_1(source: Source) -> Any:
     """Fail on rank 1 before the model is there."""
     if dist.get_rank() == 1:

@@ -197,7 +197,8 @@ class Leader:
         try:
             with lost_ranks("answering"), memory_errors(self._device, doing="answering on rank 0"):
                 yield
-        except Exception as error:
+        except BaseException as error:
+            # An interrupt too: the other ranks are still at it, and would not hear an order to end.
             self._broken = True
             lost = isinstance(error, RunError) and isinstance(error.__cause__, dist.DistError | RuntimeError)
             lost = lost and not isinstance(error.__cause__, torch.OutOfMemoryError)
