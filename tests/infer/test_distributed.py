@@ -21,6 +21,8 @@ from transformers import (
 
 from longspan.core.errors import ArgumentError, RunError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from longspan.infer import memory, opening
+from longspan.infer.distributed import Member, join_ranks
 from longspan.infer.opening import Source, load_source, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request
 from longspan.infer.spread import plan_trunks
@@ -236,6 +238,37 @@ def test_an_interrupt_of_the_first_rank_alone_ends_all(folder: Folder) -> None:
         list(answerer.generate(requests()))
     answerer.close()
     assert not dist.is_initialized()
+
+
+def build_where_rank_1_has_less_memory(device: torch.device, spec: Any) -> Member:
+    """Open the model; rank 1 has `spec`'s bytes for itself."""
+    settings, free = spec
+    if dist.get_rank() == 1:
+        memory.available_memory = lambda device: 2 * free  # two ranks share what their machine has
+    return opening._build(device, settings)
+
+
+@pytest.mark.parametrize(("free", "refused"), [(1_100_000, False), (1000, True)])
+def test_ranks_reckon_with_the_least_memory_that_one_has(folder: Folder, free: int, refused: bool) -> None:
+    """Ranks that read batches of unequal size add up tensors that have nothing to do with each other."""
+    settings = opening._Settings(
+        Source(folder.path), folder.tokenizer, None, tp=2, cp=1, schedule="ring", prefix_reuse=True, batch_tokens=200
+    )  # fmt: skip
+    # 128 bytes of keys a token on a rank: of these prompts one fits at a time, beside 1 MiB of activations.
+    asked = [Request("", prompt_ids=ids_of(seed, 190 + 5 * seed), max_new_tokens=6) for seed in range(3)]
+    expected = dict(open_answerer(folder.path, tokenizer=folder.tokenizer).generate(asked))
+    answerer = join_ranks(2, build_where_rank_1_has_less_memory, (settings, free))
+    try:
+        if refused:
+            with pytest.raises(RunError, match=r"do not fit into the memory of cpu(.|\n)*1000 B that"):
+                list(answerer.generate(asked))
+        else:
+            found = dict(answerer.generate(asked))
+            assert {index: answer.text for index, answer in found.items()} == {
+                index: answer.text for index, answer in expected.items()
+            }
+    finally:
+        answerer.close()
 
 
 def load_nothing_on_rank_1(source: Source) -> Any:

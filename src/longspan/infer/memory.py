@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from longspan.core.errors import RunError
 from longspan.core.units import format_bytes
+from longspan.kernels.attention import NO_LIMIT
 
 FIX = (
     "ask for shorter contexts, lower --batch-tokens, load the weights as --dtype bfloat16, or use more processes "
@@ -33,6 +35,21 @@ def available_memory(device: torch.device) -> int | None:
     if "MemAvailable" not in fields:
         return None
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def shared_memory(device: torch.device, group: dist.ProcessGroup | None = None) -> int:
+    """Return the bytes that each rank of a group can have, the same on all: those of the one with the least.
+
+    All ranks call it together. Ranks on the CPU share the memory of their machine.
+    """
+    free = available_memory(device)
+    if free is None:
+        free = NO_LIMIT
+    elif device.type == "cpu":
+        free //= dist.get_world_size(group)
+    least = torch.tensor(free, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    return int(least)
 
 
 def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool) -> int:

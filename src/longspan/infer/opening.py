@@ -27,6 +27,7 @@ from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
 from longspan.infer.local import LocalAnswerer
+from longspan.infer.memory import available_memory, shared_memory
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer
 from longspan.infer.remote import KINDS, open_remote
@@ -213,7 +214,14 @@ def _build(device: torch.device, settings: _Settings) -> Member:
             prefix_reuse=settings.prefix_reuse,
             **shared,
         )
-    return local_answerer(model, tokenizer=settings.tokenizer, prefix_reuse=settings.prefix_reuse, **shared)
+    return ModelHere(
+        model,
+        settings.tokenizer,
+        prefix_reuse=settings.prefix_reuse,
+        # Ranks that heard different numbers would read different batches, and wait for each other.
+        available=available_memory if settings.tp == 1 else shared_memory,
+        **shared,
+    )
 
 
 def _degrees(settings: _Settings) -> MeshConfig:
@@ -253,7 +261,7 @@ class ModelHere:
         model: with longspan's attention.
         prefix_reuse: read a prefix that several prompts share once.
 
-    Other arguments are those of `LocalAnswerer`.
+    Other arguments are those of `LocalAnswerer`, and of `PlainAnswerer` as far as that has them.
     """
 
     def __init__(
@@ -265,12 +273,19 @@ class ModelHere:
         max_length: int | None,
         prefix_reuse: bool,
         batch_tokens: int,
+        available: Callable[[torch.device], int | None] = available_memory,
     ) -> None:
-        answers = LocalAnswerer if prefix_reuse else PlainAnswerer
         self.identity, self.max_length = identity, max_length
-        self.answerer: LocalAnswerer | PlainAnswerer = answers(
-            model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
-        )
+        shared: dict[str, Any] = {
+            "identity": identity,
+            "max_length": max_length,
+            "batch_tokens": batch_tokens,
+        }
+        self.answerer: LocalAnswerer | PlainAnswerer
+        if prefix_reuse:
+            self.answerer = LocalAnswerer(model, tokenizer, available=available, **shared)
+        else:
+            self.answerer = PlainAnswerer(model, tokenizer, **shared)
         self._model, self._batch_tokens = model, batch_tokens
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:

@@ -29,12 +29,12 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.held_keys import HeldKeys, KeepingDocuments, NextTokens, held_rows
 from longspan.infer.length_rope import alike, fixed_frequencies, plan_alike_batches
-from longspan.infer.memory import available_memory, cache_bytes_per_token, pass_bytes, refuse_excess
+from longspan.infer.memory import cache_bytes_per_token, pass_bytes, refuse_excess, shared_memory
 from longspan.infer.packed import boundaries, inference, plan_batches
 from longspan.infer.perplexity import check_windows
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
 from longspan.infer.requests import NOT_FINITE, Answer, Request
-from longspan.kernels.attention import NO_LIMIT, choose_kernel
+from longspan.kernels.attention import choose_kernel
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.hf import hidden_states, lm_head_weight
 from longspan.models.sharding import window_of_all_layers
@@ -299,18 +299,13 @@ class SpreadModel:
     def _check_memory(self, sequences: Sequence[NDArray[Any]], trunk: int, *, new_tokens: int) -> None:
         """Refuse what does not fit into the memory of a rank, on all of them, before anything is run."""
         device, world = self._mesh.device, self._mesh.cp_size
-        free = available_memory(device)
-        # On the CPU the ranks of a machine share its memory.
-        share = NO_LIMIT if free is None else free // (world if device.type == "cpu" else 1)
-        least = torch.tensor(share, device=device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._mesh.cp_group)
         ends = sum(len(ids) - trunk for ids in sequences) + new_tokens
         tokens = -(-(trunk + ends) // world)
         refuse_excess(
             cache_tokens=tokens,
             cache_bytes=cache_bytes_per_token(self._model, upcasts=choose_kernel(device).upcasts),
             activations=pass_bytes(self._model, max(-(-trunk // world), PASS_TOKENS) if trunk else tokens),
-            available=int(least),
+            available=shared_memory(device, self._mesh.cp_group),
             device=device,
         )
 
