@@ -244,7 +244,8 @@ def build_where_rank_1_has_less_memory(device: torch.device, spec: Any) -> Membe
     """Open the model; rank 1 has `spec`'s bytes for itself."""
     settings, free = spec
     if dist.get_rank() == 1:
-        memory.available_memory = lambda device: 2 * free  # two ranks share what their machine has
+        # Two ranks share what their machine has.
+        memory.available_memory = opening.available_memory = lambda device: 2 * free
     return opening._build(device, settings)
 
 
