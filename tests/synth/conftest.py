@@ -57,7 +57,9 @@ Make = Callable[..., SynthSettings]
 
 @pytest.fixture
 def settings_of(student: Student, texts: Path) -> Make:
-    def make(name: str, *, inputs: list[Path] | None = None, sample: Any = None, **changes: Any) -> SynthSettings:
+    def make(
+        name: str, *, inputs: list[Path] | None = None, sample: Any = None, **changes: Any
+    ) -> SynthSettings:
         own = {key: changes.pop(key) for key in list(changes) if key in SynthSettings.model_fields}
         spec = load_set(name)
         values = {**spec.to_dict(), **(SMALL if name != "offline" else {}), **changes}
@@ -80,13 +82,18 @@ Run = Callable[..., dict[str, Any]]
 def run(student: Student, tmp_path: Path) -> Run:
     """Run a job in `out` against a server."""
 
-    def run(settings: SynthSettings, server: FakeServer | None, out: Path | None = None, **client: Any) -> Any:
+    def run(
+        settings: SynthSettings, server: FakeServer | None, out: Path | None = None, **client: Any
+    ) -> Any:
         out = out or tmp_path / "out"
         used = UsedDocuments(tmp_path / "used.sqlite")
         if server is None:
             return SynthJob(settings, out, student, client=None, used=used).run()
         endpoint = Endpoint(model="m", base_url=server.url, **client.pop("endpoint", {}))
-        options = {"limits": Limits(concurrency=4, backoff_seconds=0.01), "cache": tmp_path / "answers.sqlite"}
+        options = {
+            "limits": Limits(concurrency=4, backoff_seconds=0.01),
+            "cache": tmp_path / "answers.sqlite",
+        }
         with Client(endpoint, **{**options, **client}) as asked:
             return SynthJob(settings, out, student, client=asked, used=used).run()
 

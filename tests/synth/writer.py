@@ -53,7 +53,7 @@ def days_in(text: str) -> list[int]:
 
 def is_known(day: int) -> bool:
     """Some questions the model can answer without the text."""
-    return day % 5 == 0
+    return day % 4 == 0
 
 
 class Writer:

@@ -99,14 +99,15 @@ class Composer:
         order = rng(self._seed, "synth", "turns", document["id"]).permutation(len(items))
         items = [items[place] for place in order]
         try:
-            items = self._with_room(items)
-            if not items:
+            limit = self._room(items)
+            if limit == 0:
+                self.left_out["sample: questions too long for the length"] += 1
                 return None
             ruler = TokenRuler(text, self._tokenizer)
-            budget = self._spec.length - self._around(items) - _SLACK
+            budget = self._spec.length - self._around(items, limit) - _SLACK
             for _ in range(_TRIES):
-                context = self._place(number, ruler, items, budget)
-                sample = self._sample(text, context, items)
+                context = self._place(number, ruler, items, budget, limit)
+                sample = self._sample(text, context, items, limit)
                 if sample is None or sample.length <= self._spec.length:
                     break
                 budget -= sample.length - self._spec.length + _SLACK
@@ -117,23 +118,22 @@ class Composer:
         if sample is None or sample.length > self._spec.length:
             self.left_out["sample: does not fit the length"] += 1
             return None
-        self.left_out["question: outside the window, or beyond max_questions"] += len(items) - len(
-            sample.items
-        )
+        self.left_out["question: no room, or outside the window"] += len(items) - len(sample.items)
         self.balance.add([depth for depths in sample.depths for depth in depths])
         return sample
 
-    def _with_room(self, items: list[Item]) -> list[Item]:
-        """Return the first items that leave half of the length to the context."""
-        kept = items
-        while kept and self._around(kept) > self._spec.length // 2:
-            kept = kept[: len(kept) // 2]
-        self.left_out["question: no room for it"] += len(items) - len(kept)
-        return kept
+    def _room(self, items: Sequence[Item]) -> int:
+        """Return how many questions a sample has: as many as leave half of the length to the context."""
+        limit = min(len(items), self._spec.max_questions or len(items))
+        half = self._spec.length // 2
+        while limit and (around := self._around(items, limit)) > half:
+            limit = min(limit - 1, limit * half // around)
+        return limit
 
-    def _around(self, items: Sequence[Item]) -> int:
-        """Return the tokens of a sample without its context."""
-        return len(self._chat.encode(self._turns("", items)).ids)
+    def _around(self, items: Sequence[Item], limit: int) -> int:
+        """Return the most tokens that a sample with so many of these questions has without its context."""
+        longest = sorted(items, key=lambda item: -len(item.question) - len(item.answer))[:limit]
+        return len(self._chat.encode(self._turns("", longest)).ids)
 
     def _turns(self, context: str, items: Sequence[Item]) -> list[dict[str, str]]:
         turns = []
@@ -144,7 +144,9 @@ class Composer:
             turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": item.answer}]
         return turns
 
-    def _place(self, number: int, ruler: TokenRuler, items: Sequence[Item], budget: int) -> _Context:
+    def _place(
+        self, number: int, ruler: TokenRuler, items: Sequence[Item], budget: int, limit: int
+    ) -> _Context:
         """Return where the document, or which window of it, keeps the evidence even over depth."""
         whole = Span(0, len(ruler.text))
         spare = budget - ruler.tokens
@@ -152,16 +154,16 @@ class Composer:
         shares = stratified(_PLACES, number, shift)
         places = _evidence_tokens(ruler, items)
         if spare < 0:
-            return _Context("", self._window(ruler, items, places, budget, shares), "", [])
+            return _Context("", self._window(ruler, items, places, budget, shares, limit), "", [])
         count = min(self._spec.distractors, len(self._documents) - 1)
         if count < 1 or spare < 2 * _SLACK:
             return _Context("", whole, "", [])
-        total = max(1, budget)
+        ends = (0.0, *map(float, shares), 1.0)
         options = [
-            [float((spare * share + tokens) / total) for item in places for tokens in item]
-            for share in shares
+            [[(spare * share + tokens) / max(1, budget) for tokens in item] for item in places]
+            for share in ends
         ]
-        before = spare * float(shares[self.balance.best(options)])
+        before = spare * ends[self._most_even(options, limit)]
         return self._among_others(number, whole, before, spare, count)
 
     def _window(
@@ -171,8 +173,10 @@ class Composer:
         places: Sequence[Sequence[float]],
         budget: int,
         shares: Sequence[float] | np.ndarray,
+        limit: int,
     ) -> Span:
-        windows, options = [], []
+        windows: list[Span] = []
+        options: list[list[list[float]]] = []
         for share in (0.0, *shares, 1.0):
             start = ruler.last_before(share * (ruler.tokens - budget))
             first = float(ruler.before([start])[0])
@@ -182,17 +186,24 @@ class Composer:
             windows.append(window)
             options.append(
                 [
-                    (tokens - first) / max(1, budget)
+                    [(tokens - first) / max(1, budget) for tokens in its]
                     for item, its in zip(items, places)
                     if _inside(item, window)
-                    for tokens in its
                 ]
             )
         most = max(map(len, options))
-        usable = [place for place, depths in enumerate(options) if len(depths) >= max(1, _KEEP * most)]
+        usable = [place for place, its in enumerate(options) if len(its) >= max(1, _KEEP * most)]
         if not usable:
             return windows[0]
-        return windows[usable[self.balance.best([options[place] for place in usable])]]
+        return windows[usable[self._most_even([options[place] for place in usable], limit)]]
+
+    def _most_even(self, options: Sequence[Sequence[Sequence[float]]], limit: int) -> int:
+        """Return the option (depths of each question) that keeps all samples most even."""
+        flat = [
+            [depth for place in self.balance.pick(depths, limit) for depth in depths[place]]
+            for depths in options
+        ]
+        return self.balance.best(flat)
 
     def _among_others(self, number: int, whole: Span, before: float, spare: int, count: int) -> _Context:
         """Return the document between others, which fill `before` tokens before it and the rest behind it."""
@@ -218,7 +229,7 @@ class Composer:
             used.append(record["id"])
         return _Context("".join(texts["before"]), whole, "".join(texts["after"]), used)
 
-    def _sample(self, text: str, context: _Context, items: Sequence[Item]) -> Sample | None:
+    def _sample(self, text: str, context: _Context, items: Sequence[Item], limit: int) -> Sample | None:
         inside = [item for item in items if _inside(item, context.window)]
         if not inside:
             return None
@@ -231,8 +242,7 @@ class Composer:
         ]
         total = max(1, ruler.tokens)
         depths = [[round(depth / total, 4) for depth in each] for each in depths]
-        limit = self._spec.max_questions
-        if limit is not None and limit < len(inside):
+        if limit < len(inside):
             kept = self.balance.pick(depths, limit)
             inside, depths = [inside[place] for place in kept], [depths[place] for place in kept]
         turns = self._turns(whole, inside)

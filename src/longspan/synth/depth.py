@@ -53,6 +53,8 @@ class DepthBalance:
 
     def pick(self, depths: Sequence[Sequence[float]], limit: int) -> list[int]:
         """Return which `limit` questions, given the depths of each, fill the emptiest bins; in their order."""
+        if limit >= len(depths):
+            return list(range(len(depths)))
         counts = DepthBalance(len(self.counts))
         counts.counts = self.counts.copy()
         left = list(range(len(depths)))

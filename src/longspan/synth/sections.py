@@ -109,7 +109,7 @@ class TokenRuler:
     """
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
-        self.text = text
+        self.text, self._tokenizer = text, tokenizer
         marks = [0]
         while marks[-1] < len(text):
             end = min(len(text), marks[-1] + _RULER_CHARACTERS)
@@ -131,10 +131,10 @@ class TokenRuler:
         return np.interp(np.asarray(characters, dtype=float), self._marks, self._tokens)
 
     def last_before(self, tokens: float) -> int:
-        """Return the last mark with at most so many tokens before it."""
-        return int(self._marks[np.searchsorted(self._tokens, tokens, side="right") - 1])
-
-    def first_after(self, tokens: float) -> int:
-        """Return the first mark with at least so many tokens before it; the end where there is none."""
-        place = min(int(np.searchsorted(self._tokens, tokens)), len(self._marks) - 1)
-        return int(self._marks[place])
+        """Return the last good place for a cut (line, sentence, word) with at most so many tokens before it."""
+        place = int(np.searchsorted(self._tokens, tokens, side="right")) - 1
+        mark, left = int(self._marks[place]), int(tokens - self._tokens[place])
+        if left < 1 or mark == len(self.text):
+            return mark
+        end = _longest(self.text, mark, left, self._tokenizer, _FIRST_GUESS)
+        return _border(self.text, mark, end) if end < len(self.text) else end
