@@ -23,7 +23,7 @@ from longspan.eval.records import read_records
 from longspan.eval.runner import run_task
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
-from longspan.infer.requests import Request
+from longspan.infer.requests import NOT_FINITE, Answer, Request
 from tests.eval.answerers import Knowing
 
 
@@ -114,6 +114,7 @@ def test_perfect_answers_score_one(knowing: Knowing, records: Path, tokenizer: T
         "score": 1.0,
         "prompt_sha256": 64,
         "prompt_tokens": 10,
+        "completion_tokens": None,
         "seconds": 0.25,
         "question": "copy 0",
         "unscored": None,
@@ -283,7 +284,7 @@ def test_output_that_is_no_number_is_unscored(records: Path, tokenizer: Tokenize
     answerer = Knowing(tokenizer, nll=float("nan"))
     summary = run(Copying(mode="teacher_forced"), answerer, records, tokenizer)
     assert summary["mean"] is summary["interval"] is None
-    assert summary["unscored"] == {runner.NOT_FINITE: 7}
+    assert summary["unscored"] == {NOT_FINITE: 7}
     assert all("answer_nll" not in sample for sample in read_records(records).samples)
 
 
@@ -293,6 +294,19 @@ def test_teacher_forced_samples_hold_their_loss(records: Path, tokenizer: Tokeni
     sample = read_records(records).samples[0]
     assert (sample["answer_nll"], sample["answer_tokens"]) == (0.5, 1)
     assert read_records(records).header["params"]["mode"] == "teacher_forced"
+
+
+def test_what_an_answer_took_is_recorded(
+    records: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report's table of costs adds these up; a server's price stands there only where it is known."""
+    answers = [Answer("0", completion_tokens=3, cost=0.25), Answer("1", completion_tokens=2), Answer("2")]
+    answerer = Knowing(tokenizer)
+    monkeypatch.setattr(answerer, "generate", lambda requests: enumerate(answers))
+    run(Copying(count=3), answerer, records, tokenizer)
+    found = sorted(read_records(records).samples, key=lambda sample: sample["number"])
+    assert [sample["completion_tokens"] for sample in found] == [3, 2, None]
+    assert [sample.get("cost", "none") for sample in found] == [0.25, "none", "none"]
 
 
 def test_too_long_contexts_are_refused_before_anything_runs(records: Path, tokenizer: Tokenizer) -> None:

@@ -55,6 +55,7 @@ def test_answers_belong_to_their_requests():
         answerer.close()
     assert {index: answer.text for index, answer in answers.items()} == {n: f"to {n}, " for n in range(5)}
     assert (answers[0].finish, answers[0].prompt_tokens, answers[0].completion_tokens) == ("stop", 4, 2)
+    assert answers[0].cost is None
     assert server.asked[0].body["temperature"] == 0 and server.asked[0].body["max_tokens"] == 3
 
 

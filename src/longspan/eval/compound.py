@@ -19,9 +19,9 @@ from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.eval.records import RecordsWriter
-from longspan.eval.runner import NOT_FINITE, PART_TOKENS, summarise_records
+from longspan.eval.runner import PART_TOKENS, sample_record, summarise_records
 from longspan.eval.summaries import mean_score
-from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
 
 PART_REQUESTS = 1024
 """Requests that are composed and handed over at once, if they have no more than `PART_TOKENS` tokens."""
@@ -144,8 +144,12 @@ def _judged(sample: PlannedCompound, compound: Compound, answers: Sequence[Answe
             answer.prompt_tokens or _prompt_tokens(request)
             for request, answer in zip(compound.requests, answers)
         ),
+        "completion_tokens": sum(answer.completion_tokens for answer in answers) or None,
         "seconds": round(sum(answer.seconds for answer in answers), 6),
     }
+    costs = [answer.cost for answer in answers if answer.cost is not None]
+    if costs:
+        measured["cost"] = math.fsum(costs)
     errors = [answer.error for answer in answers if answer.error is not None]
     if errors:
         return _record(sample, {**measured, "unscored": errors[0]})
@@ -163,16 +167,7 @@ def _is_finite(answer: Answer) -> bool:
 
 
 def _record(sample: PlannedCompound, measured: Mapping[str, Any]) -> dict[str, Any]:
-    empty = {"output": "", "expected": "", "score": None, "prompt_sha256": "", "prompt_tokens": None}
-    return {
-        "kind": "sample",
-        "id": sample.id,
-        **sample.fields,
-        **empty,
-        "seconds": None,
-        "unscored": None,
-        **measured,
-    }
+    return sample_record(sample.id, sample.fields, measured)
 
 
 def _size(request: Request) -> int:

@@ -18,8 +18,9 @@ from longspan.eval import ppl
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.ppl_documents import describe
 from longspan.eval.records import RecordsWriter, make_header, sample_id
-from longspan.eval.runner import NOT_FINITE, summarise_records
+from longspan.eval.runner import summarise_records
 from longspan.infer.packed import plan_batches
+from longspan.infer.requests import NOT_FINITE
 
 BATCH_TOKENS = 16_384
 

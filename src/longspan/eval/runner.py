@@ -248,7 +248,9 @@ def _answered(
         "prompt_sha256": sha256_bytes(request.prompt.encode("utf-8", "surrogatepass")),
         "prompt_tokens": answer.prompt_tokens
         or (0 if request.prompt_ids is None else len(request.prompt_ids)),
+        "completion_tokens": answer.completion_tokens or None,
         "seconds": round(answer.seconds, 6),
+        **({} if answer.cost is None else {"cost": answer.cost}),
         **built.fields,
     }
     unscored = answer.error
@@ -268,13 +270,22 @@ def _answered(
 
 
 def _record(sample: _Sample, measured: Mapping[str, Any], *, unscored: str | None) -> dict[str, Any]:
-    empty = {"output": "", "expected": "", "score": None, "prompt_sha256": "", "prompt_tokens": None}
+    return sample_record(sample.id, sample.planned.fields, {**measured, "unscored": unscored})
+
+
+def sample_record(id_: str, planned: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a sample: what was planned and what was measured; fields without a value are empty."""
     return {
         "kind": "sample",
-        "id": sample.id,
-        **sample.planned.fields,
-        **empty,
+        "id": id_,
+        **planned,
+        "output": "",
+        "expected": "",
+        "score": None,
+        "prompt_sha256": "",
+        "prompt_tokens": None,
+        "completion_tokens": None,
         "seconds": None,
+        "unscored": None,
         **measured,
-        "unscored": unscored,
     }

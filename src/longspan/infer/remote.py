@@ -180,6 +180,7 @@ class RemoteAnswerer:
             finish=finish,
             prompt_tokens=result.usage.prompt_tokens,
             completion_tokens=result.usage.completion_tokens,
+            cost=result.cost,
             seconds=result.seconds,
         )
 
@@ -201,6 +202,7 @@ class RemoteAnswerer:
             nll=nll,
             prompt_tokens=len(request.prompt_ids),
             completion_tokens=len(request.answer_ids),
+            cost=result.cost,
             seconds=result.seconds,
         )
 
@@ -210,7 +212,13 @@ class RemoteAnswerer:
         if result.error not in self._explained:
             self._explained.add(result.error)
             _log.warning("%s: a request was %s: %s", self.client.endpoint.model, result.error, result.detail)
-        return Answer("", error=f"endpoint: {result.error}", prompt_tokens=result.usage.prompt_tokens)
+        return Answer(
+            "",
+            error=f"endpoint: {result.error}",
+            prompt_tokens=result.usage.prompt_tokens,
+            completion_tokens=result.usage.completion_tokens,
+            cost=result.cost,
+        )
 
 
 def identify_endpoint(endpoint: Endpoint, trained_length: int | None = None) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Answer(NamedTuple):
     """Of `score`: negative log-likelihood of each answer token in nats, float32 `[answer]`."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float | None = None
+    """What a server's answer cost, by the prices that were given; None: no prices."""
     seconds: float = 0.0
     """Time that this answer took beside those it shared work with."""
 
