@@ -26,6 +26,8 @@ STORY = (
     ("data", "split"),
     ("data", "pairs"),
     ("data", "retrieval"),
+    ("synth", "list"),
+    ("synth", "qa"),
     ("plan",),
     ("train",),
     ("export",),

@@ -108,8 +108,8 @@ class Unreliable:
 def test_ten_thousand_requests_with_faults_and_two_kills(student, tmp_path, capsys):
     """Every question that passes stands in the output exactly once, and memory does not grow with the job."""
     concurrency = 16
-    # Seven sections of three or four sentences a document, and a leak check for each question.
-    write_documents(tmp_path / "books.jsonl", [document(number, 24) for number in range(1, 361)])
+    # Three or four sections of some eight sentences a document, and a leak check for each question.
+    write_documents(tmp_path / "books.jsonl", [document(number, 24) for number in range(1, 681)])
     script = Unreliable(Writer())
     began = time.monotonic()
     with serving(script) as server:
@@ -140,7 +140,7 @@ def test_ten_thousand_requests_with_faults_and_two_kills(student, tmp_path, caps
     ]
     expected = {
         question(day)
-        for number in range(1, 361)
+        for number in range(1, 681)
         for day in days_in(document(number, 24))
         if not is_known(day)
     }

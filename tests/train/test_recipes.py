@@ -34,6 +34,7 @@ PUBLISHED: dict[str, list[tuple[int, int | None, int, float, float | None, float
     ],
     "prolong-sft": [(65536, 250, 64 * 65536, 2e-5, None, None)],
     "qlora-80k": [(81920, None, 8 * 81920, 5e-5, 200e6, None)],
+    "synth-80k": [(81920, None, 8 * 81920, 5e-5, 200e6, None)],
 }
 PUBLISHED["easycontext-1m"] = PUBLISHED["easycontext-13b-1m"] = [
     (32768, 1000, 32 * 32768, 2e-5, 1e6, None),
