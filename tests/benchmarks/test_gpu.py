@@ -22,6 +22,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_all_sections_run_on_cpu(tmp_path: Path) -> None:
     """The one run on a GPU must not be spent on a signature that changed. Errors are rows, numbers agree."""
     out, table = tmp_path / "gpu.json", tmp_path / "gpu.md"

@@ -56,6 +56,7 @@ def test_the_hugging_face_trainer_has_the_same_losses(tmp_path: Path) -> None:
     assert failed == (set() if find_spec("trl") else {"trl"})
 
 
+@pytest.mark.slow
 def test_sections_for_a_gpu_run_on_cpu(tmp_path: Path) -> None:
     """The one run on a GPU must not be spent on a signature that changed. Errors are rows, losses agree."""
     out = tmp_path / "gpu.json"
