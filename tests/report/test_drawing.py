@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from longspan.report.charts import (
     Axis,
@@ -19,6 +20,7 @@ from longspan.report.charts import (
     length_text,
     number_axis,
 )
+from longspan.report.figures import _length_ticks
 from longspan.report.palette import LINES, _luminance, contrast, ink_on, sequential, step_of
 from longspan.report.samples import Sample
 from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, thinned
@@ -112,3 +114,22 @@ def test_charts_survive_one_point_and_many_lines(count: int) -> None:
     ElementTree.fromstring(chart.draw(350, names=False))
     ElementTree.fromstring(chart.draw(1000))
     assert isinstance(number_axis([0.0], "y"), Axis)
+
+
+def test_labels_of_lengths_do_not_lie_on_each_other() -> None:
+    """Buckets of equal width crowd at the right end of a logarithmic axis; a grid of doublings keeps them all."""
+    for lengths in (
+        range(128, 2049, 128),
+        [128 << n for n in range(9)],
+        [128, 256, 512, 1024, 1536, 2048],
+        [7],
+        [],
+    ):
+        axes = Figure().subplots()
+        _length_ticks(axes, list(lengths))
+        kept = axes.xaxis.get_major_locator().locs
+        assert list(kept[-1:]) == list(lengths[-1:])
+        assert all(after >= 1.25 * before for before, after in pairwise(kept))
+        if len(lengths) < 10:
+            assert list(kept) == list(lengths)
+        axes.figure.canvas.draw()

@@ -22,11 +22,14 @@ from longspan.report.load import Run
 from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
 from longspan.report.samples import GRID_TASKS
 from longspan.report.scores_view import DatasetDifference, dataset_differences
+from longspan.report.svg import Scale, thinned
 from longspan.report.tables import Grid, perplexity
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
 from longspan.report.view import long_name, role_of, short_name
 
 _INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
+_MOST_TICKS = 10
+"""Labels of lengths that fit side by side under half a page."""
 
 
 def write_figures(runs: Sequence[Run], evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -280,8 +283,9 @@ def _style(axes: Any, xlabel: str, ylabel: str) -> None:
 
 
 def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
+    ticks = thinned(lengths, Scale(min(lengths, default=1), max(lengths, default=1), 0, _MOST_TICKS, True), 1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: length_text(v)))
 
