@@ -150,3 +150,21 @@ def test_two_writers_do_not_mix_lines(tmp_path):
     assert [record["i"] for record in read_jsonl(path)] == list(range(20))
     assert all(json.loads(line) for line in path.read_text().splitlines())
     assert os.path.getsize(path) > 20_000
+
+
+def test_one_of_two_lone_writers_is_refused_until_the_other_ends(tmp_path):
+    """Two processes that find the same samples missing write every one of them twice."""
+    path = tmp_path / "r.jsonl"
+    with JsonlWriter(path, alone=True) as first:
+        first.write({"i": 0})
+        with pytest.raises(RunError, match="another process writes"):
+            JsonlWriter(path, alone=True)
+    with JsonlWriter(path, alone=True) as second:
+        second.write({"i": 1})
+    assert [record["i"] for record in read_jsonl(path)] == [0, 1]
+
+
+def test_a_folder_is_no_file_of_records(tmp_path):
+    """A folder in place of a file was a traceback in every command that reads records."""
+    with pytest.raises(DataError, match="is a folder"):
+        next(read_jsonl(tmp_path))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.eval.records import RecordsWriter, make_header, read_records, sample_id
 
 MODEL_INFO = {"path": "a", "fingerprint": "f", "rope": {"rope_type": "default"}, "trained_length": 256}
@@ -89,6 +89,35 @@ def test_foreign_file_is_not_appended_to(records: Path) -> None:
     with pytest.raises(DataError, match="not an evaluation records file"):
         RecordsWriter(records, header())
     assert records.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("text", ["notes without a new line", '{"a": 1}', '{"kind": "sample"'])
+def test_foreign_line_is_not_taken_for_a_torn_one(records: Path, text: str) -> None:
+    """Cutting off the only line of a file that --out names by mistake empties it."""
+    records.write_text(text)
+    with pytest.raises(DataError, match="not an evaluation records file"):
+        RecordsWriter(records, header())
+    assert records.read_text() == text
+
+
+def test_torn_header_is_written_anew(records: Path) -> None:
+    """A process that is killed in its first line must not need a hand to go on."""
+    records.write_text(json.dumps(header())[:40])
+    with RecordsWriter(records, header()) as writer:
+        writer.finish()
+    assert read_records(records).complete
+
+
+def test_second_evaluation_of_the_same_file_is_refused(records: Path) -> None:
+    """Both would find the same samples missing, ask for all of them, and record them twice."""
+    with RecordsWriter(records, header()) as first:
+        first.write({"kind": "sample", "id": "a", "unscored": "why"})
+        with pytest.raises(RunError, match="another process writes"):
+            RecordsWriter(records, header())
+    with RecordsWriter(records, header(), retry_unscored=True) as again:
+        assert not again.recorded
+        with pytest.raises(RunError, match="another process writes"):
+            RecordsWriter(records, header())
 
 
 def test_sample_without_id_is_named(records: Path) -> None:

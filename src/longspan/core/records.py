@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longspan.core.errors import DataError
+from longspan.core.errors import DataError, RunError
 from longspan.core.files import disk_errors
 
 
@@ -16,14 +17,22 @@ class JsonlWriter:
     """Append JSON objects to a file, one line each; every line is handed to the operating system at once.
 
     A torn last line, left by a killed process, is cut off when the file is opened again.
+
+    Args:
+        alone: refuse a file that another writer has opened so; the lock ends with its process, however that ends.
+
+    Raises:
+        RunError: the disk refuses, or `alone` and another process writes the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, alone: bool = False) -> None:
         self.path = Path(path)
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(self.path)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+            if alone:
+                self._lock()
+            _cut_torn_line(self.path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, whole or not at all. Raises RunError when the disk refuses."""
@@ -46,6 +55,17 @@ class JsonlWriter:
                 os.fsync(self._file.fileno())
             self._file.close()
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RunError(
+                f"another process writes {self.path}", fix="wait for it to end, or choose another file"
+            ) from None
+        except OSError:
+            pass  # a shared disk without locks
+
     def __enter__(self) -> JsonlWriter:
         return self
 
@@ -57,11 +77,13 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a JSON-lines file; a torn last line is not a record.
 
     Raises:
-        DataError: the file is missing, or a whole line is not a JSON object (file and line are named).
+        DataError: the file is missing or a folder, or a whole line is not a JSON object (file and line are named).
     """
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", allowed="a JSON-lines file")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -87,8 +109,6 @@ def _encode(record: dict[str, Any]) -> bytes:
 
 
 def _cut_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
     with open(path, "rb+") as file:
         end = file.seek(0, os.SEEK_END)
         position = end

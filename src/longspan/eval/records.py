@@ -25,6 +25,7 @@ from longspan.core.records import JsonlWriter, read_jsonl
 
 MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
 _PACKAGES = ("longspan", "torch", "transformers")
+_HEADER_BEGINS = b'{"kind": "header"'
 # A remark, the date and the library versions are recorded but do not make it another evaluation.
 _NOT_IDENTITY = ("kind", "fingerprint", "note", "versions", "created")
 
@@ -120,23 +121,36 @@ class RecordsWriter:
     Raises:
         ConfigError: the file belongs to an evaluation with other settings; the message names them.
         DataError: the file is something else.
+        RunError: another process writes the file.
     """
 
     def __init__(self, path: str | Path, header: Mapping[str, Any], *, retry_unscored: bool = False) -> None:
         self.path = Path(path)
         self.complete = False
         self.recorded: dict[str, dict[str, Any]] = {}
-        found = None
-        if self.path.exists() and any(read_jsonl(self.path)):
-            found = read_records(self.path)
-            _check_same_evaluation(self.path, found.header, header)
-            if retry_unscored:
-                found = _without_unscored(self.path, found)
-            self.recorded = {record["id"]: record for record in found.samples}
-            self.complete = found.complete
-        self._file = JsonlWriter(self.path)
-        if found is None:
+        _refuse_other_files(self.path)
+        self._file = JsonlWriter(self.path, alone=True)
+        try:
+            self._go_on(header, retry_unscored=retry_unscored)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _go_on(self, header: Mapping[str, Any], *, retry_unscored: bool) -> None:
+        """Read what earlier runs wrote, or begin the file."""
+        if not any(read_jsonl(self.path)):
             self._file.write(dict(header))
+            return
+        found = read_records(self.path)
+        _check_same_evaluation(self.path, found.header, header)
+        if retry_unscored:
+            kept = _without_unscored(self.path, found)
+            if kept is not found:  # another file stands there now
+                self._file.close()
+                self._file = JsonlWriter(self.path, alone=True)
+            found = kept
+        self.recorded = {record["id"]: record for record in found.samples}
+        self.complete = found.complete
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one sample."""
@@ -156,6 +170,20 @@ class RecordsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise DataError for a file that is no records file, before its last line is taken for a torn one."""
+    if not path.exists():
+        return
+    first = next(read_jsonl(path), None)
+    if first is None:
+        with open(path, "rb") as file:
+            ours = _HEADER_BEGINS.startswith(file.read(len(_HEADER_BEGINS)))
+    else:
+        ours = first.get("kind") == "header"
+    if not ours:
+        raise DataError(f"{path} is not an evaluation records file", found="no header in its first line")
 
 
 def _without_unscored(path: Path, found: EvalRecords) -> EvalRecords:
