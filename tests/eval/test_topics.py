@@ -78,11 +78,23 @@ def test_planned_length_is_near(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"counts": [101]}, {"counts": [5, 5]}, {"counts": [2], "questions": 3}, {"kind": "words"}, {"turns": 0}],
+    [
+        {"counts": [101]},
+        {"counts": [5, 5]},
+        {"counts": [2], "questions": 3},
+        {"kind": "words"},
+        {"turns": 0},
+    ],
 )
 def test_malformed_settings_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         TopicsSettings.from_dict(values)
+
+
+@pytest.mark.parametrize("counts", ["abc", "2,", "1:5:3", "-3"])
+def test_what_is_no_count_is_said_in_plain_words(counts: str) -> None:
+    with pytest.raises(ConfigError, match="no counts, such as 5,10,20"):
+        TopicsSettings.from_dict({"counts": counts})
 
 
 def test_lists_have_no_word_twice() -> None:

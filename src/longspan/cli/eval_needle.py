@@ -216,7 +216,11 @@ def _show_grid(settings: NeedleSettings, form: PromptForm, *, multi_key: bool, a
         [f"{length:,}", len(settings.depths), settings.samples, f"{length * each:,}"]
         for length in settings.lengths
     ]
-    print_table(f"{cost.cells} cells", ("length", "depths", "samples", "tokens"), rows)
+    print_table(
+        "1 cell" if cost.cells == 1 else f"{cost.cells} cells",
+        ("length", "depths", "samples", "tokens"),
+        rows,
+    )
     typer.echo(f"depths: {', '.join(f'{depth:g}' for depth in settings.depths)}")
     typer.echo(
         f"{cost.prompts:,} prompts of {format_count(cost.prompt_tokens)} tokens; {settings.mode}, "

@@ -56,7 +56,9 @@ def fit_units(
         made, tokens = make(units)
         if tokens > budget:
             if units <= least:
-                raise DataError(f"no room in {budget} tokens", found=f"{tokens} tokens at the least")
+                raise DataError(
+                    f"a prompt has {tokens} tokens at the least, and {max(0, budget)} are left for it"
+                )
             ceiling = units - 1
         elif best is None or units > best.units:
             best = Fitted(made, units, tokens)

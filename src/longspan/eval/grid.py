@@ -27,7 +27,7 @@ def lengths_from(values: Any) -> Any:
         lengths: list[Any] = []
         for value in values:
             if isinstance(value, str) and ":" in value:
-                start, end, count = _range(value)
+                start, end, count = _range(value, such_as="1k:8k:8")
                 lengths += _spaced(float(parse_length(start)), float(parse_length(end)), count, whole=True)
             else:
                 lengths.append(parse_length(value) if isinstance(value, str) else value)
@@ -45,7 +45,7 @@ def depths_from(values: Any) -> Any:
     depths: list[Any] = []
     for value in values:
         if isinstance(value, str) and ":" in value:
-            start, end, count = _range(value)
+            start, end, count = _range(value, such_as="0:1:11")
             depths += _spaced(_depth(start), _depth(end), count, whole=False)
         else:
             depths.append(_depth(value) if isinstance(value, str) else value)
@@ -56,8 +56,9 @@ def refuse_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the values. Raises ValueError when there are none or one stands twice."""
     if not values:
         raise ValueError("at least one value is needed")
-    if len(set(values)) < len(values):
-        raise ValueError("a value stands twice")
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{value} stands twice")
     return values
 
 
@@ -68,10 +69,12 @@ def refuse_outside(depths: tuple[float, ...]) -> tuple[float, ...]:
     return depths
 
 
-def _range(text: str) -> tuple[str, str, int]:
+def _range(text: str, *, such_as: str) -> tuple[str, str, int]:
     parts = text.split(":")
-    if len(parts) != 3 or not parts[2].strip().isdigit() or int(parts[2]) < 1:
-        raise ValueError(f"{text!r} is not start:end:count, such as 0:1:11")
+    if len(parts) != 3:
+        raise ValueError(f"{text!r} is not start:end:count, such as {such_as}")
+    if not parts[2].strip().isdecimal() or int(parts[2]) < 1:
+        raise ValueError(f"{text!r} ends in no count of values of 1 or more, such as {such_as} does")
     if int(parts[2]) == 1 and parts[0].strip() != parts[1].strip():
         raise ValueError(f"{text!r} asks for one value between two different ends")
     return parts[0], parts[1], int(parts[2])
@@ -85,6 +88,11 @@ def _spaced(start: float, end: float, count: int, *, whole: bool) -> Sequence[An
 
 def _depth(text: str) -> float:
     try:
-        return float(text)
+        depth = float(text)
     except ValueError:
         raise ValueError(f"{text!r} is not a depth, such as 0.5") from None
+    if not 0.0 <= depth <= 1.0:
+        raise ValueError(
+            f"{text.strip()} is no depth: these lie between 0 (start) and 1 (end of the haystack)"
+        )
+    return depth

@@ -112,7 +112,7 @@ class NeedleComposer:
                     f"the documents hold too few words that may be keys ({settings.key_split} split)",
                     found=len(self._keys),
                     allowed=f"at least {needed}, one for each needle and each distractor",
-                    fix="give more held-out documents, or name keys",
+                    fix="give more held-out documents, or name the keys (--key)",
                 )
         self._check_lengths()
 

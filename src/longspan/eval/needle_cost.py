@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from longspan.core.errors import ConfigError
 from longspan.eval.needle_settings import NeedleSettings
 from longspan.eval.prompts import PromptForm
 from longspan.infer.flops import Cell, ladder, work_by_themselves, work_shared
@@ -28,6 +29,9 @@ def grid_cost(settings: NeedleSettings, form: PromptForm, *, multi_key: bool = F
 
     With 11 depths over even lengths about half is read: what stands before a needle is shared, what follows
     is not. Other facts (distractors) stand elsewhere at each length, so only depths share then.
+
+    Raises:
+        ConfigError: a length has no room for the planted text and the question.
     """
     groups = _groups(settings, form, multi_key=multi_key)
     alone = [work_by_themselves(group) for group in groups]
@@ -49,6 +53,13 @@ def _groups(settings: NeedleSettings, form: PromptForm, *, multi_key: bool) -> l
     number = "9" * settings.answer_digits
     asked = form.count(settings.question, answer=settings.answer.replace("{number}", number))
     planted = len(form.tokenizer.encode(settings.needle.replace("{number}", number)))
+    if min(settings.lengths) <= asked + planted:
+        raise ConfigError(
+            "a context length has no room for the planted facts and the question",
+            found=f"{min(settings.lengths)} tokens",
+            allowed=f"more than {asked + planted}",
+            fix="leave out the shortest lengths",
+        )
     if multi_key:
         # Questions begin alike, up to their key.
         asked -= len(form.tokenizer.encode(settings.question.partition("{key}")[0]))

@@ -91,6 +91,8 @@ class NeedleSettings(Config):
     @pydantic.model_validator(mode="after")
     def _texts_fit_together(self) -> NeedleSettings:
         for name in ("needle", "question", "answer"):
+            if name != "question" and not getattr(self, name).strip():
+                raise ValueError(f"{name} is empty")
             _refuse_unknown(name, getattr(self, name), _FACT_FIELDS)
             missing = self.template(getattr(self, name)) - self.template(self.needle)
             if missing:

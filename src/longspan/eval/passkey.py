@@ -115,7 +115,9 @@ class Passkey:
         try:
             found = fit_units(make, budget=budget, slack=slack, start=start, tokens_per_unit=per_unit)
         except DataError as error:
-            raise DataError(f"a passkey prompt does not fit into {length} tokens", found=error) from None
+            raise DataError(
+                f"a passkey prompt and its answer do not fit into {length} tokens: {error}"
+            ) from None
         request, before = found.made
         fields = {
             "question": QUESTION,

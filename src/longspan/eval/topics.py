@@ -94,7 +94,12 @@ class TopicsSettings(Config):
     @pydantic.field_validator("counts", mode="before")
     @classmethod
     def _read_counts(cls, value: Any) -> Any:
-        return [int(part) for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ValueError("these are no counts, such as 5,10,20")
+        return [int(part) for part in parts]
 
     @pydantic.model_validator(mode="after")
     def _counts_are_possible(self) -> TopicsSettings:
