@@ -98,7 +98,18 @@ def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
     [
         ("--depths 0,50,100", ["depths", "between 0 (start) and 1"]),
         ("--depths 0:1", ["depths", "start:end:count"]),
-        ("--lengths 1k,1024", ["lengths", "stands twice"]),
+        ("--depths 0:inf:3", ["depths", "inf is no depth"]),
+        ("--lengths 0:1", ["lengths", "start:end:count, such as 1k:8k:8"]),
+        ("--lengths 1k:8k:0", ["lengths", "count of values of 1 or more"]),
+        ("--lengths 1k,1024", ["lengths", "1024 stands twice"]),
+        ("--lengths 20 --dry-run", ["no room for the planted facts", "20 tokens"]),
+        ("--needle abc --question Which? --answer ''", ["answer is empty"]),
+        ("--model ''", ["no model is named", "openai:NAME"]),
+        ("--model openai: --tokenizer tokenizer", ["no model is named", "openai:NAME"]),
+        ("--model opnai:gpt", ["no such model", "opnai:gpt", "openai:NAME"]),
+        ("--model model/config.json", ["is a file, not a model", "the folder that it lies in"]),
+        ("--model openai:x --tokenizer tokenizer --rope-theta 5e6", ["own affair", "--rope-theta"]),
+        ("--rope linear", ["--rope does not hold settings", "'linear'"]),
         ("--lengths 20", ["no room for the planted facts", "20 tokens"]),
         ("--data texts --lengths 1M", ["haystack is too short", "--repeat-haystack"]),
         ("--max-length 300", ["longer than the model can read", "320 tokens", "--too-long skip"]),
@@ -122,6 +133,14 @@ def test_mistakes_say_how_to_mend_them(longspan, model, arguments, parts):
     for part in parts:
         assert part in message, message
     assert not (model.parent / "run").exists()
+
+
+def test_a_file_is_no_run_folder(longspan, model):
+    """It was found when the model had been loaded, as a failure of the machine."""
+    outcome = longspan(f"{GRID} --out model/config.json")
+    assert outcome.code == 2 and "is a file" in outcome.err
+    outcome = longspan("eval ruler --model model --lengths 2k --cache model/config.json --out run")
+    assert outcome.code == 2 and "is a file" in outcome.err
 
 
 def test_too_long_contexts_can_be_skipped(longspan, model):

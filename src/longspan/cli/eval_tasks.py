@@ -142,7 +142,10 @@ def ruler(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder of composed samples. Default: ruler-samples in the run folder."),
+        typer.Option(
+            file_okay=False,
+            help="Folder of composed samples. Default: ruler-samples in the run folder.",
+        ),
     ] = None,
     bos: BosOption = "auto",
     too_long: TooLongOption = "refuse",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longspan.infer.opening import ServerSettings, Source
     from longspan.infer.requests import Answerer
 
+MODEL_KINDS = ("a folder", "a hub name", "openai:NAME", "completions:NAME", "anthropic:NAME")
 Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -157,6 +158,8 @@ def opened(options: ModelOptions) -> Iterator[AskedModel]:
 
     tokenizer = find_tokenizer(options)
     label = label_of(options)
+    if options.is_remote:
+        _refuse_weights(options)
     answerer = open_answerer(
         options.model if options.is_remote else find_source(options),
         tokenizer=tokenizer,
@@ -173,6 +176,16 @@ def opened(options: ModelOptions) -> Iterator[AskedModel]:
         yield AskedModel(answerer, tokenizer, label)
     finally:
         answerer.close()
+
+
+def _refuse_weights(options: ModelOptions) -> None:
+    """Raise ArgumentError for what changes weights that are not here."""
+    from longspan.core.errors import ArgumentError
+
+    given = {"--rope": options.rope, "--rope-theta": options.rope_theta, "--dtype": options.dtype}
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise ArgumentError("how a server runs its model is its own affair", found=" ".join(named))
 
 
 def find_source(options: ModelOptions) -> Source:
@@ -243,7 +256,15 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
             "a model behind a server has no tokenizer here",
             fix="name with --tokenizer one that counts its tokens, such as the hub name of the model",
         )
+    if not options.model:
+        raise ArgumentError("no model is named", found=repr(options.model), allowed=MODEL_KINDS)
     path = Path(find_folder(options.model))
+    if path.is_file():
+        raise ArgumentError(
+            f"{path} is a file, not a model", allowed=MODEL_KINDS, fix="name the folder that it lies in"
+        )
+    if ":" in options.model and not path.exists():
+        raise ArgumentError("there is no such model", found=repr(options.model), allowed=MODEL_KINDS)
     if _is_checkpoint(str(path)):
         from longspan.train.config import TrainConfig
         from longspan.train.stage_model import tokenizer_source
@@ -279,12 +300,14 @@ def label_of(options: ModelOptions) -> str:
     from longspan.core.errors import ArgumentError
 
     name = options.model.partition(":")[2] if options.is_remote else options.model
-    label = options.label or Path(name).name
+    if not name:
+        raise ArgumentError("no model is named", found=repr(options.model), allowed=MODEL_KINDS)
+    label = options.label or Path(name).absolute().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
         raise ArgumentError(
             "a label is part of a file name",
             found=repr(label),
-            allowed="letters, digits and ._-",
+            allowed="A-Z, a-z, 0-9 and ._-",
             fix="give one with --label",
         )
     return label

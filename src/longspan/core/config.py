@@ -128,7 +128,9 @@ def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{where} does not hold settings", found=type(values).__name__, allowed="key: value lines"
+            f"{where} does not hold settings",
+            found=f"{type(values).__name__} {str(values)[:60]!r}" if values is not None else "nothing",
+            allowed="key: value lines",
         )
     return values
 
