@@ -96,6 +96,8 @@ def ppl(
     from longspan.eval.ppl import PplTask
 
     task = PplTask.from_dict(settings, where="the command line")
+    _check_limits("--xmin", xmin, "--xmax", xmax)
+    _check_limits("--ymin", ymin, "--ymax", ymax)
     documents = _open(data, text_field, source_field)
     summary = _measure(model, task, documents, out, note)
     if csv is not None:
@@ -165,6 +167,17 @@ def _cut(**given: bool) -> str:
             "documents are cut in one way at a time", found=" ".join(f"--{name}" for name in asked)
         )
     return {"stride": "sliding"}.get(asked[0], asked[0]) if asked else "spans"
+
+
+def _check_limits(low: str, least: float | None, high: str, most: float | None) -> None:
+    """Raise ArgumentError where a limit of the figure, whose axes are logarithmic, is none."""
+    from longspan.core.errors import ArgumentError
+
+    for name, value in ((low, least), (high, most)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ArgumentError(f"{name} is no limit of the figure", found=value, allowed="numbers above 0")
+    if least is not None and most is not None and least >= most:
+        raise ArgumentError(f"{low} is not below {high}", found=f"{least:g} and {most:g}")
 
 
 def _open(
