@@ -78,6 +78,8 @@ def test_mistakes_are_said(longspan, here):
         "ask model --question Q? --context text.txt --prompt fu-2023": "fu-2024",
         "ask model --question Q? --context text.txt --prompt 'only {question}'": "no place for the context",
         "ask model --question Q? --chat": "chat template",
+        "ask model --question ''": "the question is empty",
+        "ask model --question Q? --context text.txt --length 500 --max-length 400": "--max-new-tokens",
     }
     for arguments, said in cases.items():
         outcome = longspan(arguments)

@@ -64,6 +64,7 @@ def ask(
         depth=depth,
         length=None if length is None else parse_length(length),
     )
+    _refuse_too_long(model, composed.tokens + max_new_tokens)
     request = form.request(composed.prompt, max_new_tokens=max_new_tokens)
     if not as_json:
         _show_prompt(composed)
@@ -73,6 +74,20 @@ def ask(
         print_json(_summary(composed, question, answer))
         return
     typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s")
+
+
+def _refuse_too_long(model: ModelOptions, tokens: int) -> None:
+    from longspan.core.errors import ArgumentError
+    from longspan.core.units import parse_length
+
+    most = None if model.max_length is None else parse_length(model.max_length)
+    if most is not None and tokens > most:
+        raise ArgumentError(
+            "the prompt and its answer are longer than the model is to be given",
+            found=f"{tokens:,} tokens",
+            allowed=f"--max-length {most:,}",
+            fix="cut the context with --length, or shorten the answer with --max-new-tokens",
+        )
 
 
 def _stream(answerer: Answerer, request: Request, *, quiet: bool) -> Answer:

@@ -79,11 +79,14 @@ def compose(
         length: tokens of the prompt at most; None: as long as the documents are.
 
     Raises:
-        ArgumentError: a depth outside 0..1, a needle without a context, a template without a place for it.
+        ArgumentError: a depth outside 0..1, a needle without a context, a template without a place for it,
+            an empty question.
         DataError: the length leaves no room for a context.
     """
     if not 0.0 <= depth <= 1.0:
         raise ArgumentError("a depth lies between 0 (start) and 1 (end of the context)", found=depth)
+    if not question.strip():
+        raise ArgumentError("the question is empty")
     if not documents:
         if needle is not None:
             raise ArgumentError("a needle is planted in a context", fix="give texts with --context")
