@@ -199,6 +199,7 @@ def test_interrupt_is_exit_code_130():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "interrupted" in err
     assert "Traceback" not in err
 
 

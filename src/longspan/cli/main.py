@@ -102,6 +102,7 @@ def only_named(group: typer.Typer, words: Sequence[str]) -> typer.Typer:
 
 
 OTHERS_WAIT_SECONDS = 3.0
+INTERRUPTED = 130
 
 
 def run() -> None:
@@ -122,7 +123,11 @@ def run() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught it inside a command, and says nothing
+            typer.echo("interrupted", err=True)
+        raise
     except BrokenPipeError:
         # The reader, `head` say, has gone. Python would flush once more at its end and complain about it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
