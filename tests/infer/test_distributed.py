@@ -165,6 +165,15 @@ def test_common_beginnings_are_read_once_where_that_is_less_work() -> None:
     assert plan_trunks([ends[0], haystack], ranks=2, most=1000) == [(99, [1, 0])]
 
 
+def test_records_tell_types_of_weights_apart(folder: Folder) -> None:
+    """An evaluation in float32 that goes on in bfloat16 would be one of neither."""
+    identities = [
+        open_answerer(folder.path, tokenizer=folder.tokenizer, dtype=dtype).identity
+        for dtype in (None, "bfloat16")
+    ]
+    assert [identity["dtype"] for identity in identities] == ["float32", "bfloat16"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["striped", "dist_flash", "ulysses", "all_gather"])
 def test_every_schedule_answers_as_one_process(folder: Folder, alone: Results, schedule: str) -> None:

@@ -67,6 +67,8 @@ def test_the_first_of_several_stop_texts_counts() -> None:
     """Also where it is the later one in the list, or both come with one token."""
     assert bytes(say("abc", stop=("c", "b")).ids) == b"ab"
     assert say("abc", stop=("x", "")).finish is None
+    whole = finished(request([1], stop=("x", "")), np.array([97, 98]), Bytes(), seconds=0.0)  # type: ignore[arg-type]
+    assert (whole.text, whole.finish) == ("ab", "length")  # an empty text ends nothing
 
 
 def test_length_and_stop_ids() -> None:

@@ -67,6 +67,8 @@ def test_further_fields_of_the_server_settings_are_sent(monkeypatch):
         answerer = open_answerer("openai:m", base_url=server.url, server=settings)
         assert [answer.text for _, answer in answerer.generate(NUMBERS[:1])] == ["8"]
         answerer.close()
+    # Another effort is another evaluation: its records must not continue these.
+    assert answerer.identity["extra"] == {"temperature": None, "reasoning_effort": "low"}
     assert "temperature" not in server.asked[0].body and server.asked[0].body["reasoning_effort"] == "low"
 
 

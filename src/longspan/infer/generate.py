@@ -53,9 +53,11 @@ def generate_greedy(
             logits_11V = model(
                 input_ids=input_1T, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits
-            if not bool(logits_11V.isfinite().all()):
+            highest_11, token_11 = logits_11V[:, -1].float().max(dim=-1, keepdim=True)
+            # The highest is no number where any is not, and may stand above tokens that the model rules out (-inf).
+            if not bool(highest_11.isfinite()):
                 raise NotFiniteError(NOT_FINITE)
-            input_1T = logits_11V[:, -1].argmax(dim=-1, keepdim=True)
+            input_1T = token_11
             generated.append(int(input_1T))
             if push is not None and push(generated[-1]):
                 break

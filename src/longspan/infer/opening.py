@@ -99,8 +99,12 @@ def load_source(source: Source, *, device: torch.device | None = None, tp: int =
 
 def identify(model: PreTrainedModel, source: Source) -> dict[str, Any]:
     """Return what the header of records says of a loaded model: the same for any number of processes."""
-    trained_length = model.config.get_text_config(decoder=True).max_position_embeddings
-    return {**model_identity(model, source.path), "trained_length": trained_length, "backend": "transformers"}
+    return {
+        **model_identity(model, source.path),
+        "trained_length": model.config.get_text_config(decoder=True).max_position_embeddings,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": "transformers",
+    }
 
 
 def open_answerer(

@@ -20,7 +20,7 @@ from longspan.infer.generate import NotFiniteError, generate_greedy
 from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import memory_errors
 from longspan.infer.packed import inference, packed_hidden_states
-from longspan.infer.requests import NOT_FINITE, Answer, Finish, Request
+from longspan.infer.requests import NOT_FINITE, Answer, Request, before_stop
 from longspan.models.hf import lm_head_weight
 
 
@@ -142,13 +142,12 @@ def excess_error(request: Request, max_length: int | None) -> str | None:
 def finished(request: Request, ids: np.ndarray, tokenizer: Tokenizer, *, seconds: float) -> Answer:
     """Return the answer that generated ids are: without stop ids in its text, cut at the first stop text."""
     stopped = len(ids) > 0 and int(ids[-1]) in request.stop_ids
-    text = tokenizer.decode(ids[:-1] if stopped else ids)
-    cuts = [place for stop in request.stop if (place := text.find(stop)) >= 0]
-    finish: Finish = "stop" if stopped or cuts else "length"
+    whole = tokenizer.decode(ids[:-1] if stopped else ids)
+    text = before_stop(whole, request.stop)
     return Answer(
-        text[: min(cuts)] if cuts else text,
+        text,
         ids,
-        finish,
+        "stop" if stopped or text != whole else "length",
         prompt_tokens=len(prompt_of(request)),
         completion_tokens=len(ids),
         seconds=seconds,

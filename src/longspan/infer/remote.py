@@ -22,7 +22,7 @@ from longspan.api.endpoint import Kind
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.log import get_logger
 from longspan.data.tokenizer import Tokenizer
-from longspan.infer.requests import Answer, Finish, Request
+from longspan.infer.requests import Answer, Request, before_stop
 
 KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
 """Protocol of each provider, the part of a model's name before the colon."""
@@ -173,11 +173,10 @@ class RemoteAnswerer:
     def _answer(self, request: Request, result: ChatResult) -> Answer:
         if result.error is not None:
             return self._failed(result)
-        cuts = [place for stop in request.stop if (place := result.text.find(stop)) >= 0]
-        finish: Finish | None = "stop" if cuts else result.finish
+        text = before_stop(result.text, request.stop)
         return Answer(
-            result.text[: min(cuts)] if cuts else result.text,
-            finish=finish,
+            text,
+            finish=result.finish if text == result.text else "stop",
             prompt_tokens=result.usage.prompt_tokens,
             completion_tokens=result.usage.completion_tokens,
             cost=result.cost,
@@ -231,6 +230,7 @@ def identify_endpoint(endpoint: Endpoint, trained_length: int | None = None) -> 
         "trained_length": trained_length,
         "backend": endpoint.kind,
         "address": endpoint.address,
+        **({"extra": dict(endpoint.extra)} if endpoint.extra else {}),
     }
 
 

@@ -35,6 +35,12 @@ class Request(NamedTuple):
     """What `score` measures after the prompt, int64 `[answer]`."""
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """Return what stands before the first of the texts that end an answer; an empty one ends none."""
+    places = [place for each in stop if each and (place := text.find(each)) >= 0]
+    return text[: min(places)] if places else text
+
+
 class Answer(NamedTuple):
     """What a model gave for one request."""
 

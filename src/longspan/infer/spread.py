@@ -311,8 +311,9 @@ class SpreadModel:
 
     def _most_likely(self, hidden_BD: torch.Tensor) -> list[int]:
         """Return the most likely next token of each sequence; -1 where the logits are no finite numbers."""
-        logits_BV = torch.nn.functional.linear(hidden_BD, lm_head_weight(self._model))
-        tokens_B = logits_BV.argmax(dim=-1).masked_fill(~logits_BV.isfinite().all(dim=-1), -1)
+        logits_BV = torch.nn.functional.linear(hidden_BD, lm_head_weight(self._model)).float()
+        highest_B, tokens_B = logits_BV.max(dim=-1)
+        tokens_B = tokens_B.masked_fill(~highest_B.isfinite(), -1)
         # Said by one for all: ranks that disagreed over a tie would go different ways.
         dist.broadcast(tokens_B, src=0)
         return tokens_B.tolist()
