@@ -19,7 +19,7 @@ from longspan.core.records import read_jsonl
 from longspan.synth import load_set
 from tests.api.fake_server import Asked, FakeServer, Reply, error, serving
 from tests.synth.conftest import SMALL, write_documents
-from tests.synth.writer import Writer, days_in, document, is_known, question
+from tests.synth.writer import Writer, document, is_known, question
 
 
 def command(tmp_path: Path, student, server: FakeServer, out: str, *more: str) -> list[str]:
@@ -138,21 +138,15 @@ def test_ten_thousand_requests_with_faults_and_two_kills(student, tmp_path, caps
         for sample in read_jsonl(tmp_path / "out" / "train.jsonl")
         for place, turn in enumerate(sample["conversations"][::2])
     ]
-    expected = {
-        question(day)
-        for number in range(1, 681)
-        for day in days_in(document(number, 24))
-        if not is_known(day)
-    }
+    expected = {question(day) for day in script.writer.days if not is_known(day)}
     memory = [value / 2**20 for value in peak]
     with capsys.disabled():
         print(
             f"\n{len(prompts):,} prompts, {sum(prompts.values()):,} requests, {dict(script.faults)}, {answered} in "
-            f"{seconds:.0f} s; {len(asked_for):,} questions in {summary['samples']['written']} samples; memory "
-            f"{memory[len(memory) // 4]:.0f} MiB at a quarter, {max(memory):.0f} MiB at most"
+            f"{seconds:.0f} s; {len(asked_for):,} questions in {summary['samples']['written']} samples; memory at "
+            f"each tenth of the last life {[round(memory[len(memory) * part // 10]) for part in range(10)]} MiB"
         )
     assert len(prompts) >= 10_000
-    assert len(asked_for) == len(set(asked_for)), "exactly once"
-    assert set(asked_for) <= expected and len(asked_for) > 0.8 * len(expected)
+    assert sorted(asked_for) == sorted(expected), "exactly once"
     assert sum(answered.values()) - len(prompts) <= 2 * concurrency
-    assert max(memory) - memory[len(memory) // 4] <= 60
+    assert max(memory) - memory[len(memory) // 3] <= 50

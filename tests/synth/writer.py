@@ -62,6 +62,8 @@ class Writer:
     def __init__(self, style: str = "strict") -> None:
         self.style = style
         self.kinds: Counter[str] = Counter()
+        self.days: set[int] = set()
+        """Days that a question on a single detail was written about."""
 
     def __call__(self, asked: Asked) -> Reply:
         prompt = asked.body["messages"][-1]["content"]
@@ -84,6 +86,7 @@ class Writer:
             return written(self.listed(shown), self.style)
         self.kinds["one_detail"] += 1
         days = days_in(shown)[:4]
+        self.days.update(days)
         return written(
             [{"question": question(day), "answer": answer(day), "evidence": sentence(day)} for day in days],
             self.style,

@@ -1,7 +1,7 @@
 """Questions without any model: from facts planted in a document, from its names and from its headings.
 
 planted facts      "What is the magic number of glacier?", the facts of `data.facts`, as in the source `recall`
-repeated names     a name that returns: the sentence in which it stands first
+repeated names     a name that returns: the sentence in which it stands first, or last
 section titles     the heading that follows another one
 
 Every answer stands in the document as it is given, and its place is known exactly.
@@ -10,6 +10,7 @@ Every answer stands in the document as it is given, and its place is known exact
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -46,16 +47,30 @@ class Made(NamedTuple):
 
 
 def make_questions(number: int, document: Mapping[str, Any], count: int, *, seed: int) -> Made:
-    """Make about `count` questions on a document: a third each, facts for what the others do not give."""
+    """Make about `count` questions on a document, one in each of `count` equal parts of it.
+
+    A third at most ask for titles and a third for names; facts are planted in the parts that these leave.
+    """
     text = document["text"]
     draw = rng(seed, "synth", "offline", document["id"])
-    titles = _titles(text, draw, count // 3)
-    names = _names(text, draw, count // 3)
-    planted = _plant(text, number, document["id"], count - len(titles) - len(names), seed=seed)
-    moved = [_moved(item, planted.borders, planted.added) for item in (*titles, *names)]
-    items = [*planted.items, *moved]
-    kinds = {"planted facts": len(planted.items), "section titles": len(titles), "repeated names": len(names)}
-    return Made(planted.text, items, {kind: number for kind, number in kinds.items() if number})
+    found: dict[int, Item] = {}
+    kinds: dict[str, int] = {}
+    for kind, candidates in (("section titles", _titles(text)), ("repeated names", _names(text))):
+        kinds[kind] = 0
+        for place in draw.permutation(len(candidates)):
+            item = candidates[place]
+            part = min(count - 1, item.evidence[0].middle * count // max(1, len(text)))
+            if part not in found and kinds[kind] < count // 3:
+                found[part] = item
+                kinds[kind] += 1
+    start = float(rng(seed, "synth", "facts").random())
+    depths = [
+        float(depth) for part, depth in enumerate(stratified(count, number, start)) if part not in found
+    ]
+    planted = _plant(text, depths, rng(seed, "synth", "facts", document["id"]))
+    kinds["planted facts"] = len(planted.items)
+    moved = [_moved(item, planted.borders, planted.added) for item in found.values()]
+    return Made(planted.text, [*planted.items, *moved], {kind: made for kind, made in kinds.items() if made})
 
 
 class _Planted(NamedTuple):
@@ -67,13 +82,10 @@ class _Planted(NamedTuple):
     """Characters put in at each."""
 
 
-def _plant(text: str, number: int, name: str, count: int, *, seed: int) -> _Planted:
-    """Put facts at even depths, each on a line of its own."""
+def _plant(text: str, depths: Sequence[float], draw: np.random.Generator) -> _Planted:
+    """Put facts at these depths, in order, each on a line of its own; fewer where words for keys lack."""
     keys = collect_keys([text], split="train")
-    draw = rng(seed, "synth", "facts", name)
-    facts: list[Fact] = draw_facts(draw, keys, min(count, len(keys)))
-    start = float(rng(seed, "synth", "facts").random())
-    depths = stratified(len(facts), number, start)
+    facts: list[Fact] = draw_facts(draw, keys, min(len(depths), len(keys)))
     borders = [nearest_border(text, round(depth * len(text))) for depth in depths]
     pieces: list[str] = []
     items: list[Item] = []
@@ -91,7 +103,7 @@ def _plant(text: str, number: int, name: str, count: int, *, seed: int) -> _Plan
         length += len(before) + len(line)
         added.append(len(line))
         used = border
-    return _Planted("".join([*pieces, text[used:]]), items, borders, added)
+    return _Planted("".join([*pieces, text[used:]]), items, borders[: len(items)], added)
 
 
 def _moved(item: Item, borders: Sequence[int], added: Sequence[int]) -> Item:
@@ -108,47 +120,50 @@ def _moved(item: Item, borders: Sequence[int], added: Sequence[int]) -> Item:
     return item._replace(evidence=tuple(spans))
 
 
-def _titles(text: str, draw: np.random.Generator, count: int) -> list[Item]:
+def _titles(text: str) -> list[Item]:
     """Return questions for the heading behind another; headings that stand twice are left out."""
     found = [(_title(match), Span(*match.span())) for match in _HEADING.finditer(text)]
     names = [title for title, _ in found]
-    pairs = [
+    return [
         Item(f'Which heading comes right after "{title}"?', following, (span,))
         for (title, _), (following, span) in pairwise(found)
         if names.count(title) == 1 and title != following
     ]
-    return _drawn(pairs, draw, count)
 
 
 def _title(match: re.Match[str]) -> str:
     return next(group for group in match.groups() if group is not None).strip()
 
 
-def _names(text: str, draw: np.random.Generator, count: int) -> list[Item]:
-    """Return questions for the sentence that names a repeated name first."""
+def _names(text: str) -> list[Item]:
+    """Return questions for the sentences that name a repeated name first and last."""
     first: dict[str, int] = {}
-    mentions: dict[str, int] = {}
+    last: dict[str, int] = {}
+    mentions: Counter[str] = Counter()
     for match in _NAME.finditer(text):
-        first.setdefault(match.group(), match.start())
-        mentions[match.group()] = mentions.get(match.group(), 0) + 1
+        name = match.group()
+        mentions[name] += 1
+        first.setdefault(name, match.start())
+        last[name] = match.start()
     items = []
-    for name, at in first.items():
-        if mentions[name] < MIN_MENTIONS or text.find(name) != at:
+    for name, count in mentions.items():
+        if count < MIN_MENTIONS:
             continue
-        line = text.rfind("\n", 0, at) + 1
-        sentence = next((each for each in _SENTENCE.finditer(text, line) if each.end() > at), None)
-        if sentence is None or sentence.end() < at + len(name):
-            continue
-        quoted = sentence.group().strip()
-        if not len(name) + 10 < len(quoted) <= MAX_SENTENCE_CHARACTERS:
-            continue
-        start = sentence.start() + sentence.group().index(quoted)
-        question = f"Quote the sentence in which {name} is named for the first time."
-        items.append(Item(question, quoted, (Span(start, start + len(quoted)),)))
-    return _drawn(items, draw, count)
+        # A longer name may hold this one: "Ada Stone" in "Ada Stone Bridge".
+        for which, at, found in (("first", first, text.find(name)), ("last", last, text.rfind(name))):
+            span = _sentence_at(text, found) if at[name] == found else None
+            if span is not None and len(name) + 10 < span.end - span.start <= MAX_SENTENCE_CHARACTERS:
+                question = f"Quote the sentence in which {name} is named for the {which} time."
+                items.append(Item(question, span.of(text), (span,)))
+    return items
 
 
-def _drawn(items: list[Item], draw: np.random.Generator, count: int) -> list[Item]:
-    if len(items) <= count:
-        return items
-    return [items[place] for place in sorted(draw.choice(len(items), count, replace=False))]
+def _sentence_at(text: str, at: int) -> Span | None:
+    """Return the sentence around a character, without white space at its ends; sentences do not pass line ends."""
+    line = text.rfind("\n", 0, at) + 1
+    match = next((each for each in _SENTENCE.finditer(text, line) if each.end() > at), None)
+    if match is None or match.start() > at:
+        return None
+    quoted = match.group().strip()
+    start = match.start() + match.group().index(quoted)
+    return Span(start, start + len(quoted))
