@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -31,6 +23,7 @@ from longspan.infer.requests import Request
 from longspan.models.hf import load_model
 from tests.api.fake_server import chat, error, events, reply_json, serving
 from tests.api.made_clock import MadeClock
+from tests.infer.served import transformers_serving
 
 NUMBERS = [Request(f"{number}, ", max_new_tokens=3) for number in range(5)]
 
@@ -57,6 +50,15 @@ def test_answers_belong_to_their_requests():
     assert (answers[0].finish, answers[0].prompt_tokens, answers[0].completion_tokens) == ("stop", 4, 2)
     assert answers[0].cost is None
     assert server.asked[0].body["temperature"] == 0 and server.asked[0].body["max_tokens"] == 3
+
+
+def test_a_server_that_is_not_there_ends_the_evaluation():
+    """Every sample was recorded as unscored, after minutes, and the same command asked for none of them again."""
+    with serving(lambda asked: chat("8")) as server:
+        answerer = answerer_of(server)
+    with pytest.raises(RunError, match=r"cannot be reached(.|\n)*--base-url"):
+        next(answerer.generate(NUMBERS))
+    answerer.close()
 
 
 def test_further_fields_of_the_server_settings_are_sent(monkeypatch):
@@ -263,35 +265,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def transformers_serve(folder) -> Iterator[str]:
-    """`transformers serve FOLDER` on a free port of this machine; its address."""
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package, reason=f"transformers serve needs {package}: pip install -e '.[dev]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = folder.parent / "serve.log"
-    with open(log, "wb") as file:
-        process = subprocess.Popen(
-            [*command, "--device", "cpu", "--dtype", "float32"], stdout=file, stderr=file, env=environment
-        )
-    try:
-        for _ in range(2400):
-            assert process.poll() is None, log.read_text()
-            try:
-                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-                    assert json.load(answer) == {"status": "ok"}
-                break
-            except (URLError, OSError):
-                time.sleep(0.05)
-        else:
-            pytest.fail(log.read_text())
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
+    with transformers_serving(folder, log=folder.parent / "serve.log") as address:
+        yield address
 
 
 def test_a_real_server_gives_the_answers_of_the_same_model_here(folder, transformers_serve, tmp_path):

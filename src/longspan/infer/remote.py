@@ -89,6 +89,7 @@ class RemoteAnswerer:
         self.max_length = client.endpoint.max_length
         self._tokenizer, self._temperature = tokenizer, temperature
         self._explained: set[str] = set()
+        self._reached = False
         self.identity = identify_endpoint(client.endpoint, trained_length)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
@@ -159,10 +160,24 @@ class RemoteAnswerer:
         return len(self._tokenizer.encode(request.prompt))
 
     def _all(self, asked: Iterator[tuple[int, ChatRequest]], count: int) -> Iterator[tuple[int, ChatResult]]:
-        """Yield every result. Raises RunError: the budget stopped the client before the last one."""
+        """Yield every result.
+
+        Raises:
+            RunError: no connection to the server was ever made, or the budget stopped the client before the
+                last one.
+        """
         answered = 0
         for index, result in self.client.complete(asked):
             answered += 1
+            lost = result.error == "failed" and result.detail.startswith("connection ")
+            if lost and not self._reached:
+                # Recorded as unscored, these would not be asked again once the server is there.
+                raise RunError(
+                    f"{self.client.endpoint.address} cannot be reached",
+                    found=result.detail,
+                    fix="start the server or correct --base-url, and run again",
+                )
+            self._reached = self._reached or not lost
             yield index, result
         if answered < count:
             raise RunError(
@@ -210,7 +225,9 @@ class RemoteAnswerer:
         assert result.error is not None
         if result.error not in self._explained:
             self._explained.add(result.error)
-            _log.warning("%s: a request was %s: %s", self.client.endpoint.model, result.error, result.detail)
+            _log.warning(
+                "%s: no answer to a request (%s): %s", self.client.endpoint.model, result.error, result.detail
+            )
         return Answer(
             "",
             error=f"endpoint: {result.error}",
