@@ -224,7 +224,7 @@ def test_documents_longer_than_the_window_are_not_sent(settings_of, run):
         summary = run(settings_of("bio_book"), server, endpoint={"max_length": 4500})
         assert summary["requests"] == {"too long": 6} and not server.asked
         with pytest.raises(RunError, match=r"0 samples came out(.|\n)*6 too long"):
-            require_samples(summary, settings_of("bio_book"))
+            require_samples(summary)
 
 
 def test_failed_requests_are_asked_again_by_the_next_run(settings_of, run, tmp_path):
@@ -240,7 +240,7 @@ def test_failed_requests_are_asked_again_by_the_next_run(settings_of, run, tmp_p
         summary = run(settings, server)
         assert summary["failed"] == 1 and not (tmp_path / "out" / "COMPLETE").exists()
         with pytest.raises(RunError, match="1 requests failed for now"):
-            require_samples(summary, settings)
+            require_samples(summary)
         before, down["now"] = len(server.asked), False
         again = run(settings, server)
     assert again["failed"] == 0 and (tmp_path / "out" / "COMPLETE").exists()
@@ -317,3 +317,19 @@ def test_offline_asks_nobody_and_knows_its_answers(settings_of, run, tmp_path):
         assert 750 < sample["length"] <= 1000
     counts = summary["depth"]["counts"]
     assert sum(counts) >= 30 and max(counts) - min(counts) <= 4
+
+
+def test_of_a_document_longer_than_a_sample_only_one_window_is_asked_about(settings_of, run, tmp_path):
+    """Sections far apart are never in one window, and questions on what no sample holds are paid for nothing."""
+    path = tmp_path / "long.jsonl"
+    write_documents(path, [document(number, 140) for number in (50, 51, 52)])
+    for name in ("one_detail_book", "multi_detail_book"):
+        changes = {"sections_per_request": 3} if name == "multi_detail_book" else {}
+        settings = settings_of(name, inputs=[path], sample={"length": 1500}, leak_check=False, **changes)
+        with serving(Writer()) as server:
+            summary = run(settings, server, tmp_path / "same")
+        assert summary["samples"]["written"] == 3
+        assert summary["questions"]["in samples"] >= 0.7 * (3 * 4 * 4 if name == "one_detail_book" else 3)
+        assert len(server.asked) <= 3 * 6
+        for file in (tmp_path / "same").iterdir():
+            file.unlink()

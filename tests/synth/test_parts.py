@@ -56,6 +56,7 @@ def test_a_text_cannot_reach_into_its_prompt():
         ({"fixed_questions": ["Why?"]}, "fixed_questions"),
         ({"kind": "one_detial"}, "kind"),
         ({"prompt": None}, "needs a prompt"),
+        ({"language": "english"}, "no such language"),
     ],
 )
 def test_a_set_with_a_mistake_says_which(change, message):

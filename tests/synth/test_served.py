@@ -39,6 +39,6 @@ def test_transformers_serve_is_asked_and_all_is_rejected_with_reasons(
     rejected = {name: count for name, count in summary["questions"].items() if name.startswith("reply: ")}
     assert sum(rejected.values()) == asked
     with pytest.raises(RunError, match=r"0 samples came out(.|\n)*6 no question left"):
-        require_samples(summary, settings)
+        require_samples(summary)
     _, again = run(str(folder))
     assert again.attempts == 0 and again.cached == asked

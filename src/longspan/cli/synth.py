@@ -334,7 +334,7 @@ def _run(
         print_json(summary)
     else:
         _show(summary, spent)
-    require_samples(summary, settings)
+    require_samples(summary)
 
 
 def _show(summary: dict[str, Any], spent: str | None) -> None:

@@ -22,6 +22,8 @@ SHORT_SECTION = 8
 """The last section is not asked about if it has fewer characters than this part of the longest."""
 CLOSED_BOOK_PROMPT = "closed_book_v1"
 CLOSED_BOOK_TOKENS = 64
+_CONTEXT_SHARE = 0.9
+"""Of a sample, about what its questions leave to the document."""
 _CHAT_TOKENS = 16
 """What a server's chat template may add around a prompt."""
 
@@ -91,10 +93,16 @@ def _finished(group: _Open[_T]) -> Answered[_T]:
 
 
 class Asker:
-    """Writes the requests of one set."""
+    """Writes the requests of one set.
 
-    def __init__(self, spec: SetSpec, tokenizer: Tokenizer) -> None:
-        self.spec, self._tokenizer = spec, tokenizer
+    Args:
+        length: tokens of a sample: of a longer document, sections are asked about that one sample can hold.
+    """
+
+    def __init__(self, spec: SetSpec, tokenizer: Tokenizer, *, length: int) -> None:
+        self.spec, self._tokenizer, self._length = spec, tokenizer, length
+        self.reach = max(1, round(_CONTEXT_SHARE * length / spec.section_tokens))
+        """Sections that a sample can hold."""
         self.template = spec.template()
         self._closed_book = load_prompt(CLOSED_BOOK_PROMPT)
 
@@ -107,12 +115,20 @@ class Asker:
         usable = [
             number for number, span in enumerate(spans) if (span.end - span.start) * SHORT_SECTION >= longest
         ]
+        usable = self._within_reach(document, usable)
         if self.spec.kind == "one_detail":
             return [Shown(text, (spans[number],), (number,)) for number in usable]
         size, groups = self.spec.sections_per_request, self.spec.requests_per_document or 1
         chosen = spread_groups(len(usable), size, groups) if len(usable) >= 2 else []
         members = [tuple(usable[place] for place in group) for group in chosen]
         return [Shown(text, tuple(spans[each] for each in group), group) for group in members]
+
+    def _within_reach(self, document: Mapping[str, Any], usable: list[int]) -> list[int]:
+        """Return neighbouring sections that fit a sample together, beginning anywhere in a longer document."""
+        if document["tokens"] <= self._length or len(usable) <= self.reach:
+            return usable
+        start = int(document["id"], 16) % (len(usable) - self.reach + 1)
+        return usable[start : start + self.reach]
 
     def request(self, shown: Shown) -> ChatRequest:
         """Return the request that shows these sections."""

@@ -115,7 +115,10 @@ class Composer:
             # Characters that the chat format keeps for itself, or a turn that it would rewrite.
             self.left_out["sample: refused by the chat template"] += 1
             return None
-        if sample is None or sample.length > self._spec.length:
+        if sample is None:
+            self.left_out["sample: no evidence that fits the length"] += 1
+            return None
+        if sample.length > self._spec.length:
             self.left_out["sample: does not fit the length"] += 1
             return None
         self.left_out["question: no room, or outside the window"] += len(items) - len(sample.items)

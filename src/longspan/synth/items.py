@@ -5,7 +5,7 @@ Every object that is not one is rejected with a reason. What is checked by kind:
 one_detail            `evidence` is quoted from the section, or the section has a sentence that supports the answer
 multi_detail          `sections` names at least two of the sections shown; in each, the sentence that supports most
 research_questions    `number` is one of the list's, and `evidence` is quoted from the document
-biography             the document names the `character`; the evidence is the mention in the middle of all
+biography             the document names the `character`; the evidence are mentions from the first to the last
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from longspan.synth.sections import Span
 from longspan.synth.spec import SetSpec
 
 MAX_QUESTION_WORDS = 80
+_MENTIONS = 5
 BIOGRAPHY_QUESTION = "Write a short biography of {character}, from what the text tells."
 
 
@@ -143,10 +144,11 @@ def _biography(values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
     if not mentions:
         raise _RejectedError("character not in the document")
     _check_support(summary, shown.text, spec)
-    middle = mentions[len(mentions) // 2]
-    return Item(
-        BIOGRAPHY_QUESTION.format(character=character), summary, (Span(*middle.span()),), shown.sections
-    )
+    # A biography rests on the whole text: some mentions, evenly chosen from the first to the last.
+    last, parts = len(mentions) - 1, min(_MENTIONS, len(mentions)) - 1
+    places = [mentions[round(number * last / max(1, parts))] for number in range(parts + 1)]
+    evidence = tuple(Span(*match.span()) for match in places)
+    return Item(BIOGRAPHY_QUESTION.format(character=character), summary, evidence, shown.sections)
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:

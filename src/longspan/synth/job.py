@@ -73,8 +73,6 @@ class SynthSettings(Config):
     leak_check: bool = True
     """Whether every question is also asked without its document."""
     seed: int = 0
-    min_samples: pydantic.NonNegativeInt = 1
-    """A job with fewer samples than this ends with an error."""
 
 
 class Student(NamedTuple):
@@ -175,7 +173,7 @@ class SynthJob:
 
     def _ask(self, selected: Selected, rejected: Lines) -> None:
         assert self._client is not None, "a set that asks has a client"
-        asker = Asker(self._spec, self._student.tokenizer)
+        asker = Asker(self._spec, self._student.tokenizer, length=self.settings.sample.length)
         asked_before = NearDuplicates()
 
         def groups() -> Iterator[Group[_Asked]]:
@@ -204,7 +202,7 @@ class SynthJob:
                             kept.append(item)
                 yield _questions_line(about.number, about.document, kept)
 
-        total = _num_requests(self._spec, selected)
+        total = _num_requests(selected, asker)
         with progress(f"ask {self._spec.name}", total=total, unit="requests") as bar:
             write_lines(self.out / "asked.jsonl", lines(bar))
 
@@ -222,7 +220,7 @@ class SynthJob:
             write_lines(self.out / "questions.jsonl", read_jsonl(source))
             return
         assert self._client is not None, "a set that asks has a client"
-        asker = Asker(self._spec, self._student.tokenizer)
+        asker = Asker(self._spec, self._student.tokenizer, length=self.settings.sample.length)
         total = sum(len(record["items"]) for record in read_jsonl(source))
 
         def groups() -> Iterator[Group[dict[str, Any]]]:
@@ -386,7 +384,7 @@ def estimate_job(
         if spec.kind == "offline":
             nothing = estimate([])
             return selected, nothing, nothing
-        asker = Asker(spec, tokenizer)
+        asker = Asker(spec, tokenizer, length=settings.sample.length)
         requests = 0
 
         def sizes() -> Iterator[tuple[int, int]]:
@@ -416,22 +414,21 @@ def owner_of(out: Path, used: UsedDocuments) -> str:
     return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.as_posix()
 
 
-def require_samples(summary: Mapping[str, Any], settings: SynthSettings) -> None:
+def require_samples(summary: Mapping[str, Any]) -> None:
     """Raise RunError where a job has come to less than it should have, saying why."""
     if summary["failed"]:
         raise RunError(
             f"{summary['failed']:,} requests failed for now; their questions are missing",
             fix="run the same command again: it asks for these alone",
         )
-    written = summary["samples"]["written"]
-    if written < settings.min_samples:
+    if not summary["samples"]["written"]:
         parts = ("documents", "requests", "questions", "samples")
         found = "; ".join(
             f"{part}: " + (", ".join(f"{count:,} {name}" for name, count in summary[part].items()) or "none")
             for part in parts
         )
         raise RunError(
-            f"{written:,} samples came out of it",
+            "0 samples came out of it",
             found=found,
             fix="look into rejected.jsonl for what was left out",
         )
@@ -442,10 +439,11 @@ def _limits(spec: SetSpec) -> str:
     return f"{spec.min_tokens:,} to {most} tokens"
 
 
-def _num_requests(spec: SetSpec, selected: Selected) -> int:
-    if spec.kind == "one_detail":
-        return selected.sections
-    return selected.documents * (spec.requests_per_document or 1)
+def _num_requests(selected: Selected, asker: Asker) -> int:
+    """Return about how many requests there are, for the time left."""
+    if asker.spec.kind == "one_detail":
+        return min(selected.sections, selected.documents * asker.reach)
+    return selected.documents * (asker.spec.requests_per_document or 1)
 
 
 def _questions_line(number: int, name: str, items: Sequence[Item]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pydantic
 
 from longspan.core.config import Config
 from longspan.core.errors import ConfigError
+from longspan.synth.language import PROFILES
 from longspan.synth.templates import PromptTemplate, load_prompt, shipped, shipped_names
 
 Kind = Literal["one_detail", "multi_detail", "biography", "research_questions", "offline"]
@@ -70,6 +71,10 @@ class SetSpec(Config):
     def _fits_together(self) -> Self:
         if (self.prompt is None) != (self.kind == "offline"):
             raise ConfigError(f"a set of kind {self.kind} needs {'no' if self.prompt else 'a'} prompt")
+        if self.language is not None and self.language not in PROFILES:
+            raise ConfigError(
+                "there is no such language", found=self.language, allowed=[*sorted(PROFILES), "null (any)"]
+            )
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ConfigError(
                 "no document can be that long",
