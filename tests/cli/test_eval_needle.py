@@ -143,6 +143,20 @@ def test_a_file_is_no_run_folder(longspan, model):
     assert outcome.code == 2 and "is a file" in outcome.err
 
 
+def test_another_tokenizer_is_not_an_index_error(longspan, model):
+    """A tokenizer of more words than the model has ended in a traceback, on GPUs in an abort of the device."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(model.parent / "few")
+    for more in ("--label a", "--label b --no-prefix-reuse", "--label c --mode generate"):
+        outcome = longspan(f"{GRID} --model few --tokenizer tokenizer {more}")
+        assert outcome.code == 2, outcome.err
+        assert "the tokenizer is not the model's" in outcome.err and "below 64" in outcome.err
+    outcome = longspan("eval ppl --model few --tokenizer tokenizer --data store --lengths 64 --out run")
+    assert outcome.code == 2 and "the tokenizer is not the model's" in outcome.err
+
+
 def test_too_long_contexts_can_be_skipped(longspan, model):
     """A grid beyond what a model reads has columns without scores, not a missing column."""
     outcome = longspan(f"{GRID} --max-length 300 --too-long skip --json")

@@ -29,7 +29,7 @@ from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, j
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.memory import available_memory, shared_memory
 from longspan.infer.perplexity import token_nll
-from longspan.infer.plain import PlainAnswerer
+from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unknown_tokens
 from longspan.infer.remote import KINDS, open_remote
 from longspan.infer.requests import Answer, Answerer, Request
 from longspan.infer.spread import SpreadModel
@@ -291,21 +291,26 @@ class ModelHere:
         else:
             self.answerer = PlainAnswerer(model, tokenizer, **shared)
         self._model, self._batch_tokens = model, batch_tokens
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily; see `Answerer`."""
+        refuse_unknown_tokens(requests, self._vocabulary)
         return self.answerer.generate(requests)
 
     def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
         """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes."""
+        refuse_unknown_tokens([request], self._vocabulary)
         return self.answerer.generate_stream(request, on_text)
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt; see `Answerer`."""
+        refuse_unknown_tokens(requests, self._vocabulary)
         return self.answerer.score(requests)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Return the losses of windows; see `infer.perplexity.token_nll`."""
+        refuse_unknown_ids(windows, self._vocabulary)
         return token_nll(self._model, windows, batch_tokens=self._batch_tokens)
 
     def close(self) -> None:

@@ -116,6 +116,24 @@ def teacher_forced(
         return nll_A.cpu().numpy(), logits_AV.argmax(dim=-1).cpu().numpy()
 
 
+def refuse_unknown_tokens(requests: Sequence[Request], vocabulary: int) -> None:
+    """Raise ArgumentError for a request with a token that the model has no embedding of."""
+    ids = [part for request in requests for part in (request.prompt_ids, request.answer_ids)]
+    refuse_unknown_ids([part for part in ids if part is not None], vocabulary)
+
+
+def refuse_unknown_ids(sequences: Sequence[np.ndarray], vocabulary: int) -> None:
+    """Raise ArgumentError for a token id that the model has no embedding of: an index error, on GPUs an abort."""
+    largest = max((int(np.max(ids)) for ids in sequences if len(ids)), default=0)
+    if largest >= vocabulary:
+        raise ArgumentError(
+            "the tokenizer is not the model's",
+            found=f"token {largest:,}",
+            allowed=f"below {vocabulary:,}, the words that the model knows",
+            fix="name the model's own with --tokenizer",
+        )
+
+
 def prompt_of(request: Request) -> np.ndarray:
     """Return the prompt's ids. Raises ArgumentError where there are none."""
     if request.prompt_ids is None or len(request.prompt_ids) == 0:

@@ -32,7 +32,7 @@ from longspan.infer.length_rope import alike, fixed_frequencies, plan_alike_batc
 from longspan.infer.memory import cache_bytes_per_token, pass_bytes, refuse_excess, shared_memory
 from longspan.infer.packed import boundaries, inference, plan_batches
 from longspan.infer.perplexity import check_windows
-from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
+from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, refuse_unknown_tokens, scored
 from longspan.infer.requests import NOT_FINITE, Answer, Request
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.loss import linear_cross_entropy
@@ -81,6 +81,7 @@ class SpreadModel:
         self.identity, self.max_length = identity, max_length
         self._prefix_reuse = prefix_reuse
         self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._mesh = mesh
         self._schedule = build_schedule(
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
@@ -92,6 +93,7 @@ class SpreadModel:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily; see `Answerer`."""
+        refuse_unknown_tokens(requests, self._vocabulary)
         fitting = yield from self._refuse(requests)
         prompts = [np.asarray(prompt_of(requests[index]), np.int64) for index in fitting]
         for trunk, members in self._groups(prompts, prompts):
@@ -110,6 +112,7 @@ class SpreadModel:
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt; see `Answerer`."""
+        refuse_unknown_tokens(requests, self._vocabulary)
         fitting = yield from self._refuse(requests)
         prompts = [np.asarray(prompt_of(requests[index]), np.int64) for index in fitting]
         answers = [answer_of(requests[index]).astype(np.int64) for index in fitting]
