@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, RunError
 from longspan.infer.flops import ModelFlops, ladder, work_by_themselves, work_shared
 from longspan.infer.local import LocalAnswerer
+from longspan.infer.plain import PlainAnswerer
+from longspan.models.hf import build_model
 from tests.infer.engines import (
     MODELS,
     Bytes,
@@ -213,17 +215,29 @@ def test_requests_that_cannot_be_answered() -> None:
 
 def test_output_that_is_no_number() -> None:
     """The argmax of NaN is a token like any other."""
-    from longspan.models.hf import build_model
-
     model = build_model(MODELS["llama"], seed=3).eval()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
     requests = [request([1, 2, 3]), request([1, 2])]
-    from longspan.infer.plain import PlainAnswerer
-
     for kind in (LocalAnswerer, PlainAnswerer):
         answers = in_order(kind(model, Bytes(), identity={}, batch_tokens=100).generate(requests))  # type: ignore[arg-type]
         assert [answer.error for answer in answers] == ["the model's output is not a finite number"] * 2
+
+
+def test_a_prompt_without_numbers_leaves_the_others_theirs() -> None:
+    """Keys lie side by side, and 0 * NaN is NaN: others of the batch lost their answers to it."""
+    model = build_model(MODELS["llama"], seed=3).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[255] = float("nan")
+    prompts = [[1, 2, 3, 4], [1, 2, 255, 5], [9, 8, 7], [9, 8, 7, 6, 255], [1, 2, 3, 4, 5, 6]]
+    asked = [request(ids, max_new_tokens=4, answer_ids=np.array([3, 4])) for ids in prompts]
+    ours, theirs = (
+        kind(model, Bytes(), identity={}, batch_tokens=100)  # type: ignore[arg-type]
+        for kind in (LocalAnswerer, PlainAnswerer)
+    )
+    assert_same(in_order(ours.generate(asked)), in_order(theirs.generate(asked)))
+    assert_same(in_order(ours.score(asked)), in_order(theirs.score(asked)))
+    assert sum(answer.error is None for answer in in_order(ours.generate(asked))) == 3
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
-from longspan.infer.engine import Counters, Engine, Job
+from longspan.infer.engine import Counters, Engine, Job, Outcome
 from longspan.infer.length_rope import alike
 from longspan.infer.memory import available_memory
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
@@ -87,24 +87,32 @@ class LocalAnswerer:
             ArgumentError: a request without token ids, or without an answer.
             RunError: not enough memory.
         """
-        jobs: dict[int, Job] = {}
+        fitting = []
         for index, request in enumerate(requests):
-            prompt_ids, answer_ids = prompt_of(request), answer_of(request)
+            answer_of(request)
             if (error := self._error(request)) is not None:
                 yield index, error
-                continue
+            else:
+                fitting.append(index)
+
+        def job(index: int) -> Job:
+            prompt_ids, answer_ids = prompt_of(requests[index]), answer_of(requests[index])
             # The last answer token is predicted, never read.
             ids = np.concatenate([prompt_ids, answer_ids[:-1]]).astype(np.int64)
-            jobs[index] = Job(ids, wanted=len(answer_ids), targets=answer_ids)
-        for indices in self._alike(requests, jobs):
-            length = len(prompt_of(requests[indices[0]]))
-            for place, outcome in self._engine.run([jobs[index] for index in indices], length=length):
-                assert outcome.nll is not None
-                request = requests[indices[place]]
-                answer = scored(
-                    request, outcome.nll, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds
-                )
-                yield indices[place], answer
+            return Job(ids, wanted=len(answer_ids), targets=answer_ids)
+
+        for index, outcome in self._run(requests, fitting, job):
+            assert outcome.nll is not None
+            yield (
+                index,
+                scored(
+                    requests[index],
+                    outcome.nll,
+                    outcome.argmax_ids,
+                    self._tokenizer,
+                    seconds=outcome.seconds,
+                ),
+            )
 
     def close(self) -> None:
         """Let go of nothing: the model is the caller's."""
@@ -112,34 +120,54 @@ class LocalAnswerer:
     def _generate(
         self, requests: Sequence[Request], listeners: Sequence[Callable[[str], None] | None]
     ) -> Iterator[tuple[int, Answer]]:
-        jobs: dict[int, Job] = {}
-        for index, (request, on_text) in enumerate(zip(requests, listeners)):
-            prompt_ids = prompt_of(request)
+        fitting = []
+        for index, request in enumerate(requests):
             if (error := self._error(request)) is not None:
                 yield index, error
-                continue
-            if request.max_new_tokens < 1:
+            elif request.max_new_tokens < 1:
                 yield index, finished(request, np.empty(0, np.int64), self._tokenizer, seconds=0.0)
+            else:
+                fitting.append(index)
+
+        def job(index: int) -> Job:
+            request = requests[index]
+            stream = AnswerStream(request, self._tokenizer, on_text=listeners[index])
+            ids = np.asarray(prompt_of(request), dtype=np.int64)
+            return Job(ids, max_new_tokens=request.max_new_tokens, push=stream.push)
+
+        for index, outcome in self._run(requests, fitting, job):
+            answer = finished(requests[index], outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds)
+            if not outcome.finite:
+                answer = Answer("", error=NOT_FINITE, prompt_tokens=answer.prompt_tokens)
+            yield index, answer
+
+    def _run(
+        self, requests: Sequence[Request], indices: Sequence[int], job: Callable[[int], Job]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Run what can share what is read together, that with the longest prompts first.
+
+        A key that is no number makes those of one kernel call that do not see it none either (0 * NaN is NaN), so
+        what came out so is run again by itself, unless that is all.
+        """
+        prompts = [len(prompt_of(request)) for request in requests]
+        longest_first = sorted(indices, key=lambda index: -prompts[index])
+        for group in alike(self._model, longest_first, prompts):
+            length = prompts[group[0]]
+            broken: list[tuple[int, Outcome]] = []
+            for place, outcome in self._engine.run([job(index) for index in group], length=length):
+                if outcome.finite:
+                    yield group[place], outcome
+                else:
+                    broken.append((group[place], outcome))
+            if len(broken) == len(group):
+                yield from broken
                 continue
-            stream = AnswerStream(request, self._tokenizer, on_text=on_text)
-            ids = np.asarray(prompt_ids, dtype=np.int64)
-            jobs[index] = Job(ids, max_new_tokens=request.max_new_tokens, push=stream.push)
-        for indices in self._alike(requests, jobs):
-            length = len(prompt_of(requests[indices[0]]))
-            for place, outcome in self._engine.run([jobs[index] for index in indices], length=length):
-                request = requests[indices[place]]
-                answer = finished(request, outcome.argmax_ids, self._tokenizer, seconds=outcome.seconds)
-                if not outcome.finite:
-                    answer = Answer("", error=NOT_FINITE, prompt_tokens=answer.prompt_tokens)
-                yield indices[place], answer
+            for index, _ in broken:
+                for _, outcome in self._engine.run([job(index)], length=length):
+                    yield index, outcome
 
     def _error(self, request: Request) -> Answer | None:
         excess = excess_error(request, self.max_length)
         if excess is None:
             return None
         return Answer("", error=excess, prompt_tokens=len(prompt_of(request)))
-
-    def _alike(self, requests: Sequence[Request], jobs: Mapping[int, Job]) -> list[list[int]]:
-        """Return the indices of jobs that can share what is read, those with the longest prompts first."""
-        prompts = [len(prompt_of(request)) for request in requests]
-        return alike(self._model, sorted(jobs, key=lambda index: -prompts[index]), prompts)
