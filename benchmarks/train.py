@@ -125,6 +125,8 @@ class Setup(NamedTuple):
     rounds: int
     threads: int
     dry_run: bool
+    match: tuple[str, ...] = ()
+    """Only configurations with one of these in their name; none: all."""
 
 
 def run(setup: Setup, inputs: Inputs, configuration: Configuration, *, steps: int) -> Numbers:
@@ -192,7 +194,11 @@ def speed(setup: Setup) -> list[Numbers]:
         inputs = prepare(setup.work, model, lengths, setup.sizes, dry_run=setup.dry_run)
         scouts: list[Numbers] = []
         everything = DRY_CONFIGURATIONS if setup.dry_run else (*OWN, *HUGGING_FACE, *TRL)
-        configurations = [c for c in everything if c.tool in setup.tools]
+        configurations = [
+            c
+            for c in everything
+            if c.tool in setup.tools and (not setup.match or any(part in c.name for part in setup.match))
+        ]
         for configuration in configurations:
             row = run(setup, inputs, configuration, steps=setup.sizes.scout_steps)
             scouts.append(compare(row, scouts[0]["losses"] if scouts else row["losses"]))
@@ -254,6 +260,9 @@ def main() -> None:
     parser.add_argument("--peers", help="Python of the peers' environment")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--work", type=Path, default=Path("train-bench"))
+    parser.add_argument(
+        "--match", default="", help="of speed: only names with one of these parts, e.g. '2 rows;padded'"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on CPU")
@@ -279,6 +288,7 @@ def main() -> None:
         rounds=1 if options.dry_run else options.rounds,
         threads=options.threads,
         dry_run=options.dry_run,
+        match=tuple(part for part in options.match.split(";") if part),
     )
     setup.work.mkdir(parents=True, exist_ok=True)
     results: Numbers = {"machine": machine(None), "threads": setup.threads, "sizes": setup.sizes._asdict()}
