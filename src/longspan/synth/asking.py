@@ -22,6 +22,7 @@ SHORT_SECTION = 8
 """The last section is not asked about if it has fewer characters than this part of the longest."""
 CLOSED_BOOK_PROMPT = "closed_book_v1"
 CLOSED_BOOK_TOKENS = 64
+"""Of a closed-book answer, beyond those of the expected one."""
 _CONTEXT_SHARE = 0.9
 """Of a sample, about what its questions leave to the document."""
 _CHAT_TOKENS = 16
@@ -148,7 +149,8 @@ class Asker:
 
     def closed_book(self, item: Item) -> ChatRequest:
         """Return the request that asks a question without its document."""
-        return self._chat(self._closed_book, {"question": item.question}, CLOSED_BOOK_TOKENS)
+        room = CLOSED_BOOK_TOKENS + len(self._tokenizer.encode(item.answer))
+        return self._chat(self._closed_book, {"question": item.question}, room)
 
     def _chat(self, template: PromptTemplate, values: Mapping[str, object], max_tokens: int) -> ChatRequest:
         prompt = template.render(**values)

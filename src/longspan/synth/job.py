@@ -36,7 +36,7 @@ from longspan.core.rundir import RunDir
 from longspan.core.seeds import rng
 from longspan.data.chat import ChatFormat
 from longspan.data.tokenizer import Tokenizer
-from longspan.synth.asking import CLOSED_BOOK_TOKENS, Asker, Group, ask_groups
+from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments
 from longspan.synth.conversation import Composer, ConversationSpec, Sample
 from longspan.synth.figure import draw_depths
@@ -396,10 +396,10 @@ def estimate_job(
                     yield request.estimate_prompt_tokens(), request.max_tokens
 
         asking = estimate(sizes(), price=price, limits=limits)
-        item = Item("word " * 25, "", ())
-        prompt = asker.closed_book(item).estimate_prompt_tokens()
+        check = asker.closed_book(Item("word " * 25, "word " * spec.max_answer_words, ()))
+        size = (check.estimate_prompt_tokens(), check.max_tokens)
         questions = requests * (len(spec.fixed_questions) or spec.questions) if settings.leak_check else 0
-        checks = estimate([(prompt, CLOSED_BOOK_TOKENS)] * questions, price=price, limits=limits)
+        checks = estimate([size] * questions, price=price, limits=limits)
         return selected, asking, checks
 
 
