@@ -27,7 +27,7 @@ _LITERALS = {
 }
 _WORD = re.compile(r"[A-Za-z_]+")
 _NUMBER = re.compile(r"[-+]?[0-9]{1,15}(\.[0-9]{1,15})?([eE][-+]?[0-9]{1,2})?")
-_SPACE = re.compile(r"(?:\s+|//[^\n]*|/\*.*?\*/|#[^\n]*)+", re.DOTALL)
+_SPACE = re.compile(r"(?:\s+|//[^\n]*|/\*.{0,200}?\*/|#[^\n]*)+", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _HEX = {"x": 2, "u": 4, "U": 8}
 _QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d"}
