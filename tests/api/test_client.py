@@ -281,6 +281,8 @@ def test_the_same_request_is_asked_once():
         report = client.report()
     assert len(server.asked) == 2
     assert sorted(result.cached for result in results.values()) == [False, False, True]
+    # Without prices nothing costs 0: what it cost is not known.
+    assert {result.cost for result in results.values()} == {None}
     assert report.completion_tokens == 4
 
 

@@ -66,6 +66,7 @@ def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tm
     ("line", "message"),
     [
         ("--data texts --full --truncate", "one way at a time"),
+        ("--data texts --full --max-length 64", "leave longer ones out with --max-tokens 64"),
         ("--data texts", "windows need lengths (cut: spans)"),
         ("--data texts --data store --full", "some inputs are tokenised and some are texts"),
         ("--data texts --lengths 64 --stride 65", "a stride of 65 would skip tokens"),

@@ -59,6 +59,9 @@ def test_the_shipped_recipes_are_valid_and_take_a_seed(preset: str) -> None:
     assert config.seed == config.pretrain.seed == config.extend.seed == 7
     assert config.evaluation.split == "test"
     assert config.extend.stages[-1].context_length > config.pretrain.stages[-1].context_length
+    hf_config = config.pretrain.model.hf_config
+    # Other ids in the saved config would let a server end answers at another word than the tokenizer's.
+    assert hf_config is not None and (hf_config["bos_token_id"], hf_config["eos_token_id"]) == (0, 1)
     values = config.to_dict()
     values["extend"]["seed"] = 8
     with pytest.raises(ConfigError, match="one seed"):

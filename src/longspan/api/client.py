@@ -232,7 +232,7 @@ class Client:
         """Return the result that needs no request: a recorded answer, or that the request cannot be sent."""
         reading = self._cache.get(job.key) if self._cache is not None else None
         if reading is not None:
-            result = _result(reading, job.reserved)._replace(cached=True)
+            result = _result(reading, job.reserved)._replace(cached=True, cost=self._meter.cost(Usage(0, 0)))
         else:
             refused = self._refuse(job)
             if refused is None:
@@ -277,7 +277,10 @@ class Client:
         for name in names:
             self._counts.result(result)
             yield name, result
-            result = result._replace(cached=result.error is None, usage=Usage(0, 0), cost=0.0, attempts=0)
+            nothing = Usage(0, 0)
+            result = result._replace(
+                cached=result.error is None, usage=nothing, cost=self._meter.cost(nothing), attempts=0
+            )
 
     def _stop(self, reason: str) -> None:
         self._counts.stopped = reason

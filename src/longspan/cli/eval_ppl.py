@@ -138,7 +138,13 @@ def _measure(
     with opened(model) as asked:
         assert isinstance(asked.answerer, TokenLosses)
         most = asked.answerer.max_length
-        if most is not None and max(task.lengths, default=0) > most:
+        if most is not None and not task.lengths:
+            raise ArgumentError(
+                "--full measures each document as a whole",
+                found=f"--max-length {most}",
+                fix=f"leave longer ones out with --max-tokens {most}, or cut them with --truncate",
+            )
+        if most is not None and max(task.lengths) > most:
             raise ArgumentError(
                 "windows are longer than the model is to be given",
                 found=f"{max(task.lengths)} tokens",
