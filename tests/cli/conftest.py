@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.cli.main import run
-from longspan.data.tokenizer import train_bpe
+from longspan.data.tokenizer import load_tokenizer, train_bpe
 
 RECIPE = """\
 model:
@@ -117,3 +119,21 @@ def store(
     outcome = longspan("data tokenize texts --tokenizer tokenizer --out store")
     assert outcome.code == 0, outcome.err
     return tmp_path / "store"
+
+
+@pytest.fixture
+def model(store: Path) -> Path:
+    """A random Llama in `model`, with the tokenizer of the store."""
+    folder = store.parent / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=load_tokenizer(store.parent / "tokenizer").vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((store.parent / "tokenizer" / "tokenizer.json").read_bytes())
+    return folder

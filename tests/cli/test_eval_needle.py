@@ -3,32 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from longspan.data.tokenizer import load_tokenizer
-
-
-@pytest.fixture
-def model(store: Path) -> Path:
-    """A random Llama in `model`, with the tokenizer of the store."""
-    folder = store.parent / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=load_tokenizer(store.parent / "tokenizer").vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes((store.parent / "tokenizer" / "tokenizer.json").read_bytes())
-    return folder
-
 
 GRID = "eval needle --model model --out run --lengths 256,320 --depths 0:1:3 --samples 2"
 
