@@ -176,6 +176,22 @@ def test_shards_join_to_the_whole(inputs, taught, tmp_path):
         merge([parts[0], parts[1], tmp_path / "other-1"], tmp_path / "third")
 
 
+def test_a_shard_that_was_not_copied_whole_is_not_joined(inputs, tmp_path):
+    """A lost file was a traceback, and a truncated one was linked into the whole without a word."""
+    parts = [tmp_path / "out-0", tmp_path / "out-1"]
+    for number, out in enumerate(parts):
+        annotate(spec_of(inputs, inputs.plan), out, shard=ArrayJob(number, 2))
+    file = parts[1] / "shard.00000.mds"
+    os.truncate(file, 100)
+    with pytest.raises(DataError, match="is not whole") as error:
+        merge(parts, tmp_path / "out")
+    assert "has 100 bytes" in str(error.value)
+    file.unlink()
+    with pytest.raises(DataError, match="is lost"):
+        merge(parts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranges_of_shards():
     """Every row in one shard, none empty, about as many tokens in each."""
     lengths = np.array([1, 1, 1, 97, 50, 50])

@@ -22,7 +22,8 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnnotationManifest:
     A complete `out` of the same shards is kept.
 
     Raises:
-        DataError: shards of different annotations, rows that stand in two shards or in none, or something at `out`.
+        DataError: shards of different annotations, rows that stand in two shards or in none, files that are lost or
+            cut short, or something at `out`.
     """
     if not parts:
         raise ArgumentError("there are no shards to merge")
@@ -31,6 +32,8 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnnotationManifest:
         ((read_annotation_manifest(part), Path(part)) for part in parts), key=lambda each: each[0].first
     )
     _check(found)
+    for manifest, path in found:
+        _check_files(manifest, path)
     first = found[0][0]
     pieces = [piece for manifest, _ in found for piece in manifest.pieces]
     whole = first._replace(
@@ -76,6 +79,20 @@ def _check(found: Sequence[tuple[AnnotationManifest, Path]]) -> None:
         row, before = manifest.stop, path
     if row != wanted.source_rows:
         raise _missing(row, wanted.source_rows, wanted)
+
+
+def _check_files(manifest: AnnotationManifest, path: Path) -> None:
+    """Refuse a shard that was not copied whole."""
+    for piece in manifest.pieces:
+        file = path / piece["file"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != piece["bytes"]:
+            raise DataError(
+                f"{path} is not whole",
+                found=f"{piece['file']} " + ("is lost" if size is None else f"has {size} bytes"),
+                allowed=f"{piece['bytes']} bytes",
+                fix="copy it again, or make it again with `longspan annotate topk --num-shards N --shard I`",
+            )
 
 
 def _missing(first: int, stop: int, wanted: AnnotationManifest) -> DataError:
