@@ -384,6 +384,18 @@ def test_other_settings_do_not_go_on(inputs, taught):
     assert annotate(spec_of(inputs, inputs.plan), taught.path).missing == 0
 
 
+def test_weights_of_another_type_are_another_teacher(inputs, tmp_path):
+    """A job in bfloat16 went on with, and was joined to, rows of the same weights in float32."""
+    in_bfloat16 = {"model": str(inputs.model), "dtype": "bfloat16"}
+    annotate(spec_of(inputs, inputs.plan), tmp_path / "out-0", shard=ArrayJob(0, 2))
+    annotate(spec_of(inputs, inputs.plan, teacher=in_bfloat16), tmp_path / "out-1", shard=ArrayJob(1, 2))
+    with pytest.raises(DataError, match="not of the same annotations") as error:
+        merge([tmp_path / "out-0", tmp_path / "out-1"], tmp_path / "out")
+    assert "bfloat16" in str(error.value) and "float32" in str(error.value)
+    with pytest.raises(DataError, match="other settings"):
+        annotate(spec_of(inputs, inputs.plan, teacher=in_bfloat16), tmp_path / "out-0", shard=ArrayJob(0, 2))
+
+
 def test_refuses_what_does_not_fit(inputs, tmp_path):
     with pytest.raises(ArgumentError, match="so many words"):
         annotate(spec_of(inputs, inputs.plan, k=VOCABULARY + 1), tmp_path / "out")

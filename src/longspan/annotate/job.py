@@ -53,7 +53,7 @@ class OpenJob(NamedTuple):
     teacher: Teacher
     source: Source
     identity: dict[str, Any]
-    """path, fingerprint, rope and quantization of the teacher."""
+    """path, fingerprint, rope, dtype and quantization of the teacher."""
     context: int | None
     """Tokens that it may read."""
 
@@ -132,7 +132,11 @@ def open_job(spec: AnnotateSpec, *, mesh: Mesh | None = None) -> OpenJob:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     model = load_model(config.model, rope=config.rope, max_position_embeddings=config.context, dtype=dtype)
     model = model.to(mesh.device if mesh is not None else usable_device()).eval()
-    identity = {**model_identity(model, config.model), "quantization": config.quantize}
+    identity = {
+        **model_identity(model, config.model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": config.quantize,
+    }
     if config.quantize is not None:
         # The names of an adapter's own layers end so.
         quantize(model, Quantization(kind=config.quantize), keep=("default",))

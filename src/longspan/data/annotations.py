@@ -69,7 +69,7 @@ class AnnotationManifest(NamedTuple):
     source: dict[str, Any]
     """path and fingerprint of what was annotated."""
     teacher: dict[str, Any]
-    """path, fingerprint, rope and quantization of the teacher."""
+    """path, fingerprint, rope, dtype and quantization of the teacher."""
     settings: dict[str, Any]
     """Other settings that decide the content."""
     pieces: list[dict[str, Any]]
@@ -91,6 +91,7 @@ class AnnotationManifest(NamedTuple):
             **{name: getattr(self, name) for name in names},
             "source": self.source["fingerprint"],
             "teacher": self.teacher["fingerprint"],
+            "model_dtype": self.teacher.get("dtype"),
             "quantization": self.teacher.get("quantization"),
         }
 
