@@ -396,6 +396,17 @@ def test_weights_of_another_type_are_another_teacher(inputs, tmp_path):
         annotate(spec_of(inputs, inputs.plan, teacher=in_bfloat16), tmp_path / "out-0", shard=ArrayJob(0, 2))
 
 
+def test_a_teacher_that_predicts_no_numbers_is_refused(inputs, tmp_path):
+    """NaN was written as it came, and the student's loss was NaN weeks later."""
+    model = load_model(inputs.model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    save_model(model, tmp_path / "broken")
+    with pytest.raises(DataError, match="no number"):
+        annotate(spec_of(inputs, inputs.plan, teacher={"model": str(tmp_path / "broken")}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_refuses_what_does_not_fit(inputs, tmp_path):
     with pytest.raises(ArgumentError, match="so many words"):
         annotate(spec_of(inputs, inputs.plan, k=VOCABULARY + 1), tmp_path / "out")

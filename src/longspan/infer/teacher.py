@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from longspan.core.errors import ArgumentError
+from longspan.core.errors import ArgumentError, DataError
 from longspan.infer.packed import inference
 from longspan.kernels.loss import LOGITS_BUDGET_BYTES, cached_blocks, product
 from longspan.models.documents import Documents
@@ -65,6 +65,7 @@ class Teacher(Protocol):
 
         Raises:
             ArgumentError: k is below 1 or beyond the vocabulary.
+            DataError: what it predicts is no number.
         """
 
     def close(self) -> None:
@@ -242,4 +243,10 @@ def _group_size(num_words: int, k: int) -> int:
 
 def _to_numpy(found: Sequence[torch.Tensor]) -> TopK:
     ids, logprobs, tail = found
+    if bool(tail.isnan().any()) or bool(logprobs.isnan().any()):
+        raise DataError(
+            "what the teacher predicts is no number",
+            found=f"NaN after {int(tail.isnan().sum())} of {len(tail)} tokens",
+            fix="run it in bfloat16 or float32 (--model-dtype) if float16 overflows; else its weights are broken",
+        )
     return TopK(ids.to(torch.int32).cpu().numpy(), logprobs.cpu().numpy(), tail.cpu().numpy())
