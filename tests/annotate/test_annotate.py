@@ -26,6 +26,7 @@ from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
 from longspan.data.store import MDSDirectory, TokenStore
 from longspan.models.hf import build_model, load_model, save_model
+from longspan.models.lora import LoraConfig, apply_lora, save_adapter
 from tests.annotate.conftest import MODEL, VOCABULARY, Inputs
 
 K = 7
@@ -405,6 +406,44 @@ def test_a_teacher_that_predicts_no_numbers_is_refused(inputs, tmp_path):
     with pytest.raises(DataError, match="no number"):
         annotate(spec_of(inputs, inputs.plan, teacher={"model": str(tmp_path / "broken")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
+@pytest.mark.parametrize("written_by", ["longspan", "peft"])
+def test_a_folder_of_an_adapter_is_read_beside_its_base(inputs, tmp_path, written_by):
+    """The base's own predictions, or an adapter twice as strong, against peft's forward pass."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "adapter"
+    if written_by == "longspan":
+        model = apply_lora(load_model(inputs.model), LoraConfig(rank=4, alpha=12), seed=1)
+        randomise(model)
+        save_adapter(model, folder, base=inputs.model)
+    else:
+        own = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(inputs.model), own)
+        randomise(model)
+        model.save_pretrained(folder)
+    spec = spec_of(inputs, inputs.store, k=VOCABULARY, teacher={"model": str(folder)}, dtype="float32")
+    annotate(spec, tmp_path / "out")
+    known = Annotations(tmp_path / "out").row(3)
+    ids = open_source(inputs.store).row(3).ids
+    beside = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(inputs.model), folder).eval()
+    wanted = direct(beside, ids).gather(1, torch.from_numpy(known.ids).long())
+    np.testing.assert_allclose(known.logprobs, wanted, atol=1e-4)
+    with beside.disable_adapter():
+        alone = direct(beside, ids).gather(1, torch.from_numpy(known.ids).long())
+    assert np.abs(known.logprobs - alone.numpy()).max() > 0.1
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Give an adapter, which begins as nothing, something to say."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
 
 
 def test_refuses_what_does_not_fit(inputs, tmp_path):
