@@ -17,7 +17,14 @@ from longspan.annotate.run import annotate, estimate_job, shard_folder
 from longspan.annotate.sources import cepe_folder, open_source
 from longspan.annotate.spec import AnnotateSpec
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.data.annotations import Annotations, TaughtRows, read_annotation_manifest
+from longspan.data.annotations import (
+    Annotations,
+    TaughtRows,
+    read_annotation_manifest,
+    seal_annotations,
+    topk_columns,
+    write_annotation_shard,
+)
 from longspan.data.executor import ArrayJob
 from longspan.data.loader import RowLoader
 from longspan.data.materialize import materialize
@@ -444,6 +451,28 @@ def randomise(model: torch.nn.Module) -> None:
         for name, weight in model.named_parameters():
             if "lora_" in name:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row | {"topk_offsets": row["topk_offsets"] + np.uint32(row["topk_offsets"] > 0)},
+        lambda row: row | {"topk_logprobs": row["topk_logprobs"][:-1]},
+        lambda row: row | {"topk_ids": row["topk_ids"][None]},
+    ],
+)
+def test_words_that_do_not_fit_their_tokens_are_a_message(inputs, tmp_path, change):
+    """Offsets beyond the last word, or columns of different lengths, ended in an error of numpy."""
+    annotate(spec_of(inputs, inputs.store, mass=0.9), tmp_path / "whole")
+    manifest = read_annotation_manifest(tmp_path / "whole")
+    columns = topk_columns(ragged=True, vocab_size=VOCABULARY, dtype="float16")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    row = change(dict(MDSDirectory(tmp_path / "whole")[0]))
+    piece = {**write_annotation_shard(damaged, 0, columns, [row], 1), "tokens": 1, "words": 1}
+    seal_annotations(damaged, columns, manifest._replace(rows=1, pieces=[piece]))
+    with pytest.raises(DataError, match="is damaged"):
+        Annotations(damaged).row(0)
 
 
 def test_refuses_what_does_not_fit(inputs, tmp_path):

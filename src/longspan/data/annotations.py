@@ -275,7 +275,8 @@ class Annotations:
 def _padded(ids: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray, where: str) -> tuple[np.ndarray, ...]:
     """Return ids [T, K] and logprobs [T, K], -inf behind the words of a token."""
     counts = np.diff(offsets.astype(np.int64))
-    if not len(counts) or offsets[0] != 0 or (counts < 0).any() or offsets[-1] > len(ids) != len(logprobs):
+    fits = ids.ndim == logprobs.ndim == 1 and len(ids) == len(logprobs)
+    if not len(counts) or offsets[0] != 0 or (counts < 0).any() or not fits or offsets[-1] > len(ids):
         raise DataError(f"{where} is damaged", found="topk_offsets that do not fit topk_ids")
     width = max(1, int(counts.max()))
     there = np.arange(width) < counts[:, None]
