@@ -178,6 +178,25 @@ def test_the_same_command_again_asks_nothing_and_writes_the_same(settings_of, ru
             run(settings.model_copy(update={"leak_check": False}), server)
 
 
+def test_a_second_process_does_not_pay_for_the_same_again(settings_of, run, tmp_path):
+    """Two commands at once asked everything twice, and one of them removed the other's half-written files."""
+    settings, said = settings_of("one_detail_book"), []
+    writer = Writer()
+
+    def script(asked):
+        if not said:
+            said.append("")
+            with pytest.raises(RunError) as error:
+                run(settings, server)
+            said[0] = str(error.value)
+        return writer(asked)
+
+    with serving(script) as server:
+        assert run(settings, server)["samples"]["written"] == 6
+        bodies = [json.dumps(asked.body) for asked in server.asked]
+    assert "another job is at work on" in said[0] and len(set(bodies)) == len(bodies)
+
+
 def test_a_budget_stops_the_job_and_a_larger_one_goes_on(settings_of, run, tmp_path):
     with serving(Writer()) as server:
         settings = settings_of("one_detail_book")

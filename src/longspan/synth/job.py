@@ -9,6 +9,7 @@
         train.jsonl       the samples, for `longspan train`
         summary.json      all counts
         depth.png         where the evidence lies
+        job.lock          held while a process is at work here; a second one stops
 
 Every file but the answers is made whole, in the order of the documents, and is a function of settings, documents and
 answers: a killed job that goes on writes the same bytes as one that was not.
@@ -35,6 +36,7 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import rng
 from longspan.data.chat import ChatFormat
+from longspan.data.job_lock import JobLock
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments
@@ -48,7 +50,7 @@ from longspan.synth.sections import TokenRuler
 from longspan.synth.selection import DocumentFile, Inputs, Selected, select_documents
 from longspan.synth.spec import SetSpec
 
-CONFIG, SUMMARY = "config.yaml", "summary.json"
+CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", "job.lock"
 _log = get_logger("synth")
 _TURN_TOKENS = 60
 """About what a question of the kind `offline` takes in a conversation."""
@@ -114,8 +116,13 @@ class SynthJob:
             ConfigError: `out` holds a job with other settings.
             DataError: the inputs are missing, or none of them is fit.
             UserError: the endpoint refuses the key or has no such model.
-            RunError: the budget is used up, the endpoint does not answer, or the disk is full.
+            RunError: the budget is used up, the endpoint does not answer, the disk is full, or another process is at
+                work in `out`.
         """
+        with JobLock(self.out / LOCK, what=str(self.out)):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         # Documents first: a filter that lets nothing pass leaves no folder that would refuse a milder one.
         selected = None if (self.out / CONFIG).exists() else self._select()
         run = RunDir.create(self.out, self.settings, seed=self.settings.seed)
