@@ -3,6 +3,7 @@ and sampled corpora. And whole after kill -9 while groups are dealt or encoded."
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -276,3 +277,31 @@ def test_ray_makes_the_same_store(corpus: list[Path], tokenizer: Tokenizer, tmp_
     for kind, settings in KINDS.items():
         one = tokenize_corpus([tmp_path / "corpus"], tokenizer, tmp_path / kind, **settings)
         assert files_of(tmp_path / f"ray {kind}") == files_of(one.path), kind
+
+
+RAY_GPUS = """
+import json, os
+import ray
+from longspan.data.executor import RayExecutor
+
+def visible(unit):
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+ray.init(num_cpus=2, num_gpus=2, log_to_driver=False, include_dashboard=False)
+found = {}
+for use_gpus in (True, False):
+    with RayExecutor(use_gpus=use_gpus) as executor:
+        found[use_gpus] = [executor.num_workers, *executor.run(visible, range(3))]
+print(json.dumps([found[True], found[False]]))
+"""
+
+
+@pytest.mark.slow
+def test_ray_gives_a_gpu_to_who_asks_for_one() -> None:
+    """Ray hides all GPUs from tasks that ask for none: teachers ran on CPUs beside idle GPUs."""
+    pytest.importorskip("ray", reason="the ray package is not installed")
+    command = [sys.executable, "-c", RAY_GPUS]
+    said = subprocess.run(command, check=True, capture_output=True, timeout=200, text=True).stdout
+    with_gpus, without = json.loads(said.splitlines()[-1])
+    assert with_gpus[0] == 2 and set(with_gpus[1:]) <= {"0", "1"}
+    assert without[1:] == ["", "", ""]

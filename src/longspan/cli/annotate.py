@@ -217,7 +217,7 @@ def _annotate(spec: AnnotateSpec, out: Path, part: ArrayJob, jobs: Jobs) -> bool
 
     share = jobs.share()
     alone = jobs.executor is not ExecutorName.ray and jobs.workers == 1
-    done = annotate(spec, out, shard=part, executor=None if alone else jobs.start(), share=share)
+    done = annotate(spec, out, shard=part, executor=None if alone else jobs.start(use_gpus=True), share=share)
     if done.missing:
         typer.echo(missing_words(share, done.pieces, done.missing, str(out)))
     return not done.missing

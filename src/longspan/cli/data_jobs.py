@@ -62,12 +62,13 @@ class Jobs(NamedTuple):
             return ArrayJob(self.job_id, self.num_jobs)
         return array_job() if self.executor is ExecutorName.slurm else ArrayJob()
 
-    def start(self) -> Executor:
-        """Return what runs the units of work, to be used in a `with` block."""
+    def start(self, *, use_gpus: bool = False) -> Executor:
+        """Return what runs the units of work, to be used in a `with` block; on Ray with a GPU each where asked."""
         from longspan.data.executor import LocalExecutor, RayExecutor
 
         if self.executor is ExecutorName.ray:
-            return RayExecutor(self.ray_address, num_workers=self.workers if self.workers > 1 else None)
+            workers = self.workers if self.workers > 1 else None
+            return RayExecutor(self.ray_address, num_workers=workers, use_gpus=use_gpus)
         return LocalExecutor(self.workers)
 
     def print_sbatch(self, name: str) -> None:

@@ -12,25 +12,32 @@ from longspan.data.executor.base import Result, Unit
 
 
 class RayExecutor:
-    """Runs every unit as a task of one CPU.
+    """Runs every unit as a task of one CPU, and of one GPU where that is asked for and the cluster has any.
 
     The machines of the cluster need longspan installed, and see inputs, tokenizer and output under the same
     paths.
 
     Args:
         address: of a cluster ("auto", "ray://host:10001"). None: RAY_ADDRESS if set, else this machine.
-        num_workers: tasks under way at once; on this machine also its CPUs for Ray. None: all CPUs.
+        num_workers: tasks under way at once; on this machine also its CPUs for Ray. None: all CPUs, or GPUs.
+        use_gpus: Ray hides all GPUs from a task that asks for none.
     """
 
-    def __init__(self, address: str | None = None, *, num_workers: int | None = None) -> None:
+    def __init__(
+        self, address: str | None = None, *, num_workers: int | None = None, use_gpus: bool = False
+    ) -> None:
         self._ray: Any = require("ray", extra="cluster", feature="--executor ray")
-        self._address, self._wanted = address, num_workers
+        self._address, self._wanted, self._use_gpus = address, num_workers, use_gpus
         self._started = False
 
     @property
     def num_workers(self) -> int:
         """Tasks under way at once."""
-        return self._wanted or int(self._ray.cluster_resources().get("CPU", 1))
+        return self._wanted or self._num_gpus() or int(self._ray.cluster_resources().get("CPU", 1))
+
+    def _num_gpus(self) -> int:
+        """Return the GPUs that tasks may have; 0: none, or not asked for."""
+        return int(self._ray.cluster_resources().get("GPU", 0)) if self._use_gpus else 0
 
     def __enter__(self) -> Self:
         if not self._ray.is_initialized():
@@ -51,7 +58,7 @@ class RayExecutor:
     def run(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
         """See `Executor.run`. A task whose machine died runs again elsewhere, three times."""
         ray = self._ray
-        task = ray.remote(num_cpus=1, max_retries=3)(_call)
+        task = ray.remote(num_cpus=1, num_gpus=min(1, self._num_gpus()), max_retries=3)(_call)
         shared = ray.put(function)
         limit = 2 * self.num_workers
         waiting: deque[Any] = deque()
