@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ArgumentError
+from longspan.core.records import read_jsonl
 from longspan.report import summarise, write_report
 from longspan.report.html import render
 from longspan.report.load import load_runs
@@ -109,6 +110,17 @@ def test_training_alone_and_lengths_alone_make_a_page(finished_run: Path, tmp_pa
         copy(finished_run / part, run / part)
         page = page_of(run)
         assert "Needle accuracy was not measured" in page
+
+
+def test_the_divergence_from_a_teacher_has_its_chart(finished_run: Path, tmp_path: Path) -> None:
+    """A run that distilled showed its loss alone; one that did not has no empty chart."""
+    lines = list(read_jsonl(finished_run / "metrics.jsonl"))
+    (tmp_path / "run").mkdir()
+    for line in lines[300:]:
+        line["kl"] = 3.0 / line["stage_step"]
+    write_lines(tmp_path / "run/metrics.jsonl", lines)
+    assert "Divergence from the teacher" in page_of(tmp_path / "run")
+    assert "Divergence from the teacher" not in page_of(finished_run)
 
 
 def test_lengths_beyond_the_trained_one_are_called_out(tmp_path: Path) -> None:

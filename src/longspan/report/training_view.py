@@ -187,7 +187,7 @@ def training_section(runs: Sequence[Run]) -> Section:
     section.parts["runs"] = [
         {
             "name": run.name if len(trained) > 1 else "",
-            "charts": [c for c in (_loss_charts(run), _position_losses(run)) if c],
+            "charts": [c for c in (_loss_charts(run), _divergence(run), _position_losses(run)) if c],
         }
         for run in trained
     ]
@@ -280,6 +280,32 @@ def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> T
             *(f"loss, {source}" for source in sources),
         ],
         rows,
+    )
+
+
+def _divergence(run: Run) -> Chart | None:
+    """Return the divergence from a teacher; None for a run that had none."""
+    points = _points(run.metrics, lambda line: line.get("kl"))
+    if not points:
+        return None
+    series = [
+        Series("every step", 0, binned(points, RAW_POINTS), faint=True),
+        Series("KL", 1, binned(points, SMOOTH_POINTS), dashed=False),
+    ]
+    y = number_axis([value for each in series for _, value in each.points], "KL", zero=True)
+    chart = LineChart(
+        "Divergence from the teacher over tokens",
+        _token_axis(run.metrics),
+        y,
+        series,
+        _stage_marks(run.metrics),
+        height=260,
+    )
+    return line_view(
+        chart,
+        title="Divergence from the teacher",
+        note="KL(teacher || student) over the words that the teacher names and the mass of all others, in nats a "
+        "token, unweighted; at the temperature of training, times its square.",
     )
 
 
