@@ -11,11 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from longspan.annotate.run import annotate
+from longspan.annotate.spec import AnnotateSpec
 from longspan.core.records import read_jsonl
 from longspan.core.seeds import rng
+from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.store import TokenStore
+from longspan.models.hf import build_model, save_model
 from longspan.train import trainer
 from longspan.train.config import TrainConfig
 from tests.train.conftest import recipe
@@ -117,6 +123,47 @@ def test_a_run_killed_again_and_again_on_one_rank_ends_with_the_same_bits(
     shares = [{**common, "out": str(out), "kill": [0, moments // part]} for part in (9, 4, 5, 3, 4)]
     kill_and_go_on([*shares, {**common, "out": str(out)}])
     assert curve(out) == curve(whole)
+
+
+def test_a_student_killed_again_and_again_ends_with_the_same_bits(
+    data_root: Path, tmp_path: Path, kill_and_go_on: Driver
+) -> None:
+    """Rows that come back with another row's teacher, or with none, show in the divergence of each step."""
+    store = TokenStore(data_root / "plain")
+    for name in ("plain", "weighted", "tokenizer"):
+        (tmp_path / name).symlink_to(data_root / name)
+    plan = plan_packing(PackSpec(length=24), store.lengths, np.arange(len(store), dtype=np.uint32), 0)
+    plan.save(tmp_path / "plan", stores=[tmp_path / "plain"])
+    save_model(build_model(recipe()["model"]["hf_config"], seed=3), tmp_path / "teacher")
+    spec = {
+        "teacher": {"model": str(tmp_path / "teacher"), "context": 24},
+        "data": str(tmp_path / "plan"),
+        "k": 5,
+        "mass": 0.6,
+    }
+    annotate(AnnotateSpec.from_dict(spec, where="test"), tmp_path / "taught")
+    stage = {
+        "name": "distil",
+        "context_length": 24,
+        "steps": 8,
+        "batch_tokens": 24 * 4,
+        "micro_batch_tokens": 24 * 2,
+        "lr": 0.01,
+        "max_epochs": 100,
+        "objective": "distill",
+        "distill": {"weight": 0.7, "temperature": 2.0},
+        "rope": {"rope_type": "default", "rope_theta": 10000.0},
+        "streams": {"text": {"rows": "plan", "teacher": "taught"}},
+    }
+    common = {"recipe": write_recipe(tmp_path, "distil", stages=[stage]), "data_root": str(tmp_path)}
+    whole, out = tmp_path / "undisturbed", tmp_path / "disturbed"
+    moments = kill_and_go_on([{**common, "out": str(whole)}])[0][0]
+    assert moments is not None
+    shares = [{**common, "out": str(out), "kill": [0, moments // part]} for part in (5, 3, 4)]
+    kill_and_go_on([*shares, {**common, "out": str(out)}])
+    expected = curve(whole)
+    assert sum(record.get("kl", 0.0) > 0 for record in expected) == 8
+    assert curve(out) == expected
 
 
 def test_one_two_and_four_ranks_share_a_run(data_root: Path, tmp_path: Path, kill_and_go_on: Driver) -> None:
