@@ -338,6 +338,34 @@ def test_offline_asks_nobody_and_knows_its_answers(settings_of, run, tmp_path):
     assert sum(counts) >= 30 and max(counts) - min(counts) <= 4
 
 
+def test_offline_questions_have_one_answer_among_other_documents(settings_of, run, tmp_path):
+    """All papers have a "# Methods", and all books here an Ada Stone: the first one of the sample was another
+    document's."""
+    path = tmp_path / "papers.jsonl"
+    texts = []
+    for number in range(40, 46):
+        parts = document(number, 24).strip().split("\n\n")
+        heads = ["# Introduction", "# Methods", f"# Findings {number}", "# Outlook"]
+        texts.append(
+            "\n\n".join(f"{heads[n // 2]}\n{part}" if n % 2 == 0 else part for n, part in enumerate(parts))
+        )
+    write_documents(path, texts)
+    settings = settings_of("offline", inputs=[path], sample={"length": 3000, "distractors": 2})
+    summary = run(settings, None)
+    assert summary["questions"]["asks about another document of the sample too"] > 5
+    asked = [
+        (sample["conversations"][0]["content"], turn["content"])
+        for sample in samples(tmp_path / "out")
+        for turn in sample["conversations"][::2]
+    ]
+    assert len(asked) > 20
+    for context, turn in asked:
+        last = turn.rsplit("\n", 1)[-1]
+        if "Which heading" in last:
+            assert context.count("# " + last.split('"')[1]) == 1
+        assert "Quote the sentence" not in last, "every name is in every document"
+
+
 def test_of_a_document_longer_than_a_sample_only_one_window_is_asked_about(settings_of, run, tmp_path):
     """Sections far apart are never in one window, and questions on what no sample holds are paid for nothing."""
     path = tmp_path / "long.jsonl"

@@ -11,6 +11,7 @@ window or the document lies is chosen so that evidence is even over all depths o
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -121,7 +122,11 @@ class Composer:
         if sample.length > self._spec.length:
             self.left_out["sample: does not fit the length"] += 1
             return None
-        self.left_out["question: no room, or outside the window"] += len(items) - len(sample.items)
+        ambiguous = sum(_is_ambiguous(item, context) for item in items)
+        self.left_out["question: asks about another document of the sample too"] += ambiguous
+        self.left_out["question: no room, or outside the window"] += (
+            len(items) - ambiguous - len(sample.items)
+        )
         self.balance.add([depth for depths in sample.depths for depth in depths])
         return sample
 
@@ -233,7 +238,9 @@ class Composer:
         return _Context("".join(texts["before"]), whole, "".join(texts["after"]), used)
 
     def _sample(self, text: str, context: _Context, items: Sequence[Item], limit: int) -> Sample | None:
-        inside = [item for item in items if _inside(item, context.window)]
+        inside = [
+            item for item in items if _inside(item, context.window) and not _is_ambiguous(item, context)
+        ]
         if not inside:
             return None
         whole = context.before + context.window.of(text) + context.after
@@ -255,6 +262,13 @@ class Composer:
 
 def _inside(item: Item, window: Span) -> bool:
     return all(window.start <= span.start and span.end <= window.end for span in item.evidence)
+
+
+def _is_ambiguous(item: Item, context: _Context) -> bool:
+    """Say whether another document of the sample has what a question goes by: then its answer may be another one."""
+    return bool(item.subject) and any(
+        re.search(item.subject, others) for others in (context.before, context.after)
+    )
 
 
 def _evidence_tokens(ruler: TokenRuler, items: Sequence[Item]) -> list[list[float]]:

@@ -35,6 +35,8 @@ class Item(NamedTuple):
     """Characters of the document, at least one place."""
     sections: tuple[int, ...] = ()
     """Sections of the document that it was asked about."""
+    subject: str = ""
+    """Pattern of what the question goes by where other documents of a sample may have it too, such as a heading."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -44,7 +46,8 @@ class Item(NamedTuple):
     def from_dict(cls, values: Mapping[str, Any]) -> Item:
         """Return what `to_dict` wrote."""
         evidence = tuple(Span(*span) for span in values["evidence"])
-        return cls(values["question"], values["answer"], evidence, tuple(values["sections"]))
+        sections = tuple(values["sections"])
+        return cls(values["question"], values["answer"], evidence, sections, values["subject"])
 
 
 class Rejected(NamedTuple):

@@ -125,7 +125,12 @@ def _titles(text: str) -> list[Item]:
     found = [(_title(match), Span(*match.span())) for match in _HEADING.finditer(text)]
     names = [title for title, _ in found]
     return [
-        Item(f'Which heading comes right after "{title}"?', following, (span,))
+        Item(
+            f'Which heading comes right after "{title}"?',
+            following,
+            (span,),
+            subject=rf"(?m)^[^\n]{{0,20}}{re.escape(title)}[^\n]{{0,20}}$",
+        )
         for (title, _), (following, span) in pairwise(found)
         if names.count(title) == 1 and title != following
     ]
@@ -154,7 +159,7 @@ def _names(text: str) -> list[Item]:
             span = _sentence_at(text, found) if at[name] == found else None
             if span is not None and len(name) + 10 < span.end - span.start <= MAX_SENTENCE_CHARACTERS:
                 question = f"Quote the sentence in which {name} is named for the {which} time."
-                items.append(Item(question, span.of(text), (span,)))
+                items.append(Item(question, span.of(text), (span,), subject=re.escape(name)))
     return items
 
 
