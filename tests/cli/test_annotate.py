@@ -98,7 +98,7 @@ def test_cepe_folders(longspan, rows):
         ("--data texts --model model --format cepe", "holds no pairs"),
         ("--data rows --model model --out store", "already exists"),
         ("--data rows --model model --out taught --retrieval rows", "--format cepe"),
-        ("--data rows --model model --out taught --shard 2 --num-shards 2", "no such job"),
+        ("--data rows --model model --out taught --shard 2 --num-shards 2", "0 to 1 of --num-shards"),
         ("--data rows --model model --out taught --cp 2 --workers 2", "one piece at a time"),
     ],
 )

@@ -139,6 +139,12 @@ def topk(
         },
         "data": str(data), "k": k, "mass": mass, "dtype": dtype,
     }  # fmt: skip
+    if shard >= num_shards:
+        raise ArgumentError(
+            "there is no such shard",
+            found=f"--shard {shard}",
+            allowed=f"0 to {num_shards - 1} of --num-shards",
+        )
     part = ArrayJob(shard, num_shards)
     if format == "cepe":
         windows = {
