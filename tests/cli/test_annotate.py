@@ -91,6 +91,12 @@ def test_cepe_folders(longspan, rows):
     ("arguments", "message"),
     [
         ("--data rows --model model", "give --out"),
+        (
+            "--data rows --model model --out taught --encoder-tokens 8",
+            "--encoder-tokens is for --format cepe",
+        ),
+        ("--data rows --model model --out taught --retrieval-k 2", "--retrieval-k is for --format cepe"),
+        ("--data nothere --model model --out taught", "nothere does not exist"),
         ("--data rows --model model --out taught --k 513", "1 to 512"),
         ("--data rows --model model --out taught --mass 2", "mass"),
         ("--data rows --model texts --out taught", "not a Hugging Face model folder"),

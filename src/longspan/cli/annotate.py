@@ -71,16 +71,19 @@ def topk(
         ),
     ] = "longspan",
     encoder_tokens: Annotated[
-        str, typer.Option(help="cepe: last tokens of prev_token_ids that the teacher reads.")
-    ] = "2048",
+        str | None,
+        typer.Option(help="cepe: last tokens of prev_token_ids that the teacher reads. Default: 2048."),
+    ] = None,
     decoder_tokens: Annotated[
-        str, typer.Option(help="cepe: first tokens of token_ids, which are annotated.")
-    ] = "2048",
+        str | None, typer.Option(help="cepe: first tokens of token_ids, which are annotated. Default: 2048.")
+    ] = None,
     retrieval: Annotated[
         Path | None,
         typer.Option(help="cepe: folder like --data whose retrieved_token_ids are read as the encoder's."),
     ] = None,
-    retrieval_k: Annotated[int, typer.Option(min=1, help="cepe: passages of --retrieval.")] = 8,
+    retrieval_k: Annotated[
+        int | None, typer.Option(min=1, help="cepe: passages of --retrieval. Default: 8.")
+    ] = None,
     rope: Annotated[
         str | None,
         typer.Option(help="RoPE instead of the teacher's own, such as '{rope_type: linear, factor: 8}'."),
@@ -146,15 +149,16 @@ def topk(
             allowed=f"0 to {num_shards - 1} of --num-shards",
         )
     part = ArrayJob(shard, num_shards)
+    windows = {
+        "encoder_tokens": encoder_tokens, "decoder_tokens": decoder_tokens, "retrieval_k": retrieval_k,
+        "retrieval": None if retrieval is None else str(retrieval),
+    }  # fmt: skip
+    windows = {name: value for name, value in windows.items() if value is not None}
     if format == "cepe":
-        windows = {
-            "encoder_tokens": encoder_tokens, "decoder_tokens": decoder_tokens, "retrieval_k": retrieval_k,
-            "retrieval": None if retrieval is None else str(retrieval),
-        }  # fmt: skip
         specs = _cepe_specs({**settings, "pairs": windows}, data, retrieval, out)
     else:
-        if retrieval is not None:
-            raise ArgumentError("--retrieval is for --format cepe")
+        if windows:
+            raise ArgumentError(f"--{next(iter(windows)).replace('_', '-')} is for --format cepe")
         if out is None and not dry_run:
             raise ArgumentError("where shall the annotations go?", fix="give --out")
         specs = {out or Path(): _spec(settings)}

@@ -203,6 +203,8 @@ class _Files(NamedTuple):
 
 
 def _chunk_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
     files = [path] if path.is_file() else [*sorted(path.glob("*.parquet")), *sorted(path.glob("*.jsonl"))]
     kinds = {file.suffix for file in files}
     if not files or len(kinds) > 1 or not kinds <= {".parquet", ".jsonl"}:
