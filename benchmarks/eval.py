@@ -98,7 +98,7 @@ DRY = Sizes(
     depths=3,
     new_tokens=2,
     rounds=1,
-    ruler_length=2048,
+    ruler_length=8192,
     ruler_samples=1,
 )
 
