@@ -214,7 +214,7 @@ def test_conversions_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         convert(store.path, tmp_path / "out", format="store")
     with pytest.raises(DataError, match="cannot become a token store"):
         convert(tmp_path / "nothing", tmp_path / "out", format="store", tokenizer=TOKENIZER)
-    with pytest.raises(DataError, match="not a store of packed rows"):
+    with pytest.raises(DataError, match="nothing does not exist"):
         convert(tmp_path / "nothing", tmp_path / "out", format="mds")
     plan_mixture(MixtureSpec(mode="none"), store.lengths, 0).save(tmp_path / "mixture")
     with pytest.raises(ArgumentError, match="pack it first"):
