@@ -7,7 +7,6 @@ the question itself) is read once; a sample is recorded as soon as its last answ
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,17 +15,14 @@ import numpy as np
 
 from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
-from longspan.core.log import get_logger
-from longspan.core.progress import progress
+from longspan.core.progress import Progress
 from longspan.eval.records import RecordsWriter
-from longspan.eval.runner import PART_TOKENS, sample_record, summarise_records
+from longspan.eval.runner import PART_TOKENS, fill_records, sample_record
 from longspan.eval.summaries import mean_score
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
 
 PART_REQUESTS = 1024
 """Requests that are composed and handed over at once, if they have no more than `PART_TOKENS` tokens."""
-
-_log = get_logger("eval")
 
 
 class Judged(NamedTuple):
@@ -71,25 +67,15 @@ def run_compounds(
     retry_unscored: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask for what is missing in `out`; return the summary that all evaluations have, and the records."""
-    started = time.monotonic()
-    title = f"{header['task']} {header['label']}"
-    with RecordsWriter(out, header, retry_unscored=retry_unscored) as writer:
-        missing = [sample for sample in planned if sample.id not in writer.recorded]
-        if len(missing) < len(planned):
-            _log.info(
-                "%s: %d of %d samples stand in %s", title, len(planned) - len(missing), len(planned), out
-            )
-        total, left = (sum(sample.tokens for sample in samples) for samples in (planned, missing))
-        with progress(title, total=total, unit="tokens", done=total - left) as bar:
-            for part in _parts(missing, writer):
-                for sample, record in _run_part(part, answerer):
-                    writer.write(record)
-                    bar.advance(sample.tokens)
-        writer.finish()
-        records = [writer.recorded[sample.id] for sample in planned]
-    seconds = time.monotonic() - started
-    rate = len(missing) / seconds if seconds > 0 else 0.0
-    return {**summarise_records(header, out, records, rate), **mean_score(records)}, records
+
+    def ask(missing: Sequence[PlannedCompound], writer: RecordsWriter, bar: Progress) -> None:
+        for part in _parts(missing, writer):
+            for sample, record in _run_part(part, answerer):
+                writer.write(record)
+                bar.advance(sample.tokens)
+
+    summary, records = fill_records(header, out, planned, ask, retry_unscored=retry_unscored)
+    return {**summary, **mean_score(records)}, records
 
 
 Composed = list[tuple[PlannedCompound, Compound]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,15 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.core.log import get_logger
-from longspan.core.progress import progress
+from longspan.core.progress import Progress
 from longspan.data.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import ppl
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.ppl_documents import describe
 from longspan.eval.records import RecordsWriter, make_header, sample_id
-from longspan.eval.runner import summarise_records
+from longspan.eval.runner import fill_records
 from longspan.infer.packed import plan_batches
 from longspan.infer.requests import NOT_FINITE
 
@@ -26,8 +24,6 @@ BATCH_TOKENS = 16_384
 
 Measure = Callable[[Sequence[NDArray[Any]]], Sequence[NDArray[np.float32]]]
 """From windows of n token ids to the n - 1 losses of each, in nats."""
-
-_log = get_logger("eval")
 
 
 class _Planned(NamedTuple):
@@ -90,42 +86,15 @@ def run_ppl(
         for window in windows
     ]
 
-    def evaluate(batch: Sequence[_Planned]) -> list[dict[str, Any]]:
-        return _ppl_records(measure, batch, width=width)
+    def ask(missing: Sequence[_Planned], writer: RecordsWriter, bar: Progress) -> None:
+        for batch in plan_batches([planned.tokens for planned in missing], batch_tokens):
+            planned_batch = [missing[index] for index in batch]
+            for record in _ppl_records(measure, planned_batch, width=width):
+                writer.write(record)
+            bar.advance(sum(planned.tokens for planned in planned_batch))
 
-    samples, rate = _run(
-        plan, evaluate, title=f"ppl {label}", header=header, out=out, batch_tokens=batch_tokens
-    )
-    return {**summarise_records(header, out, samples, rate), "by_length": ppl.perplexities(samples)}
-
-
-def _run(
-    plan: Sequence[_Planned],
-    evaluate: Callable[[Sequence[_Planned]], list[dict[str, Any]]],
-    *,
-    title: str,
-    header: Mapping[str, Any],
-    out: str | Path,
-    batch_tokens: int,
-) -> tuple[list[dict[str, Any]], float]:
-    """Write what is missing of `plan`; return all its records in plan order and the rate in samples/s."""
-    started = time.monotonic()
-    with RecordsWriter(out, header) as writer:
-        missing = [planned for planned in plan if planned.id not in writer.recorded]
-        total = sum(planned.tokens for planned in plan)
-        done = total - sum(planned.tokens for planned in missing)
-        if done:
-            _log.info("%s: %d of %d samples stand in %s", title, len(plan) - len(missing), len(plan), out)
-        with progress(title, total=total, unit="tokens", done=done) as bar:
-            for batch in plan_batches([planned.tokens for planned in missing], batch_tokens):
-                planned_batch = [missing[index] for index in batch]
-                for record in evaluate(planned_batch):
-                    writer.write(record)
-                bar.advance(sum(planned.tokens for planned in planned_batch))
-        writer.finish()
-        records = [writer.recorded[planned.id] for planned in plan]
-    seconds = time.monotonic() - started
-    return records, len(missing) / seconds if seconds > 0 else 0.0
+    summary, samples = fill_records(header, out, plan, ask)
+    return {**summary, "by_length": ppl.perplexities(samples)}
 
 
 def _ppl_records(measure: Measure, batch: Sequence[_Planned], *, width: int) -> list[dict[str, Any]]:

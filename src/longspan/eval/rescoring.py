@@ -8,15 +8,15 @@ that had no score has none now, for the same reason.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.intervals import score_interval
 from longspan.eval.records import EvalRecords, RecordsWriter, header_fingerprint, read_records, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
+from longspan.eval.summaries import mean_score
 
 
 def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]:
@@ -82,19 +82,14 @@ def rescored(sample: Mapping[str, Any], header: Mapping[str, Any], scorer: Score
 
 def summarise(header: Mapping[str, Any], out: str | Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what `rescore` returns."""
-    scores = [float(sample["score"]) for sample in samples if sample["score"] is not None]
-    unscored: dict[str, int] = {}
-    for sample in samples:
-        if sample["score"] is None:
-            unscored[sample["unscored"]] = unscored.get(sample["unscored"], 0) + 1
+    unscored = Counter(sample["unscored"] for sample in samples if sample["score"] is None)
     return {
         "task": header["task"],
         "label": header["label"],
         "scorer": header["params"]["scorer"]["name"],
         "records": str(out),
         "samples": len(samples),
-        "scored": len(scores),
-        "unscored": unscored,
-        "mean": math.fsum(scores) / len(scores) if scores else None,
-        "interval": score_interval(scores),
+        "scored": len(samples) - unscored.total(),
+        "unscored": dict(unscored),
+        **mean_score(samples),
     }

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,10 @@ _log = get_logger("eval")
 class _Sample(NamedTuple):
     id: str
     planned: Planned
+
+    @property
+    def tokens(self) -> int:
+        return self.planned.tokens
 
 
 def run_task(
@@ -94,28 +98,61 @@ def run_task(
     _check_ids(samples)
     if too_long == "refuse":
         _refuse_too_long(samples, answerer.max_length)
+
+    def ask(missing: Sequence[_Sample], writer: RecordsWriter, bar: Progress) -> None:
+        for part in _parts(missing):
+            _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
+
+    summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored)
+    return {**summary, **mean_score(records), **task.summary(records)}
+
+
+class Fillable(Protocol):
+    """A sample before it is recorded."""
+
+    @property
+    def id(self) -> str:
+        """Names its record."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """About how long it is, for the bar."""
+        ...
+
+
+FillableT = TypeVar("FillableT", bound=Fillable)
+
+
+def fill_records(
+    header: Mapping[str, Any],
+    out: str | Path,
+    planned: Sequence[FillableT],
+    fill: Callable[[Sequence[FillableT], RecordsWriter, Progress], None],
+    *,
+    retry_unscored: bool = False,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Let `fill` write the records that `out` lacks, with a bar; finish the file.
+
+    Returns:
+        what every summary holds (`summarise_records`), and all records in the order of the plan.
+    """
     started = time.monotonic()
-    title = f"{task.name} {label}"
+    title = f"{header['task']} {header['label']}"
     with RecordsWriter(out, header, retry_unscored=retry_unscored) as writer:
-        missing = [sample for sample in samples if sample.id not in writer.recorded]
-        if len(missing) < len(samples):
+        missing = [sample for sample in planned if sample.id not in writer.recorded]
+        if len(missing) < len(planned):
             _log.info(
-                "%s: %d of %d samples stand in %s", title, len(samples) - len(missing), len(samples), out
+                "%s: %d of %d samples stand in %s", title, len(planned) - len(missing), len(planned), out
             )
-        total = sum(sample.planned.tokens for sample in samples)
-        done = total - sum(sample.planned.tokens for sample in missing)
-        with progress(title, total=total, unit="tokens", done=done) as bar:
-            for part in _parts(missing):
-                _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
+        total, left = (sum(sample.tokens for sample in samples) for samples in (planned, missing))
+        with progress(title, total=total, unit="tokens", done=total - left) as bar:
+            fill(missing, writer, bar)
         writer.finish()
-        records = [writer.recorded[sample.id] for sample in samples]
+        records = [writer.recorded[sample.id] for sample in planned]
     seconds = time.monotonic() - started
     rate = len(missing) / seconds if seconds > 0 else 0.0
-    return {
-        **summarise_records(header, out, records, rate),
-        **mean_score(records),
-        **task.summary(records),
-    }
+    return summarise_records(header, out, records, rate), records
 
 
 def summarise_records(
