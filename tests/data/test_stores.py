@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.convert import convert
 from longspan.data.materialize import materialize
 from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
+from longspan.data.readers import Part, ReadReport, list_inputs
+from longspan.data.readers.mds_folder import read_mds
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore
 from longspan.data.stores import import_mds, merge_stores, split_parts, split_plans, split_store
 from longspan.data.tokenize import tokenize_corpus
@@ -148,25 +150,70 @@ def test_raw_token_data_becomes_a_store_without_copying(tmp_path: Path, dtype: s
     assert merged.tokens(5).tolist() == ids[1]
 
 
-def test_an_index_merged_from_subfolders_is_followed(tmp_path: Path) -> None:
-    """The tool that made the data names its shards sub/shard.00000.mds; names outside the folder are refused."""
+def write_merged(folder: Path, *, subs: Sequence[str] = ("proc0-2", "proc1-2")) -> list[list[int]]:
+    """Write what datatools leaves of several writers: folders of shards, and above them one index that names them."""
     entries, ids = [], []
-    for number in range(2):
-        sub = tmp_path / "raw" / f"job{number}"
+    for number, name in enumerate(subs):
+        sub = folder / name
         ids += write_raw(sub, "uint32", first=10 * number)
         for entry in json.loads((sub / "index.json").read_text())["shards"]:
-            entry["raw_data"]["basename"] = f"{sub.name}/{entry['raw_data']['basename']}"
+            entry["raw_data"]["basename"] = f"{name}/{entry['raw_data']['basename']}"
             entries.append(entry)
-        (sub / "index.json").unlink()
-    (tmp_path / "raw" / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
-    store = import_mds(tmp_path / "raw", tmp_path / "store", TOKENIZER)
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
+    return ids
+
+
+@pytest.mark.parametrize("subs", [("proc0-2", "proc1-2"), ("a/proc0", "a/proc1"), ("a", "a/b")])
+def test_an_index_merged_from_subfolders_is_followed(tmp_path: Path, subs: tuple[str, ...]) -> None:
+    """The tool that made the data names its shards sub/shard.00000.mds: refused, they make its releases unreadable."""
+    ids = write_merged(tmp_path / "raw", subs=subs)
+    assert [sample["input_ids"].tolist() for sample in MDSDirectory(tmp_path / "raw")] == ids
+    assert verify(tmp_path / "raw").problems == []
+    convert(tmp_path / "raw", tmp_path / "store", format="store", tokenizer=TOKENIZER)
+    store = TokenStore(tmp_path / "store")
     assert [store.tokens(number).tolist() for number in range(8)] == ids
-    for wrong in ("../secret", "/etc/passwd", "a/../../b", None):
-        entries[0]["raw_data"]["basename"] = wrong
-        (tmp_path / "raw" / "index.json").write_text(json.dumps({"version": 2, "shards": entries}))
-        with pytest.raises(DataError, match="outside of its folder"):
-            import_mds(tmp_path / "raw", tmp_path / "other", TOKENIZER)
-        assert not (tmp_path / "other").exists()
+
+
+def test_a_merged_index_is_one_input(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against sources called after the processes that wrote the data, and against reading a sample twice,
+    through the merged index and through that of its folder; shards that came later are named."""
+    ids = write_merged(tmp_path / "raw")
+    files = list_inputs([tmp_path / "raw"], report=ReadReport())
+    assert [(file.path, file.source) for file in files] == [(str(tmp_path / "raw"), "raw")]
+    samples = [record.data["input_ids"].tolist() for record in read_mds(Part(files[0]), None)]
+    assert samples == ids
+    (tmp_path / "raw" / "proc0-2" / "shard.00009.mds").write_bytes(b"late")
+    list_inputs([tmp_path / "raw"], report=ReadReport())
+    assert "does not name 1 shards below it" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["../secret", "/etc/passwd", "a/../../b", "a\\b", ".", None])
+@pytest.mark.parametrize("part", ["raw_data", "zip_data"])
+def test_an_index_never_leads_out_of_its_folder(tmp_path: Path, wrong: str, part: str) -> None:
+    """Guards against reading what an index from elsewhere names outside of its folder."""
+    write_merged(tmp_path / "raw")
+    index = json.loads((tmp_path / "raw" / "index.json").read_text())
+    index["shards"][0][part] = {**index["shards"][0]["raw_data"], "basename": wrong}
+    (tmp_path / "raw" / "index.json").write_text(json.dumps(index))
+    for read in (MDSDirectory, lambda path: import_mds(path, tmp_path / "other", TOKENIZER)):
+        with pytest.raises(DataError, match="malformed"):
+            read(tmp_path / "raw")
+    assert not (tmp_path / "other").exists()
+    assert len(verify(tmp_path / "raw").problems) == 1
+
+
+def test_a_folder_of_shards_is_not_a_link_to_elsewhere(tmp_path: Path) -> None:
+    """Guards against the same by a link; a shard that is a link itself, as in the cache of the hub, is read."""
+    ids = write_merged(tmp_path / "raw")
+    shard = tmp_path / "raw" / "proc0-2" / "shard.00000.mds"
+    shard.rename(tmp_path / "blob")
+    shard.symlink_to(tmp_path / "blob")
+    assert MDSDirectory(tmp_path / "raw")[0]["input_ids"].tolist() == ids[0]
+    (tmp_path / "raw" / "proc0-2").rename(tmp_path / "elsewhere")
+    (tmp_path / "raw" / "proc0-2").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="outside of its folder"):
+        MDSDirectory(tmp_path / "raw")
+    assert "outside of its folder" in verify(tmp_path / "raw").problems[0]
 
 
 def test_raw_data_that_is_no_token_store_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,18 +172,14 @@ def import_mds(path: str | Path, out: str | Path, tokenizer: TokenizerIdentity) 
 
 def _link_shards(path: Path, aside: Path) -> None:
     """Link the shards of a folder, flat, and write their index."""
-    index = read_json(path / INDEX)
-    entries = index.get("shards") if isinstance(index, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{path / INDEX} is not an MDS index")
+    MDSDirectory(path)  # checks what is followed below
     flat = []
-    for number, entry in enumerate(entries):
-        entry = dict(entry) if isinstance(entry, dict) else {}
+    for number, entry in enumerate(read_json(path / INDEX)["shards"]):
         for part, suffix in (("raw_data", ""), ("zip_data", ".zip")):
             data = entry.get(part)
-            if not isinstance(data, dict):
+            if not data:
                 continue
-            source = _inside(path, data.get("basename"))
+            source = path / data["basename"]
             name = f"shard.{number:05}.mds{suffix}"
             entry[part] = {**data, "basename": name}
             if source.is_file():
@@ -191,14 +187,6 @@ def _link_shards(path: Path, aside: Path) -> None:
         flat.append(entry)
     with atomic_write(aside / INDEX, "w") as file:
         json.dump({"version": VERSION, "shards": flat}, file, sort_keys=True)
-
-
-def _inside(path: Path, name: Any) -> Path:
-    """Return a file that an index names, which must stand below the index."""
-    pure = PurePosixPath(name) if isinstance(name, str) and "\0" not in name else PurePosixPath("/")
-    if pure.is_absolute() or ".." in pure.parts or "\\" in str(name) or not pure.parts:
-        raise DataError(f"{path / INDEX} names a file outside of its folder", found=repr(name))
-    return path / pure
 
 
 def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:

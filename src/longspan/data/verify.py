@@ -25,6 +25,7 @@ from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PackPlan
 from longspan.data.row_formats import id_sum
 from longspan.data.store import MDSDirectory, TokenStore, read_manifest
+from longspan.data.store.directory import stay_inside
 from longspan.data.store.mds import INDEX, ShardInfo, parse_index
 from longspan.data.store.token_store import MANIFEST
 
@@ -113,6 +114,7 @@ def _check_shards(path: Path, problems: _Problems) -> dict[str, int]:
     """Check index, sizes, hashes, and decode every sample of the shards that are there."""
     try:
         infos = parse_index(read_json(path / INDEX), where=str(path / INDEX))
+        stay_inside(path, [info.basename for info in infos])
     except DataError as error:
         problems.add(str(error))
         return {}

@@ -46,11 +46,16 @@ def resolve_folders(entries: Iterable[Entry]) -> list[Entry]:
             homes[chosen] = folder
             dropped.update(others)
         elif shards is not None:
-            files.pop("index.json")
-            if not any("/" in shard for shard in shards):
-                # Everything else there belongs to the store; an index over subfolders is theirs to tell.
-                size = sum(entry.size for entry in files.values())
-                kept.append(Entry(folder, size, _root_of(files, folder), ".mds", folder))
+            # Everything else there belongs to the store, and so do the folders that its index names.
+            tops = {f"{folder}/{shard.partition('/')[0]}" for shard in shards if "/" in shard}
+            dropped |= tops
+            inside = [each for each in folders if any(f"{each}/".startswith(f"{top}/") for top in tops)]
+            held = [entry for each in (folder, *inside) for entry in folders[each].values()]
+            held = [entry for entry in held if not entry.path.endswith("/index.json")]
+            kept.append(
+                Entry(folder, sum(entry.size for entry in held), _root_of(files, folder), ".mds", folder)
+            )
+            _warn_of_unnamed(folder, shards, held)
         elif data_files is not None:
             home = homes.get(folder, folder)
             pieces = [files[name] for name in data_files if name in files]
@@ -61,6 +66,19 @@ def resolve_folders(entries: Iterable[Entry]) -> list[Entry]:
         else:
             kept += files.values()
     return kept
+
+
+def _warn_of_unnamed(folder: str, shards: list[str], held: list[Entry]) -> None:
+    """Say which shards no index names: they came after it was merged."""
+    named = {f"{folder}/{shard}" for shard in shards}
+    unnamed = sorted(entry.path for entry in held if entry.path.endswith(".mds") and entry.path not in named)
+    if unnamed:
+        get_logger("data.readers").warning(
+            "%s: its index does not name %d shards below it, the first %s; they are not read",
+            folder,
+            len(unnamed),
+            unnamed[0],
+        )
 
 
 def _root_of(files: dict[str, Entry], folder: str) -> str:

@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,23 @@ class MDSWriter:
         self._parts, self._sizes, self._num_bytes = [], [], 0
 
 
+def stay_inside(folder: Path, names: Iterable[str]) -> None:
+    """Check that the folders of shards are below `folder`, links followed; the shard itself may be a link.
+
+    Raises:
+        DataError: naming the first that is not.
+    """
+    home = folder.resolve()
+    for parent in sorted({Path(name).parent for name in names} - {Path(".")}):
+        found = (folder / parent).resolve()
+        if not found.is_relative_to(home):
+            raise DataError(
+                f"{folder / INDEX} names shards outside of its folder",
+                found=f"{parent} is a link to {found}",
+                fix="copy that folder here",
+            )
+
+
 class MDSDirectory:
     """Samples of an MDS directory by number, decoded on access, arrays as read-only views of the mapped file.
 
@@ -118,7 +135,8 @@ class MDSDirectory:
     Shards that are there only compressed (zstd, gzip, bz2) are decompressed into memory.
 
     Raises:
-        DataError: the index is missing or malformed, a shard is missing or has another size.
+        DataError: the index is missing or malformed, a shard is missing or has another size, or stands in a folder
+            that is a link to outside.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -126,6 +144,7 @@ class MDSDirectory:
         if not (self.path / INDEX).is_file():
             raise DataError(f"{self.path} is not an MDS directory", found=f"no {INDEX}")
         self.shards = parse_index(read_json(self.path / INDEX), where=str(self.path / INDEX))
+        stay_inside(self.path, [info.basename for info in self.shards])
         for info in self.shards:
             self._check_size(info)
         self._first = np.cumsum([0, *(info.num_samples for info in self.shards)])

@@ -1,7 +1,7 @@
 """MDS, the shard format of released long-context data: our own codec, exact to the byte, reading without
 copies.
 
-A directory holds `index.json` (version 2) and shard files. A shard is
+A directory holds `index.json` (version 2) and shard files, beside it or in folders below it. A shard is
 
     u32 n | u32 offset[n + 1] | config JSON | n samples          offsets count from the start of the file
 
@@ -217,6 +217,7 @@ class ShardInfo:
     """One entry of `index.json`."""
 
     basename: str
+    """Path of the file, from the folder of the index."""
     num_bytes: int
     num_samples: int
     columns: tuple[Column, ...]
@@ -230,7 +231,7 @@ def parse_index(index: Any, *, where: str) -> list[ShardInfo]:
     """Check the content of an `index.json` and return its shards.
 
     Raises:
-        DataError: any part is missing, of another type or version, or names a file outside the directory.
+        DataError: any part is missing, of another type or version, or names a file that is not below the index.
     """
     shards = index.get("shards") if isinstance(index, dict) else None
     if not isinstance(shards, list) or index.get("version") != VERSION:
@@ -249,6 +250,20 @@ def parse_index(index: Any, *, where: str) -> list[ShardInfo]:
     return infos
 
 
+def below(value: Any) -> PurePosixPath:
+    """Return a path that an index names: of a file beside it, or in a folder below it (an index of several writers).
+
+    Raises:
+        TypeError: it is not text.
+        ValueError: it is absolute, or leads up and out.
+    """
+    name = _text(value)
+    path = PurePosixPath(name)
+    if "\0" in name or "\\" in name or not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name!r} is not a file below the index")
+    return path
+
+
 def _parse_shard(entry: dict[str, Any]) -> ShardInfo:
     if entry["format"] != "mds" or entry["version"] != VERSION:
         raise ValueError(f"format {entry['format']!r} version {entry['version']!r}")
@@ -260,12 +275,12 @@ def _parse_shard(entry: dict[str, Any]) -> ShardInfo:
         raise ValueError(f"column sizes {sizes} do not fit {encodings}")
     raw, compressed = entry["raw_data"], entry.get("zip_data")
     return ShardInfo(
-        basename=_file_name(raw["basename"]),
+        basename=str(below(raw["basename"])),
         num_bytes=_count(raw["bytes"], MAX_SHARD_BYTES),
         num_samples=_count(entry["samples"], MAX_SHARD_BYTES // 4),
         columns=columns,
         hashes={_text(name): _text(value) for name, value in dict(raw.get("hashes") or {}).items()},
-        zip_basename=_file_name(compressed["basename"]) if compressed else None,
+        zip_basename=str(below(compressed["basename"])) if compressed else None,
         compression=_text(entry["compression"]) if entry.get("compression") else None,
     )
 
@@ -280,13 +295,6 @@ def _count(value: Any, largest: int) -> int:
     if type(value) is not int or not 0 <= value <= largest:
         raise ValueError(f"{value!r} is not a number in 0..{largest}")
     return value
-
-
-def _file_name(value: Any) -> str:
-    name = _text(value)
-    if name in ("", ".", "..") or "\0" in name or "\\" in name or PurePosixPath(name).name != name:
-        raise ValueError(f"{name!r} is not the name of a file beside the index")
-    return name
 
 
 def _dtype_code(dtype: np.dtype[Any]) -> int:
