@@ -51,10 +51,13 @@ def test_same_evaluation_goes_on_and_a_finished_one_is_left_alone(records: Path)
         ({"params": {"lengths": (128, 512), "samples": 2}}, "params.lengths"),
         ({"model_info": {**MODEL_INFO, "rope": {"rope_type": "linear"}}}, "model.rope.rope_type"),
         ({"model_info": {**MODEL_INFO, "fingerprint": "0"}}, "model.fingerprint"),
+        ({"model_info": {**MODEL_INFO, "extra": None}}, r"model.extra \(file: absent, now: null\)"),
+        ({"model_info": {**MODEL_INFO, "extra": {}}}, r"model.extra \(file: absent, now: \{\}\)"),
+        ({"seed": 0.0}, r"seed \(file: 0, now: 0.0\)"),
     ],
 )
 def test_other_settings_refuse_to_continue(records: Path, changes: dict[str, Any], named: str) -> None:
-    """Results of two models or grids in one file would be averaged together."""
+    """Results of two models or grids in one file would be averaged together; null, {} and 0.0 were not named."""
     RecordsWriter(records, header()).__exit__(None, None, None)
     before = records.read_bytes()
     with pytest.raises(ConfigError, match=named):

@@ -45,6 +45,22 @@ def test_perfect_class_scores_one_where_the_published_code_skips_a_part() -> Non
     assert classification("sports event", "sports event", ["event", "sports", "sports event"]) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("output", "score"),
+    [
+        ("\n\n# c\nreturn x", 1.0),
+        ("```python\nreturn x\n```", 1.0),
+        ("# c\n\nreturn x", 0.0),
+        (" \nreturn x", 0.22),
+        ("# c\n// d", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_line_of_code_that_counts(output: str, score: float) -> None:
+    """Empty lines are passed over at the start alone: one behind a comment is the answer, as published."""
+    assert SCORERS["code_sim"].score("return x", output) == score
+
+
 def test_long_summary_is_scored() -> None:
     """The package rouge recurses once a word and gives 0 to a long answer."""
     sentence = " ".join(f"w{number}" for number in range(1500))

@@ -41,7 +41,6 @@ class DatasetRule(Config):
     max_new_tokens: pydantic.PositiveInt
     chat: bool = True
     first_line: bool = False
-    stop: tuple[str, ...] = ()
 
 
 class LongQaSample(NamedTuple):
@@ -149,7 +148,7 @@ class LongQa:
         removed = 0
         if self.settings.max_length is not None:
             prompt, removed = self._cut(prompt, form, self.settings.max_length - rule.max_new_tokens)
-        request = form.request(prompt, max_new_tokens=rule.max_new_tokens, stop=rule.stop)
+        request = form.request(prompt, max_new_tokens=rule.max_new_tokens)
         assert request.prompt_ids is not None
         fields: dict[str, Any] = {
             "question": sample.question,

@@ -2,7 +2,7 @@
 
     qa_f1("the Eiffel Tower", "Eiffel tower, Paris")        0.8    articles, case and punctuation do not count
     retrieval("Paragraph 3", "It is paragraph 3, not 5.")   0.5    one of two numbers is right
-    code_similarity("return x", "# so\\nreturn y\\n")         0.88   the first line that is no comment
+    code_similarity("return x", "\\n# so\\nreturn y\\n")       0.88   the first line that is no comment
 
 Each is a pure function of expected and given text, 0..1. Two corrections: a perfect answer scores 1 where the
 published code gives 0.999999995 (rouge) or takes away only every second class name that is part of the right
@@ -108,16 +108,15 @@ def count(expected: str, output: str) -> float:
 
 
 def code_similarity(expected: str, output: str) -> float:
-    """Return the similarity of the expected line and the first line of code in the output, in hundredths.
+    """Return the similarity of the expected line and the first line of the output, in hundredths.
 
-    A line with a back-tick, `#` or `//` counts as none of code.
+    Lines with a back-tick, `#` or `//` are passed over, and so are empty ones at the start; one after a comment
+    is the line that counts.
     """
-    lines = (
-        line
-        for line in output.split("\n")
-        if line.strip() and not any(mark in line for mark in ("`", "#", "//"))
+    lines = output.lstrip("\n").split("\n")
+    return similarity(
+        expected, next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     )
-    return similarity(expected, next(lines, ""))
 
 
 def similarity(expected: str, output: str) -> float:

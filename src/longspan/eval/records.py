@@ -200,7 +200,8 @@ def _without_unscored(path: Path, found: EvalRecords) -> EvalRecords:
 def _check_same_evaluation(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if found["fingerprint"] == wanted["fingerprint"]:
         return
-    old, new = _flat(found), _flat(wanted)
+    # As the fingerprint reads them: null is not absent, 1 is not 1.0, {} is not nothing.
+    old, new = ({key: json.dumps(value) for key, value in _flat(each).items()} for each in (found, wanted))
     ignored = {*_NOT_IDENTITY, "model.path"}
     differing = [
         f"{key} (file: {_short(old.get(key))}, now: {_short(new.get(key))})"
@@ -215,7 +216,7 @@ def _check_same_evaluation(path: Path, found: Mapping[str, Any], wanted: Mapping
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         return {
             key: item
             for name, child in value.items()
@@ -224,8 +225,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _short(text: str | None) -> str:
+    if text is None:
+        return "absent"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

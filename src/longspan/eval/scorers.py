@@ -119,15 +119,15 @@ SCORERS: dict[str, Scorer] = {
         Scorer("classification", 1, _classification),
         Scorer("retrieval", 1, _best(longbench.retrieval)),
         Scorer("count", 1, _best(longbench.count)),
-        Scorer("code_sim", 1, _best(longbench.code_similarity)),
+        Scorer("code_sim", 2, _best(longbench.code_similarity)),
         # InfiniteBench, beside qa_f1, rouge_l_summary and first_number.
-        Scorer("word_found", 1, _best(infinitebench.word_found)),
-        Scorer("name_found", 1, _best(infinitebench.name_found)),
+        Scorer("word_found", 2, _best(infinitebench.word_found)),
+        Scorer("name_found", 2, _best(infinitebench.name_found)),
         Scorer("last_number", 1, _best(infinitebench.last_number)),
-        Scorer("first_decimal", 1, _best(infinitebench.first_decimal)),
+        Scorer("first_decimal", 2, _best(infinitebench.first_decimal)),
         Scorer("leading_numbers", 1, _all(infinitebench.leading_numbers)),
-        Scorer("function_chosen", 1, _all(infinitebench.function_chosen)),
-        Scorer("letter_chosen", 1, _all(infinitebench.letter_chosen)),
+        Scorer("function_chosen", 2, _all(infinitebench.function_chosen)),
+        Scorer("letter_chosen", 2, _all(infinitebench.letter_chosen)),
         Scorer("character_f1", 1, _best(infinitebench.character_f1)),
         # HELMET.
         Scorer("helmet_exact_match", 1, _labelled(helmet.exact_match)),
@@ -139,7 +139,7 @@ SCORERS: dict[str, Scorer] = {
         # The right one of several choices has the highest likelihood.
         Scorer("accuracy", 1, _best(metrics.exact_match)),
         # Each sample names its own.
-        Scorer("by_metric", 1, _by_metric),
+        Scorer("by_metric", 2, _by_metric),
     )
 }
 """Every scoring rule by name."""

@@ -73,9 +73,8 @@ def _longbench_rules(settings: dict[str, Any]) -> dict[str, Any]:
             "prompt": rule.prompt,
             "metric": rule.metric,
             "max_new_tokens": rule.max_new_tokens,
-            "stop": ("\n",) if name in settings["stop_at_newline"] else rule.stop,
             "chat": rule.chat,
-            "postprocess": "first_line" if rule.first_line else None,
+            "postprocess": "first_line" if rule.first_line or name in settings["first_line"] else None,
             "category": rule.kind,
         }
     return rules
@@ -100,7 +99,6 @@ class LongLLMSet:
         self.rule = Rule(
             settings["metric"],
             settings["max_new_tokens"],
-            tuple(settings.get("stop", ())),
             settings.get("chat", True),
             max_length,
             category=settings.get("category"),

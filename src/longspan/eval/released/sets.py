@@ -38,7 +38,6 @@ class Rule(NamedTuple):
     metric: str
     """Name of a scorer."""
     max_new_tokens: int
-    stop: tuple[str, ...] = ()
     chat: bool = True
     """False: never put as a chat, because the benchmark does not."""
     max_length: int | None = None
@@ -165,7 +164,7 @@ class ReleasedTask:
             text, removed = cut_middle(text, form.tokenizer, rule.max_length)
         longest = self._longest(rule)
         for _ in range(_MAX_FITS):
-            request = form.request(text, max_new_tokens=rule.max_new_tokens, stop=rule.stop)
+            request = form.request(text, max_new_tokens=rule.max_new_tokens)
             assert request.prompt_ids is not None
             excess = len(request.prompt_ids) - longest
             if rule.cut == "middle" and self._max_length is None:
