@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +21,10 @@ from longspan.core.files import read_json, sha256_bytes
 from longspan.core.log import log_once
 from longspan.data.tokenizer import sentencepiece, tiktoken
 from longspan.data.tokenizer.cutting import CutRule, cut_rule
-from longspan.data.tokenizer.engine import ROLES, Backend, FastEngine, Findings, Tokenizer, encode_reference
+from longspan.data.tokenizer.engine import Backend, FastEngine, Findings, Tokenizer, encode_reference
+from longspan.data.tokenizer.roles import special_ids, with_named_special
 
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
-
-# What the roles are called where no config names them.
-COMMON_NAMES: dict[str, tuple[str, ...]] = {
-    "bos": ("<|bos|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
-    "eos": ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]"),
-    "pad": ("<|pad|>", "<pad>", "[PAD]"),
-}
 
 # Texts on which engines are known to disagree; the tokenizer's own special tokens are added to them.
 SAMPLE: tuple[str, ...] = (
@@ -101,7 +94,7 @@ def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = No
         content_sha256=sha256_bytes(orjson.dumps(content)),
         fingerprint=_fingerprint(content),
         vocab_size=_vocab_size(content, reference),
-        special_ids=_special_ids(path.parent, reference, found.roles),
+        special_ids=special_ids(path, reference, found.roles),
         backend="hf" if fast is None else "gigatoken",
         backend_reason=reason,
         cuts=_checked_rule(content, reference),
@@ -153,9 +146,13 @@ def _read(name: str) -> _Found:
         raise DataError(f"{path} cannot be read", found=error.strerror) from None
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         try:
-            return _Found(path, "", orjson.loads(data), None)
+            content = orjson.loads(data)
         except orjson.JSONDecodeError:
-            return _Found(path, "", read_json(path), None)  # reads more, and says what is wrong
+            content = read_json(path)  # reads more, and says what is wrong
+        try:
+            return _Found(path, "", with_named_special(content, path.parent), None)
+        except (AttributeError, TypeError):
+            raise DataError(f"{path} is not a tokenizer that can be read") from None
     if tiktoken.is_rank_file(data):
         encoding = tiktoken.find_encoding(pattern, path=path)
         ranks = tiktoken.read_ranks(data, where=path)
@@ -273,28 +270,3 @@ def _fingerprint(content: dict[str, Any]) -> str:
         content.get("added_tokens") or [],
     ]
     return sha256_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
-
-
-def _special_ids(
-    folder: Path, reference: tokenizers.Tokenizer, roles: Mapping[str, str | None] | None
-) -> tuple[int | None, ...]:
-    """Return the ids of BOS, EOS and padding, named by a config, else by the file, else by common names."""
-    names: dict[str, Any] = {}
-    configs = [folder / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-    for file in filter(Path.is_file, configs):
-        content = read_json(file)
-        if isinstance(content, dict):
-            names |= {name: value for name, value in content.items() if name.endswith("_token") and value}
-    ids: dict[str, int | None] = {}
-    for role in ROLES:
-        named = names.get(f"{role}_token")
-        text = named.get("content") if isinstance(named, dict) else named
-        if any(map(Path.is_file, configs)):
-            ids[role] = reference.token_to_id(text) if isinstance(text, str) else None
-        elif roles is not None:
-            own = roles[role]
-            ids[role] = None if own is None else reference.token_to_id(own)
-        else:
-            known = (reference.token_to_id(name) for name in COMMON_NAMES[role])
-            ids[role] = next((number for number in known if number is not None), None)
-    return tuple(ids[role] for role in ROLES)
