@@ -21,6 +21,7 @@ from longspan.eval.needle import NeedleTask, length_tolerance
 from longspan.eval.needle_multikey import MultiKeyTask
 from longspan.eval.needle_presets import PRESETS, preset_named
 from longspan.eval.needle_settings import NeedleSettings, fill
+from longspan.eval.planting import Planted, check_depth, reach
 from longspan.eval.prompts import PromptForm
 from longspan.eval.runner import run_task
 from longspan.eval.task import Built, Planned
@@ -101,6 +102,32 @@ def test_prompt_reads_as_documented(tasks: dict[int, NeedleTask], tokenizer: Tok
     # Nothing else in the text mentions the key or gives the value away.
     assert len(re.findall(key[1], built.request.prompt.lower())) == 2
     assert built.request.prompt.count(str(built.expected)) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(chr(0x4E00 + (place * 37) % 900) + "\u3002" * (place % 17 == 16) for place in range(6000)),
+        "".join(f"f{place}(x[{place}]);" for place in range(2000)),
+        "".join(chr(0x4E00 + (place * 37) % 900) for place in range(6000)),
+    ],
+    ids=["full stops of Chinese", "code in one line", "no border at all"],
+)
+def test_depths_do_not_fall_together(tokenizer: Tokenizer, text: str) -> None:
+    """Without ". " and new lines every needle stood at the start or the end, and was scored as if it did not."""
+    settings_ = NeedleSettings(lengths=(600,), samples=1, keys=("iron",))
+    task = NeedleTask(settings_, [HeldOutDocument("x", text)], PromptForm(tokenizer))
+    for depth in settings_.depths:
+        assert build(task, 600, depth, 0).fields["achieved_depth"] == pytest.approx(depth, abs=0.07)
+
+
+def test_needle_far_from_its_depth_is_not_scored() -> None:
+    """The tolerance grew with the distance of the border that was taken, so that it could not fail."""
+    planted = Planted("", [(0, 0)], [0.5], 0.1)
+    check_depth(0.45, planted, 0)
+    with pytest.raises(DataError, match=r"depth 0.750 instead of 0.500[\s\S]*0.100 off"):
+        check_depth(0.75, planted, 0)
+    assert [reach(tokens) for tokens in (80, 512, 1000, 100_000)] == [10, 64, 64, 2000]
 
 
 @pytest.mark.parametrize(("depth", "line"), [(0.0, 0), (1.0, -2)])

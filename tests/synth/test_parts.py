@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from longspan.core.errors import ConfigError, DataError
 from longspan.synth import UsedDocuments, load_set, shipped_sets
 from longspan.synth.filters import NearDuplicates, content_words, find_quote, find_support, knows, recall
+from longspan.synth.headings import heading_pairs
 from longspan.synth.language import PROFILES, detect_language
 from longspan.synth.offline import make_questions
 from longspan.synth.sections import Span, TokenRuler, cut_sections, spread_groups
@@ -254,6 +255,78 @@ def test_questions_without_a_model_have_their_answer_where_they_say():
     # What was planted are lines of their own: without them the text is what it was.
     kept = [line for line in made.text.split("\n") if not line.startswith("The magic number of ")]
     assert " ".join("\n".join(kept).split()) == " ".join(text.split())
+
+
+WRAPPED = """1. The Harbour
+
+The harbour lies open to the west, and for as long as anyone remembers old
+Martha Quill has kept its lamp. Boats that are late look for the light of
+Martha
+Quill and for nothing else.
+
+1.1. The Lamp
+
+Oil is brought up every evening in a can of tin, which holds enough for one
+night. In the year of the flood Martha Quill carried it through water up to
+her knees.
+
+1.2.1. A Door
+
+Their door might be open. Wherever it leads, nobody has seen behind it since
+Martha Quill had it painted; the key is kept by the sisters of the mill.
+
+2. The Mill
+
+First:
+
+1. Grind.
+
+2. Wait.
+"""
+
+
+def test_wrapped_text_is_asked_about_in_whole_sentences():
+    """Sentences ended at line ends, headings left out a level, and keys were "their" and "might"."""
+    made = make_questions(0, {"text": WRAPPED, "id": "w"}, 12, seed=4)
+    asked = {item.question: " ".join(item.answer.split()) for item in made.items}
+    quote = "Quote the sentence in which Martha Quill is named for the {} time."
+    assert asked[quote.format("first")] == (
+        "The harbour lies open to the west, and for as long as anyone remembers old Martha Quill has kept its lamp."
+    )
+    assert asked[quote.format("last")].startswith("Wherever it leads") and asked[
+        quote.format("last")
+    ].endswith("mill.")
+    assert {question: reply for question, reply in asked.items() if "heading" in question} == {
+        'Which heading comes right after "1. The Harbour"?': "1.1. The Lamp",
+        'Which heading comes right after "1.2.1. A Door"?': "2. The Mill",
+    }
+    for item in made.items:
+        (span,) = item.evidence
+        assert item.answer in span.of(made.text)
+
+
+def test_keys_are_words_that_mean_something():
+    words = "their might which would lantern harbour timber window because therefore candle "
+    made = make_questions(0, {"text": words * 3, "id": "k"}, 12, seed=1)
+    keys = {item.question.split()[-1].rstrip("?") for item in made.items}
+    assert keys and keys <= {"lantern", "harbour", "timber", "window", "candle"}
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("# A\n\ntext\n\n### B\n\n## C\n", [("A", "B"), ("B", "C")]),
+        ("# A\n\n```\n# comment\n```\n\n# B\n", [("A", "B")]),
+        ("x = 1\n# set y\ny = 2\n# set z\nz = 3\n", []),
+        ("Scope\n=====\n\ntext\n\nAim\n---\ntext", [("Scope", "Aim")]),
+        ("CHAPTER I\n\nIt was.\n\nCHAPTER II\n\nIt is.\n\nCHAPTER IV\n", [("CHAPTER I", "CHAPTER II")]),
+        ("CHAPTER I\n\nThe Cave\n\nIt was.\n\nCHAPTER II\n", []),
+        ("1 One\n2 Two\n3 Three\n", []),
+        ("\\section{A}\ntext\n\\subsection{B}\n", [("A", "B")]),
+    ],
+)
+def test_headings_follow_one_another_only_where_none_is_left_out(text, pairs):
+    assert [(title, following.title) for title, following in heading_pairs(text)] == pairs
 
 
 def test_a_text_without_words_or_headings_makes_no_question():

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.errors import DataError
+from longspan.data.sentences import place_between
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 
 SEPARATOR = "\n\n"
+_START_CHARS = 500
 
 
 class Window(NamedTuple):
@@ -54,7 +56,7 @@ class Haystack:
     def window(self, generator: np.random.Generator, num_tokens: int) -> Window:
         """Draw a window of at least `num_tokens` tokens.
 
-        It begins at a line of a random document, goes on with other documents in random order, and ends
+        It begins at a sentence of a random document, goes on with other documents in random order, and ends
         where the tokens suffice. Cost: the documents that it touches are tokenised if they never were.
 
         Raises:
@@ -101,7 +103,8 @@ class Haystack:
         first = order[0]
         token_ends = self._token_ends(first)
         token = int(generator.integers(len(token_ends)))
-        start = self._texts[first].rfind("\n", 0, int(token_ends[token])) + 1
+        end = int(token_ends[token])
+        start = place_between(self._texts[first], end, low=max(0, end - _START_CHARS), high=end)
         yield first, start, len(self._texts[first])
         for document in order[1:]:
             yield document, 0, len(self._texts[document])

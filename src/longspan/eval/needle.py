@@ -6,7 +6,7 @@
     The magic number of glacier is| 48213        the model has to give what follows the bar
 
 The whole, prompt and answer, has exactly the stated length in tokens, up to the stated tolerance. Facts are
-planted into the text at a line or sentence border; text and answer are then tokenised together, and length
+planted into the text at a sentence border; text and answer are then tokenised together, and length
 and depth are measured on the result and recorded.
 
 Samples of one number share a haystack: that of a shorter length is the head of that of the longest. What
@@ -34,7 +34,7 @@ from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
 
-PROMPT_VERSION = 2
+PROMPT_VERSION = 3
 """Raised whenever the same settings would compose another prompt."""
 
 MIN_HAYSTACK_TOKENS = 16

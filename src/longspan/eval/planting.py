@@ -1,7 +1,10 @@
-"""Planting sentences into a haystack at text level, at line or sentence borders, where a depth asks for them.
+"""Planting sentences into a haystack at text level, between its sentences, where a depth asks for them.
 
 Nothing here knows token ids: places are found by the ends of the haystack's tokens in characters, sentences go
-into the text, and what came out is measured by tokenising it.
+into the text, and what came out is measured by tokenising it. A border of sentences (`data.sentences`) is looked for
+within `reach` tokens of the place; where there is none the text is parted at a line, a space or a token, so a
+depth is what it says in text of any kind. What stands farther off all the same, because others are in its way, is
+not scored.
 """
 
 from __future__ import annotations
@@ -9,13 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from longspan.core.errors import DataError
-from longspan.data.facts import nearest_border
+from longspan.data.sentences import place_between
 from longspan.eval.haystack import Window
 
 DEPTH_TOLERANCE = 0.02
+"""Share of the haystack by which a depth may be off, beside what looking for a border takes."""
+_BORDER_TOKENS = 64
+
+
+def reach(haystack_tokens: int) -> int:
+    """Return how many tokens off its place a border may be: 64, less in short haystacks, 2 % of long ones."""
+    return round(max(DEPTH_TOLERANCE * haystack_tokens, min(_BORDER_TOKENS, haystack_tokens / 8)))
 
 
 class Insertion(NamedTuple):
@@ -34,10 +42,10 @@ class Planted(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
     """Characters of each insertion in `text`, in the order in which they were given."""
-    expected: list[float]
-    """Depth of each, were there a border at every token."""
-    tolerances: list[float]
-    """How far off the nearest border can be from that."""
+    depths: list[float]
+    """Where each was to stand."""
+    tolerance: float
+    """How far off that it may be."""
 
 
 def plant(
@@ -51,10 +59,10 @@ def plant(
     """
     haystack = window.head(haystack_tokens)
     order = sorted(range(len(insertions)), key=lambda index: insertions[index].depth)
-    places, expected = _places(order, insertions, haystack_tokens, exact)
+    places = _places(order, insertions, haystack_tokens, exact)
+    span = reach(haystack_tokens) / haystack_tokens
     pieces: list[str] = []
     spans = [(0, 0)] * len(insertions)
-    tolerances = [0.0] * len(insertions)
     chars = previous = 0
     last = "\n"  # what stands before the text is a line of its own
 
@@ -65,40 +73,39 @@ def plant(
             chars, last = chars + len(piece), piece[-1]
 
     for index in order:
-        target = window.char_at(places[index], haystack_tokens)
-        border = max(previous, nearest_border(haystack, target))
+        low, target, high = (
+            window.char_at(min(1.0, max(0.0, places[index] + off)), haystack_tokens)
+            for off in (-span, 0.0, span)
+        )
+        border = max(previous, place_between(haystack, target, low=low, high=high))
         put(haystack[previous:border])
         put("" if last == "\n" else "\n")
         spans[index] = (chars, chars + len(insertions[index].text))
         put(insertions[index].text)
         put("" if haystack.startswith("\n", border) else "\n")
         previous = border
-        low, high = np.searchsorted(window.ends[:haystack_tokens], sorted([target, border]))
-        tolerances[index] = DEPTH_TOLERANCE + (int(high - low) + 1) / haystack_tokens
     put(haystack[previous:])
-    return Planted("".join(pieces), spans, expected, tolerances)
+    return Planted("".join(pieces), spans, [each.depth for each in insertions], DEPTH_TOLERANCE + span)
 
 
 def check_depth(achieved: float, planted: Planted, index: int) -> None:
-    """Raise DataError when an insertion is farther off than the nearest line or sentence border explains."""
-    expected, tolerance = planted.expected[index], planted.tolerances[index]
-    if abs(achieved - expected) > tolerance:
+    """Raise DataError when an insertion stands farther off its depth than a sentence border may be."""
+    wanted = planted.depths[index]
+    if abs(achieved - wanted) > planted.tolerance:
         raise DataError(
-            f"the needle stands at depth {achieved:.3f} instead of {expected:.3f}",
-            allowed=f"{tolerance:.3f} off, by the nearest line or sentence border",
+            f"the needle stands at depth {achieved:.3f} instead of {wanted:.3f}",
+            allowed=f"{planted.tolerance:.3f} off",
         )
 
 
 def _places(
     order: Sequence[int], insertions: Sequence[Insertion], haystack_tokens: int, exact: int | None
-) -> tuple[list[float], list[float]]:
-    """Return where in the bare haystack each insertion goes (0..1), and its depth among all if it does."""
+) -> list[float]:
+    """Return where in the bare haystack each insertion goes, 0..1."""
     sizes = [insertion.tokens for insertion in insertions]
-    earlier = [0] * len(insertions)
     places = [0.0] * len(insertions)
     before = 0
     for index in order:
-        earlier[index] = before
         around = haystack_tokens + sum(sizes) - sizes[index]
         place = (insertions[index].depth * around - before) / haystack_tokens
         places[index] = min(1.0, max(0.0, place))
@@ -108,8 +115,4 @@ def _places(
         places[order[number]] = max(places[order[number]], places[order[number - 1]])
     for number in reversed(range(pivot)):
         places[order[number]] = min(places[order[number]], places[order[number + 1]])
-    expected = [
-        (places[index] * haystack_tokens + earlier[index]) / (haystack_tokens + sum(sizes) - sizes[index])
-        for index in range(len(insertions))
-    ]
-    return places, expected
+    return places

@@ -10,7 +10,9 @@ import hashlib
 import math
 import re
 from collections import Counter, defaultdict
+from itertools import pairwise
 
+from longspan.data.sentences import sentence_borders
 from longspan.synth.language import PROFILES
 from longspan.synth.sections import Span
 
@@ -22,7 +24,6 @@ SHORT_ANSWER_WORDS = 4
 """An expected answer of at most so many content words is also known if the closed-book answer contains them all."""
 
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)?")
-_SENTENCE = re.compile(r"[^.!?\n]+[.!?]*\s*|\n+")
 _UNKNOWN = frozenset({"unknown", "i don't know", "i do not know", "not known"})
 _CARRY_MEANING = frozenset({"no", "not", "more", "all", "less"})
 
@@ -85,10 +86,11 @@ def find_support(words: list[str], text: str, within: Span) -> Span:
     """Return the sentence that has most of these words, the first of several; all of `within` where none has any."""
     wanted = set(words)
     best, most = within, 0
-    for match in _SENTENCE.finditer(text, within.start, within.end):
-        score = len(wanted.intersection(words_of(match.group())))
+    for start, end in pairwise(sentence_borders(within.of(text))):
+        span = Span(within.start + start, within.start + end)
+        score = len(wanted.intersection(words_of(span.of(text))))
         if score > most:
-            best, most = Span(*match.span()), score
+            best, most = span, score
     return best
 
 

@@ -53,6 +53,27 @@ PROFILES: dict[str, frozenset[str]] = {
 }
 
 
+_ENGLISH_FUNCTION_WORDS = (
+    "about above across after again against almost alone along already also although always among another anything "
+    "anyone around away because become been before behind being below beneath beside besides better between beyond "
+    "both came cannot come could does doing done down during each either else enough even ever every everyone "
+    "everything except from further gave give given gone have having hence here hers herself himself however "
+    "indeed inside instead into itself just keep kept knew know last later least less made make many maybe might "
+    "mine more moreover most much must myself near nearly neither never nevertheless next nobody none nothing "
+    "nowhere often once only onto other others otherwise ought ours ourselves over perhaps quite rather really "
+    "said same says seem seemed seems several shall should since some somebody someone something sometimes "
+    "somewhere soon still such sure take taken than that their theirs them themselves then there therefore these "
+    "they this those though through throughout thus together told took toward towards under unless until unto "
+    "upon used using very went were what whatever when whenever where wherever whereas whether which while "
+    "whoever whole whom whose will with within without would your yours yourself yourselves thee thine thou "
+    "hath doth shalt wherefore whence thither hither thereof therein herein hereby thereby "
+    "the a an and but for nor not or so yet as at by in of off on out to up if is are was be it its he she we you "
+    "i his her our my me him us who how why all any no now then one two first second see note"
+)
+FUNCTION_WORDS: frozenset[str] = frozenset(_ENGLISH_FUNCTION_WORDS.split()).union(*PROFILES.values())
+"""Words of every text, in all the languages: nobody asks what they stand for."""
+
+
 def detect_language(text: str) -> str | None:
     """Return the code of the text's language, None for one that is not known here; looks at 20,000 characters."""
     words = [word.lower() for stretch in _stretches(text) for word in _WORD.findall(stretch)]

@@ -1,10 +1,11 @@
 """Questions without any model: from facts planted in a document, from its names and from its headings.
 
 planted facts      "What is the magic number of glacier?", the facts of `data.facts`, as in the source `recall`
-repeated names     a name that returns: the sentence in which it stands first, or last
-section titles     the heading that follows another one
+repeated names     a name that returns: the whole sentence in which it stands first, or last
+section titles     the heading that follows another one (`synth.headings`)
 
-Every answer stands in the document as it is given, and its place is known exactly.
+Every answer stands in the document as it is given, line ends included, and its place is known exactly. Where text is
+wrapped, sentences and names go on over the ends of lines (`data.sentences`).
 """
 
 from __future__ import annotations
@@ -12,29 +13,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from longspan.core.seeds import rng
-from longspan.data.facts import Fact, collect_keys, draw_facts, nearest_border
+from longspan.data.facts import Fact, collect_keys, draw_facts
+from longspan.data.sentences import is_whole, place_between, sentence_around
 from longspan.synth.depth import stratified
+from longspan.synth.headings import heading_pairs
 from longspan.synth.items import Item
+from longspan.synth.language import FUNCTION_WORDS
 from longspan.synth.sections import Span
 
 MIN_MENTIONS = 3
 MAX_SENTENCE_CHARACTERS = 400
+_BORDER_CHARACTERS = 400
+_MOST_KEY_MENTIONS = 20
 
-_NAME = re.compile(r"\b[A-Z][a-z]+(?: (?:of |the |de |van |von )?[A-Z][a-z]+)+\b")
-_SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?]+(?=\s|\Z)|(?=\n)|\Z)")
-_HEADING = re.compile(
-    r"^(?:#{1,6} +(?P<marked>[^\n#]{3,80}?) *#*"
-    r"|(?P<chapter>(?:CHAPTER|Chapter|PART|Part|BOOK|Book) [^\n]{1,60})"
-    r"|(?P<numbered>[0-9]{1,2}(?:\.[0-9]{1,2}){0,2}\.? {1,3}[A-Z][^\n.]{2,60})"
-    r"|\\(?:sub)*section\*?\{(?P<latex>[^\n{}]{3,80})\})[ \t]*$",
-    re.MULTILINE,
-)
+_GAP = r"(?: |[ \t]*\n[ \t]*)"
+_NAME = re.compile(rf"\b[A-Z][a-z]+(?:{_GAP}(?:(?:of|the|de|van|von){_GAP})?[A-Z][a-z]+)+\b")
 
 
 class Made(NamedTuple):
@@ -53,24 +51,29 @@ def make_questions(number: int, document: Mapping[str, Any], count: int, *, seed
     """
     text = document["text"]
     draw = rng(seed, "synth", "offline", document["id"])
-    found: dict[int, Item] = {}
-    kinds: dict[str, int] = {}
+    found: dict[int, tuple[str, Item]] = {}
     for kind, candidates in (("section titles", _titles(text)), ("repeated names", _names(text))):
-        kinds[kind] = 0
+        taken = 0
         for place in draw.permutation(len(candidates)):
             item = candidates[place]
             part = min(count - 1, item.evidence[0].middle * count // max(1, len(text)))
-            if part not in found and kinds[kind] < count // 3:
-                found[part] = item
-                kinds[kind] += 1
+            if part not in found and taken < count // 3:
+                found[part] = kind, item
+                taken += 1
     start = float(rng(seed, "synth", "facts").random())
     depths = [
         float(depth) for part, depth in enumerate(stratified(count, number, start)) if part not in found
     ]
     planted = _plant(text, depths, rng(seed, "synth", "facts", document["id"]))
-    kinds["planted facts"] = len(planted.items)
-    moved = [_moved(item, planted.borders, planted.added) for item in found.values()]
-    return Made(planted.text, [*planted.items, *moved], {kind: made for kind, made in kinds.items() if made})
+    # Text without borders may have been parted in the middle of what would be quoted.
+    whole = [
+        (kind, item)
+        for kind, item in found.values()
+        if not any(span.start < border < span.end for span in item.evidence for border in planted.borders)
+    ]
+    moved = [_moved(item, planted.borders, planted.added) for _, item in whole]
+    kinds = Counter(kind for kind, _ in whole) + Counter({"planted facts": len(planted.items)})
+    return Made(planted.text, [*planted.items, *moved], dict(kinds))
 
 
 class _Planted(NamedTuple):
@@ -84,9 +87,9 @@ class _Planted(NamedTuple):
 
 def _plant(text: str, depths: Sequence[float], draw: np.random.Generator) -> _Planted:
     """Put facts at these depths, in order, each on a line of its own; fewer where words for keys lack."""
-    keys = collect_keys([text], split="train")
+    keys = _keys(text)
     facts: list[Fact] = draw_facts(draw, keys, min(len(depths), len(keys)))
-    borders = [nearest_border(text, round(depth * len(text))) for depth in depths]
+    borders = [_border(text, round(depth * len(text))) for depth in depths]
     pieces: list[str] = []
     items: list[Item] = []
     added: list[int] = []
@@ -106,6 +109,22 @@ def _plant(text: str, depths: Sequence[float], draw: np.random.Generator) -> _Pl
     return _Planted("".join([*pieces, text[used:]]), items, borders[: len(items)], added)
 
 
+def _keys(text: str) -> list[str]:
+    """Return words that may be keys: not "their" and "might", and none that is everywhere in the text."""
+    words = Counter(re.findall(r"[a-z]+", text))
+    return [
+        key
+        for key in collect_keys([text], split="train")
+        if key not in FUNCTION_WORDS and words[key] <= _MOST_KEY_MENTIONS
+    ]
+
+
+def _border(text: str, at: int) -> int:
+    return place_between(
+        text, at, low=max(0, at - _BORDER_CHARACTERS), high=min(len(text), at + _BORDER_CHARACTERS)
+    )
+
+
 def _moved(item: Item, borders: Sequence[int], added: Sequence[int]) -> Item:
     """Return an item of the text before planting with its places after it."""
 
@@ -121,54 +140,47 @@ def _moved(item: Item, borders: Sequence[int], added: Sequence[int]) -> Item:
 
 
 def _titles(text: str) -> list[Item]:
-    """Return questions for the heading behind another; headings that stand twice are left out."""
-    found = [(_title(match), Span(*match.span())) for match in _HEADING.finditer(text)]
-    names = [title for title, _ in found]
+    """Return questions for the heading right behind another."""
     return [
         Item(
             f'Which heading comes right after "{title}"?',
-            following,
-            (span,),
+            following.title,
+            (following.span,),
             subject=rf"(?m)^[^\n]{{0,20}}{re.escape(title)}[^\n]{{0,20}}$",
         )
-        for (title, _), (following, span) in pairwise(found)
-        if names.count(title) == 1 and title != following
+        for title, following in heading_pairs(text)
     ]
-
-
-def _title(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group is not None).strip()
 
 
 def _names(text: str) -> list[Item]:
     """Return questions for the sentences that name a repeated name first and last."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    mentions: Counter[str] = Counter()
+    mentions: dict[str, list[int]] = {}
     for match in _NAME.finditer(text):
-        name = match.group()
-        mentions[name] += 1
-        first.setdefault(name, match.start())
-        last[name] = match.start()
+        name, start = _without_lead(match)
+        if " " in name:
+            mentions.setdefault(name, []).append(start)
     items = []
-    for name, count in mentions.items():
-        if count < MIN_MENTIONS:
+    for name, places in mentions.items():
+        if len(places) < MIN_MENTIONS:
             continue
-        # A longer name may hold this one: "Ada Stone" in "Ada Stone Bridge".
-        for which, at, found in (("first", first, text.find(name)), ("last", last, text.rfind(name))):
-            span = _sentence_at(text, found) if at[name] == found else None
-            if span is not None and len(name) + 10 < span.end - span.start <= MAX_SENTENCE_CHARACTERS:
+        # A longer name may hold this one: "Ada Stone" in "Ada Stone Bridge". It may be wrapped at the end of a line.
+        pattern = r"\s+".join(map(re.escape, name.split()))
+        found = [match.start() for match in re.finditer(pattern, text)]
+        for which, at, place in (("first", found[0], places[0]), ("last", found[-1], places[-1])):
+            span = Span(*sentence_around(text, at))
+            fits = len(name) + 10 < span.end - span.start <= MAX_SENTENCE_CHARACTERS
+            if at == place and fits and is_whole(span.of(text)):
                 question = f"Quote the sentence in which {name} is named for the {which} time."
-                items.append(Item(question, span.of(text), (span,), subject=re.escape(name)))
+                items.append(Item(question, span.of(text), (span,), subject=pattern))
     return items
 
 
-def _sentence_at(text: str, at: int) -> Span | None:
-    """Return the sentence around a character, without white space at its ends; sentences do not pass line ends."""
-    line = text.rfind("\n", 0, at) + 1
-    match = next((each for each in _SENTENCE.finditer(text, line) if each.end() > at), None)
-    if match is None or match.start() > at:
-        return None
-    quoted = match.group().strip()
-    start = match.start() + match.group().index(quoted)
-    return Span(start, start + len(quoted))
+def _without_lead(match: re.Match[str]) -> tuple[str, int]:
+    """Return a name in one line and its place, without a "When" or "The" that begins its sentence."""
+    name, start = match.group(), match.start()
+    lead = name.split()[0]
+    if lead.lower() in FUNCTION_WORDS:
+        rest = name[len(lead) :]
+        start += len(lead) + len(rest) - len(rest.lstrip())
+        name = rest
+    return " ".join(name.split()), start

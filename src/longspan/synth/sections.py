@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from longspan.data.sentences import sentence_borders
 from longspan.data.tokenizer import Tokenizer
 
-_BORDERS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"(?<=[.!?]) +"), re.compile(r"\s+"))
-"""From the best place for a cut to the worst."""
+_PARAGRAPH, _SPACE = re.compile(r"\n\s*\n"), re.compile(r"\n|\s+")
 _BACK = 0.2
 """A cut may lie this share of a section before the place where the section would be full."""
 _FIRST_GUESS = 4.0
@@ -75,10 +75,18 @@ def _longest(text: str, start: int, capacity: int, tokenizer: Tokenizer, ratio: 
 
 
 def _border(text: str, start: int, end: int) -> int:
-    """Return the last good place for a cut in the last fifth before `end`; `end` where there is none."""
+    """Return the last good place for a cut in the last fifth before `end`; `end` where there is none.
+
+    Best behind a paragraph, else a sentence or a line that stands by itself, else any line or word.
+    """
     earliest = max(start + 1, end - round(_BACK * (end - start)))
-    for border in _BORDERS:
-        places = [match.end() for match in border.finditer(text, earliest, end) if match.end() < end]
+    for border in (_PARAGRAPH, None, _SPACE):
+        places = (
+            [match.end() for match in border.finditer(text, earliest, end)]
+            if border is not None
+            else [earliest + place for place in sentence_borders(text[earliest:end])[1:]]
+        )
+        places = [place for place in places if place < end]
         if places:
             return places[-1]
     return end
