@@ -100,7 +100,7 @@ def _borders_near(text: str, low: int, high: int) -> Iterator[int]:
             yield start + border
 
 
-def _ends_sentence(text: str, match: regex.Match[str]) -> bool:
+def _ends_sentence(text: str, match: regex.Match) -> bool:
     """Return whether a sentence ends at these marks."""
     marks, space, after = match["marks"], match["space"], match.end()
     rest = text[after : after + 80].lstrip()
