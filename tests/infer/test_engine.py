@@ -11,6 +11,7 @@ from longspan.infer.flops import ModelFlops, ladder, work_by_themselves, work_sh
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.plain import PlainAnswerer
 from longspan.models.hf import build_model
+from longspan.models.rope import varying_ropes
 from tests.infer.engines import (
     MODELS,
     Bytes,
@@ -252,9 +253,8 @@ def test_frequencies_of_the_length_are_those_of_each_prompt(name: str) -> None:
             logits = torch.log_softmax(model_of(name)(torch.tensor([ids])).logits[0, -1].double(), -1)
         assert answer.nll is not None
         assert answer.nll[0] == pytest.approx(-float(logits[5]), abs=1e-4)
-        from longspan.infer.length_rope import _reset
-
-        _reset(model_of(name).model.rotary_emb, None)
+        for varying in varying_ropes(model_of(name)):
+            varying.reset()
     assert torch.equal(model_of(name).model.rotary_emb.inv_freq, before)
 
 

@@ -104,14 +104,24 @@ def test_factors_reach_the_context_or_are_refused() -> None:
         settings = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
         if kind == "yarn":
             settings["original_max_position_embeddings"] = 64
-        rope.check_reach(settings, own_context=64, context=256, head_dim=16)
-        rope.check_reach(settings, own_context=64, context=100, head_dim=16)
+        rope.check_reach(settings, own_context=64, context=256)
+        rope.check_reach(settings, own_context=64, context=100)
         with pytest.raises(ConfigError, match="does not match the context length"):
-            rope.check_reach(settings, own_context=64, context=257, head_dim=16)
-    rope.check_reach(rope.default(1e6), own_context=64, context=1 << 20, head_dim=16)
-    rope.check_reach(longrope_settings(8), own_context=64, context=256, head_dim=16)
+            rope.check_reach(settings, own_context=64, context=257)
+    rope.check_reach(rope.default(1e6), own_context=64, context=1 << 20)
+    rope.check_reach(longrope_settings(8), own_context=64, context=256)
+    rope.rope_parameters(longrope_settings(8) | {"rope_theta": 1e4}, head_dim=16)
     with pytest.raises(ConfigError, match="number for each pair"):
-        rope.check_reach(longrope_settings(7), own_context=64, context=256, head_dim=16)
+        rope.rope_parameters(longrope_settings(7) | {"rope_theta": 1e4}, head_dim=16)
+
+
+def test_longrope_without_a_factor_reaches_as_far_as_its_slowest_pair() -> None:
+    """Published models leave the factor out: a KeyError, or a stage of any length let through."""
+    settings = longrope_settings(8) | {"long_factor": [1.0] * 7 + [6.0]}
+    del settings["factor"]
+    rope.check_reach(settings, own_context=64, context=384)
+    with pytest.raises(ConfigError, match="does not match the context length"):
+        rope.check_reach(settings, own_context=64, context=385)
 
 
 def test_longrope_search_finds_factors_that_no_known_method_has() -> None:
@@ -131,7 +141,7 @@ def test_longrope_search_finds_factors_that_no_known_method_has() -> None:
     assert found.evaluations <= 16 + 25 * 16
     settings = found.rope(theta=1e4, own_context=64, context=512)
     assert rope.rope_parameters(settings) == settings
-    rope.check_reach(settings, own_context=64, context=512, head_dim=16)
+    rope.check_reach(settings, own_context=64, context=512)
     again = search_factors(
         score, theta=1e4, head_dim=16, own_context=64, context=512,
         search=LongRopeSearch(16, 8, 8, 25), seed=1,

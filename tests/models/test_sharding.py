@@ -99,6 +99,23 @@ def test_user_mistakes_are_named() -> None:
     assert longspan.shard_batch is shard_batch
 
 
+def test_a_rope_that_depends_on_the_length_needs_one() -> None:
+    """Each rank would turn by the longest position that it happens to hold: other losses, without a word."""
+    mesh = build_mesh(MeshConfig(), "cpu")
+    model = tiny()
+    model.config.max_position_embeddings = 16
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(ArgumentError, match=r"RoPE of type dynamic(.|\n)*context="):
+        shard_batch(enable(model, schedule="ring", mesh=mesh), torch.arange(30))
+    whole = enable(model, schedule="ring", mesh=mesh, context=30)
+    tokens = torch.arange(30)
+    # A document that is packed has the loss that it has in the row alone.
+    first = whole(**shard_batch(whole, tokens)).loss
+    whole(**shard_batch(whole, tokens[:9]))
+    assert whole(**shard_batch(whole, tokens)).loss.item() == first.item()
+
+
 def test_balanced_looks_at_the_sliding_window_of_the_model() -> None:
     """Guards against work dealt as if every query saw its whole document: with a window all cost alike."""
     model = tiny()

@@ -47,6 +47,20 @@ def spread_recipe(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
+def longrope_recipe() -> dict[str, Any]:
+    """Two steps of a model of 16 positions whose own LongRoPE takes its scale from the stage's length."""
+    values = spread_recipe()
+    values["stages"][0] |= {"tokens": LENGTH * 4 * 2}
+    values["model"]["hf_config"]["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 4.0, 8.0],
+    }  # fmt: skip
+    return values
+
+
+LONGROPE = longrope_recipe()
+
+
 def curve(out: Path) -> list[float]:
     return [record["loss"] for record in read_jsonl(out / "metrics.jsonl")]
 
@@ -120,9 +134,18 @@ def test_every_schedule_follows_one_process(
         (spread_recipe(parallel={**degrees, "timeout_seconds": 60}), str(tmp_path / name))
         for name, degrees in cases.items()
     ]
+    # A RoPE by the length: the ranks see different positions, and only the first loads the model.
+    varying = {
+        name: LONGROPE | {"parallel": cases[name]} for name in ("data parallel", "ulysses") if name in cases
+    }
+    runs += [(values, str(tmp_path / f"longrope, {name}")) for name, values in varying.items()]
     spawn_local(train_all, world, runs, str(data_root), timeout_seconds=240)
     for name in cases:
         follows(alone, tmp_path / name)
+    if varying:
+        train(TrainConfig.from_dict(LONGROPE), tmp_path / "longrope", data_root=data_root)
+    for name in varying:
+        assert curve(tmp_path / f"longrope, {name}") == pytest.approx(curve(tmp_path / "longrope"), abs=1e-5)
 
 
 def train_and_die(rank: int, values: dict[str, Any], out: str, data_root: str) -> None:

@@ -17,7 +17,6 @@ from longspan.models.hf import build_model, load_model, save_model
 from longspan.train.config import TrainConfig
 from longspan.train.recipes import load_recipe, scale_tiny, shipped_recipes
 from longspan.train.resolve import resolve
-from longspan.train.rope_schedule import check_stage_ropes
 from longspan.train.streams import plan_stage
 from longspan.train.tiny_inputs import tiny_inputs
 from longspan.train.trainer import train
@@ -222,25 +221,6 @@ def test_a_factor_that_falls_short_is_trained_when_it_is_said(data_root: Path, t
     )
     result = train(config, tmp_path / "run", data_root=data_root)
     assert load_model(result.models["short"]).config.rope_parameters["factor"] == 2.0
-
-
-def test_dynamic_ntk_keeps_the_length_that_it_works_by(data_root: Path, tmp_path: Path) -> None:
-    """Frequencies change beyond max_position_embeddings: raised to the stage's context, nothing would be scaled."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
-    config = small(
-        data_root, rope=rope, context_length=48, batch_tokens=96, micro_batch_tokens=None, tokens=192
-    )
-    result = train(config, tmp_path / "run", data_root=data_root)
-    assert load_model(result.models["short"]).config.max_position_embeddings == 16
-
-
-def test_ropes_that_change_with_the_length_are_refused_where_ranks_see_parts(data_root: Path) -> None:
-    """Each rank would take the frequencies of the positions that it happens to hold."""
-    config = small(data_root, rope={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
-    parallel = config.parallel.model_copy(update={"cp_ring": 2})
-    check_stage_ropes(config, own_context=16, head_dim=8)
-    with pytest.raises(ConfigError, match="each rank would see another"):
-        check_stage_ropes(config.model_copy(update={"parallel": parallel}), own_context=16, head_dim=8)
 
 
 def test_steps_and_epochs_and_a_stage_that_trains_nothing(data_root: Path, tmp_path: Path) -> None:

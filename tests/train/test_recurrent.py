@@ -54,8 +54,8 @@ def batch_of(borders: list[int], *, weighted: bool = False, seed: int = 0) -> Ba
     return Batch(ids, labels, weights, documents.positions(), zeros, ("text",), documents)
 
 
-def model_of(dtype: torch.dtype = torch.float32, rope: dict[str, Any] | None = None, **fields: Any) -> Any:
-    return build_model({**TINY, **fields}, seed=0, rope=rope).to(dtype).train()
+def model_of(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    return build_model({**TINY, **fields}, seed=0).to(dtype).train()
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -163,20 +163,6 @@ def test_frozen_weights(trained: list[str]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in trained))
     check_equal(model, batch_of(BORDERS), chunk_tokens=32)
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_frequencies_that_depend_on_the_length_are_those_of_the_row(kind: str) -> None:
-    """A chunk alone is short, so its keys would turn with other frequencies than those of the chunk that reads them."""
-    rope: dict[str, Any] = {"rope_type": kind, "factor": 4.0}
-    if kind == "longrope":
-        half = TINY["hidden_size"] // TINY["num_attention_heads"] // 2
-        rope |= {"short_factor": [1.0] * half, "long_factor": [4.0] * half}
-        rope |= {"original_max_position_embeddings": 64}
-    model = model_of(rope=rope, max_position_embeddings=64)
-    check_equal(model, batch_of([0, 30, 150, 180]), chunk_tokens=32)
-    # Nothing may stay behind: a row at once is again what it was.
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_gradients_add_up_over_batches() -> None:

@@ -41,6 +41,7 @@ from longspan.models.hf import load_model, usable_device
 from longspan.models.identity import model_identity
 from longspan.models.lora_config import Quantization
 from longspan.models.quantize import quantize
+from longspan.models.rope import hold_frequencies
 from longspan.parallel.mesh import Mesh
 
 __all__ = ["OpenJob", "annotation_folder", "open_job", "open_spec_source", "shard_range"]
@@ -144,7 +145,11 @@ def open_job(spec: AnnotateSpec, *, mesh: Mesh | None = None) -> OpenJob:
     if mesh is not None:
         teacher = SharedTeacher(model, mesh, config.schedule)
     check_k(spec.k, teacher.vocab_size)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    own = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = max(filter(None, (config.context, own)), default=None)
+    if context is not None:
+        # One for all documents, whatever they are packed with and whoever reads which part.
+        hold_frequencies(model, context)
     if context is not None and source.longest is not None and source.longest > context:
         raise too_long(f"a document of {source.path}", source.longest, context)
     _check_tokenizer(config, source, teacher.vocab_size)

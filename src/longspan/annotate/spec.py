@@ -20,7 +20,8 @@ class TeacherConfig(Config):
     rope: dict[str, Any] | None = None
     """RoPE in place of the model's own."""
     context: Length | None = pydantic.Field(None, gt=0)
-    """Tokens that it may read. None: max_position_embeddings of its config."""
+    """Tokens that it may read. None: max_position_embeddings of its config. A RoPE that depends on the length is that
+    of so many tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of its weights. None: as saved."""
     quantize: Literal["nf4"] | None = None

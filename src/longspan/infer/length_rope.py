@@ -9,14 +9,13 @@ frequencies are equal are read together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import nn
 
 from longspan.core.log import log_once
 from longspan.infer.packed import plan_batches
+from longspan.models.rope import hold_frequencies, varying_ropes
 
 
 def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:
@@ -26,11 +25,11 @@ def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:
     frequencies are always the same.
     """
     found = []
-    for module, _, kind, settings in _rotary(model):
-        if kind == "longrope":
-            found.append(int(tokens > settings["original_max_position_embeddings"]))
+    for rope in varying_ropes(model):
+        if rope.kind == "longrope":
+            found.append(int(tokens > rope.settings["original_max_position_embeddings"]))
         else:
-            found.append(tokens if tokens > module.original_max_seq_len else 0)
+            found.append(tokens if tokens > rope.module.original_max_seq_len else 0)
     if found:
         log_once(
             "infer",
@@ -67,57 +66,13 @@ def plan_alike_batches(
 @contextlib.contextmanager
 def fixed_frequencies(model: nn.Module, tokens: int) -> Iterator[None]:
     """Let the model have the frequencies of a prompt of `tokens` tokens, whatever it is given."""
-    found = list(_rotary(model))
-    if not found:
-        yield
-        return
-    kinds = {module: module.rope_type for module, *_ in found}
+    found = varying_ropes(model)
+    kinds = {rope.module: rope.module.rope_type for rope in found}
     try:
-        with torch.no_grad():
-            for module, layer_type, _, _ in found:
-                _reset(module, layer_type)
-                buffer = next(module.buffers())
-                position = torch.full((1, 1), tokens - 1, device=buffer.device)
-                module(
-                    buffer.new_zeros(1),
-                    position,
-                    **({} if layer_type is None else {"layer_type": layer_type}),
-                )
-        for module, kind in kinds.items():
-            module.rope_type = "default" if isinstance(kind, str) else dict.fromkeys(kind, "default")
+        hold_frequencies(model, tokens)
         yield
     finally:
         for module, kind in kinds.items():
             module.rope_type = kind
-        for module, layer_type, _, _ in found:
-            _reset(module, layer_type)
-
-
-def _rotary(model: nn.Module) -> Iterator[tuple[Any, str | None, str, Mapping[str, Any]]]:
-    """Yield (module, layer type, kind of RoPE, its settings) of frequencies that depend on the length."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str):
-            if _depends(kinds):
-                yield module, None, kinds, module.config.rope_parameters
-        elif isinstance(kinds, Mapping):
-            for layer_type, kind in kinds.items():
-                if _depends(kind):
-                    yield module, layer_type, kind, module.config.rope_parameters[layer_type]
-
-
-def _depends(kind: object) -> bool:
-    return isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")
-
-
-def _reset(module: Any, layer_type: str | None) -> None:
-    """Forget the lengths that the module has seen."""
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    frequencies = getattr(module, f"{prefix}inv_freq")
-    setattr(
-        module,
-        f"{prefix}inv_freq",
-        getattr(module, f"{prefix}original_inv_freq").to(frequencies.device).clone(),
-    )
-    setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+        for rope in found:
+            rope.reset()

@@ -24,6 +24,7 @@ import torch
 from longspan.core.errors import ConfigError
 
 __all__ = [
+    "REACHING_TYPES",
     "ROPE_TYPES",
     "angle_error",
     "check_reach",
@@ -55,6 +56,8 @@ ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"attention_factor"}),
     ),
 }
+REACHING_TYPES = ("linear", "ntk", "dynamic", "yarn", "longrope")
+"""Types with a factor by which the context grows."""
 COMMON_KEYS = frozenset({"rope_type", "rope_theta", "partial_rotary_factor"})
 
 
@@ -88,10 +91,12 @@ def rope_parameters(settings: Mapping[str, Any], *, head_dim: int | None = None)
 
     Args:
         settings: `rope_type` (default "default"), `rope_theta` and the keys of that type.
-        head_dim: rotated channels, needed by type "ntk" only, which becomes "default".
+        head_dim: rotated channels, needed by type "ntk" only, which becomes "default"; where it is given, LongRoPE's
+            factors are counted by it.
 
     Raises:
-        ConfigError: an unknown type, a missing or unknown key, or a number outside its range.
+        ConfigError: an unknown type, a missing or unknown key, a number outside its range, or a list of LongRoPE
+            factors that has not one for each pair of channels.
     """
     found = dict(settings)
     kind = found.setdefault("rope_type", "default")
@@ -119,6 +124,14 @@ def rope_parameters(settings: Mapping[str, Any], *, head_dim: int | None = None)
             found=f"{found['high_freq_factor']} and {found['low_freq_factor']}",
         )
     found["rope_theta"] = float(found["rope_theta"])
+    if kind == "longrope" and head_dim is not None:
+        for name in ("short_factor", "long_factor"):
+            if len(found[name]) != head_dim // 2:
+                raise ConfigError(
+                    f"LongRoPE's {name} has a number for each pair of rotated channels",
+                    found=f"{len(found[name])} numbers",
+                    allowed=head_dim // 2,
+                )
     if kind == "ntk":
         if head_dim is None:
             raise ConfigError("NTK-aware scaling depends on the head dimension, which was not given")
@@ -127,34 +140,25 @@ def rope_parameters(settings: Mapping[str, Any], *, head_dim: int | None = None)
     return found
 
 
-def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int, head_dim: int) -> None:
-    """Refuse a factor or factors with which `context` positions do not come to lie where the model has been.
+def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int) -> None:
+    """Refuse a factor with which `context` positions do not come to lie where the model has been.
 
     Types with a factor map `context` positions onto context / factor; that has to be within the `own_context` of the
     model, or the recipe says that it is meant otherwise. A larger factor than needed is a choice. Llama-3's factor is
-    no ratio of lengths, a theta reaches no particular length, and both are left alone.
+    no ratio of lengths, a theta reaches no particular length, and both are left alone. LongRoPE without a factor
+    (Phi-3) reaches as far as its slowest pair is slowed.
 
     Args:
         settings: as for `rope_parameters`.
         own_context: positions that the model was trained on before.
         context: positions of the stage.
-        head_dim: rotated channels.
 
     Raises:
-        ConfigError: the factor is too small, `original_max_position_embeddings` is not the model's own context, or a
-            list of LongRoPE factors has not one number for each pair of channels.
+        ConfigError: the factor is too small, or `original_max_position_embeddings` is not the model's own context.
     """
     kind = settings.get("rope_type", "default")
     original = settings.get("original_max_position_embeddings", own_context)
-    if kind == "longrope":
-        for name in ("short_factor", "long_factor"):
-            if len(settings[name]) != head_dim // 2:
-                raise ConfigError(
-                    f"LongRoPE's {name} has a number for each pair of rotated channels",
-                    found=f"{len(settings[name])} numbers",
-                    allowed=head_dim // 2,
-                )
-    if kind not in ("linear", "ntk", "dynamic", "yarn", "longrope") or context <= own_context:
+    if kind not in REACHING_TYPES or context <= own_context:
         return
     if original != own_context:
         raise ConfigError(
@@ -162,7 +166,10 @@ def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int, 
             found=f"{original}",
             allowed=f"{own_context}",
         )
-    factor = settings["factor"]
+    factor = settings.get("factor")
+    if factor is None:
+        # transformers takes the ratio of the config's lengths, which follows the stage's.
+        factor = max(settings["long_factor"]) if kind == "longrope" else math.inf
     if factor * own_context < context:
         raise ConfigError(
             f"the factor of RoPE type {kind} does not match the context length",

@@ -28,8 +28,16 @@ from longspan.core.files import atomic_dir
 from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
-from longspan.models.hf_config import checked_overrides, new_config, new_rope, rope_by_layer_type, text_config
+from longspan.models.hf_config import (
+    checked_overrides,
+    new_config,
+    new_rope,
+    raised_context,
+    rope_by_layer_type,
+    text_config,
+)
 from longspan.models.init import INITS, seeded
+from longspan.models.rope import depends_on_length, hold_frequencies
 from longspan.models.sharding import attach_schedule
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
@@ -76,7 +84,11 @@ LOGIT_CHANGES = {
 
 
 def enable(
-    model: PreTrainedModel, *, schedule: ScheduleName | None = None, mesh: Mesh | None = None
+    model: PreTrainedModel,
+    *,
+    schedule: ScheduleName | None = None,
+    mesh: Mesh | None = None,
+    context: int | None = None,
 ) -> PreTrainedModel:
     """Give a transformers model longspan's attention, in place, and return it.
 
@@ -86,6 +98,9 @@ def enable(
         model: a causal language model.
         schedule: sequence-parallel schedule by which `shard_batch` spreads rows for it; needs `mesh`.
         mesh: from `build_mesh`.
+        context: of a model whose RoPE depends on the length (LongRoPE, dynamic NTK): the length whose frequencies it
+            has from here on, for every document and batch. To be called when the model is where it runs. None: those
+            of the longest document of each batch, as transformers has it, which no schedule can spread.
 
     Raises:
         ArgumentError: a model whose attention cannot be replaced through the transformers registry, or one with
@@ -114,6 +129,8 @@ def enable(
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
         attach_schedule(model, schedule, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
     model.set_attn_implementation(ATTENTION_NAME)
+    if context is not None:
+        hold_frequencies(model, context)
     return model
 
 
@@ -122,6 +139,7 @@ def build_model(
     *,
     seed: int,
     rope: Mapping[str, Any] | None = None,
+    max_position_embeddings: int | None = None,
     init: str = "default",
 ) -> PreTrainedModel:
     """Build a causal language model with new weights from a config dictionary.
@@ -130,6 +148,7 @@ def build_model(
         hf_config: `model_type` and the fields of that transformers config.
         seed: the weights are a pure function of it and the config; the global generator is left alone.
         rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
+        max_position_embeddings: as for `load_model`.
         init: "default" (the model's own) or "zero_residual" (`models.init`).
 
     Raises:
@@ -138,7 +157,7 @@ def build_model(
     register()
     if init not in INITS:
         raise ConfigError("unknown init", found=init, allowed=sorted(INITS))
-    config = new_config(hf_config, rope)
+    config = new_config(hf_config, rope, max_position_embeddings)
     with seeded(seed, "model"):
         model = _construct(config)
     fill = INITS[init]
@@ -167,24 +186,24 @@ def empty_model(
     origin: Mapping[str, Any] | str | Path,
     *,
     rope: Mapping[str, Any] | None = None,
+    max_position_embeddings: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Return a model on the meta device: modules and shapes without values; nothing is read but its config.
 
-    `origin` is a config dictionary as for `build_model`, or a folder or hub name as for `load_model`.
+    `origin` is a config dictionary as for `build_model`, or a folder or hub name as for `load_model`; the rest is as
+    for them.
 
     Raises:
         ConfigError, DataError: what building or loading it would raise for its config.
     """
     register()
     if isinstance(origin, Mapping):
-        config = new_config(origin, rope)
+        config = new_config(origin, rope, max_position_embeddings)
     else:
         with reading_folder(origin):
             config = AutoConfig.from_pretrained(origin)
-            changes = checked_overrides(config, overrides or {})
-            if rope is not None:
-                changes["rope_parameters"] = new_rope(config, rope)
+            changes = _changed_fields(config, rope, max_position_embeddings, overrides)
             config = AutoConfig.from_pretrained(origin, **changes)
     with torch.device("meta"):
         return enable(_construct(config))
@@ -206,7 +225,7 @@ def load_model(
     Args:
         path: folder or hub name.
         rope: `kernels.rope` settings that replace those of the config; `rope_theta` may be left out.
-        max_position_embeddings: replaces the config's where that is smaller.
+        max_position_embeddings: replaces the config's where that is smaller; not of dynamic NTK, which works by it.
         dtype: dtype of the weights; None = as saved.
         overrides: other fields of the config that replace those of the folder.
         tp: ranks that share each matrix by the model's own plan, for inference: all ranks of the run, each of
@@ -250,15 +269,9 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a model as `load_model` does, but no adapter."""
     register()
-    changes: dict[str, Any] = {}
     with reading_folder(path):
         config = AutoConfig.from_pretrained(path)
-        changes |= checked_overrides(config, overrides or {})
-        if rope is not None:
-            changes["rope_parameters"] = new_rope(config, rope)
-        if max_position_embeddings is not None:
-            own = getattr(text_config(config), "max_position_embeddings", 0)
-            changes["max_position_embeddings"] = max(own, max_position_embeddings)
+        changes = _changed_fields(config, rope, max_position_embeddings, overrides)
         if tp > 1:
             changes["distributed_config"] = _tensor_parallel(config, tp)
         with without_bars() if Path(path).exists() else contextlib.nullcontext():
@@ -282,6 +295,22 @@ def load_base(
     if tp > 1:
         _gather_head(model)
     return enable(model)
+
+
+def _changed_fields(
+    config: PretrainedConfig,
+    rope: Mapping[str, Any] | None,
+    max_position_embeddings: int | None,
+    overrides: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the fields that replace those of a config, as `load_model` says."""
+    changes = checked_overrides(config, overrides or {})
+    if rope is not None:
+        changes["rope_parameters"] = new_rope(config, rope)
+    if max_position_embeddings is not None:
+        used = changes.get("rope_parameters", getattr(text_config(config), "rope_parameters", None))
+        changes["max_position_embeddings"] = raised_context(config, used, max_position_embeddings)
+    return changes
 
 
 def _tensor_parallel(config: PretrainedConfig, ranks: int) -> DistributedConfig:
@@ -402,9 +431,7 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
     if not parts:
         raise ArgumentError(f"{type(model).__name__} has no rotary frequencies")
     settings = text_config(model.config).rope_parameters or {}
-    if any(
-        found.get("rope_type") in ("dynamic", "longrope") for found in rope_by_layer_type(settings).values()
-    ):
+    if any(depends_on_length(found.get("rope_type")) for found in rope_by_layer_type(settings).values()):
         parts.append(json.dumps(settings, sort_keys=True))
     return hashlib.sha256("\n".join(sorted(set(parts))).encode()).hexdigest()[:16]
 

@@ -13,23 +13,38 @@ from transformers import AutoConfig, PretrainedConfig
 from longspan.core.errors import ConfigError
 from longspan.kernels.rope import rope_parameters
 
-__all__ = ["checked_overrides", "new_config", "new_rope", "rope_by_layer_type", "text_config"]
+__all__ = [
+    "checked_overrides",
+    "new_config",
+    "new_rope",
+    "raised_context",
+    "rope_by_layer_type",
+    "text_config",
+]
 
 # Keys of old config files that `rope_parameters` replaces.
 LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
-def new_config(hf_config: Mapping[str, Any], rope: Mapping[str, Any] | None) -> PretrainedConfig:
+def new_config(
+    hf_config: Mapping[str, Any], rope: Mapping[str, Any] | None, context: int | None = None
+) -> PretrainedConfig:
     """Return a config from `model_type` and its fields, with `rope` in place of the RoPE among them.
+
+    `context` raises its `max_position_embeddings`.
 
     Raises:
         ConfigError: unknown `model_type`, field or RoPE setting.
     """
     config = _config_from_dict(hf_config)
-    if rope is None:
-        return config
-    fields = {key: value for key, value in hf_config.items() if key not in LEGACY_ROPE_KEYS}
-    return _config_from_dict(fields | {"rope_parameters": new_rope(config, rope)})
+    if rope is not None:
+        fields = {key: value for key, value in hf_config.items() if key not in LEGACY_ROPE_KEYS}
+        config = _config_from_dict(fields | {"rope_parameters": new_rope(config, rope)})
+    if context is not None:
+        # Not among the fields: what a RoPE does not say of its own context is the config's as it was.
+        text = text_config(config)
+        text.max_position_embeddings = raised_context(config, getattr(text, "rope_parameters", None), context)
+    return config
 
 
 def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
@@ -92,6 +107,17 @@ def new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any
     rotated = int(head_dim * settings.get("partial_rotary_factor", 1.0))
     new = rope_parameters(settings, head_dim=rotated)
     return new if by_layer[key] is current else current | {key: new}
+
+
+def raised_context(config: PretrainedConfig, rope: Mapping[str, Any] | None, context: int) -> int:
+    """Return the `max_position_embeddings` with which a model of `rope_parameters` shall take `context` positions.
+
+    The config's own where that is larger, and with dynamic NTK, which scales by how far a sequence goes beyond it:
+    raised, nothing would be scaled.
+    """
+    own = getattr(text_config(config), "max_position_embeddings", None) or 0
+    kinds = [str(found.get("rope_type")) for found in rope_by_layer_type(rope or {}).values()]
+    return int(own) if own and any("dynamic" in kind for kind in kinds) else max(int(own), context)
 
 
 def rope_by_layer_type(parameters: Mapping[str, Any]) -> dict[str, Any]:

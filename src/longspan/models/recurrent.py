@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
@@ -39,7 +38,7 @@ from longspan.kernels.attention import NO_LIMIT, AttentionKernel, Bands, choose_
 from longspan.models.documents import Documents
 from longspan.parallel.schedules.base import Partial, accumulation_dtype
 
-__all__ = ["ChunkDocuments", "ChunkedRow", "KeyValueCache", "whole_row_rope"]
+__all__ = ["ChunkDocuments", "ChunkedRow", "KeyValueCache"]
 
 
 class _Arriving(NamedTuple):
@@ -350,36 +349,3 @@ class _ChunkAttention(torch.autograd.Function):
             dk[start:] += added_2SKD[0]
             dv[start:] += added_2SKD[1]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
-
-
-@contextlib.contextmanager
-def whole_row_rope(model: nn.Module, longest: int) -> Iterator[None]:
-    """Let frequencies that depend on the length (dynamic NTK, LongRoPE) be those of the whole row in each chunk.
-
-    They are worked out from the largest position that the model is given, so each chunk is given one more, the
-    `longest` of the row, and its angles are dropped again.
-    """
-
-    def append(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        args, kwargs = list(args), dict(kwargs)  # type: ignore[assignment]
-        place: Any = (kwargs, "position_ids") if "position_ids" in kwargs else (args, 1)
-        positions = place[0][place[1]]
-        place[0][place[1]] = nn.functional.pad(positions, (0, 1), value=longest)
-        return tuple(args), kwargs
-
-    def cut(_: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
-            return output[:, :-1]
-        return tuple(tensor[:, :-1] for tensor in output)
-
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            kind = getattr(module, "rope_type", None)
-            kinds = kind.values() if isinstance(kind, dict) else [kind]
-            if any(isinstance(one, str) and ("dynamic" in one or one == "longrope") for one in kinds):
-                for hook in (
-                    module.register_forward_pre_hook(append, with_kwargs=True),
-                    module.register_forward_hook(cut),
-                ):
-                    stack.callback(hook.remove)
-        yield

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
+from longspan.models.rope import varying_ropes
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh
@@ -61,14 +62,19 @@ def shard_batch(
         rank], documents, num_items_in_batch (labels of all ranks) and use_cache=False.
 
     Raises:
-        ArgumentError: a model without a schedule, a batch without tokens, a padded batch in disguise (borders that
-            do not fit the tokens), labels of another shape, or no label at all.
+        ArgumentError: a model without a schedule, or whose RoPE depends on the length, a batch without tokens, a padded
+            batch in disguise (borders that do not fit the tokens), labels of another shape, or no label at all.
     """
     schedule: Schedule | None = getattr(model, SCHEDULE_ATTRIBUTE, None)
     if schedule is None:
         raise ArgumentError(
             f"this {type(model).__name__} has no schedule to spread rows by",
             fix='call longspan.enable(model, schedule="ring", mesh=longspan.build_mesh(...)) first',
+        )
+    if varying := varying_ropes(model):
+        raise ArgumentError(
+            f"RoPE of type {varying[0].kind} depends on the longest position, and each rank sees another",
+            fix="fix its length: longspan.enable(model, schedule=..., mesh=..., context=65536)",
         )
     labels = input_ids if labels is None else labels
     if labels.shape != input_ids.shape:

@@ -22,7 +22,7 @@ from longspan.core.errors import ArgumentError
 from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL, LossSum
 from longspan.models.documents import Documents
-from longspan.models.recurrent import ChunkedRow, whole_row_rope
+from longspan.models.recurrent import ChunkedRow
 from longspan.train.batch import Batch
 from longspan.train.objectives import ModelWithLoss
 
@@ -62,10 +62,9 @@ def recurrent_step(
     if weight <= 0:
         return LossSum(torch.zeros((), device=device), torch.zeros(len(batch.labels), device=device))
     root = model if isinstance(model, ModelWithLoss) else ModelWithLoss(model)
-    longest = int(batch.positions.max())
     # Drawn, so that two batches of a step do not drop the same neurons.
     seed = int(torch.randint(1 << 62, ()))
-    with whole_row_rope(root, longest), _wide_sums(root):
+    with _wide_sums(root):
         with torch.no_grad():
             for index in range(len(row) - 1):
                 if row.is_read_later(index) or _others_wait():

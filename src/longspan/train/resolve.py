@@ -20,7 +20,8 @@ from longspan.train.config import ParallelConfig, StageConfig, StreamConfig, Tra
 from longspan.train.fit import step_settings
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
-from longspan.train.rope_schedule import check_stage_ropes
+from longspan.train.rope_schedule import check_ropes, check_stage_ropes, rope_notes, stage_rope_notes
+from longspan.train.stage_model import model_config, rope_at
 from longspan.train.streams import StagePlan, plan_stage
 from longspan.train.trainer import plan_run
 
@@ -93,6 +94,10 @@ def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h1
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         notes.append(f"data are not on this machine: {shown}; shares are those of the recipe")
+    if model.config is not None:
+        notes += rope_notes(config, model_config(config, root))
+    elif model.own_context is not None:
+        notes += stage_rope_notes(config, max_positions=model.own_context)
     plans: list[StagePlan | None]
     if not missing and model.config is not None:
         plans = list(plan_run(config, data_root=data_root))
@@ -107,7 +112,9 @@ def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h1
 
 
 def _plan_what_is_there(config: TrainConfig, model: KnownModel, root: Path) -> list[StagePlan | None]:
-    if model.shape is not None and model.own_context is not None:
+    if model.config is not None:
+        check_ropes(config, model_config(config, root))
+    elif model.shape is not None and model.own_context is not None:
         check_stage_ropes(config, own_context=model.own_context, head_dim=model.shape.head_dim)
     plans: list[StagePlan | None] = []
     for stage in config.stages:
@@ -157,7 +164,7 @@ def _stage(
         stage.rows_per_step,
         tokens,
         stage.lr,
-        stage.rope,
+        None if stage.rope is None else rope_at(config, stage),
         stage.objective,
         stage.optimizer_state,
         _streams(stage, plan),

@@ -1,69 +1,109 @@
-"""The RoPE of each stage, checked before any work: does it reach the positions, do all ranks see it alike."""
+"""The RoPE of each stage, checked before any work: does it reach the positions, whoever set it.
+
+A stage has the frequencies of its context length (PoSE: of its target), fixed for every document, micro-batch, rank,
+validation and resumed run. A RoPE that does not depend on the length has them anyway; dynamic NTK and LongRoPE are
+held there (`models.rope.hold_frequencies`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from longspan.core.errors import ConfigError
-from longspan.kernels.rope import check_reach, rope_parameters
-from longspan.train.config import TrainConfig
+from longspan.kernels.rope import REACHING_TYPES, check_reach, rope_parameters
+from longspan.models.hf import rope_of
+from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.stage_model import rope_at
 
-__all__ = ["check_ropes", "check_stage_ropes", "own_context"]
+__all__ = ["check_ropes", "check_stage_ropes", "own_context", "rope_notes", "stage_rope_notes"]
 
 
 def check_ropes(config: TrainConfig, model: PretrainedConfig) -> None:
-    """Check the RoPE that each stage sets against its length, the model and the sequence parallelism.
+    """Check the RoPE that each stage trains with against its length and the model.
 
     Raises:
         ConfigError: as `check_stage_ropes`.
     """
     text = model.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    check_stage_ropes(config, own_context=own_context(text), head_dim=head_dim)
+    check_stage_ropes(config, own_context=own_context(text), head_dim=head_dim, own_rope=rope_of(model))
 
 
-def check_stage_ropes(config: TrainConfig, *, own_context: int, head_dim: int) -> None:
-    """Check the RoPE of each stage for a model of `own_context` positions, 0 if it does not say how many.
+def check_stage_ropes(
+    config: TrainConfig, *, own_context: int, head_dim: int, own_rope: Mapping[str, Any] | None = None
+) -> None:
+    """Check the RoPE of each stage: its own, an earlier stage's that it keeps, or the model's.
+
+    Args:
+        own_context: positions that the model was made for, 0 if it does not say how many.
+        own_rope: the model's `rope_parameters`; None: it has no RoPE, or its config is not at hand.
 
     Raises:
-        ConfigError: settings that do not exist, a factor that does not reach the stage's positions, or a RoPE that
-            changes with the length of the sequence while ranks hold parts of it.
+        ConfigError: settings that do not exist, or a factor that does not reach the stage's positions.
     """
-    shared = config.parallel.cp_ring * config.parallel.cp_ulysses
     for stage in config.stages:
-        rope = stage.rope
-        if rope is None:
-            continue
-        where = f"stage {stage.name!r}"
-        rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        rope = rope_at(config, stage)
         try:
-            # The theta may be the model's own.
-            rope_parameters({"rope_theta": 1.0, **rope}, head_dim=rotated)
+            if stage.rope is not None:
+                # What it does not say is the model's own.
+                partial = (own_rope or {}).get("partial_rotary_factor", 1.0)
+                rotated = int(head_dim * stage.rope.get("partial_rotary_factor", partial))
+                rope_parameters({"rope_theta": 1.0, **stage.rope}, head_dim=rotated)
+            used = own_rope if rope is None else rope
             # With `rope_falls_short`, only what is no matter of length is checked.
-            context = own_context if stage.rope_falls_short or own_context == 0 else stage.reach
-            check_reach(rope, own_context=own_context, context=context, head_dim=rotated)
+            if used is not None and own_context and not stage.rope_falls_short:
+                check_reach(used, own_context=own_context, context=stage.reach)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        if shared > 1 and _changes_with_length(rope):
-            raise ConfigError(
-                f"{where}: RoPE of type {rope['rope_type']} depends on the longest position of a sequence, and each "
-                "rank would see another",
-                found=f"{shared} ranks share a sequence",
-                fix="use ntk or yarn, longrope with short_factor equal to long_factor, or cp degrees of 1",
+            raise ConfigError(f"stage {stage.name!r}{_whose(config, stage)}: {error}") from None
+
+
+def rope_notes(config: TrainConfig, model: PretrainedConfig) -> list[str]:
+    """Return what is to be said of stages that reach beyond the model with a RoPE that nobody changed."""
+    text = model.get_text_config(decoder=True)
+    learnt = 0 if config.model.path is None else getattr(text, "max_position_embeddings", None) or 0
+    return stage_rope_notes(config, max_positions=learnt, own_rope=rope_of(model))
+
+
+def stage_rope_notes(
+    config: TrainConfig, *, max_positions: int, own_rope: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return the notes of `rope_notes`.
+
+    Args:
+        max_positions: the model's `max_position_embeddings`; 0: it has none, or has learnt nothing yet.
+        own_rope: as for `check_stage_ropes`.
+    """
+    notes = []
+    known = max_positions
+    for stage in config.stages:
+        if stage.steps == 0 or rope_at(config, stage) is not None:
+            continue
+        # Types with a factor are checked by it.
+        if 0 < known < stage.reach and (own_rope or {}).get("rope_type") not in REACHING_TYPES:
+            notes.append(
+                f"stage {stage.name!r} has {stage.reach:,} positions, the model {known:,}, and no stage sets a rope: "
+                "its own is trained as it is"
             )
+        known = max(known, stage.reach)
+    return notes
 
 
 def own_context(model: PretrainedConfig) -> int:
     """Return the positions that a model was made for, before its context was extended; 0 if it does not say."""
-    rope = getattr(model, "rope_parameters", None) or {}
+    rope = rope_of(model) or {}
     own = getattr(model, "max_position_embeddings", 0) or 0
     # Llama-3's scaling belongs to the model; other types are replaced by the stage's, which count from the original.
     original = rope.get("original_max_position_embeddings") if rope.get("rope_type") != "llama3" else None
     return int(original or own)
 
 
-def _changes_with_length(rope: dict[str, Any]) -> bool:
-    kind = rope.get("rope_type", "default")
-    return kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"])
+def _whose(config: TrainConfig, stage: StageConfig) -> str:
+    if stage.rope is not None:
+        return ""
+    setter = next(
+        (s for s in reversed(config.stages[: config.stages.index(stage)]) if s.rope is not None), None
+    )
+    return f", which keeps the rope of {'the model' if setter is None else f'stage {setter.name!r}'}"

@@ -34,7 +34,13 @@ def stage_model(
             overrides=config.model.config_overrides,
         )
     else:
-        model = build_model(_hf_config_at(config, stage), seed=config.seed, rope=rope, init=config.model.init)
+        model = build_model(
+            _fields(config),
+            seed=config.seed,
+            rope=rope,
+            max_position_embeddings=_context_at(config, stage),
+            init=config.model.init,
+        )
     if config.lora is not None:
         apply_lora(model, config.lora, seed=config.seed)
     if state is not None:
@@ -44,24 +50,22 @@ def stage_model(
 
 def empty_stage_model(config: TrainConfig, stage: StageConfig, root: Path) -> PreTrainedModel:
     """Return the same modules without values: the first process sends those when the model is sharded."""
-    origin = _hf_config_at(config, stage) if config.model.path is None else model_path(config, root)
-    return empty_model(origin, rope=rope_at(config, stage), overrides=config.model.config_overrides).train()
+    return empty_model(
+        _fields(config) if config.model.path is None else model_path(config, root),
+        rope=rope_at(config, stage),
+        max_position_embeddings=_context_at(config, stage),
+        overrides=config.model.config_overrides,
+    ).train()
 
 
-def _hf_config_at(config: TrainConfig, stage: StageConfig) -> dict[str, Any]:
-    """Return the transformers configuration of a model made from scratch, with room for the stage's context."""
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    """Return the transformers configuration of a model made from scratch."""
     assert config.model.hf_config is not None
-    fields = {**config.model.hf_config, "dtype": config.model.dtype}
-    context = _context_at(config, stage)
-    if context is not None:
-        fields["max_position_embeddings"] = max(fields.get("max_position_embeddings", 0), context)
-    return fields
+    return {**config.model.hf_config, "dtype": config.model.dtype}
 
 
-def _context_at(config: TrainConfig, stage: StageConfig) -> int | None:
-    """Return the longest context up to a stage; None leaves the model's own, by which dynamic NTK works."""
-    if (rope_at(config, stage) or {}).get("rope_type") == "dynamic":
-        return None
+def _context_at(config: TrainConfig, stage: StageConfig) -> int:
+    """Return the longest context up to a stage."""
     return max(each.reach for each in config.stages[: config.stages.index(stage) + 1])
 
 
@@ -80,9 +84,17 @@ def tokenizer_source(config: TrainConfig, root: Path) -> Path | None:
 
 
 def rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
-    """Return the RoPE of a stage: its own, or that of the last stage before it that sets one."""
-    index = config.stages.index(stage)
-    return next((s.rope for s in reversed(config.stages[: index + 1]) if s.rope is not None), None)
+    """Return the RoPE of a stage: its own, or that of the last stage before it that sets one; None is the model's.
+
+    A RoPE that does not say its theta keeps that of the stages before.
+    """
+    # By name: a stage that counts in epochs is another once its steps are known.
+    index = [each.name for each in config.stages].index(stage.name)
+    setters = [each.rope for each in config.stages[: index + 1] if each.rope is not None]
+    if not setters:
+        return None
+    thetas = [rope["rope_theta"] for rope in setters if "rope_theta" in rope]
+    return {**({"rope_theta": thetas[-1]} if thetas else {}), **setters[-1]}
 
 
 def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from longspan.data.loader import PackedRow
 from longspan.data.tokenizer import load_tokenizer
 from longspan.models.hf import check_model, lm_head_weight, save_model
 from longspan.models.lora import check_lora, save_adapter
-from longspan.models.rope import EXACT_FROM, exact_angles
+from longspan.models.rope import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, lost_ranks, on_all_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
@@ -49,7 +49,7 @@ from longspan.train.optim import build_optimizers, load_optimizer_tensors, optim
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
 from longspan.train.report import METRICS, Report, StepResult, Timing, rewind
-from longspan.train.rope_schedule import check_ropes
+from longspan.train.rope_schedule import check_ropes, rope_notes
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.schedule import lr_factor
 from longspan.train.spread import Spread, build_spread
@@ -123,7 +123,11 @@ def train(
         on_all_ranks(lambda: plans.extend(plan_run(config, data_root=Path(data_root))))
         # A stage that counts in epochs has its steps from here on.
         config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
-        config = resolve_memory(config, model_config(config, root).to_dict())
+        hf_config = model_config(config, root)
+        if spread.is_first:
+            for note in rope_notes(config, hf_config):
+                get_logger("train").warning(note)
+        config = resolve_memory(config, hf_config.to_dict())
         sizes = attention_sizes(config, root)
         spread.check(config, sizes.heads, sizes.kv_heads, window=sizes.window)
         folder = RunDir(out)
@@ -290,6 +294,7 @@ def _ready(run: _Run, stage: StageConfig, state: Checkpoint | None, *, carry: bo
     if stage.objective == "distill":
         trained.distill = stage.distill or DistillConfig()
     # Of a model that has values by now, on every process.
+    hold_frequencies(model, stage.reach)
     if stage.reach > EXACT_FROM:
         exact_angles(model)
     optimizers = build_optimizers(model, config.optimizer)
