@@ -72,6 +72,7 @@ def test_anthropic_body_and_answer():
         "stop_sequences": ["END"],  # the server refuses white space alone
     }
     assert (result.text, result.finish, result.usage) == ("8!", "stop", Usage(107, 3))
+    assert result.thoughts == "..."
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_anthropic_body_and_answer():
         ("model_context_window_exceeded", ["a"], ("a", "length", None)),
         ("stop_sequence", ["a"], ("a", "stop", None)),
         ("refusal", ["a"], ("", None, "refused")),
-        ("end_turn", [], ("", None, "no answer")),
+        ("end_turn", [], ("", "stop", None)),  # it thought, and said nothing
     ],
 )
 def test_anthropic_reasons(stop, texts, expected):

@@ -141,7 +141,7 @@ def test_chat_is_for_questions_not_for_examples(data_file: Path, tmp_path: Path)
     """LongBench puts few-shot examples and code as plain text to chat models too."""
     tokenizer = build_tokenizer("llama-3", tmp_path / "llama-3")
     chat = PromptForm(tokenizer, chat_template="llama-3")
-    task = LongQa(LongQaSettings(), chat, read_longqa([data_file]), plain=PromptForm(tokenizer))
+    task = LongQa(LongQaSettings(), chat, read_longqa([data_file]))
     requests = {planned.key[0]: task.build(planned).request for planned in task.plan()}
     assert requests["hotpotqa"].messages is not None
     assert requests["trec"].messages is None and requests["lcc"].messages is None

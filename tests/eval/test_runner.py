@@ -116,6 +116,7 @@ def test_perfect_answers_score_one(knowing: Knowing, records: Path, tokenizer: T
         "prompt_tokens": 10,
         "completion_tokens": None,
         "seconds": 0.25,
+        "finish": "stop",
         "question": "copy 0",
         "unscored": None,
     }

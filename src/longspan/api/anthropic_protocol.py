@@ -61,6 +61,7 @@ class AnthropicProtocol:
             "".join(texts) if texts else None,
             member(payload, "stop_reason", str),
             Usage(_input_tokens(usage), count(usage, "output_tokens")) if usage else None,
+            thoughts="".join(member(block, "thinking", str) or "" for block in blocks),
         )
 
     def stream_reader(self) -> StreamReader:
@@ -72,19 +73,20 @@ def _input_tokens(usage: Mapping[str, Any]) -> int:
     return sum(count(usage, name) for name in _INPUT_COUNTS)
 
 
-def _finished(text: str | None, reason: str | None, usage: Usage | None) -> Reading:
+def _finished(text: str | None, reason: str | None, usage: Usage | None, *, thoughts: str = "") -> Reading:
     if reason == "refusal":
         return Reading("", usage=usage, error="refused", detail="the model declined")
     if reason in _CUT_SHORT:
-        return Reading(text or "", "length", usage)
-    if text is None:
+        return Reading(text or "", "length", usage, thoughts=thoughts)
+    if text is None and not thoughts:
         return Reading("", usage=usage, error="no answer", detail="the answer has no text")
-    return Reading(text, "stop", usage)
+    return Reading(text or "", "stop", usage, thoughts=thoughts)
 
 
 class _Stream:
     def __init__(self) -> None:
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
         self._reason: str | None = None
         self._prompt_tokens = 0
         self._completion_tokens = 0
@@ -100,7 +102,9 @@ class _Stream:
             self._prompt_tokens = _input_tokens(usage)
         elif kind == "content_block_delta":
             delta = member(data, "delta", Mapping) or {}
-            if delta.get("type") == "text_delta":
+            if delta.get("type") == "thinking_delta":
+                self._thoughts.append(member(delta, "thinking", str) or "")
+            elif delta.get("type") == "text_delta":
                 text = member(delta, "text", str) or ""
                 self._texts.append(text)
                 return text
@@ -115,4 +119,9 @@ class _Stream:
         if not self._ended:
             return None
         text = "".join(self._texts) if self._texts else None
-        return _finished(text, self._reason, Usage(self._prompt_tokens, self._completion_tokens))
+        return _finished(
+            text,
+            self._reason,
+            Usage(self._prompt_tokens, self._completion_tokens),
+            thoughts="".join(self._thoughts),
+        )

@@ -110,6 +110,7 @@ def _encode(reading: Reading) -> dict[str, Any]:
         "error": reading.error,
         "detail": reading.detail,
         "logprobs": list(reading.logprobs) if reading.logprobs else None,
+        "thoughts": reading.thoughts,
     }
 
 

@@ -440,6 +440,7 @@ def _result(reading: Reading, reserved: Usage) -> ChatResult:
         error=reading.error,
         detail=reading.detail,
         logprobs=reading.logprobs,
+        thoughts=reading.thoughts,
     )
 
 

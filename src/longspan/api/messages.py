@@ -97,6 +97,8 @@ class ChatResult(NamedTuple):
     """What is behind `error`, for people."""
     logprobs: LogProbs | None = None
     """Where `scored` asked for them."""
+    thoughts: str = ""
+    """What the model thought before its answer, where the server gives that apart."""
 
 
 class Reading(NamedTuple):
@@ -108,6 +110,7 @@ class Reading(NamedTuple):
     error: Reason | None = None
     detail: str = ""
     logprobs: LogProbs | None = None
+    thoughts: str = ""
 
 
 def estimate_tokens(text: str) -> int:

@@ -25,6 +25,8 @@ from longspan.core.errors import ArgumentError
 
 _MAX_STOPS = 4
 _DONE = "[DONE]"
+_THOUGHTS = ("reasoning_content", "reasoning")
+"""Fields of a message in which servers that part thoughts from the answer give the former."""
 
 
 class _OpenAI:
@@ -56,7 +58,11 @@ class ChatProtocol(_OpenAI):
         if message is None:
             raise MalformedError("a choice has no message")
         return _finished(
-            _text(message.get("content")), member(message, "refusal", str), _reason(choice), usage
+            _text(message.get("content")),
+            member(message, "refusal", str),
+            _reason(choice),
+            usage,
+            thoughts=_thoughts(message),
         )
 
     def stream_reader(self) -> StreamReader:
@@ -141,16 +147,29 @@ def _text(content: Any) -> str | None:
     return "".join(member(part, "text", str) or "" for part in content)
 
 
-def _finished(text: str | None, refusal: str | None, reason: str | None, usage: Usage | None) -> Reading:
+def _thoughts(message: Mapping[str, Any]) -> str:
+    """Return what a server gives apart as the model's thoughts, by whichever of its names."""
+    for name in _THOUGHTS:
+        if isinstance(message.get(name), str) and message[name]:
+            return str(message[name])
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("thinking") for part in parts if isinstance(part, Mapping)]
+    return "".join(_text(text) or "" for text in texts if isinstance(text, (str, list)))
+
+
+def _finished(
+    text: str | None, refusal: str | None, reason: str | None, usage: Usage | None, *, thoughts: str = ""
+) -> Reading:
     if refusal:
         return Reading("", usage=usage, error="refused", detail=refusal)
     if reason == "content_filter":
         return Reading("", usage=usage, error="refused", detail="content filter")
     finish: Finish = "length" if reason == "length" else "stop"
-    if text is None and finish == "stop":
+    if text is None and finish == "stop" and not thoughts:
         return Reading("", usage=usage, error="no answer", detail="the answer has no content")
     # A reasoning model may spend all its tokens before it says anything: an empty answer, cut short.
-    return Reading(text or "", finish, usage)
+    return Reading(text or "", finish, usage, thoughts=thoughts)
 
 
 def _scored(choice: Any, request: ChatRequest, usage: Usage | None) -> Reading:
@@ -181,6 +200,7 @@ class _Stream:
     def __init__(self, part: str | None, field: str) -> None:
         self._part, self._field = part, field
         self._texts: list[str] = []
+        self._thoughts: list[str] = []
         self._refusals: list[str] = []
         self._reason: str | None = None
         self._usage: Usage | None = None
@@ -204,6 +224,7 @@ class _Stream:
         if part is None:
             return ""
         self._refusals.append(member(part, "refusal", str) or "")
+        self._thoughts.append(_thoughts(part))
         text = _text(part.get(self._field)) or ""
         self._texts.append(text)
         return text
@@ -213,4 +234,10 @@ class _Stream:
             return None
         if not self._texts and self._reason is None:
             return Reading("", usage=self._usage, error="no answer", detail="the stream has no choices")
-        return _finished("".join(self._texts), "".join(self._refusals), self._reason, self._usage)
+        return _finished(
+            "".join(self._texts),
+            "".join(self._refusals),
+            self._reason,
+            self._usage,
+            thoughts="".join(self._thoughts),
+        )

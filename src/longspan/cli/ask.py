@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.eval_options import BosOption, TextField, read_held_out
-from longspan.cli.model_options import ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.eval_options import TextField, read_held_out
+from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, print_json
 
 if TYPE_CHECKING:
@@ -20,10 +20,14 @@ EXAMPLE = example(
     '--question "What is the magic number of glacier?" --length 200 --max-new-tokens 8'
 )
 
+ANSWER_TOKENS = 256
+"""Room for an answer where nothing else is said."""
+
 
 @partial(takes_model, as_argument=True)
 def ask(
     model: ModelOptions,
+    prompts: PromptOptions,
     question: Annotated[str, typer.Option(help="What is asked at the end.")],
     context: Annotated[
         list[str] | None, typer.Option(help="Texts to read first: files, folders, patterns; many times.")
@@ -40,8 +44,6 @@ def ask(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask as a chat, by the tokenizer's own template.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the answer.")] = 256,
-    bos: BosOption = "auto",
     text_field: TextField = "text",
     as_json: Json = False,
 ) -> None:
@@ -51,10 +53,11 @@ def ask(
     """
     from longspan.core.units import parse_length
     from longspan.eval.asking import compose, template_named
-    from longspan.eval.prompts import OWN_TEMPLATE, PromptForm
+    from longspan.eval.prompts import OWN_TEMPLATE
+    from longspan.infer.requests import no_answer
 
-    template = model.chat_template or (OWN_TEMPLATE if chat else None)
-    form = PromptForm(find_tokenizer(model), bos=bos, chat_template=template)
+    model = model._replace(chat_template=model.chat_template or (OWN_TEMPLATE if chat else None))
+    form = form_of(model, prompts)
     composed = compose(
         read_held_out(context, text_field=text_field) if context else [],
         form,
@@ -64,16 +67,24 @@ def ask(
         depth=depth,
         length=None if length is None else parse_length(length),
     )
-    _refuse_too_long(model, composed.tokens + max_new_tokens)
-    request = form.request(composed.prompt, max_new_tokens=max_new_tokens)
+    _refuse_too_long(model, composed.tokens + form.room(ANSWER_TOKENS))
+    request = form.request(composed.prompt, max_new_tokens=ANSWER_TOKENS)
     if not as_json:
         _show_prompt(composed)
-    with opened(model) as asked:
+    with opened(model, prompts) as asked:
         answer = _stream(asked.answerer, request, quiet=as_json)
     if as_json:
         print_json(_summary(composed, question, answer))
         return
-    typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s")
+    missing = no_answer(answer)
+    typer.echo(
+        f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s"
+        + (
+            f"; {missing}: give more room with --max-new-tokens"
+            if answer.finish == "length" and missing
+            else ""
+        )
+    )
 
 
 def _refuse_too_long(model: ModelOptions, tokens: int) -> None:
@@ -132,6 +143,7 @@ def _summary(composed: Composed, question: str, answer: Answer) -> dict[str, Any
             "after": place.after,
         },
         "answer": answer.text,
+        "thoughts": answer.thoughts,
         "finish": answer.finish,
         "answer_tokens": answer.completion_tokens,
         "seconds": answer.seconds,

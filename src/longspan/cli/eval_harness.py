@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.eval_options import BosOption, Note, Out, RetryUnscored, read_held_out
-from longspan.cli.model_options import AskedModel, ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.eval_options import Note, Out, RetryUnscored, read_held_out
+from longspan.cli.model_options import AskedModel, ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ Run = Callable[[AskedModel, Path], dict[str, Any]]
 @takes_model
 def harness(
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Out,
     tasks: Annotated[
         str,
@@ -68,7 +69,6 @@ def harness(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with further lm-eval task definitions.")
     ] = None,
-    bos: BosOption = "auto",
     retry_unscored: RetryUnscored = False,
     note: Note = None,
     as_json: Json = False,
@@ -78,9 +78,8 @@ def harness(
     Records go to one file for each of the tasks. What is recorded is not asked again.
     """
     from longspan.core.units import parse_length
-    from longspan.eval.prompts import PromptForm
 
-    form = PromptForm(find_tokenizer(model), bos=bos, chat_template=model.chat_template)
+    form = form_of(model, prompts)
     common = {"form": form, "note": note, "retry_unscored": retry_unscored, "limit": limit}
     options = {
         "root": data_root,
@@ -95,7 +94,7 @@ def harness(
             runs[name] = _released(name, options, common)
         else:
             runs[name] = _lm_eval(name, options, common, max_seq_lengths, include_path)
-    with opened(model) as asked:
+    with opened(model, prompts) as asked:
         summaries = {
             name: run(asked, asked.records(out, f"harness-{name.replace(':', '-')}"))
             for name, run in runs.items()
@@ -213,6 +212,7 @@ def _print(name: str, summary: dict[str, Any]) -> None:
     cut = summary.get("truncated", 0)
     title = f"{name}, {summary['label']}: {summary['scored']} of {summary['samples']} questions scored"
     title += f", {cut} cut to fit" if cut else ""
+    title += "".join(f", {count} {reason}" for reason, count in summary["no_answer"].items())
     rows = [
         [row["dataset"], row["subtask"], row["scored"], row["samples"] - row["scored"], percent(row["mean"])]
         for row in summary.get("by_subtask", [])

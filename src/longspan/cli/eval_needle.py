@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from longspan.cli.eval_options import (
-    BosOption,
     Note,
     Out,
     RetryUnscored,
     SourceField,
     TextField,
     TooLongOption,
+    print_prompt,
     read_held_out,
+    shown_prompt,
+    title_of,
 )
-from longspan.cli.model_options import ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ Order = Literal["random", "given"]
 @takes_model
 def needle(
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Out,
     data: Annotated[
         list[str] | None,
@@ -70,22 +74,24 @@ def needle(
     digits: Annotated[int | None, typer.Option(min=1, max=18, help="Digits of {number}.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The whole, with {context} and {question}.")] = None,
     mode: Annotated[
-        Mode | None, typer.Option(help="Most likely tokens along the answer, or free ones.")
+        Mode | None,
+        typer.Option(
+            help="Most likely tokens along the answer, or free ones. Default: free ones in a chat, else as the preset "
+            "says, or along the answer."
+        ),
     ] = None,
     scorer: Annotated[str | None, typer.Option(help="Scoring rule; see `eval list`.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a generated answer.")] = None,
     order: Annotated[Order | None, typer.Option(help="Order of the documents in a haystack.")] = None,
     repeat_haystack: Annotated[
         bool, typer.Option("--repeat-haystack", help="Repeat documents that are shorter than the context.")
     ] = False,
-    bos: BosOption = "auto",
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
     threshold: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Mean that the effective context has to keep.")
     ] = 0.8,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the grid and its cost, run nothing.")
+        bool, typer.Option("--dry-run", help="Show the grid, its cost and one whole prompt; run nothing.")
     ] = False,
     text_field: TextField = "text",
     source_field: SourceField = None,
@@ -110,42 +116,35 @@ def needle(
         "keys": key,
         "answer_digits": digits,
         "prompt": prompt,
-        "mode": mode or ("generate" if model.is_remote and preset is None else None),
+        "mode": mode or _usual_mode(model, preset),
         "scorer": scorer,
-        "max_new_tokens": max_new_tokens,
         "order": order,
         "repeat": (repeat_haystack or not data) or None,
         "seed": seed,
     }
     settings = _settings(preset, {name: value for name, value in given.items() if value is not None})
-    tokenizer = find_tokenizer(model)
     from longspan.eval.documents import default_documents
-    from longspan.eval.prompts import PromptForm
 
-    form = PromptForm(tokenizer, bos=bos, chat_template=model.chat_template)
+    form = form_of(model, prompts)
     if data:
         documents = read_held_out(data, text_field=text_field, source_field=source_field)
     else:
         documents = default_documents()
+    make = _task_kind(multi_key)
     if dry_run:
-        _show_grid(settings, form, multi_key=multi_key, as_json=as_json)
+        shortest = settings.model_copy(update={"lengths": (min(settings.lengths),)})
+        example = make(shortest, documents, form)
+        shown = shown_prompt(example, example.plan())
+        _show_grid(settings, form, shown, multi_key=multi_key, as_json=as_json)
         return
-    task: Task
-    if multi_key:
-        from longspan.eval.needle_multikey import MultiKeyTask
-
-        task = MultiKeyTask(settings, documents, form)
-    else:
-        from longspan.eval.needle import NeedleTask
-
-        task = NeedleTask(settings, documents, form)
+    task = make(settings, documents, form)
     from longspan.eval.runner import run_task
 
-    with opened(model) as asked:
+    with opened(model, prompts) as asked:
         summary = run_task(
             task,
             asked.answerer,
-            tokenizer=tokenizer,
+            tokenizer=asked.tokenizer,
             label=asked.label,
             out=asked.records(out, task.name),
             note=note,
@@ -172,11 +171,7 @@ def print_grid(summary: dict[str, Any]) -> None:
     rows.append(["all depths", *(percent(row["mean"]) for row in summary["by_length"])])
     rows.append(["95% interval", *(_interval(row["interval"]) for row in summary["by_length"])])
     rows.append(["unscored", *(row["samples"] - row["scored"] for row in summary["by_length"])])
-    title = (
-        f"{summary['task']}, {summary['label']}: mean {percent(summary['mean']) or '-'}, "
-        f"{summary['scored']} of {summary['samples']} samples scored"
-    )
-    print_table(title, ("depth", *(f"{length:,}" for length in lengths)), rows)
+    print_table(title_of(summary), ("depth", *(f"{length:,}" for length in lengths)), rows)
     effective = summary["effective_context"]
     typer.echo(
         f"effective context: {'none of these lengths' if effective is None else f'{effective:,} tokens'} "
@@ -202,14 +197,36 @@ def _settings(preset: str | None, given: dict[str, Any]) -> NeedleSettings:
     return NeedleSettings.from_dict(values, where="the command line")
 
 
-def _show_grid(settings: NeedleSettings, form: PromptForm, *, multi_key: bool, as_json: bool) -> None:
-    """Print what would be run: cells, prompts, tokens, and how much a shared prefix saves."""
+def _task_kind(multi_key: bool) -> Callable[..., Task]:
+    from longspan.eval.needle import NeedleTask
+    from longspan.eval.needle_multikey import MultiKeyTask
+
+    return MultiKeyTask if multi_key else NeedleTask
+
+
+def _usual_mode(model: ModelOptions, preset: str | None) -> Mode | None:
+    """Return how an answer is got where nothing is said: in a chat it is a sentence, not the bare value at once."""
+    from longspan.core.log import get_logger
+
+    if model.chat_template is None and not model.is_chat_server:
+        return "generate" if model.is_remote and preset is None else None
+    if not model.is_remote:
+        get_logger("eval").info(
+            "needle: in a chat answers are generated (--mode teacher_forced measures given ones)"
+        )
+    return "generate"
+
+
+def _show_grid(
+    settings: NeedleSettings, form: PromptForm, prompt: dict[str, Any], *, multi_key: bool, as_json: bool
+) -> None:
+    """Print what would be run: cells, prompts, tokens, how much a shared prefix saves, and one prompt."""
     from longspan.core.units import format_count
     from longspan.eval.needle_cost import grid_cost
 
     cost = grid_cost(settings, form, multi_key=multi_key)
     if as_json:
-        print_json(cost._asdict())
+        print_json({**cost._asdict(), "prompt": prompt})
         return
     each = len(settings.depths) * settings.samples
     rows = [
@@ -230,3 +247,4 @@ def _show_grid(settings: NeedleSettings, form: PromptForm, *, multi_key: bool, a
         f"with prefix reuse about {format_count(cost.tokens_read)} tokens are read: {cost.factor_linear:.2f} "
         f"times fewer in the linear layers, {cost.factor_attention:.2f} times fewer pairs in attention"
     )
+    print_prompt(prompt)

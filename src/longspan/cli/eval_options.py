@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longspan.cli.output import percent, print_json
+
 if TYPE_CHECKING:
     from longspan.eval.documents import HeldOutDocument
+    from longspan.eval.task import Planned, Task
 
 Bos = Literal["auto", "always", "never"]
 TooLong = Literal["refuse", "skip"]
@@ -20,14 +23,14 @@ TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds th
 SourceField = Annotated[
     str | None, typer.Option(help="Field that names the source. Default: the place of the file does.")
 ]
-BosOption = Annotated[
-    Bos, typer.Option(help="Whether prompts begin with BOS. auto: as the tokenizer itself would have it.")
-]
 TooLongOption = Annotated[
     TooLong, typer.Option(help="Contexts over --max-length: an error, or samples recorded as unscored.")
 ]
 RetryUnscored = Annotated[
     bool, typer.Option("--retry-unscored", help="Ask again for recorded samples that have no score.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be asked, and one whole prompt; run nothing.")
 ]
 Note = Annotated[str | None, typer.Option(help="A remark for readers of the records.")]
 
@@ -48,3 +51,54 @@ def read_held_out(
         name = sha256_bytes(f"{document.source}\0{document.text}".encode())[:16]
         documents.setdefault(name, HeldOutDocument(name, document.text, document.source))
     return list(documents.values())
+
+
+def title_of(summary: dict[str, Any]) -> str:
+    """Return the line over a table of results: mean, counts, and how many answers are empty, by reason."""
+    empty = "".join(f", {count} {reason}" for reason, count in summary["no_answer"].items())
+    return (
+        f"{summary['task']}, {summary['label']}: mean {percent(summary['mean']) or '-'}, "
+        f"{summary['scored']} of {summary['samples']} samples scored{empty}"
+    )
+
+
+def show_plan(task: Task, *, as_json: bool) -> None:
+    """Print how many samples a task has, and one whole prompt."""
+    planned = task.plan()
+    prompt = shown_prompt(task, planned)
+    counts = {"samples": len(planned), "tokens": sum(sample.tokens for sample in planned)}
+    if as_json:
+        print_json({"task": task.name, **counts, "prompt": prompt})
+        return
+    typer.echo(
+        f"{task.name}: {counts['samples']:,} samples, about {counts['tokens']:,} tokens with their answers"
+    )
+    print_prompt(prompt)
+
+
+def shown_prompt(task: Task, planned: Sequence[Planned]) -> dict[str, Any]:
+    """Return the shortest sample of a plan as it would be asked."""
+    first = min(planned, key=lambda sample: sample.tokens)
+    built = task.build(first)
+    request = built.request
+    tokens = 0 if request.prompt_ids is None else len(request.prompt_ids)
+    return {
+        "sample": dict(first.fields),
+        "tokens": tokens,
+        "text": request.prompt,
+        "messages": None if request.messages is None else [dict(message) for message in request.messages],
+        "thinking": request.thinking,
+        "max_new_tokens": None if request.answer_ids is not None else request.max_new_tokens,
+        "stop": list(request.stop),
+        "expected": built.expected,
+    }
+
+
+def print_prompt(prompt: dict[str, Any]) -> None:
+    """Print a prompt between lines that say what it is."""
+    fields = ", ".join(f"{name} {value}" for name, value in prompt["sample"].items())
+    room = prompt["max_new_tokens"]
+    asked = "the answer is given and measured" if room is None else f"room for {room:,} tokens of answer"
+    typer.echo(f"--- prompt of {fields}: {prompt['tokens']:,} tokens, {asked}, thinking {prompt['thinking']}")
+    typer.echo(prompt["text"])
+    typer.echo(f"--- expected: {prompt['expected']!r}")

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longspan.cli.eval_options import (
-    BosOption,
+    DryRun,
     Lengths,
     Note,
     Out,
     RetryUnscored,
     TooLongOption,
     read_held_out,
+    show_plan,
+    title_of,
 )
-from longspan.cli.model_options import ModelOptions, find_tokenizer, opened, takes_model
+from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
-    from longspan.eval.prompts import BosPolicy, PromptForm
     from longspan.eval.task import Task
 
 PASSKEY_EXAMPLE = example(
@@ -46,6 +47,7 @@ Kind = Literal["topics", "lines"]
 @takes_model
 def passkey(
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Out,
     lengths: Annotated[
         str, typer.Option(help="Context lengths in tokens. Default: 20 from 8192 to 131072, as LongLLM.")
@@ -55,9 +57,9 @@ def passkey(
     ] = "0:1:5",
     samples: Annotated[int, typer.Option(min=1, help="Samples of each length and depth.")] = 10,
     digits: Annotated[int, typer.Option(min=1, max=18, help="Digits of the key.")] = 5,
-    bos: BosOption = "auto",
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
+    dry_run: DryRun = False,
     note: Note = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -70,8 +72,11 @@ def passkey(
 
     values = {"lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "seed": seed}
     settings = PasskeySettings.from_dict(values, where="the command line")
-    task = Passkey(settings, _form(model, bos))
-    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    task = Passkey(settings, form_of(model, prompts))
+    if dry_run:
+        show_plan(task, as_json=as_json)
+        return
+    summary = _run(task, model, prompts, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
     if as_json:
         print_json(summary)
         return
@@ -80,12 +85,13 @@ def passkey(
         [f"{depth:g}", *(cells.get((length, depth)) for length in settings.lengths)]
         for depth in settings.depths
     ]
-    print_table(_title(summary), ("depth", *(f"{length:,}" for length in settings.lengths)), rows)
+    print_table(title_of(summary), ("depth", *(f"{length:,}" for length in settings.lengths)), rows)
 
 
 @takes_model
 def topics(
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Out,
     kind: Annotated[Kind, typer.Option(help="Topics of a talk, or numbered lines.")] = "topics",
     counts: Annotated[
@@ -96,9 +102,9 @@ def topics(
         int, typer.Option(min=1, max=10, help="Questions on one record: the first topic, the second, ...")
     ] = 1,
     turns: Annotated[int, typer.Option(min=1, help="Questions and answers on one topic.")] = 8,
-    bos: BosOption = "auto",
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
+    dry_run: DryRun = False,
     note: Note = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -115,8 +121,11 @@ def topics(
     }
     if counts is not None:
         values["counts"] = counts
-    task = Topics(TopicsSettings.from_dict(values, where="the command line"), _form(model, bos))
-    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    task = Topics(TopicsSettings.from_dict(values, where="the command line"), form_of(model, prompts))
+    if dry_run:
+        show_plan(task, as_json=as_json)
+        return
+    summary = _run(task, model, prompts, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
     if as_json:
         print_json(summary)
         return
@@ -126,6 +135,7 @@ def topics(
 @takes_model
 def ruler(
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Out,
     lengths: Lengths = "4k,8k,16k,32k,64k,128k",
     subtasks: Annotated[
@@ -147,9 +157,9 @@ def ruler(
             help="Folder of composed samples. Default: ruler-samples in the run folder.",
         ),
     ] = None,
-    bos: BosOption = "auto",
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
+    dry_run: DryRun = False,
     note: Note = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -171,14 +181,17 @@ def ruler(
     documents = read_held_out(haystack) if haystack else default_documents()
     task = Ruler(
         settings,
-        _form(model, bos),
+        form_of(model, prompts),
         essay="\n\n".join(document.text for document in documents),
         qa=[read_qa(path) for path in qa_data or ()],
-        cache=SampleCache(cache or out / "ruler-samples"),
+        cache=None if dry_run else SampleCache(cache or out / "ruler-samples"),
     )
     for name, reason in task.left_out.items():
         get_logger("eval").warning("ruler: %s is left out: it %s", name, reason)
-    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    if dry_run:
+        show_plan(task, as_json=as_json)
+        return
+    summary = _run(task, model, prompts, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
     if as_json:
         print_json(summary)
         return
@@ -188,21 +201,22 @@ def ruler(
         for subtask in task.subtasks
     ]
     rows.append(["mean", *(percent(row["mean"]) for row in summary["by_length"])])
-    print_table(_title(summary), ("subtask", *(f"{length:,}" for length in settings.lengths)), rows)
+    print_table(title_of(summary), ("subtask", *(f"{length:,}" for length in settings.lengths)), rows)
 
 
 @takes_model
 def longqa(
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Out,
     data: Annotated[list[Path], typer.Option(help="JSON lines as LongBench's; many times.")],
     datasets: Annotated[
         str | None, typer.Option(help="Names, with commas. Default: all in the files.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="The first so many of each data set.")] = None,
-    bos: BosOption = "auto",
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
+    dry_run: DryRun = False,
     note: Note = None,
     as_json: Json = False,
 ) -> None:
@@ -219,10 +233,11 @@ def longqa(
         values["max_length"] = parse_length(model.max_length)
     settings = LongQaSettings.from_dict(values, where="the command line")
     check_datasets(settings.datasets, read)
-    # LongBench puts examples and code as plain text to chat models too.
-    plain = _form(model._replace(chat_template=None), bos)
-    task = LongQa(settings, _form(model, bos), read, plain=plain)
-    summary = _run(task, model, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
+    task = LongQa(settings, form_of(model, prompts), read)
+    if dry_run:
+        show_plan(task, as_json=as_json)
+        return
+    summary = _run(task, model, prompts, out, note=note, retry_unscored=retry_unscored, too_long=too_long)
     if as_json:
         print_json(summary)
         return
@@ -288,15 +303,10 @@ def _judged(
         return judge_file(records, client, out)
 
 
-def _form(model: ModelOptions, bos: BosPolicy) -> PromptForm:
-    from longspan.eval.prompts import PromptForm
-
-    return PromptForm(find_tokenizer(model), bos=bos, chat_template=model.chat_template)
-
-
 def _run(
     task: Task,
     model: ModelOptions,
+    prompts: PromptOptions,
     out: Path,
     *,
     note: str | None,
@@ -305,7 +315,7 @@ def _run(
 ) -> dict[str, Any]:
     from longspan.eval.runner import run_task
 
-    with opened(model) as asked:
+    with opened(model, prompts) as asked:
         return run_task(
             task,
             asked.answerer,
@@ -320,14 +330,7 @@ def _run(
 
 def _print_means(summary: dict[str, Any], means: Sequence[dict[str, Any]], name: str) -> None:
     rows = [[row[name], row["scored"], row["samples"] - row["scored"], percent(row["mean"])] for row in means]
-    print_table(_title(summary), (name, "scored", "unscored", "mean"), rows)
-
-
-def _title(summary: dict[str, Any]) -> str:
-    return (
-        f"{summary['task']}, {summary['label']}: mean {percent(summary['mean']) or '-'}, "
-        f"{summary['scored']} of {summary['samples']} samples scored"
-    )
+    print_table(title_of(summary), (name, "scored", "unscored", "mean"), rows)
 
 
 def _decimal(value: float | None) -> str | None:

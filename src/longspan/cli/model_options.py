@@ -2,11 +2,11 @@
 
     @app.command()
     @takes_model
-    def needle(model: ModelOptions, data: Data, ...) -> None:
-        with opened(model) as asked:
+    def needle(model: ModelOptions, prompts: PromptOptions, data: Data, ...) -> None:
+        with opened(model, prompts) as asked:
             asked.answerer.generate(...)
 
-`takes_model` puts the options below in place of the argument `model`.
+`takes_model` puts the options below in place of the arguments `model` and `prompts`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from longspan.data.tokenizer import Tokenizer
+    from longspan.eval.prompts import PromptForm
     from longspan.infer.opening import ServerSettings, Source
     from longspan.infer.requests import Answerer
 
@@ -86,7 +87,7 @@ class ModelOptions(NamedTuple):
         str | None,
         typer.Option(
             help="How the server is asked, as YAML or a YAML file: trained_length, limits (concurrency, "
-            "tokens_per_minute ...), budget, cache, extra, key_variable, api_version."
+            "tokens_per_minute ...), budget, cache, extra, continue_final_message, key_variable, api_version."
         ),
     ] = None
 
@@ -94,6 +95,45 @@ class ModelOptions(NamedTuple):
     def is_remote(self) -> bool:
         """Whether the model is behind a server."""
         return self.model.startswith(("openai:", "completions:", "anthropic:"))
+
+    @property
+    def is_chat_server(self) -> bool:
+        """Whether that server puts every prompt into a chat."""
+        return self.model.startswith(("openai:", "anthropic:"))
+
+
+class PromptOptions(NamedTuple):
+    """What the command line says of prompts, and of the answers to them."""
+
+    bos: Annotated[
+        Literal["auto", "always", "never"],
+        typer.Option(
+            help="Whether prompts begin with BOS. auto: as the tokenizer itself would have it. What a chat template "
+            "writes stays."
+        ),
+    ] = "auto"
+    thinking: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(
+            help="Whether a chat's model thinks before it answers. auto: as its template has it. Thoughts are never "
+            "scored."
+        ),
+    ] = "auto"
+    template_args: Annotated[
+        str | None,
+        typer.Option(
+            help="Variables of the chat template as YAML, such as '{enable_thinking: false}'; a chat server is sent "
+            "them as chat_template_kwargs."
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a generated answer, thoughts included. Default: what the task says, and 4,096 more for a "
+            "model that thinks.",
+        ),
+    ] = None
 
 
 class AskedModel(NamedTuple):
@@ -110,33 +150,31 @@ class AskedModel(NamedTuple):
 
 
 def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> Callable[..., None]:
-    """Give a command the options of `ModelOptions` in place of its parameter `model`.
+    """Give a command the options of `ModelOptions` and `PromptOptions` in place of `model` and `prompts`.
 
     `as_argument`: the model itself is the command's argument, not an option.
     """
-    fields = get_type_hints(ModelOptions, include_extras=True)
-    if as_argument:
-        fields["model"] = Annotated[str, typer.Argument(help=fields["model"].__metadata__[0].help)]
-    defaults = ModelOptions._field_defaults
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=fields[name],
-            default=defaults.get(name, inspect.Parameter.empty),
-        )
-        for name in ModelOptions._fields
-    ]
     own = inspect.signature(command, eval_str=True).parameters
+    bundles: dict[str, Any] = {
+        name: kind for name, kind in (("model", ModelOptions), ("prompts", PromptOptions)) if name in own
+    }
+    options = [option for kind in bundles.values() for option in _options_of(kind)]
+    if as_argument:
+        said = options[0].annotation.__metadata__[0].help
+        options[0] = options[0].replace(annotation=Annotated[str, typer.Argument(help=said)])
     rest = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in own.items()
-        if name != "model"
+        if name not in bundles
     ]
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        command(ModelOptions(**{name: given.pop(name) for name in ModelOptions._fields}), **given)
+        made = {
+            name: kind(**{field: given.pop(field) for field in kind._fields})
+            for name, kind in bundles.items()
+        }
+        command(**made, **given)
 
     del with_options.__wrapped__  # or typer would read the options of that
     # What must be given comes first, then what is the command's own.
@@ -147,9 +185,82 @@ def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> C
     return with_options
 
 
+def _options_of(kind: Any) -> list[inspect.Parameter]:
+    """Return the fields of a bundle of options as parameters of a command."""
+    fields = get_type_hints(kind, include_extras=True)
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=fields[name],
+            default=kind._field_defaults.get(name, inspect.Parameter.empty),
+        )
+        for name in kind._fields
+    ]
+
+
+def form_of(options: ModelOptions, prompts: PromptOptions) -> PromptForm:
+    """Return how prompts are put to the model that is named."""
+    from longspan.eval.prompts import PromptForm
+
+    server = find_server(options) if options.is_remote else None
+    return PromptForm(
+        find_tokenizer(options),
+        bos=prompts.bos,
+        chat_template=options.chat_template,
+        template_args=_template_args(prompts),
+        thinking=prompts.thinking,
+        max_new_tokens=prompts.max_new_tokens,
+        chat_server=options.is_chat_server,
+        continues=server is not None and server.continue_final_message,
+    )
+
+
+def _template_args(prompts: PromptOptions) -> dict[str, Any]:
+    from longspan.core.config import parse_yaml
+    from longspan.core.errors import ArgumentError
+
+    given = parse_yaml(prompts.template_args, where="--template-args") if prompts.template_args else {}
+    if not isinstance(given, dict) or not all(
+        isinstance(name, str) and name.isidentifier() for name in given
+    ):
+        raise ArgumentError(
+            "--template-args holds no variables",
+            found=prompts.template_args,
+            allowed="names and values, such as '{enable_thinking: false}'",
+        )
+    return given
+
+
+def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerSettings | None:
+    """Return how the server is asked, with what it has to tell its chat template."""
+    from longspan.core.errors import ArgumentError
+    from longspan.eval.thinking import template_variables
+    from longspan.infer.opening import ServerSettings
+
+    server = find_server(options)
+    if prompts is None or not options.is_chat_server:
+        return server
+    # The provider itself refuses fields that it does not know.
+    own = options.model.startswith("openai:") and options.base_url is not None
+    variables = template_variables(prompts.thinking if own else "auto", _template_args(prompts))
+    if not variables:
+        return server
+    if not own:
+        raise ArgumentError(
+            "this provider takes no variables of a chat template",
+            found="--template-args",
+            fix="say it in the provider's own words: --server '{extra: {...}}'",
+        )
+    server = server or ServerSettings()
+    extra = dict(server.extra)
+    extra["chat_template_kwargs"] = {**variables, **(extra.get("chat_template_kwargs") or {})}
+    return server.model_copy(update={"extra": extra})
+
+
 @contextlib.contextmanager
-def opened(options: ModelOptions) -> Iterator[AskedModel]:
-    """Open the model that the options name, and close it in the end.
+def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Iterator[AskedModel]:
+    """Open the model that the options name, and close it in the end; `prompts`: how it is asked.
 
     With several processes this returns in the first alone: the others do its bidding and end here.
     """
@@ -170,7 +281,7 @@ def opened(options: ModelOptions) -> Iterator[AskedModel]:
         prefix_reuse=not options.no_prefix_reuse,
         batch_tokens=options.batch_tokens,
         base_url=options.base_url,
-        server=find_server(options),
+        server=_told(options, prompts),
     )
     try:
         yield AskedModel(answerer, tokenizer, label)

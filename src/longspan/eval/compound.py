@@ -17,7 +17,7 @@ from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.progress import Progress
 from longspan.eval.records import RecordsWriter
-from longspan.eval.runner import PART_TOKENS, fill_records, sample_record
+from longspan.eval.runner import PART_TOKENS, fill_records, said, sample_record
 from longspan.eval.summaries import mean_score
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
 
@@ -133,6 +133,8 @@ def _judged(sample: PlannedCompound, compound: Compound, answers: Sequence[Answe
         "completion_tokens": sum(answer.completion_tokens for answer in answers) or None,
         "seconds": round(sum(answer.seconds for answer in answers), 6),
     }
+    if len(answers) == 1:
+        measured |= said(answers[0])
     costs = [answer.cost for answer in answers if answer.cost is not None]
     if costs:
         measured["cost"] = math.fsum(costs)

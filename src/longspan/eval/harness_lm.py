@@ -57,7 +57,7 @@ class HarnessLM(LM):
     def __init__(self, answerer: Answerer, form: PromptForm, *, max_length: int | None = None) -> None:
         super().__init__()
         self._answerer, self._form = answerer, form
-        self._plain = PromptForm(form.tokenizer, bos=form.bos)
+        self._plain = form.plain()
         trained = answerer.identity.get("trained_length")
         self.max_length = max_length or answerer.max_length or (int(trained) if trained else None)
         self.truncated = 0
@@ -156,7 +156,7 @@ class HarnessLM(LM):
         for _ in range(_MAX_FITS):
             form, message = self._form_of(context)
             request = form.request(message, max_new_tokens=tokens, stop=stop)
-            excess = self._excess(request, tokens)
+            excess = self._excess(request, request.max_new_tokens)
             if excess <= 0:
                 return Asked([request], removed)
             context, cut = self._shorten(context, excess)
@@ -183,10 +183,11 @@ class HarnessLM(LM):
         if not isinstance(context, ChatText):
             kept = message.rstrip()
             message, continuation = kept, message[len(kept) :] + continuation
-        prompt_ids = form.encode(message).astype(np.int64)
-        whole = form.encode(message, continuation).astype(np.int64)
+        chat = form.before_given_answers()
+        prompt_ids = form.encode(message, chat=chat).astype(np.int64)
+        whole = form.encode(message, continuation, chat=chat).astype(np.int64)
         return Request(
-            form.request(message, max_new_tokens=1).prompt,
+            message if chat is None else chat.text(message),
             prompt_ids,
             messages=[{"role": "user", "content": message}] if isinstance(context, ChatText) else None,
             answer_ids=whole[len(prompt_ids) :],

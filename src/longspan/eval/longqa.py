@@ -78,8 +78,7 @@ class LongQaSettings(Config):
 class LongQa:
     """The task; each sample is a pure function of settings, tokenizer and data.
 
-    Args:
-        plain: the form of prompts that are put as plain text even to chat models: examples, code.
+    Few-shot examples and code are put as plain text, to chat models too.
 
     Raises:
         DataError: no sample is left, or one that is a choice of classes does not name them.
@@ -90,12 +89,10 @@ class LongQa:
     mode: Mode = "generate"
     scorer = "by_metric"
 
-    def __init__(
-        self, settings: LongQaSettings, form: PromptForm, data: LongQaData, *, plain: PromptForm | None = None
-    ) -> None:
+    def __init__(self, settings: LongQaSettings, form: PromptForm, data: LongQaData) -> None:
         self.settings = settings
         self._form = form
-        self._plain = plain or form
+        self._plain = form.plain()
         self._data = data
         self._samples = {
             (sample.dataset, sample.number): sample
@@ -132,10 +129,10 @@ class LongQa:
             rule = rule_for(dataset)
             tokens = len(sample.context) // _CHARS_PER_TOKEN
             if self.settings.max_length is not None:
-                tokens = min(tokens, self.settings.max_length - rule.max_new_tokens)
+                tokens = min(tokens, self.settings.max_length - self._form.room(rule.max_new_tokens))
             group = sha256_bytes(f"{dataset}\0{sample.context}".encode("utf-8", "surrogatepass"))[:16]
             fields = {"dataset": dataset, "sample": number, "metric": self._metric(sample)}
-            planned = Planned((dataset, number), tokens + rule.max_new_tokens, group, fields)
+            planned = Planned((dataset, number), tokens + self._form.room(rule.max_new_tokens), group, fields)
             groups.setdefault(group, []).append(planned)
         return [planned for group in groups.values() for planned in group]
 
@@ -147,7 +144,9 @@ class LongQa:
         prompt = rule.prompt.format(context=sample.context, input=sample.question)
         removed = 0
         if self.settings.max_length is not None:
-            prompt, removed = self._cut(prompt, form, self.settings.max_length - rule.max_new_tokens)
+            prompt, removed = self._cut(
+                prompt, form, self.settings.max_length - form.room(rule.max_new_tokens)
+            )
         request = form.request(prompt, max_new_tokens=rule.max_new_tokens)
         assert request.prompt_ids is not None
         fields: dict[str, Any] = {

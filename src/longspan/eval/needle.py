@@ -337,7 +337,7 @@ class NeedleTask:
 
     def plan(self) -> list[Planned]:
         """Return all samples; those of one number share a haystack and stand together."""
-        return plan_grid(self.settings)
+        return plan_grid(self.settings, self._composer.form)
 
     def build(self, planned: Planned) -> Built:
         """Compose one sample, a pure function of the settings and its key. Raises DataError."""
@@ -372,15 +372,16 @@ class NeedleTask:
         return summarise_grid(samples)
 
 
-def plan_grid(settings: NeedleSettings) -> list[Planned]:
+def plan_grid(settings: NeedleSettings, form: PromptForm) -> list[Planned]:
     """Return every sample of a grid, grouped by the haystack that samples share."""
+    beyond = form.beyond(settings.max_new_tokens) if settings.mode == "generate" else 0
     counts: dict[str, Any] = {"num_distractors": settings.num_distractors}
     if settings.num_needles > 1:
         counts["num_needles"] = settings.num_needles
     return [
         Planned(
             (length, depth, number),
-            length,
+            length + beyond,
             group=f"haystack {number}",
             fields={"length": length, "depth": depth, "sample": number, **counts},
         )

@@ -52,7 +52,7 @@ class MultiKeyTask:
 
     def plan(self) -> list[Planned]:
         """Return all samples; those of one context, and of one haystack, stand together."""
-        return plan_grid(self.settings)
+        return plan_grid(self.settings, self._composer.form)
 
     def build(self, planned: Planned) -> Built:
         """Compose one sample, a pure function of the settings and its key. Raises DataError."""

@@ -77,7 +77,7 @@ class Passkey:
             **self.settings.to_dict(),
             **self._form.params(),
             "prompt_version": PROMPT_VERSION,
-            "max_new_tokens": ANSWER_TOKENS,
+            "max_new_tokens": self._form.room(ANSWER_TOKENS),
         }
 
     def plan(self) -> list[Planned]:
@@ -85,7 +85,7 @@ class Passkey:
         return [
             Planned(
                 (length, depth, sample),
-                length,
+                length + self._form.beyond(ANSWER_TOKENS),
                 f"passkey-{length}",
                 {"length": length, "depth": depth, "sample": sample},
             )

@@ -9,19 +9,24 @@ other tokens than "is " + "8", and what a model would write is the former.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json
+from longspan.core.log import log_once
 from longspan.data.chat import ChatPrompt
 from longspan.data.tokenizer import Tokenizer
-from longspan.infer.requests import Request
+from longspan.eval.thinking import ThinkingChat, ThinkingPolicy
+from longspan.infer.requests import Request, Thinking
 
 BosPolicy = Literal["auto", "always", "never"]
 OWN_TEMPLATE = "own"
 """Name for the chat template that comes with the tokenizer."""
+THOUGHT_TOKENS = 4096
+"""Further room for the answers of a model that thinks, where nothing is said; RULER's own runs give as much."""
 _TAIL_CHARS = 256
 
 
@@ -30,55 +35,124 @@ class PromptForm:
 
     Args:
         bos: whether ids begin with the tokenizer's BOS: `auto` as the tokenizer itself would have it,
-            `always`, `never`. Never twice: one that a chat template writes counts.
+            `always`, `never`. Never twice: what a chat template writes counts, and stays.
         chat_template: the prompt becomes the message of a user. `own` = the tokenizer's template; else one
             that is shipped, or a Jinja file. None: plain text.
+        template_args: variables of the chat template.
+        thinking: whether a chat's model thinks before it answers: `on`, `off`, or `auto`, as its template has it.
+        max_new_tokens: of every generated answer, thoughts included; None: what the task says, and `THOUGHT_TOKENS`
+            more where the model is known to think. A stated length holds the task's own room; more comes on top.
+        chat_server: the model is behind a server that puts prompts into a chat by a template of its own.
+        continues: that server goes on with an answer that was begun.
 
     Raises:
-        ConfigError: `always` with a tokenizer that has no BOS.
+        ConfigError: `always` with a tokenizer that has no BOS; settings of a chat for plain text.
         DataError: the chat template cannot be used.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, bos: BosPolicy = "auto", chat_template: str | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        bos: BosPolicy = "auto",
+        chat_template: str | None = None,
+        template_args: Mapping[str, Any] | None = None,
+        thinking: ThinkingPolicy = "auto",
+        max_new_tokens: int | None = None,
+        chat_server: bool = False,
+        continues: bool = False,
     ) -> None:
         if bos == "always" and tokenizer.bos_id is None:
             raise ConfigError(
                 "this tokenizer has no BOS token", found="--bos always", allowed="--bos auto, --bos never"
             )
-        self.tokenizer = tokenizer
-        self.bos = bos
-        self._chat: ChatPrompt | None = None
+        self.tokenizer, self.bos = tokenizer, bos
+        self._template_args, self._thinking = dict(template_args or {}), thinking
+        self._max_new_tokens = max_new_tokens
+        self._chat_server, self._continues = chat_server, continues
+        self._chat: ThinkingChat | None = None
         if chat_template is not None:
-            self._chat = ChatPrompt(tokenizer, None if chat_template == OWN_TEMPLATE else chat_template)
-        self.stop_ids = _stop_ids(tokenizer, self._chat)
+            name = None if chat_template == OWN_TEMPLATE else chat_template
+            self._chat = ThinkingChat(tokenizer, name, thinking=thinking, variables=self._template_args)
+        elif not chat_server and (self._template_args or thinking != "auto"):
+            raise ConfigError(
+                "a plain text has no chat template that variables or thinking could be told",
+                found=f"--thinking {thinking}" if thinking != "auto" else "--template-args",
+                fix="name the template with --chat-template (`own` for the tokenizer's)",
+            )
+        self.thinks = thinking == "on" or (self._chat is not None and self._chat.thinks)
+        """Whether the model is known to think before it answers."""
+        self.stop_ids = _stop_ids(tokenizer, None if self._chat is None else self._chat.generating)
         """Ids that end a generated answer: EOS, the end of a turn, those of generation_config.json."""
         plain = tokenizer.adds_bos and self._chat is None
         self._wants_bos = bos == "always" or (bos == "auto" and plain)
+
+    def plain(self) -> PromptForm:
+        """Return the form of prompts that are put as plain text even to chat models: examples, code."""
+        return PromptForm(
+            self.tokenizer,
+            bos=self.bos,
+            thinking=self._thinking if self._chat_server else "auto",
+            max_new_tokens=self._max_new_tokens,
+            chat_server=self._chat_server,
+        )
 
     @property
     def separator(self) -> str:
         """What stands between the end of a prompt and an answer; a chat's answer begins a turn of its own."""
         return " " if self._chat is None else ""
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether a template puts the prompt into a chat, here or on a server."""
+        return self._chat is not None or self._chat_server
+
+    @property
+    def begins_answers(self) -> bool:
+        """Whether the beginning of an answer can stand in the assistant's turn."""
+        return self._continues if self._chat_server else self._chat is not None
+
+    def room(self, own: int) -> int:
+        """Return how many tokens a generated answer may have where the task itself gives it `own`."""
+        return self._max_new_tokens or own + (THOUGHT_TOKENS if self.thinks else 0)
+
+    def beyond(self, own: int) -> int:
+        """Return how many tokens of the room for an answer are not part of a stated length."""
+        return max(0, self.room(own) - own)
+
     def params(self) -> dict[str, Any]:
         """Return what determines the ids beside tokenizer and text, for the header of records."""
         begins = self.encode("a")[:1].tolist() == [self.tokenizer.bos_id]
+        given = {"template_args": self._template_args or None, "max_new_tokens": self._max_new_tokens}
         return {
             "bos": "one BOS" if begins else "no BOS",
-            "chat_template": None if self._chat is None else self._chat.fingerprint[:16],
+            "chat_template": None if self._chat is None else self._chat.generating.fingerprint[:16],
+            "thinking": self._thinking,
+            "thinks": self.thinks,
+            "answer_prefix": self.prefix_place,
             "stop_ids": list(self.stop_ids),
+            **{name: value for name, value in given.items() if value is not None},
         }
+
+    @property
+    def prefix_place(self) -> str:
+        """Where the beginning of an answer goes that a task gives: into the assistant's turn, the prompt, nowhere."""
+        if self.thinks:
+            return "none"
+        return "assistant" if self.begins_answers else "end of prompt"
 
     def count(self, prompt: str, *, answer: str | None = None) -> int:
         """Return how many tokens a prompt has, BOS, chat template and answer counted."""
-        return len(self.encode(prompt, "" if answer is None else self._lead(prompt) + answer))
+        if answer is None:
+            return len(self.encode(prompt))
+        return sum(map(len, self._pair(prompt, self._lead(prompt) + answer)))
 
     def request(
         self,
         prompt: str,
         *,
         answer: str | None = None,
+        answer_prefix: str = "",
         max_new_tokens: int = 64,
         stop: tuple[str, ...] = (),
     ) -> Request:
@@ -86,51 +160,96 @@ class PromptForm:
 
         A space is put between prompt and answer, save in a chat and after white space.
 
+        Args:
+            answer_prefix: how a generated answer begins; left out for a model that thinks first.
+            max_new_tokens: the task's own room for an answer; see `room`.
+
         Raises:
             DataError: the tokenizer joins the end of the prompt and the answer into one token.
+            ConfigError: a given answer for a model that is to think first.
         """
-        text = prompt if self._chat is None else self._chat.text(prompt)
+        messages: list[dict[str, str]] = []
+        begun = ""
+        if answer_prefix and not self.thinks:
+            if self.begins_answers:
+                begun = answer_prefix.strip()
+                messages = [{"role": "assistant", "content": begun}]
+            else:
+                prompt += answer_prefix
+        messages.insert(0, {"role": "user", "content": prompt})
+        chat = None if self._chat is None else self._chat.generating
+        answer_ids = None
         if answer is None:
-            ids, answer_ids = self.encode(prompt).astype(np.int64), None
+            ids = self.encode(prompt, begun).astype(np.int64)
         else:
-            lead = self._lead(prompt)
-            whole = self.encode(prompt, lead + answer).astype(np.int64)
-            count = self._answer_tokens(prompt, lead + answer)
-            ids, answer_ids = whole[: len(whole) - count], whole[len(whole) - count :]
+            chat = self.before_given_answers()
+            ids, answer_ids = self._pair(prompt, self._lead(prompt) + answer)
         return Request(
-            prompt=text,
+            prompt=(prompt if chat is None else chat.text(prompt)) + begun,
             prompt_ids=ids,
-            messages=None if self._chat is None else [{"role": "user", "content": prompt}],
-            max_new_tokens=max_new_tokens,
+            messages=messages if chat is not None or begun else None,
+            max_new_tokens=self.room(max_new_tokens),
             stop=stop,
             stop_ids=self.stop_ids,
             answer_ids=answer_ids,
+            thinking=self._request_thinking,
         )
+
+    @property
+    def _request_thinking(self) -> Thinking:
+        if self._chat is not None and self._chat.opened:
+            return "opened"
+        if self.thinks:
+            return "expected"
+        return "none" if self._thinking == "off" else "unknown"
+
+    def before_given_answers(self) -> ChatPrompt | None:
+        """Return the chat that a given answer follows, with no thoughts open; None: plain text. Raises ConfigError."""
+        if self._chat is None:
+            return None
+        if self._thinking == "on":
+            raise ConfigError(
+                "a given answer cannot be measured where the model is to think before it",
+                found="--thinking on",
+                allowed="--thinking off or auto, or a task that lets the model write (--mode generate)",
+            )
+        if self._chat.thinks:
+            log_once(
+                "eval",
+                "the chat template has the model think first: a given answer stands after an empty block of thoughts",
+            )
+        return self._chat.answering
 
     def _lead(self, prompt: str) -> str:
         return "" if prompt[-1:].isspace() else self.separator
 
-    def _answer_tokens(self, prompt: str, answer: str) -> int:
-        """Return how many tokens the answer has; looked at on the end of the prompt, which decides it."""
-        tail = prompt[-_TAIL_CHARS:]
-        without, together = self.encode(tail), self.encode(tail, answer)
-        count = len(together) - len(without)
-        if count <= 0 or not np.array_equal(together[: len(without)], without):
-            raise DataError("this tokenizer joins the end of the question and the answer into one token")
-        return count
+    def _pair(self, prompt: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a prompt, and those of an answer behind it, int64.
 
-    def encode(self, prompt: str, answer: str = "") -> np.ndarray:
+        They are tokenised together. Where that would join them, an answer that begins a turn stands apart: a model that
+        writes it is given the ids of the prompt alone.
+        """
+        chat = self.before_given_answers()
+        tail = prompt[-_TAIL_CHARS:]  # which decides it
+        without, together = self.encode(tail, chat=chat), self.encode(tail, answer, chat=chat)
+        count = len(together) - len(without)
+        if count > 0 and np.array_equal(together[: len(without)], without):
+            whole = self.encode(prompt, answer, chat=chat).astype(np.int64)
+            return whole[: len(whole) - count], whole[len(whole) - count :]
+        if chat is None:
+            raise DataError("this tokenizer joins the end of the question and the answer into one token")
+        ids = self.encode(prompt, chat=chat).astype(np.int64)
+        return ids, self.tokenizer.encode(answer).astype(np.int64)
+
+    def encode(self, prompt: str, answer: str = "", *, chat: ChatPrompt | None = None) -> np.ndarray:
         """Return the ids of a prompt, and of an answer tokenised together with it `[tokens]`."""
-        if self._chat is None:
-            ids = self.tokenizer.encode(prompt + answer)
-        else:
-            ids = self._chat.encode(prompt, answer=answer)
+        if chat is None and self._chat is not None:
+            chat = self._chat.generating
+        ids = self.tokenizer.encode(prompt + answer) if chat is None else chat.encode(prompt, answer=answer)
         bos = self.tokenizer.bos_id
-        begins = bos is not None and len(ids) > 0 and int(ids[0]) == bos
-        if self._wants_bos and not begins:
+        # One that stands there is the template's own, which may be the mark that begins every turn.
+        if self._wants_bos and not (len(ids) > 0 and int(ids[0]) == bos):
             return np.concatenate([np.array([bos], ids.dtype), ids])
-        if self.bos == "never" and begins:
-            return ids[1:]
         return ids
 
 

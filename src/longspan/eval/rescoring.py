@@ -16,15 +16,15 @@ from typing import Any
 from longspan.core.errors import ArgumentError, DataError
 from longspan.eval.records import EvalRecords, RecordsWriter, header_fingerprint, read_records, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
-from longspan.eval.summaries import mean_score
+from longspan.eval.summaries import count_no_answer, mean_score
 
 
 def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]:
     """Write `records` to `out` with the scores of another scorer; return a summary.
 
     Returns:
-        task, label, scorer, records (the new path), samples, scored, unscored (reason -> count), mean and its
-        95 % interval.
+        task, label, scorer, records (the new path), samples, scored, unscored and no_answer (reason -> count), mean
+        and its 95 % interval.
 
     Raises:
         ArgumentError: there is no such scorer, `out` is the same file, or the scorer needs a field that the
@@ -91,5 +91,6 @@ def summarise(header: Mapping[str, Any], out: str | Path, samples: list[dict[str
         "samples": len(samples),
         "scored": len(samples) - unscored.total(),
         "unscored": dict(unscored),
+        "no_answer": count_no_answer(samples),
         **mean_score(samples),
     }

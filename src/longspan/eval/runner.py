@@ -28,9 +28,9 @@ from longspan.core.units import format_count
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
-from longspan.eval.summaries import mean_score
+from longspan.eval.summaries import count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
-from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
+from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, no_answer
 
 TooLong = Literal["refuse", "skip"]
 PART_TOKENS = 4_000_000
@@ -73,8 +73,9 @@ def run_task(
             them as unscored.
 
     Returns:
-        task, label, records (the path), samples, scored, unscored (reason -> count), mean, interval (95 %),
-        samples_per_s of this call, and the task's own numbers (`Task.summary`).
+        task, label, records (the path), samples, scored, unscored (reason -> count), no_answer (the same of scored
+        samples whose answer is empty: cut while thinking, ...), mean, interval (95 %), samples_per_s of this
+        call, and the task's own numbers (`Task.summary`).
 
     Raises:
         ConfigError: `out` holds an evaluation with other settings; or samples are too long for the model.
@@ -160,10 +161,12 @@ def summarise_records(
 ) -> dict[str, Any]:
     """Return the counts that every summary holds; warn of samples without a score."""
     reasons = Counter(sample["unscored"] for sample in samples if sample["unscored"] is not None)
-    for reason, count in reasons.items():
-        _log.warning(
-            "%s %s: %d of %d unscored: %s", header["task"], header["label"], count, len(samples), reason
-        )
+    empty = count_no_answer(samples)
+    for kind, counts in (("unscored", reasons), ("scored without an answer", empty)):
+        for reason, count in counts.items():
+            _log.warning(
+                "%s %s: %d of %d %s: %s", header["task"], header["label"], count, len(samples), kind, reason
+            )
     return {
         "task": header["task"],
         "label": header["label"],
@@ -171,6 +174,7 @@ def summarise_records(
         "samples": len(samples),
         "scored": len(samples) - sum(reasons.values()),
         "unscored": dict(reasons),
+        "no_answer": empty,
         "samples_per_s": rate,
     }
 
@@ -288,6 +292,7 @@ def _answered(
         "completion_tokens": answer.completion_tokens or None,
         "seconds": round(answer.seconds, 6),
         **({} if answer.cost is None else {"cost": answer.cost}),
+        **said(answer),
         **built.fields,
     }
     unscored = answer.error
@@ -304,6 +309,14 @@ def _answered(
     if not math.isfinite(score):
         return _record(sample, {**measured, "output": answer.text}, unscored=NOT_FINITE)
     return _record(sample, {**measured, "output": answer.text, "score": score}, unscored=None)
+
+
+def said(answer: Answer) -> dict[str, Any]:
+    """Return what is recorded of how an answer ended: finish, thoughts, and why it is empty, where there is such."""
+    fields = {"finish": answer.finish, "thoughts": answer.thoughts or None}
+    if answer.error is None and answer.nll is None:
+        fields["no_answer"] = no_answer(answer)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _record(sample: _Sample, measured: Mapping[str, Any], *, unscored: str | None) -> dict[str, Any]:

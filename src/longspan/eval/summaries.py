@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ def mean_score(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     scores = [float(sample["score"]) for sample in samples if sample.get("score") is not None]
     mean = math.fsum(scores) / len(scores) if scores else None
     return {"mean": mean, "interval": score_interval(scores)}
+
+
+def count_no_answer(samples: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many scored samples have an empty answer, by why that is; they count as wrong in every mean."""
+    return dict(Counter(sample["no_answer"] for sample in samples if sample.get("no_answer")))
 
 
 def mean_by(samples: Iterable[Mapping[str, Any]], *fields: str) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ class Topics:
             **self._form.params(),
             "lists": lists_fingerprint(),
             "prompt_version": PROMPT_VERSION,
-            "max_new_tokens": ANSWER_TOKENS,
+            "max_new_tokens": self._form.room(ANSWER_TOKENS),
         }
 
     def plan(self) -> list[Planned]:
@@ -148,7 +148,7 @@ class Topics:
         return [
             Planned(
                 (count, sample, question),
-                int(some + per_part * (count - _MEASURED_PARTS)) + ANSWER_TOKENS,
+                int(some + per_part * (count - _MEASURED_PARTS)) + self._form.room(ANSWER_TOKENS),
                 f"{self.name}-{count}-{sample}",
                 {self._counted: count, "sample": sample, "question_number": question},
             )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.requests import Finish, Request
+from longspan.infer.thinking import LONGEST_MARK, MARKS, answer_start, may_open
 
 INCOMPLETE = "\ufffd"
 """What a decoder writes for the bytes of a character that is not complete."""
@@ -30,7 +31,9 @@ class AnswerStream:
         self.finish: Finish | None = None
         self._request, self._tokenizer, self._on_text = request, tokenizer, on_text
         self._text = ""
-        self._sent = 0
+        self._sent = self._searched = 0
+        self._begin: int | None = None if request.thinking == "opened" else 0
+        """Where the answer begins in the text; None while the model thinks."""
         # Text is that of ids[:read]; ids[window:read] are decoded again with what follows, because the text of a
         # token may depend on the one before it (the space in front of a SentencePiece).
         self._window = self._read = 0
@@ -59,14 +62,36 @@ class AnswerStream:
         length = len(self._text)
         self._text += new[len(known) :]
         self._window, self._read = self._read, len(ids)
+        begin = self._answer_start(length)
+        if begin is None:
+            return False
         cuts = [
             place
             for stop in self._request.stop
-            if stop and (place := self._text.find(stop, max(0, length - len(stop) + 1))) >= 0
+            if stop and (place := self._text.find(stop, max(begin, self._searched - len(stop) + 1))) >= 0
         ]
+        self._searched = len(self._text)
         if cuts:
             self._text = self._text[: min(cuts)]
         return bool(cuts)
+
+    def _answer_start(self, length: int) -> int | None:
+        """Return where the answer begins, white space after thoughts left out; None: not yet.
+
+        `length` is that of the text before its last piece. The whole text is looked through only where that piece
+        may have changed something.
+        """
+        new = self._text[max(0, length - LONGEST_MARK) :]
+        if length < 2 * LONGEST_MARK or any(marks.closing in new for marks in MARKS):
+            self._begin = answer_start(self._text, opened=self._request.thinking == "opened")
+        if self._begin is None:
+            return None
+        if self._begin == 0:
+            waits = self._request.thinking == "expected" and may_open(self._text)
+            return None if waits else 0
+        rest = self._text[self._begin :]
+        self._begin += len(rest) - len(rest.lstrip())
+        return None if may_open(self._text[self._begin :]) else self._begin
 
     def _held(self) -> int:
         """Return how many characters at the end may be the beginning of a stop text."""

@@ -55,6 +55,9 @@ class ServerSettings(Config):
     """SQLite file of answers; what stands there is not asked again."""
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Further fields of each request; a null leaves one out, `{temperature: null}` for reasoning models say."""
+    continue_final_message: bool = False
+    """Whether a chat may end in the beginning of the assistant's answer, which the server goes on with: vLLM and
+    SGLang do; others begin another turn."""
     limits: Limits = Limits()
     budget: Budget = Budget()
 

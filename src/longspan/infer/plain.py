@@ -21,6 +21,7 @@ from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import memory_errors
 from longspan.infer.packed import inference, packed_hidden_states
 from longspan.infer.requests import NOT_FINITE, Answer, Request, before_stop
+from longspan.infer.thinking import split_thoughts
 from longspan.models.hf import lm_head_weight
 
 
@@ -158,17 +159,19 @@ def excess_error(request: Request, max_length: int | None) -> str | None:
 
 
 def finished(request: Request, ids: np.ndarray, tokenizer: Tokenizer, *, seconds: float) -> Answer:
-    """Return the answer that generated ids are: without stop ids in its text, cut at the first stop text."""
+    """Return the answer that generated ids are: without thoughts and stop ids, cut at its first stop text."""
     stopped = len(ids) > 0 and int(ids[-1]) in request.stop_ids
     whole = tokenizer.decode(ids[:-1] if stopped else ids)
-    text = before_stop(whole, request.stop)
+    spoken = split_thoughts(whole, opened=request.thinking == "opened")
+    text = before_stop(spoken.answer, request.stop)
     return Answer(
         text,
         ids,
-        "stop" if stopped or text != whole else "length",
+        "stop" if stopped or text != spoken.answer else "length",
         prompt_tokens=len(prompt_of(request)),
         completion_tokens=len(ids),
         seconds=seconds,
+        thoughts=spoken.thoughts,
     )
 
 

@@ -23,10 +23,13 @@ from longspan.core.errors import ArgumentError, RunError
 from longspan.core.log import get_logger
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.requests import Answer, Request, before_stop
+from longspan.infer.thinking import split_thoughts
 
 KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
 """Protocol of each provider, the part of a model's name before the colon."""
 _TOKEN_ID = "token_id:"
+_CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+"""Tells a server that the last message, the assistant's, is the beginning of the answer."""
 _log = get_logger("infer")
 
 
@@ -130,13 +133,19 @@ class RemoteAnswerer:
         self.client.close()
 
     def _chat_request(self, request: Request) -> ChatRequest:
-        chats = request.messages is not None and self.client.endpoint.kind != "completions"
+        kind = self.client.endpoint.kind
+        chats = request.messages is not None and kind != "completions"
+        messages = tuple(request.messages or ()) if chats else ()
+        begun = kind == "chat" and bool(messages) and messages[-1]["role"] == "assistant"
+        # A server looks for stop texts in thoughts too, and whether a chat's model thinks may not be known.
+        thinks = ("expected", "opened") if kind == "completions" else ("unknown", "expected", "opened")
         return ChatRequest(
-            messages=tuple(request.messages or ()) if chats else (),
+            messages=messages,
             prompt=None if chats else request.prompt,
             max_tokens=request.max_new_tokens,
             temperature=self._temperature,
-            stop=request.stop,
+            stop=() if request.thinking in thinks else request.stop,
+            extra=_CONTINUE if begun else {},
             prompt_tokens=self._count(request),
         )
 
@@ -188,15 +197,31 @@ class RemoteAnswerer:
     def _answer(self, request: Request, result: ChatResult) -> Answer:
         if result.error is not None:
             return self._failed(result)
-        text = before_stop(result.text, request.stop)
+        answer, thoughts = self._spoken(request, result)
+        text = before_stop(answer, request.stop)
         return Answer(
             text,
-            finish=result.finish if text == result.text else "stop",
+            finish=result.finish if text == answer else "stop",
             prompt_tokens=result.usage.prompt_tokens,
             completion_tokens=result.usage.completion_tokens,
             cost=result.cost,
             seconds=result.seconds,
+            thoughts=thoughts,
         )
+
+    def _spoken(self, request: Request, result: ChatResult) -> tuple[str, str]:
+        """Return the answer and the thoughts before it.
+
+        A chat's server may part them by itself, so that it alone knows whether a text without marks is thought: it is
+        when a model that thinks was cut short.
+        """
+        continued = self.client.endpoint.kind == "completions"
+        spoken = split_thoughts(result.text, opened=continued and request.thinking == "opened")
+        answer, thoughts = spoken.answer, "\n".join(filter(None, (result.thoughts, spoken.thoughts)))
+        thinks = request.thinking in ("expected", "opened") and not continued
+        if thinks and not thoughts and spoken.answered and result.finish == "length":
+            return "", answer
+        return answer, thoughts
 
     def _scored_answer(self, request: Request, result: ChatResult) -> Answer:
         if result.error is not None:

@@ -12,6 +12,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 Finish = Literal["stop", "length"]
+Thinking = Literal["unknown", "none", "expected", "opened"]
+"""What is known of a model's thoughts before it answers.
+
+unknown     it may think; where marks show it, thoughts are taken off
+none        it was told not to
+expected    it thinks by itself
+opened      the prompt ends inside a block of thoughts
+"""
 
 NOT_FINITE = "the model's output is not a finite number"
 """`Answer.error` of a model whose logits are infinite or no numbers."""
@@ -33,6 +41,8 @@ class Request(NamedTuple):
     """Token ids that end the answer; they are part of `token_ids`, not of the text."""
     answer_ids: np.ndarray | None = None
     """What `score` measures after the prompt, int64 `[answer]`."""
+    thinking: Thinking = "unknown"
+    """Stop texts do not act inside thoughts, and these are no part of the answer."""
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str:
@@ -45,9 +55,9 @@ class Answer(NamedTuple):
     """What a model gave for one request."""
 
     text: str
-    """The answer; of `score`, the most likely token at each position, decoded."""
+    """The answer, without thoughts; of `score`, the most likely token at each position, decoded."""
     token_ids: np.ndarray | None = None
-    """The same as ids, int64 `[answer]`; None where a server does not say."""
+    """All that was written, thoughts too, as ids, int64 `[answer]`; None where a server does not say."""
     finish: Finish | None = None
     """Why generation ended; None for `score`."""
     error: str | None = None
@@ -60,6 +70,17 @@ class Answer(NamedTuple):
     """What a server's answer cost, by the prices that were given; None: no prices."""
     seconds: float = 0.0
     """Time that this answer took beside those it shared work with."""
+    thoughts: str = ""
+    """What the model wrote before its answer, without the marks around it."""
+
+
+def no_answer(answer: Answer) -> str | None:
+    """Return why a generated answer is empty, in a few words that add up; None: it says something."""
+    if answer.text.strip():
+        return None
+    if answer.finish == "length":
+        return "cut while thinking" if answer.thoughts else "cut before an answer"
+    return "thoughts without an answer" if answer.thoughts else "empty answer"
 
 
 class Answerer(Protocol):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +32,24 @@ class ChatPrompt:
     Args:
         template: None takes the tokenizer's own. Else the name of one of its own, a shipped one (llama-2,
             llama-3, mistral, qwen), or a Jinja file.
+        variables: of the template, by name (`enable_thinking`).
+        answer_begins: what is put behind the template's text, as its own: how each answer begins.
 
     Raises:
         DataError: there is no such template, or it does not write the message once and as it is.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        answer_begins: str = "",
+    ) -> None:
         text = find_template(tokenizer.path.parent, template)
         special = _special_of(tokenizer)
+        self._source, self._variables = text, dict(variables or {})
         self._template = Template(text, special)
         self._tokenizer = tokenizer
         self._encoder = _MarkedEncoder(tokenizer)
@@ -45,8 +57,14 @@ class ChatPrompt:
         self._trims = f" {_USER} " not in rendered
         self.before, self.after = self._around(rendered if not self._trims else self._render(_USER))
         """What the template writes before the message and after it, up to the assistant's answer."""
-        identity = [text, special, DATE.isoformat()]
+        self.after += answer_begins
+        further = [self._variables, answer_begins] if self._variables or answer_begins else []
+        identity = [text, special, DATE.isoformat(), *further]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def writes(self, text: str) -> bool:
+        """Return whether the template may write a text: whether it stands in it."""
+        return text in self._source
 
     def text(self, message: str) -> str:
         """Return the text of the prompt."""
@@ -76,7 +94,7 @@ class ChatPrompt:
             {"role": "user", "content": _USER},
             {"role": "assistant", "content": _ANSWER},
         ]
-        after = self._template.render(turns).partition(_ANSWER)[2]
+        after = self._template.render(turns, variables=self._variables).partition(_ANSWER)[2]
         match = self._encoder.special.search(after)
         found = None if match is None else self._tokenizer.token_id(match.group())
         return () if found is None else (found,)
@@ -87,7 +105,9 @@ class ChatPrompt:
         return message.strip() if self._trims else message
 
     def _render(self, content: str) -> str:
-        return self._template.render([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self._template.render(
+            [{"role": "user", "content": content}], add_generation_prompt=True, variables=self._variables
+        )
 
     def _around(self, rendered: str) -> tuple[str, str]:
         content = _USER if self._trims else f" {_USER} "

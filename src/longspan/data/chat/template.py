@@ -90,10 +90,17 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid: {error.message}, line {error.lineno}") from None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the text of a conversation; `{% generation %}` blocks stand between private-use marks.
 
-        `add_generation_prompt` has the template write how an answer of the assistant begins.
+        `add_generation_prompt` has the template write how an answer of the assistant begins; `variables` are further
+        ones that it knows (`enable_thinking`).
 
         Raises:
             MessagesError: the template refuses the conversation (`raise_exception`).
@@ -107,7 +114,7 @@ class Template:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._special,
+                **{**self._special, **(variables or {})},
             )
         except _RefusedError as error:
             raise MessagesError("the chat template refuses the conversation", found=str(error)) from None

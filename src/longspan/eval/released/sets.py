@@ -93,8 +93,8 @@ class ReleasedTask:
         limit: int | None = None,
     ) -> None:
         self._sets = {(each.dataset, each.subtask): each for each in sets}
-        self._form, self._plain = form, PromptForm(form.tokenizer, bos=form.bos)
-        self._chats = form.params()["chat_template"] is not None
+        self._form, self._plain = form, form.plain()
+        self._chats = form.separator == ""
         self._max_length, self._limit = max_length, limit
 
     def params(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class ReleasedTask:
             count = len(each) if self._limit is None else min(len(each), self._limit)
             for number in range(count):
                 longest = min(self._longest(each.rule), each.size(number) // 3 + 256)
-                tokens = longest + each.rule.max_new_tokens
+                tokens = longest + self._form.room(each.rule.max_new_tokens)
                 if self._max_length is not None:
                     tokens = min(tokens, self._max_length)
                 planned.append(
@@ -152,7 +152,7 @@ class ReleasedTask:
     def _longest(self, rule: Rule) -> int:
         limits = [
             rule.max_length,
-            None if self._max_length is None else self._max_length - rule.max_new_tokens,
+            None if self._max_length is None else self._max_length - self._form.room(rule.max_new_tokens),
         ]
         return min([limit for limit in limits if limit is not None], default=1 << 62)
 

@@ -112,7 +112,7 @@ class Ruler:
             "lists": lists_fingerprint(),
             "seed": settings.seed,
             "tokenizer": form.tokenizer.fingerprint,
-            "form": form.params(),
+            "form": {name: value for name, value in form.params().items() if name != "max_new_tokens"},
         }
 
     def params(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Ruler:
         return [
             Planned(
                 (subtask.name, length, sample),
-                length,
+                length + self._form.beyond(subtask.answer_tokens),
                 f"{subtask.name}-{length}" if subtask.shares_start else "",
                 {"subtask": subtask.name, "length": length, "sample": sample, "metric": subtask.metric},
             )
@@ -181,8 +181,9 @@ class Ruler:
             prompt=sample.prompt,
             prompt_ids=sample.prompt_ids,
             messages=details["messages"],
-            max_new_tokens=subtask.answer_tokens,
+            max_new_tokens=self._form.room(subtask.answer_tokens),
             stop_ids=self._form.stop_ids,
+            thinking=details["thinking"],
         )
         fields = {
             "question": details["question"],
@@ -197,7 +198,12 @@ class Ruler:
         draft, request = self._fit(subtask, length, sample, start, per_unit).made
         assert request.prompt_ids is not None
         messages = None if request.messages is None else [dict(message) for message in request.messages]
-        details = {"answers": draft.answers, "question": draft.question, "messages": messages}
+        details = {
+            "answers": draft.answers,
+            "question": draft.question,
+            "messages": messages,
+            "thinking": request.thinking,
+        }
         return CachedSample(request.prompt, request.prompt_ids, details)
 
     def _calibration(self, subtask: Subtask, length: int) -> tuple[float, float]:
@@ -255,19 +261,9 @@ class Ruler:
         return compose.question_answering(data, 0 if sample == CALIBRATION else int(sample), generator, units)
 
     def _request(self, draft: compose.Draft, subtask: Subtask) -> Request:
-        """Return the request; in a chat the beginning of the answer is the assistant's."""
-        if self._form.separator:
-            return self._form.request(
-                draft.prompt + draft.answer_prefix, max_new_tokens=subtask.answer_tokens
-            )
-        request = self._form.request(draft.prompt, max_new_tokens=subtask.answer_tokens)
-        prefix = draft.answer_prefix.strip()
-        assert request.prompt_ids is not None and request.messages is not None
-        begun = self._form.tokenizer.encode(prefix).astype(np.int64)
-        return request._replace(
-            prompt=request.prompt + prefix,
-            prompt_ids=np.concatenate([request.prompt_ids, begun]),
-            messages=[*request.messages, {"role": "assistant", "content": prefix}],
+        """Return the request; where the beginning of the answer stands is the form's to say."""
+        return self._form.request(
+            draft.prompt, answer_prefix=draft.answer_prefix, max_new_tokens=subtask.answer_tokens
         )
 
     def _least(self, subtask: Subtask) -> int:
