@@ -34,6 +34,7 @@ from longspan.cli import eval as evaluation
 from longspan.core.errors import LongspanError, UserError
 from longspan.core.launched import is_first
 from longspan.core.log import setup_logging
+from longspan.core.threads import bound_spinning
 
 app = typer.Typer(
     name="longspan",
@@ -107,6 +108,7 @@ INTERRUPTED = 130
 
 def run() -> None:
     """Run the command line and end the process with its exit code."""
+    bound_spinning()  # no command has imported torch yet
     named = only_named(app, sys.argv[1:])
     gc.freeze()  # what is imported by now stays: the collector need not walk it again and again
     try:
