@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+from tests.patience import PATIENCE_SECONDS
+
 
 class Asked(NamedTuple):
     """One request as it arrived."""
@@ -114,7 +116,7 @@ class FakeServer:
         try:
             reply = self._reply(asked)
             if reply.wait is not None:
-                reply.wait.wait(30)
+                reply.wait.wait(PATIENCE_SECONDS)
         finally:
             with self._lock:
                 self.under_way -= 1

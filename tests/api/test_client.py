@@ -11,6 +11,7 @@ from longspan.api import Budget, ChatRequest, Client, Endpoint, Limits, Price
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from tests.api.fake_server import Reply, chat, error, reply_json, serving
 from tests.api.made_clock import MadeClock
+from tests.patience import PATIENCE_SECONDS
 
 TEN = [(number, ChatRequest(prompt=f"question {number}")) for number in range(10)]
 
@@ -100,7 +101,7 @@ def test_a_slow_answer_is_a_timeout_and_asked_again():
     try:
         with (
             serving([chat("late")._replace(wait=held), chat("soon")]) as server,
-            client_of(server, timeout=0.05) as client,
+            client_of(server, timeout=1.0) as client,
         ):
             assert client.ask(ChatRequest(prompt="q")).text == "soon"
             assert client.report().retries == {"timeout": 1}
@@ -192,7 +193,7 @@ def test_what_is_under_way_is_recorded_before_the_error(tmp_path):
         if asked.body["messages"][0]["content"] == "question 0":
             arrived.set()
             return chat("paid for")._replace(wait=held)
-        arrived.wait(10)
+        arrived.wait(PATIENCE_SECONDS)
         threading.Timer(0.02, held.set).start()
         return error(401)
 
@@ -394,7 +395,7 @@ def test_answers_are_given_while_requests_are_still_made():
         while not names and len(made) < 2000:
             made.append(len(made))
             yield made[-1], ChatRequest(prompt=f"question {made[-1]}")
-            time.sleep(0.001)
+            time.sleep(0.01)  # at most 20 s in all
 
     with serving(echo) as server, client_of(server, limits=Limits(concurrency=1000)) as client:
         for name, _ in client.complete(requests()):

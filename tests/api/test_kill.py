@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.fake_server import Asked, FakeServer, Reply, chat, error, serving
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("asking_process.py")
@@ -28,7 +29,7 @@ def start(tmp_path: Path, server: FakeServer, **settings) -> subprocess.Popen:
         "cache": str(tmp_path / "answers.sqlite"),
         "report": str(tmp_path / "report.json"),
         "padding": 0,
-        "timeout": 20.0,
+        "timeout": PATIENCE_SECONDS,
         **settings,
     }
     path = tmp_path / "settings.json"
@@ -44,7 +45,7 @@ def kill_when(process: subprocess.Popen, happened) -> None:
         assert process.poll() is None, "the process ended before it was killed"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait(PATIENCE_SECONDS)
 
 
 def recorded(tmp_path: Path) -> int:
@@ -75,7 +76,7 @@ def test_kill_twice_and_go_on(tmp_path):
             left = count - recorded(tmp_path)
             lived = len(server.asked)
         process = start(tmp_path, server, **settings)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
         assert len(server.asked) - lived == left, "recorded answers are not asked for again, others once"
         asked = Counter(number_of(one) for one in server.asked)
     assert sorted(asked) == list(range(count))
@@ -153,7 +154,7 @@ def test_ten_thousand_requests_to_an_unreliable_server(tmp_path, capsys):
             before = len(server.asked)
             process = start(tmp_path, server, **settings)
             if at is None:
-                assert process.wait(600) == 0
+                assert process.wait(PATIENCE_SECONDS) == 0
             else:
                 kill_when(process, lambda at=at: len(server.asked) >= at)
             times = [one.time for one in server.asked[before:]]

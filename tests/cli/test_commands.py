@@ -13,6 +13,7 @@ import pytest
 
 from longspan.data.mixture import MixturePlan
 from longspan.data.packing import PackPlan
+from tests.patience import PATIENCE_SECONDS
 
 TOKENIZE = "data tokenize texts --tokenizer tokenizer --out store"
 
@@ -197,7 +198,7 @@ def test_interrupt_is_exit_code_130():
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert "interrupted" in err
     assert "Traceback" not in err
@@ -212,7 +213,7 @@ def test_reader_that_goes_away_leaves_no_complaint(store):
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     os.close(write)
     assert "Traceback" not in done.stderr
@@ -254,7 +255,7 @@ run()
 """
     for arguments in ([], ["--json"]):
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
         assert done.returncode == 1
         assert "Traceback" not in done.stderr

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from tests.patience import PATIENCE_SECONDS
+
 RECIPE = """\
 model:
   hf_config:
@@ -23,7 +25,9 @@ def test_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
     code += "sys.argv = 'longspan plan llama-3-8b --context 512k --gpus 8xh100 --json'.split()\n"
     code += "from longspan.cli.main import run; run()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     best = found["arrangements"][0]

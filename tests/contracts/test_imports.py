@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import longspan
+from tests.patience import PATIENCE_SECONDS
 
 PACKAGE = Path(longspan.__file__).parent
 ARCHITECTURE = PACKAGE.parents[1] / "docs" / "architecture.md"
@@ -117,7 +118,7 @@ def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "error", "-c", BLOCK + textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
 
 
@@ -164,7 +165,10 @@ def test_help_loads_no_heavy_module():
             print("HEAVY", sorted(heavy & set(sys.modules)))
         """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
 

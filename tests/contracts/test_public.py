@@ -11,6 +11,7 @@ import typer.main
 
 import longspan
 from longspan.cli.main import app
+from tests.patience import PATIENCE_SECONDS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -101,7 +102,10 @@ def test_documentation_shows_commands_that_exist():
 
 def test_module_is_the_command():
     done = subprocess.run(
-        [sys.executable, "-m", "longspan", "--version"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "longspan", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.stdout == f"longspan {longspan.__version__}\n"
 

@@ -21,6 +21,7 @@ from longspan.core.files import (
     sha256_file,
     write_json,
 )
+from tests.patience import PATIENCE_SECONDS
 
 
 def python(code: str, *arguments: object, limit: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -32,7 +33,7 @@ def python(code: str, *arguments: object, limit: int | None = None) -> subproces
         [sys.executable, "-c", prologue + textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import DataError, RunError
 from longspan.core.records import JsonlWriter, read_jsonl
+from tests.patience import PATIENCE_SECONDS
 
 RECORDS = [{"id": "a", "score": 1.0}, {"id": "\u00e9\u4e2d", "score": None}, {"id": "c\n", "list": [1, {}]}]
 
@@ -109,7 +110,7 @@ def test_full_disk_takes_no_half_line(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "r.jsonl")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.stderr == ""
     assert "cannot write" in done.stdout

@@ -20,6 +20,7 @@ from longspan.data import fetch as module
 from longspan.data.fetch import fetch
 from longspan.data.readers import read_documents
 from tests.data.hub_stand_in import hub_at
+from tests.patience import PATIENCE_SECONDS
 
 CONTENT = {
     "data/train-00000-of-00002.jsonl": b'{"text": "one"}\n' * 500,
@@ -332,7 +333,9 @@ def test_killed_download_goes_on(tmp_path: Path) -> None:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_bytes(data)
     arguments = [str(tmp_path / "set"), str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out" / module.MANIFEST).exists()
     assert len(list((tmp_path / "out").rglob("*.part"))) == 1

@@ -26,6 +26,7 @@ from longspan.data.token_files import MEGATRON_MAGIC, read_datatrove, read_megat
 from longspan.data.verify import verify
 from tests.data.test_materialize import TOKENIZER, make_plan, make_store
 from tests.data.test_stores import documents
+from tests.patience import PATIENCE_SECONDS
 
 DOCUMENTS = [[1, 10, 11, 2], [12, 13], [1, 2], [14, 2, 15, 2]]
 """1 is BOS and 2 is EOS."""
@@ -227,6 +228,6 @@ PYTHON = os.environ.get("LONGSPAN_DATATROVE_PYTHON")
 @pytest.mark.skipif(not PYTHON, reason="LONGSPAN_DATATROVE_PYTHON does not name a Python with datatrove")
 def test_what_datatrove_writes(tmp_path: Path) -> None:
     """Guards against reading our own idea of the formats."""
-    subprocess.run([str(PYTHON), "-c", WRITE, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([str(PYTHON), "-c", WRITE, str(tmp_path)], check=True, timeout=PATIENCE_SECONDS)
     for name in ("2.ds", "4.ds", "2.bin", "4.idx"):
         assert ids_of(import_tokens(tmp_path / name, tmp_path / f"store-{name}", TOKENIZER)) == UNFRAMED

@@ -28,6 +28,7 @@ from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
 from longspan.data.row_formats import FORMATS
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, TokenStoreWriter
+from tests.patience import PATIENCE_SECONDS
 
 TOKENIZER = SimpleNamespace(fingerprint="0" * 16, vocab_size=50_000, bos_id=1, eos_id=2, pad_id=3)
 
@@ -201,7 +202,7 @@ def test_ray_writes_the_same(tmp_path: Path) -> None:
         "materialize(sys.argv[1], sys.argv[2], executor=RayExecutor(num_workers=2), piece_bytes=2000)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "plan"), str(tmp_path / "ray")]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
     assert tree_hash(tmp_path / "ray") == tree_hash(tmp_path / "one")
 
 
@@ -241,7 +242,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     store = make_store(tmp_path / "store", [50] * 40)
     make_plan(tmp_path / "plan", [store], length=64)
     arguments = [str(tmp_path / "plan"), str(tmp_path / "rows")]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=60)
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=PATIENCE_SECONDS)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / "rows").exists()
     written = []

@@ -18,6 +18,7 @@ from longspan.data.materialize import materialize
 from longspan.data.packed_stores import PackedRows
 from longspan.data.store import MDSDirectory
 from tests.data.test_materialize import make_plan, make_store
+from tests.patience import PATIENCE_SECONDS
 
 PYTHON = os.environ.get("LONGSPAN_STREAMING_PYTHON")
 pytestmark = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def run(program: str, *arguments: object) -> str:
     """Run a program in the other environment and return what it prints."""
     assert PYTHON
     command = [PYTHON, "-W", "ignore", "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

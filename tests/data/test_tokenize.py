@@ -22,6 +22,7 @@ from longspan.data.job_lock import JobLock
 from longspan.data.tokenize import CorpusJob, document_key, encode, token_weights, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module
 from longspan.data.tokenizer import Tokenizer, engine, load_tokenizer
+from tests.patience import PATIENCE_SECONDS
 
 Write = Callable[..., Path]
 
@@ -145,7 +146,7 @@ def test_dead_worker_is_a_run_error(corpus: Path, tokenizer: Tokenizer, tmp_path
     script.write_text(DEAD_WORKER)
     arguments = [str(corpus), str(tokenizer.path), str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=60
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS
     )
     assert "a worker process died" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "dead.py"]

@@ -25,6 +25,7 @@ from longspan.data.tokenize import CorpusJob, groups, sampling, tokenize_corpus,
 from longspan.data.tokenize import corpus as corpus_module
 from longspan.data.tokenizer import Tokenizer
 from tests.data.test_tokenize import files_of
+from tests.patience import PATIENCE_SECONDS
 
 Write = Callable[..., Path]
 UNIT_BYTES = 3000
@@ -112,9 +113,9 @@ def test_jobs_wait_for_those_that_deal(
 
     def deal(job: Any, unit: Any) -> Any:
         if unit.number < 3:
-            begun.wait(30)
+            begun.wait(PATIENCE_SECONDS)
         if unit.number == 2:
-            may_end.wait(30)
+            may_end.wait(PATIENCE_SECONDS)
         return deal_unit(job, unit)
 
     def make(job: Any, unit: Any) -> Any:
@@ -272,7 +273,11 @@ def test_ray_makes_the_same_store(corpus: list[Path], tokenizer: Tokenizer, tmp_
     arguments = [str(tmp_path / "corpus"), str(tokenizer.path), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     subprocess.run(
-        [sys.executable, "-c", RAY, *arguments], check=True, capture_output=True, timeout=200, env=environment
+        [sys.executable, "-c", RAY, *arguments],
+        check=True,
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+        env=environment,
     )
     for kind, settings in KINDS.items():
         one = tokenize_corpus([tmp_path / "corpus"], tokenizer, tmp_path / kind, **settings)
@@ -301,7 +306,9 @@ def test_ray_gives_a_gpu_to_who_asks_for_one() -> None:
     """Ray hides all GPUs from tasks that ask for none: teachers ran on CPUs beside idle GPUs."""
     pytest.importorskip("ray", reason="the ray package is not installed")
     command = [sys.executable, "-c", RAY_GPUS]
-    said = subprocess.run(command, check=True, capture_output=True, timeout=200, text=True).stdout
+    said = subprocess.run(
+        command, check=True, capture_output=True, timeout=PATIENCE_SECONDS, text=True
+    ).stdout
     with_gpus, without = json.loads(said.splitlines()[-1])
     assert with_gpus[0] == 2 and set(with_gpus[1:]) <= {"0", "1"}
     assert without[1:] == ["", "", ""]

@@ -18,6 +18,7 @@ from longspan.infer.local import LocalAnswerer
 from longspan.infer.plain import PlainAnswerer
 from longspan.infer.requests import Answer
 from tests.eval.conftest import make_text
+from tests.patience import PATIENCE_SECONDS
 
 needs_lm_eval = pytest.mark.skipif(
     __import__("importlib.util").util.find_spec("lm_eval") is None,
@@ -341,7 +342,7 @@ def test_without_network_and_data_there_is_one_message(tmp_path):
     )
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=settings
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=settings
     )
     assert done.stdout.startswith("DataError the data of mmlu_anatomy could not be loaded"), done.stderr
     assert "--data-root" in done.stdout
@@ -407,7 +408,9 @@ def test_without_lm_eval_the_message_says_what_to_install(monkeypatch, tokenizer
 def test_the_bridge_is_imported_only_when_asked_for():
     """lm-eval takes seconds to import."""
     code = "import longspan.eval.harness, sys; print('lm_eval' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 

@@ -15,6 +15,7 @@ from longspan.eval.records import read_records
 from longspan.eval.rescoring import rescore
 from longspan.eval.runner import run_task
 from tests.eval.answerers import Knowing
+from tests.patience import PATIENCE_SECONDS
 
 SENTENCE = "Forty eight thousand"
 
@@ -97,5 +98,7 @@ def test_needs_no_torch(recorded: Path, tmp_path: Path) -> None:
         "from longspan.eval.rescoring import rescore\n"
         f"print(rescore({str(recorded)!r}, 'contains', {str(tmp_path / 'again.jsonl')!r})['mean'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert done.stdout.strip() == "1.0", done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,15 +15,16 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
+from tests.ports import free_port
+
 
 @contextmanager
 def transformers_serving(folder: Path, *, log: Path) -> Iterator[str]:
     """`transformers serve FOLDER` on a free port of this machine; its address."""
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason=f"transformers serve needs {package}: pip install -e '.[dev]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -33,7 +33,7 @@ def transformers_serving(folder: Path, *, log: Path) -> Iterator[str]:
             [*command, "--device", "cpu", "--dtype", "float32"], stdout=file, stderr=file, env=environment
         )
     try:
-        for _ in range(2400):
+        for _ in range(int(PATIENCE_SECONDS / 0.05)):
             assert process.poll() is None, log.read_text()
             try:
                 with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
@@ -46,4 +46,4 @@ def transformers_serving(folder: Path, *, log: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_SECONDS)

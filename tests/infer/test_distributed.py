@@ -26,6 +26,7 @@ from longspan.infer.distributed import Member, join_ranks
 from longspan.infer.opening import Source, load_source, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request
 from longspan.infer.spread import plan_trunks
+from tests.patience import PATIENCE_SECONDS
 
 
 def save_model(path: Path, *, seed: int, sliding_window: int | None = None) -> Tokenizer:
@@ -328,7 +329,9 @@ def test_processes_of_torchrun_are_used(folder: Folder, tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     found = [
-        subprocess.run([*command, str(script), folder.path], capture_output=True, text=True, timeout=300)
+        subprocess.run(
+            [*command, str(script), folder.path], capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
         for command in ([*torchrun, "2"], [*torchrun, "3"])
     ]
     assert found[0].returncode == 0, found[0].stderr

@@ -17,6 +17,7 @@ from longspan.models.hf import Documents, build_model, hidden_states, lm_head_we
 from longspan.parallel.fsdp import full_tensor, shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
+from tests.patience import PATIENCE_SECONDS
 
 LAYERS, TOKENS, HIDDEN = 4, 90, 48
 TINY = {
@@ -230,7 +231,7 @@ def sharded_error(rank: int) -> dict[str, float]:
     for row in range(2):
         projection(whole, row).backward()
     truth = {name: parameter.grad for name, parameter in whole.base_model.named_parameters()}
-    mesh = build_mesh(MeshConfig(dp_shard=2), "cpu", timeout_seconds=100).fsdp
+    mesh = build_mesh(MeshConfig(dp_shard=2), "cpu", timeout_seconds=PATIENCE_SECONDS).fsdp
     worst = {}
     for mode, tile_tokens, offload, dtype in [
         ("none", 16, False, None),
@@ -254,7 +255,7 @@ def sharded_error(rank: int) -> dict[str, float]:
 
 def test_composes_with_fsdp2() -> None:
     """Gradients must be reduced once and be the sums over ranks, whatever is kept and computed again."""
-    for errors in spawn_local(sharded_error, 2, timeout_seconds=200):
+    for errors in spawn_local(sharded_error, 2, timeout_seconds=PATIENCE_SECONDS):
         assert len(errors) == 6
         for combination, error in errors.items():
             assert error <= (3e-2 if "bfloat16" in combination else 1e-5), (combination, error)

@@ -19,6 +19,7 @@ from longspan.models.hf import enable
 from longspan.models.sharding import SCHEDULE_ATTRIBUTE, shard_batch
 from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.shards import SequenceShards
+from tests.patience import PATIENCE_SECONDS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_loop.py"
 
@@ -42,7 +43,9 @@ def losses(*words: str, processes: int) -> list[float]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, f"--nproc-per-node={processes}", *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, env=environment, check=False
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     return [float(number) for number in re.findall(r"loss ([\d.]+)", run.stdout)]
 

@@ -10,6 +10,7 @@ from longspan.core.errors import ArgumentError
 from longspan.parallel.fsdp import full_tensor, shard_like, shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
+from tests.patience import PATIENCE_SECONDS
 
 
 class Block(nn.Module):
@@ -49,7 +50,7 @@ def compare_all(rank: int, cases: list[tuple[MeshConfig, bool]]) -> list[float]:
 
 def compare(rank: int, settings: MeshConfig, offload: bool) -> float:
     """Return the largest difference of gradients, norm and a step from one process with all ranks' tokens."""
-    mesh = build_mesh(settings, "cpu", timeout_seconds=30)
+    mesh = build_mesh(settings, "cpu", timeout_seconds=PATIENCE_SECONDS)
     assert mesh.fsdp is not None
     ids = torch.arange(16).remainder(11)
     worst = 0.0
@@ -83,7 +84,7 @@ def test_gradients_are_sums_over_ranks() -> None:
         (MeshConfig(dp_shard=2, cp_ring=2), False),
         (MeshConfig(dp_replicate=2, cp_ulysses=2), True),
     ]
-    for differences in spawn_local(compare_all, 4, cases, timeout_seconds=90):
+    for differences in spawn_local(compare_all, 4, cases, timeout_seconds=PATIENCE_SECONDS):
         assert max(differences) < 1e-5
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, ConfigError, RunError
 from longspan.parallel.launch import lost_ranks, on_first_rank, process_group, spawn_local
+from tests.patience import PATIENCE_SECONDS
 
 
 def behave(rank: int, fate: str) -> Any:
@@ -45,7 +46,7 @@ def first(rank: int) -> list[Any]:
 
 def test_results_come_back_by_rank() -> None:
     """Tensors are sent as shared memory: it must outlive the process that made it."""
-    results = spawn_local(behave, 2, "sum", timeout_seconds=60)
+    results = spawn_local(behave, 2, "sum", timeout_seconds=PATIENCE_SECONDS)
     assert [result.tolist() for result in results] == [[3.0], [3.0]]
 
 
@@ -55,12 +56,12 @@ def test_results_come_back_by_rank() -> None:
 def test_the_rank_that_failed_is_named_and_the_others_are_ended(fate: str, found: str) -> None:
     """The peers of a dead rank fail too, with what gloo says: that is not the reason."""
     with pytest.raises(RunError, match=found):
-        spawn_local(behave, 2, fate, timeout_seconds=60)
+        spawn_local(behave, 2, fate, timeout_seconds=PATIENCE_SECONDS)
 
 
 def test_what_the_first_rank_does_all_know() -> None:
     """Other ranks that go on after the first one was refused wait for it until the timeout."""
-    results = spawn_local(first, 2, timeout_seconds=60)
+    results = spawn_local(first, 2, timeout_seconds=PATIENCE_SECONDS)
     assert results[0] == results[1]
     assert results[0][0] == "said by 0"
     assert "the folder is taken" in results[0][1] and "use another" in results[0][1]
@@ -74,9 +75,9 @@ def test_no_process_is_a_mistake() -> None:
 
 def test_one_process_needs_no_group_unless_asked() -> None:
     """A group left behind is found by the next run in the process, with the wrong size."""
-    with process_group(timeout_seconds=5) as device:
+    with process_group(timeout_seconds=PATIENCE_SECONDS) as device:
         assert not dist.is_initialized() and device.type in ("cpu", "cuda")
-    with process_group(timeout_seconds=5, always=True):
+    with process_group(timeout_seconds=PATIENCE_SECONDS, always=True):
         assert dist.get_world_size() == 1
     assert not dist.is_initialized()
 
@@ -105,7 +106,7 @@ with Watchdog(0.5) as dog:
 def test_the_watchdog_ends_a_process_that_is_stuck_in_python() -> None:
     """No timeout of a collective fires where none is called."""
     done = subprocess.run(
-        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )
     assert done.returncode == 1
     assert "no progress for 0.5 s (turning)" in done.stderr

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from longspan.core.errors import ArgumentError, RunError
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh, check_same_batch
+from tests.patience import PATIENCE_SECONDS
 
 
 def members(group: dist.ProcessGroup | None) -> list[int]:
@@ -20,23 +21,23 @@ def members(group: dist.ProcessGroup | None) -> list[int]:
 def describe(rank: int) -> dict[str, Any]:
     """Build two meshes over 4 processes and say who this process is with."""
     found: dict[str, Any] = {}
-    mesh = build_mesh(MeshConfig(dp_shard=2, cp_ulysses=2), "cpu", timeout_seconds=30)
+    mesh = build_mesh(MeshConfig(dp_shard=2, cp_ulysses=2), "cpu", timeout_seconds=PATIENCE_SECONDS)
     found["dp x ulysses"] = (mesh.dp_rank, mesh.cp_rank, members(mesh.dp_group), members(mesh.ulysses_group))
     assert mesh.fsdp is not None and mesh.ring_group is None and mesh.tp_group is None
     found["shards"] = mesh.fsdp.mesh.tolist()
-    mesh = build_mesh(MeshConfig(dp_replicate=2, cp_ring=2), "cpu", timeout_seconds=30)
+    mesh = build_mesh(MeshConfig(dp_replicate=2, cp_ring=2), "cpu", timeout_seconds=PATIENCE_SECONDS)
     assert mesh.fsdp is not None
     found["replicas"] = (mesh.fsdp.mesh.tolist(), mesh.fsdp.mesh_dim_names)
-    mesh = build_mesh(MeshConfig(cp_ring=2, cp_ulysses=2), "cpu", timeout_seconds=30)
+    mesh = build_mesh(MeshConfig(cp_ring=2, cp_ulysses=2), "cpu", timeout_seconds=PATIENCE_SECONDS)
     found["usp"] = (mesh.cp_rank, mesh.cp_size, members(mesh.ring_group), members(mesh.ulysses_group))
-    mesh = build_mesh(MeshConfig(dp_shard=2, tp=2), "cpu", timeout_seconds=30)
+    mesh = build_mesh(MeshConfig(dp_shard=2, tp=2), "cpu", timeout_seconds=PATIENCE_SECONDS)
     assert mesh.fsdp is not None
     found["tp"] = (members(mesh.tp_group), mesh.fsdp.mesh.tolist())
     return found
 
 
 def compare(rank: int) -> list[str]:
-    mesh = build_mesh(MeshConfig(cp_ring=3), "cpu", timeout_seconds=30)
+    mesh = build_mesh(MeshConfig(cp_ring=3), "cpu", timeout_seconds=PATIENCE_SECONDS)
     ids = np.arange(6)
     check_same_batch(mesh, [ids, np.array([0, 6])])
     messages = []
@@ -50,7 +51,7 @@ def compare(rank: int) -> list[str]:
 
 def test_groups_are_those_of_the_degrees() -> None:
     """Swapped degrees run, with another order of tokens than the layout's: only the groups show it."""
-    ranks = spawn_local(describe, 4, timeout_seconds=60)
+    ranks = spawn_local(describe, 4, timeout_seconds=PATIENCE_SECONDS)
     assert [rank["dp x ulysses"] for rank in ranks] == [
         (0, 0, [0, 2], [0, 1]),
         (0, 1, [1, 3], [0, 1]),
@@ -75,7 +76,7 @@ def test_groups_are_those_of_the_degrees() -> None:
 
 def test_ranks_that_read_different_rows_are_named() -> None:
     """With different rows on the ranks of one sequence everything runs, and nothing that is learnt makes sense."""
-    for messages in spawn_local(compare, 3, timeout_seconds=60):
+    for messages in spawn_local(compare, 3, timeout_seconds=PATIENCE_SECONDS):
         assert len(messages) == 2
         assert all("ranks 1 hold another batch than rank 0" in message for message in messages)
 

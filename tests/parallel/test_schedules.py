@@ -18,6 +18,7 @@ from longspan.parallel.schedules.dist_flash import blocks_at
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.shards import SequenceShards
+from tests.patience import PATIENCE_SECONDS
 
 
 def test_the_certificate_holds_on_two_and_four_ranks() -> None:
@@ -25,7 +26,7 @@ def test_the_certificate_holds_on_two_and_four_ranks() -> None:
     names = [name for name in SCHEDULES if name != "none"]
     errors: dict[str, dict[int, list[float]]] = {}
     for world in (2, 4):
-        results, half = spawn_local(certify.certify_world, world, names, timeout_seconds=400.0)[0]
+        results, half = spawn_local(certify.certify_world, world, names, timeout_seconds=PATIENCE_SECONDS)[0]
         failed = [result for result in results if result.passed is False]
         assert not failed, failed[:3]
         impossible = {(r.cell.schedule, r.reason) for r in results if r.reason}
@@ -70,7 +71,7 @@ def _broken(rank: int, fault: str) -> tuple[int, int]:
 @pytest.mark.parametrize(("fault", "leaks"), [("rounds", False), ("leaks", True), ("forgets", False)])
 def test_the_certificate_fails_a_wrong_schedule(fault: str, leaks: bool) -> None:
     """Guards the proof itself: bf16 in the merge, a mask without documents, a lost key gradient are all found."""
-    failed, leaking = spawn_local(_broken, 2, fault, timeout_seconds=200.0)[0]
+    failed, leaking = spawn_local(_broken, 2, fault, timeout_seconds=PATIENCE_SECONDS)[0]
     assert failed > 0
     assert (leaking > 0) == leaks
 
@@ -92,7 +93,7 @@ def _not_a_number(rank: int) -> set[str]:
 
 def test_the_certificate_fails_what_is_not_a_number() -> None:
     """Guards against `max`, which passes over a NaN that is not the first: a NaN gradient was certified."""
-    assert spawn_local(_not_a_number, 2, timeout_seconds=200.0) == [set(), set()]
+    assert spawn_local(_not_a_number, 2, timeout_seconds=PATIENCE_SECONDS) == [set(), set()]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def _needed_bytes(rank: int) -> tuple[dict[str, int], dict[str, int]]:
 
 def test_all_gather_sends_only_what_is_needed() -> None:
     """Guards against gathering keys that no query of the rank may see."""
-    ranks = spawn_local(_needed_bytes, 4, timeout_seconds=100.0)
+    ranks = spawn_local(_needed_bytes, 4, timeout_seconds=PATIENCE_SECONDS)
     whole, nothing = ranks[0]
     # 3 others, 2 heads, keys and values, 16 tokens of 8 numbers of 4 bytes.
     assert whole == {"all_gather": 3 * 2 * 2 * 16 * 8 * 4}

@@ -18,6 +18,7 @@ import yaml
 from longspan.core.records import read_jsonl
 from longspan.synth import load_set
 from tests.api.fake_server import Asked, FakeServer, Reply, error, serving
+from tests.patience import PATIENCE_SECONDS
 from tests.synth.conftest import SMALL, write_documents
 from tests.synth.writer import Writer, document, is_known, question
 
@@ -40,7 +41,7 @@ def start(words: list[str]) -> subprocess.Popen:
 
 def finish(words: list[str]) -> None:
     process = start(words)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, said.decode()
 
 

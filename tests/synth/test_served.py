@@ -10,6 +10,7 @@ from longspan.synth import SynthJob, UsedDocuments, require_samples
 
 # The server and its model are those of the client's own tests.
 from tests.infer.test_remote import folder, transformers_serve  # noqa: F401
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.mark.slow
@@ -25,7 +26,7 @@ def test_transformers_serve_is_asked_and_all_is_rejected_with_reasons(
     answers = tmp_path / "answers.sqlite"
 
     def run(model: str):
-        endpoint = Endpoint(model=model, base_url=transformers_serve, timeout=60)
+        endpoint = Endpoint(model=model, base_url=transformers_serve, timeout=PATIENCE_SECONDS)
         limits = Limits(concurrency=2, max_attempts=2, backoff_seconds=0.1)
         with Client(endpoint, limits=limits, cache=answers) as client:
             summary = SynthJob(settings, tmp_path / "out", student, client=client, used=used).run()

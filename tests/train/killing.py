@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -24,6 +23,7 @@ import torch
 from longspan.core.records import JsonlWriter
 from longspan.train import checkpoint, trainer
 from longspan.train.config import TrainConfig
+from tests.ports import free_port
 
 
 class Moments:
@@ -93,9 +93,7 @@ def stop_after(last: int) -> None:
 
 def run(job: dict[str, Any]) -> list[int | None]:
     """Fork the ranks of a job; when one is killed, so are the others."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
+    port = free_port()
     told = [Path(f"{job['out']}.rank{rank}") for rank in range(job["world"])]
     ranks = {}
     for rank, file in enumerate(told):

@@ -20,6 +20,7 @@ from longspan.parallel.launch import spawn_local
 from longspan.train import checkpoint
 from longspan.train.checkpoint import Checkpointer, Progress, load_latest, read_checkpoint
 from longspan.train.shard_files import Part, PartFiles, write_parts
+from tests.patience import PATIENCE_SECONDS
 
 MODEL = "model-00000-of-00001.safetensors"
 
@@ -184,7 +185,7 @@ def broken(path: Path, parts: object) -> None:
 
 def test_two_ranks_write_their_parts_and_fail_together(tmp_path: Path) -> None:
     """A rank that goes on while another could not write takes half a checkpoint for a whole one."""
-    told = spawn_local(write_and_break, 2, str(tmp_path), timeout_seconds=60)
+    told = spawn_local(write_and_break, 2, str(tmp_path), timeout_seconds=PATIENCE_SECONDS)
     assert told[0] == told[1]
     assert "No space left" in told[0][0] and told[0][1] == "step-00000002"
     files = sorted(path.name for path in (tmp_path / "step-00000002").iterdir())

@@ -28,6 +28,7 @@ from longspan.train.metrics import LossBreakdown, StepFlops
 from longspan.train.tracking import scalars
 from longspan.train.trainer import train
 from longspan.train.validation import plan_validation
+from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
 VALIDATION = {"stores": {"held out": "plain"}, "lengths": [8, 24], "windows": 3, "every_steps": 4}
@@ -101,10 +102,13 @@ def validate_on_two(rank: int, runs: list[tuple[dict[str, Any], str]], data_root
 def test_ranks_measure_the_same_perplexity(run: Path, data_root: Path, tmp_path: Path) -> None:
     """Three windows on two data-parallel ranks: one window too many counted, or one rank that waits for ever."""
     runs = [
-        (recipe(validation=VALIDATION, parallel={**degrees, "timeout_seconds": 60}), str(tmp_path / name))
+        (
+            recipe(validation=VALIDATION, parallel={**degrees, "timeout_seconds": PATIENCE_SECONDS}),
+            str(tmp_path / name),
+        )
         for name, degrees in {"data parallel": {"dp_shard": 2}, "ring": {"cp_ring": 2}}.items()
     ]
-    spawn_local(validate_on_two, 2, runs, str(data_root), timeout_seconds=120)
+    spawn_local(validate_on_two, 2, runs, str(data_root), timeout_seconds=PATIENCE_SECONDS)
     for _, out in runs:
         for one, two in zip(
             records(run, "validation.jsonl"), records(Path(out), "validation.jsonl"), strict=True

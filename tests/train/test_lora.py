@@ -17,6 +17,7 @@ from longspan.parallel.launch import spawn_local
 from longspan.train import trainer
 from longspan.train.config import TrainConfig
 from longspan.train.trainer import train
+from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
 LENGTH = 45
@@ -93,13 +94,13 @@ def test_every_schedule_follows_one_process(
 ) -> None:
     """Sharded 4-bit weights that lose their scales, frozen parameters that are reduced, a trained norm's lost sum."""
     runs = {
-        (name, schedule): adapted(base, lora, parallel={**degrees, "timeout_seconds": 60})
+        (name, schedule): adapted(base, lora, parallel={**degrees, "timeout_seconds": PATIENCE_SECONDS})
         for name, lora in CONFIGS.items()
         for schedule, degrees in SCHEDULES.items()
     }
     places = {key: tmp_path / "-".join(key) for key in runs}
     arguments = [(runs[key], str(places[key])) for key in runs]
-    spawn_local(train_all, 2, arguments, str(data_root), timeout_seconds=240)
+    spawn_local(train_all, 2, arguments, str(data_root), timeout_seconds=PATIENCE_SECONDS)
     for (name, _), place in places.items():
         one, many = losses(alone[name]), losses(place)
         assert one[-1] < one[0] - 0.05, "nothing was learnt"
@@ -179,7 +180,7 @@ def test_bfloat16_base_with_float32_adapters_trains_sharded(
             ("offloaded", {"cp_ring": 2}, {"offload_parameters": True}),
         )
     ]  # fmt: skip
-    spawn_local(train_all, 2, runs, str(data_root), timeout_seconds=120)
+    spawn_local(train_all, 2, runs, str(data_root), timeout_seconds=PATIENCE_SECONDS)
     train(
         TrainConfig.from_dict(adapted(base, lora, model={"path": str(base), "dtype": "bfloat16"})),
         tmp_path / "alone",

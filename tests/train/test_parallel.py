@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +21,12 @@ from longspan.parallel.launch import spawn_local
 from longspan.train import trainer
 from longspan.train.config import TrainConfig
 from longspan.train.trainer import train
+from tests.patience import PATIENCE_SECONDS
+from tests.ports import free_port
 from tests.train.conftest import recipe
 
 STEPS = 20
-TIMEOUT = 6.0
+STUCK_SECONDS = 30.0
 
 # Rows of 45 tokens: no layout on 2 or 4 ranks divides them.
 LENGTH = 45
@@ -131,7 +132,7 @@ def test_every_schedule_follows_one_process(
 ) -> None:
     """A loss divided twice, padding that is trained, positions cut twice or a lost gradient leave the curve."""
     runs = [
-        (spread_recipe(parallel={**degrees, "timeout_seconds": 60}), str(tmp_path / name))
+        (spread_recipe(parallel={**degrees, "timeout_seconds": PATIENCE_SECONDS}), str(tmp_path / name))
         for name, degrees in cases.items()
     ]
     # A RoPE by the length: the ranks see different positions, and only the first loads the model.
@@ -139,7 +140,7 @@ def test_every_schedule_follows_one_process(
         name: LONGROPE | {"parallel": cases[name]} for name in ("data parallel", "ulysses") if name in cases
     }
     runs += [(values, str(tmp_path / f"longrope, {name}")) for name, values in varying.items()]
-    spawn_local(train_all, world, runs, str(data_root), timeout_seconds=240)
+    spawn_local(train_all, world, runs, str(data_root), timeout_seconds=PATIENCE_SECONDS)
     for name in cases:
         follows(alone, tmp_path / name)
     if varying:
@@ -167,9 +168,9 @@ def train_and_die(rank: int, values: dict[str, Any], out: str, data_root: str) -
 def test_a_run_goes_on_with_another_number_of_processes(data_root: Path, tmp_path: Path, alone: Path) -> None:
     """Checkpoints hold whole tensors and a row position, so nothing in them says how many processes there were."""
     out = tmp_path / "run"
-    two = spread_recipe(parallel={"cp_ring": 2, "timeout_seconds": 30})
+    two = spread_recipe(parallel={"cp_ring": 2, "timeout_seconds": PATIENCE_SECONDS})
     with pytest.raises(RunError, match="rank 1 of 2 died"):
-        spawn_local(train_and_die, 2, two, str(out), str(data_root), timeout_seconds=60)
+        spawn_local(train_and_die, 2, two, str(out), str(data_root), timeout_seconds=PATIENCE_SECONDS)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000010"]
     train(TrainConfig.from_dict(spread_recipe()), out, data_root=data_root)
     follows(alone, out)
@@ -179,8 +180,8 @@ def test_a_run_goes_on_with_another_number_of_processes(data_root: Path, tmp_pat
     for stale in (back / "checkpoints" / "step-00000020", back / "stages"):
         shutil.rmtree(stale)
     (back / "COMPLETE").unlink()
-    sharded = spread_recipe(parallel={"dp_shard": 2, "timeout_seconds": 30})
-    spawn_local(train_all, 2, [(sharded, str(back))], str(data_root), timeout_seconds=60)
+    sharded = spread_recipe(parallel={"dp_shard": 2, "timeout_seconds": PATIENCE_SECONDS})
+    spawn_local(train_all, 2, [(sharded, str(back))], str(data_root), timeout_seconds=PATIENCE_SECONDS)
     follows(alone, back)
 
 
@@ -198,7 +199,7 @@ def test_memory_settings_change_no_losses_and_muon_takes_sharded_matrices(
         ),
         ({**muon, "parallel": {"dp_shard": 2}}, str(tmp_path / "muon")),
     ]
-    spawn_local(train_all, 2, runs, str(data_root), timeout_seconds=120)
+    spawn_local(train_all, 2, runs, str(data_root), timeout_seconds=PATIENCE_SECONDS)
     follows(alone, tmp_path / "saving")
     # Rounded to 8 bits, but learning: the weights themselves are not rounded.
     assert curve(tmp_path / "bf16") == pytest.approx(curve(alone), abs=0.02)
@@ -257,7 +258,9 @@ def test_what_does_not_fit_the_processes_is_refused_before_anything_is_written(
         spread_recipe(parallel={"cp_ring": 2, "schedule": "striped", "layout": "zigzag"}),
         spread_recipe(parallel={"tp": 2}),
     ]
-    messages = spawn_local(refusals, 2, cases, str(tmp_path / "run"), str(data_root), timeout_seconds=60)
+    messages = spawn_local(
+        refusals, 2, cases, str(tmp_path / "run"), str(data_root), timeout_seconds=PATIENCE_SECONDS
+    )
     assert messages[0] == messages[1] and len(messages[0]) == len(cases)
     expected = [
         ["cp_ring 3", "= 3, but 2 processes", "choose degrees whose product is 2"],
@@ -300,12 +303,11 @@ run()
 @pytest.mark.parametrize("fate", ["killed", pytest.param("stuck", marks=pytest.mark.slow)])
 def test_a_lost_rank_ends_all_with_a_message(data_root: Path, tmp_path: Path, fate: str) -> None:
     """A run that waits for ever for a rank that is gone costs all its machines, and says nothing."""
-    (data_root / f"{fate}.yaml").write_text(
-        yaml.safe_dump(spread_recipe(parallel={"cp_ring": 2, "timeout_seconds": TIMEOUT}))
-    )
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = str(listening.getsockname()[1])
+    # A lost rank is noticed at once; who waits for one that is stuck must have found it first, on a slow machine too.
+    seconds = PATIENCE_SECONDS if fate == "killed" else STUCK_SECONDS
+    recipe_of_two = spread_recipe(parallel={"cp_ring": 2, "timeout_seconds": seconds})
+    (data_root / f"{fate}.yaml").write_text(yaml.safe_dump(recipe_of_two))
+    port = str(free_port())
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     ranks = [
         subprocess.Popen(
@@ -317,7 +319,7 @@ def test_a_lost_rank_ends_all_with_a_message(data_root: Path, tmp_path: Path, fa
         )
         for rank in range(2)
     ]  # fmt: skip
-    ends = [rank.communicate(timeout=5 * TIMEOUT)[1] for rank in ranks]
+    ends = [rank.communicate(timeout=PATIENCE_SECONDS)[1] for rank in ranks]
     assert ranks[0].returncode == 1, ends[0]
     assert "Traceback" not in ends[0]
     assert "error: rank 0 of 2 lost the others while training" in ends[0]
@@ -333,9 +335,7 @@ def test_a_lost_rank_ends_all_with_a_message(data_root: Path, tmp_path: Path, fa
 def test_a_mistake_is_told_once_and_srun_starts_processes_too(data_root: Path, tmp_path: Path) -> None:
     """Eight processes that say the same thing hide it; tasks of srun that do not find each other train eight runs."""
     (data_root / "wrong.yaml").write_text(yaml.safe_dump(spread_recipe(parallel={"dp_shard": 2}, seed=1)))
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = str(listening.getsockname()[1])
+    port = str(free_port())
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": port, **step}
     command = [
@@ -356,7 +356,7 @@ def test_a_mistake_is_told_once_and_srun_starts_processes_too(data_root: Path, t
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = [task.communicate(timeout=120)[1] for task in tasks]
+    told = [task.communicate(timeout=PATIENCE_SECONDS)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [2, 2], told
     assert "do not divide among the data-parallel processes" in told[0]
     assert "error" not in told[1]

@@ -27,6 +27,7 @@ from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.train.batch import IGNORE, Batch
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.recurrent import recurrent_step
+from tests.patience import PATIENCE_SECONDS
 
 TINY = {
     "model_type": "llama",
@@ -320,7 +321,7 @@ def sharded_errors(rank: int) -> list[float]:
     for batch in batches:
         at_once(model, batch, 200.0)
     truth = gradients(model)
-    mesh = build_mesh(MeshConfig(dp_shard=2), "cpu", timeout_seconds=100).fsdp
+    mesh = build_mesh(MeshConfig(dp_shard=2), "cpu", timeout_seconds=PATIENCE_SECONDS).fsdp
     assert mesh is not None
     root = ModelWithLoss(enable_checkpointing(model, "full"))
     shard_model(root, mesh)
@@ -333,5 +334,5 @@ def sharded_errors(rank: int) -> list[float]:
 
 def test_composes_with_fsdp2() -> None:
     """Ranks gather parameters together: one whose documents need no first walk must not leave the other waiting."""
-    for errors in spawn_local(sharded_errors, 2, timeout_seconds=200):
+    for errors in spawn_local(sharded_errors, 2, timeout_seconds=PATIENCE_SECONDS):
         assert len(errors) > 20 and max(errors) <= 1e-5, errors

@@ -24,6 +24,7 @@ from longspan.data.store import TokenStore
 from longspan.models.hf import build_model, save_model
 from longspan.train import trainer
 from longspan.train.config import TrainConfig
+from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
 DRIVER = Path(__file__).with_name("killing.py")
@@ -39,7 +40,7 @@ def kill_and_go_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]
     with errors.open("w") as stderr:
         driver = subprocess.Popen(
             [sys.executable, str(DRIVER)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -88,7 +89,9 @@ def test_killed_runs_of_two_ranks_go_on_with_the_same_bits(
     One of two ranks gets SIGKILL at a random moment out of all that it lives through; the other goes with it.
     """
     common = {
-        "recipe": write_recipe(tmp_path, "two", parallel={"dp_shard": 2, "timeout_seconds": 60}),
+        "recipe": write_recipe(
+            tmp_path, "two", parallel={"dp_shard": 2, "timeout_seconds": PATIENCE_SECONDS}
+        ),
         "data_root": str(data_root),
         "world": 2,
     }
@@ -177,7 +180,8 @@ def test_one_two_and_four_ranks_share_a_run(data_root: Path, tmp_path: Path, kil
         {
             **job, "world": world, "stop_after_step": stop,
             "recipe": write_recipe(
-                tmp_path, f"world {world}", stages=four, parallel={"dp_shard": world, "timeout_seconds": 60}
+                tmp_path, f"world {world}", stages=four,
+                parallel={"dp_shard": world, "timeout_seconds": PATIENCE_SECONDS},
             ),
         }
         for world, stop in ((1, 4), (2, 8), (4, None))
@@ -236,7 +240,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(
     data_root: Path, tmp_path: Path, kill_and_go_on: Driver
 ) -> None:
     """A lost process costs the steps since the last checkpoint, not the run; the data are found from anywhere."""
-    settings = {"parallel": {"dp_shard": 2, "timeout_seconds": 60}, "data_root": str(data_root)}
+    settings = {"parallel": {"dp_shard": 2, "timeout_seconds": PATIENCE_SECONDS}, "data_root": str(data_root)}
     path = write_recipe(tmp_path, "elastic", **settings)
     (tmp_path / "dying.py").write_text(DYING)
     trainer_command = [str(tmp_path / "dying.py"), "train", path, "--out", str(tmp_path / "run")]
