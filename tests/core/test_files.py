@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -251,3 +252,21 @@ def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_file(tmp_path / "a") == sha256_bytes(b"abc") == known
+
+
+def test_errors_name_the_place_that_was_asked_for(tmp_path: Path) -> None:
+    """An error inside named the temporary folder, which was gone when it was read."""
+    with pytest.raises(DataError, match=r"out/x is bad"), atomic_dir(tmp_path / "out") as aside:
+        raise DataError(f"{aside}/x is bad")
+    with pytest.raises(RunError) as raised, atomic_dir(tmp_path / "out") as aside:
+        (aside / "file").write_text("")
+        (aside / "file" / "below").mkdir()
+    assert ".tmp" not in str(raised.value) and f"{tmp_path}/out/file/below" in str(raised.value)
+
+
+def test_names_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> None:
+    """A manifest that names a file whose name is not UTF-8 could not be written."""
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9")
+    write_json(tmp_path / "a.json", {name: [name]})
+    assert read_json(tmp_path / "a.json") == {name: [name]}
+    (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -21,7 +21,8 @@ from longspan.data.convert import convert
 from longspan.data.import_tokens import import_tokens
 from longspan.data.materialize import materialize
 from longspan.data.row_formats import FORMATS
-from longspan.data.store import TokenStore
+from longspan.data.store import Column, TokenStore
+from longspan.data.store.directory import MDSWriter
 from longspan.data.token_files import MEGATRON_MAGIC, read_datatrove, read_megatron
 from longspan.data.verify import verify
 from tests.data.test_materialize import TOKENIZER, make_plan, make_store
@@ -231,3 +232,38 @@ def test_what_datatrove_writes(tmp_path: Path) -> None:
     subprocess.run([str(PYTHON), "-c", WRITE, str(tmp_path)], check=True, timeout=PATIENCE_SECONDS)
     for name in ("2.ds", "4.ds", "2.bin", "4.idx"):
         assert ids_of(import_tokens(tmp_path / name, tmp_path / f"store-{name}", TOKENIZER)) == UNFRAMED
+
+
+@pytest.mark.parametrize("encoding", ["ndarray:int32", "ndarray:int64", "ndarray", "bytes"])
+@pytest.mark.parametrize("name", ["tokens", "input_ids"])
+def test_columns_of_ids_under_other_names_and_types(tmp_path: Path, name: str, encoding: str) -> None:
+    """Ids under the name `tokens`, or of 64 bits, were refused in the name of a folder that was gone."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    writer = MDSWriter(folder, [Column(name, encoding)], size_limit=1 << 20)
+    for document in DOCUMENTS:
+        ids = np.array(document, "<i4" if encoding == "ndarray:int32" else "<i8")
+        writer.write({name: ids.tobytes() if encoding == "bytes" else ids})
+    writer.finish()
+    store = import_tokens(folder, tmp_path / "store", TOKENIZER)
+    linked = name == "input_ids" and encoding == "ndarray:int32"
+    assert ids_of(store) == (DOCUMENTS if linked else UNFRAMED)
+    assert verify(tmp_path / "store").is_whole
+
+
+def test_errors_name_places_that_stay(tmp_path: Path) -> None:
+    """A message must name the input, or the place that was asked for, never the folder it is made in."""
+    columns = {"text": "str", "tokens": "json", "odd": "bytes", "wild": "ndarray:int64"}
+    values = {"text": "a", "tokens": "[1]", "odd": b"\0" * 5, "wild": np.array([1, 1 << 40])}
+    for number, name in enumerate(columns):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        column = {"odd": "tokens", "wild": "tokens"}.get(name, name)
+        writer = MDSWriter(folder, [Column(column, columns[name])], size_limit=1 << 20)
+        writer.write({column: values[name]})
+        writer.finish()
+        with pytest.raises(DataError) as raised:
+            import_tokens(folder, tmp_path / "store", TOKENIZER)
+        assert ".tmp" not in str(raised.value)
+        assert folder.name in str(raised.value) or name == "wild"
+    assert not [path.name for path in tmp_path.iterdir() if not path.name.startswith("in")]

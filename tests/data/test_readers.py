@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_missing_field_names_line_field_and_keys(write_jsonl: Write) -> None:
     """Guards against a typo in --text-field reading nothing without a word."""
     path = write_jsonl("a.jsonl", {"text": "fine"}, {"content": "x", "id": 1})
     with pytest.raises(DataError, match=r"a\.jsonl:2: no field 'text'(.|\n)*content, id"):
-        list(read_documents([path]))
+        list(read_documents([path], strict=True))
     with pytest.raises(DataError, match=r"a\.jsonl:1: no field 'texts'; did you mean 'text'"):
         list(read_documents([path], text_field="texts"))
     with pytest.raises(DataError, match=r"a\.jsonl:1: no field 'text\.name'"):
@@ -69,9 +70,10 @@ def test_missing_field_names_line_field_and_keys(write_jsonl: Write) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": 5}, "'text' is not text"),
+        ({"text": 5, "s": "b"}, "'text' is not text"),
         ({"text": "x", "s": [1]}, "does not name a source"),
         ({"text": "x", "s": ""}, "does not name a source"),
+        ({"text": "x", "s": None}, "does not name a source(.|\\n)*null"),
         ({"text": "abc", "s": "b", "loss_weights": [[0, 4, 1]]}, "0 <= start <= end <= 3"),
         ({"text": "abc", "s": "b", "loss_weights": [[0, 2, 256]]}, "weight 0..255"),
         ({"text": "abc", "s": "b", "loss_weights": [[0, 2, True]]}, "loss_weights"),
@@ -80,9 +82,13 @@ def test_missing_field_names_line_field_and_keys(write_jsonl: Write) -> None:
 )
 def test_record_of_another_shape(write_jsonl: Write, record: object, message: str) -> None:
     """Guards against wrong types flowing on as text, sources or weights."""
-    path = write_jsonl("a.jsonl", record)
-    with pytest.raises(DataError, match=message):
-        list(read_documents([path], source_field="s"))
+    path = write_jsonl("a.jsonl", {"text": "x", "s": "b"}, record, {"text": "y", "s": "b"})
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: (.|\n)*{message}"):
+        list(read_documents([path], source_field="s", strict=True))
+    report = ReadReport()
+    assert [d.text for d in read_documents([path], source_field="s", report=report)] == ["x", "y"]
+    assert (report.wrong_types, report.num_skipped) == (1, 1)
+    assert re.search(rf"a\.jsonl:2: (.|\n)*{message}", str(report.warning()))
 
 
 BROKEN = [

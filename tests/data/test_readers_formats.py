@@ -112,7 +112,7 @@ def test_cut_file_is_our_error(tmp_path: Path, name: str) -> None:
     data = (tmp_path / name).read_bytes()
     for size in (len(data) - 5, len(data) // 2, 20):
         (tmp_path / name).write_bytes(data[:size])
-        with pytest.raises(DataError, match=f"{name} is (a damaged or cut-off|not valid JSON)"):
+        with pytest.raises(DataError, match=f"{name}(: | is )(a damaged or cut-off|not valid JSON)"):
             list(read_documents([tmp_path / name]))
 
 
@@ -208,7 +208,7 @@ def test_broken_csv_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names a column twice"):
         list(read_documents([path]))
     path.write_text("id,body\n1,a\n")
-    with pytest.raises(DataError, match=r"a\.csv:1: no field 'text'(.|\n)*body, id"):
+    with pytest.raises(DataError, match=r"a\.csv: no field 'text'(.|\n)*body, id"):
         list(read_documents([path]))
 
 
@@ -260,10 +260,17 @@ def test_json_values_across_blocks(tmp_path: Path) -> None:
 def test_settings_among_the_data_are_left_out_by_name(tmp_path: Path) -> None:
     """Guards against a package.json stopping a tree of code, and against it vanishing unnamed."""
     (tmp_path / "package.json").write_text(json.dumps({"name": "x", "version": 1}, indent=2))
+    (tmp_path / "points.csv").write_text("x,y\n1,2\n")
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "points.parquet")
+    (tmp_path / "tsconfig.json").write_text('{\n  // settings\n  "strict": true,\n}\n')
     (tmp_path / "a.txt").write_text("text")
     report = ReadReport()
     assert [d.text for d in read_documents([tmp_path], report=report)] == ["text"]
-    assert report.ignored_files == 1 and "package.json" in str(report.warning())
+    assert (report.other_files, report.not_json) == (3, 1)
+    for name in ("package.json", "points.csv", "points.parquet", "tsconfig.json"):
+        assert name in str(report.warning())
+        with pytest.raises(DataError, match=rf"{name}: (.|\n)*leave out --strict"):
+            list(read_documents([tmp_path / name, tmp_path / "a.txt"], strict=True))
 
 
 def test_mds_shards_may_be_compressed_or_hold_no_text(tmp_path: Path) -> None:

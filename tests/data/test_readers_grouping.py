@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 from collections.abc import Callable
@@ -128,7 +129,11 @@ def test_weights_move_with_their_text(write_jsonl: Write) -> None:
 def test_fields_that_do_not_group(write_jsonl: Write, record: object, arguments: dict, message: str) -> None:
     """Guards against everything landing in one group."""
     with pytest.raises(DataError, match=message):
-        list(read_documents([write_jsonl("a.jsonl", record)], **arguments))
+        list(read_documents([write_jsonl("a.jsonl", record)], strict=True, **arguments))
+    report = ReadReport()
+    path = write_jsonl("b.jsonl", record, {"text": "good", "repo": "y", "n": 1})
+    assert [d.text for d in read_documents([path], report=report, **arguments)] == ["good"]
+    assert report.num_skipped == 1 and "b.jsonl:1" in str(report.warning())
 
 
 def test_nothing_is_left_behind(tmp_path: Path, write_jsonl: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +143,44 @@ def test_nothing_is_left_behind(tmp_path: Path, write_jsonl: Write, monkeypatch:
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     path = write_jsonl("a.jsonl", {"text": "a", "repo": 1}, {"text": "b", "repo": 2}, {"text": "c"})
     with pytest.raises(DataError):
-        list(read_documents([path], group_by="repo"))
+        list(read_documents([path], group_by="repo", strict=True))
     path = write_jsonl("b.jsonl", {"text": "a", "repo": 1}, {"text": "b", "repo": 2})
     documents = read_documents([path], group_by="repo")
     next(documents)
     documents.close()  # type: ignore[attr-defined]
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "mixed"),
+    [
+        (["10", "9", "1", "11", " 2"], ["1", " 2", "9", "10", "11"], 0),
+        ([10, "9", 1.5, None, "-3"], [None, "-3", 1.5, "9", 10], 0),
+        (["part 10", "part 9", "part 1"], ["part 1", "part 9", "part 10"], 0),
+        (["2.10", "2.9", "1"], ["1", "2.9", "2.10"], 1),
+        (["10", "9a", 9, "b", None], [None, 9, "9a", "10", "b"], 1),
+        (["b", "a", "\ud83d"], ["a", "b", "\ud83d"], 0),
+        (["9" * 2000, "1" * 2000, "5"], ["5", "1" * 2000, "9" * 2000], 1),
+    ],
+)
+def test_numbers_written_as_text_are_numbers(
+    write_jsonl: Write, values: list[object], wanted: list[object], mixed: int
+) -> None:
+    """Chapters "1" to "11" came as 1, 10, 11, 2, 9."""
+    path = write_jsonl("a.jsonl", *({"text": repr(value), "r": 1, "n": value} for value in values))
+    report = ReadReport()
+    (document,) = read_documents([path], group_by="r", order_by="n", report=report)
+    assert document.text.split("\n\n") == list(map(repr, wanted))
+    assert report.mixed_orders == mixed
+    assert ("numbers and texts to order by" in str(report.warning())) == bool(mixed)
+
+
+def test_what_orders_nothing_is_left_out(tmp_path: Path, write_jsonl: Write) -> None:
+    """A number that is none has no place in an order: the result would depend on the order of the input."""
+    path = write_jsonl("a.jsonl", *({"text": str(n), "r": 1, "n": n} for n in (2, float("nan"), 1)))
+    report = ReadReport()
+    (document,) = read_documents([path], group_by="r", order_by="n", report=report)
+    assert document.text == "1\n\n2" and report.wrong_types == 1
+    days = [datetime.date(2026, 1, day) for day in (10, 9)]
+    pq.write_table(pa.table({"text": ["b", "a"], "r": [1, 1], "n": days}), tmp_path / "a.parquet")
+    assert next(read_documents([tmp_path / "a.parquet"], group_by="r", order_by="n")).text == "a\n\nb"

@@ -33,7 +33,8 @@ def tokenize(
         list[str],
         typer.Argument(
             metavar="INPUT",
-            help="Files, folders, glob patterns, addresses or @LIST, a file that lists them; also compressed.",
+            help="Files, folders, glob patterns, addresses or @LIST, a file that lists them; also compressed. "
+            "Links are followed. What is read how: docs/inputs.md.",
         ),
     ],
     tokenizer: Annotated[
@@ -55,7 +56,11 @@ def tokenize(
         ),
     ] = None,
     order_by: Annotated[
-        str | None, typer.Option(help="Field that orders the records of a group. Default: as they stand.")
+        str | None,
+        typer.Option(
+            help="Field that orders the records of a group, by number also where numbers are written as text. "
+            "Default: as they stand."
+        ),
     ] = None,
     header_field: Annotated[
         str | None,
@@ -89,7 +94,14 @@ def tokenize(
     merge_only: Annotated[
         bool, typer.Option("--merge-only", help="Put the store together; jobs have made all pieces.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken record.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop at the first record that cannot be used (broken, without a wanted field, of another type), or "
+            "file without such records. Default: they are left out and counted.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Encode every document into a token store; one that is already complete is kept."""

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from copy import copy
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -110,6 +111,9 @@ def run() -> None:
     """Run the command line and end the process with its exit code."""
     bound_spinning()  # no command has imported torch yet
     named = only_named(app, sys.argv[1:])
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A file's name that is not UTF-8 is printed with an escape, as stderr has it; in JSON it is the right one.
+        sys.stdout.reconfigure(errors="backslashreplace")
     gc.freeze()  # what is imported by now stays: the collector need not walk it again and again
     try:
         try:

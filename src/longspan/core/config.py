@@ -101,7 +101,7 @@ class Config(pydantic.BaseModel):
     def fingerprint(self) -> str:
         """Return 16 hex characters that change exactly when a setting changes."""
         text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

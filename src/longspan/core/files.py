@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from longspan.core.errors import DataError, RunError
+from longspan.core.errors import DataError, LongspanError, RunError
 
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _NO_WAY = {
@@ -59,6 +59,16 @@ def _system_error(error: Exception) -> tuple[int | None, str]:
 
 
 @contextmanager
+def _named_after(path: Path, aside: Path) -> Iterator[None]:
+    """Let errors name the place that was asked for: the temporary one is gone when they are read."""
+    try:
+        yield
+    except LongspanError as error:
+        error.args = tuple(str(each).replace(aside.name, path.name) for each in error.args)
+        raise
+
+
+@contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; flush, fsync and rename it on success, remove it on failure.
 
@@ -67,11 +77,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    encoding = None if "b" in mode else "utf-8"
+    # What has no UTF-8 form, of a file's name say, becomes an escape: that of JSON, where most of it is written.
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
     try:
-        with disk_errors(path):
+        with _named_after(path, aside), disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, mode, encoding=encoding) as file:
+            with open(aside, mode, encoding=encoding, errors=errors) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -96,7 +107,7 @@ def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         _refuse_existing(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with disk_errors(path):
+        with _named_after(path, aside), disk_errors(path):
             aside.mkdir(parents=True)
             yield aside
             _sync_tree(aside)

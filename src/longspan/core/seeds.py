@@ -14,7 +14,10 @@ import numpy as np
 def derive_seed(seed: int, *purpose: object) -> int:
     """Return a 63-bit seed that is a pure function of the run seed and the purpose."""
     text = "\x1f".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+        >> 1
+    )
 
 
 def rng(seed: int, *purpose: object) -> np.random.Generator:

@@ -2,6 +2,7 @@
 
     our documents        .jsonl, .parquet, or a folder of .npy columns: taken over with their keys
     CEPE                 .npy files [n] [lengths] [tokens]
+    MDS                  columns input_ids or tokens; linked where a store can hold them as they are
     datatrove            .ds files with .ds.index
     Megatron             .bin files with .idx
     packed rows          MDS with `indices`, jsonl and parquet chunks with `source`, our npy rows
@@ -32,11 +33,18 @@ from longspan.data.packing import PAD_DOCUMENT
 from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST, TokenizerIdentity
-from longspan.data.stores import import_mds, token_key
+from longspan.data.stores import NO_SOURCE, import_mds, token_key
 from longspan.data.token_documents import find_token_files
 from longspan.data.token_files import TokenFile, read_datatrove, read_megatron
 
 NPY_NAMES = "names.json"
+IDS_COLUMNS = ("input_ids", "tokens")
+COPIED_ENCODINGS = tuple(
+    f"ndarray:{dtype}" for dtype in ("uint16", "int16", "uint32", "int32", "uint64", "int64")
+)
+COPIED_ENCODINGS += ("ndarray", "bytes")
+BYTES_DTYPE = np.dtype("<i8")
+"""What LLM Foundry and others put into a column of bytes."""
 
 
 class TokenDocument(NamedTuple):
@@ -50,14 +58,14 @@ class TokenDocument(NamedTuple):
 
 
 def import_tokens(source: str | Path, out: str | Path, tokenizer: TokenizerIdentity) -> TokenStore:
-    """Make a token store of token data in any of the module's forms; raw MDS folders are linked, not copied.
+    """Make a token store of token data in any of the module's forms; an MDS folder of ids is linked, not copied.
 
     Raises:
         DataError: the source is none of them, or damaged; an id is not in the vocabulary; or something stands
             at `out`.
     """
     source, out = Path(source), Path(out)
-    if (source / INDEX).is_file() and not _has_rows(source):
+    if (source / INDEX).is_file() and not _has_rows(source) and _column_to_copy(source) is None:
         return import_mds(source, out, tokenizer)
     documents, ours = _open(source)
     taken: Counter[str] = Counter()
@@ -83,12 +91,47 @@ def _has_rows(folder: Path) -> bool:
     return any(column.name == "indices" for info in MDSDirectory(folder).shards for column in info.columns)
 
 
+def _column_to_copy(folder: Path) -> str | None:
+    """Return the column of ids that a store cannot link: `tokens` of other tools, or ids of 64 bits."""
+    encodings = {
+        column.name: column.encoding for info in MDSDirectory(folder).shards for column in info.columns
+    }
+    for name in IDS_COLUMNS:
+        encoding = encodings.get(name)
+        if encoding is not None:
+            is_linked = name == "input_ids" and encoding.removeprefix("ndarray:").lstrip("u") in (
+                "int16",
+                "int32",
+            )
+            return name if encoding in COPIED_ENCODINGS and not is_linked else None
+    return None
+
+
+def _mds(source: Path, name: str) -> Iterator[TokenDocument]:
+    for number, sample in enumerate(MDSDirectory(source)):
+        ids, mask = sample.get(name), sample.get("mask")
+        if isinstance(ids, bytes) and len(ids) % BYTES_DTYPE.itemsize == 0:
+            ids = np.frombuffer(ids, BYTES_DTYPE)
+        if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+            raise DataError(
+                f"document {number} of {source} has no ids in {name!r}",
+                found="nothing" if ids is None else f"{type(ids).__name__} of {len(ids)}",
+                allowed=COPIED_ENCODINGS,
+            )
+        whole = isinstance(mask, np.ndarray) and mask.dtype == np.uint8
+        domain = str(sample.get("domain", NO_SOURCE))
+        yield TokenDocument(ids.reshape(-1), domain, mask=mask if whole else None)
+
+
 def _open(source: Path) -> tuple[Callable[[], Iterator[TokenDocument]], bool]:
     """Return how to read the documents of a source, and whether we wrote them."""
     if (source / NPY_NAMES).is_file():
         return lambda: _columns(source), True
     if source.is_file() and source.suffix in (".jsonl", ".parquet") and _is_document(source):
         return lambda: _records(source), True
+    column = _column_to_copy(source) if (source / INDEX).is_file() and not _has_rows(source) else None
+    if column is not None:
+        return lambda: _mds(source, column), False
     if (source / INDEX).is_file() or (source / MANIFEST).is_file():
         return lambda: _rows(PackedRows(source)), False
     if source.is_file() and source.suffix in (".jsonl", ".parquet"):
@@ -109,8 +152,8 @@ def _open(source: Path) -> tuple[Callable[[], Iterator[TokenDocument]], bool]:
     raise DataError(
         f"{source} cannot become a token store",
         found=f"files {', '.join(some)}" if some else None,
-        allowed="an MDS folder with input_ids; documents as .jsonl or .parquet with input_ids, domain, key; packed "
-        "rows; or files of one kind: .npy (CEPE), .ds (datatrove), .idx and .bin (Megatron)",
+        allowed="an MDS folder with input_ids or tokens; documents as .jsonl or .parquet with input_ids, domain, key; "
+        "packed rows; or files of one kind: .npy (CEPE), .ds (datatrove), .idx and .bin (Megatron)",
     )
 
 

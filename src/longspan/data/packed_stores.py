@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -354,7 +355,7 @@ def _sampled(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
+        digest.update(os.fsencode(f"{file.name} {size}\n"))
         with open(file, "rb") as stream:
             for block in range(SAMPLE_BLOCKS):
                 stream.seek(max(size - SAMPLE_BYTES, 0) * block // (SAMPLE_BLOCKS - 1))

@@ -159,10 +159,11 @@ def import_mds(path: str | Path, out: str | Path, tokenizer: TokenizerIdentity) 
     path, out = Path(path), Path(out)
     if out.exists():
         raise DataError(f"{out} already exists", fix="choose another place or remove it first")
+    # Read where it stands: what is wrong is named by the place that stays.
+    columns, dtype = _scan(path, tokenizer.vocab_size)
     remove_leftovers(out.parent, out.name)
     with atomic_dir(out) as aside:
         _link_shards(path, aside)
-        columns, dtype = _scan(aside, tokenizer.vocab_size)
         seal_store(aside, columns, tokenizer=tokenizer, config={"imported": path.name}, counts={})
         manifest = read_manifest(aside)._replace(dtype=dtype)
         write_json(aside / MANIFEST, manifest._asdict())
@@ -170,8 +171,7 @@ def import_mds(path: str | Path, out: str | Path, tokenizer: TokenizerIdentity) 
 
 
 def _link_shards(path: Path, aside: Path) -> None:
-    """Link the shards of a folder, flat, and write their index."""
-    MDSDirectory(path)  # checks what is followed below
+    """Link the shards of a folder, flat, and write their index; what is followed here was checked by opening it."""
     flat = []
     for number, entry in enumerate(read_json(path / INDEX)["shards"]):
         for part, suffix in (("raw_data", ""), ("zip_data", ".zip")):
@@ -204,7 +204,7 @@ def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
         )
     if "indices" in names:
         raise DataError(
-            "these rows are packed already", fix="train on them, or convert them to another format"
+            f"the rows of {folder} are packed already", fix="train on them, or convert them to another format"
         )
     has_mask = all(
         any(column.name == "mask" and column.encoding == "ndarray:uint8" for column in info.columns)
@@ -221,7 +221,7 @@ def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
                 ids = values["input_ids"].reshape(-1)
                 if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
                     raise DataError(
-                        f"document {document} has ids that the tokenizer does not know",
+                        f"document {document} of {folder} has ids that the tokenizer does not know",
                         found=f"{ids.min()}..{ids.max()}",
                         allowed=f"0..{vocab_size - 1}",
                     )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.data.cepe import CepeFile, read_cepe
+from longspan.data.readers.fields import printable
 from longspan.data.store.token_store import MANIFEST, TokenStore
 
 Specials = Literal["none", "bos", "eos", "both"]
@@ -146,7 +147,7 @@ class CepeDocuments:
     def fingerprint(self) -> str:
         """16 hex characters over the lengths of all documents, the domains and the names of the files."""
         names = [os.path.basename(path) for path in self._paths]
-        head = sha256_bytes("\x1f".join([*self.domains, *names]).encode())
+        head = sha256_bytes(os.fsencode("\x1f".join([*self.domains, *names])))
         columns = np.ascontiguousarray(self.tokens).tobytes() + self.domain.tobytes()
         return sha256_bytes(head.encode() + columns)[:16]
 
@@ -200,12 +201,12 @@ def find_token_files(given: Path, suffix: str) -> list[tuple[str, str]]:
     """
     given = given.absolute()
     if given.is_file():
-        return [(str(given), given.parent.name)] if given.suffix == suffix else []
+        return [(str(given), printable(given.parent.name))] if given.suffix == suffix else []
     found = []
     for path in given.rglob(f"*{suffix}"):
         below = path.relative_to(given).parts
         if not any(part.startswith(".") for part in below):
-            found.append((str(path), below[0] if len(below) > 1 else given.name))
+            found.append((str(path), printable(below[0] if len(below) > 1 else given.name)))
     return found
 
 

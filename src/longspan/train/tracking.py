@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ class Wandb:
             dir=str(run),
             config=dict(recipe),
             # The same for the same folder: a run that goes on finds its curves.
-            id=hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16],
+            id=hashlib.sha256(os.fsencode(run.resolve())).hexdigest()[:16],
             resume="allow",
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from longspan.core.errors import DataError
+from longspan.data.readers.base import MissingFieldError
 from longspan.data.readers.fields import lookup
 
 ROLES: dict[str, str] = {
@@ -48,7 +49,10 @@ def document_messages(record: Mapping[str, Any], field: str) -> list[Message]:
         DataError: there is no such field.
         MessagesError: it does not hold a conversation; see `as_messages`.
     """
-    return as_messages(lookup(dict(record), field, place="the record"))
+    try:
+        return as_messages(lookup(dict(record), field))
+    except MissingFieldError as error:
+        raise DataError(f"the record has {error.reason}", found=error.found) from None
 
 
 def as_messages(turns: Any) -> list[Message]:

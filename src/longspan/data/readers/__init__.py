@@ -10,9 +10,10 @@ In several processes, large files cut into parts:
     for part in plan_parts(files):
         documents = read_part(part, Fields("text"), report=ReadReport())
 
-A broken record never stops a corpus: it is skipped, counted and named in one warning at the end
-(`strict=True` stops at the first). A record of another shape than asked, a missing field say, stops at once, and
-so does a file that is damaged as a whole.
+A record that cannot be used never stops a corpus: broken, without a wanted field or with another type in it, it is
+skipped, counted and named in one warning at the end (`strict=True` stops at the first). The same holds for files
+among the data that are something else. A field that nothing has stops at once, and so does a file of data that is
+damaged as a whole.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from longspan.data.readers.grouping import Grouping, deal, read_bucket, read_gro
 from longspan.data.readers.reading import (
     PART_BYTES,
     READERS,
+    check_fields,
     finish_reading,
     list_inputs,
     plan_parts,
@@ -65,17 +67,19 @@ def read_documents(
         group_by: join the records with the same value of this field into one document; see `Grouping`.
         order_by: field that orders the records of a group; None: canonical order.
         header_field: field with a file name, put as a comment above each record of a group.
-        strict: stop at the first broken record instead of skipping and counting it.
+        strict: stop at the first record that cannot be used instead of skipping and counting it.
         report: counts of what was read and left out.
 
     Raises:
-        DataError: see `reading.parse_record`; also a missing input, and a corpus without a single document.
+        DataError: see `reading.parse_record`; also a missing input, a field that nothing has, and a corpus without
+            a single document.
     """
     report = ReadReport() if report is None else report
     files = list_inputs(inputs, report=report)
     fields = Fields(text_field, source_field, messages_field)
-    if group_by is not None:
-        grouping = Grouping(group_by, order_by, header_field)
+    grouping = None if group_by is None else Grouping(group_by, order_by, header_field)
+    check_fields(files, fields.wanted if grouping is None else (*fields.wanted, *grouping.names))
+    if grouping is not None:
         yield from read_grouped(files, fields, grouping, strict=strict, report=report)
     else:
         for file in files:
@@ -94,6 +98,7 @@ __all__ = [
     "Place",
     "ReadReport",
     "Reader",
+    "check_fields",
     "deal",
     "finish_reading",
     "list_inputs",

@@ -122,14 +122,21 @@ OPTIONAL_FIELDS = (WEIGHTS_FIELD,)
 
 
 class SkippedRecordError(Exception):
-    """A record that cannot be used; `kind` is the counter of ReadReport it belongs to."""
+    """A record that cannot be used, or a file without one; `kind` is the counter of ReadReport it belongs to."""
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: str, reason: str, *, found: str | None = None) -> None:
         super().__init__(kind, reason)
-        self.kind, self.reason = kind, reason
+        self.kind, self.reason, self.found = kind, reason, found
 
     def __str__(self) -> str:
-        return self.reason
+        return self.reason if self.found is None else f"{self.reason} ({self.found})"
+
+
+class MissingFieldError(SkippedRecordError):
+    """A record lacks a wanted field; `of_file`: so do all records of its file, whose columns say so."""
+
+    def __init__(self, reason: str, *, found: str | None, of_file: bool = False) -> None:
+        super().__init__("other_files" if of_file else "missing_fields", reason, found=found)
 
 
 class Reader(NamedTuple):
@@ -168,9 +175,31 @@ class Example(NamedTuple):
 
     place: Place | str
     reason: str
+    kind: str = ""
+    """The counter it belongs to."""
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
+
+
+OF_FILES = ("empty_files", "other_files", "not_json")
+"""Counters of whole files; the others count records."""
+_LEFT_OUT = {
+    "broken_records": "broken records",
+    "missing_fields": "records without a wanted field",
+    "wrong_types": "records with a field of another type",
+    "invalid_text": "records with invalid text",
+    "empty_documents": "empty documents",
+    "empty_files": "empty files",
+    "other_files": "files without a wanted field",
+    "not_json": "files that are no JSON, whatever their name says",
+    "cards": "cards of data sets",
+    "token_stores": "token stores",
+    "duplicate_files": "files given more than once",
+    "dead_links": "links to nothing",
+    "linked_loops": "links to folders that are read already",
+    "unreadable": "files or folders that may not be read",
+}
 
 
 @dataclass
@@ -182,20 +211,42 @@ class ReadReport:
     empty_files: int = 0
     ignored_files: int = 0
     """Files of a folder that no reader knows."""
+    other_files: int = 0
+    """Files of which no record has a wanted field: settings and metadata among the data."""
+    not_json: int = 0
+    """Files called .json that are something else."""
+    cards: int = 0
+    """README.md and the like of a data set folder, which are about the data."""
+    token_stores: int = 0
+    """Token stores and other folders of ours below an input folder."""
+    duplicate_files: int = 0
+    """Inputs that lead to a file that is read already, by another link or another argument."""
+    dead_links: int = 0
+    linked_loops: int = 0
+    """Linked folders that lead to a folder that is read already."""
+    unreadable: int = 0
     broken_records: int = 0
+    missing_fields: int = 0
+    wrong_types: int = 0
+    """Records of which a field holds something else than it must: a number for text, null for a source."""
     invalid_text: int = 0
     """Records with bytes that are not UTF-8, or with lone surrogates."""
     empty_documents: int = 0
     """Documents without a single character, or without a single token."""
+    mixed_orders: int = 0
+    """Groups whose order is by numbers in some records and by texts in others; they are read."""
     examples: list[Example] = field(default_factory=list)
     ignored_names: list[str] = field(default_factory=list)
     """The first few ignored files."""
 
     def skip(self, kind: str, place: Place | str, reason: str) -> None:
-        """Count one record or file under `kind` and keep its place if few are kept yet."""
+        """Count one record or file under `kind` and keep its place if few are kept yet, or none of its kind."""
         setattr(self, kind, getattr(self, kind) + 1)
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(Example(place, reason))
+        self._keep(Example(place, reason, kind))
+
+    def _keep(self, example: Example) -> None:
+        if len(self.examples) < MAX_EXAMPLES or all(each.kind != example.kind for each in self.examples):
+            self.examples.append(example)
 
     def ignore(self, path: str) -> None:
         """Count a file that no reader knows."""
@@ -206,34 +257,45 @@ class ReadReport:
     def add(self, other: ReadReport) -> None:
         """Add the counts of another report, which comes later in canonical order."""
         for each in dataclasses.fields(self):
-            value = getattr(self, each.name) + getattr(other, each.name)
-            setattr(self, each.name, value[:MAX_EXAMPLES] if isinstance(value, list) else value)
+            if each.name == "examples":
+                for example in other.examples:
+                    self._keep(example)
+            elif each.name == "ignored_names":
+                self.ignored_names = [*self.ignored_names, *other.ignored_names][:MAX_EXAMPLES]
+            else:
+                setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
     @property
     def num_skipped(self) -> int:
         """Records left out, whatever the reason."""
-        return self.broken_records + self.invalid_text + self.empty_documents
+        return (
+            self.broken_records
+            + self.missing_fields
+            + self.wrong_types
+            + self.invalid_text
+            + self.empty_documents
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts and examples for a manifest."""
         return {**dataclasses.asdict(self), "examples": list(map(str, self.examples))}
 
     def warning(self) -> str | None:
-        """Return one message about everything left out, or None if nothing was."""
-        more = ", ..." if self.ignored_files > len(self.ignored_names) else ""
-        names = f" ({', '.join(self.ignored_names)}{more})" if self.ignored_names else ""
-        counts = {
-            "broken records": self.broken_records,
-            "records with invalid text": self.invalid_text,
-            "empty documents": self.empty_documents,
-            "empty files": self.empty_files,
-            f"files of unknown kind{names}": self.ignored_files,
-        }
-        left_out = [f"{count} {name}" for name, count in counts.items() if count]
-        if not left_out:
-            return None
-        message = f"left out: {', '.join(left_out)} ({self.documents} documents read)"
-        return "\n  ".join([message, *map(str, self.examples)])
+        """Return one message about everything left out or doubtful, or None if nothing was."""
+        left_out = [f"{count} {name}" for kind, name in _LEFT_OUT.items() if (count := getattr(self, kind))]
+        if self.ignored_files:
+            more = ", ..." if self.ignored_files > len(self.ignored_names) else ""
+            left_out.append(
+                f"{self.ignored_files} files of unknown kind ({', '.join(self.ignored_names)}{more})"
+            )
+        lines = [f"left out: {', '.join(left_out)} ({self.documents} documents read)"] if left_out else []
+        lines += [f"  {each}" for each in self.examples]
+        if self.mixed_orders:
+            lines.append(
+                f"{self.mixed_orders} groups hold numbers and texts to order by: all are ordered as texts there, "
+                "numbers in them by their value"
+            )
+        return "\n".join(lines) if lines else None
 
 
 def extension_of(path: str) -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import (
-    OPTIONAL_FIELDS,
     InputFile,
+    MissingFieldError,
     Part,
     RawRecord,
     Reader,
@@ -22,7 +22,7 @@ from longspan.data.readers.base import (
     parse_values,
     whole_file,
 )
-from longspan.data.readers.fields import lookup
+from longspan.data.readers.fields import lookup, missing_column
 from longspan.data.readers.opening import is_remote, open_raw
 
 if TYPE_CHECKING:
@@ -69,7 +69,10 @@ def read_parquet(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord
     """Yield the rows of some row groups; the position is the number of the row in the file, from 1."""
     path = part.file.path
     with _parquet(path) as parquet:
-        columns = _columns(parquet.schema_arrow, wanted, path)
+        missing, columns = _columns(parquet.schema_arrow, wanted)
+        if missing is not None:
+            yield from _without(part, missing)
+            return
         metadata = parquet.metadata
         stop = metadata.num_row_groups if part.stop is None else part.stop
         row = sum(metadata.row_group(number).num_rows for number in range(part.start))
@@ -114,6 +117,11 @@ def split_batches(file: InputFile, part_bytes: int) -> list[Part]:
 def read_arrow(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the rows of some record batches; the position is the number of the row in the file, from 1."""
     path, row = part.file.path, 0
+    with _arrow_schema(path) as schema:
+        missing, _ = _columns(schema, wanted)
+    if missing is not None:
+        yield from _without(part, missing)
+        return
     for number, batch in enumerate(_batches(path, wanted)):
         if part.stop is not None and number >= part.stop:
             return
@@ -126,8 +134,9 @@ def read_arrow(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
         row += batch.num_rows
 
 
-def _batches(path: str, wanted: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches with only the wanted columns, mapped where the file is local."""
+@contextmanager
+def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
+    """Open an Arrow file; yield it, whether it is of the file format, and what opens that format."""
     import pyarrow as pa
 
     with _checked(path, "arrow"):
@@ -136,17 +145,39 @@ def _batches(path: str, wanted: Sequence[str] | None) -> Iterator[pa.RecordBatch
             head = source.read(len(ARROW_FILE_MAGIC))
             source.seek(0)
             is_file = head == ARROW_FILE_MAGIC
-            open_ = pa.ipc.open_file if is_file else pa.ipc.open_stream
-            schema = open_(source).schema
-            names = {name.partition(".")[0] for name in _columns(schema, wanted, path)}
-            names |= set(_columns(schema, wanted, path))
-            included = [number for number, name in enumerate(schema.names) if name in names]
-            source.seek(0)
-            reader = open_(source, options=pa.ipc.IpcReadOptions(included_fields=included))
-            if is_file:
-                yield from map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                yield from reader
+            yield source, is_file, pa.ipc.open_file if is_file else pa.ipc.open_stream
+
+
+@contextmanager
+def _arrow_schema(path: str) -> Iterator[pa.Schema]:
+    with _arrow(path) as (source, _, open_):
+        yield open_(source).schema
+
+
+def is_columnar(path: str, extension: str) -> bool:
+    """Whether a file can be opened as parquet or Arrow at all; of a table its first bytes may be a chance."""
+    try:
+        with _parquet(path) if extension == ".parquet" else _arrow_schema(path):
+            return True
+    except DataError:
+        return False
+
+
+def _batches(path: str, wanted: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches with only the wanted columns, mapped where the file is local."""
+    import pyarrow as pa
+
+    with _arrow(path) as (source, is_file, open_):
+        schema = open_(source).schema
+        _, columns = _columns(schema, wanted)
+        names = {name.partition(".")[0] for name in columns} | set(columns)
+        included = [number for number, name in enumerate(schema.names) if name in names]
+        source.seek(0)
+        reader = open_(source, options=pa.ipc.IpcReadOptions(included_fields=included))
+        if is_file:
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            yield from reader
 
 
 def _check_batch(batch: pa.RecordBatch) -> None:
@@ -158,25 +189,26 @@ def _check_batch(batch: pa.RecordBatch) -> None:
         (column.view(kind) if kind is not None else column).validate(full=True)
 
 
-def _columns(schema: pa.Schema, wanted: Sequence[str] | None, path: str) -> list[str]:
-    """Return the columns to read.
-
-    Raises:
-        DataError: a wanted column is not there; columns that may be missing are left out.
-    """
+def _columns(schema: pa.Schema, wanted: Sequence[str] | None) -> tuple[MissingFieldError | None, list[str]]:
+    """Return what is missing of the wanted columns, and those to read; some may be missing."""
     if wanted is None:
-        return list(schema.names)
+        return None, list(schema.names)
     tree = _tree(schema)
-    names = []
-    for name in wanted:
-        try:
-            lookup(tree, name, place=path)
-        except DataError:
-            if name not in OPTIONAL_FIELDS:
-                raise
-        else:
-            names.append(name)
-    return names
+    return missing_column(tree, wanted), [name for name in wanted if _has(tree, name)]
+
+
+def _has(tree: dict[str, Any], name: str) -> bool:
+    try:
+        lookup(tree, name)
+    except MissingFieldError:
+        return False
+    return True
+
+
+def _without(part: Part, missing: MissingFieldError) -> Iterator[RawRecord]:
+    """Yield what stands for a file without a wanted column: once, with its first part."""
+    if part.start == 0:
+        yield RawRecord(part.file, 1, missing)
 
 
 def _tree(fields: Any) -> dict[str, Any]:
@@ -190,7 +222,7 @@ def _rows(batch: pa.RecordBatch, file: InputFile, before: int) -> Iterator[RawRe
     names = batch.schema.names
     try:
         columns = [column.to_pylist() for column in batch.columns]
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # bytes that are no text, a date that Python has not
         for number in range(batch.num_rows):
             yield RawRecord(file, before + number + 1, _row(batch, names, number))
         return
@@ -204,6 +236,8 @@ def _row(batch: pa.RecordBatch, names: list[str], number: int) -> dict[str, Any]
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#04x} at {error.start} is not UTF-8"
         return SkippedRecordError("invalid_text", found)
+    except (ValueError, OverflowError) as error:
+        return SkippedRecordError("broken_records", f"a value that cannot be read ({error})"[:200])
 
 
 PARQUET = Reader(read_parquet, parse_values, split_row_groups, compressible=False)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from longspan.core.errors import DataError
 from longspan.data.readers.base import (
+    OPTIONAL_FIELDS,
     WEIGHTS_FIELD,
     Document,
     Fields,
-    Place,
+    MissingFieldError,
     RawRecord,
     SkippedRecordError,
     UTF8Values,
 )
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
-def lookup(record: dict[str, Any], dotted: str, *, place: Place | str) -> Any:
+
+def lookup(record: dict[str, Any], dotted: str) -> Any:
     """Return `record["a"]["b"]` for "a.b"; a key "a.b" itself goes first.
 
     Raises:
-        DataError: the field is not there; the message names the place, the field and the keys that are.
+        MissingFieldError: the field is not there; the message names it and the keys that are.
     """
     if dotted in record:
         return record[dotted]
@@ -32,13 +36,21 @@ def lookup(record: dict[str, Any], dotted: str, *, place: Place | str) -> Any:
             keys = sorted(map(str, value)) if isinstance(value, dict) else []
             near = difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise DataError(
-                f"{place}: no field {dotted!r}{hint}",
-                found="fields " + ", ".join(keys) if keys else type(value).__name__,
-                fix="name the field with --text-field or --source-field",
-            )
+            found = "fields " + ", ".join(keys)[:400] if keys else type(value).__name__
+            raise MissingFieldError(f"no field {dotted!r}{hint}", found=found)
         value = value[key]
     return value
+
+
+def missing_column(columns: dict[str, Any], wanted: Sequence[str]) -> MissingFieldError | None:
+    """Return what a file whose columns are known lacks of the wanted fields, None if nothing."""
+    for name in wanted:
+        try:
+            if name not in OPTIONAL_FIELDS:
+                lookup(columns, name)
+        except MissingFieldError as error:
+            return MissingFieldError(error.reason, found=error.found, of_file=True)
+    return None
 
 
 def decode_utf8(data: bytes) -> str:
@@ -55,21 +67,20 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
     """Make a document of the fields of a record.
 
     Raises:
-        SkippedRecordError: the text has no UTF-8 form.
-        DataError: a field is missing or of another type than asked.
+        SkippedRecordError: the text has no UTF-8 form, or a field is missing or of another type than asked.
     """
-    file, place = record.file, record.place
+    file = record.file
     messages = None
     if fields.messages is not None:
-        messages = lookup(values, fields.messages, place=place)
-        text = _messages_text(messages, fields.messages, place)
+        messages = lookup(values, fields.messages)
+        text = _messages_text(messages, fields.messages)
     else:
-        text = lookup(values, fields.text, place=place)
+        text = lookup(values, fields.text)
     if isinstance(text, bytes):  # a column of bytes in parquet or arrow
         text = decode_utf8(text)
     text = "" if text is None else text
     if not isinstance(text, str):
-        raise DataError(f"{place}: field {fields.text!r} is not text", found=type(text).__name__)
+        raise _wrong_type(f"field {fields.text!r} is not text", text)
     # An escaped half of a surrogate pair ("\ud83d" alone) is legal JSON and has no UTF-8 form.
     if not (isinstance(values, UTF8Values) or text.isascii()):
         try:
@@ -78,43 +89,46 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
             raise SkippedRecordError("invalid_text", f"lone surrogate at character {error.start}") from None
     source = file.source
     if fields.source is not None:
-        source = _source_name(lookup(values, fields.source, place=place), fields.source, place)
+        source = _source_name(lookup(values, fields.source), fields.source)
     weights = values.get(WEIGHTS_FIELD)
     if weights is not None:
-        weights = _check_weights(weights, len(text), place)
+        weights = _check_weights(weights, len(text))
     return Document(text, source, file.path, record.position, weights, messages)
 
 
-def _messages_text(messages: Any, name: str, place: Place) -> str:
+def printable(name: str) -> str:
+    """Return a name in which what has no UTF-8 form (of a file's name, or half of a pair) is U+FFFD."""
+    return name if name.isascii() else _SURROGATE.sub("\ufffd", name)
+
+
+def _wrong_type(what: str, value: Any, *, allowed: str = "") -> SkippedRecordError:
+    found = f"{type(value).__name__} {repr(value)[:80]}" if value is not None else "null"
+    return SkippedRecordError("wrong_types", what, found=found + (f"; allowed: {allowed}" if allowed else ""))
+
+
+def _messages_text(messages: Any, name: str) -> str:
     """Return the JSON of a conversation, which stands for its text: it decides the key of the document."""
     if messages is None or messages == []:
         return ""
     if not isinstance(messages, list):
-        raise DataError(
-            f"{place}: field {name!r} is not a conversation",
-            found=type(messages).__name__,
-            allowed="a list of turns",
-        )
+        raise _wrong_type(f"field {name!r} is not a conversation", messages, allowed="a list of turns")
     return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
 
 
-def _source_name(value: Any, name: str, place: Place) -> str:
+def _source_name(value: Any, name: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value:
-        raise DataError(f"{place}: field {name!r} does not name a source", found=repr(value)[:80])
-    return value.encode("utf-8", "replace").decode("utf-8")
+        raise _wrong_type(f"field {name!r} does not name a source", value)
+    return printable(value)
 
 
-def _check_weights(spans: Any, num_characters: int, place: Place) -> list[tuple[int, int, int]]:
+def _check_weights(spans: Any, num_characters: int) -> list[tuple[int, int, int]]:
     checked = []
     for span in spans if isinstance(spans, list) else [spans]:
         whole = isinstance(span, list) and len(span) == 3 and all(type(part) is int for part in span)
         if not whole or not (0 <= span[0] <= span[1] <= num_characters and 0 <= span[2] <= 255):
-            raise DataError(
-                f"{place}: bad entry in {WEIGHTS_FIELD!r}",
-                found=repr(span)[:80],
-                allowed=f"[start, end, weight] with 0 <= start <= end <= {num_characters}, weight 0..255",
-            )
+            allowed = f"[start, end, weight] with 0 <= start <= end <= {num_characters}, weight 0..255"
+            raise _wrong_type(f"bad entry in {WEIGHTS_FIELD!r}", span, allowed=allowed)
         checked.append((span[0], span[1], span[2]))
     return checked

@@ -10,7 +10,8 @@ from pathlib import PurePosixPath
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import InputFile, Reader, ReadReport, extension_of
-from longspan.data.readers.folders import Entry, resolve_folders
+from longspan.data.readers.fields import printable
+from longspan.data.readers.folders import Entry, leave_out_cards, resolve_folders
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.readers.hub import expand_hub
 from longspan.data.readers.opening import (
@@ -22,6 +23,7 @@ from longspan.data.readers.opening import (
     remote_filesystem,
 )
 from longspan.data.readers.sniff import sniff, sniff_json
+from longspan.data.readers.walking import expand_local
 
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 _SPLITS = {"train", "validation", "valid", "test", "data"}
@@ -46,12 +48,13 @@ def find_files(
         DataError: an input is missing or of unknown kind, or nothing is left to read.
     """
     found: dict[str, InputFile] = {}
+    reals: dict[str, str] = {}
     for given in _expand_lists([os.fspath(each) for each in inputs]):
-        for entry in _expand(given, readers):
+        known = []
+        for entry in _expand(given, readers, report):
             extension = entry.extension or _format_of(entry, readers)
             if extension is not None:
-                source, name = _source_of(entry, readers[extension], extension)
-                found.setdefault(entry.path, InputFile(entry.path, extension, source, entry.size, name))
+                known.append((entry, extension))
             elif entry.root is None:
                 raise DataError(
                     f"no reader for {entry.path}",
@@ -60,13 +63,35 @@ def find_files(
                 )
             else:
                 report.ignore(entry.path)
+        for entry, extension in leave_out_cards(known, readers, report):
+            source, name = _source_of(entry, readers[extension], extension)
+            file = InputFile(entry.path, extension, source, entry.size, name)
+            _add(file, entry.real or entry.path, found, reals, report)
     if not found:
         raise DataError(
-            "no input files",
-            found=f"{report.ignored_files} files of unknown kind under {', '.join(map(str, inputs))}",
+            f"no input files under {', '.join(map(str, inputs))}",
+            found=report.warning() or "nothing",
             allowed=list(readers),
         )
     return [found[path] for path in sorted(found)]
+
+
+def _add(
+    file: InputFile, real: str, found: dict[str, InputFile], reals: dict[str, str], report: ReadReport
+) -> None:
+    """Add a file, once: of a file and links to it the file stays, or else the first in order."""
+    other = reals.get(real)
+    if other is None:
+        found[file.path], reals[real] = file, file.path
+        return
+    if other == file.path:
+        report.skip("duplicate_files", file.path, "given twice")
+        return
+    kept, left = sorted((other, file.path), key=lambda path: (path != real, path))
+    report.skip("duplicate_files", left, f"the same file as {kept}")
+    if kept == file.path:
+        del found[other]
+        found[kept], reals[real] = file, kept
 
 
 def _expand_lists(inputs: list[str], seen: tuple[str, ...] = ()) -> Iterator[str]:
@@ -79,10 +104,11 @@ def _expand_lists(inputs: list[str], seen: tuple[str, ...] = ()) -> Iterator[str
         if path in seen:
             raise DataError(f"the list {path} names itself", found=" -> ".join([*seen, path]))
         with open_input(path) as stream:
-            try:
-                lines = stream.read().decode("utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise DataError(f"the list {path} is not text", found=str(error)) from None
+            # Names that are not UTF-8 stay what they are; no other character than a line feed ends a line.
+            text = stream.read().decode("utf-8-sig", "surrogateescape")
+        if "\0" in text:
+            raise DataError(f"the list {path} is not text", found="a zero byte")
+        lines = text.split("\n")
         entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         yield from _expand_lists([_beside(path, entry) for entry in entries], (*seen, path))
 
@@ -98,34 +124,13 @@ def _beside(path: str, entry: str) -> str:
     return mark + os.path.join(os.path.dirname(path), entry)
 
 
-def _expand(given: str, readers: Mapping[str, Reader]) -> Iterator[Entry]:
+def _expand(given: str, readers: Mapping[str, Reader], report: ReadReport) -> Iterator[Entry]:
     if given.startswith(HUB):
         entries = expand_hub(given, is_data=lambda path: _is_container(path, readers))
     else:
-        entries = list(_expand_remote(given) if is_remote(given) else _expand_local(given))
+        entries = list(_expand_remote(given) if is_remote(given) else expand_local(given, report))
     yield from (entry for entry in entries if entry.root is None)
-    yield from resolve_folders(entry for entry in entries if entry.root is not None)
-
-
-def _expand_local(given: str) -> Iterator[Entry]:
-    if os.path.isdir(given):
-        root = os.path.abspath(given)
-        for folder, folders, names in os.walk(root):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in names:
-                path = os.path.join(folder, name)
-                if not name.startswith(".") and os.path.isfile(path):
-                    yield Entry(path, os.path.getsize(path), root)
-    elif os.path.isfile(given):
-        yield Entry(os.path.abspath(given), os.path.getsize(given))
-    elif glob.has_magic(given):
-        matches = sorted(glob.glob(given, recursive=True))
-        if not matches:
-            raise DataError(f"the pattern {given!r} matches no file")
-        for path in matches:
-            yield from _expand_local(path)
-    else:
-        raise DataError(f"{given} does not exist", fix="give a file, a folder, a glob pattern or an address")
+    yield from resolve_folders((entry for entry in entries if entry.root is not None), report)
 
 
 def _expand_remote(given: str) -> Iterator[Entry]:
@@ -165,6 +170,8 @@ def _format_of(entry: Entry, readers: Mapping[str, Reader]) -> str | None:
     compressed = PurePosixPath(entry.path).suffix.lower() in COMPRESSION
     if extension == ".json":
         return sniff_json(entry.path)
+    if extension == ".mds":
+        return None  # a folder with an index is read, a shard alone is not
     if extension in readers:
         return extension if readers[extension].compressible or not compressed else None
     # Asking every unknown file of a remote folder would cost a request each.
@@ -174,7 +181,12 @@ def _format_of(entry: Entry, readers: Mapping[str, Reader]) -> str | None:
 
 
 def _source_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
-    """Return the source and the path below the input folder."""
+    """Return the source, which has a UTF-8 form, and the path below the input folder."""
+    source, below = _place_of(entry, reader, extension)
+    return printable(source), below
+
+
+def _place_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
     name = PurePosixPath(entry.path).name
     stem = name[: name.lower().rfind(extension)] if extension in name.lower() else name.partition(".")[0]
     stem = _SHARD_NUMBER.sub("", stem) or name

@@ -17,23 +17,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from longspan.core.errors import ArgumentError, DataError
+from longspan.core.errors import ArgumentError
 from longspan.core.files import disk_errors
-from longspan.data.readers.base import Document, Fields, InputFile, Part, RawRecord, ReadReport
-from longspan.data.readers.fields import lookup
-from longspan.data.readers.reading import READERS, make_document, parse_values_of, records_of
+from longspan.data.readers.base import (
+    Document,
+    Fields,
+    InputFile,
+    Part,
+    RawRecord,
+    ReadReport,
+    SkippedRecordError,
+)
+from longspan.data.readers.fields import lookup, printable
+from longspan.data.readers.reading import READERS, make_document, parse_values_of, records_of, skip_record
 
 NUM_BUCKETS = 256
 RUN_BYTES = 1 << 25
 RECORDS, INDEX = "records", "index"
 _HEAD = struct.Struct("<II")
+_WHOLE = re.compile(r"[-+]?[0-9]{1,1000}")
+_DIGITS = re.compile(r"[0-9]+")
 _SPAN = struct.Struct("<qq")
 FOLDER = "folder"
 """Field of a text file: the first folder below the input."""
@@ -54,7 +66,8 @@ class Grouping(NamedTuple):
     """Field whose value the records of a group share; a record without a value stays alone. A text file has
     the fields `path` and `folder` (the first below the input)."""
     order: str | None = None
-    """Field that orders the records of a group, numbers before texts; ties and None: canonical order."""
+    """Field that orders the records of a group, by number or by text (see `_order_key`); ties and None: canonical
+    order."""
     header: str | None = None
     """Field with a file name that is written as a comment line above each record."""
     separator: str = "\n\n"
@@ -66,17 +79,18 @@ class Grouping(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """Where a record of a bucket stands; sorts by group, then by order, then canonically."""
+    """Where a record of a bucket stands; sorts by group, then canonically."""
 
     digest: bytes
     group: str
-    order: tuple[int, float, str]
     path: str
     position: int
     folder: int
     """Number of the folder that holds it."""
     offset: int
     """Where its bytes start in the records of that folder."""
+    order: int | float | str | None
+    """What the record is ordered by in its group."""
 
 
 def read_grouped(
@@ -85,18 +99,16 @@ def read_grouped(
     """Yield one document per group; its source, path and position are those of its first record.
 
     Raises:
-        DataError: a field is missing or does not name a group; see also `reading.parse_record`.
+        DataError: (`strict`) a field is missing or does not name a group; see also `reading.parse_record`.
         RunError: the disk for temporary files is full.
     """
     with tempfile.TemporaryDirectory(prefix="longspan-group-") as scratch:
         folder, count = Path(scratch), NUM_BUCKETS
-        with disk_errors(scratch):
+        with disk_errors(folder.parent):
             deal(map(Part, files), fields, grouping, folder, num_buckets=count, strict=strict, report=report)
         report.documents = 0
         for number in range(count):
-            for document in read_bucket([folder], number, grouping, num_buckets=count):
-                report.documents += 1
-                yield document
+            yield from read_bucket([folder], number, grouping, num_buckets=count, report=report)
 
 
 def deal(
@@ -145,10 +157,18 @@ def _dealt(
             values = parse_values_of(record, strict=strict, report=report)
             if values is None:
                 continue
+            try:
+                kept = {name: lookup(values, name) for name in grouping.names}
+                group = _name(kept[grouping.by], grouping.by)
+                order = None if grouping.order is None else _order(kept[grouping.order], grouping.order)
+            except SkippedRecordError as error:
+                skip_record(record, error, strict=strict, report=report)
+                continue
             document = make_document(values, record, fields, strict=strict, report=report)
             if document is None:
                 continue
-            head = _head(document, values, record, fields, grouping)
+            header = None if grouping.header is None else kept[grouping.header]
+            head = _head(document, record, fields, grouping, group=group, order=order, header=header)
             # The first 64 bits of 0..2**64, cut into equal ranges.
             number = int(head["digest"], 16) * num_buckets >> 64
             packed, text = json.dumps(head).encode(), document.text.encode()
@@ -167,22 +187,26 @@ def _write_run(held: list[list[bytes]], records: IO[bytes], index: IO[bytes]) ->
 
 
 def _head(
-    document: Document, values: dict[str, Any], record: RawRecord, fields: Fields, grouping: Grouping
+    document: Document,
+    record: RawRecord,
+    fields: Fields,
+    grouping: Grouping,
+    *,
+    group: str,
+    order: int | float | str | None,
+    header: Any,
 ) -> dict[str, Any]:
     """Return what is kept beside the text of a record."""
-    group = _name(lookup(values, grouping.by, place=record.place), grouping.by, record)
     source = document.source
     if grouping.by == FOLDER and fields.source is None and READERS[record.file.extension].one_text:
         # The folder is the document here, so it cannot be the source as well.
-        source = PurePosixPath(record.file.path.removesuffix(record.file.name)).name or source
-    order = None if grouping.order is None else lookup(values, grouping.order, place=record.place)
-    header = None if grouping.header is None else lookup(values, grouping.header, place=record.place)
+        source = printable(PurePosixPath(record.file.path.removesuffix(record.file.name)).name) or source
     # A record without a group is one by itself: nothing else has its path and position.
     own = f"{record.file.path}\0{document.position}"
     return {
-        "digest": hashlib.blake2b((group or own).encode(), digest_size=8).hexdigest(),
+        "digest": hashlib.blake2b((group or own).encode(errors="surrogateescape"), digest_size=8).hexdigest(),
         "group": group or own,
-        "order": _order(order, grouping.order, record),
+        "order": order,
         "header": None if header is None else _comment(str(header)),
         "source": source,
         "path": document.path,
@@ -191,34 +215,74 @@ def _head(
     }
 
 
-def _name(value: Any, field: str, record: RawRecord) -> str:
+def _name(value: Any, field: str) -> str:
     if value is not None and not isinstance(value, (str, int)):
-        raise DataError(f"{record.place}: field {field!r} does not name a group", found=repr(value)[:80])
-    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+        raise SkippedRecordError(
+            "wrong_types", f"field {field!r} does not name a group", found=repr(value)[:80]
+        )
+    return "" if value is None else printable(str(value))
 
 
-def _order(value: Any, field: str | None, record: RawRecord) -> tuple[int, float, str]:
-    if value is None:
-        return (0, 0, "")
-    if isinstance(value, (int, float)):
-        return (1, value, "")
+def _order(value: Any, field: str) -> int | float | str | None:
+    """Return what a record is ordered by: a number, also if it is written as text, or a text."""
+    if isinstance(value, date):  # of a column
+        value = value.isoformat()
     if isinstance(value, str):
-        return (2, 0, value.encode("utf-8", "replace").decode())
-    raise DataError(f"{record.place}: field {field!r} does not order records", found=repr(value)[:80])
+        clean = value.strip()
+        return int(clean) if _WHOLE.fullmatch(clean) else printable(value)
+    if value is None or (isinstance(value, (int, float)) and value == value):
+        return value
+    raise SkippedRecordError("wrong_types", f"field {field!r} does not order records", found=repr(value)[:80])
 
 
 def _comment(name: str) -> str:
-    clean = name.encode("utf-8", "replace").decode().replace("\n", " ")
+    clean = printable(name).replace("\n", " ")
     return _COMMENT_OF.get(PurePosixPath(clean).suffix.lower(), "# ") + clean + "\n"
 
 
+def _order_key(members: Sequence[_Kept], report: ReadReport) -> Callable[[_Kept], tuple[Any, ...]]:
+    """Return the key that orders the records of a group: those without a value first, then by number or by text.
+
+    Where some have numbers and some texts, numbers count as texts, and all texts are ordered with the whole numbers
+    in them by their value: "part 2" stands before "part 10".
+    """
+    texts = sum(isinstance(each.order, str) for each in members)
+    if texts and texts < sum(each.order is not None for each in members):
+        report.mixed_orders += 1
+
+    def key(each: _Kept) -> tuple[Any, ...]:
+        if each.order is None:
+            place: tuple[Any, ...] = (0,)
+        else:
+            place = (1, _natural(str(each.order)) if texts else each.order)
+        return (*place, each.path, each.position)
+
+    return key
+
+
+def _natural(text: str) -> str:
+    """Return what orders a text with its whole numbers by their value: each is led by a 0 and its length."""
+
+    def led(number: re.Match[str]) -> str:
+        digits = number[0].lstrip("0") or "0"
+        return f"0{len(digits):09}{digits}"
+
+    return f"{_DIGITS.sub(led, text)}\0{text}"
+
+
 def read_bucket(
-    folders: Sequence[Path], number: int, grouping: Grouping, *, num_buckets: int
+    folders: Sequence[Path], number: int, grouping: Grouping, *, num_buckets: int, report: ReadReport
 ) -> Iterator[Document]:
-    """Yield one document per group of bucket `number` of folders that `deal` wrote, in order of their hashes."""
-    kept = sorted(_places(folders, number, num_buckets))
-    for _, members in groupby(kept, key=lambda each: (each.digest, each.group)):
-        yield _join(_read(folders, list(members)), grouping)
+    """Yield one document per group of bucket `number` of folders that `deal` wrote, in order of their hashes.
+
+    `report` counts the documents.
+    """
+    kept = sorted(_places(folders, number, num_buckets), key=lambda each: (each.digest, each.group))
+    for _, group in groupby(kept, key=lambda each: (each.digest, each.group)):
+        members = list(group)
+        members.sort(key=_order_key(members, report))
+        report.documents += 1
+        yield _join(_read(folders, members), grouping)
 
 
 def _places(folders: Sequence[Path], number: int, num_buckets: int) -> Iterator[_Kept]:
@@ -237,7 +301,7 @@ def _places(folders: Sequence[Path], number: int, num_buckets: int) -> Iterator[
                     file.seek(text_bytes, os.SEEK_CUR)
                     place = paths.setdefault(head["path"], head["path"]), head["position"], folder, start
                     digest = bytes.fromhex(head["digest"])
-                    yield _Kept(digest, head["group"], tuple(head["order"]), *place)
+                    yield _Kept(digest, head["group"], *place, head["order"])
                     start += _HEAD.size + head_bytes + text_bytes
 
 

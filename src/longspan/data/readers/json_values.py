@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import (
-    OPTIONAL_FIELDS,
+    MissingFieldError,
     Part,
     RawRecord,
     Reader,
@@ -17,56 +17,82 @@ from longspan.data.readers.base import (
     parse_values,
     whole_file,
 )
-from longspan.data.readers.fields import lookup
+from longspan.data.readers.fields import missing_column
 from longspan.data.readers.opening import open_input, reading
 
 BLOCK_CHARACTERS = 1 << 20
 MAX_VALUE_CHARACTERS = 2 << 30
-_SPACE = " \t\n\r"
+_SPACE = " \t\n\r\ufeff"
+"""A byte order mark in the middle comes from files put together."""
+_ANY_NUMBERS = json.JSONDecoder(parse_int=str)
+MAX_HELD = 10_000
+"""Records that are held to see whether the file has any that can be used."""
+
+
+class _NoJsonError(Exception):
+    """Something that is not JSON; `record` is the number of the value it stands in."""
+
+    def __init__(self, record: int, found: str) -> None:
+        super().__init__(found)
+        self.record = record
 
 
 def read_json(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the objects of a file; the position is the number of the object, from 1.
 
-    A file whose first object has none of the wanted fields is left out and counted with its name.
+    A file without any object that has the wanted fields is left out and counted as one, also if it is not JSON:
+    settings, metadata and logs lie among the data of many a folder.
 
     Raises:
-        DataError: the file is not JSON from some record on; nothing after a broken value can be trusted.
+        DataError: a file of such objects is not JSON from some record on; nothing after a broken value can be
+            trusted.
     """
     file = part.file
+    held: list[RawRecord] | None = []
+    """What could not be used so far, as long as nothing could."""
     with open_input(file.path) as stream, reading(file.path):
-        values = _Values(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"), file.path)
-        for number, value in enumerate(values, 1):
-            data: Any = value
-            if not isinstance(value, dict):
-                found = f"a JSON {type(value).__name__}, not an object"
-                data = SkippedRecordError("broken_records", found)
-            elif number == 1:
-                # Settings and metadata lie among the data of many a folder.
-                data = _without_fields(value, wanted or ()) or value
-            yield RawRecord(file, number, data)
-            if isinstance(data, SkippedRecordError) and data.kind == "ignored_files":
-                return
-
-
-def _without_fields(value: dict[str, Any], wanted: Sequence[str]) -> SkippedRecordError | None:
-    for name in wanted:
+        values = _Values(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"))
         try:
-            if name not in OPTIONAL_FIELDS:
-                lookup(value, name, place="")
-        except DataError:
-            keys = ", ".join(map(str, value))[:200]
-            return SkippedRecordError(
-                "ignored_files", f"no data: the first object has no field {name!r}, only {keys}"
-            )
-    return None
+            for number, value in enumerate(values, 1):
+                record = RawRecord(file, number, _usable(value, wanted or ()))
+                if held is None:
+                    yield record
+                    continue
+                held.append(record)
+                if not isinstance(record.data, SkippedRecordError) or len(held) > MAX_HELD:
+                    yield from held
+                    held = None
+        except _NoJsonError as error:
+            if held is None:
+                raise DataError(
+                    f"{file.path} is not valid JSON from record {error.record} on",
+                    found=str(error),
+                    fix="mend or fetch the file again; write one object a line (.jsonl) to lose only what is broken",
+                ) from None
+            yield RawRecord(file, 1, SkippedRecordError("not_json", f"not valid JSON ({error})"))
+            return
+    if held:
+        first = held[0].data
+        of_file: SkippedRecordError = SkippedRecordError("other_files", first.reason, found=first.found)
+        if isinstance(first, MissingFieldError):
+            of_file = MissingFieldError(first.reason, found=first.found, of_file=True)
+        yield RawRecord(file, 1, of_file)
+
+
+def _usable(value: Any, wanted: Sequence[str]) -> dict[str, Any] | SkippedRecordError:
+    if isinstance(value, SkippedRecordError):
+        return value
+    if not isinstance(value, dict):
+        return SkippedRecordError("broken_records", f"a JSON {type(value).__name__}, not an object")
+    missing = missing_column(value, wanted)
+    return value if missing is None else MissingFieldError(missing.reason, found=missing.found)
 
 
 class _Values:
     """The values of an array, or values one after another."""
 
-    def __init__(self, stream: io.TextIOWrapper, path: str) -> None:
-        self._stream, self._path = stream, path
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
         self._text, self._at, self._ended = "", 0, False
         self._decoder = json.JSONDecoder()
         self._count = 0
@@ -126,15 +152,15 @@ class _Values:
                 held = len(self._text) - self._at
                 if not cut or held > MAX_VALUE_CHARACTERS or not self._more(max(held, BLOCK_CHARACTERS)):
                     self._fail(error.msg)
-            except (ValueError, RecursionError) as error:
+            except RecursionError as error:
                 self._fail(str(error))
+            except ValueError as error:  # a number of 5000 digits
+                _, self._at = _ANY_NUMBERS.raw_decode(self._text, self._at)
+                self._count += 1
+                return SkippedRecordError("broken_records", str(error))
 
-    def _fail(self, found: str) -> None:
-        raise DataError(
-            f"{self._path} is not valid JSON from record {self._count + 1} on",
-            found=found,
-            fix="mend or fetch the file again; write one object a line (.jsonl) to lose only what is broken",
-        ) from None
+    def _fail(self, found: str) -> NoReturn:
+        raise _NoJsonError(self._count + 1, found) from None
 
 
 JSON = Reader(read_json, parse_values, whole_file)

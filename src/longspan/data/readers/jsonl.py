@@ -58,7 +58,7 @@ def read_lines(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
                 while not (rest := stream.readline(1 << 20)).endswith(b"\n") and rest:
                     size += len(rest)
                 size += len(rest)
-            elif offset == 0:
+            else:  # a mark in the middle comes from files put together
                 data = line.removeprefix(UTF8_BOM)
             if isinstance(data, SkippedRecordError) or (data and not data.isspace()):
                 yield RawRecord(file, offset, data, number)

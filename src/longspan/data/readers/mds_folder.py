@@ -7,8 +7,8 @@ from typing import Any
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import (
-    OPTIONAL_FIELDS,
     InputFile,
+    MissingFieldError,
     Part,
     RawRecord,
     Reader,
@@ -16,10 +16,10 @@ from longspan.data.readers.base import (
     parse_values,
     whole_file,
 )
-from longspan.data.readers.fields import decode_utf8, lookup
+from longspan.data.readers.fields import decode_utf8, missing_column
 from longspan.data.readers.opening import is_remote
 from longspan.data.store.directory import MDSDirectory
-from longspan.data.store.mds import Shard
+from longspan.data.store.mds import Shard, ShardInfo
 
 
 def split_shards(file: InputFile, part_bytes: int) -> list[Part]:
@@ -44,26 +44,29 @@ def read_mds(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
         raise DataError(f"{path} is a remote MDS folder", fix="get it first with `longspan data fetch`")
     directory = MDSDirectory(path)
     position = sum(info.num_samples for info in directory.shards[: part.start])
+    lacking = [_columns(info, wanted)[0] for info in directory.shards]
+    if lacking and all(lacking):
+        if part.start == 0:
+            yield RawRecord(part.file, 1, lacking[0])
+        return
     for number in range(part.start, len(directory.shards) if part.stop is None else part.stop):
-        shard = directory.shard(number)
-        names = _columns(shard, wanted, path)
+        shard, missing = directory.shard(number), lacking[number]
+        _, names = _columns(shard.info, wanted)
         for sample in range(len(shard)):
             position += 1
-            yield RawRecord(part.file, position, _values(shard, sample, names))
+            if missing is None:
+                yield RawRecord(part.file, position, _values(shard, sample, names))
+            else:  # several writers' shards may stand in one folder
+                yield RawRecord(part.file, position, MissingFieldError(missing.reason, found=missing.found))
 
 
-def _columns(shard: Shard, wanted: Sequence[str] | None, path: str) -> set[str]:
-    names = [column.name for column in shard.info.columns]
+def _columns(info: ShardInfo, wanted: Sequence[str] | None) -> tuple[MissingFieldError | None, set[str]]:
+    names = [column.name for column in info.columns]
     if wanted is None:
-        return set(names)
-    found = set()
-    for name in wanted:
-        # A dotted name reaches into a column of JSON.
-        top = name if name in names else name.partition(".")[0]
-        if name not in OPTIONAL_FIELDS:
-            lookup(dict.fromkeys(names), top, place=path)
-        found.add(top)
-    return found
+        return None, set(names)
+    # A dotted name reaches into a column of JSON.
+    tops = [name if name in names else name.partition(".")[0] for name in wanted]
+    return missing_column(dict.fromkeys(names), tops), set(tops)
 
 
 def _values(shard: Shard, sample: int, names: set[str]) -> dict[str, Any] | SkippedRecordError:
@@ -78,6 +81,8 @@ def _values(shard: Shard, sample: int, names: set[str]) -> dict[str, Any] | Skip
                 )
             except SkippedRecordError as error:
                 return error
+            except DataError as error:
+                return SkippedRecordError("broken_records", str(error))
     return values
 
 

@@ -14,12 +14,14 @@ from typing import IO, Any
 from longspan.core.errors import DataError, MissingDependencyError
 
 BUFFER_BYTES = 1 << 20
+MAX_WINDOW_BYTES = 1 << 31
 
 
 def _open_zstd(stream: IO[bytes]) -> IO[bytes]:
     import zstandard
 
-    return _ZstdFrames(zstandard.ZstdDecompressor(), stream)
+    # Windows of up to 2 GiB, as `zstd --long=31` writes them: the file itself says how much memory it takes.
+    return _ZstdFrames(zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES), stream)
 
 
 def _open_gzip(stream: IO[bytes]) -> IO[bytes]:

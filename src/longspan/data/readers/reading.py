@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from typing import Any, Literal, cast
 
 from longspan.core.errors import DataError
 from longspan.core.log import get_logger
 from longspan.data.readers.base import (
+    OF_FILES,
+    OPTIONAL_FIELDS,
     Document,
     Fields,
     InputFile,
+    MissingFieldError,
     Part,
     Place,
     RawRecord,
@@ -29,6 +34,8 @@ from longspan.data.readers.mds_folder import MDS
 from longspan.data.readers.text import TEXT
 
 PART_BYTES = 64 << 20
+PROBED_RECORDS = 1000
+"""Records at the head of a file that are looked at before a field is said to be nowhere."""
 
 # fmt: off
 _TEXT_EXTENSIONS = (
@@ -90,15 +97,22 @@ def read_values(
 ) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield place and values of the named fields (dots reach into objects) of every record of a part.
 
-    For records that are not texts: conversations, lists of tokens. Broken records are skipped and counted.
+    For records that are not texts: conversations, lists of tokens. Those without such a field, and broken ones, are
+    skipped and counted.
 
     Raises:
-        DataError: a field is missing, or (`strict`) a record is broken.
+        DataError: (`strict`) a record is broken or lacks a field.
     """
     for record in records_of(part, names, report=report):
         values = parse_values_of(record, strict=strict, report=report)
-        if values is not None:
-            yield record.place, {name: lookup(values, name, place=record.place) for name in names}
+        if values is None:
+            continue
+        try:
+            found = {name: lookup(values, name) for name in names}
+        except MissingFieldError as error:
+            skip_record(record, error, strict=strict, report=report)
+            continue
+        yield record.place, found
 
 
 def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:
@@ -115,10 +129,10 @@ def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -
 
 
 def parse_record(record: RawRecord, fields: Fields, *, strict: bool, report: ReadReport) -> Document | None:
-    """Read one record; a broken or empty one is counted in `report` and gives None.
+    """Read one record; one that cannot be used is counted in `report` and gives None.
 
     Raises:
-        DataError: a field is missing or of another type, or (`strict`) the record is broken.
+        DataError: (`strict`) the record cannot be used.
     """
     values = parse_values_of(record, strict=strict, report=report)
     return None if values is None else make_document(values, record, fields, strict=strict, report=report)
@@ -131,7 +145,7 @@ def make_document(
     try:
         document = document_of(values, record, fields)
     except SkippedRecordError as error:
-        _skip(record, error, strict=strict, report=report)
+        skip_record(record, error, strict=strict, report=report)
         return None
     if not document.text:
         report.skip("empty_documents", record.place, "no text")
@@ -145,16 +159,66 @@ def parse_values_of(record: RawRecord, *, strict: bool, report: ReadReport) -> d
     try:
         return READERS[record.file.extension].parse(record)
     except SkippedRecordError as error:
-        _skip(record, error, strict=strict, report=report)
+        skip_record(record, error, strict=strict, report=report)
         return None
 
 
-def _skip(record: RawRecord, error: SkippedRecordError, *, strict: bool, report: ReadReport) -> None:
+def skip_record(record: RawRecord, error: SkippedRecordError, *, strict: bool, report: ReadReport) -> None:
+    """Count a record, or a whole file, that cannot be used. Raises DataError instead if `strict`."""
+    of_file = error.kind in OF_FILES
+    place: Place | str = record.file.path if of_file else record.place
     if strict:
+        mend = "leave the file out of the input" if of_file else "mend the record"
         raise DataError(
-            f"{record.place}: {error}", fix="mend the record, or leave out --strict to skip it"
+            f"{place}: {error.reason}", found=error.found, fix=f"{mend}, or leave out --strict to skip it"
         ) from None
-    report.skip(error.kind, record.place, str(error))
+    report.skip(error.kind, place, str(error))
+
+
+def check_fields(files: Sequence[InputFile], names: Sequence[str]) -> None:
+    """Refuse fields that none of the first records of any file has, before hours of reading.
+
+    Raises:
+        DataError: no record has them; the message names the place and fields of the first one.
+    """
+    first: tuple[Place | str, MissingFieldError] | None = None
+    for file in files:
+        try:
+            found = _look_for(file, names)
+        except DataError:
+            return  # a damaged file: who reads it says so
+        if found is True:
+            return
+        first = first or found
+    if first is not None:
+        raise DataError(
+            f"{first[0]}: {first[1].reason}",
+            found=first[1].found,
+            fix="name the field with --text-field or --source-field",
+        )
+
+
+def _look_for(
+    file: InputFile, names: Sequence[str]
+) -> tuple[Place | str, MissingFieldError] | Literal[True] | None:
+    """Return True if a record at the head of a file has all fields, else where the first one lacks them."""
+    reader = READERS[file.extension]
+    first: tuple[Place | str, MissingFieldError] | None = None
+    # The iterators of readers are generators, which hold files open.
+    with closing(cast(Generator[RawRecord], reader.records(Part(file), names))) as records:
+        for record in islice(records, PROBED_RECORDS):
+            try:
+                values = reader.parse(record)
+                for name in names:
+                    if name not in OPTIONAL_FIELDS:
+                        lookup(values, name)
+                return True
+            except MissingFieldError as error:
+                place = file.path if error.kind in OF_FILES else record.place
+                first = first or (place, error.with_traceback(None))
+            except SkippedRecordError:
+                continue
+    return first
 
 
 def finish_reading(files: Sequence[InputFile], report: ReadReport) -> None:

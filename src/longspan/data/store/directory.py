@@ -217,7 +217,9 @@ class MDSDirectory:
         try:
             if kind == "zstd":
                 with open(path, "rb") as file:
-                    return zstandard.ZstdDecompressor().stream_reader(file).read(limit)
+                    # No window is larger than the shard itself.
+                    opened = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+                    return opened.stream_reader(file).read(limit)
             if kind in ("gz", "bz2"):
                 with gzip.open(path) if kind == "gz" else bz2.open(path) as stream:
                     return stream.read(limit)

@@ -21,7 +21,15 @@ from longspan.core.log import get_logger
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
 from longspan.data.job_lock import BusyError, JobLock, hold_share, share_lock
 from longspan.data.mixture import MixtureSpec
-from longspan.data.readers import Fields, Grouping, ReadReport, finish_reading, list_inputs, read_part
+from longspan.data.readers import (
+    Fields,
+    Grouping,
+    ReadReport,
+    check_fields,
+    finish_reading,
+    list_inputs,
+    read_part,
+)
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.token_store import MANIFEST, SHARD_BYTES, TokenStore, read_manifest
 from longspan.data.tokenize import sampling
@@ -94,11 +102,11 @@ def tokenize_corpus(
         seed: of what `mix` draws.
         num_workers: processes that encode; 1 encodes in this process. Does not change the result.
         executor: runs the units instead of `num_workers` processes. Does not change the result.
-        strict: stop at the first broken record instead of skipping and counting it.
+        strict: stop at the first record that cannot be used instead of skipping and counting it.
         shard_bytes: size of the store's files; below 4 GiB.
 
     Raises:
-        DataError: the inputs hold no document, a field is missing, or `out` holds something else.
+        DataError: the inputs hold no document, nothing has a wanted field, or `out` holds something else.
         RunError: the disk is full, a worker died, or another job is at work on `out`; nothing is left at
             `out`, and finished pieces are kept beside it.
     """
@@ -201,6 +209,7 @@ class CorpusJob:
         )
         self._units: Sequence[Unit | GroupUnit] = units
         self._deals: Sequence[Unit] = ()
+        self._wanted = (*self._job.fields.wanted, *(() if grouping is None else grouping.names))
         if grouping is not None:
             self._deals = units
             self._deal_job = DealJob(
@@ -251,6 +260,7 @@ class CorpusJob:
                 self._space.remove()
                 return store
             try:
+                check_fields(self._files, self._wanted)
                 self._space.open()
                 if share.count == 1:
                     self.encode(executor)

@@ -52,9 +52,7 @@ class GroupUnit(NamedTuple):
         """Yield one document per group, and count them in `report`."""
         folders = [dealt_path(self.job.folder, number) for number in range(self.num_dealt)]
         grouping, count = self.job.grouping, self.job.num_buckets
-        for document in read_bucket(folders, self.number, grouping, num_buckets=count):
-            report.documents += 1
-            yield document
+        yield from read_bucket(folders, self.number, grouping, num_buckets=count, report=report)
 
 
 def num_buckets_of(files: Sequence[InputFile], unit_bytes: int) -> int:

@@ -113,8 +113,8 @@ def read_summary(file: Path, *, plan: str) -> PieceSummary:
             raise ValueError("written by another version")
         report = content.pop("report")
         examples = [
-            Example(Place(*place) if isinstance(place, list) else place, reason)
-            for place, reason in report.pop("examples")
+            Example(Place(*place) if isinstance(place, list) else place, *rest)
+            for place, *rest in report.pop("examples")
         ]
         seen = {source: SourceCounts(*counts) for source, counts in content.pop("seen").items()}
         summary = PieceSummary(report=ReadReport(**report, examples=examples), seen=seen, **content)

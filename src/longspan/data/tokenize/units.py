@@ -103,7 +103,7 @@ def _sampled_sha256(path: str, size: int, changed: int) -> str:
 def _hash_folder(path: str, digest: Any) -> None:
     """Hash names and sizes of a folder's files, and the index where it has one (an MDS directory)."""
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        digest.update(f"{entry.name} {entry.stat().st_size}\n".encode())
+        digest.update(os.fsencode(f"{entry.name} {entry.stat().st_size}\n"))
     index = Path(path, "index.json")
     if index.is_file():
         digest.update(index.read_bytes())
