@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
 from longspan.data.chat import ChatFormat, MessagesError, load_chat_format, shipped_templates
-from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from longspan.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.chat_tokenizers import SPECIAL, chatty_tokenizer, hugging_face, llama_like
 
-SPECIAL = [
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<|eot_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|im_start|>",
-    "<|im_end|>",
-]
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": " Hi there "},
@@ -61,36 +50,7 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ CONTENT }}<|im_end
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte-level tokenizer that knows the special tokens of all shipped templates."""
-    texts = ["Hello there, so long! Be brief. user assistant system INST"] * 20
-    return train_bpe(texts, tmp_path_factory.mktemp("chatty"), vocab_size=300, special_tokens=SPECIAL)
-
-
-def llama_like(folder: Path, *, legacy: bool) -> Tokenizer:
-    """Write a SentencePiece-style tokenizer: every stretch, or only the first, begins with a space mark."""
-    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
-
-    model = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    if legacy:
-        model.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
-    else:
-        model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    alphabet = sorted(set("\u2581 abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ[]/.!?<>|_\n"))
-    trainer = trainers.BpeTrainer(
-        vocab_size=200,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    model.train_from_iterator(["Hello there so long be brief INST"] * 20, trainer)
-    model.add_special_tokens([AddedToken("<|im_end|>", rstrip=True), AddedToken("<|im_start|>", lstrip=True)])
-    model.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
-    folder.mkdir(exist_ok=True)
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
-    return load_tokenizer(folder, backend="hf")
+    return chatty_tokenizer(tmp_path_factory.mktemp("chatty"))
 
 
 def trained_text(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> str:
@@ -115,12 +75,6 @@ def test_text_and_trained_text_are_as_documented(chatty, name):
     ends = [token for token, on in zip(ids.tolist(), mask.tolist()) if on and token < len(SPECIAL)]
     assert len(ends) == 2 and len(set(ends)) == 1
     assert not mask[ids == 0].any(), "BOS is never trained"
-
-
-def hugging_face(tokenizer: Tokenizer):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path), bos_token="<s>", eos_token="</s>")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "legacy", "first"])
@@ -153,9 +107,6 @@ def test_blocks_are_trained_exactly_as_transformers_marks_them(chatty):
     assert ids.tolist() == expected["input_ids"]
     assert mask.tolist() == expected["assistant_masks"]
     assert trained_text(chatty, ids, mask) == "Hello!\n<|im_end|>\n So long<|im_end|>\n"
-    outside = template.replace("{% generation %}{{ m.content }}", "{{ m.content }}{% generation %}")
-    with pytest.raises(DataError, match="outside its"):
-        ChatFormat(chatty, outside)
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
@@ -220,7 +171,7 @@ def test_a_template_may_refuse_a_conversation(chatty):
         ("{{ m.content.split('\n')[0] }}", "rewrites"),
         ("{% if m.role == 'user' %}{{ m.content }}{% endif %}", "0 times"),
         ("{{ m.content }}{{ m.content }}", "2 times"),
-        ("{{ m.content | length }}", "0 times"),
+        ("{{ m.content | length }}", "0 times|rewrites"),
         ("{{ m.content }}<|im_start|>{{ m.content | length }}", "rewrites"),
         ("{{ m.content }} END ", "same special token"),
     ],
@@ -231,13 +182,13 @@ def test_a_template_that_hides_the_answer_is_refused(chatty, content, message):
         ChatFormat(chatty, CHATML.replace("{{ CONTENT }}", content))
 
 
-def test_a_template_that_drops_thoughts_is_refused_where_it_does(chatty):
-    """Published templates cut an answer at `</think>`; one without thoughts is found all the same."""
+def test_what_a_template_leaves_of_an_answer_is_learnt(chatty):
+    """Templates of thinking models cut an answer at `</think>`: one such answer once ended the whole job."""
     content = "{{ m.content.split('</think>')[-1] }}"
     chat = ChatFormat(chatty, CHATML.replace("{{ CONTENT }}", content))
     chat.encode(TALK)
-    with pytest.raises(DataError, match="rewrites"):
-        chat.encode([TALK[1], {"role": "assistant", "content": "<think>hm</think>Yes"}])
+    ids, mask, notes = chat.encode_record([TALK[1], {"role": "assistant", "content": "<think>hm</think>Yes"}])
+    assert trained_text(chatty, ids, mask) == "Yes<|im_end|>" and notes.total() == 1
 
 
 def test_the_next_turns_bos_is_no_end_of_turn(chatty):

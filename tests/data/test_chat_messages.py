@@ -13,8 +13,8 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 
 def test_both_spellings_are_one():
     shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": 1}]
-    assert as_messages(shared) == as_messages(TURNS) == TURNS
-    assert document_messages({"conversations": shared}, "conversations") == TURNS
+    assert as_messages(shared) == [TURNS[0], {**TURNS[1], "weight": 1}]
+    assert document_messages({"conversations": TURNS}, "conversations") == as_messages(TURNS) == TURNS
     assert document_messages({"chat": {"messages": TURNS}}, "chat.messages") == TURNS
     with pytest.raises(DataError, match="no field 'messages'"):
         document_messages({"conversations": shared}, "messages")
@@ -43,7 +43,7 @@ def test_first_system_turn_null_content_and_repeated_roles_are_kept():
         ([{"role": ["user"], "content": "Hi"}], "unknown role"),
         ([{"role": "user", "content": ["Hi"]}], "not text"),
         ([{"role": "user", "content": "Hi"}, {"role": "system", "content": "S"}], "system turn"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "calls a tool"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "call without a name"),
         ([{"role": "user", "content": "\ud83d"}], "surrogate"),
         ([{"role": "user", "content": "\U000f00031\U000f0004"}], "private-use"),
     ],

@@ -6,7 +6,8 @@ ids, mask = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant"
 
 from __future__ import annotations
 
-from longspan.data.chat.format import ChatFormat, ChatTokens, load_chat_format
+from longspan.data.chat.encoder import ChatTokens
+from longspan.data.chat.format import ChatFormat, load_chat_format
 from longspan.data.chat.messages import Message, MessagesError, as_messages, document_messages
 from longspan.data.chat.prompt import ChatPrompt
 from longspan.data.chat.template import shipped_templates

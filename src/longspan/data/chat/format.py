@@ -1,16 +1,17 @@
 """Conversations to token ids and an exact mask of what the assistant wrote.
 
-Where the assistant's words stand is found by rendering twice. Once as it is; once with every content replaced
-by a mark that nothing else contains, which shows what the template itself writes between the contents:
+The template is given all that a record holds (see `given`) and rendered twice: once as it is, once with private-use
+marks in it (see `points`) which show where the words of each turn stand and where `{% generation %}` blocks begin
+and end. A conversation whose marked text is another one, or of which a turn, a tool call or a part is missing in
+the text, is refused: it is never learnt by half.
 
-    text       <|user|>Hi<|end|><|bot|>Hello!<|end|>
-    skeleton   <|user|>(0)<|end|><|bot|>(1)<|end|>
+Special tokens are read in what the template writes alone: "<|end|>" in a message stays ordinary text.
 
-The text must be the skeleton with the contents put in (some templates trim them), character by character;
-otherwise the template rewrites contents and is refused. So every character is known to come from the template
-or from a turn, and special tokens are read in the template's characters alone: "<|end|>" inside a content
-stays ordinary text. Trained are a content of the assistant and what follows it up to its first special
-token, the end of the turn; a template with `{% generation %}` blocks says itself what is trained.
+    with {% generation %} blocks    learnt is what is in them, with the borders that transformers draws
+    without                         learnt is what the model would have to write itself: from the generation prompt, or
+                                    the first word, to the special token that ends the turn
+
+A turn that says that it is not to be learnt (`weight: 0`, `train: false` ...) is read only, either way.
 
 Encoding runs on the Hugging Face engine, which knows the place of every token: about 0.4 million tokens/s.
 """
@@ -18,34 +19,27 @@ Encoding runs on the Hugging Face engine, which knows the place of every token: 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
-from longspan.data.chat.messages import (
-    CONTENT_END,
-    CONTENT_START,
-    GENERATION_END,
-    GENERATION_START,
-    SPECIAL_END,
-    SPECIAL_START,
-    Message,
-    MessagesError,
-    as_messages,
-)
+from longspan.data.chat.encoder import ChatTokens, MarkedEncoder
+from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_system
+from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans
+from longspan.data.chat.messages import GUARD, Message, MessagesError, as_messages, is_learnt
+from longspan.data.chat.points import Pointer, Reading, read
 from longspan.data.chat.template import DATE, Template, find_template, special_tokens
+from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
 
-_MARKED = re.compile(f"{CONTENT_START}([0-9]+){CONTENT_END}")
-_GENERATION = re.compile(f"[{GENERATION_START}{GENERATION_END}]")
+RULES = 2
+"""Raised whenever the same template and conversation would be encoded otherwise."""
 
 # Awkward content: a template that escapes, lowers, or splits it is found out before the corpus is read.
 PROBE: tuple[Message, ...] = (
@@ -54,22 +48,18 @@ PROBE: tuple[Message, ...] = (
     {"role": "user", "content": "Why?"},
     {"role": "assistant", "content": "Because\n\n1. so"},
 )
+_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+PROBES = (PROBE, (_SYSTEM, *PROBE), PROBE[:2], (_SYSTEM, *PROBE[:2]))
+"""The first that a template does not refuse shows what it is like."""
 
 
-class ChatTokens(NamedTuple):
-    """An encoded conversation."""
+class Encoded(NamedTuple):
+    """An encoded conversation of a record."""
 
     ids: NDArray[np.uint32]
-    """[tokens]; with the BOS and other special tokens that the template writes."""
     mask: NDArray[np.uint8]
-    """[tokens]; 1 = the assistant's content and its end of turn, 0 = all else."""
-
-
-class _Piece(NamedTuple):
-    """A stretch of the rendered text: written by the template (`turn` None), or the content of a turn."""
-
-    text: str
-    turn: int | None
+    notes: Counter[str]
+    """What the template left out of it, with a number of turns."""
 
 
 class ChatFormat:
@@ -81,199 +71,186 @@ class ChatFormat:
             tokenizer.
 
     Raises:
-        DataError: the template is not valid, rewrites contents, or writes no special token at the end of the
-            assistant's turns; or it writes tokens that the tokenizer does not have.
+        DataError: the template is not valid or fails; or it has no `{% generation %}` blocks and rewrites contents,
+            or writes no special token at the end of the assistant's turns.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, template: str, *, special: Mapping[str, str] | None = None
     ) -> None:
-        self._special = dict(_special_of(tokenizer) if special is None else special)
+        self._special = dict(special_texts(tokenizer) if special is None else special)
         self.template = template
         """The Jinja text."""
         self._template = Template(template, self._special)
-        self._encoder = _MarkedEncoder(tokenizer)
-        self._end_of_turn = self._find_end()
-        self._has_blocks = self._end_of_turn is None
-        self.encode(PROBE)
+        self._encoder = MarkedEncoder(tokenizer)
+        self._pointer = Pointer(self._encoder.guard, self._template.names, self._encoder.special.search)
+        self._ends: Ends | None = None
+        probe = self._probe()
+        if not self._template.has_blocks:
+            self._ends = self._find_ends(probe)
+        if probe:
+            self.encode(probe)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what decides ids and masks beside the tokenizer."""
-        parts = [self.template, self._special, DATE.isoformat()]
+        parts = [self.template, self._special, DATE.isoformat(), RULES]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def render(self, messages: Any) -> str:
-        """Return the text of a conversation as the template writes it."""
-        return _GENERATION.sub("", self._template.render(as_messages(messages)))
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Fields of a record, beside the messages, that belong to a conversation: "tools", and all that the template
+        reads."""
+        return tuple(sorted({*FIELDS, *self._template.variables}))
 
-    def encode(self, messages: Any) -> ChatTokens:
+    def render(self, messages: Any, variables: Mapping[str, Any] | None = None) -> str:
+        """Return the text of a conversation as the template writes it."""
+        return self._given(messages, variables)[0].text
+
+    def encode(self, messages: Any, variables: Mapping[str, Any] | None = None) -> ChatTokens:
         """Return ids and mask of a conversation: {"role", "content"} or {"from", "value"} turns.
 
-        Nothing is trained in a conversation without an answer: its mask is all 0.
+        Nothing is learnt in a conversation without an answer: its mask is all 0.
+
+        Args:
+            variables: of the template, such as `tools`.
 
         Raises:
             MessagesError: this conversation cannot be used, others may.
-            DataError: the template does not let the assistant's words be found in this conversation.
         """
-        turns = as_messages(messages)
-        return self._encoder.encode(*self._marked(turns, self._pieces(turns)))
+        return ChatTokens(*self.encode_record(messages, variables)[:2])
 
-    def _find_end(self) -> str | None:
-        """Return the token that ends an answer, found on a conversation that every template can render.
+    def encode_record(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Encoded:
+        """Return ids and mask of a conversation, and notes of what the template left out; see `encode`."""
+        given, turns = self._given(messages, variables)
+        reading = self._read(given)
+        notes = check_written(given, reading, self._template, blocks=self._template.has_blocks)
+        if self._template.has_blocks:
+            spans = block_spans(reading, turns)
+        else:
+            assert self._ends is not None, "found on the probe"
+            spans = answer_spans(reading, turns, self._ends, self._encoder.special, self._pointer.tags)
+        text, places = self._encoder.marked(reading.text, [place for span in spans for place in span])
+        pairs = list(zip(places[0::2], places[1::2]))
+        tokens = self._encoder.encode(text, pairs, blocks=self._template.has_blocks)
+        if not tokens.mask.any():
+            notes["conversations in which nothing is learnt"] += 1
+        return Encoded(*tokens, notes)
 
-        None: the template has blocks that say what is trained.
-        """
-        pieces = self._pieces(PROBE)
-        if any(_GENERATION.search(piece.text) for piece in pieces):
-            return None
-        ends: set[str | None] = set()
-        for piece, after in itertools.pairwise(pieces):
-            if piece.turn is not None and PROBE[piece.turn]["role"] == "assistant":
-                match = self._encoder.special.search(after.text)
-                ends.add(match.group() if match and not after.text[: match.start()].strip() else None)
-        end = next(iter(ends))
-        # After an answer without an end of its own stands the BOS of the next turn.
-        is_bos = end == self._special.get("bos_token") and end != self._special.get("eos_token")
-        if len(ends) > 1 or end is None or is_bos:
-            raise DataError(
-                "the chat template does not end every answer with the same special token of this tokenizer",
-                found=", ".join(sorted("none" if each is None else repr(each) for each in ends)),
-                fix="choose the template made for this tokenizer, or one with {% generation %} blocks",
-            )
-        return end
-
-    def _pieces(self, turns: Sequence[Message]) -> list[_Piece]:
-        """Return the rendered text in pieces, each known to be the template's or a turn's."""
-        text = self._template.render(turns)
-        marked: list[Message] = [
-            {"role": turn["role"], "content": f"{CONTENT_START}{number}{CONTENT_END}"}
+    def _given(self, messages: Any, variables: Mapping[str, Any] | None) -> tuple[Given, list[Turn]]:
+        found = variables_of(variables or {}, self._template)
+        turns = with_system(as_messages(messages), found, self._template)
+        answers = [turn["role"] == "assistant" for turn in turns]
+        learnt = [
+            Turn(answers[number], answers[number] and is_learnt(turn, number))
             for number, turn in enumerate(turns)
         ]
-        parts = _MARKED.split(self._template.render(marked))
-        fixed, order = parts[0::2], [int(number) for number in parts[1::2]]
-        for number, turn in enumerate(turns):
-            count = order.count(number)
-            if count == 0 or (count > 1 and turn["role"] == "assistant"):
-                raise DataError(
-                    f"the chat template writes the content of a turn ({turn['role']}) {count} times",
-                    allowed="once",
-                    fix="choose another template with --chat-template",
-                )
-        contents = _match(text, fixed, [_trimmed(turns[number]["content"]) for number in order])
-        if contents is None:
-            # An empty content may take another branch of a template than the mark does.
-            empty = any(not turn["content"].strip() for turn in turns)
-            raise (MessagesError if empty else DataError)(
-                "the chat template rewrites what a turn says, so the assistant's words cannot be found in it",
-                fix="choose another template with --chat-template, or one with {% generation %} blocks "
-                "that leaves contents as they are",
-            )
-        pieces = [_Piece(fixed[0], None)]
-        for number, content, after in zip(order, contents, fixed[1:]):
-            pieces += [_Piece(content, number), _Piece(after, None)]
-        return pieces
+        return give(self._template, turns, found), learnt
 
-    def _marked(
-        self, turns: Sequence[Message], pieces: Sequence[_Piece]
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text with its special tokens marked, and the spans of it that are trained."""
-        parts: list[str] = []
-        spans: list[tuple[int, int]] = []
-        size = 0
-        start: int | None = None
-        """Where the answer, or the block, that is open began."""
-        for piece in pieces:
-            if piece.turn is not None:
-                answer = turns[piece.turn]["role"] == "assistant"
-                if answer and self._has_blocks and start is None:
-                    raise DataError("the chat template writes an answer outside its {% generation %} blocks")
-                if answer and not self._has_blocks:
-                    start = size
-                parts.append(piece.text)
-                size += len(piece.text)
-                continue
-            for part, special in self._encoder.split(piece.text):
-                if special == GENERATION_START:
-                    start = size
-                    continue
-                if special != GENERATION_END:
-                    parts.append(part)
-                    size += len(part)
-                if start is not None and special in (GENERATION_END, self._end_of_turn):
-                    spans.append((start, size))
-                    start = None
-                elif not self._has_blocks and start is not None and (special or part.strip()):
-                    break
-            if not self._has_blocks and start is not None:
-                raise DataError(f"the chat template does not end an answer with {self._end_of_turn!r} here")
-        return "".join(parts), spans
+    def _read(self, given: Given) -> Reading:
+        """Return the text with the places of what each turn says, as many of them as can be shown.
 
-
-class _MarkedEncoder:
-    """Encodes a text in which the special tokens to be read as such are marked; all others are text.
-
-    The tokenizer gets one added token more for each special token, and takes no other special token for one.
-    So a text is cut, trimmed and merged exactly as if the special tokens stood there.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        model = tokenizers.Tokenizer.from_str(tokenizer._reference.to_str())
-        model.no_truncation()
-        model.no_padding()
-        model.encode_special_tokens = True
-        known = model.get_added_tokens_decoder()
-        special = {id_: token for id_, token in known.items() if token.special}
-        names = sorted((token.content for token in special.values()), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        """Matches a special token; the longest, where one begins another."""
-        self._parts = re.compile(f"({self.special.pattern}|{_GENERATION.pattern})")
-        largest = max(model.get_vocab(with_added_tokens=True).values())
-        self._marked = {token.content: f"{SPECIAL_START}{id_}{SPECIAL_END}" for id_, token in special.items()}
-        model.add_tokens([
-            tokenizers.AddedToken(
-                self._marked[token.content],
-                single_word=token.single_word,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                normalized=False,
-                special=False,
-            )
-            for token in special.values()
-        ])  # fmt: skip
-        self._model = model
-        added = {token.content: id_ for id_, token in model.get_added_tokens_decoder().items()}
-        self._id_of_mark = {added[self._marked[token.content]]: id_ for id_, token in special.items()}
-        self._first_mark = largest + 1
-        if self._id_of_mark and min(self._id_of_mark) < self._first_mark:
-            raise DataError(f"the ids of {tokenizer.path} have gaps that added tokens fall into")
-
-    def split(self, text: str) -> list[tuple[str, str | None]]:
-        """Cut what the template wrote at special tokens and block marks: (text to encode, what it was)."""
-        return [
-            (self._marked.get(part, part), part if number % 2 else None)
-            for number, part in enumerate(self._parts.split(text))
-            if part
+        Raises:
+            MessagesError: the marks change what the template writes.
+        """
+        messages = [
+            {key: self._pointer.guarded(value) for key, value in message.items()}
+            for message in given.messages
         ]
+        variables = {key: self._pointer.guarded(value) for key, value in given.variables.items()}
+        for others, calls in ((True, True), (False, True), (False, False)):
+            reading = self._pointed(messages, variables, given.text, others=others, calls=calls)
+            if reading is not None:
+                return reading
+        bare = read(self._template.render(messages, variables, marks=True), [])
+        if bare.text.replace(GUARD, "") == given.text and self._template.has_blocks:
+            return bare
+        raise MessagesError(
+            "the chat template rewrites what a turn says, so the assistant's words cannot be found in it",
+            fix="choose another template with --chat-template, or one with {% generation %} blocks that leaves "
+            "contents as they are",
+        )
 
-    def encode(self, text: str, spans: Sequence[tuple[int, int]]) -> ChatTokens:
-        """Encode a marked text; a token is trained if any of its characters is inside a span."""
-        encoding = self._model.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, np.uint32)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        trained = np.zeros(len(text) + 2, np.int64)
-        for start, end in spans:
-            trained[start + 1 : end + 1] = 1
-        before = np.cumsum(trained)
-        mask = before[np.maximum(ends, starts + 1)] > before[starts]
-        marks = np.flatnonzero(ids >= self._first_mark)
-        places = [match.start() for match in re.finditer(SPECIAL_START, text)]
-        if len(marks) != len(places):
-            raise DataError("the tokenizer does not read the special tokens of the chat template")
-        # Some special tokens swallow white space around them, be it trained or not: their own place decides.
-        mask[marks] = trained[np.array(places, np.int64) + 1] > 0
-        ids[marks] = [self._id_of_mark[int(mark)] for mark in ids[marks]]
-        return ChatTokens(ids, mask.astype(np.uint8))
+    def _pointed(
+        self, messages: list[Message], variables: Mapping[str, Any], text: str, *, others: bool, calls: bool
+    ) -> Reading | None:
+        """Return the reading of a text with points in it; None where they change it."""
+
+        def attempt(outside: Collection[int]) -> Reading | None:
+            pointed, leaves = self._pointer.point(messages, others=others, calls=calls, outside=outside)
+            try:
+                found = read(self._template.render(pointed, variables, marks=True), leaves)
+            except MessagesError:
+                return None
+            return found if found.text.replace(GUARD, "") == text else None
+
+        spaced = list(_begin_with_space(messages))
+        found = attempt(spaced)
+        if found is not None or not spaced:
+            return found
+        # The template trims some of them: those that it does not trim are learnt with their white space.
+        kept: list[int] = []
+        found = attempt(kept)
+        for number in spaced if found is not None else ():
+            if messages[number]["role"] == "assistant" and (more := attempt([*kept, number])) is not None:
+                kept, found = [*kept, number], more
+        return found
+
+    def _probe(self) -> tuple[Message, ...]:
+        """Return the first probe that the template does not refuse; none where it has blocks and refuses all."""
+        problem: MessagesError | None = None
+        for probe in PROBES:
+            try:
+                self._template.render(probe)
+            except MessagesError as error:
+                problem = problem or error
+            else:
+                return probe
+        assert problem is not None, "there are probes"
+        # It may want tools or documents in every conversation.
+        if self._template.has_blocks and "refuses" in str(problem):
+            return ()
+        raise problem
+
+    def _find_ends(self, probe: Sequence[Message]) -> Ends:
+        """Return what the template writes around answers, found on a conversation that every template can render."""
+        given = Given(list(probe), {}, self._template.render(probe))
+        reading = self._read(given)
+        check_written(given, reading, self._template, blocks=False)
+        found: set[str | None] = set()
+        before = ""
+        for number, turn in enumerate(probe):
+            if turn["role"] != "assistant":
+                continue
+            own = [
+                place
+                for place, point in enumerate(reading.points)
+                if reading.leaves[point.leaf].turn == number
+            ]
+            last, after = reading.points[own[-1]].place, own[-1] + 1
+            limit = reading.points[after].place if after < len(reading.points) else len(reading.text)
+            before = reading.text[reading.points[own[0] - 1].place : reading.points[own[0]].place]
+            match = self._encoder.special.search(reading.text, last, limit)
+            found.add(match.group() if match and not reading.text[last : match.start()].strip() else None)
+        end = next(iter(found))
+        # After an answer without an end of its own stands the BOS of the next turn.
+        is_bos = end == self._special.get("bos_token") and end != self._special.get("eos_token")
+        if len(found) > 1 or end is None or is_bos:
+            raise DataError(
+                "the chat template does not end every answer with the same special token of this tokenizer",
+                found=", ".join(sorted("none" if each is None else repr(each) for each in found)),
+                fix="choose the template made for this tokenizer, or one with {% generation %} blocks",
+            )
+        return Ends(end, self._opening(probe) or before.rpartition(end)[2].strip())
+
+    def _opening(self, probe: Sequence[Message]) -> str:
+        """Return the generation prompt of the template; "" where it writes none."""
+        try:
+            without = self._template.render(probe[:-1])
+            prompted = self._template.render(probe[:-1], add_generation_prompt=True)
+        except MessagesError:
+            return ""
+        return prompted.removeprefix(without).strip() if prompted.startswith(without) else ""
 
 
 def load_chat_format(tokenizer: Tokenizer, template: str | Path | None = None) -> ChatFormat:
@@ -291,45 +268,16 @@ def load_chat_format(tokenizer: Tokenizer, template: str | Path | None = None) -
     return ChatFormat(tokenizer, find_template(tokenizer.path.parent, name))
 
 
-def _special_of(tokenizer: Tokenizer) -> dict[str, str]:
+def special_texts(tokenizer: Tokenizer) -> dict[str, str]:
     """Return bos_token, eos_token ... as the configs name them, else as the tokenizer knows them."""
     known = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     found = {name: tokenizer.decode([number]) for name, number in known.items() if number is not None}
     return found | special_tokens(tokenizer.path.parent)
 
 
-def _trimmed(content: str) -> list[str]:
-    """Return the forms in which templates write a content: as it is, or without white space at its ends."""
-    forms = [content, content.rstrip(), content.lstrip(), content.strip()]
-    forms += [content.rstrip("\n"), content.lstrip("\n"), content.strip("\n")]
-    return sorted(set(forms), key=len, reverse=True)
-
-
-def _match(text: str, fixed: Sequence[str], forms: Sequence[Sequence[str]]) -> list[str] | None:
-    """Return the form of each content with which `text` is fixed[0] + content + fixed[1] + ..., or None."""
-    if not text.startswith(fixed[0]):
-        return None
-    failed: set[tuple[int, int]] = set()
-    # Depth first without recursion: (number of contents placed, place in the text, forms not tried yet).
-    path: list[tuple[int, list[str]]] = [(len(fixed[0]), list(forms[0]) if forms else [])]
-    chosen: list[str] = []
-    while path:
-        place, untried = path[-1]
-        if len(chosen) == len(forms):
-            if place == len(text):
-                return chosen
-        elif untried:
-            form = untried.pop(0)
-            number = len(chosen)
-            after = place + len(form)
-            end = after + len(fixed[number + 1])
-            fits = text.startswith(form, place) and text.startswith(fixed[number + 1], after)
-            if fits and (number + 1, end) not in failed:
-                chosen.append(form)
-                path.append((end, list(forms[number + 1]) if number + 1 < len(forms) else []))
-            continue
-        failed.add((len(chosen), place))
-        path.pop()
-        if chosen:
-            chosen.pop()
-    return None
+def _begin_with_space(messages: Sequence[Message]) -> Iterator[int]:
+    for number, message in enumerate(messages):
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content[:1]]
+        if any(part[:1].isspace() and part.strip() for part in parts):
+            yield number

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
-from longspan.data.chat.format import _MarkedEncoder, _special_of
+from longspan.data.chat.encoder import MarkedEncoder
+from longspan.data.chat.format import special_texts
 from longspan.data.chat.messages import MARKS, Message
 from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.tokenizer import Tokenizer
@@ -48,11 +49,11 @@ class ChatPrompt:
         answer_begins: str = "",
     ) -> None:
         text = find_template(tokenizer.path.parent, template)
-        special = _special_of(tokenizer)
+        special = special_texts(tokenizer)
         self._source, self._variables = text, dict(variables or {})
         self._template = Template(text, special)
         self._tokenizer = tokenizer
-        self._encoder = _MarkedEncoder(tokenizer)
+        self._encoder = MarkedEncoder(tokenizer)
         rendered = self._render(f" {_USER} ")
         self._trims = f" {_USER} " not in rendered
         self.before, self.after = self._around(rendered if not self._trims else self._render(_USER))
@@ -123,10 +124,10 @@ class ChatPrompt:
     def _marked(self, before: str, content: str, after: str, answer: str) -> NDArray[np.uint32]:
         text = "".join(
             [
-                *(part for part, _ in self._encoder.split(before)),
+                self._encoder.marked(before)[0],
                 content,
-                *(part for part, _ in self._encoder.split(after)),
+                self._encoder.marked(after)[0],
                 answer,
             ]
         )
-        return self._encoder.encode(text, []).ids
+        return self._encoder.encode(text).ids

@@ -23,6 +23,8 @@ DATE = datetime.datetime(2024, 7, 26)  # noqa: DTZ001  a date in a text, of no z
 """What templates that write today's date get to write: the same text whenever a corpus is tokenized."""
 
 DEFAULT = "default"
+GENERATION = "generated"
+"""Method that a `{% generation %}` block calls."""
 _SHIPPED = resources.files("longspan.data") / "chat_templates"
 
 
@@ -83,50 +85,66 @@ class Template:
 
     def __init__(self, text: str, special: Mapping[str, str]) -> None:
         import jinja2
+        import jinja2.meta
 
         self._special = dict(special)
+        environment = _environment(marks=False)
         try:
-            self._compiled = _environment().from_string(text)
+            tree = environment.parse(text)
+            self._compiled = environment.from_string(text)
+            self._marking = _environment(marks=True).from_string(text)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid: {error.message}, line {error.lineno}") from None
+        given = {"messages", "add_generation_prompt", "continue_final_message", *environment.globals}
+        unknown = jinja2.meta.find_undeclared_variables(tree)
+        self.variables = frozenset(name for name in unknown if name not in given and name not in special)
+        """What the template reads beside the messages: "tools", "documents", settings of its own."""
+        texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+        self.names = frozenset(texts | {node.attr for node in tree.find_all(jinja2.nodes.Getattr)})
+        """Every name that it may look up in a message, and every other constant text."""
+        self.has_blocks = any(
+            call.name == GENERATION for call in tree.find_all(jinja2.nodes.ExtensionAttribute)
+        )
+        """Whether it says by `{% generation %}` what is learnt."""
 
     def render(
         self,
         messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = False,
-        variables: Mapping[str, Any] | None = None,
+        marks: bool = False,
     ) -> str:
-        """Return the text of a conversation; `{% generation %}` blocks stand between private-use marks.
+        """Return the text of a conversation; with `marks`, `{% generation %}` blocks stand between private-use ones.
 
-        `add_generation_prompt` has the template write how an answer of the assistant begins; `variables` are further
-        ones that it knows (`enable_thinking`).
+        `add_generation_prompt` has the template write how an answer of the assistant begins.
 
         Raises:
-            MessagesError: the template refuses the conversation (`raise_exception`).
-            DataError: the template fails.
+            MessagesError: the template refuses the conversation (`raise_exception`), or fails on it.
         """
         import jinja2
 
+        settings = {"tools": None, "documents": None, **self._special, **(variables or {})}
+        template = self._marking if marks else self._compiled
         try:
-            return self._compiled.render(
+            return template.render(
+                **settings,
                 messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **{**self._special, **(variables or {})},
             )
         except _RefusedError as error:
             raise MessagesError("the chat template refuses the conversation", found=str(error)) from None
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise DataError("the chat template fails", found=f"{type(error).__name__}: {error}") from None
+        except (
+            jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
+        ) as error:  # fmt: skip
+            raise MessagesError("the chat template fails", found=f"{type(error).__name__}: {error}") from None
 
 
 class _RefusedError(Exception):
     """Raised by a template through raise_exception."""
 
 
-def _environment() -> jinja2.Environment:
+def _environment(*, marks: bool) -> jinja2.Environment:
     """Return an environment with the settings that published templates are written for."""
     import jinja2.ext
     import jinja2.nodes
@@ -140,10 +158,10 @@ def _environment() -> jinja2.Environment:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+            return jinja2.nodes.CallBlock(self.call_method(GENERATION), [], [], body).set_lineno(line)
 
-        def _mark(self, caller: Any) -> str:
-            return f"{GENERATION_START}{caller()}{GENERATION_END}"
+        def generated(self, caller: Any) -> str:
+            return f"{GENERATION_START}{caller()}{GENERATION_END}" if marks else str(caller())
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, jinja2.ext.loopcontrols]

@@ -4,7 +4,7 @@ out."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -52,6 +52,8 @@ class Document(NamedTuple):
     """Loss weights: (first character, character after the last, weight 0..255); 1 elsewhere. None: all 1."""
     messages: list[Any] | None = None
     """Turns of a conversation as the record holds them; `text` is then their JSON. See `data.chat`."""
+    variables: dict[str, Any] | None = None
+    """Other fields of the record that belong to the conversation, such as `tools`; in `text` too."""
 
     @property
     def place(self) -> Place:
@@ -110,15 +112,24 @@ class Fields(NamedTuple):
     messages: str | None = None
     """Field of conversations ("messages", "conversations"); then no text field is read."""
 
+    variables: tuple[str, ...] = ()
+    """Fields that belong to a conversation, where a record has them ("tools")."""
+
     @property
     def wanted(self) -> tuple[str, ...]:
-        """Names to read, the optional loss weights included."""
-        names = (self.messages or self.text, self.source, WEIGHTS_FIELD)
-        return tuple(name for name in names if name is not None)
+        """Names to read; those that a record may lack are `OptionalField`."""
+        names = (self.messages or self.text, self.source)
+        optional = map(OptionalField, (WEIGHTS_FIELD, *self.variables))
+        return (*(name for name in names if name is not None), *optional)
+
+
+class OptionalField(str):
+    """Name of a field that a record may lack."""
+
+    __slots__ = ()
 
 
 WEIGHTS_FIELD = "loss_weights"
-OPTIONAL_FIELDS = (WEIGHTS_FIELD,)
 
 
 class SkippedRecordError(Exception):
@@ -235,6 +246,8 @@ class ReadReport:
     """Documents without a single character, or without a single token."""
     mixed_orders: int = 0
     """Groups whose order is by numbers in some records and by texts in others; they are read."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What a chat template left out of conversations that are kept, with a number of turns."""
     examples: list[Example] = field(default_factory=list)
     ignored_names: list[str] = field(default_factory=list)
     """The first few ignored files."""
@@ -248,6 +261,11 @@ class ReadReport:
         if len(self.examples) < MAX_EXAMPLES or all(each.kind != example.kind for each in self.examples):
             self.examples.append(example)
 
+    def note(self, notes: Mapping[str, int]) -> None:
+        """Add to what was left out of conversations that are kept."""
+        for name, count in notes.items():
+            self.notes[name] = self.notes.get(name, 0) + count
+
     def ignore(self, path: str) -> None:
         """Count a file that no reader knows."""
         self.ignored_files += 1
@@ -260,6 +278,8 @@ class ReadReport:
             if each.name == "examples":
                 for example in other.examples:
                     self._keep(example)
+            elif each.name == "notes":
+                self.note(other.notes)
             elif each.name == "ignored_names":
                 self.ignored_names = [*self.ignored_names, *other.ignored_names][:MAX_EXAMPLES]
             else:
@@ -295,6 +315,7 @@ class ReadReport:
                 f"{self.mixed_orders} groups hold numbers and texts to order by: all are ordered as texts there, "
                 "numbers in them by their value"
             )
+        lines += [f"{count} {name}" for name, count in self.notes.items()]
         return "\n".join(lines) if lines else None
 
 

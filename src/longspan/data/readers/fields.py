@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from longspan.data.readers.base import (
-    OPTIONAL_FIELDS,
     WEIGHTS_FIELD,
     Document,
     Fields,
     MissingFieldError,
+    OptionalField,
     RawRecord,
     SkippedRecordError,
     UTF8Values,
@@ -46,7 +46,7 @@ def missing_column(columns: dict[str, Any], wanted: Sequence[str]) -> MissingFie
     """Return what a file whose columns are known lacks of the wanted fields, None if nothing."""
     for name in wanted:
         try:
-            if name not in OPTIONAL_FIELDS:
+            if not isinstance(name, OptionalField):
                 lookup(columns, name)
         except MissingFieldError as error:
             return MissingFieldError(error.reason, found=error.found, of_file=True)
@@ -70,10 +70,11 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
         SkippedRecordError: the text has no UTF-8 form, or a field is missing or of another type than asked.
     """
     file = record.file
-    messages = None
+    messages = variables = None
     if fields.messages is not None:
-        messages = lookup(values, fields.messages)
-        text = _messages_text(messages, fields.messages)
+        messages = _messages(lookup(values, fields.messages), fields.messages)
+        variables = {name: values[name] for name in fields.variables if values.get(name) is not None} or None
+        text = _conversation_text(messages, variables, fields.messages)
     else:
         text = lookup(values, fields.text)
     if isinstance(text, bytes):  # a column of bytes in parquet or arrow
@@ -91,9 +92,11 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
     if fields.source is not None:
         source = _source_name(lookup(values, fields.source), fields.source)
     weights = values.get(WEIGHTS_FIELD)
+    if weights is not None and messages is not None:
+        raise _wrong_type(f"{WEIGHTS_FIELD!r} are of texts: turns say by `weight` what is learnt", weights)
     if weights is not None:
         weights = _check_weights(weights, len(text))
-    return Document(text, source, file.path, record.position, weights, messages)
+    return Document(text, source, file.path, record.position, weights, messages, variables)
 
 
 def printable(name: str) -> str:
@@ -106,13 +109,26 @@ def _wrong_type(what: str, value: Any, *, allowed: str = "") -> SkippedRecordErr
     return SkippedRecordError("wrong_types", what, found=found + (f"; allowed: {allowed}" if allowed else ""))
 
 
-def _messages_text(messages: Any, name: str) -> str:
-    """Return the JSON of a conversation, which stands for its text: it decides the key of the document."""
-    if messages is None or messages == []:
-        return ""
+def _messages(messages: Any, name: str) -> list[Any]:
+    """Return the turns of a conversation, which may be stored as JSON text."""
+    if isinstance(messages, (str, bytes)):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise _wrong_type(f"field {name!r} is a text that is no JSON", messages) from None
+    messages = [] if messages is None else messages
     if not isinstance(messages, list):
         raise _wrong_type(f"field {name!r} is not a conversation", messages, allowed="a list of turns")
-    return json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
+    return messages
+
+
+def _conversation_text(messages: list[Any], variables: dict[str, Any] | None, name: str) -> str:
+    """Return the JSON of a conversation, which stands for its text: it decides the key of the document."""
+    value = messages if variables is None else [messages, variables]
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")) if messages else ""
+    except (TypeError, RecursionError):
+        raise _wrong_type(f"field {name!r} holds values that are no JSON", messages) from None
 
 
 def _source_name(value: Any, name: str) -> str:

@@ -12,11 +12,11 @@ from longspan.core.errors import DataError
 from longspan.core.log import get_logger
 from longspan.data.readers.base import (
     OF_FILES,
-    OPTIONAL_FIELDS,
     Document,
     Fields,
     InputFile,
     MissingFieldError,
+    OptionalField,
     Part,
     Place,
     RawRecord,
@@ -210,7 +210,7 @@ def _look_for(
             try:
                 values = reader.parse(record)
                 for name in names:
-                    if name not in OPTIONAL_FIELDS:
+                    if not isinstance(name, OptionalField):
                         lookup(values, name)
                 return True
             except MissingFieldError as error:

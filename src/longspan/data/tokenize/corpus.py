@@ -202,7 +202,7 @@ class CorpusJob:
             folder=str(self._space.folder),
             plan=self._space.fingerprint,
             tokenizer=tokenizer,
-            fields=Fields(text_field, source_field, messages_field),
+            fields=Fields(text_field, source_field, messages_field, () if chat is None else chat.fields),
             strict=strict,
             shard_bytes=shard_bytes,
             chat_template=None if chat is None else chat.template,

@@ -135,7 +135,7 @@ class _Encoder:
         self, document: Document, utf8: bytes | None
     ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
         if self._chat is not None:
-            return _encode_chat(self._chat, document, strict=self._job.strict)
+            return _encode_chat(self._chat, document, strict=self._job.strict, report=self.report)
         if document.weights is None:
             if utf8 is not None:
                 return self._tokenizer.encode(document.text, utf8=utf8), None
@@ -158,20 +158,21 @@ def _key_and_size(document: Document) -> tuple[int, int]:
 
 
 def _encode_chat(
-    chat: ChatFormat, document: Document, *, strict: bool
+    chat: ChatFormat, document: Document, *, strict: bool, report: ReadReport
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
     from longspan.core.errors import DataError
     from longspan.data.chat import MessagesError
 
     try:
-        ids, mask = chat.encode(document.messages)
+        encoded = chat.encode_record(document.messages, document.variables)
     except MessagesError as error:
         if strict:
             raise DataError(
                 f"{document.place}: {error}", fix="mend the record, or leave out --strict to skip it"
             ) from None
         raise SkippedRecordError("broken_records", str(error)) from None
-    return ids, mask
+    report.note(encoded.notes)
+    return encoded.ids, encoded.mask
 
 
 @lru_cache(maxsize=4)
