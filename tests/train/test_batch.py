@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from longspan.data.loader import PackedRow
-from longspan.train.batch import IGNORE, collate, total_weight
+from longspan.train.batch import IGNORE, averaged, collate, total_weight
+from longspan.train.loop_config import LossAverage
 
 
 def row(
@@ -48,6 +50,29 @@ def test_the_denominator_is_the_sum_of_the_weights_that_are_used() -> None:
     batch = collate(rows)
     assert batch.loss_weights is not None
     assert float(batch.loss_weights.sum()) == total_weight(rows)
+
+
+@pytest.mark.parametrize(
+    ("over", "expected"),
+    [
+        ("tokens", [0, 1, 1, 0, 4, 4, 0, 0]),
+        ("samples", [0, 0.5, 0.5, 0, 0.5, 0.5, 0, 0]),
+        ("rows", [0, 0.1, 0.1, 0, 0.4, 0.4, 0, 0]),
+    ],
+)
+def test_samples_or_rows_weigh_the_same_whatever_their_tokens(
+    over: LossAverage, expected: list[float]
+) -> None:
+    """A first token that counts as a label makes the mean too small; padding that counts makes it not a number."""
+    # Two documents, a prompt token in the second, and padding, a document of its own.
+    one = row([1, 2, 3, 4, 5, 6, 0, 0], [0, 3, 6, 8], weights=[7, 1, 1, 0, 4, 4, 0, 0])
+    averages = averaged([one], over)[0]
+    used = averages.weights.copy()
+    used[[0, 3, 6]] = 0
+    assert used.tolist() == pytest.approx(expected)
+    assert total_weight([averages]) == pytest.approx(sum(expected))
+    labels = collate([averages]).labels.tolist()
+    assert labels == [2, 3, IGNORE, 5, 6, IGNORE, IGNORE, IGNORE]
 
 
 def test_sources_of_streams_that_number_them_differently_are_kept_apart() -> None:

@@ -106,7 +106,16 @@ def test_tiny_keeps_the_structure() -> None:
         full = load_recipe(name).config
         tiny = scale_tiny(full)
         for before, after in zip(full.stages, tiny.stages, strict=True):
-            for kept in ("name", "lr", "rope", "objective", "optimizer_state", "shares", "rope_falls_short"):
+            for kept in (
+                "name",
+                "lr",
+                "rope",
+                "objective",
+                "loss_average",
+                "optimizer_state",
+                "shares",
+                "rope_falls_short",
+            ):
                 assert getattr(after, kept) == getattr(before, kept), (name, kept)
             assert after.context_length == max(32, before.context_length // 1024)
             assert after.rows_per_step <= 4 and list(after.streams) == list(before.streams)

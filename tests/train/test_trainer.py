@@ -18,7 +18,7 @@ from longspan.data.tokenizer import train_bpe
 from longspan.models.hf import build_model, save_model
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, set_lr
-from longspan.train.streams import plan_stage
+from longspan.train.streams import plan_stage, stage_rows
 from longspan.train.trainer import plan_run, train, train_step
 from tests.train.conftest import recipe
 
@@ -60,6 +60,39 @@ def test_micro_batches_do_not_change_the_step(data_root: Path) -> None:
         assert result.loss_by_source == pytest.approx(whole[0].loss_by_source, rel=1e-6)
         for left, right in zip(parameters, whole[1]):
             torch.testing.assert_close(left, right, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows_per_micro_batch", [8, 3])
+def test_a_mean_over_samples_is_that_of_one_conversation_a_batch(
+    data_root: Path, rows_per_micro_batch: int
+) -> None:
+    """The loss of a trainer whose batch is one conversation: four answer tokens weigh what a long text weighs."""
+    settings = config()
+    streams = {"text": {"store": "plain", "strategy": "best_fit"}}
+    packed = config(stages=stages(1, streams=streams, batch_tokens=8 * 48)).stages[1]
+    stage = packed.model_copy(update={"loss_average": "samples"})
+    plan = plan_stage(stage, data_root=data_root, seed=0)
+    assert settings.model.hf_config is not None
+    model = build_model(settings.model.hf_config, seed=1)
+    alone = []
+    for row in plan_stage(packed, data_root=data_root, seed=0).mixer.rows(0, 8):
+        for start, end in zip(row.cu_seqlens, row.cu_seqlens[1:]):
+            ids, weights = (
+                torch.from_numpy(part[start:end].copy()).long() for part in (row.input_ids, row.weights)
+            )
+            labels = ids.masked_fill(weights == 0, -100)
+            if (labels[1:] != -100).any():
+                # transformers' own shift and mean.
+                with torch.no_grad():
+                    logits = model(input_ids=ids[None], attention_mask=None).logits
+                loss = model.loss_function(logits=logits, labels=labels[None], vocab_size=logits.shape[-1])
+                alone.append(float(loss))
+    optimizers = build_optimizers(model, settings.optimizer)
+    set_lr(optimizers, lr=0.0, adamw_lr=0.0)
+    rows = stage_rows(plan, 0, 8, seed=0)
+    result = train_step(model, optimizers, rows, rows_per_micro_batch=rows_per_micro_batch, max_grad_norm=1.0)
+    assert len(alone) > 8, "several documents stand in a row"
+    assert result.loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
 
 
 def test_a_run_learns_changes_rope_between_stages_and_leaves_loadable_models(

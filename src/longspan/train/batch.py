@@ -20,6 +20,7 @@ from longspan.data.loader import PackedRow
 from longspan.kernels.distill import TeacherTopK
 from longspan.models.documents import Documents
 from longspan.parallel.documents import ShardedDocuments
+from longspan.train.loop_config import LossAverage
 
 IGNORE = -100
 
@@ -53,6 +54,32 @@ def total_weight(rows: Sequence[PackedRow]) -> float:
         # The first token of a document is nobody's label.
         total += float(weights.sum() - weights[row.cu_seqlens[:-1]].sum())
     return total
+
+
+def averaged(rows: Sequence[PackedRow], over: LossAverage) -> list[PackedRow]:
+    """Return `rows` with weights under which the loss of a step is a mean over `over`.
+
+    "tokens" leaves them as they are. "samples" and "rows" divide the weights of a document's, or a row's, labels by
+    their sum, so each counts 1 and the step's total weight is the number of those that train at all. Because the
+    weights say it all, accumulation, ranks and chunks need to know nothing of it. A part of a document in another row
+    is a sample of its own.
+    """
+    if over == "tokens":
+        return list(rows)
+    return [row._replace(weights=_shares(row, over)) for row in rows]
+
+
+def _shares(row: PackedRow, over: LossAverage) -> np.ndarray:
+    """Return the weights of a row, float32 [T], that sum to 1 over the labels of each document or of all."""
+    weights = np.ones(len(row.input_ids)) if row.weights is None else row.weights.astype(np.float64)
+    starts = row.cu_seqlens[:-1]
+    # The first token of a document is nobody's label, as in `total_weight`.
+    weights[starts] = 0
+    sums = np.add.reduceat(weights, starts)
+    if over == "rows":
+        sums = np.full_like(sums, sums.sum())
+    weights /= np.repeat(np.where(sums > 0, sums, 1), np.diff(row.cu_seqlens))
+    return weights.astype(np.float32)
 
 
 def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") -> Batch:

@@ -28,6 +28,7 @@ from longspan.parallel.layout import Layout
 from longspan.train.loop_config import (
     DistillConfig,
     InitConfig,
+    LossAverage,
     RuntimeConfig,
     TrackingConfig,
     ValidationConfig,
@@ -195,6 +196,10 @@ class StageConfig(Config):
     objective: Literal["lm", "sft", "distill"] = "lm"
     """lm: every token, by the loss weights where the data has some. sft: what the assistant wrote; a stream without
     masks is refused. distill: lm mixed with a teacher's predictions; every stream names its `teacher`."""
+    loss_average: LossAverage = "tokens"
+    """What the loss of a step is a mean of. tokens: all trained tokens of the step count the same. samples: the mean
+    of each document first, then of these, as a trainer with one conversation a batch does: four tokens of an answer
+    weigh what a thousand of another text weigh. rows: the same by rows."""
     distill: DistillConfig | None = None
     """Of `objective: distill`. None: its defaults."""
     optimizer_state: Literal["fresh", "carry"] = "fresh"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import pydantic
 
 from longspan.core.config import Config
 from longspan.data.lengths import Length
+
+LossAverage = Literal["tokens", "samples", "rows"]
+"""What the loss of a step is a mean of."""
 
 
 class InitConfig(Config):

@@ -20,6 +20,7 @@ from longspan.data.packing import KIND as PACK_PLAN
 from longspan.data.packing import PackPlan, PackSpec, plan_packing
 from longspan.data.store import TokenStore
 from longspan.parallel.launch import on_first_rank
+from longspan.train.batch import averaged
 from longspan.train.config import StageConfig, StreamConfig, TrainConfig
 from longspan.train.pose import skip_positions
 from longspan.train.record_files import draw_records, record_stores
@@ -68,9 +69,9 @@ def plan_stages(
 
 
 def stage_rows(plan: StagePlan, first: int, count: int, *, seed: int) -> list[PackedRow]:
-    """Return rows `first` to `first + count` of a stage, with the positions that its PoSE gives them."""
+    """Return rows `first` to `first + count` of a stage, with the positions of its PoSE and the weights of its mean."""
     assert plan.mixer is not None, "a stage of 0 steps reads no rows"
-    rows, pose = plan.mixer.rows(first, count), plan.stage.pose
+    rows, pose = averaged(plan.mixer.rows(first, count), plan.stage.loss_average), plan.stage.pose
     if pose is None:
         return rows
     return [
