@@ -33,7 +33,8 @@ LENGTH = 45
 
 
 def spread_recipe(**changes: Any) -> dict[str, Any]:
-    """20 steps of 4 rows, two of them in a micro-batch, with loss weights, padding and several documents a row."""
+    """20 steps of 4 rows, two of them in a micro-batch, with loss weights, padding and several documents a row, kept
+    apart or not."""
     stage = {
         "name": "only",
         "context_length": LENGTH,
@@ -42,7 +43,11 @@ def spread_recipe(**changes: Any) -> dict[str, Any]:
         "micro_batch_tokens": LENGTH * 2,
         "lr": 0.01,
         "max_epochs": 50,
-        "streams": {"text": {"store": "plain"}, "weighted": {"store": "weighted", "strategy": "intact"}},
+        "streams": {
+            "text": {"store": "plain"},
+            "weighted": {"store": "weighted", "strategy": "intact"},
+            "whole": {"store": "plain", "document_mask": False},
+        },
     }
     values = recipe(stages=[stage], optimizer={"name": "adamw"}, checkpoint={"every_steps": 10, "keep": 2})
     return {**values, **changes}

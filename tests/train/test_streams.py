@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.materialize import materialize
+from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PackSpec, plan_packing
 from longspan.data.store import TokenStore
+from longspan.models.hf import build_model
+from longspan.train.batch import collate, total_weight
 from longspan.train.config import StageConfig
+from longspan.train.objectives import ModelWithLoss
 from longspan.train.streams import plan_stage
+from tests.train.conftest import recipe
 
 
 def stage(**stream: Any) -> StageConfig:
@@ -29,7 +35,7 @@ def stage(**stream: Any) -> StageConfig:
     )
 
 
-def ids(plan: Any) -> list[list[int]]:
+def first_rows(plan: Any) -> list[list[int]]:
     return [row.input_ids.tolist() for row in plan.mixer.rows(0, 8)]
 
 
@@ -49,7 +55,7 @@ def test_a_plan_made_before_gives_its_rows(data_root: Path, pack_plan: Path) -> 
     from longspan.data.packing import PackPlan
 
     loader = RowLoader([TokenStore(data_root / "plain")], PackPlan.load(pack_plan))
-    assert ids(planned) == [loader.row(i).input_ids.tolist() for i in range(8)]
+    assert first_rows(planned) == [loader.row(i).input_ids.tolist() for i in range(8)]
     assert planned.mixtures == {} and len(planned.tokenizers) == 1
 
 
@@ -61,8 +67,8 @@ def test_rows_written_for_other_tools_train_like_their_plan(
     expected = plan_stage(stage(rows="plans/rows"), data_root=data_root, seed=0)
     for form in ("mds", "jsonl"):
         materialize(pack_plan, data_root / f"rows-{form}", format=form)
-        found = plan_stage(stage(rows=f"rows-{form}"), data_root=data_root, seed=0)
-        assert ids(found) == ids(expected)
+        found = plan_stage(stage(rows=f"rows-{form}", shuffle=False), data_root=data_root, seed=0)
+        assert first_rows(found) == first_rows(expected)
         borders = [row.cu_seqlens.tolist() for row in found.mixer.rows(0, 8)]
         assert borders == [row.cu_seqlens.tolist() for row in expected.mixer.rows(0, 8)]
 
@@ -84,7 +90,9 @@ def test_special_tokens_frame_documents_when_asked(data_root: Path) -> None:
     [
         ({"rows": "plans/rows", "store": "plain"}, "either a store or rows"),
         ({}, "either a store or rows"),
-        ({"rows": "plans/rows", "strategy": "intact"}, "strategy has no effect"),
+        ({"rows": "plans/rows", "strategy": "intact"}, "no effect on a pack plan"),
+        ({"rows": "plans/rows", "specials": "bos"}, "specials has no effect"),
+        ({"store": "plain", "overflow": "drop_tail"}, "first tokens of each of `rows`"),
         ({"rows": "nowhere"}, "nowhere"),
     ],
 )
@@ -101,3 +109,81 @@ def test_rows_of_another_length_are_refused(data_root: Path, pack_plan: Path) ->
     wrong = stage(rows="plans/rows").model_copy(update={"context_length": 32})
     with pytest.raises(ConfigError, match="rows of another length"):
         plan_stage(wrong, data_root=data_root, seed=0)
+
+
+def test_the_first_epoch_of_packed_rows_is_shuffled(
+    data_root: Path, pack_plan: Path, monkeypatch: Any
+) -> None:
+    """Rows as stored are often in the order of their sources: training in that order is another curriculum."""
+    monkeypatch.chdir(data_root)
+    materialize(pack_plan, data_root / "rows-in-order", format="mds")
+    stored = PackedRows(data_root / "rows-in-order")
+    as_stored = [stored.row(number).input_ids.tolist() for number in range(8)]
+    given = {"rows": "rows-in-order"}
+    assert first_rows(plan_stage(stage(**given, shuffle=False), data_root=data_root, seed=0)) == as_stored
+    first, again, other = (
+        first_rows(plan_stage(stage(**given), data_root=data_root, seed=seed)) for seed in (0, 0, 1)
+    )
+    assert first == again != as_stored and other not in (first, as_stored)
+    whole = plan_stage(stage(**given), data_root=data_root, seed=0)
+    assert {row for *_, row in map(whole.mixer.locate, range(stored.num_rows))} == set(range(stored.num_rows))
+    fixed = plan_stage(stage(**given, shuffle=False), data_root=data_root, seed=0)
+    assert fixed.mixer.fingerprint != whole.mixer.fingerprint  # a run does not go on in another order
+    assert [fixed.mixer.locate(stored.num_rows + number).row for number in range(3)] == [0, 1, 2]
+
+
+def test_longer_rows_train_a_shorter_stage(data_root: Path, pack_plan: Path, monkeypatch: Any) -> None:
+    """Guards against refusing what was published at another length, and against losing tokens without a count."""
+    monkeypatch.chdir(data_root)
+    materialize(pack_plan, data_root / "rows-of-16", format="jsonl")
+    half = stage(rows="rows-of-16", shuffle=False).model_copy(update={"context_length": 8})
+    plan = plan_stage(half, data_root=data_root, seed=0)
+    stored = PackedRows(data_root / "rows-of-16")
+    assert plan.sources["text"].num_rows == 2 * stored.num_rows
+    assert plan.mixer is not None
+    assert (
+        np.concatenate([row.input_ids for row in plan.mixer.rows(0, 2)]).tolist()
+        == stored.row(0).input_ids.tolist()
+    )
+    assert plan.left_out["text"]["cut_documents"] > 0
+    heads = stage(rows="rows-of-16", shuffle=False, overflow="drop_tail").model_copy(
+        update={"context_length": 12}
+    )
+    plan = plan_stage(heads, data_root=data_root, seed=0)
+    assert plan.left_out["text"] == {"short_rows": 0, "tail_tokens": 4 * stored.num_rows}
+
+
+def test_without_a_document_mask_a_row_is_one_text(data_root: Path) -> None:
+    """Guards against a mask, a position or a label of the border that stays: the loss is that of transformers over the
+    whole row, which knows of no documents."""
+    seen = {"store": "plain", "document_mask": False}
+    plan = plan_stage(stage(**seen), data_root=data_root, seed=0)
+    assert plan.mixer is not None
+    rows = plan.mixer.rows(0, 3)
+    assert [row.cu_seqlens.tolist() for row in rows] == [[0, 16]] * 3
+    model = build_model(recipe()["model"]["hf_config"], seed=1)
+    batch = collate(rows)
+    ours = ModelWithLoss(model)(batch)
+    ids = torch.tensor(np.stack([row.input_ids for row in rows]))
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        theirs = model(input_ids=ids, labels=ids).loss
+    assert total_weight(rows) == 45
+    assert ours.loss.item() / 45 == pytest.approx(theirs.item(), rel=1e-5)
+    apart = plan_stage(stage(store="plain"), data_root=data_root, seed=0)
+    assert apart.mixer is not None and apart.mixer.fingerprint != plan.mixer.fingerprint
+    # Sources are counted by token all the same.
+    assert torch.equal(batch.sources, collate(apart.mixer.rows(0, 3)).sources)
+
+
+def test_a_stream_may_say_otherwise_than_its_stage(data_root: Path) -> None:
+    """One switch for a stage, and for one of its streams."""
+    mixed = {"a": {"store": "plain"}, "b": {"store": "plain", "document_mask": True}}
+    values = stage(store="plain").to_dict() | {"document_mask": False, "streams": mixed}
+    plan = plan_stage(StageConfig.from_dict(values), data_root=data_root, seed=0)
+    held = {name: max(len(rows.row(n).documents) for n in range(9)) for name, rows in plan.sources.items()}
+    assert held["a"] == 1 < held["b"]
+    with pytest.raises(ConfigError, match="a teacher has read each document by itself"):
+        StageConfig.from_dict(
+            values | {"objective": "distill", "streams": {"a": {"store": "plain", "teacher": "x"}}}
+        )

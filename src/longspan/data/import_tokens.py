@@ -5,7 +5,7 @@
     MDS                  columns input_ids or tokens; linked where a store can hold them as they are
     datatrove            .ds files with .ds.index
     Megatron             .bin files with .idx
-    packed rows          MDS with `indices`, jsonl and parquet chunks with `source`, our npy rows
+    packed rows          MDS with `indices`, jsonl, parquet and arrow chunks with `source`, our npy rows
 
 A store holds no BOS and no EOS: a document of other tools that begins with the BOS of its tokenizer, or ends with
 its EOS, loses it, and the manifest says how many did. Rows give one document for each span: what a row's end cut
@@ -28,8 +28,8 @@ from longspan.core.files import read_json
 from longspan.core.progress import progress
 from longspan.data.cepe import read_cepe
 from longspan.data.columns import NPY_ERRORS
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PAD_DOCUMENT
+from longspan.data.packed_stores import SUFFIXES, PackedRows
+from longspan.data.recut import RowDocuments
 from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST, TokenizerIdentity
@@ -147,7 +147,7 @@ def _open(source: Path) -> tuple[Callable[[], Iterator[TokenDocument]], bool]:
     if len(some) == 1:
         (read,) = [read for suffix, read in kinds if suffix == some[0]]
         return lambda: _files(found[some[0]], read), False
-    if given.is_dir() and not some and (any(given.glob("*.jsonl")) or any(given.glob("*.parquet"))):
+    if given.is_dir() and not some and any(any(given.rglob(f"*{suffix}")) for suffix in SUFFIXES):
         return lambda: _rows(PackedRows(given)), False
     raise DataError(
         f"{source} cannot become a token store",
@@ -186,15 +186,10 @@ def _files(found: list[tuple[str, str]], read: Callable[[str], TokenFile]) -> It
 
 
 def _rows(rows: PackedRows) -> Iterator[TokenDocument]:
-    for number in range(rows.num_rows):
-        row = rows.row(number)
-        bounds = row.cu_seqlens.tolist()
-        for span, document in enumerate(row.documents.tolist()):
-            if document == PAD_DOCUMENT:
-                continue
-            place = slice(bounds[span], bounds[span + 1])
-            mask = row.weights[place] if rows.has_mask and row.weights is not None else None
-            yield TokenDocument(row.input_ids[place], row.source_names[row.sources[span]], mask=mask)
+    documents = RowDocuments(rows)
+    names = documents.lengths.source_names
+    for number, source in enumerate(documents.lengths.source.tolist()):
+        yield TokenDocument(documents.tokens(number), names[source], mask=documents.mask(number))
 
 
 def _columns(folder: Path) -> Iterator[TokenDocument]:

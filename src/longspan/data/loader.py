@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -76,10 +76,22 @@ class PackedRow(NamedTuple):
     """int64 [T] positions that do not count on within each document; None = they do."""
     teacher: TeacherRow | None = None
     """What a teacher predicts after each token; None = nobody was asked."""
+    token_sources: np.ndarray | None = None
+    """uint16 [T] index into `source_names` of each token, where a document has several; None = as `sources` says."""
+
+
+Order = Literal["planned", "shuffled", "stored"]
+"""How a stream's rows follow one another: planned = as they stand first, then in an order of each epoch's own;
+shuffled = in such an order from the first epoch on; stored = as they stand, always."""
+BLOCKS_TOGETHER = 4
+"""Blocks whose rows are shuffled among one another."""
 
 
 class RowSource(Protocol):
-    """Rows of one length by number: a `RowLoader`, or `PackedRows` of a store that is packed already."""
+    """Rows of one length by number: a `RowLoader`, or `PackedRows` of a store that is packed already.
+
+    One whose rows are read block by block says in `blocks` how many rows each has.
+    """
 
     @property
     def num_rows(self) -> int:
@@ -265,17 +277,24 @@ class StreamMixer:
     """Interleaves the rows of several loaders by weight, evenly and without randomness.
 
     With weights 2 and 1 the streams follow one another as a b a a b a: after any number of rows each stream
-    is within a row or so of its share. A stream that ends begins again, its rows in another order
-    each time; epoch 0 is in plan order.
+    is within a row or so of its share. A stream that ends begins again; `orders` says how its rows follow one
+    another, "planned" where it does not name the stream.
 
     Raises:
         ConfigError: no stream, a weight that is not positive, or rows of different lengths.
         DataError: a stream has no rows.
     """
 
-    def __init__(self, streams: Mapping[str, tuple[RowSource, float]], seed: int) -> None:
+    def __init__(
+        self,
+        streams: Mapping[str, tuple[RowSource, float]],
+        seed: int,
+        *,
+        orders: Mapping[str, Order] | None = None,
+    ) -> None:
         if not streams:
             raise ConfigError("there is no stream to draw rows from")
+        self._orders: dict[str, Order] = {name: (orders or {}).get(name, "planned") for name in streams}
         self._names = tuple(streams)
         self._loaders = {name: loader for name, (loader, _) in streams.items()}
         self._seed = seed
@@ -311,9 +330,9 @@ class StreamMixer:
     def fingerprint(self) -> str:
         """Return 16 hex characters over streams, weights and seed: everything that decides the rows."""
         parts = [str(self._seed)]
-        parts += [
-            f"{name}\x1f{self._loaders[name].fingerprint}\x1f{count}" for name, count in self._counts.items()
-        ]
+        for name, count in self._counts.items():
+            order = "" if self._orders[name] == "planned" else f"\x1f{self._orders[name]}"
+            parts.append(f"{name}\x1f{self._loaders[name].fingerprint}\x1f{count}{order}")
         return hashlib.sha256("\x1e".join(parts).encode()).hexdigest()[:16]
 
     def locate(self, position: int) -> RowAddress:
@@ -321,7 +340,9 @@ class StreamMixer:
         stream = int(self._cycle[position % len(self._cycle)])
         name = self._names[stream]
         epoch, index = divmod(int(self._rows_before(position)[stream]), self._loaders[name].num_rows)
-        return RowAddress(name, epoch, index if epoch == 0 else int(self._row_order(name, epoch)[index]))
+        order = self._orders[name]
+        as_they_stand = order == "stored" or (order == "planned" and epoch == 0)
+        return RowAddress(name, epoch, index if as_they_stand else int(self._row_order(name, epoch)[index]))
 
     def rows(self, position: int, count: int) -> list[PackedRow]:
         """Return `count` rows from row number `position` on."""
@@ -358,7 +379,26 @@ class StreamMixer:
         return cycles * self._drawn[-1] + self._drawn[rest]
 
     def _permute(self, name: str, epoch: int) -> np.ndarray:
-        return rng(self._seed, "stream-epoch", name, epoch).permutation(self._loaders[name].num_rows)
+        generator = rng(self._seed, "stream-epoch", name, epoch)
+        blocks = np.asarray(getattr(self._loaders[name], "blocks", ()), np.int64)
+        if len(blocks) <= 1:
+            return generator.permutation(self._loaders[name].num_rows)
+        return _shuffled_blocks(blocks, generator)
+
+
+def _shuffled_blocks(blocks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return a random order that needs few blocks at a time: blocks in random order, a few of them mixed.
+
+    A row whose block is not at hand costs reading all of it: in an order without regard to blocks, nearly every row.
+    """
+    starts = np.cumsum(blocks) - blocks
+    order = generator.permutation(len(blocks))
+    parts = []
+    for first in range(0, len(order), BLOCKS_TOGETHER):
+        some = order[first : first + BLOCKS_TOGETHER]
+        rows = np.concatenate([np.arange(starts[block], starts[block] + blocks[block]) for block in some])
+        parts.append(generator.permutation(rows))
+    return np.concatenate(parts)
 
 
 def row_cost(row: PackedRow) -> int:

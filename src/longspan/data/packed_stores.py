@@ -1,8 +1,8 @@
 """Stores that are packed already, read as rows for training.
 
-    mds            rows with `indices`: ProLong's packed data, and our own
-    jsonl, parquet chunks with `input_ids` and `source` spans: the packed SlimPajama of Fu et al. 2024, and ours
-    npy            ours
+    mds                   rows with `indices`: ProLong's packed data, and our own
+    jsonl, parquet, arrow chunks with `input_ids` and `source` spans: the packed SlimPajama of Fu et al. 2024, and ours
+    npy                   ours
 
 Such a row says which tokens belong together, and, if we wrote it, which documents they are. Tokens outside of
 `indices` are padding. Documents of others get numbers of their own, and a span that starts a row of a chunked
@@ -12,64 +12,61 @@ stream may continue a document of the row before: only our own rows say so.
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
+import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from longspan.core.errors import ArgumentError, DataError
+from longspan.core.log import get_logger
 from longspan.data.loader import PAD_SOURCE, PackedRow
+from longspan.data.packed_files import (
+    ArrowRows,
+    JsonlRows,
+    MdsRows,
+    NpyRows,
+    ParquetRows,
+    RowFile,
+    StoredRow,
+)
 from longspan.data.packing import PAD_DOCUMENT
+from longspan.data.readers import ReadReport, list_inputs
+from longspan.data.row_index import ROW_ERRORS, RowIndex, keep_index, load_index, make_index
 from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
 
 SAMPLE_BLOCKS = 16
 SAMPLE_BYTES = 1 << 16
-ROW_GROUPS_CACHED = 4
-
-
-class _Spans(NamedTuple):
-    """The documents of a row; None where the store does not say."""
-
-    starts: np.ndarray
-    ends: np.ndarray
-    sources: Sequence[str]
-    documents: np.ndarray | None
-    continued: np.ndarray | None
-
-
-class _Row(NamedTuple):
-    """A row as a store holds it."""
-
-    ids: np.ndarray
-    spans: _Spans
-    mask: np.ndarray | None
+SUFFIXES = (".parquet", ".jsonl", ".arrow")
+_TRAIN = re.compile(r"(?:^|[/._-])train(?:[/._-]|$)")
+_OTHER_SPLIT = re.compile(r"(?:^|[/._-])(?:validation|valid|val|dev|eval|test)(?:[/._-]|$)")
 
 
 class PackedRows:
     """The rows of a folder or file that is packed already; takes the place of a `RowLoader`.
 
-    Rows are read at random; a chunk file of JSON lines is scanned once for the places of its lines.
+    Rows are read at random. Those of others are read once for what only they say (see `row_index`).
 
     Raises:
-        DataError: nothing packed is there, or the rows are of different lengths.
+        DataError: nothing packed is there, or something that is not a row.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files = _Files.open(self.path)
-        self._first = np.cumsum([0, *self._files.counts])
+        self._on_disk = _find(self.path)
+        self._kept = None if self._on_disk.is_ours else load_index(self.path, self._on_disk.paths)
+        self._files = self._on_disk.open(self._kept)
+        self._first = np.cumsum([0, *(file.num_rows for file in self._files)])
         if not self.num_rows:
             raise DataError(f"{self.path} holds no rows")
         first = self._read(0)
         self._length, self.has_mask = len(first.ids), first.mask is not None
-        names = self._files.source_names or self._scan_sources()
+        names = self._on_disk.names or self.index.names
         self._names = tuple(dict.fromkeys([*names, PAD_SOURCE]))
         self._number = {name: number for number, name in enumerate(self._names)}
 
@@ -83,6 +80,16 @@ class PackedRows:
         """Return the tokens in a row."""
         return self._length
 
+    @cached_property
+    def longest(self) -> int:
+        """Return the tokens in the longest row."""
+        return self.length if self._on_disk.is_ours else int(self.index.lengths.max())
+
+    def lengths_are(self, length: int) -> bool:
+        """Whether every row has so many tokens."""
+        same = self._on_disk.is_ours or bool((self.index.lengths == length).all())
+        return same and self.length == length
+
     @property
     def source_names(self) -> tuple[str, ...]:
         """Return the names that the rows' source numbers stand for; the last is that of padding."""
@@ -91,7 +98,29 @@ class PackedRows:
     @property
     def fingerprint(self) -> str:
         """Return 16 hex characters: those of the plan if we wrote the rows, else over a sample of the bytes."""
-        return self._files.fingerprint
+        return self._on_disk.fingerprint or self.index.fingerprint
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """Return how many rows are read at once, block by block, int64; empty where each is read by itself."""
+        return np.concatenate([np.zeros(0, np.int64), *(file.blocks for file in self._files)]).astype(
+            np.int64
+        )
+
+    @cached_property
+    def index(self) -> RowIndex:
+        """Where the documents of all rows stand.
+
+        Raises:
+            DataError: something is not a row.
+        """
+        if self._kept is not None:
+            return self._kept
+        fingerprint = self._on_disk.fingerprint or _sampled(self._on_disk.paths)
+        index = make_index(self.path, self._files, fingerprint=fingerprint)
+        if not self._on_disk.is_ours:
+            keep_index(self.path, self._on_disk.paths, index)
+        return index
 
     def row(self, index: int) -> PackedRow:
         """Read one row.
@@ -100,21 +129,53 @@ class PackedRows:
             ArgumentError: there is no such row.
             DataError: it is damaged, or of another length than the first.
         """
+        row = self.row_of_any_length(index)
+        if len(row.input_ids) != self.length:
+            raise DataError(
+                f"row {index} of {self.path} has another length",
+                found=len(row.input_ids),
+                allowed=self.length,
+            )
+        return row
+
+    def row_of_any_length(self, index: int) -> PackedRow:
+        """Read one row, as long as it is.
+
+        Raises:
+            ArgumentError: there is no such row.
+            DataError: it is damaged.
+        """
+        found = self.stored(index)
+        spans, length = found.spans, len(found.ids)
+        starts, ends = spans.starts.astype(np.int64), spans.ends.astype(np.int64)
+        bounds = np.stack([starts, ends], axis=1).reshape(-1)
+        if np.any(np.diff(bounds) < 0) or np.any(starts >= ends) or (len(ends) and ends[-1] > length):
+            raise DataError(
+                f"row {index} of {self.path} has spans that overlap or reach outside",
+                fix="verify or pack again",
+            )
+        return self._row(index, found, starts, ends)
+
+    def stored(self, index: int) -> StoredRow:
+        """Return a row as it is stored.
+
+        Raises:
+            ArgumentError: there is no such row.
+            DataError: it is damaged.
+        """
         if not 0 <= index < self.num_rows:
             raise ArgumentError("there is no such row", found=index, allowed=f"0 to {self.num_rows - 1}")
         found = self._read(index)
-        where = f"row {index} of {self.path}"
-        if len(found.ids) != self.length or (found.mask is not None and len(found.mask) != self.length):
-            raise DataError(f"{where} has another length", found=len(found.ids), allowed=self.length)
-        spans = found.spans
-        starts, ends = spans.starts.astype(np.int64), spans.ends.astype(np.int64)
-        bounds = np.stack([starts, ends], axis=1).reshape(-1)
-        if np.any(np.diff(bounds) < 0) or np.any(starts >= ends) or (len(ends) and ends[-1] > self.length):
-            raise DataError(f"{where} has spans that overlap or reach outside", fix="verify or pack again")
-        return self._row(index, found, starts, ends)
+        if found.mask is not None and len(found.mask) != len(found.ids):
+            raise DataError(
+                f"row {index} of {self.path} has a mask of another length",
+                found=len(found.mask),
+                allowed=len(found.ids),
+            )
+        return found
 
-    def _row(self, index: int, found: _Row, starts: np.ndarray, ends: np.ndarray) -> PackedRow:
-        spans, length = found.spans, self.length
+    def _row(self, index: int, found: StoredRow, starts: np.ndarray, ends: np.ndarray) -> PackedRow:
+        spans, length = found.spans, len(found.ids)
         documents = spans.documents
         if documents is None:
             # Numbers of their own: row and place, so that documents of other rows differ.
@@ -150,204 +211,125 @@ class PackedRows:
             weights=weights,
         )
 
-    def _read(self, index: int) -> _Row:
+    def _read(self, index: int) -> StoredRow:
         file = int(np.searchsorted(self._first, index, side="right")) - 1
         try:
-            return self._files.read(file, index - int(self._first[file]))
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            return self._files[file].read(index - int(self._first[file]))
+        except ROW_ERRORS as error:
             raise DataError(
                 f"row {index} of {self.path} is not a packed row", found=f"{type(error).__name__}: {error}"
             ) from None
 
-    def _scan_sources(self) -> list[str]:
-        """Return the names of all sources, which only the rows of others say: one pass over the spans."""
-        names: dict[str, None] = {}
-        for index in range(self.num_rows):
-            names.update(dict.fromkeys(self._read(index).spans.sources))
-        return list(names)
+
+class _OnDisk(NamedTuple):
+    """What holds the rows of a path."""
+
+    paths: list[Path]
+    """Every file, the index of MDS first."""
+    open: Callable[[RowIndex | None], Sequence[RowFile]]
+    """Opens the files with the index that is kept of them."""
+    names: list[str]
+    """Of sources; empty when only the rows know them."""
+    fingerprint: str | None
+    is_ours: bool
 
 
-class _Files(NamedTuple):
-    """How the rows of a folder are stored."""
+def _find(path: Path) -> _OnDisk:
+    from longspan.data.materialize import read_rows_manifest
 
-    counts: list[int]
-    """Rows of each file."""
-    read: Callable[[int, int], _Row]
-    source_names: list[str]
-    """Empty when only the rows know them."""
-    fingerprint: str
-
-    @classmethod
-    def open(cls, path: Path) -> _Files:
-        from longspan.data.materialize import read_rows_manifest
-
-        ours = path / MANIFEST
-        manifest = read_rows_manifest(path) if ours.is_file() else None
-        names = manifest.source_names if manifest else []
-        if (path / INDEX).is_file():
-            return _mds_files(path, names, manifest.fingerprint if manifest else None)
-        if manifest is not None:
-            files = [path / str(piece["file"]) for piece in manifest.pieces]
-            gone = [file.name for file in files if not file.is_file()]
-            if gone:
-                raise DataError(f"{path} is incomplete", found=f"no {gone[0]}", fix="write the rows again")
-        else:
-            files = _chunk_files(path)
-        suffix = files[0].suffix if files else ""
-        if suffix == ".npy":
-            counts, read = _npy_files(files, names)
-        elif suffix == ".parquet":
-            counts, read = _parquet_files(files)
-        else:
-            counts, read = _jsonl_files(files)
-        return cls(counts, read, names, manifest.fingerprint if manifest else _sampled(files))
-
-
-def _chunk_files(path: Path) -> list[Path]:
     if not path.exists():
         raise DataError(f"{path} does not exist")
-    files = [path] if path.is_file() else [*sorted(path.glob("*.parquet")), *sorted(path.glob("*.jsonl"))]
-    kinds = {file.suffix for file in files}
-    if not files or len(kinds) > 1 or not kinds <= {".parquet", ".jsonl"}:
-        raise DataError(
-            f"{path} is not a store of packed rows",
-            found=", ".join(sorted(kinds)) or "no MDS index, .jsonl or .parquet",
-            allowed="an MDS folder with indices, or files .jsonl or .parquet with input_ids and source",
-        )
-    return files
+    manifest = read_rows_manifest(path) if (path / MANIFEST).is_file() else None
+    if (path / INDEX).is_file():
+        names, fingerprint = (manifest.source_names, manifest.fingerprint) if manifest else ([], None)
+        return _mds(path, names, fingerprint)
+    if manifest is None:
+        paths = _chunk_files(path)
+        if paths[0].name == INDEX:
+            return _mds(paths[0].parent, [], None)
+        return _OnDisk(paths, lambda index: _open_files(paths, [], index), [], None, False)
+    paths = [path / str(piece["file"]) for piece in manifest.pieces]
+    gone = [file.name for file in paths if not file.is_file()]
+    if gone:
+        raise DataError(f"{path} is incomplete", found=f"no {gone[0]}", fix="write the rows again")
+    names = manifest.source_names
+    return _OnDisk(paths, lambda index: _open_files(paths, names, index), names, manifest.fingerprint, True)
 
 
-def _mds_files(path: Path, names: list[str], fingerprint: str | None) -> _Files:
+def _mds(path: Path, names: list[str], fingerprint: str | None) -> _OnDisk:
     folder = MDSDirectory(path)
-    counts = [info.num_samples for info in folder.shards]
-
-    def read(file: int, row: int) -> _Row:
-        sample = folder.shard(file)[row]
-        ids = sample["input_ids"]
-        indices = np.asarray(sample["indices"] if "indices" in sample else [[0, len(ids)]])
-        if indices.ndim != 2 or indices.shape[1] != 2 or ids.ndim != 1:
-            raise ValueError(f"input_ids {list(ids.shape)}, indices {list(indices.shape)}")
-        if names and "sources" in sample:
-            sources = [names[number] for number in sample["sources"].tolist()]
-        else:
-            sources = [str(sample.get("domain", "."))] * len(indices)
-        documents, continued = sample.get("doc_ids"), sample.get("continued")
-        if not len(indices) == len(sources) == len(indices if documents is None else documents):
-            raise ValueError("indices, sources and doc_ids are of different lengths")
-        spans = _Spans(indices[:, 0], indices[:, 1], sources, documents, continued)
-        return _Row(ids, spans, sample.get("mask"))
-
-    files = [
+    shards = [
         path / (info.basename if (path / info.basename).is_file() else str(info.zip_basename))
         for info in folder.shards
     ]
-    return _Files(counts, read, names, fingerprint or _sampled([path / INDEX, *files]))
+
+    def open_shards(_: RowIndex | None) -> Sequence[RowFile]:
+        return [MdsRows(folder, shard, names) for shard in range(len(shards))]
+
+    return _OnDisk([path / INDEX, *shards], open_shards, names, fingerprint, fingerprint is not None)
 
 
-def _record(record: Any) -> _Row:
-    """Return a row from a chunk: input_ids, source [{source, start, end}] and perhaps mask."""
-    ids = np.asarray(record["input_ids"])
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and int(ids.min()) < 0):
-        raise ValueError(f"input_ids of {ids.dtype} {list(ids.shape)}")
-    spans = record.get("source")
-    if spans is None:
-        spans = [{"source": ".", "start": 0, "end": len(ids)}]
-    found = _Spans(
-        np.array([int(span["start"]) for span in spans], np.int64),
-        np.array([int(span["end"]) for span in spans], np.int64),
-        [str(span["source"]) for span in spans],
-        None,
-        None,
-    )
-    mask = record.get("mask")
-    return _Row(ids, found, None if mask is None else np.asarray(mask, np.uint8))
+def _open_files(paths: Sequence[Path], names: Sequence[str], index: RowIndex | None) -> Sequence[RowFile]:
+    opened: list[RowFile] = []
+    first = 0
+    for number, path in enumerate(paths):
+        if path.suffix == ".parquet":
+            opened.append(ParquetRows(path))
+        elif path.suffix == ".arrow":
+            opened.append(ArrowRows(path))
+        elif path.suffix == ".npy":
+            opened.append(NpyRows(path, names))
+        elif index is None:
+            opened.append(JsonlRows(path))
+        else:
+            rows = slice(first, first + int(index.file_rows[number]))
+            opened.append(JsonlRows(path, np.stack([index.line_starts[rows], index.line_ends[rows]], axis=1)))
+            first = rows.stop
+    return opened
 
 
-def _jsonl_files(files: list[Path]) -> tuple[list[int], Callable[[int, int], _Row]]:
-    maps, places = [], []
-    for file in files:
-        with open(file, "rb") as stream:
-            size = file.stat().st_size
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        starts, at = [], 0
-        while at < len(data):
-            end = data.find(b"\n", at)
-            end = len(data) if end < 0 else end
-            if data[at:end].strip():
-                starts.append((at, end))
-            at = end + 1
-        maps.append(data)
-        places.append(starts)
+def _chunk_files(path: Path) -> list[Path]:
+    """Return the files of rows of a folder, at any depth: a data set of the hub, a saved one, or chunks.
 
-    def read(file: int, row: int) -> _Row:
-        low, high = places[file][row]
-        return _record(json.loads(maps[file][low:high]))
-
-    return [len(starts) for starts in places], read
-
-
-def _parquet_files(files: list[Path]) -> tuple[list[int], Callable[[int, int], _Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        opened = [pq.ParquetFile(file, memory_map=True) for file in files]
-    except (pa.ArrowException, OSError) as error:
-        raise DataError("a parquet file is damaged or cut off", found=str(error)) from None
-    sizes = [
-        [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] for file in opened
-    ]
-
-    @lru_cache(maxsize=ROW_GROUPS_CACHED)
-    def group_of(file: int, group: int) -> Any:
-        names = opened[file].schema_arrow.names
-        columns = [name for name in ("input_ids", "source", "mask") if name in names]
-        return opened[file].read_row_group(group, columns=columns)
-
-    def read(file: int, row: int) -> _Row:
-        ends = np.cumsum(sizes[file])
-        group = int(np.searchsorted(ends, row, side="right"))
-        try:
-            table = group_of(file, group)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"damaged parquet: {error}") from None
-        at = row - (int(ends[group - 1]) if group else 0)
-        record = {"input_ids": table["input_ids"][at].values.to_numpy(zero_copy_only=False)}
-        if "source" in table.column_names:
-            record["source"] = table["source"][at].as_py()
-        if "mask" in table.column_names:
-            record["mask"] = table["mask"][at].values.to_numpy(zero_copy_only=False)
-        return _record(record)
-
-    return [sum(size) for size in sizes], read
+    Of several splits the one called train is taken. The index of an MDS folder stands for it.
+    """
+    if path.is_file():
+        found = [path]
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        # Which split it is, and which pieces belong to it, its own files say.
+        found = [Path(file.path) for file in list_inputs([path], report=ReadReport())]
+    else:
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if (file.suffix in SUFFIXES or file.name == INDEX)
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        found = _train_split(path, found)
+    kinds = {INDEX if file.name == INDEX else file.suffix for file in found}
+    if kinds == {INDEX} and len(found) == 1:
+        return found
+    if not found or len(kinds) > 1 or not kinds <= set(SUFFIXES):
+        folders = sorted({str(file.parent.relative_to(path)) for file in found if path.is_dir()})
+        raise DataError(
+            f"{path} is not a store of packed rows",
+            found=", ".join(sorted(kinds)) or "no MDS index, .jsonl, .parquet or .arrow",
+            allowed="an MDS folder with indices, files .jsonl or .parquet with input_ids and source, or a data set "
+            "that Hugging Face `datasets` saved",
+            fix=f"name one of its folders: {', '.join(folders[:5])}" if len(folders) > 1 else None,
+        )
+    return found
 
 
-def _npy_files(files: list[Path], names: list[str]) -> tuple[list[int], Callable[[int, int], _Row]]:
-    from longspan.data.columns import NPY_ERRORS
-
-    def load(path: Path) -> np.ndarray:
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except NPY_ERRORS as error:
-            raise DataError(f"{path} cannot be read", found=str(error), fix="write the rows again") from None
-
-    ids = [load(file) for file in files]
-    parts = [file.name.removeprefix("input_ids") for file in files]
-    spans = [load(file.with_name(f"spans{part}")) for file, part in zip(files, parts)]
-    beside = [file.with_name(f"weights{part}") for file, part in zip(files, parts)]
-    weights = [load(file) if file.is_file() else None for file in beside]
-    if any(part.ndim != 2 or part.shape[1] != 6 for part in spans) or any(part.ndim != 2 for part in ids):
-        raise DataError("npy rows have another shape than they were written with", fix="write the rows again")
-
-    def read(file: int, row: int) -> _Row:
-        low, high = np.searchsorted(spans[file][:, 0], [row, row + 1])
-        _, starts, ends, documents, sources, continued = spans[file][low:high].T
-        named = [names[number] for number in sources.tolist()]
-        found = _Spans(starts, ends, named, documents, continued)
-        mask = weights[file]
-        return _Row(ids[file][row], found, None if mask is None else mask[row])
-
-    return [len(part) for part in ids], read
+def _train_split(path: Path, files: list[Path]) -> list[Path]:
+    names = {file: file.relative_to(path).as_posix() for file in files}
+    if not any(_TRAIN.search(name) for name in names.values()):
+        return files
+    kept = [file for file in files if _TRAIN.search(names[file]) or not _OTHER_SPLIT.search(names[file])]
+    if len(kept) < len(files):
+        get_logger("data").info("%s: %d of %d files are read: the split train", path, len(kept), len(files))
+    return kept
 
 
 def _sampled(files: Sequence[Path]) -> str:

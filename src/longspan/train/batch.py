@@ -94,7 +94,10 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
         cu_seqlens.extend((start + ends).tolist())
         # Rows of different streams number their sources each in their own way.
         index = np.array([names.setdefault(name, len(names)) for name in row.source_names] or [0])
-        sources.append(np.repeat(index[row.sources], np.diff(row.cu_seqlens)))
+        of_tokens = row.token_sources
+        sources.append(
+            np.repeat(index[row.sources], np.diff(row.cu_seqlens)) if of_tokens is None else index[of_tokens]
+        )
     last = np.array(cu_seqlens[1:]) - 1
     labels = np.roll(ids, -1)
     labels[last] = IGNORE

@@ -116,7 +116,8 @@ class StreamConfig(Config):
     """Instead of `store`: JSON lines of `text` or of `conversations`, which are tokenized into stores beside the
     first time. `F[5000]` draws so many records, `F[:5000]` takes the first; `long-llm:` is `data_root`."""
     rows: str | None = None
-    """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines with `source` spans)."""
+    """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines or parquet with `source` spans,
+    a data set that Hugging Face `datasets` saved). Rows longer than the stage become rows of the stage."""
     teacher: str | tuple[str, ...] | None = None
     """For `objective: distill`: annotations by `longspan annotate topk` of `rows`, or of each `store`, relative to
     `data_root`."""
@@ -124,7 +125,14 @@ class StreamConfig(Config):
     """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
     mixture: MixtureSpec = MixtureSpec(mode="none")
     strategy: Literal["concat", "intact", "best_fit"] = "concat"
-    """How documents become rows of the stage's context length."""
+    """How documents become rows of the stage's context length; those of longer `rows` too."""
+    overflow: Literal["split", "drop_tail"] = "split"
+    """What becomes of what `rows` have more than the stage's context length: it is in further rows, or left out and
+    counted, so that each row gives its first tokens."""
+    shuffle: bool = True
+    """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
+    document_mask: bool | None = None
+    """Whether the documents of a row are kept apart. None: as the stage says."""
     specials: Literal["none", "bos", "eos", "both"] = "none"
     """Which special tokens of the store's tokenizer frame a document; a token store holds none."""
     min_document_tokens: Length = pydantic.Field(0, ge=0)
@@ -141,12 +149,16 @@ class StreamConfig(Config):
         if sum(origin is not None for origin in (self.store, self.records, self.rows)) != 1:
             raise ValueError("a stream has either a store or rows, or records")
         planning = (
-            "mixture", "strategy", "specials", "min_document_tokens", "max_document_tokens", "group_by_length"
+            "mixture", "specials", "min_document_tokens", "max_document_tokens", "group_by_length"
         )  # fmt: skip
         # By value: the settings of a run are written with all defaults, and read again.
         changed = [name for name in planning if getattr(self, name) != type(self).model_fields[name].default]
         if self.rows is not None and changed:
             raise ValueError(f"{', '.join(changed)} has no effect on rows that are packed already")
+        if self.overflow != "split" and (self.rows is None or self.strategy != "concat"):
+            raise ValueError(
+                "overflow: drop_tail takes the first tokens of each of `rows`, with strategy concat"
+            )
         if self.records is not None and self.teacher is not None:
             raise ValueError(
                 "a teacher annotates rows or a store: make a store of the records with `longspan data tokenize`"
@@ -193,6 +205,9 @@ class StageConfig(Config):
     beyond are then new to the model."""
     pose: PoseConfig | None = None
     """Positions are skipped, so that short rows reach far ones. None: positions count on."""
+    document_mask: bool = True
+    """Keep the documents of a row apart: none sees another, each begins at position 0, and its first token is nobody's
+    label. false: attention, positions and labels run over the whole row. A stream may say otherwise."""
     objective: Literal["lm", "sft", "distill"] = "lm"
     """lm: every token, by the loss weights where the data has some. sft: what the assistant wrote; a stream without
     masks is refused. distill: lm mixed with a teacher's predictions; every stream names its `teacher`."""
@@ -249,12 +264,23 @@ class StageConfig(Config):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _teachers_read_documents(self) -> Self:
+        if self.objective == "distill" and not all(map(self.keeps_apart, self.streams)):
+            raise ValueError("document_mask: false: a teacher has read each document by itself")
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _positions_reach_out(self) -> Self:
         if self.pose is not None and self.pose.target_length <= self.context_length:
             raise ValueError(
                 f"pose.target_length ({self.pose.target_length}) is not beyond the rows of {self.context_length}"
             )
         return self
+
+    def keeps_apart(self, stream: str) -> bool:
+        """Whether the documents in the rows of a stream are kept apart."""
+        own = self.streams[stream].document_mask
+        return self.document_mask if own is None else own
 
     @property
     def rows_per_step(self) -> int:

@@ -13,12 +13,14 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.data.annotations import Annotations, TaughtRows
 from longspan.data.columns import folder_kind
 from longspan.data.lengths import LengthTable
-from longspan.data.loader import PackedRow, RowLoader, RowSource, StreamMixer
+from longspan.data.loader import Order, PackedRow, RowLoader, RowSource, StreamMixer
 from longspan.data.mixture import MixturePlan, plan_mixture
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import KIND as PACK_PLAN
 from longspan.data.packing import PackPlan, PackSpec, plan_packing
+from longspan.data.recut import HeadRows, RecutRows, recut
 from longspan.data.store import TokenStore
+from longspan.data.whole_rows import WholeRows
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
 from longspan.train.config import StageConfig, StreamConfig, TrainConfig
@@ -42,7 +44,8 @@ class StagePlan(NamedTuple):
     tokenizers: dict[str, Path]
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
     left_out: dict[str, dict[str, int]]
-    """Documents of each stream that its limits leave out: too "short", too "long"."""
+    """Documents of each stream that its limits leave out: too "short", too "long"; of `rows` that are longer than the
+    stage, "cut_documents", "tail_tokens" and "short_rows"."""
 
 
 def plan_stages(
@@ -52,8 +55,8 @@ def plan_stages(
 
     `tokenizer` finds the tokenizer of the recipe, where there are records.
     """
-    has_records = any(stream.records for stage in config.stages for stream in stage.streams.values())
-    path = tokenizer() if has_records else None
+    streams = [stream for stage in config.stages for stream in stage.streams.values()]
+    path = tokenizer() if any(stream.records for stream in streams) else None
     folder = None if path is None else str(path)
 
     def plan() -> list[StagePlan]:
@@ -62,8 +65,8 @@ def plan_stages(
             for stage in config.stages
         ]
 
-    if has_records:
-        # Planning makes the stores; the other processes find them made.
+    if any(stream.records or stream.rows for stream in streams):
+        # Planning makes stores and indexes; the other processes find them made.
         on_first_rank(lambda: len(plan()))
     return plan()
 
@@ -94,27 +97,25 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
     mixtures: dict[str, MixturePlan] = {}
     left_out: dict[str, dict[str, int]] = {}
     stores: list[TokenStore] = []
+    orders: dict[str, Order] = {}
     for name, stream in stage.streams.items():
         where = f"stage {stage.name!r}: stream {name!r}"
         if stream.rows is not None:
-            sources[name], behind = _packed(data_root / stream.rows, data_root)
+            sources[name], behind = _packed(stream, stage, data_root, where)
             masked = _rows_have_masks(sources[name], behind)
+            left_out[name] = getattr(sources[name], "left_out", {})
         else:
             planned = _planned(stream, stage, data_root, seed, where, tokenizer)
             sources[name], behind, mixtures[name] = planned.rows, planned.stores, planned.mixture
             masked, left_out[name] = planned.masked, planned.left_out
         stores += behind
+        orders[name] = _order(stream, sources[name])
         if stream.teacher is not None:
             paths = (stream.teacher,) if isinstance(stream.teacher, str) else stream.teacher
             annotations = [Annotations(data_root / path) for path in paths]
             sources[name] = TaughtRows(sources[name], annotations, stores=behind)
-        if sources[name].length != stage.context_length:
-            raise ConfigError(
-                f"{where} has rows of another length",
-                found=f"{sources[name].length} tokens",
-                allowed=f"{stage.context_length}, the stage's context_length",
-                fix="pack them at that length",
-            )
+        if not stage.keeps_apart(name):
+            sources[name] = WholeRows(sources[name])
         if stage.objective == "sft" and not masked:
             raise ConfigError(
                 f"{where} has no masks, by which sft knows what the assistant wrote",
@@ -126,7 +127,11 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
     weights: dict[str, float] = {name: stream.weight for name, stream in stage.streams.items()}
     if stage.shares == "rows":
         weights = {name: rows.num_rows for name, rows in sources.items()}
-    mixer = StreamMixer({name: (sources[name], weight) for name, weight in weights.items()}, seed)
+    mixer = StreamMixer(
+        {name: (sources[name], weight) for name, weight in weights.items()},
+        seed,
+        orders=orders,
+    )
     if stage.epochs is not None:
         stage = _with_steps(stage, mixer, sources)
     needed = {
@@ -209,7 +214,7 @@ def _planned(
         remainder="drop" if stream.strategy == "concat" else "pad",
         pad_id=0,
         # Rows in an order of their own would undo the grouping.
-        shuffle=not stream.group_by_length,
+        shuffle=stream.shuffle and not stream.group_by_length,
         **_special_settings(stream, stores[0].manifest.tokenizer, where),
     )
     plan = plan_packing(spec, lengths, documents, seed)
@@ -246,8 +251,15 @@ def grouped_by_length(documents: np.ndarray, tokens: np.ndarray, *, stretch: int
     return documents[np.lexsort((-lengths, place))]
 
 
+def _order(stream: StreamConfig, rows: RowSource) -> Order:
+    if not stream.shuffle:
+        return "stored"
+    # A plan has shuffled its rows already, where it was asked to.
+    return "planned" if isinstance(rows, RowLoader) else "shuffled"
+
+
 def _rows_have_masks(rows: RowSource, stores: list[TokenStore]) -> bool:
-    if isinstance(rows, PackedRows):
+    if isinstance(rows, PackedRows | RecutRows | HeadRows):
         return rows.has_mask
     return any(bool(np.any(store.lengths.mask_offset != 0)) for store in stores)
 
@@ -263,14 +275,51 @@ def _special_settings(stream: StreamConfig, tokenizer: Mapping[str, Any], where:
     return {"specials": stream.specials, **{f"{role}_id": tokenizer[f"{role}_id"] for role in wanted}}
 
 
-def _packed(path: Path, data_root: Path) -> tuple[RowSource, list[TokenStore]]:
+def _packed(
+    stream: StreamConfig, stage: StageConfig, data_root: Path, where: str
+) -> tuple[RowSource, list[TokenStore]]:
     """Return the rows of a pack plan, whose stores are looked for from here and from `data_root`, or packed rows."""
-    if folder_kind(path) != PACK_PLAN:
-        return PackedRows(path), []
+    assert stream.rows is not None
+    path = data_root / stream.rows
+    if folder_kind(path) == PACK_PLAN:
+        return _plan_rows(stream, stage, path, data_root, where)
+    rows = PackedRows(path)
+    again = stream.strategy != "concat" or stream.overflow != "split"
+    if rows.lengths_are(stage.context_length) and not again:
+        return rows, []
+    if rows.longest < stage.context_length:
+        raise _other_length(where, rows.longest, stage)
+    if stream.teacher is not None:
+        raise ConfigError(
+            f"{where} has a teacher that read rows of another length",
+            found=f"{rows.longest} tokens",
+            allowed=f"{stage.context_length}, the stage's context_length",
+            fix="write them at that length with `longspan data pack`, and annotate those",
+        )
+    recut_rows = recut(rows, length=stage.context_length, strategy=stream.strategy, overflow=stream.overflow)
+    return recut_rows, []
+
+
+def _plan_rows(
+    stream: StreamConfig, stage: StageConfig, path: Path, data_root: Path, where: str
+) -> tuple[RowSource, list[TokenStore]]:
     plan = PackPlan.load(path)
     stores = [TokenStore(store if Path(store).exists() else data_root / store) for store in plan.stores]
     if not stores:
         raise DataError(
             f"{path} does not say which stores it was made from", fix="pack again with `longspan data pack`"
         )
+    if plan.spec.length != stage.context_length:
+        raise _other_length(where, plan.spec.length, stage)
+    if stream.strategy != "concat" or stream.overflow != "split":
+        raise ConfigError(f"{where}: strategy and overflow have no effect on a pack plan", found=str(path))
     return RowLoader(stores, plan), stores
+
+
+def _other_length(where: str, length: int, stage: StageConfig) -> ConfigError:
+    return ConfigError(
+        f"{where} has rows of another length",
+        found=f"{length} tokens",
+        allowed=f"{stage.context_length}, the stage's context_length; packed rows may be longer",
+        fix="pack them at that length",
+    )
