@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -169,20 +170,54 @@ def test_first_samples_and_chosen_data_sets(data_file: Path, tokenizer: Tokenize
         check_datasets(["hotpot"], data)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        {},
+def test_lines_that_are_no_questions_are_left_out_by_name(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line without a field ended the evaluation, and an answer of null was asked for as the word None."""
+    good = SAMPLES[0]
+    broken = [
         {"context": "a", "input": "b"},
         {"context": "a", "answers": ["c"]},
         {"input": "b", "answers": ["c"]},
-    ],
-)
-def test_lines_without_a_field_are_named(line: dict[str, Any], tmp_path: Path) -> None:
+        {**good, "context": 5},
+        {**good, "answers": [None]},
+        {**good, "answers": {"value": "x"}},
+        {**good, "all_classes": "City"},
+        {**good, "metric": 5},
+        {**good, "input": "half \ud83d"},
+        [good],
+    ]
     path = tmp_path / "broken.jsonl"
-    path.write_text(json.dumps(SAMPLES[0]) + "\n" + json.dumps(line) + "\n")
-    with pytest.raises(DataError, match=r"broken\.jsonl:2 is not a question"):
+    lines = [json.dumps(each) for each in (good, *broken)]
+    path.write_text("\n".join([*lines, '{"cut": ', json.dumps(good)]))
+    with caplog.at_level("WARNING"):
+        data = read_longqa([path])
+    assert len(data.samples) == 2 and data.left_out == len(broken) + 1
+    assert "broken.jsonl:2: not a question on a document (fields context, input)" in caplog.text
+    assert LongQa(LongQaSettings(), PromptForm(tokenizer), data).params()["left_out_records"] == data.left_out
+    path.write_text(json.dumps(broken[0]))
+    with pytest.raises(DataError, match=r"hold no samples(.|\n)*broken\.jsonl:1: not a question"):
         read_longqa([path])
+    with pytest.raises(DataError, match="is a folder"):
+        read_longqa([tmp_path])
+    with pytest.raises(DataError, match="does not exist"):
+        read_longqa([tmp_path / "no"])
+
+
+def test_files_of_questions_are_read_as_they_come(tmp_path: Path) -> None:
+    """The last question was lost where no line end follows it; U+2028 and a byte order mark are no mistakes."""
+    rows = [{**SAMPLES[0], "context": f"{number}\u2028 more"} for number in range(3)]
+    lines = "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "mine.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "mine.txt").write_text(lines, encoding="utf-8")
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("mine.jsonl", "mine.txt", "mine.json", "mine.jsonl.gz"):
+        found = read_longqa([tmp_path / name]).samples
+        assert [each.context for each in found] == [row["context"] for row in rows], name
+    (tmp_path / "mine.jsonl.gz").write_bytes(gzip.compress(b'{"context": "a", "input": "b", "answer": 5}'))
+    (sample,) = read_longqa([tmp_path / "mine.jsonl.gz"]).samples
+    assert (sample.dataset, sample.answers) == ("mine", ["5"])
 
 
 def test_metric_that_is_none_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:

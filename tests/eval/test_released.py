@@ -234,15 +234,24 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 
 def test_rows_of_every_kind_of_file(tmp_path):
-    """JSON lines with blank lines and without a last line break, a list, an object with data, Parquet."""
-    rows = [{"a": 1}, {"a": "zwei \u4e8c"}, {"a": [3]}]
+    """JSON lines with blank lines and without a last line break, a list, an object with data, Parquet.
+
+    Separators of lines other than the line feed may stand in a text, and a byte order mark before the first.
+    """
+    rows = [{"a": 1}, {"a": "zwei \u4e8c\u2028\x85\u2029"}, {"a": [3]}]
+    text = json.dumps(rows, ensure_ascii=False)
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
     lines = tmp_path / "lines.jsonl"
-    lines.write_text("\n" + "\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    lines.write_text(
+        "\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "object.json").write_text(json.dumps({"data": rows}, indent=1))
     (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "one.json").write_text(json.dumps(rows[0]) + "\n")
-    for name in ("lines.jsonl", "list.json", "object.json", "lines.json"):
+    for name in ("lines.jsonl", "list.json", "object.json", "lines.json", "marked.json", "marked.jsonl"):
         found = Rows(tmp_path / name)
         assert [found[number] for number in range(len(found))] == rows == list(found), name
         assert found[-1] == rows[-1] and found[:2] == rows[:2]

@@ -104,6 +104,18 @@ def test_conversations_learn_the_answers_alone(root: Path) -> None:
         planned(root, {"records": ["texts.json"]}, objective="sft")
 
 
+def test_one_record_of_another_shape_ends_no_training(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first record decided what a file holds, and a last one without a line end was no record."""
+    texts = (root / "texts.json").read_bytes()
+    (root / "mixed.json").write_bytes(b'{"cut\n{"id": 1}\n{"text": 5}\n' + texts.rstrip())
+    with caplog.at_level("WARNING"):
+        assert len(documents(planned(root, {"records": ["mixed.json"]}))) == 20
+    for counted in ("1 broken records", "1 records without", "1 records with a field of another type"):
+        assert counted in caplog.text
+    (root / "one.json").write_text(json.dumps({"text": "word " * 20}))
+    assert len(documents(planned(root, {"records": ["one.json"]}))) == 1
+
+
 def test_too_long_and_too_short_are_left_out_and_counted(root: Path) -> None:
     """Records that vanish without a count make two data sets look alike."""
     plan = planned(root, {"records": ["texts.json"], "max_document_tokens": 60, "min_document_tokens": 20})

@@ -17,8 +17,7 @@ extra `harness`.
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from longspan.core.errors import ArgumentError, DataError, MissingDependencyError
+from longspan.eval.released.rows import Rows
 
 FAMILIES = {
     "longbench": "longbench",
@@ -133,7 +133,7 @@ def read_dataset(
         needed = split == tested or (split == config.get("fewshot_split") and config.get("num_fewshot"))
         if files:
             found[split] = datasets.Dataset.from_list(
-                _same_kinds([row for file in files for row in _rows(file)])
+                _same_kinds([row for file in files for row in Rows(file)])
             )
         elif needed:
             raise DataError(
@@ -181,22 +181,6 @@ def _children(root: Path, name: str) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder", fix="name the folder of the data sets with --data-root")
     return sorted(each for each in root.iterdir() if each.name.casefold() == name.casefold())
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-        return
-    text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip()[:1] == "[":
-            yield from json.loads(text)
-        else:
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON", found=str(error)) from None
 
 
 def _same_kinds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Questions on long documents from local JSON lines, by the prompts and metrics of LongBench.
+"""Questions on long documents from local files, by the prompts and metrics of LongBench.
 
     {"context": "...", "input": "Who wrote it?", "answers": ["Ada"], "dataset": "hotpotqa"}
 
@@ -9,6 +9,7 @@ at its head, the question at its tail.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -20,7 +21,10 @@ import pydantic
 from longspan.core.config import Config, parse_yaml
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes, sha256_file
-from longspan.core.records import read_jsonl
+from longspan.core.log import get_logger
+from longspan.data.readers import ReadReport, read_objects
+from longspan.data.readers.fields import printable
+from longspan.data.readers.opening import COMPRESSION
 from longspan.eval.prompts import PromptForm
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by
@@ -30,6 +34,7 @@ from longspan.eval.truncation import cut_middle
 PROMPT_VERSION = 1
 """Raised whenever the same settings would compose another prompt."""
 _CHARS_PER_TOKEN = 4
+_FIELDS = "context and input (or question) as texts, answers (or answer)"
 
 
 class DatasetRule(Config):
@@ -62,6 +67,8 @@ class LongQaData(NamedTuple):
     samples: list[LongQaSample]
     sha256: dict[str, str]
     """Of each file, by name."""
+    left_out: int = 0
+    """Records that are no questions."""
 
 
 class LongQaSettings(Config):
@@ -118,6 +125,7 @@ class LongQa:
             "datasets": names,
             "metrics": {name: scorer_named(name).version for name in metrics},
             "data_sha256": self._data.sha256,
+            **({"left_out_records": self._data.left_out} if self._data.left_out else {}),
             "prompts_sha256": sha256_bytes(_rules_text().encode())[:16],
             "prompt_version": PROMPT_VERSION,
         }
@@ -194,34 +202,72 @@ class LongQa:
 
 
 def read_longqa(paths: Sequence[str | Path]) -> LongQaData:
-    """Read JSON lines with context, input (or question), answers (or answer), and optional fields.
+    """Read records with context, input (or question), answers (or answer), and optional fields.
 
-    `dataset` is the file's name where samples do not say; `metric` and `all_classes` are optional.
+    JSON lines, or another format by its ending. `dataset` is the file's name where samples do not say; `metric` and
+    `all_classes` are optional. What is no question is left out, counted and named in a warning.
 
     Raises:
-        DataError: a file is missing or broken, or a line lacks a field; file and line are named.
+        DataError: a file is missing or damaged, or none holds a question.
     """
     samples: list[LongQaSample] = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
+    report = ReadReport()
     for path in map(Path, paths):
-        for number, record in enumerate(read_jsonl(path), 1):
-            dataset = str(record.get("dataset") or path.stem)
-            question = record.get("input", record.get("question"))
-            answers = record.get("answers", record.get("answer"))
-            context, classes = record.get("context"), record.get("all_classes")
-            if not isinstance(context, str) or not isinstance(question, str) or not answers:
-                raise DataError(
-                    f"{path}:{number} is not a question on a document",
-                    found=f"fields {', '.join(sorted(record))}",
-                    allowed="context and input (or question) as texts, answers (or answer)",
-                )
-            several = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
-            place = counts[dataset] = counts.get(dataset, -1) + 1
-            metric = record.get("metric")
-            samples.append(LongQaSample(dataset, place, context, question, several, metric, classes))
+        for place, record in read_objects(path, report=report):
+            try:
+                dataset = str(record.get("dataset") or printable(_name_of(path)))
+                samples.append(_sample(record, dataset, counts[dataset]))
+            except _NoQuestionError as error:
+                report.skip("wrong_types", place, str(error))
+                continue
+            counts[dataset] += 1
+            report.documents += 1
+    warning = report.warning()
     if not samples:
-        raise DataError("the files hold no samples", found=", ".join(map(str, paths)))
-    return LongQaData(samples, {Path(path).name: sha256_file(path) for path in paths})
+        raise DataError(
+            "the files hold no samples", found=warning or ", ".join(map(str, paths)), allowed=_FIELDS
+        )
+    if warning is not None:
+        get_logger("eval").warning(warning)
+    sha256 = {Path(path).name: sha256_file(path) for path in paths}
+    return LongQaData(samples, sha256, report.num_skipped)
+
+
+def _name_of(path: Path) -> str:
+    """Return the name of a file without the endings of its format and compression."""
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSION else path.stem
+
+
+class _NoQuestionError(Exception):
+    """Why a record is not a question on a document."""
+
+
+def _sample(record: Mapping[str, Any], dataset: str, number: int) -> LongQaSample:
+    question = record.get("input", record.get("question"))
+    answers = record.get("answers", record.get("answer"))
+    context, classes, metric = record.get("context"), record.get("all_classes"), record.get("metric")
+    several = [
+        str(each) for each in (answers if isinstance(answers, list) else [answers]) if _is_answer(each)
+    ]
+    if not isinstance(context, str) or not isinstance(question, str) or not several:
+        raise _NoQuestionError(
+            f"not a question on a document (fields {', '.join(map(str, sorted(record)))[:200]})"
+        )
+    if not (
+        classes is None or (isinstance(classes, list) and all(isinstance(each, str) for each in classes))
+    ):
+        raise _NoQuestionError("all_classes is not a list of texts")
+    if not (metric is None or isinstance(metric, str)):
+        raise _NoQuestionError("metric is not a name")
+    for text in (context, question, *several):
+        if printable(text) != text:
+            raise _NoQuestionError("a text with half of a surrogate pair")
+    return LongQaSample(dataset, number, context, question, several, metric, classes)
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and value != ""
 
 
 def rule_for(dataset: str) -> DatasetRule:

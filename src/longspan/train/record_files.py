@@ -6,7 +6,7 @@
     sft.jsonl[:5000]         the first 5000
 
 A record with `conversations` ({"role", "content"} turns) is written out by the chat template and masked; one with
-`text` is text. The first record says which a file holds. Each file becomes a token store in `stores/` below
+`text` is text. The first record with either says which a file holds. Each file becomes a token store in `stores/` below
 `data_root`, once for each tokenizer and template.
 """
 
@@ -16,17 +16,16 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.core.records import read_jsonl
 from longspan.core.seeds import rng
 from longspan.data.chat import load_chat_format
 from longspan.data.lengths import LengthTable
+from longspan.data.readers import ReadReport, read_objects
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer
@@ -111,14 +110,17 @@ def _store_of(path: str, data_root: Path, tokenizer: Tokenizer, template: str | 
 
 
 def _holds_conversations(file: Path) -> bool:
-    record = next(iter(islice(read_jsonl(file), 1)), None)
-    if not isinstance(record, dict) or not ({"text", CONVERSATIONS} & record.keys()):
-        raise DataError(
-            f"{file} holds neither texts nor conversations",
-            found="nothing" if record is None else f"fields {', '.join(record)}"[:200],
-            allowed="JSON lines with `text`, or with `conversations` of role and content",
-        )
-    return CONVERSATIONS in record
+    # One record that is neither ends no job: the store counts it, or says that it has none of its field.
+    fields: list[str] | None = None
+    for _, record in read_objects(file, report=ReadReport()):
+        if {"text", CONVERSATIONS} & record.keys():
+            return CONVERSATIONS in record
+        fields = list(map(str, record)) if fields is None else fields
+    raise DataError(
+        f"{file} holds neither texts nor conversations",
+        found="nothing" if fields is None else f"fields {', '.join(fields)}"[:200],
+        allowed="JSON lines with `text`, or with `conversations` of role and content",
+    )
 
 
 def draw_records(

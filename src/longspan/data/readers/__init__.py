@@ -38,6 +38,7 @@ from longspan.data.readers.reading import (
     finish_reading,
     list_inputs,
     plan_parts,
+    read_objects,
     read_part,
     read_values,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "read_bucket",
     "read_documents",
     "read_grouped",
+    "read_objects",
     "read_part",
     "read_values",
 ]

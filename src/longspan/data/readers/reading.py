@@ -23,6 +23,7 @@ from longspan.data.readers.base import (
     Reader,
     ReadReport,
     SkippedRecordError,
+    extension_of,
 )
 from longspan.data.readers.columnar import ARROW, PARQUET
 from longspan.data.readers.delimited import CSV, TSV
@@ -31,6 +32,8 @@ from longspan.data.readers.files import find_files
 from longspan.data.readers.json_values import JSON
 from longspan.data.readers.jsonl import JSONL
 from longspan.data.readers.mds_folder import MDS
+from longspan.data.readers.opening import is_remote
+from longspan.data.readers.sniff import sniff_json
 from longspan.data.readers.text import TEXT
 
 PART_BYTES = 64 << 20
@@ -113,6 +116,34 @@ def read_values(
             skip_record(record, error, strict=strict, report=report)
             continue
         yield record.place, found
+
+
+def read_objects(
+    path: str | os.PathLike[str], *, report: ReadReport
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Yield place and all fields of every record of one file; broken ones are skipped and counted.
+
+    JSON lines, whatever its name, unless its ending is that of another format of records.
+
+    Raises:
+        DataError: there is no such file, or it is damaged as a whole.
+    """
+    name = os.fspath(path)
+    if not is_remote(name) and not os.path.isfile(name):
+        is_folder = os.path.isdir(name)
+        raise DataError(
+            f"{name} is a folder" if is_folder else f"{name} does not exist", allowed="a file of records"
+        )
+    extension = extension_of(name)
+    if extension == ".json":
+        extension = sniff_json(name)
+    elif extension == ".mds" or extension not in READERS or READERS[extension].one_text:
+        extension = ".jsonl"
+    part = Part(InputFile(name, extension, "", 0))
+    for record in records_of(part, None, report=report):
+        values = parse_values_of(record, strict=False, report=report)
+        if values is not None:
+            yield record.place, values
 
 
 def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:

@@ -5,6 +5,7 @@ JSON lines are read one by one when they are asked for: a set of long contexts h
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import json
@@ -142,7 +143,7 @@ def _line_starts(path: Path) -> np.ndarray:
 
 def _first_byte(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(64).lstrip()[:1]
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def _is_one_object(path: Path) -> bool:
@@ -158,6 +159,6 @@ def _is_one_object(path: Path) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # a byte order mark may stand before it
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON", found=str(error)) from None
