@@ -83,7 +83,9 @@ class ChatFormat:
         """The Jinja text."""
         self._template = Template(template, self._special)
         self._encoder = MarkedEncoder(tokenizer)
-        self._pointer = Pointer(self._encoder.guard, self._template.names, self._encoder.special.search)
+        self._pointer = Pointer(
+            self._encoder.guard, self._template.names, self._template.texts, self._encoder.special.search
+        )
         self._ends: Ends | None = None
         probe = self._probe()
         if not self._template.has_blocks:
@@ -241,7 +243,7 @@ class ChatFormat:
                 found=", ".join(sorted("none" if each is None else repr(each) for each in found)),
                 fix="choose the template made for this tokenizer, or one with {% generation %} blocks",
             )
-        return Ends(end, self._opening(probe) or before.rpartition(end)[2].strip())
+        return Ends(end, self._opening(probe) or before.rpartition(end)[2].lstrip())
 
     def _opening(self, probe: Sequence[Message]) -> str:
         """Return the generation prompt of the template; "" where it writes none."""
@@ -250,7 +252,7 @@ class ChatFormat:
             prompted = self._template.render(probe[:-1], add_generation_prompt=True)
         except MessagesError:
             return ""
-        return prompted.removeprefix(without).strip() if prompted.startswith(without) else ""
+        return prompted.removeprefix(without).lstrip() if prompted.startswith(without) else ""
 
 
 def load_chat_format(tokenizer: Tokenizer, template: str | Path | None = None) -> ChatFormat:

@@ -114,11 +114,14 @@ def _start(
     point = reading.points[first]
     leaf = reading.leaves[point.leaf]
     around = reading.text[before : point.place]
-    if ends.opening and sees_all:
-        at = around.rfind(ends.opening)
+    opening = ends.opening.rstrip()
+    if opening and sees_all:
+        at = around.rfind(opening)
         if at >= 0:
-            start = before + at + len(ends.opening)
-            return start if reading.text[start : point.place].strip() else point.place
+            rest = around[at + len(opening) :]
+            space = ends.opening[len(opening) :]
+            rest = rest.removeprefix(space) if rest.startswith(space) else rest.lstrip()
+            return point.place - len(rest) if rest.strip() else point.place
     opened = re.search(rf"(?:{tags.pattern}\s*)+\Z", around)
     if opened:
         return before + opened.start()

@@ -26,8 +26,7 @@ from longspan.data.chat.messages import (
 )
 
 _EVENT = re.compile(f"({POINT_START}[0-9]+{POINT_END}|{GENERATION_START}|{GENERATION_END})")
-_BRACKETS = re.compile(r"[<>\[\]\u25c1\u25b7]")
-LONGEST_TAG = 40
+_TAG = re.compile(r"<[^<>\s]{1,38}>|\[[^\[\]\s]{1,38}\]|\u25c1[^\u25c1\u25b7\s]{1,38}\u25b7")
 THOUGHT = "thoughts"
 SPOKEN_IN_CALLS = ("name", "arguments", "parameters", "input")
 
@@ -108,17 +107,21 @@ class Pointer:
 
     Args:
         guard: keeps special tokens in a text from being read as such.
-        names: every constant of the template.
+        names: every name that the template may look up in a turn.
+        texts: every text in the template.
         is_special: says whether a text holds a special token.
     """
 
     def __init__(
-        self, guard: Callable[[str], str], names: Collection[str], is_special: Callable[[str], Any]
+        self,
+        guard: Callable[[str], str],
+        names: Collection[str],
+        texts: Collection[str],
+        is_special: Callable[[str], Any],
     ) -> None:
         self._guard, self._names = guard, names
-        tags = {name.strip() for name in names if _BRACKETS.search(name)}
-        tags = {tag for tag in tags if 2 < len(tag) <= LONGEST_TAG and not re.search(r"\s", tag)}
-        usable = sorted((tag for tag in tags if not is_special(tag)), key=len, reverse=True)
+        found = {tag for text in texts for tag in _TAG.findall(text)}
+        usable = sorted((tag for tag in found if not is_special(tag)), key=len, reverse=True)
         self.tags = re.compile("(" + "|".join(map(re.escape, usable)) + ")" if usable else "((?!))")
         """Matches what the template may look for in a content, such as `</think>`: points keep clear of it."""
 

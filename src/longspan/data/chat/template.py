@@ -102,6 +102,9 @@ class Template:
         texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self.names = frozenset(texts | {node.attr for node in tree.find_all(jinja2.nodes.Getattr)})
         """Every name that it may look up in a message, and every other constant text."""
+        written = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+        self.texts = frozenset(texts | written)
+        """Every text in it: what it writes, and what it looks for."""
         self.has_blocks = any(
             call.name == GENERATION for call in tree.find_all(jinja2.nodes.ExtensionAttribute)
         )
