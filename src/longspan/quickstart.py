@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -478,22 +479,23 @@ def _gather(work: Path, config: QuickstartConfig) -> None:
 
 def _results(run: RunDir, config: QuickstartConfig) -> dict[str, Any]:
     """Return the figures for machines, from the records alone; lengths past the trained one stand apart."""
+    from longspan.report.load import load_run
     from longspan.report.tables import summarise
 
-    summary = summarise(run.path)
     inside = set(config.evaluation.lengths)
+    loaded = load_run(run.path)
+    kept = [
+        replace(file, samples=tuple(sample for sample in file.samples if sample.length in inside))
+        if file.task == "needle"
+        else file
+        for file in loaded.records
+    ]
+    summary = summarise(replace(loaded, records=kept))
     beyond = {}
-    for label, table in summary["needle"].items():
-        columns = [number for number, length in enumerate(table["lengths"]) if length in inside]
-        past = [str(length) for length in table["lengths"] if length not in inside]
+    for label, table in summarise(loaded)["needle"].items():
+        past = {length: mean for length, mean in table["by_length"].items() if int(length) not in inside}
         if past:
-            beyond[label] = {length: table["by_length"].pop(length) for length in past}
-            table["by_length_confidence"] = {
-                length: table["by_length_confidence"][length] for length in table["by_length"]
-            }
-        for key in ("grid", "counts"):
-            table[key] = [[row[number] for number in columns] for row in table[key]]
-        table["lengths"] = [table["lengths"][number] for number in columns]
+            beyond[label] = past
     seconds = run.phase_seconds()
     seconds["total"] = round(sum(seconds.values()), 2)
     return {"seed": config.seed, **summary, "needle_beyond": beyond, "seconds": seconds}

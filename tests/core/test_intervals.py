@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.intervals import (
+    Effective,
     effective_context,
     independent_difference,
     paired_difference,
+    samples_needed,
     wilson_interval,
 )
 
@@ -17,16 +19,40 @@ from longspan.core.intervals import (
 def test_effective_context_needs_every_shorter_length_too() -> None:
     """Guards against a lucky long length, few samples, and a hole in the grid counted as reached."""
 
-    def reached(threshold: float = 0.8, **right: tuple[int, int]) -> int | None:
-        intervals = {int(length[1:]): wilson_interval(*counts) for length, counts in right.items()}
-        return effective_context(intervals, threshold=threshold)
+    def reached(threshold: float = 0.8, **right: tuple[int, int]) -> Effective:
+        rows = {int(length[1:]): (wilson_interval(*counts), counts[1]) for length, counts in right.items()}
+        return effective_context(rows, threshold=threshold)
 
-    assert reached(n1024=(40, 40), n2048=(39, 40), n4096=(30, 40)) == 2048
-    assert reached(n4096=(40, 40), n1024=(40, 40), n2048=(20, 40)) == 1024
-    assert reached(n1024=(8, 8)) is None, "8 of 8 says no more than 68 %"
-    assert reached(n1024=(40, 40), n2048=(0, 0), n4096=(40, 40)) == 1024
-    assert reached() is None
-    assert reached(0.5, n1024=(30, 40)) == 1024
+    assert reached(n1024=(40, 40), n2048=(39, 40), n4096=(30, 40))[:3] == (2048, 4096, "below")
+    assert reached(n4096=(40, 40), n1024=(40, 40), n2048=(20, 40)).length == 1024
+    assert reached(n1024=(40, 40), n2048=(0, 0), n4096=(40, 40))[:3] == (1024, 2048, "unscored")
+    assert reached().text == "not measured"
+    assert reached(0.5, n1024=(30, 40)) == (1024, None, "", 0, 4)
+
+
+def test_too_few_samples_are_not_a_model_that_fails() -> None:
+    """8 of 8 says no more than 68 %: that was "< 1,024" for a perfect model; 2 of 8 rules it out."""
+
+    def of(right: int, samples: int, threshold: float = 0.8) -> Effective:
+        return effective_context({1024: (wilson_interval(right, samples), samples)}, threshold=threshold)
+
+    assert (
+        of(8, 8).text == "not shown" and of(8, 8).note == "8 samples at 1,024 tokens, at least 16 are needed"
+    )
+    assert of(2, 8).text == "< 1,024" and of(2, 8).note == ""
+    assert of(12, 16).text == "< 1,024", "with 16 it could have been shown"
+    assert of(0, 0).text == "not measured" and of(0, 0).note == "nothing is scored at 1,024 tokens"
+    assert "no number is enough" in of(100, 100, threshold=1.0).note
+
+
+@settings(max_examples=50, deadline=None)
+@given(threshold=st.floats(0.0, 0.99))
+def test_the_number_of_samples_that_is_named_is_the_least_that_will_do(threshold: float) -> None:
+    needed = samples_needed(threshold)
+    assert needed is not None
+    low, before = wilson_interval(needed, needed), wilson_interval(needed - 1, needed - 1)
+    assert low is not None and low[0] > threshold - 1e-9
+    assert before is None or before[0] <= threshold + 1e-9
 
 
 def test_paired_difference_by_hand() -> None:

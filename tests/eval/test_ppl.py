@@ -99,5 +99,17 @@ def test_perplexity_is_over_tokens_not_over_windows() -> None:
         {"source": "b", "length": 8, "buckets": []},
     ]
     first, second = perplexities(samples)
-    assert first == {"source": "a", "length": 8, "tokens": 4, "nll": 4.0, "perplexity": math.e}
+    assert first == {
+        "source": "a",
+        "length": 8,
+        "tokens": 4,
+        "nll": 4.0,
+        "perplexity": math.e,
+        "bits_per_byte": None,
+    }
+    sized = [
+        {**sample, "buckets": [{**b, "bytes": 2 * b["tokens"]} for b in sample["buckets"]]}
+        for sample in samples
+    ]
+    assert perplexities(sized)[0]["bits_per_byte"] == pytest.approx(4.0 / math.log(2) / 8)
     assert second["perplexity"] is None

@@ -67,6 +67,32 @@ def test_perplexity_equals_brute_force(
         assert row["perplexity"] == pytest.approx(math.exp(np.mean(nll_of_row)), rel=1e-6)
 
 
+def test_bytes_are_those_of_the_text_that_is_measured(
+    tokenizer: Tokenizer, model_info: dict[str, Any], records: Path
+) -> None:
+    """Perplexities of two tokenizers are compared by bytes: characters that a bucket cuts count once."""
+    text = "\u4ed6\u6765\u4e86\u3002 The ship \u00e9t\u00e9 came in. " * 40
+    task = PplTask(lengths=(64,), num_spans=4, num_buckets=8)
+    ppl_run.run_ppl(
+        lambda windows: [np.zeros(len(ids) - 1, np.float32) for ids in windows],
+        tokenizer,
+        task,
+        documents=[HeldOutDocument("a", text)],
+        label="before",
+        model_info=model_info,
+        out=records,
+    )
+    ids = tokenizer.encode(text)
+    samples = read_records(records).samples
+    assert len(samples) == 4
+    for sample in samples:
+        # A character that the window itself cuts is a mark of 3 bytes.
+        ends = (sample["start"] + 1, sample["start"] + 64)
+        sizes = [len(tokenizer.decode(ids[:end]).encode()) for end in ends]
+        found = sum(bucket["bytes"] for bucket in sample["buckets"])
+        assert abs(found - (sizes[1] - sizes[0])) <= 4
+
+
 def alone(length: int) -> dict[str, Any]:
     """Arguments that run one sequence by itself."""
     from longspan.models.hf import Documents

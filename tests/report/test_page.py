@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -193,7 +195,7 @@ def test_evaluations_alone_have_a_section_each(evaluated_run: Path, tmp_path: Pa
         p.name for p in result.figures
     }
     assert "syllables" in section_of(page, "haiku") and "4.5" in section_of(page, "haiku")
-    assert "2 of all samples; never counted as wrong" in section_of(page, "passkey")
+    assert "2 samples unscored (" in section_of(page, "passkey")
     # 2 x 30 questions, of which 2 subjects x 2 right answers were lost: 40 right before, 36 after.
     assert re.search(r"mmlu\s+acc\s+after . before\s+66.7\s+60.0\s+.6.7", section_of(page, "short_context"))
     assert "0.0180" in section_of(page, "cost")
@@ -245,3 +247,131 @@ def test_arguments_are_checked(finished_run: Path, tmp_path: Path) -> None:
         write_report([], tmp_path / "report.html")
     with pytest.raises(ArgumentError, match="one HTML file"):
         write_report([finished_run], tmp_path)
+
+
+def words_of(page: str) -> str:
+    page = re.sub(r"<script.*?</script>|<style.*?</style>|<svg.*?</svg>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def grid_lines(right: float, *, samples: int = 4, unscored: str | None = None) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": "sample",
+            "id": f"{n}-{d}-{s}",
+            "length": n,
+            "depth": d,
+            "sample": s,
+            "num_distractors": 0,
+            "output": "x",
+            "expected": "y",
+            "unscored": unscored,
+            "score": None if unscored else float(s < right * samples),
+        }
+        for n in (512, 1024)
+        for d in (0.0, 0.5)
+        for s in range(samples)
+    ]
+
+
+def needle_file(folder: Path, label: str, lines: list[dict[str, Any]], **changes: Any) -> None:
+    head = header("needle", label, trained=1024)
+    head["params"] |= {"needle": "The number is {number}.", "answer_digits": 5, "samples": 4}
+    head["seed"] = changes.pop("seed", 7)
+    head["params"] |= changes
+    write_records(folder / f"records/needle-{label}.jsonl", head, lines)
+
+
+def test_what_differs_stands_beside_every_change(tmp_path: Path) -> None:
+    """An easier needle of two digits was reported as the gain of the extension."""
+    needle_file(tmp_path / "same", "before", grid_lines(0.5))
+    needle_file(tmp_path / "same", "after", grid_lines(1.0, samples=8), samples=8)
+    assert "ot comparable" not in words_of(page_of(tmp_path / "same"))
+    needle_file(tmp_path / "other", "before", grid_lines(0.5))
+    needle_file(
+        tmp_path / "other", "after", grid_lines(1.0), needle="Easy: {number}.", answer_digits=2, seed=8
+    )
+    page = words_of(page_of(tmp_path / "other"))
+    claim = (
+        "needle accuracy at 1,024 tokens from 50% to 100% (not comparable: digits, needle and seed differ)"
+    )
+    assert claim in page
+    assert page.count("Not comparable: after and before differ in digits, needle and seed.") == 2
+    assert "before 50%; not comparable: digits, needle and seed differ" in page, "the tile"
+
+
+def test_nothing_scored_is_said_with_its_reason(tmp_path: Path) -> None:
+    """A server that was down made "effective context < 512" and an accuracy of a dash."""
+    needle_file(tmp_path / "run", "down", grid_lines(1.0, unscored="endpoint: failed"))
+    page = words_of(page_of(tmp_path / "run"))
+    assert "needle accuracy at 1,024 tokens not measured: 8 samples unscored (endpoint: failed)" in page
+    assert "Effective context, needle not measured 16 samples unscored (endpoint: failed)" in page
+    assert "< 512" not in page
+
+
+def test_too_few_samples_are_said_with_the_number_needed(tmp_path: Path) -> None:
+    """A perfect model had an effective context of "< 512" because 8 of 8 show no more than 68 %."""
+    needle_file(tmp_path / "run", "perfect", grid_lines(1.0))
+    page = words_of(page_of(tmp_path / "run"))
+    assert "Effective context, needle not shown 8 samples at 512 tokens, at least 16 are needed" in page
+    assert "< 512" not in page
+
+
+def test_means_say_what_they_are_over(tmp_path: Path) -> None:
+    """ "All cells" was the mean of trained lengths."""
+    lines = [{**line, "score": float(line["length"] == 512)} for line in grid_lines(1.0)]
+    head = header("needle", "small", trained=512)
+    write_records(tmp_path / "run/records/needle-small.jsonl", head, lines)
+    page = words_of(page_of(tmp_path / "run"))
+    assert "small mean 50%" in page and "Samples 16 scored" in page and "All cells 50%" in page
+    assert re.search(r"Up to the trained 512 tokens 100%, 95% interval \d+% to 100%, n = 8", page)
+
+
+def test_perplexities_of_two_tokenizers_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
+    """ "Short contexts did not get worse": a token of a smaller vocabulary is less text, so each is easier."""
+
+    def write(folder: str, label: str, tokenizer: str, tokens: int, nll: float, size: int | None) -> None:
+        bucket = {"start": 0, "end": 128, "tokens": tokens, "nll": nll, "bytes": size}
+        bucket = {key: value for key, value in bucket.items() if value is not None}
+        line = {
+            "kind": "sample",
+            "id": "a",
+            "source": "s",
+            "length": 256,
+            "buckets": [bucket],
+            "unscored": None,
+        }
+        head = {**header("ppl", label), "tokenizer": tokenizer}
+        write_records(tmp_path / folder / f"records/ppl-{label}.jsonl", head, [line])
+
+    write("one", "before", "t", 100, 100 * math.log(8), 300)
+    write("one", "after", "t", 100, 100 * math.log(4), 300)
+    page = words_of(page_of(tmp_path / "one"))
+    assert "perplexity at 256 tokens 8.00 \u2192 4.00" in page and "Short contexts did not get worse." in page
+    assert "Bits per byte by window length 256 before 1.00 after 0.67" in page
+    write("two", "before", "t", 100, 100 * math.log(8), 300)
+    write("two", "after", "u", 300, 300 * math.log(4), 300)
+    page = words_of(page_of(tmp_path / "two"))
+    assert "bits per byte at 256 tokens 1.00 \u2192 2.00 (not comparable: tokenizer differs)" in page
+    assert "perplexity at" not in page and "did not get worse" not in page
+    write("old", "before", "t", 100, 100 * math.log(8), None)
+    write("old", "after", "u", 300, 300 * math.log(4), None)
+    page = words_of(page_of(tmp_path / "old"))
+    assert "Bits per byte of before and after are not known" in page
+    assert (
+        "\u2192" not in page.partition("Perplexity")[0].partition("256")[2]
+        and "did not get worse" not in page
+    )
+
+
+def test_long_labels_leave_room_for_the_drawing(tmp_path: Path) -> None:
+    """A label of a hundred characters squeezed the curve to a sixth and ran off the page."""
+    label = (
+        "a-model-of-eight-billion-weights-extended-to-one-million-tokens-with-yarn-factor-32-at-step-12000"
+    )
+    needle_file(tmp_path / "run", label, grid_lines(1.0))
+    needle_file(tmp_path / "run", "short", grid_lines(0.5))
+    drawings = re.findall(r"<svg.*?</svg>", page_of(tmp_path / "run"), re.DOTALL)
+    texts = [html.unescape(text) for svg in drawings for text in re.findall(r"<text[^>]*>(.*?)</text>", svg)]
+    assert max(map(len, texts)) < 60
+    assert any(text.startswith("a-model-of-eigh") and text.endswith("step-12000") for text in texts)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
 from longspan.core.intervals import wilson_interval
+from longspan.eval.summaries import mean_score
 from longspan.report import summarise
 from longspan.report.load import load_run
 from longspan.report.samples import Sample
@@ -65,17 +66,18 @@ def test_distractor_samples_stay_out_of_the_needle_map(needle_run: Callable[...,
     assert result["needle_distractors"]["after"]["3"]["mean"] == 0.0
 
 
-def test_lengths_beyond_training_join_the_map_but_not_the_mean(tmp_path: Path) -> None:
-    """Guards against a mean that falls because one label was also tried at 4,096 tokens, and against lost files."""
-    write_records(
-        tmp_path / "records/needle-after.jsonl", header("needle", "after"), [needle(2048, 0.5, 0, 1.0)]
-    )
-    write_records(
-        tmp_path / "records/needle_far-after.jsonl", header("needle", "after"), [needle(4096, 0.5, 0, 0.0)]
-    )
-    result = summarise(tmp_path)["needle"]["after"]
-    assert result["by_length"] == {"2048": 1.0, "4096": 0.0}
-    assert (result["mean"], result["scored"]) == (1.0, 1)
+def test_a_mean_is_over_all_lengths_whatever_else_is_in_the_run(tmp_path: Path) -> None:
+    """The command gave the mean of all samples, the report that of trained lengths, which another label could move."""
+    lines = [needle(2048, 0.5, 0, 1.0)]
+    write_records(tmp_path / "records/needle-after.jsonl", header("needle", "after"), lines)
+    far = [needle(4096, 0.5, 0, 0.0)]
+    write_records(tmp_path / "records/needle_far-after.jsonl", header("needle", "after"), far)
+    alone = summarise(tmp_path)["needle"]["after"]
+    assert alone["by_length"] == {"2048": 1.0, "4096": 0.0}
+    assert (alone["mean"], alone["scored"]) == (mean_score([*lines, *far])["mean"], 2) == (0.5, 2)
+    other = header("needle", "other", trained=8192)
+    write_records(tmp_path / "records/needle-other.jsonl", other, [needle(8192, 0.5, 0, 1.0)])
+    assert summarise(tmp_path)["needle"]["after"] == alone
 
 
 def test_one_label_is_one_model(tmp_path: Path) -> None:
@@ -237,13 +239,27 @@ def test_ruler_has_its_own_effective_length() -> None:
     assert ruler_effective(ruler_grid(0.856)) == 8192
     assert ruler_effective(ruler_grid(0.85)) == 4096
     assert ruler_effective(ruler_grid(1.0, RULER_SUBTASKS[:12])) is None
-    assert ruler_grid(1.0).effective == 8192
-    assert ruler_grid(0.856).effective == 8192, "graded scores of no spread"
-    assert ruler_grid(0.7).effective == 4096
+    assert ruler_grid(1.0).effective.length == 8192
+    assert ruler_grid(0.856).effective.length == 8192, "graded scores of no spread"
+    assert ruler_grid(0.7).effective.length == 4096
+
+
+def test_a_mean_of_13_subtasks_needs_13_at_each_length() -> None:
+    """12 scored subtasks were called "all 13" where the thirteenth did not fit its length."""
+    grid = ruler_grid(0.9)
+    samples = [sample for group in grid.cells.values() for sample in group]
+    lost = [
+        s._replace(score=None, unscored="does not fit") if (s.subtask, s.length) == ("qa_2", 4096) else s
+        for s in samples
+    ]
+    grid = score_grid(lost, lambda sample: sample.subtask)
+    assert grid.mean_of_rows(4096) is None and grid.mean_of_rows(8192) == pytest.approx(0.9)
+    assert ruler_effective(grid) is None
+    assert grid.total.reasons == {"does not fit": 2}
 
 
 def test_contexts_of_one_number_of_topics_share_a_length(tmp_path: Path) -> None:
-    """Guards against a column for every sample, whose lengths differ by some tokens."""
+    """Guards against a column for every sample, whose lengths differ by some tokens, and lengths of other models."""
     lines = [
         {**needle(length, 0.5, n, 1.0), "num_topics": topics}
         for topics, lengths in ((5, (500, 510, 531)), (10, (1000, 1004, 1020)))
@@ -251,6 +267,11 @@ def test_contexts_of_one_number_of_topics_share_a_length(tmp_path: Path) -> None
     ]
     write_records(tmp_path / "records/topics-after.jsonl", header("topics", "after"), lines)
     assert summarise(tmp_path)["topics"]["after"]["by_length"] == {"510": 1.0, "1004": 1.0}
+    longer = [{**line, "length": line["length"] * 2} for line in lines]
+    write_records(tmp_path / "records/topics-before.jsonl", header("topics", "before"), longer)
+    both = summarise(tmp_path)["topics"]
+    assert both["after"]["by_length"] == {"510": 1.0, "1004": 1.0}
+    assert both["before"]["by_length"] == {"1020": 1.0, "2008": 1.0}
 
 
 def test_a_broken_line_is_named_and_a_torn_last_one_is_not_counted(needle_run: Callable[..., Path]) -> None:

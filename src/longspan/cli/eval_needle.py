@@ -21,6 +21,7 @@ from longspan.cli.eval_options import (
 )
 from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, percent, print_json, print_table
+from longspan.core.log import log_once
 
 if TYPE_CHECKING:
     from longspan.eval.needle_settings import NeedleSettings
@@ -135,8 +136,10 @@ def needle(
         shortest = settings.model_copy(update={"lengths": (min(settings.lengths),)})
         example = make(shortest, documents, form)
         shown = shown_prompt(example, example.plan())
-        _show_grid(settings, form, shown, multi_key=multi_key, as_json=as_json)
+        _show_grid(settings, form, shown, multi_key=multi_key, threshold=threshold, as_json=as_json)
         return
+    if too_few := _too_few(settings, threshold):
+        log_once("eval", too_few)
     task = make(settings, documents, form)
     from longspan.eval.runner import run_task
 
@@ -172,9 +175,12 @@ def print_grid(summary: dict[str, Any]) -> None:
     rows.append(["95% interval", *(_interval(row["interval"]) for row in summary["by_length"])])
     rows.append(["unscored", *(row["samples"] - row["scored"] for row in summary["by_length"])])
     print_table(title_of(summary), ("depth", *(f"{length:,}" for length in lengths)), rows)
-    effective = summary["effective_context"]
+    unit = "" if summary["effective_context"] is None else " tokens"
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in summary["unscored"].items())
+    remarks = [summary["effective_note"]] if summary["effective_note"] else []
+    remarks += [f"unscored: {reasons}"] if reasons and summary["effective_context"] is None else []
     typer.echo(
-        f"effective context: {'none of these lengths' if effective is None else f'{effective:,} tokens'} "
+        f"effective context: {': '.join([summary['effective_text'] + unit, *remarks])} "
         f"(the lower bound of the interval is above {percent(summary['effective_threshold'])} there and at "
         "every shorter length)"
     )
@@ -217,8 +223,28 @@ def _usual_mode(model: ModelOptions, preset: str | None) -> Mode | None:
     return "generate"
 
 
+def _too_few(settings: NeedleSettings, threshold: float) -> str:
+    """Return a remark where no answers could show an effective context; empty where they can."""
+    from longspan.core.intervals import samples_needed
+
+    count, needed = len(settings.depths) * settings.samples, samples_needed(threshold)
+    if needed is not None and count >= needed:
+        return ""
+    enough = "no number is enough" if needed is None else f"at least {needed} are needed (--samples)"
+    return (
+        f"{count} samples a length cannot show an effective context above {percent(threshold)}, even if all are "
+        f"right: {enough}"
+    )
+
+
 def _show_grid(
-    settings: NeedleSettings, form: PromptForm, prompt: dict[str, Any], *, multi_key: bool, as_json: bool
+    settings: NeedleSettings,
+    form: PromptForm,
+    prompt: dict[str, Any],
+    *,
+    multi_key: bool,
+    threshold: float,
+    as_json: bool,
 ) -> None:
     """Print what would be run: cells, prompts, tokens, how much a shared prefix saves, and one prompt."""
     from longspan.core.units import format_count
@@ -239,6 +265,8 @@ def _show_grid(
         rows,
     )
     typer.echo(f"depths: {', '.join(f'{depth:g}' for depth in settings.depths)}")
+    if too_few := _too_few(settings, threshold):
+        typer.echo(too_few)
     typer.echo(
         f"{cost.prompts:,} prompts of {format_count(cost.prompt_tokens)} tokens; {settings.mode}, "
         f"{settings.scorer_name}"

@@ -108,11 +108,16 @@ def ppl(
         print_json(summary)
         return
     rows = [
-        [row["source"], f"{row['length']:,}", f"{row['tokens']:,}", _decimal(row["perplexity"])]
+        [
+            row["source"],
+            f"{row['length']:,}",
+            f"{row['tokens']:,}",
+            *map(_decimal, (row["perplexity"], row["bits_per_byte"])),
+        ]
         for row in summary["by_length"]
     ]
     title = f"perplexity, {summary['label']}: {summary['scored']} of {summary['samples']} windows scored"
-    print_table(title, ("source", "length", "tokens", "perplexity"), rows)
+    print_table(title, ("source", "length", "tokens", "perplexity", "bits per byte"), rows)
 
 
 def _measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 Z_95 = 1.959963984540054
 EFFECTIVE_THRESHOLD = 0.8
@@ -23,23 +24,78 @@ def wilson_interval(correct: float, samples: int) -> tuple[float, float] | None:
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
+def samples_needed(threshold: float = EFFECTIVE_THRESHOLD) -> int | None:
+    """Return how many right answers, all of them, put the lower bound of Wilson's interval above `threshold`.
+
+    None: no number does.
+
+    >>> samples_needed(0.8)
+    16
+    """
+    if threshold >= 1.0:
+        return None
+    # The bound of n of n is n / (n + z^2).
+    return math.floor(threshold * Z_95 * Z_95 / (1.0 - threshold)) + 1
+
+
+class Effective(NamedTuple):
+    """The longest length up to which a model holds, and what ended it."""
+
+    length: int | None
+    """The longest length at which, as at every shorter one, the lower 95 % bound is above the threshold."""
+    ended: int | None = None
+    """The first length that is not shown to hold; None: all hold, or there is none."""
+    why: Literal["", "below", "few samples", "unscored"] = ""
+    """What ended it; `few samples`: too few to show it even if all were right, and not so bad as to rule it out."""
+    samples: int = 0
+    """Scored samples at `ended`."""
+    needed: int | None = None
+    """Samples of a length that can show it."""
+
+    @property
+    def text(self) -> str:
+        """The length, or what stands in its place: `< 1,024`, `not shown`, `not measured`."""
+        if self.length is not None:
+            return f"{self.length:,}"
+        if self.ended is None or self.why == "unscored":
+            return "not measured"
+        return "not shown" if self.why == "few samples" else f"< {self.ended:,}"
+
+    @property
+    def note(self) -> str:
+        """What has to be said beside the length; empty where it ended because the model did not hold."""
+        if self.why == "unscored":
+            return f"nothing is scored at {self.ended:,} tokens"
+        if self.why != "few samples":
+            return ""
+        needed = "no number is enough" if self.needed is None else f"at least {self.needed} are needed"
+        return f"{self.samples} samples at {self.ended:,} tokens, {needed}"
+
+
+Measured = tuple[tuple[float, float] | None, int]
+"""The 95 % interval of the mean score at a length, None without a scored sample, and the number of these."""
+
+
 def effective_context(
-    intervals: Mapping[int, tuple[float, float] | None], *, threshold: float = EFFECTIVE_THRESHOLD
-) -> int | None:
+    by_length: Mapping[int, Measured], *, threshold: float = EFFECTIVE_THRESHOLD
+) -> Effective:
     """Return the longest length at which, as at every shorter one, the lower 95 % bound exceeds `threshold`.
 
-    `intervals` holds (low, high) of the mean score by length in tokens, pooled over depths, subtasks and
-    questions; a length without one (nothing scored) ends the way. None: not even the shortest length holds.
+    `by_length` is pooled over depths, subtasks and questions. A length without a score ends the way.
 
-    >>> effective_context({n: wilson_interval(right, 40) for n, right in {1024: 40, 2048: 39, 4096: 30}.items()})
+    >>> rows = {n: (wilson_interval(right, 40), 40) for n, right in {1024: 40, 2048: 39, 4096: 30}.items()}
+    >>> effective_context(rows).length
     2048
     """
-    reached = None
-    for length, interval in sorted(intervals.items()):
-        if interval is None or interval[0] <= threshold:
-            break
+    reached, needed = None, samples_needed(threshold)
+    for length, (interval, samples) in sorted(by_length.items()):
+        if interval is None:
+            return Effective(reached, length, "unscored", 0, needed)
+        if interval[0] <= threshold:
+            undecided = (needed is None or samples < needed) and interval[1] > threshold
+            return Effective(reached, length, "few samples" if undecided else "below", samples, needed)
         reached = length
-    return reached
+    return Effective(reached, needed=needed)
 
 
 def paired_difference(differences: Sequence[float]) -> tuple[float, float] | None:

@@ -403,10 +403,13 @@ def summarise_grid(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def effective_of(
     by_length: Sequence[Mapping[str, Any]], *, threshold: float = EFFECTIVE_THRESHOLD
 ) -> dict[str, Any]:
-    """Return the effective context of rows by length (see `core.intervals`) and the threshold it kept."""
-    intervals = {row["length"]: row["interval"] for row in by_length}
+    """Return the effective context of rows by length (see `core.intervals`), what to say of it, and the threshold."""
+    rows = {row["length"]: (row["interval"], row["scored"]) for row in by_length}
+    effective = effective_context(rows, threshold=threshold)
     return {
-        "effective_context": effective_context(intervals, threshold=threshold),
+        "effective_context": effective.length,
+        "effective_text": effective.text,
+        "effective_note": effective.note,
         "effective_threshold": threshold,
     }
 

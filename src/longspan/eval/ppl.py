@@ -284,14 +284,18 @@ def bucket_sums(
 
 
 def perplexities(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sum window records by source and length; perplexity = exp(sum of nll / tokens), None without tokens."""
-    sums: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    """Sum window records by source and length; perplexity = exp(sum of nll / tokens), None without tokens.
+
+    bits_per_byte = sum of nll / ln 2 / bytes of the text, whatever the tokenizer; None where records hold no bytes.
+    """
+    sums: dict[tuple[str, int], list[tuple[int, float, int | None]]] = {}
     for sample in samples:
         part = sums.setdefault((sample["source"], sample["length"]), [])
-        part += [(bucket["tokens"], bucket["nll"]) for bucket in sample["buckets"]]
+        part += [(bucket["tokens"], bucket["nll"], bucket.get("bytes")) for bucket in sample["buckets"]]
     rows = []
     for (source, length), part in sorted(sums.items()):
-        tokens, nll = sum(count for count, _ in part), math.fsum(value for _, value in part)
+        tokens, nll = sum(count for count, _, _ in part), math.fsum(value for _, value, _ in part)
+        size = None if any(each is None for _, _, each in part) else sum(each or 0 for _, _, each in part)
         rows.append(
             {
                 "source": source,
@@ -299,6 +303,7 @@ def perplexities(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tokens": tokens,
                 "nll": nll,
                 "perplexity": _perplexity(nll, tokens),
+                "bits_per_byte": nll / math.log(2) / size if size else None,
             }
         )
     return rows

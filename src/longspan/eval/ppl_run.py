@@ -21,6 +21,7 @@ from longspan.infer.packed import plan_batches
 from longspan.infer.requests import NOT_FINITE
 
 BATCH_TOKENS = 16_384
+_BYTES_OF_A_CHARACTER = 4
 
 Measure = Callable[[Sequence[NDArray[Any]]], Sequence[NDArray[np.float32]]]
 """From windows of n token ids to the n - 1 losses of each, in nats."""
@@ -89,7 +90,7 @@ def run_ppl(
     def ask(missing: Sequence[_Planned], writer: RecordsWriter, bar: Progress) -> None:
         for batch in plan_batches([planned.tokens for planned in missing], batch_tokens):
             planned_batch = [missing[index] for index in batch]
-            for record in _ppl_records(measure, planned_batch, width=width):
+            for record in _ppl_records(measure, planned_batch, tokenizer, width=width):
                 writer.write(record)
             bar.advance(sum(planned.tokens for planned in planned_batch))
 
@@ -97,7 +98,9 @@ def run_ppl(
     return {**summary, "by_length": ppl.perplexities(samples)}
 
 
-def _ppl_records(measure: Measure, batch: Sequence[_Planned], *, width: int) -> list[dict[str, Any]]:
+def _ppl_records(
+    measure: Measure, batch: Sequence[_Planned], tokenizer: Tokenizer, *, width: int
+) -> list[dict[str, Any]]:
     windows = [planned.window for planned in batch]
     losses = iter(measure([window.ids for window in windows if window.reason is None]))
     records = []
@@ -107,6 +110,7 @@ def _ppl_records(measure: Measure, batch: Sequence[_Planned], *, width: int) -> 
             nll = next(losses)
             if np.isfinite(nll[len(nll) - window.scored :]).all():
                 buckets = ppl.bucket_sums(nll, length=window.length, width=width, scored=window.scored)
+                _add_bytes(buckets, window, tokenizer)
             else:
                 reason = NOT_FINITE
         records.append(
@@ -122,3 +126,17 @@ def _ppl_records(measure: Measure, batch: Sequence[_Planned], *, width: int) -> 
             }
         )
     return records
+
+
+def _add_bytes(buckets: list[dict[str, Any]], window: ppl.PplWindow, tokenizer: Tokenizer) -> None:
+    """Add to each bucket the UTF-8 bytes of its text, by which models of different tokenizers are compared."""
+
+    def size(ids: NDArray[Any]) -> int:
+        return len(tokenizer.decode(ids).encode("utf-8", "replace"))
+
+    first = len(window.ids) - window.scored
+    for bucket in buckets:
+        start = max(first, bucket["start"])
+        # With what stands before it: no space at its start is lost, and a character that is cut counts once.
+        before, end = window.ids[max(0, start - _BYTES_OF_A_CHARACTER) : start], start + bucket["tokens"]
+        bucket["bytes"] = size(np.concatenate([before, window.ids[start:end]])) - size(before)

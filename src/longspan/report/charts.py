@@ -10,6 +10,13 @@ from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, 
 from longspan.report.tables import Grid, Tally
 
 FONT = 12.0
+_MOST_CHARACTERS = 34
+
+
+def cut_name(text: str, most: int = _MOST_CHARACTERS) -> str:
+    """Return a name that fits into a drawing: a long one keeps both its ends, in which names differ."""
+    kept = most // 2
+    return text if len(text) <= most else f"{text[:kept]}\u2026{text[len(text) - (most - kept - 1) :]}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,9 @@ class LineChart:
 
     def margins(self, names: bool) -> tuple[float, float]:
         """Return the room left and right of the plot area, in pixels."""
-        widest = max((text_width(s.name, FONT) for s in self.series if s.points and not s.faint), default=0)
+        widest = max(
+            (text_width(cut_name(s.name), FONT) for s in self.series if s.points and not s.faint), default=0
+        )
         left = 12 + max((text_width(text, FONT) for _, text in self.y.ticks), default=0)
         return left, 14 + (widest + 8 if names else 0)
 
@@ -86,7 +95,7 @@ class LineChart:
                 # Lines that end near the right side share one column of names.
                 last = x(series.points[-1][0])
                 place = x.stop + 8 if last > 0.8 * x.stop else last + 10
-                canvas.text(place, end + FONT * 0.34, series.name, cls=cls)
+                canvas.text(place, end + FONT * 0.34, cut_name(series.name), cls=cls)
         return canvas.render(self.label)
 
 
@@ -145,12 +154,13 @@ def _draw_marks(canvas: Canvas, marks: Sequence[Mark], x: Scale, top: float, bot
     """Draw vertical lines; a name goes left of its line where the right side has no room."""
     right_end = -1e9
     for mark in sorted(marks, key=lambda m: m.x):
-        place, width = x(mark.x), text_width(mark.text, FONT - 1)
+        text = cut_name(mark.text)
+        place, width = x(mark.x), text_width(text, FONT - 1)
         canvas.line(place, top - (18 if mark.text else 4), place, bottom, cls="mark")
         if place + width + 4 > x.stop and place - width - 4 > right_end:
-            canvas.text(place - 4, top - 10, mark.text, cls="mark-name", text_anchor="end")
+            canvas.text(place - 4, top - 10, text, cls="mark-name", text_anchor="end")
         elif place + 4 > right_end and place + width + 4 <= canvas.width and mark.text:
-            canvas.text(place + 4, top - 10, mark.text, cls="mark-name")
+            canvas.text(place + 4, top - 10, text, cls="mark-name")
             right_end = place + 4 + width
 
 
@@ -373,7 +383,7 @@ class Forest:
 
     def draw(self, width: float) -> str:
         """Return the drawing; names stand left of the plot, above it where that leaves too little room."""
-        widest = max(text_width(row.name, FONT) for row in self.rows) + 14
+        widest = max(text_width(cut_name(row.name), FONT) for row in self.rows) + 14
         above = widest > 0.4 * width
         left, step, top = (8.0 if above else widest), (38.0 if above else 26.0), 10.0
         bottom = top + step * len(self.rows)
@@ -389,7 +399,9 @@ class Forest:
         for number, row in enumerate(self.rows):
             y = top + step * number + (step - 11 if above else step / 2)
             place = {"x": 2.0, "y": y - 12} if above else {"x": left - 12, "y": y + 4}
-            canvas.text(place["x"], place["y"], row.name, cls="tick", text_anchor=None if above else "end")
+            canvas.text(
+                place["x"], place["y"], cut_name(row.name), cls="tick", text_anchor=None if above else "end"
+            )
             if row.interval is not None:
                 low, high = (x(100 * end) for end in row.interval)
                 canvas.line(low, y, high, y, cls=f"whisker bold c{row.color}")

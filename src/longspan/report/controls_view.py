@@ -6,6 +6,7 @@ from longspan.report.charts import (
     length_text,
 )
 from longspan.report.evaluation import Evaluation
+from longspan.report.perplexity_view import ppl_measure
 from longspan.report.tables import (
     Grid,
     PplTable,
@@ -33,6 +34,9 @@ def controls_section(ev: Evaluation) -> Section:
     )
     labels = [label for label in (ev.before, ev.after) if label in ev.needle] + ablations
     lengths = sorted({n for label in labels if label in ev.needle for n in ev.needle[label].lengths})
+    measure = ppl_measure(ev, labels)
+    controlled = {label: ev.needle.get(label, Grid()) for label in labels}
+    section.intro = " ".join(filter(None, (section.intro, ev.not_comparable("needle", controlled))))
     rows: list[list[str | Cell]] = []
     for label in labels:
         table, ppl = ev.needle.get(label, Grid()), ev.ppl.get(label, PplTable())
@@ -42,14 +46,16 @@ def controls_section(ev: Evaluation) -> Section:
                 Cell(short_name(label), "reference" if label in (ev.before, ev.after) else ""),
                 Cell(percent(table.total.mean), "num"),
                 *(heat_cell(table.by_length.get(n)) for n in lengths),
-                Cell(decimal(last[1]) if last else "\u2013", "num"),
+                Cell(decimal(measure.of(last[1])) if last else "\u2013", "num"),
             ]
         )
     buckets = [last[0] for label in labels if label in ev.ppl and (last := ev.ppl[label].last())]
-    where = f"ppl {buckets[0][0]:,}\u2013{buckets[0][1]:,}" if len(set(buckets)) == 1 else "ppl, last bucket"
+    where = "last bucket"
+    if len(set(buckets)) == 1:
+        where = f"{buckets[0][0]:,}\u2013{buckets[0][1]:,}"
     section.parts["table"] = Table(
-        "Needle accuracy by length and perplexity",
-        ["run", "mean", *(length_text(n) for n in lengths), where],
+        f"Needle accuracy by length and {measure.name}",
+        ["run", "mean", *(length_text(n) for n in lengths), f"{measure.name}, {where}"],
         rows,
     )
     section.parts["notes"] = [(short_name(label), note) for label in ablations if (note := ev.note(label))]

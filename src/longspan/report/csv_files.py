@@ -7,11 +7,21 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from longspan.report.effective import effective_note
 from longspan.report.evaluation import Evaluation
 from longspan.report.headline import effective_grids
 from longspan.report.samples import COUNT_TASKS, GRID_TASKS
 from longspan.report.scores_view import dataset_differences
-from longspan.report.tables import Grid, PplTable, Tally, by_group, perplexity, ruler_effective, tally_of
+from longspan.report.tables import (
+    Grid,
+    PplTable,
+    Tally,
+    bits_per_byte,
+    by_group,
+    perplexity,
+    ruler_effective,
+    tally_of,
+)
 
 _COUNTS = ["mean", "low95", "high95", "scored", "unscored"]
 
@@ -65,8 +75,19 @@ def ppl_csv(tables: Mapping[str, PplTable]) -> str:
         groups = [("length", str(length), sums) for length, sums in table.by_length.items()]
         groups += [("position", f"{a}-{b}", sums) for (a, b), sums in table.by_position.items()]
         groups += [("source", source, sums) for source, sums in table.by_source.items()]
-        rows += [[label, by, group, _blank(perplexity(sums)), sums[0]] for by, group, sums in groups]
-    return _csv(["label", "by", "group", "perplexity", "tokens"], rows)
+        rows += [
+            [
+                label,
+                by,
+                group,
+                _blank(perplexity(sums)),
+                sums.tokens,
+                _blank(bits_per_byte(sums)),
+                _blank(sums.bytes),
+            ]
+            for by, group, sums in groups
+        ]
+    return _csv(["label", "by", "group", "perplexity", "tokens", "bits_per_byte", "bytes"], rows)
 
 
 def _distractor_csv(ev: Evaluation) -> str:
@@ -86,15 +107,16 @@ def _effective_csv(ev: Evaluation) -> str:
             label,
             task,
             _blank(ev.trained_length(label)),
-            _blank(grid.effective),
+            _blank(grid.effective.length),
             _blank(ruler_effective(grid) if task == "ruler" else None),
             grid.lengths[-1] if grid.lengths else "",
+            effective_note(grid),
         ]
         for task, grids in effective_grids(ev).items()
         for label, grid in grids.items()
     ]
     columns = ["label", "task", "trained_length", "effective_context", "ruler_effective", "longest_measured"]
-    return _csv(columns, rows)
+    return _csv([*columns, "note"], rows)
 
 
 def _delta_csv(ev: Evaluation) -> str:
@@ -103,9 +125,10 @@ def _delta_csv(ev: Evaluation) -> str:
         for subtask, change in {"": row.difference, **row.subtasks}.items():
             low, high = change.interval or ("", "")
             names = [row.dataset, subtask, row.metric, row.label, row.baseline]
-            rows.append([*names, change.before, change.after, change.value, low, high, change.pairs])
+            numbers = [change.before, change.after, change.value, low, high, change.pairs]
+            rows.append([*names, *numbers, ", ".join(row.differ)])
     columns = ["dataset", "subtask", "metric", "label", "compared_with"]
-    return _csv([*columns, "before", "after", "change", "low95", "high95", "pairs"], rows)
+    return _csv([*columns, "before", "after", "change", "low95", "high95", "pairs", "differ"], rows)
 
 
 def _counts(tally: Tally) -> list[Any]:

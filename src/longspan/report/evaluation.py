@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from longspan.report.charts import Mark
+from longspan.report.comparison import differing, listed
 from longspan.report.load import RecordFile
-from longspan.report.samples import Sample
+from longspan.report.samples import GRID_TASKS, Sample
 from longspan.report.tables import Grid, PplTable, tabulate
 from longspan.report.view import order_of, role_of, short_name
 
@@ -72,6 +73,39 @@ class Evaluation:
             return found
         first = min(among, key=order_of)
         return None if first == label else first
+
+    def differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
+        """Return what differs between the evaluations of two labels in a task, beside the model."""
+        if task == "needle_distractors":  # part of the files of task needle where these have distractors
+            tasks = {file.task for file in self.files} & {"needle", "needle_distractors"}
+            return tuple(sorted({name for each in tasks for name in self._differing(each, one, two)}))
+        return self._differing(task, one, two)
+
+    def _differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
+        first, second = (
+            [file for file in self.files if file.task == task and file.label == label] for label in (one, two)
+        )
+        found = set(differing(first, second)) if first and second else set()
+        grids = self.grids.get(task, {})
+        if one in grids and two in grids and task in GRID_TASKS:
+            # Depths of a common length weigh alike only where both have them.
+            common = {n for n in grids[one].lengths if n in grids[two].lengths}
+            rows = ({(row, n) for row, n in grids[label].cells if n in common} for label in (one, two))
+            found |= {"depths"} if len({frozenset(each) for each in rows}) > 1 else set()
+        return tuple(sorted(found))
+
+    def not_comparable(self, task: str, among: Mapping[str, object]) -> str:
+        """Return a sentence for the labels whose evaluation differs from that of what they are compared with."""
+        pairs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for label in among:
+            baseline = self.baseline(label, among)
+            if baseline is not None and (names := self.differing(task, label, baseline)):
+                pairs.setdefault((baseline, names), []).append(label)
+        return " ".join(
+            f"Not comparable: {listed([short_name(label) for label in labels])} and {short_name(baseline)} differ "
+            f"in {listed(names)}."
+            for (baseline, names), labels in pairs.items()
+        )
 
     def rope(self, label: str) -> object:
         """Return the RoPE parameters a label was evaluated with, as recorded."""

@@ -16,14 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
 from longspan.core.files import atomic_write
-from longspan.report.charts import length_text
+from longspan.report.charts import cut_name, length_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.load import Run
 from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
+from longspan.report.perplexity_view import ppl_measure
 from longspan.report.samples import GRID_TASKS
 from longspan.report.scores_view import DatasetDifference, dataset_differences
 from longspan.report.svg import Scale, thinned
-from longspan.report.tables import Grid, perplexity
+from longspan.report.tables import Grid
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
 from longspan.report.view import long_name, role_of, short_name
 
@@ -78,7 +79,7 @@ def difference_figure(rows: Sequence[DatasetDifference]) -> Figure:
         color = LINES[line_index(row.label, 1 + labels.index(row.label))][0]
         axes.plot([100 * interval[0], 100 * interval[1]], [place, place], color=color, lw=1.6)
         axes.plot([100 * value], [place], color=color, marker="o", ms=5)
-    names = [f"{row.dataset}, {short_name(row.label)}" for row in rows]
+    names = [f"{row.dataset}, {cut_name(short_name(row.label))}" for row in rows]
     axes.set_yticks(range(len(rows)), [_literal(name) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color=_MUTED, lw=0.8)
@@ -108,7 +109,7 @@ def needle_figure(tables: dict[str, Grid]) -> Figure:
                 ink = _MUTED if mean is None else ink_on(sequential()[step_of(mean)])
                 if len(table.lengths) <= 12:
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
-        axes.set_title(_literal(long_name(label)), fontsize=10, color=_INK, loc="left")
+        axes.set_title(_literal(cut_name(long_name(label), 48)), fontsize=10, color=_INK, loc="left")
         axes.set_xticks(range(len(table.lengths)), [length_text(n) for n in table.lengths], fontsize=8)
         axes.set_yticks(range(len(table.rows)), [f"{d:.0%}" for d in table.rows], fontsize=8)
         axes.tick_params(which="both", length=0, labelcolor=_MUTED)
@@ -151,7 +152,7 @@ def accuracy_figure(evaluation: Evaluation, task: str, labels: Sequence[str]) ->
             elinewidth=0.8,
             marker="o",
             ms=3.5,
-            label=_literal(short_name(label)),
+            label=_literal(cut_name(short_name(label))),
         )
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -161,14 +162,15 @@ def accuracy_figure(evaluation: Evaluation, task: str, labels: Sequence[str]) ->
 
 
 def perplexity_figure(evaluation: Evaluation) -> Figure:
-    """Draw perplexity by position and by window length on logarithmic axes."""
+    """Draw perplexity, or bits per byte across tokenizers, by position and by window length on logarithmic axes."""
     figure = Figure(figsize=(10, 3.8), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2)
-    _style(left, "position in the window, tokens", "perplexity")
-    _style(right, "window length in tokens", "perplexity")
     lengths: set[int] = set()
     ends: set[int] = set()
     main = [label for label in evaluation.ppl if not label.startswith("ablate_")]
+    measure = ppl_measure(evaluation, main)
+    _style(left, "position in the window, tokens", measure.name)
+    _style(right, "window length in tokens", measure.name)
     for position, (label, table) in enumerate((label, evaluation.ppl[label]) for label in main):
         style = {
             "color": LINES[line_index(label, position)][0],
@@ -177,17 +179,20 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
             "lw": 2.2 if role_of(label) == "after" else 1.4,
         }
         by_position = [
-            ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := perplexity(sums))
+            ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := measure.of(sums))
         ]
-        by_length = [(n, value) for n, sums in table.by_length.items() if (value := perplexity(sums))]
+        by_length = [(n, value) for n, sums in table.by_length.items() if (value := measure.of(sums))]
         left.plot(
             [x for x, _ in by_position],
             [v for _, v in by_position],
-            label=_literal(short_name(label)),
+            label=_literal(cut_name(short_name(label))),
             **style,
         )
         right.plot(
-            [x for x, _ in by_length], [v for _, v in by_length], label=_literal(short_name(label)), **style
+            [x for x, _ in by_length],
+            [v for _, v in by_length],
+            label=_literal(cut_name(short_name(label))),
+            **style,
         )
         lengths |= set(table.by_length)
         ends |= {end for _, end in table.by_position}
@@ -231,7 +236,7 @@ def lengths_figure(summaries: Sequence[dict[str, Any]]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: length_text(v)))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_title(_literal(source), fontsize=10, color=_INK, loc="left")
+        axes.set_title(_literal(cut_name(source, 48)), fontsize=10, color=_INK, loc="left")
     _legend(grid.flat[0])
     figure.supxlabel("document length in tokens", fontsize=9, color=_MUTED)
     figure.supylabel("share of tokens", fontsize=9, color=_MUTED)
@@ -247,7 +252,7 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
     sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
     for number, source in enumerate(sources if len(sources) > 1 else []):
         points = binned(loss_points(metrics, source), SMOOTH_POINTS)
-        axes.plot(*_columns(points), color=LINES[1 + number % 7][0], lw=1.4, label=_literal(source))
+        axes.plot(*_columns(points), color=LINES[1 + number % 7][0], lw=1.4, label=_literal(cut_name(source)))
     for before, after in pairwise(metrics):
         if before.get("stage") != after.get("stage"):
             axes.axvline(before["tokens"], color=_MUTED, lw=0.8, ls=(0, (3, 3)))

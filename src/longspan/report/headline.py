@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from longspan.core.intervals import EFFECTIVE_THRESHOLD
+from longspan.core.intervals import EFFECTIVE_THRESHOLD, samples_needed
 from longspan.core.units import format_count, format_seconds
 from longspan.report.charts import length_text
+from longspan.report.comparison import differ_text
+from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation, first_with_role
+from longspan.report.perplexity_view import ppl_measure
 from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import Grid, Tally
 from longspan.report.view import (
@@ -22,6 +25,7 @@ from longspan.report.view import (
     points,
     role_of,
     short_name,
+    unscored_text,
 )
 
 Clause = list[tuple[str, bool]]
@@ -92,13 +96,6 @@ def effective_grids(ev: Evaluation) -> dict[str, dict[str, Grid]]:
     }
 
 
-def effective_text(grid: Grid) -> str:
-    """Write an effective context, `< 1,024` where the shortest measured length does not hold."""
-    if not grid.lengths:
-        return MISSING
-    return length_text(grid.effective) if grid.effective else f"< {length_text(grid.lengths[0])}"
-
-
 def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:
     grids = effective_grids(ev)
     if not grids:
@@ -109,23 +106,39 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
     what = f"Effective context, {_EFFECTIVE_TASKS[task]}"
     rule = f"lower 95% bound above {EFFECTIVE_THRESHOLD:.0%}"
     if after:
-        note = f"before {effective_text(by_label[before])}; {rule}" if before else rule
+        differ = differ_text(ev.differing(task, before, after)) if before else ""
+        notes = [effective_note(by_label[after]), differ, rule]
+        if before:
+            notes.insert(1, f"before {_with_note(by_label[before])}")
         reached = effective_text(by_label[after])
-        tiles.append(_tile(what, reached, note))
+        tiles.append(_tile(what, reached, "; ".join(filter(None, notes))))
         if task != "needle":
             clause = [(f"effective context, {_EFFECTIVE_TASKS[task]}, ", False)]
             clause += [(f"{effective_text(by_label[before])} {ARROW} ", True)] if before else []
-            clauses.append([*clause, (reached, True), (" tokens", False)])
+            clauses.append([*clause, (reached, True), (f" tokens{_aside(differ)}", False)])
         return
-    best = max(by_label, key=lambda label: by_label[label].effective or 0)
-    tiles.append(_tile(what, effective_text(by_label[best]), f"{short_name(best)}; {rule}"))
+    named = sorted(by_label, key=lambda label: -(by_label[label].effective.length or 0))
+    best = named[0]
+    notes = [effective_note(by_label[best]), short_name(best), rule]
+    tiles.append(_tile(what, effective_text(by_label[best]), "; ".join(filter(None, notes))))
     if len(by_label) > 1:
-        named = sorted(by_label, key=lambda label: -(by_label[label].effective or 0))[:_MOST_NAMED]
         clause = [("effective context ", False)]
-        for number, label in enumerate(named):
+        for number, label in enumerate(named[:_MOST_NAMED]):
             text = f"{', ' if number else ''}{short_name(label)} "
             clause += [(text, False), (effective_text(by_label[label]), True)]
-        clauses.append([*clause, (" tokens", False)])
+        first = ev.baseline(best, by_label)
+        others = [label for label in named[:_MOST_NAMED] if label != first]
+        found = {name for label in others if first for name in ev.differing(task, label, first)}
+        clauses.append([*clause, (f" tokens{_aside(differ_text(sorted(found)))}", False)])
+
+
+def _with_note(grid: Grid) -> str:
+    note = effective_note(grid)
+    return effective_text(grid) + (f" ({note})" if note else "")
+
+
+def _aside(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def _needle_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:
@@ -140,16 +153,25 @@ def _needle_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str
     tally = main.by_length[target]
     first = before.by_length.get(target, Tally()) if before is not None and main is not before else Tally()
     where = f"needle accuracy at {length_text(target)} tokens"
+    differ = ev.differing("needle", names[0], names[1]) if names[0] and names[1] else ()
     if first.mean is not None and tally.mean is not None:
-        from_to = [(" to ", False), (percent(tally.mean), True)]
+        from_to = [(" to ", False), (percent(tally.mean), True), (_aside(differ_text(differ)), False)]
         clauses.append([(f"{where} from ", False), (percent(first.mean), True), *from_to])
+    elif tally.mean is None:
+        clauses.append([(f"{where} not measured: {unscored_text(tally)}", False)])
     elif len(ev.needle) == 1 or after is not None:
         clauses.append([(f"{where} ", False), (percent(tally.mean), True)])
     if after is None and len(ev.needle) > 1:
         return
     notes = [f"before {percent(first.mean)}"] if first.mean is not None else []
-    notes.append(f"95% interval {interval_text(tally)}, n = {tally.scored}")
-    tiles.append(_tile(f"Needle accuracy at {length_text(target)}", percent(tally.mean), "; ".join(notes)))
+    notes += [differ_text(differ)] if differ and first.mean is not None else []
+    notes.append(
+        unscored_text(tally)
+        if tally.mean is None
+        else f"95% interval {interval_text(tally)}, n = {tally.scored}"
+    )
+    value = "not measured" if tally.mean is None else percent(tally.mean)
+    tiles.append(_tile(f"Needle accuracy at {length_text(target)}", value, "; ".join(notes)))
     rivals = [
         (t.mean, label)
         for label, grid in ev.needle.items()
@@ -157,13 +179,10 @@ def _needle_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str
     ]
     if rivals:
         best, label = max(rivals)
-        tiles.append(
-            _tile(
-                f"Best zero-shot at {length_text(target)}",
-                percent(best),
-                f"{short_name(label)}, no training",
-            )
-        )
+        reference = names[1] or names[0]
+        apart = ev.differing("needle", label, reference) if reference else ()
+        note = f"{short_name(label)}, no training" + _aside(differ_text(apart))
+        tiles.append(_tile(f"Best zero-shot at {length_text(target)}", percent(best), note))
 
 
 def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:
@@ -171,21 +190,26 @@ def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, s
     if names[0] is None or names[1] is None:
         return
     after, before = ev.ppl[names[0]], ev.ppl[names[1]]
+    measure = ppl_measure(ev, names[:2])  # type: ignore[arg-type]
+    differ = differ_text(ev.differing("ppl", names[0], names[1]))
     short = ev.before_length
-    if short and (new := after.short(short)) and (old := before.short(short)):
-        clauses.append(
-            [
-                (f"perplexity at {length_text(short)} tokens ", False),
-                (f"{decimal(old)} {ARROW} {decimal(new)}", True),
-            ]
-        )
-        note = f"before {decimal(old)} ({change(old, new)})"
-        tiles.append(_tile(f"Perplexity at {length_text(short)}", decimal(new), note))
+    new = measure.of(after.short(short)) if short else None
+    old = measure.of(before.short(short)) if short else None
+    if short and new is not None and old is not None:
+        where = f"{measure.name} at {length_text(short)} tokens"
+        claim = [(f"{decimal(old)} {ARROW} {decimal(new)}", True), (_aside(differ), False)]
+        clauses.append([(f"{where} ", False), *claim])
+        note = f"before {decimal(old)} ({change(old, new)})" + (f"; {differ}" if differ else "")
+        tiles.append(_tile(f"{measure.title} at {length_text(short)}", decimal(new), note))
     last, old_last = after.last(), before.last()
-    if last and old_last and last[0] == old_last[0] and last[1]:
-        (start, end), value = last
-        name = f"Perplexity at positions {length_text(start)}\u2013{length_text(end)}"
-        tiles.append(_tile(name, decimal(value), f"before {decimal(old_last[1])}"))
+    if last and old_last and last[0] == old_last[0]:
+        (start, end), value = last[0], measure.of(last[1])
+        earlier = measure.of(old_last[1])
+        if value is not None and earlier is not None:
+            name = f"{measure.title} at positions {length_text(start)}\u2013{length_text(end)}"
+            tiles.append(
+                _tile(name, decimal(value), f"before {decimal(earlier)}" + (f"; {differ}" if differ else ""))
+            )
 
 
 def _short_headline(ev: Evaluation, tiles: list[dict[str, str]]) -> None:
@@ -198,6 +222,7 @@ def _short_headline(ev: Evaluation, tiles: list[dict[str, str]]) -> None:
     note = (
         f"{percent(row.difference.before)} {ARROW} {percent(row.difference.after)}; "
         f"95% interval {points(low)} to {points(high)}"
+        + (f"; {differ_text(row.differ)}" if row.differ else "")
     )
     tiles.append(_tile(f"{row.dataset}, change in points", points(row.difference.value), note))
 
@@ -211,8 +236,15 @@ def models_section(ev: Evaluation) -> Section:
     labels = [label for label in ev.labels if any(label in by_label for by_label in grids.values())]
     section.intro = (
         "The longest context up to which the lower bound of the 95% interval of accuracy, pooled over depths, "
-        f"stays above {EFFECTIVE_THRESHOLD:.0%}, at that length and at every shorter one that was measured."
+        f"stays above {EFFECTIVE_THRESHOLD:.0%}, at that length and at every shorter one that was measured. "
+        f"{samples_needed()} right answers of {samples_needed()} at a length are the fewest that show it."
     )
+    differ = [
+        f"{_EFFECTIVE_TASKS[task]}: {words}"
+        for task, by_label in grids.items()
+        if (words := ev.not_comparable(task, by_label))
+    ]
+    section.intro = " ".join([section.intro, *differ])
     rows: list[list[str | Cell]] = []
     for label in labels:
         trained = ev.trained_length(label)
@@ -223,6 +255,12 @@ def models_section(ev: Evaluation) -> Section:
             for by_label in grids.values()
         ]
         rows.append([short_name(label), Cell(length_text(trained) if trained else MISSING, "num"), *cells])
+    section.missing += [
+        f"Effective context, {_EFFECTIVE_TASKS[task]}, {short_name(label)}: {effective_text(grid)}: {note}."
+        for task, by_label in grids.items()
+        for label, grid in by_label.items()
+        if (note := effective_note(grid))
+    ]
     section.parts["table"] = Table(
         "Effective context in tokens, by model and task",
         ["model", "trained length", *(_EFFECTIVE_TASKS[task] for task in grids)],
@@ -232,6 +270,8 @@ def models_section(ev: Evaluation) -> Section:
 
 
 def _measured(grid: Grid) -> str:
-    if not grid.lengths:
-        return "nothing was scored"
-    return f"measured up to {length_text(grid.lengths[-1])} tokens, {grid.total.scored:,} samples"
+    note = effective_note(grid)
+    if not grid.lengths or not grid.total.scored:
+        return note or "nothing was scored"
+    text = f"measured up to {length_text(grid.lengths[-1])} tokens, {grid.total.scored:,} samples"
+    return f"{text}; {note}" if note else text

@@ -27,9 +27,9 @@ from longspan.report.perplexity_view import ppl_section
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import COUNT_TASKS, DATASET_TASKS, GRID_TASKS
 from longspan.report.scores_view import count_section, delta_section, ruler_section, scores_section
-from longspan.report.tables import summarise
+from longspan.report.tables import summarise, tally_of
 from longspan.report.training_view import lengths_section, training_section, training_totals
-from longspan.report.view import merge_records
+from longspan.report.view import merge_records, short_name, unscored_text
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
         method_section(runs, records),
     ]
     missing = [line for section in sections for line in section.missing]
-    missing += [*_unfinished(records), *_empty(runs), *two_models(records), *mixed_settings(records)]
+    missing += [*_unscored(records), *_unfinished(records), *_empty(runs)]
+    missing += [*two_models(records), *mixed_settings(records)]
     environment = Environment(
         loader=PackageLoader("longspan.report"),
         autoescape=True,
@@ -120,6 +121,16 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
 
 def _empty(runs: Sequence[Run]) -> list[str]:
     return [f"{path} holds no evaluation yet." for run in runs for path in run.empty]
+
+
+def _unscored(records: Sequence[RecordFile]) -> list[str]:
+    """Return one line for every evaluation with samples that have no score, with their reasons."""
+    tallies = [(file, tally_of(file.samples)) for file in records if file.task != "ppl"]
+    return [
+        f"{file.task}, {short_name(file.label)}: {unscored_text(tally)} of {len(file.samples):,}."
+        for file, tally in tallies
+        if tally.unscored
+    ]
 
 
 def _unfinished(records: Sequence[RecordFile]) -> list[str]:

@@ -11,7 +11,7 @@ from longspan.report.charts import Axis, LineChart, Series, heat_map, length_axi
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
-from longspan.report.tables import Grid
+from longspan.report.tables import Grid, Tally
 from longspan.report.view import (
     HALF,
     NARROW,
@@ -28,6 +28,7 @@ from longspan.report.view import (
     role_of,
     short_name,
     tokens_text,
+    unscored_text,
 )
 
 ZERO_SHOT_WORDS = (
@@ -69,7 +70,9 @@ def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
         if task == "needle":
             section.missing.append("Needle accuracy was not measured: no records/needle-*.jsonl.")
         return section
-    section.intro = f"{words} {_CELL_WORDS}"
+    section.intro = " ".join(
+        filter(None, (words, _CELL_WORDS, ev.not_comparable(task, ev.grids.get(task, grids))))
+    )
     zero_shot = [label for label in labels if role_of(label) in ZERO_SHOT]
     main = [label for label in labels if label not in zero_shot] or labels
     large = _side_by_side(ev, main) if len(main) <= LARGE_MAPS else []
@@ -80,7 +83,7 @@ def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     section.parts["small"] = [_map_view(ev, task, label, grids, data, width=None) for label in small]
     section.parts["zero_shot"] = ZERO_SHOT_WORDS if any(label in small for label in zero_shot) else ""
     shown = first_with_role("after", labels) or main[0]
-    section.parts["facts"] = _facts(grids, shown, labels)
+    section.parts["facts"] = _facts(grids, shown, labels, ev.trained_length(_base(ev, shown)))
     section.parts["beyond"] = _beyond_note(ev, shown, grids[shown])
     section.parts["curve"] = accuracy_chart(ev, {label: grids[label] for label in labels}, what=title)
     if task == "needle" and first_with_role("after", labels) and not first_with_role("before", labels):
@@ -137,7 +140,7 @@ def _map_view(
     columns = [length_text(n) for n in table.lengths]
     key = data.add_grid(task, short_name(label), table, [percent(d) for d in table.rows], columns)
     files = [file for file in ev.files if file.label == base and file.task == task]
-    unscored = f", {table.total.unscored} not scored" if table.total.unscored else ""
+    unscored = f", {unscored_text(table.total)}" if table.total.unscored else ""
     return {
         "name": name,
         "mean": f"{percent(table.total.mean)}, {interval_text(table.total)}{unscored}",
@@ -175,12 +178,22 @@ def rope_words(rope: Any) -> str:
     return ", ".join(words)
 
 
-def _facts(grids: Mapping[str, Grid], main: str, labels: Sequence[str]) -> list[tuple[str, str]]:
+def _facts(
+    grids: Mapping[str, Grid], main: str, labels: Sequence[str], trained: int | None
+) -> list[tuple[str, str]]:
     table = grids[main]
     facts = [
         ("Samples", f"{table.total.scored:,} scored, {table.samples_per_cell} in a cell"),
-        ("All cells", f"{percent(table.total.mean)}, 95% interval {interval_text(table.total)}"),
+        (
+            "All cells",
+            f"{percent(table.total.mean)}, 95% interval {interval_text(table.total)}: the mean over every scored "
+            "sample of every length, as the command says it",
+        ),
     ]
+    inside = table.up_to(trained) if trained else Tally()
+    if trained and inside.scored and inside.scored < table.total.scored:
+        within = f"{percent(inside.mean)}, 95% interval {interval_text(inside)}, n = {inside.scored:,}"
+        facts.append((f"Up to the trained {tokens_text(trained)}", within))
     worst = min(
         ((t.mean, length, depth) for (depth, length), t in table.tallies.items() if t.mean is not None),
         default=None,
@@ -188,12 +201,15 @@ def _facts(grids: Mapping[str, Grid], main: str, labels: Sequence[str]) -> list[
     if worst is not None:
         share, length, depth = worst
         facts.append(("Weakest cell", f"{percent(share)} at {length_text(length)} tokens, depth {depth:.0%}"))
-    unscored = sum(grids[label].total.unscored for label in labels)
-    facts.append(("Not scored", f"{unscored} of all samples; never counted as wrong" if unscored else "none"))
+    unscored = Tally()
+    for label in labels:
+        unscored.reasons += grids[label].total.reasons
+    facts.append(
+        ("Not scored", f"{unscored_text(unscored)}; never counted as wrong" if unscored.unscored else "none")
+    )
     if len(labels) > 1:
-        facts = [
-            (f"{name}, {short_name(main)}" if name == "All cells" else name, text) for name, text in facts
-        ]
+        shared = ("Samples", "Weakest cell", "Not scored")
+        facts = [(name if name in shared else f"{name}, {short_name(main)}", text) for name, text in facts]
     return facts
 
 

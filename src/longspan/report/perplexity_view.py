@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from longspan.report.charts import (
     Axis,
@@ -12,11 +14,10 @@ from longspan.report.charts import (
     length_text,
     number_axis,
 )
+from longspan.report.comparison import differ_text, listed
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.palette import line_index
-from longspan.report.tables import (
-    perplexity,
-)
+from longspan.report.tables import Sums, bits_per_byte, perplexity
 from longspan.report.view import (
     ARROW,
     Cell,
@@ -32,6 +33,28 @@ from longspan.report.view import (
 )
 
 
+class PplMeasure(NamedTuple):
+    """What is shown of the loss: perplexity, or bits per byte where labels have tokens of different tokenizers."""
+
+    name: str
+    of: Callable[[Sums], float | None]
+
+    @property
+    def title(self) -> str:
+        """Its name at the beginning of a line."""
+        return self.name[0].upper() + self.name[1:]
+
+
+PERPLEXITY = PplMeasure("perplexity", perplexity)
+BITS = PplMeasure("bits per byte", bits_per_byte)
+
+
+def ppl_measure(ev: Evaluation, labels: Sequence[str]) -> PplMeasure:
+    """Return perplexity where all labels have one tokenizer; a token of another is other text."""
+    tokenizers = {f.header.get("tokenizer") for f in ev.files if f.task == "ppl" and f.label in labels}
+    return PERPLEXITY if len(tokenizers) == 1 else BITS
+
+
 def ppl_section(ev: Evaluation) -> Section:
     """Return perplexity by position and by length, the short-context change and the table by source."""
     section = Section("perplexity", "Perplexity", "perplexity")
@@ -39,30 +62,58 @@ def ppl_section(ev: Evaluation) -> Section:
     if not labels:
         section.missing.append("Perplexity was not measured: no records/ppl-*.jsonl.")
         return section
+    measure = ppl_measure(ev, labels)
     section.intro = "Held-out text, each token weighted alike; lower is better. The axes are logarithmic."
+    if measure is BITS:
+        section.intro += (
+            " The tokens are those of different tokenizers, so bits per byte of the text stand in the place of "
+            "perplexities, which cannot be compared."
+        )
+        old = [label for label in labels if all(BITS.of(s) is None for s in ev.ppl[label].by_length.values())]
+        if old:
+            section.missing.append(
+                f"Bits per byte of {listed([short_name(label) for label in old])} are not known: the records hold "
+                "no bytes. Evaluate again to compare across tokenizers."
+            )
+    section.intro = " ".join(filter(None, (section.intro, ev.not_comparable("ppl", ev.ppl))))
     section.parts["callout"] = _short_context(ev)
     several_buckets = max(len(ev.ppl[label].by_position) for label in labels) > 1
     several_lengths = len({length for label in labels for length in ev.ppl[label].by_length}) > 1
-    section.parts["position"] = _position_chart(ev, labels) if several_buckets else None
-    section.parts["length"] = _length_chart(ev, labels) if several_lengths else None
+    section.parts["position"] = _position_chart(ev, labels, measure) if several_buckets else None
+    section.parts["length"] = _length_chart(ev, labels, measure) if several_lengths else None
     sources = sorted({source for label in labels for source in ev.ppl[label].by_source})
     section.parts["sources"] = Table(
-        "Perplexity by source, longest windows",
+        f"{measure.title} by source, longest windows",
         ["", *sources],
         [
-            [
-                short_name(b),
-                *(Cell(decimal(perplexity(ev.ppl[b].by_source.get(s, (0, 0.0)))), "num") for s in sources),
-            ]
+            [short_name(b), *(_cell(measure, ev.ppl[b].by_source.get(s, Sums())) for s in sources)]
             for b in labels
         ],
     )
+    known = [b for b in labels if any(BITS.of(sums) is not None for sums in ev.ppl[b].by_length.values())]
+    lengths = sorted({length for b in known for length in ev.ppl[b].by_length})
+    section.parts["bits"] = None
+    if known and measure is not BITS:
+        section.parts["bits"] = Table(
+            "Bits per byte by window length",
+            ["", *(length_text(n) for n in lengths)],
+            [
+                [short_name(b), *(_cell(BITS, ev.ppl[b].by_length.get(n, Sums())) for n in lengths)]
+                for b in known
+            ],
+        )
     unscored = sum(ev.ppl[label].unscored for label in labels)
     if unscored:
+        reasons = sum((ev.ppl[label].reasons for label in labels), Counter())
+        named = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
         section.missing.append(
-            f"{unscored} perplexity windows could not be scored and are left out of the means."
+            f"{unscored} perplexity windows could not be scored and are left out of the means ({named})."
         )
     return section
+
+
+def _cell(measure: PplMeasure, sums: Sums) -> Cell:
+    return Cell(decimal(measure.of(sums)), "num")
 
 
 def _short_context(ev: Evaluation) -> dict[str, str]:
@@ -71,33 +122,37 @@ def _short_context(ev: Evaluation) -> dict[str, str]:
     if names[0] is None or names[1] is None or not length:
         return {}
     before, after = ev.ppl[names[0]], ev.ppl[names[1]]
-    old, new = before.short(length), after.short(length)
+    measure = ppl_measure(ev, [names[0], names[1]])
+    old, new = measure.of(before.short(length)), measure.of(after.short(length))
     if old is None or new is None:
         return {}
+    differ = ev.differing("ppl", names[1], names[0])
     verdict = (
-        "Short contexts did not get worse."
+        f"{differ_text(differ).capitalize()}."
+        if differ
+        else "Short contexts did not get worse."
         if new <= old
         else "This is what the longer context cost on short ones."
     )
     return {
         "value": change(old, new),
-        "text": f"Short-context change: perplexity at {tokens_text(length)}, the original length, "
+        "text": f"Short-context change: {measure.name} at {tokens_text(length)}, the original length, "
         f"{decimal(old)} {ARROW} {decimal(new)}. {verdict}",
     }
 
 
 def _ppl_series(
-    labels: Sequence[str], rows: dict[str, list[tuple[float, str, tuple[int, float]]]]
+    labels: Sequence[str], rows: dict[str, list[tuple[float, str, Sums]]], measure: PplMeasure
 ) -> list[Series]:
     series = []
     for position, label in enumerate(labels):
         known = [
             (x, where, sums, value)
             for x, where, sums in rows[label]
-            if (value := perplexity(sums)) is not None
+            if (value := measure.of(sums)) is not None
         ]
         tips = [
-            f"{short_name(label)}, {where}: {decimal(value)} ({sums[0]:,} tokens)"
+            f"{short_name(label)}, {where}: {decimal(value)} ({sums.tokens:,} tokens)"
             for _, where, sums, value in known
         ]
         points = [(x, value) for x, _, _, value in known]
@@ -114,7 +169,7 @@ def _ppl_series(
     return series
 
 
-def _position_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
+def _position_chart(ev: Evaluation, labels: Sequence[str], measure: PplMeasure) -> Chart:
     buckets = sorted({bucket for label in labels for bucket in ev.ppl[label].by_position})
     rows = {
         label: [
@@ -123,7 +178,7 @@ def _position_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
         ]
         for label in labels
     }
-    series = _ppl_series(labels, rows)
+    series = _ppl_series(labels, rows, measure)
     ends = sorted({end for _, end in buckets})
     x = Axis(
         (buckets[0][0] + buckets[0][1]) / 2 / 1.1,
@@ -132,9 +187,9 @@ def _position_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
         "position in the window, tokens",
         log=True,
     )
-    y = number_axis([v for s in series for _, v in s.points] or [1.0], "perplexity", log=True)
+    y = number_axis([v for s in series for _, v in s.points] or [1.0], measure.name, log=True)
     chart = LineChart(
-        "Perplexity by position in the window",
+        f"{measure.title} by position in the window",
         x,
         y,
         series,
@@ -142,12 +197,12 @@ def _position_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
         height=300,
     )
     table = Table(
-        "Perplexity by position",
+        f"{measure.title} by position",
         ["", *(f"{a:,}\u2013{b:,}" for a, b in buckets)],
         [
             [
                 short_name(b),
-                *(Cell(decimal(perplexity(ev.ppl[b].by_position.get(k, (0, 0.0)))), "num") for k in buckets),
+                *(_cell(measure, ev.ppl[b].by_position.get(k, Sums())) for k in buckets),
             ]
             for b in labels
         ],
@@ -155,23 +210,25 @@ def _position_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
     return line_view(chart, title="By position, longest windows", table=table, half=True)
 
 
-def _length_chart(ev: Evaluation, labels: Sequence[str]) -> Chart:
+def _length_chart(ev: Evaluation, labels: Sequence[str], measure: PplMeasure) -> Chart:
     lengths = sorted({length for label in labels for length in ev.ppl[label].by_length})
     rows = {
         label: [(float(n), f"windows of {n:,} tokens", s) for n, s in ev.ppl[label].by_length.items()]
         for label in labels
     }
-    series = _ppl_series(labels, rows)
-    y = number_axis([v for s in series for _, v in s.points] or [1.0], "perplexity", log=True)
+    series = _ppl_series(labels, rows, measure)
+    y = number_axis([v for s in series for _, v in s.points] or [1.0], measure.name, log=True)
     x = length_axis(lengths, "window length in tokens", air=1.08)
-    chart = LineChart("Perplexity by window length", x, y, series, trained_marks(ev, lengths), height=300)
+    chart = LineChart(
+        f"{measure.title} by window length", x, y, series, trained_marks(ev, lengths), height=300
+    )
     table = Table(
-        "Perplexity by window length",
+        f"{measure.title} by window length",
         ["", *(length_text(n) for n in lengths)],
         [
             [
                 short_name(b),
-                *(Cell(decimal(perplexity(ev.ppl[b].by_length.get(n, (0, 0.0)))), "num") for n in lengths),
+                *(_cell(measure, ev.ppl[b].by_length.get(n, Sums())) for n in lengths),
             ]
             for b in labels
         ],

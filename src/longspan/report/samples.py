@@ -54,6 +54,8 @@ class Bucket(NamedTuple):
     end: int
     tokens: int
     nll: float
+    bytes: int | None = None
+    """UTF-8 bytes of its text; None in older records."""
 
 
 class PplSample(NamedTuple):
@@ -150,7 +152,9 @@ def _ppl_sample(line: dict[str, Any], where: str) -> PplSample:
         start, end = count(bucket, "start", where), count(bucket, "end", where)
         if end <= start:
             raise DataError(f"{where} a bucket ends before it starts", found=f"{start}-{end}")
-        buckets.append(Bucket(start, end, count(bucket, "tokens", where), number(bucket, "nll", where)))
+        size = None if bucket.get("bytes") is None else count(bucket, "bytes", where)
+        tokens, nll = count(bucket, "tokens", where), number(bucket, "nll", where)
+        buckets.append(Bucket(start, end, tokens, nll, size))
     unscored = line.get("unscored")
     return PplSample(
         id=text(line, "id", where),

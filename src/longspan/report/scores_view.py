@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from longspan.report.charts import Forest, ForestRow, length_text
+from longspan.report.comparison import differ_text
+from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.needle_view import accuracy_chart
 from longspan.report.palette import line_index
@@ -24,6 +26,7 @@ from longspan.report.tables import (
     by_group,
     difference,
     ruler_effective,
+    ruler_mean,
     tally_of,
 )
 from longspan.report.view import (
@@ -39,6 +42,7 @@ from longspan.report.view import (
     percent,
     points,
     short_name,
+    unscored_text,
 )
 
 MOST_GROUPS = 40
@@ -51,9 +55,15 @@ def ruler_section(ev: Evaluation, data: SampleData) -> Section:
     if not grids:
         return section
     subtasks = {row for grid in grids.values() for row in grid.rows}
-    section.intro = (
-        f"{len(subtasks & set(RULER_SUBTASKS))} of RULER's 13 subtasks, each weighted alike. "
-        "Choose a cell to read its samples."
+    section.intro = " ".join(
+        filter(
+            None,
+            (
+                f"{len(subtasks & set(RULER_SUBTASKS))} of RULER's 13 subtasks, each weighted alike; no mean of "
+                "subtasks is given at a length where one of them has no score. Choose a cell to read its samples.",
+                ev.not_comparable("ruler", grids),
+            ),
+        )
     )
     lengths = sorted({n for grid in grids.values() for n in grid.lengths})
     section.parts["wide"] = False
@@ -65,12 +75,19 @@ def ruler_section(ev: Evaluation, data: SampleData) -> Section:
             [
                 short_name(label),
                 *(_average_cell(grid, n) for n in lengths),
-                Cell(_length_or(grid.effective, f"< {length_text(grid.lengths[0])}"), "num strong"),
-                Cell(_length_or(ruler_effective(grid), _published_gap(grid)), "num"),
+                Cell(effective_text(grid), "num strong", effective_note(grid)),
+                _published_cell(grid),
             ]
             for label, grid in grids.items()
         ],
     )
+    section.missing += [
+        f"RULER, {short_name(label)}, {length_text(n)} tokens: {len(grid.means_of_rows(n))} of {len(grid.rows)} "
+        "subtasks are scored; their mean is not given."
+        for label, grid in grids.items()
+        for n in grid.lengths
+        if grid.mean_of_rows(n) is None
+    ]
     section.parts["curve"] = accuracy_chart(ev, grids, what="RULER")
     section.parts["tables"] = [
         _grid_table("ruler", label, grid, data, "subtask") for label, grid in grids.items()
@@ -79,18 +96,25 @@ def ruler_section(ev: Evaluation, data: SampleData) -> Section:
 
 
 def _average_cell(grid: Grid, length: int) -> Cell:
-    tally = grid.by_length.get(length, Tally())
-    cell, mean = heat_cell(tally), grid.mean_of_rows(length)
-    return cell if mean is None else Cell(f"{mean * 100:.1f}", cell.cls, cell.title)
+    cell, mean = heat_cell(grid.by_length.get(length, Tally())), grid.mean_of_rows(length)
+    if mean is not None:
+        return Cell(f"{mean * 100:.1f}", cell.cls, cell.title)
+    scored = len(grid.means_of_rows(length))
+    return Cell(
+        MISSING, "num absent-cell", f"{scored} of {len(grid.rows)} subtasks are scored at this length"
+    )
 
 
-def _length_or(length: int | None, otherwise: str) -> str:
-    return length_text(length) if length else otherwise
-
-
-def _published_gap(grid: Grid) -> str:
-    whole = all((subtask, grid.lengths[0]) in grid.tallies for subtask in RULER_SUBTASKS)
-    return f"< {length_text(grid.lengths[0])}" if whole else MISSING
+def _published_cell(grid: Grid) -> Cell:
+    """Return RULER's effective length, `< 4,096` where the shortest length is below its bound."""
+    effective = ruler_effective(grid)
+    if effective is not None:
+        return Cell(length_text(effective), "num")
+    if ruler_mean(grid, grid.lengths[0]) is not None:
+        return Cell(f"< {length_text(grid.lengths[0])}", "num")
+    scored = sum((subtask, grid.lengths[0]) in grid.tallies for subtask in RULER_SUBTASKS)
+    scored = min(scored, len(grid.means_of_rows(grid.lengths[0])))
+    return Cell(MISSING, "num", f"needs all 13 subtasks at each length, {scored} are scored at the shortest")
 
 
 _COUNT_WORDS = {
@@ -106,19 +130,20 @@ def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
     grids = {label: grid for label, grid in ev.grids.get(task, {}).items() if grid.lengths}
     if not grids:
         return section
-    section.intro = f"{words} Choose a cell to read its samples."
-    lengths = sorted({n for grid in grids.values() for n in grid.lengths})
-    counts = {
-        n: next(s.num_parts for grid in grids.values() for s in grid.cells.get(("all", n), ()))
-        for n in lengths
-    }
-    columns = [f"{counts[n]} ({length_text(n)} tokens)" for n in lengths]
+    section.intro = " ".join(
+        filter(None, (words, "Choose a cell to read its samples.", ev.not_comparable(task, grids)))
+    )
+    # The length of a context follows from its number of parts and the tokenizer: each model has lengths of its own.
+    own = {label: _lengths_by_count(grid) for label, grid in grids.items()}
+    counts = sorted({count for by_count in own.values() for count in by_count})
+    columns = [_count_column(count, [by[count] for by in own.values() if count in by]) for count in counts]
     key = data.add_map(task, title, [], [])
     rows: list[list[str | Cell]] = []
     for row, (label, grid) in enumerate(grids.items()):
         cells = []
-        for column, n in enumerate(lengths):
-            name = f"{short_name(label)}, {counts[n]} {task}, {length_text(n)} tokens"
+        for column, count in enumerate(counts):
+            n = own[label].get(count, 0)
+            name = f"{short_name(label)}, {count} {task}, {length_text(n)} tokens"
             opens = data.add_cell(key, row, column, grid.cells.get(("all", n), ()))
             cells.append(heat_cell(grid.by_length.get(n), name=name, key=opens))
         rows.append([short_name(label), *cells, Cell(percent(grid.total.mean), "num strong")])
@@ -126,11 +151,23 @@ def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
     section.parts["curve"] = accuracy_chart(ev, grids, what=title)
     table = Table(f"Accuracy by the number of {task}; lengths are medians", [task, *columns, "all"], rows)
     scored = sum(grid.total.scored for grid in grids.values())
-    unscored = sum(grid.total.unscored for grid in grids.values())
-    aside = f"{scored:,} scored" + (f", {unscored} not scored" if unscored else "")
+    unscored = Tally()
+    for grid in grids.values():
+        unscored.reasons += grid.total.reasons
+    aside = f"{scored:,} scored" + (f", {unscored_text(unscored)}" if unscored.unscored else "")
     section.parts["tables"] = [{"name": f"By number of {task}", "aside": aside, "table": table}]
     section.parts["wide"] = True
     return section
+
+
+def _lengths_by_count(grid: Grid) -> dict[int, int]:
+    """Return the median length of contexts by their number of topics or lines."""
+    return {samples[0].num_parts or 0: length for (_, length), samples in grid.cells.items()}
+
+
+def _count_column(count: int, lengths: Sequence[int]) -> str:
+    shortest, longest = length_text(min(lengths)), length_text(max(lengths))
+    return f"{count} ({shortest if shortest == longest else f'{shortest} to {longest}'} tokens)"
 
 
 def _grid_table(task: str, label: str, grid: Grid, data: SampleData, row_name: str) -> dict[str, Any]:
@@ -152,7 +189,7 @@ def _grid_table(task: str, label: str, grid: Grid, data: SampleData, row_name: s
             Cell(percent(grid.total.mean), "num strong"),
         ]
     )
-    unscored = f", {grid.total.unscored} not scored" if grid.total.unscored else ""
+    unscored = f", {unscored_text(grid.total)}" if grid.total.unscored else ""
     return {
         "name": short_name(label),
         "aside": f"{grid.total.scored:,} scored{unscored}",
@@ -170,6 +207,7 @@ def scores_section(task: str, title: str, ev: Evaluation, data: SampleData) -> S
     fields = ["dataset", "subtask", "metric"]
     if not any(sample.dataset or sample.subtask for sample in samples):
         fields += ["depth", "length"]
+    section.intro = ev.not_comparable(task, by_label)
     pooled = len(by_group(samples, *fields)) > MOST_GROUPS
     caption = f"{title}: scores by data set and model"
     key = data.add_map(task, title, [], [])
@@ -227,7 +265,7 @@ def _score_cells(
         Cell(f"{tally.scored:,}", "num"),
         score,
         Cell(interval_text(tally), "num"),
-        Cell(f"{tally.unscored:,}" if tally.unscored else MISSING, "num"),
+        Cell(f"{tally.unscored:,}" if tally.unscored else MISSING, "num", unscored_text(tally)),
         Cell(f"{statistics.median_low(tokens):,}" if tokens else MISSING, "num", "median"),
     ]
 
@@ -248,6 +286,8 @@ class DatasetDifference(NamedTuple):
     subtasks: Mapping[str, Difference]
     tokens: int | None
     """Median length of the prompts, where recorded."""
+    differ: tuple[str, ...] = ()
+    """What differs between the two evaluations beside the model."""
 
 
 def dataset_differences(ev: Evaluation) -> list[DatasetDifference]:
@@ -271,12 +311,14 @@ def dataset_differences(ev: Evaluation) -> list[DatasetDifference]:
             }
             tokens = [s.prompt_tokens for s in group if s.prompt_tokens]
             median = statistics.median_low(tokens) if tokens else None
-            rows.append(DatasetDifference(key[0], key[1], label, baseline, whole, subtasks, median))
+            differ = ev.differing("harness", label, baseline)
+            rows.append(DatasetDifference(key[0], key[1], label, baseline, whole, subtasks, median, differ))
     return sorted(rows, key=lambda row: (row.dataset, row.metric))
 
 
 def _compared(row: DatasetDifference) -> str:
-    return f"{short_name(row.label)} \u2212 {short_name(row.baseline)}"
+    names = f"{short_name(row.label)} \u2212 {short_name(row.baseline)}"
+    return names + (f" ({differ_text(row.differ)})" if row.differ else "")
 
 
 def delta_section(ev: Evaluation) -> Section:
@@ -288,6 +330,9 @@ def delta_section(ev: Evaluation) -> Section:
     section.intro = (
         "Change of the score in percentage points with its 95% interval, on the questions that both models "
         "answered. An interval that holds zero does not show a change."
+    )
+    section.intro = " ".join(
+        filter(None, (section.intro, ev.not_comparable("harness", ev.scores["harness"])))
     )
     section.parts["chart"] = forest_chart(rows)
     section.parts["table"] = _delta_table(rows)

@@ -1,7 +1,8 @@
 """Numbers from records: score grids with intervals, token-weighted perplexity, and differences between labels.
 
 A sample without a score is counted as unscored and left out of every mean; it is never a zero. A cell without
-a scored sample is None.
+a scored sample is None. A mean is over all scored samples of one label, of all lengths, as the command that evaluated
+them says it; no other label has a part in it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longspan.core.intervals import (
+    Effective,
     effective_context,
     independent_difference,
     paired_difference,
@@ -37,14 +39,20 @@ class Tally:
     """Scores of a group of samples."""
 
     scores: list[float] = field(default_factory=list)
-    unscored: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Samples without a score, by reason."""
 
     def add(self, sample: Sample) -> None:
         """Count one sample."""
         if sample.score is None:
-            self.unscored += 1
+            self.reasons[sample.unscored or "no score"] += 1
         else:
             self.scores.append(sample.score)
+
+    @property
+    def unscored(self) -> int:
+        """Samples that have none."""
+        return self.reasons.total()
 
     @property
     def correct(self) -> float:
@@ -74,7 +82,7 @@ RowKey = float | int | str
 
 @dataclass
 class Grid:
-    """One label's scores by row (needle depth or subtask) and by length, and in all."""
+    """One label's scores by row (needle depth or subtask) and by length, and in all: of all lengths."""
 
     lengths: list[int] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
@@ -92,26 +100,32 @@ class Grid:
         return max((len(samples) for samples in self.cells.values()), default=0)
 
     @property
-    def effective(self) -> int | None:
+    def effective(self) -> Effective:
         """Longest length up to which the lower 95 % bound, pooled over rows, stays above the threshold."""
-        return effective_context({length: tally.interval for length, tally in self.by_length.items()})
+        return effective_context(
+            {length: (tally.interval, tally.scored) for length, tally in self.by_length.items()}
+        )
+
+    def means_of_rows(self, length: int) -> list[float]:
+        """The rows' means at a length, of those that have one."""
+        means = (self.tallies.get((row, length), Tally()).mean for row in self.rows)
+        return [mean for mean in means if mean is not None]
 
     def mean_of_rows(self, length: int) -> float | None:
-        """Mean over the rows' means at a length: every subtask weighs alike. None without a score."""
-        means = [
-            mean for row in self.rows if (mean := self.tallies.get((row, length), Tally()).mean) is not None
-        ]
-        return math.fsum(means) / len(means) if means else None
+        """Mean over the rows' means at a length: every subtask weighs alike. None where one of them has none."""
+        means = self.means_of_rows(length)
+        return math.fsum(means) / len(means) if means and len(means) == len(self.rows) else None
+
+    def up_to(self, length: int) -> Tally:
+        """Return the tally of the lengths that are not longer."""
+        return tally_of(s for (_, n), samples in self.cells.items() if n <= length for s in samples)
 
 
-def score_grid(
-    samples: Iterable[Sample], row_of: Callable[[Sample], RowKey | None], target: int | None = None
-) -> Grid:
-    """Group samples by (row, length); `total` is over lengths up to `target`, unless all are longer."""
-    samples = list(samples)
+def score_grid(samples: Iterable[Sample], row_of: Callable[[Sample], RowKey | None]) -> Grid:
+    """Group samples by (row, length)."""
     grid = Grid()
-    inside = [s for s in samples if target is None or s.length is None or s.length <= target]
     for sample in samples:
+        grid.total.add(sample)
         row = row_of(sample)
         if row is None or sample.length is None:
             grid.unplaced += 1
@@ -120,31 +134,35 @@ def score_grid(
         grid.tallies.setdefault((row, sample.length), Tally()).add(sample)
         grid.by_length.setdefault(sample.length, Tally()).add(sample)
         grid.by_row.setdefault(row, Tally()).add(sample)
-    for sample in inside if any(s.length is not None for s in inside) else samples:
-        grid.total.add(sample)
     grid.lengths = sorted(grid.by_length)
     grid.rows = sorted(grid.by_row)
     return grid
 
 
-def needle_grid(samples: Iterable[Sample], target: int | None = None) -> Grid:
+def needle_grid(samples: Iterable[Sample]) -> Grid:
     """Group samples by needle depth and length."""
-    return score_grid(samples, lambda sample: sample.depth, target)
+    return score_grid(samples, lambda sample: sample.depth)
 
 
 def ruler_effective(grid: Grid) -> int | None:
     """Return RULER's own effective length: the longest up to which the mean of all 13 subtasks is >= 85.6 %.
 
-    None: not even the shortest reaches it, or a subtask is missing.
+    None: not even the shortest reaches it, or a subtask has no score there.
     """
     reached = None
     for length in grid.lengths:
-        mean = grid.mean_of_rows(length)
-        whole = all((subtask, length) in grid.tallies for subtask in RULER_SUBTASKS)
-        if mean is None or not whole or mean < RULER_THRESHOLD:
+        mean = ruler_mean(grid, length)
+        if mean is None or mean < RULER_THRESHOLD:
             break
         reached = length
     return reached
+
+
+def ruler_mean(grid: Grid, length: int) -> float | None:
+    """Return the mean of all 13 subtasks at a length; None where one of them has no score."""
+    means = [grid.tallies.get((subtask, length), Tally()).mean for subtask in RULER_SUBTASKS]
+    known = [mean for mean in means if mean is not None]
+    return math.fsum(known) / len(known) if len(known) == len(means) else None
 
 
 @dataclass(frozen=True)
@@ -201,59 +219,82 @@ def _by_question(samples: Sequence[Sample]) -> dict[tuple[str, str, str], float]
     }
 
 
+class Sums(NamedTuple):
+    """Sums over tokens of a group: their number, negative log-likelihood in nats, and UTF-8 bytes of their text."""
+
+    tokens: int = 0
+    nll: float = 0.0
+    bytes: int | None = 0
+    """None where a record does not say."""
+
+
 @dataclass
 class PplTable:
-    """One label's (tokens, nll) sums; perplexity = exp(nll / tokens)."""
+    """One label's sums; perplexity = exp(nll / tokens)."""
 
-    by_length: dict[int, tuple[int, float]] = field(default_factory=dict)
-    by_position: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
-    by_source: dict[str, tuple[int, float]] = field(default_factory=dict)
-    unscored: int = 0
+    by_length: dict[int, Sums] = field(default_factory=dict)
+    by_position: dict[tuple[int, int], Sums] = field(default_factory=dict)
+    by_source: dict[str, Sums] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Windows without a score, by reason."""
 
-    def short(self, length: int) -> float | None:
-        """Perplexity in windows of `length` tokens; without such windows, of the positions below `length`."""
+    @property
+    def unscored(self) -> int:
+        """Windows without a score."""
+        return self.reasons.total()
+
+    def short(self, length: int) -> Sums:
+        """Sums of windows of `length` tokens; without such windows, of the positions below `length`."""
         if length in self.by_length:
-            return perplexity(self.by_length[length])
-        early = [sums for (_, end), sums in self.by_position.items() if end <= length]
-        return perplexity((sum(t for t, _ in early), sum(n for _, n in early)))
+            return self.by_length[length]
+        return _summed([sums for (_, end), sums in self.by_position.items() if end <= length])
 
-    def last(self) -> tuple[tuple[int, int], float | None] | None:
-        """The last position bucket and its perplexity."""
+    def last(self) -> tuple[tuple[int, int], Sums] | None:
+        """The last position bucket and its sums."""
         if not self.by_position:
             return None
         bucket = max(self.by_position)
-        return bucket, perplexity(self.by_position[bucket])
+        return bucket, self.by_position[bucket]
 
 
 def ppl_table(samples: Iterable[PplSample]) -> PplTable:
     """Sum tokens and nll by window length; by position and by source over the longest windows alone."""
     samples = list(samples)
     longest = max((sample.length for sample in samples if sample.buckets), default=0)
-    by_length: dict[int, list[float]] = defaultdict(lambda: [0, 0.0])
-    by_position: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0, 0.0])
-    by_source: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    by_length: dict[int, list[Sums]] = defaultdict(list)
+    by_position: dict[tuple[int, int], list[Sums]] = defaultdict(list)
+    by_source: dict[str, list[Sums]] = defaultdict(list)
     for sample in samples:
         for bucket in sample.buckets:
-            groups = [by_length[sample.length]]
+            sums = Sums(bucket.tokens, bucket.nll, bucket.bytes)
+            by_length[sample.length].append(sums)
             if sample.length == longest:
-                groups += [by_position[bucket.start, bucket.end], by_source[sample.source]]
-            for sums in groups:
-                sums[0] += bucket.tokens
-                sums[1] += bucket.nll
+                by_position[bucket.start, bucket.end].append(sums)
+                by_source[sample.source].append(sums)
     return PplTable(
-        by_length={key: (int(n), nll) for key, (n, nll) in sorted(by_length.items())},
-        by_position={key: (int(n), nll) for key, (n, nll) in sorted(by_position.items())},
-        by_source={key: (int(n), nll) for key, (n, nll) in sorted(by_source.items())},
-        unscored=sum(sample.unscored is not None for sample in samples),
+        by_length={key: _summed(parts) for key, parts in sorted(by_length.items())},
+        by_position={key: _summed(parts) for key, parts in sorted(by_position.items())},
+        by_source={key: _summed(parts) for key, parts in sorted(by_source.items())},
+        reasons=Counter(sample.unscored for sample in samples if sample.unscored is not None),
     )
 
 
-def perplexity(sums: tuple[int, float]) -> float | None:
+def _summed(parts: Sequence[Sums]) -> Sums:
+    sizes = [part.bytes for part in parts]
+    known = None if None in sizes else sum(size or 0 for size in sizes)
+    return Sums(sum(part.tokens for part in parts), math.fsum(part.nll for part in parts), known)
+
+
+def perplexity(sums: Sums) -> float | None:
     """Return exp(nll / tokens), None without tokens or beyond what a float holds."""
-    tokens, nll = sums
-    if tokens == 0 or nll / tokens > 700:
+    if sums.tokens == 0 or sums.nll / sums.tokens > 700:
         return None
-    return math.exp(nll / tokens)
+    return math.exp(sums.nll / sums.tokens)
+
+
+def bits_per_byte(sums: Sums) -> float | None:
+    """Return the bits that a byte of the text costs, whatever the tokenizer; None where bytes are not recorded."""
+    return sums.nll / math.log(2) / sums.bytes if sums.bytes else None
 
 
 @dataclass
@@ -278,8 +319,6 @@ _ROW_OF: Mapping[str, Callable[[Sample], RowKey | None]] = {
 
 def tabulate(records: Iterable[RecordFile]) -> Tables:
     """Pool the samples of every label; needles among other needles are kept apart from single ones."""
-    records = list(records)
-    target = max((file.trained_length or 0 for file in records), default=0) or None
     pooled: dict[str, dict[str, list[Sample]]] = {}
     distractors: dict[str, dict[int, list[Sample]]] = {}
     ppl: dict[str, list[PplSample]] = {}
@@ -296,37 +335,33 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
     tables = Tables(ppl={label: ppl_table(samples) for label, samples in ppl.items()})
     for task, by_label in pooled.items():
         if task in COUNT_TASKS:
-            by_label = _at_median_length(by_label)
+            by_label = {label: _at_median_length(samples) for label, samples in by_label.items()}
         if task in (*GRID_TASKS, *LENGTH_TASKS):
             tables.grids[task] = {
-                label: score_grid(samples, _ROW_OF[task], target) for label, samples in by_label.items()
+                label: score_grid(samples, _ROW_OF[task]) for label, samples in by_label.items()
             }
         else:
             tables.scores[task] = by_label
     for grid in tables.grids.get("ruler", {}).values():
         grid.rows.sort(key=ruler_order)
     tables.distractors = {
-        label: {count: needle_grid(by_count[count], target) for count in sorted(by_count)}
+        label: {count: needle_grid(by_count[count]) for count in sorted(by_count)}
         for label, by_count in distractors.items()
     }
     return tables
 
 
-def _at_median_length(by_label: Mapping[str, Sequence[Sample]]) -> dict[str, list[Sample]]:
-    """Give all samples of one number of topics or lines one length: the median over all labels."""
+def _at_median_length(samples: Sequence[Sample]) -> list[Sample]:
+    """Give all samples of one number of topics or lines one length, their median."""
     lengths: dict[int | None, list[int]] = defaultdict(list)
-    for samples in by_label.values():
-        for sample in samples:
-            if sample.length is not None:
-                lengths[sample.num_parts].append(sample.length)
+    for sample in samples:
+        if sample.length is not None:
+            lengths[sample.num_parts].append(sample.length)
     median = {count: statistics.median_low(values) for count, values in lengths.items()}
-    return {
-        label: [
-            sample._replace(length=median.get(sample.num_parts), achieved_length=sample.length)
-            for sample in samples
-        ]
-        for label, samples in by_label.items()
-    }
+    return [
+        sample._replace(length=median.get(sample.num_parts), achieved_length=sample.length)
+        for sample in samples
+    ]
 
 
 def ruler_order(subtask: str) -> tuple[int, str]:
@@ -356,10 +391,10 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
 
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
-    confidence (95 % interval of the mean), effective_context. mean, confidence, scored and unscored are over
-    lengths up to the longest trained length in the run; longer ones stand in by_length and grid.
-    ppl[label]: by_length {"128": x}, by_position {"0-128": x}, by_source {source: x} (the last two over the
-    longest windows), tokens, unscored.
+    confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
+    place and why). mean, confidence, scored and unscored are over all lengths, also those beyond the trained one.
+    ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
+    (the last two over the longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
     Further tasks stand under their names when they were recorded: those by depth and length as needle, ruler,
     topics and lines with `rows` in the place of depths, all others as {label: {"dataset/subtask/metric": {mean, ...}}}.
@@ -408,16 +443,19 @@ def _grid_summary(table: Grid, task: str) -> dict[str, Any]:
         "lengths": table.lengths,
         "depths" if task in GRID_TASKS else "rows": table.rows,
         "samples_per_cell": table.samples_per_cell,
-        "effective_context": table.effective,
+        "effective_context": table.effective.length,
+        "effective_text": table.effective.text,
+        "effective_note": table.effective.note,
     }
 
 
 def _ppl_summary(table: PplTable) -> dict[str, Any]:
     return {
         "by_length": {str(length): perplexity(sums) for length, sums in table.by_length.items()},
+        "bits_per_byte": {str(length): bits_per_byte(sums) for length, sums in table.by_length.items()},
         "by_position": {f"{a}-{b}": perplexity(sums) for (a, b), sums in table.by_position.items()},
         "by_source": {source: perplexity(sums) for source, sums in table.by_source.items()},
-        "tokens": sum(tokens for tokens, _ in table.by_length.values()),
+        "tokens": sum(sums.tokens for sums in table.by_length.values()),
         "unscored": table.unscored,
     }
 

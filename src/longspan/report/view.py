@@ -17,6 +17,7 @@ from longspan.report.tables import Tally
 WIDE, HALF, NARROW = 1000.0, 486.0, 350.0
 ARROW = "\u2192"
 MISSING = "\u2013"
+_MOST_REASONS = 3
 
 _NAMES = {
     "before": ("before", "Before training"),
@@ -180,6 +181,17 @@ def interval_text(tally: Tally) -> str:
     """Write a 95 % interval as `86% to 99%`."""
     interval = tally.interval
     return MISSING if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
+
+
+def unscored_text(tally: Tally) -> str:
+    """Write what has no score and why: `200 samples unscored (endpoint: failed)`."""
+    if not tally.unscored:
+        return ""
+    named = tally.reasons.most_common(_MOST_REASONS)
+    reasons = [reason if len(named) == 1 else f"{reason}: {count:,}" for reason, count in named]
+    more = tally.unscored - sum(count for _, count in named)
+    reasons += [f"other reasons: {more:,}"] if more else []
+    return f"{tally.unscored:,} sample{'s' if tally.unscored > 1 else ''} unscored ({'; '.join(reasons)})"
 
 
 def tokens_text(length: int) -> str:

@@ -157,12 +157,13 @@ class Ruler:
         return self._built(subtask, found)
 
     def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `cells` by subtask and length, `by_length` over subtasks (their mean, as the paper), `left_out`."""
+        """Return `cells` by subtask and length, `by_length` over subtasks, as the paper, and `left_out`."""
         cells = mean_by(samples, "subtask", "length")
         by_length = []
         for length in self.settings.lengths:
             means = [cell["mean"] for cell in cells if cell["length"] == length and cell["mean"] is not None]
-            mean = sum(means) / len(means) if means else None
+            # A mean without one of the subtasks is that of an easier or a harder test.
+            mean = sum(means) / len(means) if means and len(means) == len(self.subtasks) else None
             by_length.append({"length": length, "subtasks": len(means), "mean": mean})
         return {"cells": cells, "by_length": by_length, "left_out": self.left_out}
 
