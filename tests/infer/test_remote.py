@@ -241,6 +241,75 @@ def test_scores_equal_those_of_the_same_model_here(twins):
         np.testing.assert_array_equal(answers[index].token_ids, argmax_ids)
 
 
+IDS, ANSWER = list(range(10, 40)), 3
+VALUES = [None, *(-0.1 * place for place in range(1, 30))]
+
+
+@pytest.mark.parametrize(("name", "named"), [("numbers", "token_id:{}"), ("texts", " w{}"), ("counts", None)])
+@pytest.mark.parametrize("kind", ["as sent", "no new token", "own bos", "first left out", "others"])
+def test_echoed_log_probabilities_are_read_where_they_stand(
+    kind: str, name: str, named: str | None, caplog
+) -> None:
+    """A server that adds a BOS, or leaves out the first token, gave each token its neighbour's likelihood."""
+    tokens, values = [*IDS, 7], [*VALUES, -9.0]
+    if kind == "no new token":
+        tokens, values = tokens[:-1], values[:-1]
+    if kind == "own bos":
+        tokens, values = [1, *tokens], [None, -5.0, *values[1:]]
+    if kind == "first left out":
+        tokens, values = tokens[1:], values[1:]
+    if kind == "others":
+        tokens, values = [token + 50 for token in tokens], [*values, -9.0, -9.0, -9.0]
+        tokens += [1, 1, 1]
+    table = {"token_logprobs": values, "top_logprobs": [{"token_id:5": -0.1}] * len(values)}
+    if named is not None:
+        table["tokens"] = [named.format(token) for token in tokens]
+
+    class Words:
+        def decode(self, ids) -> str:
+            return f"w{next(iter(ids))}"
+
+    request = Request("", np.array(IDS[:-ANSWER]), answer_ids=np.array(IDS[-ANSWER:]))
+    with serving([reply_json({"choices": [{"text": "", "logprobs": table}]})]) as server:
+        answerer = answerer_of(server, "completions")
+        answerer._tokenizer = Words()
+        if kind == "others" or (kind == "first left out" and name == "counts"):
+            with pytest.raises(ArgumentError, match="not those it was sent"):
+                list(answerer.score([request]))
+        else:
+            ((_, answer),) = answerer.score([request])
+            np.testing.assert_allclose(answer.nll, [2.7, 2.8, 2.9], rtol=1e-6)
+        answerer.close()
+
+
+CHAT = {"messages": [{"role": "user", "content": "q"}]}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "fields", "said"),
+    [
+        (1000, {}, False),
+        (1200, {}, False),  # a template of the server's own
+        (1300, {}, True),
+        (970, {}, False),
+        (900, {}, True),
+        (1030, CHAT, False),
+        (1100, CHAT, True),
+    ],
+)
+def test_a_server_that_counts_otherwise_is_remarked_on(theirs: int, fields, said: bool, caplog) -> None:
+    """With the wrong tokenizer a context of 128K is one of 100K, and no score shows it."""
+    with serving([chat("8", usage=(theirs, 1))]) as server:
+        answerer = answerer_of(server)
+        list(
+            answerer.generate(
+                [Request("q", np.arange(1000), **fields), Request("r", np.arange(1000), **fields)]
+            )
+        )
+        answerer.close()
+    assert caplog.text.count("another tokenizer") == said
+
+
 WORDS = ["<s>", "</s>", "<unk>", *(f"w{number}" for number in range(61))]
 
 

@@ -119,5 +119,5 @@ def _decode(record: dict[str, Any]) -> Reading:
     return Reading(
         **record,
         usage=Usage(*usage) if usage else None,
-        logprobs=LogProbs(tuple(logprobs[0]), tuple(logprobs[1])) if logprobs else None,
+        logprobs=LogProbs(tuple(logprobs[0]), tuple(logprobs[1]), *logprobs[2:]) if logprobs else None,
     )

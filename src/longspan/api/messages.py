@@ -40,6 +40,9 @@ class LogProbs(NamedTuple):
     """Of each token itself."""
     top_tokens: tuple[str, ...]
     """The most likely token in its place, as the server writes it."""
+    shift: int = 0
+    """By how many places the server's tokens stand behind those that were sent: 1 where it adds a BOS, -1 where it
+    leaves out the first."""
 
 
 class ChatRequest(NamedTuple):
@@ -56,6 +59,8 @@ class ChatRequest(NamedTuple):
     seed: int | None = None
     scored: int = 0
     """Log-probabilities of that many last tokens of the prompt are wanted, instead of an answer."""
+    token_texts: tuple[str, ...] = ()
+    """Texts of the last tokens of a prompt of ids, to find them again among those that a server names by text."""
     extra: Mapping[str, Any] = _NOTHING
     """Further fields of the body, sent as they are."""
     sample: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from longspan.api.echo import find_shift
 from longspan.api.endpoint import Endpoint
 from longspan.api.messages import ChatRequest, Finish, LogProbs, Reading, Usage
 from longspan.api.protocol import (
@@ -178,11 +179,19 @@ def _scored(choice: Any, request: ChatRequest, usage: Usage | None) -> Reading:
     values = member(table, "token_logprobs", list) if table is not None else None
     top = member(table, "top_logprobs", list) if table is not None else None
     prompt = request.prompt if request.prompt is not None else ()
-    stop = len(prompt)
-    if isinstance(prompt, str) or not values or len(values) < stop:
+    if isinstance(prompt, str) or not values or len(values) < len(prompt) - 1:
         return Reading(
             "", usage=usage, error="rejected", detail="the server gives no log-probabilities of the prompt"
         )
+    shift = find_shift(request, values, member(table, "tokens", list))
+    if shift is None:
+        return Reading(
+            "",
+            usage=usage,
+            error="rejected",
+            detail="the tokens that the server echoes are not those it was sent",
+        )
+    stop = len(prompt) + shift
     start = stop - request.scored
     best = []
     for place in range(start, stop):
@@ -191,7 +200,7 @@ def _scored(choice: Any, request: ChatRequest, usage: Usage | None) -> Reading:
     chosen = values[start:stop]
     if not all(value is None or isinstance(value, (int, float)) for value in chosen):
         raise MalformedError("'token_logprobs' is of the wrong kind")
-    return Reading("", "stop", usage, logprobs=LogProbs(tuple(chosen), tuple(best)))
+    return Reading("", "stop", usage, logprobs=LogProbs(tuple(chosen), tuple(best), shift))
 
 
 class _Stream:

@@ -20,7 +20,7 @@ import numpy as np
 from longspan.api import Budget, ChatRequest, ChatResult, Client, Endpoint, Limits
 from longspan.api.endpoint import Kind
 from longspan.core.errors import ArgumentError, RunError
-from longspan.core.log import get_logger
+from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.requests import Answer, Request, before_stop
 from longspan.infer.thinking import split_thoughts
@@ -28,6 +28,11 @@ from longspan.infer.thinking import split_thoughts
 KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
 """Protocol of each provider, the part of a model's name before the colon."""
 _TOKEN_ID = "token_id:"
+_COUNT_SHARE, _COUNT_RENDERED, _COUNT_TEMPLATE = 0.02, 16, 200
+"""Share of a prompt's tokens, and tokens beside that, by which a server's count may differ before it is remarked on:
+where the prompt holds all that its template writes, and how many more where the server's template adds to it."""
+_LOOKED_AT = 16
+"""Tokens before an answer by which it is found again in what a server echoes."""
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 """Tells a server that the last message, the assistant's, is the beginning of the answer."""
 _log = get_logger("infer")
@@ -158,8 +163,12 @@ class RemoteAnswerer:
             max_tokens=1,
             temperature=self._temperature,
             scored=len(request.answer_ids),
+            token_texts=self._texts(ids[-len(request.answer_ids) - _LOOKED_AT :]),
             prompt_tokens=len(ids),
         )
+
+    def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        return () if self._tokenizer is None else tuple(self._tokenizer.decode([token]) for token in ids)
 
     def _count(self, request: Request) -> int | None:
         if request.prompt_ids is not None:
@@ -197,6 +206,7 @@ class RemoteAnswerer:
     def _answer(self, request: Request, result: ChatResult) -> Answer:
         if result.error is not None:
             return self._failed(result)
+        self._compare_counts(request, result)
         answer, thoughts = self._spoken(request, result)
         text = before_stop(answer, request.stop)
         return Answer(
@@ -207,6 +217,25 @@ class RemoteAnswerer:
             cost=result.cost,
             seconds=result.seconds,
             thoughts=thoughts,
+        )
+
+    def _compare_counts(self, request: Request, result: ChatResult) -> None:
+        """Say once that the server counts other tokens than we do: lengths are then not what they are said to be."""
+        ours, theirs = self._count(request) or 0, result.usage.prompt_tokens
+        if not ours or not theirs or result.usage.estimated or "tokens" in self._explained:
+            return
+        # A template writes something around each message, which only some prompts hold already.
+        rendered = self.client.endpoint.kind == "completions" or request.messages is not None
+        more = _COUNT_RENDERED if rendered else _COUNT_TEMPLATE
+        if -_COUNT_RENDERED <= theirs - ours - np.sign(theirs - ours) * ours * _COUNT_SHARE <= more:
+            return
+        self._explained.add("tokens")
+        _log.warning(
+            "%s: the server counts %s tokens in a prompt that has %s by --tokenizer: that is another tokenizer than "
+            "the server's, or the server writes more around a prompt. Lengths that are asked for are in ours",
+            self.client.endpoint.model,
+            f"{theirs:,}",
+            f"{ours:,}",
         )
 
     def _spoken(self, request: Request, result: ChatResult) -> tuple[str, str]:
@@ -229,6 +258,13 @@ class RemoteAnswerer:
         assert request.prompt_ids is not None and request.answer_ids is not None
         if result.logprobs is None or any(value is None for value in result.logprobs.values):
             return Answer("", error="the server gave no log-probability of a token")
+        if result.logprobs.shift:
+            log_once(
+                "infer",
+                f"{self.client.endpoint.model}: the server "
+                f"{'adds a token to' if result.logprobs.shift > 0 else 'leaves out the first token of'} each prompt "
+                "in the log-probabilities that it gives; they are read shifted",
+            )
         nll = -np.array(result.logprobs.values, dtype=np.float32)
         best = result.logprobs.top_tokens
         ids = None
