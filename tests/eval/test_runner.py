@@ -354,3 +354,35 @@ def test_graded_scores_have_an_interval_of_their_own() -> None:
     assert (low, high) == pytest.approx((0.4803, 0.5197), abs=1e-3)
     assert score_interval([0.5]) == wilson_interval(0.5, 1)
     assert score_interval([]) is None
+
+
+class Telling(Knowing):
+    """Says between two answers how far it is."""
+
+    def watch(self, on_share: Any) -> bool:
+        self.on_share = on_share
+        return True
+
+    def generate(self, requests: Any) -> Any:
+        for number, found in enumerate(super().generate(requests)):
+            self.on_share((number + 0.5) / len(requests))
+            yield found
+
+
+@pytest.mark.parametrize("kind", [Knowing, Telling])
+def test_the_bar_reaches_its_end_once(kind: Any, tokenizer: Tokenizer) -> None:
+    """Told of work and of answers, it would count each twice; told of neither, it would stand still."""
+    steps: list[int] = []
+
+    class Bar:
+        def advance(self, amount: int = 1) -> None:
+            steps.append(amount)
+
+        def note(self, text: str) -> None: ...
+
+    model = kind(tokenizer)
+    with runner.advancing(Bar(), model, 100) as answered:
+        for number, _ in model.generate([Request(str(number)) for number in range(4)]):
+            answered(25)
+            assert sum(steps) == (25 * (number + 1) if kind is Knowing else int(25 * (number + 0.5)))
+    assert sum(steps) == 100

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,14 +100,50 @@ def test_answers_are_decoded_together() -> None:
     assert answerer.counters.decoded_tokens == 12 * 5
 
 
-def test_a_pass_has_no_more_tokens_than_allowed() -> None:
+def test_a_pass_has_no_more_tokens_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk too large is the memory that chunks are for."""
+    from longspan.infer import engine
+
     told: list[int] = []
-    answerer = local("llama", batch_tokens=16, cache_tokens=10_000, on_tokens=told.append)
+    original = engine.PrefillPass
+
+    def counted(segments: Any, *rest: Any) -> Any:
+        told.append(sum(last - first for _, first, last in segments))
+        return original(segments, *rest)
+
+    monkeypatch.setattr(engine, "PrefillPass", counted)
+    answerer = local("llama", batch_tokens=16, cache_tokens=10_000)
     list(answerer.generate([request(ids, max_new_tokens=1) for ids in PROMPTS]))
     assert max(told) == 16
     assert sum(told) == answerer.counters.tokens
     assert sorted(told)[1] == 16  # all but the last pass are full
+
+
+@pytest.mark.parametrize("cache_tokens", [70, 10_000])
+def test_the_share_of_the_work_grows_between_answers(cache_tokens: int) -> None:
+    """A batch of 65,536 tokens gave no sign for 15 minutes, and then told a time four times too long."""
+    shares: list[float] = []
+    at_answers: list[int] = []
+    answerer = local("llama", batch_tokens=16, cache_tokens=cache_tokens)
+    assert answerer.watch(shares.append)
+    # Answers of one and of seven tokens: the short ones need not wait for the others.
+    requests = [request(ids, max_new_tokens=1 + 6 * (n % 2)) for n, ids in enumerate(PROMPTS)]
+    for _ in answerer.generate(requests):
+        at_answers.append(len(shares))
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1.0)
+    assert at_answers[0] < len(shares) and max(np.diff([0.0, *shares])) < 0.5
+    count = len(shares)
+    answerer.watch(None)
+    list(answerer.score([request(PROMPTS[0], answer_ids=np.array([1, 2]))]))
+    assert len(shares) == count
+
+
+def test_a_given_answer_is_measured_when_its_last_token_is_read() -> None:
+    """All waited for the end of the batch, and a kill lost them."""
+    answerer = local("llama", batch_tokens=16, cache_tokens=10_000)
+    asked = [request(random_ids(number, 30), answer_ids=np.array([1])) for number in range(4)]
+    passes = [answerer.counters.passes for _ in answerer.score(asked)]
+    assert passes[0] < passes[-1]
 
 
 def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:

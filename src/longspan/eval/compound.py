@@ -17,7 +17,7 @@ from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.progress import Progress
 from longspan.eval.records import RecordsWriter
-from longspan.eval.runner import PART_TOKENS, fill_records, said, sample_record
+from longspan.eval.runner import PART_TOKENS, advancing, fill_records, said, sample_record
 from longspan.eval.summaries import mean_score
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
 
@@ -70,9 +70,8 @@ def run_compounds(
 
     def ask(missing: Sequence[PlannedCompound], writer: RecordsWriter, bar: Progress) -> None:
         for part in _parts(missing, writer):
-            for sample, record in _run_part(part, answerer):
+            for record in _run_part(part, answerer, bar):
                 writer.write(record)
-                bar.advance(sample.tokens)
 
     summary, records = fill_records(header, out, planned, ask, retry_unscored=retry_unscored)
     return {**summary, **mean_score(records)}, records
@@ -101,7 +100,7 @@ def _parts(samples: Sequence[PlannedCompound], writer: RecordsWriter) -> Iterato
         yield part
 
 
-def _run_part(part: Composed, answerer: Answerer) -> Iterator[tuple[PlannedCompound, dict[str, Any]]]:
+def _run_part(part: Composed, answerer: Answerer, bar: Progress) -> Iterator[dict[str, Any]]:
     for mode in ("score", "generate"):
         chosen = [pair for pair in part if pair[1].mode == mode]
         owners = [number for number, (_, compound) in enumerate(chosen) for _ in compound.requests]
@@ -110,14 +109,16 @@ def _run_part(part: Composed, answerer: Answerer) -> Iterator[tuple[PlannedCompo
         if not requests:
             continue
         answers: list[dict[int, Answer]] = [{} for _ in chosen]
-        given = answerer.score(requests) if mode == "score" else answerer.generate(requests)
-        for index, answer in given:
-            owner = owners[index]
-            sample, compound = chosen[owner]
-            answers[owner][places[index]] = answer
-            if len(answers[owner]) == len(compound.requests):
-                ordered = [answers[owner][place] for place in range(len(compound.requests))]
-                yield sample, _judged(sample, compound, ordered)
+        with advancing(bar, answerer, sum(sample.tokens for sample, _ in chosen)) as answered:
+            given = answerer.score(requests) if mode == "score" else answerer.generate(requests)
+            for index, answer in given:
+                owner = owners[index]
+                sample, compound = chosen[owner]
+                answers[owner][places[index]] = answer
+                if len(answers[owner]) == len(compound.requests):
+                    ordered = [answers[owner][place] for place in range(len(compound.requests))]
+                    yield _judged(sample, compound, ordered)
+                    answered(sample.tokens)
 
 
 def _judged(sample: PlannedCompound, compound: Compound, answers: Sequence[Answer]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ reason; it never counts as zero and is never left out of the counts.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
-from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, no_answer
+from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, no_answer
 
 TooLong = Literal["refuse", "skip"]
 PART_TOKENS = 4_000_000
@@ -262,11 +263,37 @@ def _run_part(
         return
     requests = [built.request for _, built in asked]
     teacher_forced = task.mode == "teacher_forced"
-    answers = answerer.score(requests) if teacher_forced else answerer.generate(requests)
-    for index, answer in answers:
-        sample, built = asked[index]
-        writer.write(_answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced))
-        bar.advance(sample.planned.tokens)
+    with advancing(bar, answerer, sum(sample.planned.tokens for sample, _ in asked)) as answered:
+        answers = answerer.score(requests) if teacher_forced else answerer.generate(requests)
+        for index, answer in answers:
+            sample, built = asked[index]
+            writer.write(_answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced))
+            answered(sample.planned.tokens)
+
+
+@contextlib.contextmanager
+def advancing(bar: Progress, answerer: Answerer, tokens: int) -> Iterator[Callable[[int], None]]:
+    """Advance a bar by `tokens` while samples of so many tokens are answered.
+
+    By the work that the answerer says is done, which goes on between two answers; or by what the function that is
+    yielded is told of each answer.
+    """
+    done = 0
+
+    def reach(amount: float) -> None:
+        nonlocal done
+        if int(amount) > done:
+            bar.advance(int(amount) - done)
+            done = int(amount)
+
+    watched = answerer if isinstance(answerer, Watched) else None
+    told = watched is not None and watched.watch(lambda share: reach(share * tokens))
+    try:
+        yield lambda amount: None if told else reach(done + amount)
+        reach(tokens)
+    finally:
+        if watched is not None:
+            watched.watch(None)
 
 
 def _check_fits(request: Request, max_length: int | None) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.launched import launched
 from longspan.infer.memory import memory_errors
-from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.parallel.launch import lost_ranks, process_group
 from longspan.parallel.peers import Peers
 
@@ -154,6 +154,10 @@ class Leader:
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt; see `Answerer`."""
         yield from self._together("score", list(requests))
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told which share of a call's work is done, where this rank's part says so; see `Watched`."""
+        return isinstance(self._member, Watched) and self._member.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Return the losses of windows; see `TokenLosses`."""

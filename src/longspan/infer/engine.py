@@ -15,8 +15,9 @@ Shape legend: T = tokens of a pass, A = positions asked for, D = model width, V 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +46,13 @@ CPU_PASS_TOKENS = 2048
 """Tokens of a pass at most on a CPU: activations of more leave its cache, which makes 16,384 a fifth slower."""
 CACHE_PASSES = 4
 """A batch holds the keys of so many full passes, where nothing else is asked for."""
+STEP_TOKENS = 32
+"""Reading so many tokens takes about as long as one step of decoding, which waits for memory; told as progress."""
 FIRST_ROOM = 256
 """Tokens of an answer for which there is room from the start; it doubles when it is full."""
+
+
+_END = object()
 
 
 class Job(NamedTuple):
@@ -74,7 +80,7 @@ class Outcome(NamedTuple):
     finite: bool
     """Whether all logits were numbers."""
     seconds: float
-    """Share of the time since the answers before: of its batch, and of the trunk if it is the first to need it."""
+    """Share of the time since the answers before, of the trunk too if it is the first to need it."""
 
 
 class Counters:
@@ -102,6 +108,10 @@ class _Progress:
         self.nll = None if job.targets is None else np.zeros(job.wanted, dtype=np.float32)
         self.generated: list[int] = []
         self.finite = True
+        self.missing = job.wanted
+        """Predictions that have not come."""
+        self.decoded = job.max_new_tokens == 0
+        """Whether the answer is all there, if one is generated."""
 
 
 class _Wanted(NamedTuple):
@@ -123,7 +133,6 @@ class Engine:
         cache_tokens: tokens of branches whose keys are held at once; None = `CACHE_PASSES` full passes, fewer where
             memory is short.
         available: tells the free bytes of a device; None is no limit. Of several ranks all have to hear the same.
-        on_tokens: is told after each pass how many tokens of prompts it has read.
 
     Raises:
         ArgumentError: a model whose logits are more than a product with its output embedding.
@@ -136,12 +145,13 @@ class Engine:
         batch_tokens: int,
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
-        on_tokens: Callable[[int], None] | None = None,
     ) -> None:
         lm_head_weight(model)
         self.counters = Counters()
+        self.on_share: Callable[[float], None] | None = None
+        """Is told, while a call of `run` reads and writes, which share of its work is done."""
         self.model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
-        self._available, self._on_tokens = available, on_tokens
+        self._available = available
         self._pass_tokens = batch_tokens
         if model.device.type == "cpu":
             self._pass_tokens = min(batch_tokens, CPU_PASS_TOKENS)
@@ -160,7 +170,7 @@ class Engine:
         )
 
     def run(self, jobs: Sequence[Job], *, length: int) -> Iterator[tuple[int, Outcome]]:
-        """Yield (index of the job, outcome) as batches are done.
+        """Yield (index of the job, outcome) as each is done.
 
         The frequencies of RoPE are those of a prompt of `length` tokens (`infer.length_rope`).
 
@@ -171,6 +181,7 @@ class Engine:
             return
         run = _Run(self, jobs, build_tree([job.ids for job in jobs]), length)
         run.limit = self._check_memory(run)
+        run.measure(self._flops)
         yield from run.branches(run.tree.roots)
 
     def _check_memory(self, run: _Run) -> int:
@@ -200,8 +211,8 @@ class Engine:
         )
         return limit
 
-    def prefill(self, run: _Run, strands: Sequence[Strand]) -> None:
-        """Read the tokens of strands, parents first, in passes."""
+    def prefill(self, run: _Run, strands: Sequence[Strand]) -> Iterator[None]:
+        """Read the tokens of strands, parents first, in passes; yield after each."""
         segments: list[Segment] = []
         room = self._pass_tokens
         for strand in strands:
@@ -213,9 +224,11 @@ class Engine:
                 first = last
                 if room == 0:
                     self._prefill_pass(run, segments)
+                    yield
                     segments, room = [], self._pass_tokens
         if segments:
             self._prefill_pass(run, segments)
+            yield
 
     def _prefill_pass(self, run: _Run, segments: Sequence[Segment]) -> None:
         device = self.model.device
@@ -233,38 +246,51 @@ class Engine:
                 rows_A = torch.tensor([row for row, _ in part], device=device)
                 self._predict(hidden_TD[rows_A], run, [each for _, each in part])
         self.counters.attention_flops += documents.attention_flops
-        if self._on_tokens is not None:
-            self._on_tokens(documents.num_tokens)
+        for strand, first, last in segments:
+            run.worked(self._flops.reading(strand.start + first, last - first))
 
-    def decode(self, run: _Run, answering: Sequence[tuple[int, Strand]]) -> None:
-        """Generate the answers of (job, strand) whose prompts have been read."""
+    def decode(self, run: _Run, answering: Sequence[tuple[int, Strand]]) -> Iterator[None]:
+        """Generate the answers of (job, strand) whose prompts have been read; yield when some are done."""
         live = [
             (job, strand) for job, strand in answering if run.take(job, int(run.progress[job].argmax_ids[-1]))
         ]
-        device = self.model.device
-        with inference(self.model), memory_errors(device, doing="answers are generated"):
-            documents: DecodePass | None = None
-            while live:
-                if documents is None:
-                    documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
-                said = np.array([len(run.progress[job].generated) for job, _ in live]) - 1
-                if run.make_room(live, said + 1):
-                    documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
-                documents.step(said)
-                ids_T = np.array([run.progress[job].generated[-1] for job, _ in live], dtype=np.int64)
-                before = documents.attention_flops
-                logits_TV = self._head(self._hidden(ids_T, documents)).float()
-                self.counters.attention_flops += documents.attention_flops - before
-                self.counters.logit_rows += len(live)
-                self.counters.decoded_tokens += len(live)
-                highest, tokens = logits_TV.max(dim=-1)
-                going_on = []
-                for (job, strand), token, value in zip(live, tokens.tolist(), highest.tolist()):
-                    run.progress[job].finite &= bool(np.isfinite(value))
-                    if run.take(job, token):
-                        going_on.append((job, strand))
-                if len(going_on) < len(live):
-                    live, documents = going_on, None
+        if len(live) < len(answering):
+            yield
+        steps = run.steps(job for job, _ in answering)
+        while live:
+            doing = memory_errors(self.model.device, doing="answers are generated")
+            with inference(self.model), doing:
+                documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
+                going_on = live
+                while len(going_on) == len(live):
+                    said = np.array([len(run.progress[job].generated) for job, _ in live]) - 1
+                    if run.make_room(live, said + 1):
+                        documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
+                    going_on = self._step(run, live, documents, said)
+                    steps -= 1
+                    run.worked(STEP_TOKENS * self._flops.per_token)
+            live = going_on
+            yield
+        run.worked(steps * STEP_TOKENS * self._flops.per_token)  # answers ended before they had to
+
+    def _step(
+        self, run: _Run, live: Sequence[tuple[int, Strand]], documents: DecodePass, said: NDArray[np.int64]
+    ) -> list[tuple[int, Strand]]:
+        """Give each answer its next token; return those that go on."""
+        documents.step(said)
+        ids_T = np.array([run.progress[job].generated[-1] for job, _ in live], dtype=np.int64)
+        before = documents.attention_flops
+        logits_TV = self._head(self._hidden(ids_T, documents)).float()
+        self.counters.attention_flops += documents.attention_flops - before
+        self.counters.logit_rows += len(live)
+        self.counters.decoded_tokens += len(live)
+        highest, tokens = logits_TV.max(dim=-1)
+        going_on = []
+        for (job, strand), token, value in zip(live, tokens.tolist(), highest.tolist()):
+            run.progress[job].finite &= bool(np.isfinite(value))
+            if run.take(job, token):
+                going_on.append((job, strand))
+        return going_on
 
     def _hidden(self, ids: NDArray[np.int64], documents: PrefillPass | DecodePass) -> torch.Tensor:
         """Return the last hidden states [T, D]."""
@@ -295,6 +321,7 @@ class Engine:
             progress = run.progress[each.job]
             progress.finite &= bool(np.isfinite(value))
             progress.argmax_ids[each.place] = token
+            progress.missing -= 1
             if progress.nll is not None:
                 progress.nll[each.place] = loss
 
@@ -310,7 +337,8 @@ class _Run:
         self.limit = 0
         self._engine, self._length = engine, length
         self._ending: dict[Strand, list[int]] = {}
-        self._spent = 0.0
+        self._spent = self._work = 0.0
+        self._total = 1.0
         for index, (job, end) in enumerate(zip(jobs, tree.ends)):
             for place in range(job.wanted):
                 position = len(job.ids) - job.wanted + place
@@ -354,27 +382,56 @@ class _Run:
         progress.generated.append(token)
         push = progress.job.push
         ended = bool(push(token)) if push is not None else False
-        return not ended and progress.finite and len(progress.generated) < progress.job.max_new_tokens
+        full = len(progress.generated) >= progress.job.max_new_tokens
+        progress.decoded = ended or full or not progress.finite
+        return not progress.decoded
+
+    def steps(self, jobs: Iterable[int]) -> int:
+        """Return the steps of decoding that the answers of some jobs take at most."""
+        return max(max((self.progress[job].job.max_new_tokens for job in jobs), default=0) - 1, 0)
+
+    def measure(self, flops: ModelFlops) -> None:
+        """Reckon the work that is to be done, in operations: of what is read, and of the steps of decoding."""
+        total = sum(flops.reading(strand.start, len(strand.ids)) for strand in self.tree.strands())
+        for batch, opened in self._all_batches(self.limit):
+            strands = batch if opened else [strand for top in batch for strand in _below(top)]
+            steps = self.steps(job for strand in strands for job in self._ending.get(strand, ()))
+            total += steps * STEP_TOKENS * flops.per_token
+        self._total = max(total, 1.0)
+
+    def worked(self, operations: float) -> None:
+        """Tell how far the run has come."""
+        self._work += operations
+        if self._engine.on_share is not None:
+            self._engine.on_share(min(1.0, self._work / self._total))
 
     def branches(self, siblings: Sequence[Strand]) -> Iterator[tuple[int, Outcome]]:
         """Answer the jobs of subtrees whose ancestors have been read."""
         for batch, opened in self._batches(siblings, self.limit):
-            started = time.monotonic()
             strands = batch if opened else [strand for top in batch for strand in _below(top)]
             with self._held(strands):
-                ending = [(job, strand) for strand in strands for job in self._ending.get(strand, ())]
-                answering = [each for each in ending if self.progress[each[0]].job.max_new_tokens > 0]
-                # Nothing is yielded in here: between two answers the model is as its owner knows it.
-                with fixed_frequencies(self._engine.model, self._length):
-                    self._engine.prefill(self, strands)
-                    self._engine.decode(self, answering)
-                self._spent += time.monotonic() - started
-                if ending:
-                    share, self._spent = self._spent / len(ending), 0.0
-                for job, _ in ending:
-                    yield job, self._outcome(job, share)
+                yield from self._read(strands)
                 if opened:
                     yield from self.branches(batch[0].children)
+
+    def _read(self, strands: Sequence[Strand]) -> Iterator[tuple[int, Outcome]]:
+        """Read strands and write the answers of the jobs that end with them; yield each as it is done."""
+        ending = [(job, strand) for strand in strands for job in self._ending.get(strand, ())]
+        answering = [each for each in ending if self.progress[each[0]].job.max_new_tokens > 0]
+        engine, left, going_on = self._engine, [job for job, _ in ending], True
+        steps = itertools.chain(engine.prefill(self, strands), engine.decode(self, answering))
+        while going_on:
+            started = time.monotonic()
+            # Nothing is yielded in here: between two answers the model is as its owner knows it.
+            with fixed_frequencies(engine.model, self._length):
+                going_on = next(steps, _END) is not _END
+            self._spent += time.monotonic() - started
+            done = [job for job in left if self.progress[job].decoded and not self.progress[job].missing]
+            if done:
+                left = [job for job in left if job not in done]
+                share, self._spent = self._spent / len(done), 0.0
+            for job in done:
+                yield job, self._outcome(job, share)
 
     def _batches(self, siblings: Sequence[Strand], limit: int) -> Iterator[tuple[list[Strand], bool]]:
         """Yield (subtrees to be read together, False), or ([strand to be read before its branches], True)."""
@@ -405,6 +462,15 @@ class _Run:
                 else:
                     most = max(most, held + sum(self._tokens[strand] for strand in batch))
         return most
+
+    def _all_batches(self, limit: int) -> Iterator[tuple[list[Strand], bool]]:
+        """Yield all batches of the tree as `_batches` does."""
+        waiting: list[Sequence[Strand]] = [self.tree.roots]
+        while waiting:
+            for batch, opened in self._batches(waiting.pop(), limit):
+                if opened:
+                    waiting.append(batch[0].children)
+                yield batch, opened
 
     @contextlib.contextmanager
     def _held(self, strands: Sequence[Strand]) -> Iterator[None]:

@@ -44,6 +44,10 @@ class ModelFlops(NamedTuple):
             per_logit_row=2.0 * hidden * config.vocab_size,
         )
 
+    def reading(self, start: int, tokens: int) -> float:
+        """Return the operations of reading some tokens behind `start` others, without output embedding."""
+        return self.per_token * tokens + self.per_pair * (tokens * start + _triangle(tokens))
+
 
 class Cell(NamedTuple):
     """A prompt of a grid."""

@@ -29,7 +29,6 @@ class LocalAnswerer:
         batch_tokens: tokens in one forward pass.
         cache_tokens: tokens of branches whose keys are held at once; see `infer.engine.Engine`.
         available: tells the free bytes of a device; of several ranks all have to hear the same.
-        on_tokens: is told after each forward pass over prompts how many tokens it has read.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class LocalAnswerer:
         batch_tokens: int,
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
-        on_tokens: Callable[[int], None] | None = None,
     ) -> None:
         self.identity, self.max_length = identity, max_length
         self._model, self._tokenizer = model, tokenizer
@@ -51,8 +49,13 @@ class LocalAnswerer:
             batch_tokens=batch_tokens,
             cache_tokens=cache_tokens,
             available=available,
-            on_tokens=on_tokens,
         )
+        self._on_share: Callable[[float], None] | None = None
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told, while a call answers, which share of its work is done; see `infer.requests.Watched`."""
+        self._on_share = on_share
+        return True
 
     @property
     def counters(self) -> Counters:
@@ -151,9 +154,12 @@ class LocalAnswerer:
         """
         prompts = [len(prompt_of(request)) for request in requests]
         longest_first = sorted(indices, key=lambda index: -prompts[index])
+        whole, before = max(1, sum(prompts[index] for index in indices)), 0.0
         for group in alike(self._model, longest_first, prompts):
-            length = prompts[group[0]]
+            length, weight = prompts[group[0]], sum(prompts[index] for index in group) / whole
             broken: list[tuple[int, Outcome]] = []
+            self._engine.on_share = _part_of(self._on_share, before, weight)
+            before += weight
             for place, outcome in self._engine.run([job(index) for index in group], length=length):
                 if outcome.finite:
                     yield group[place], outcome
@@ -162,6 +168,7 @@ class LocalAnswerer:
             if len(broken) == len(group):
                 yield from broken
                 continue
+            self._engine.on_share = None
             for index, _ in broken:
                 for _, outcome in self._engine.run([job(index)], length=length):
                     yield index, outcome
@@ -171,3 +178,10 @@ class LocalAnswerer:
         if excess is None:
             return None
         return Answer("", error=excess, prompt_tokens=len(prompt_of(request)))
+
+
+def _part_of(
+    on_share: Callable[[float], None] | None, before: float, weight: float
+) -> Callable[[float], None] | None:
+    """Return what is told of a part of some work that has the weight `weight` and comes after `before`."""
+    return None if on_share is None else lambda share: on_share(before + weight * share)

@@ -31,7 +31,7 @@ from longspan.infer.memory import available_memory, shared_memory
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unknown_tokens
 from longspan.infer.remote import KINDS, open_remote
-from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.infer.spread import SpreadModel
 from longspan.models.hf import load_model, reading_folder, rope_of, usable_device
 from longspan.models.identity import model_identity
@@ -310,6 +310,10 @@ class ModelHere:
         """Measure each given answer after its prompt; see `Answerer`."""
         refuse_unknown_tokens(requests, self._vocabulary)
         return self.answerer.score(requests)
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told which share of a call's work is done; see `infer.requests.Watched`."""
+        return isinstance(self.answerer, Watched) and self.answerer.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Return the losses of windows; see `infer.perplexity.token_nll`."""

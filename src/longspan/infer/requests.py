@@ -6,8 +6,8 @@ answerer.score([Request(prompt="2, 4, 6,", prompt_ids=ids, answer_ids=eight)])  
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -109,4 +109,17 @@ class Answerer(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds: processes, connections."""
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An answerer that says how far it has come between two answers."""
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told, while a call answers, which share of its work is done, from 0 to 1; None: no more.
+
+        Returns:
+            Whether it will be told: what runs the requests may not say.
+        """
         ...
