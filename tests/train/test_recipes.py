@@ -14,7 +14,7 @@ from longspan.core.errors import ConfigError, UserError
 from longspan.core.records import read_jsonl
 from longspan.models.export import export_model
 from longspan.models.hf import build_model, load_model, save_model
-from longspan.train.config import TrainConfig
+from longspan.train.config import ModelConfig, TrainConfig
 from longspan.train.recipes import load_recipe, scale_tiny, shipped_recipes
 from longspan.train.resolve import resolve
 from longspan.train.streams import plan_stage
@@ -269,3 +269,19 @@ def test_fields_of_the_model_can_be_set(data_root: Path, tmp_path: Path) -> None
         TrainConfig.from_dict(
             {**config.to_dict(), "model": {**model, "config_overrides": {"rope_theta": 1.0}}}
         )
+
+
+def test_a_model_that_would_fail_at_its_first_step_leaves_no_run_folder(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """The folder of the failed run refused the mended recipe, after a dry run that promised all was well."""
+    fields = {**recipe()["model"]["hf_config"], "attention_dropout": 0.1}
+    config = small(data_root, context_length=16).model_copy(update={"model": ModelConfig(hf_config=fields)})
+    for missing in (False, True):
+        # Also where the data are still to be fetched.
+        root = tmp_path if missing else data_root
+        with pytest.raises(UserError, match="attention dropout"):
+            resolve(config, "recipe.yaml", data_root=root)
+    with pytest.raises(UserError, match="attention dropout"):
+        train(config, tmp_path / "run", data_root=data_root)
+    assert not (tmp_path / "run").exists()

@@ -121,6 +121,11 @@ def longspan_attention(
         ArgumentError: anything this attention does not compute; the message names the model.
     """
     _refuse_unsupported(module, attention_mask, dropout, is_causal, kwargs)
+    if query.shape[-1] != value.shape[-1]:
+        raise ArgumentError(
+            f"{type(module).__name__} has values of another size than keys, which longspan attention does not compute",
+            found=f"{query.shape[-1]} channels of queries and keys, {value.shape[-1]} of values",
+        )
     batch, num_heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     # [B, H, Q, D] -> [B, Q, H, D] -> [B*Q, H, D]: a view, because models project to [B, Q, H, D] first.
@@ -182,7 +187,7 @@ def _refuse_unsupported(
         raise ArgumentError(
             f"{name} uses attention dropout, which longspan attention does not compute",
             found=dropout,
-            fix="set attention_dropout to 0 in the model's config",
+            fix="set it to 0 (attention_dropout, attn_pdrop): in a recipe, under model.config_overrides",
         )
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise ArgumentError(f"{name} is not causal; longspan attention is for causal language models")

@@ -46,7 +46,6 @@ from longspan.parallel.schedules import ScheduleName
 __all__ = [
     "Documents",
     "build_model",
-    "check_model",
     "empty_model",
     "enable",
     "hidden_states",
@@ -164,22 +163,6 @@ def build_model(
     if fill is not None:
         fill(model, seed=seed)
     return enable(model)
-
-
-def check_model(
-    origin: Mapping[str, Any] | str | Path,
-    *,
-    rope: Mapping[str, Any] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> None:
-    """Refuse a config, model family or RoPE with which a training would fail; no weights are read or made.
-
-    `origin` is a config dictionary as for `build_model`, or a folder or hub name as for `load_model`.
-
-    Raises:
-        ConfigError, DataError, ArgumentError: what building or loading it, or its loss, would raise.
-    """
-    lm_head_weight(empty_model(origin, rope=rope, overrides=overrides))
 
 
 def empty_model(
@@ -462,6 +445,9 @@ def hidden_states(
 
     Returns:
         [tokens, hidden] or [batch, tokens, hidden], in the shape of `input_ids`.
+
+    Raises:
+        ArgumentError: a model that gives logits only, or whose attention longspan's cannot replace.
     """
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     if position_ids is None:
@@ -469,9 +455,12 @@ def hidden_states(
             position_ids = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         else:
             position_ids = documents.positions(ids.device)
-    states = model.base_model(
+    output = model.base_model(
         input_ids=ids, position_ids=position_ids.reshape(ids.shape), documents=documents, use_cache=False
-    ).last_hidden_state
+    )
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        raise ArgumentError(f"{type(model).__name__} does not give its hidden states apart from its logits")
     return states.reshape(*input_ids.shape, -1)
 
 

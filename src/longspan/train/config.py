@@ -43,8 +43,8 @@ class ModelConfig(Config):
     hf_config: dict[str, Any] | None = None
     """A transformers configuration, `model_type` included, for a model made from scratch."""
     config_overrides: dict[str, Any] = pydantic.Field(default_factory=dict)
-    """Fields of the transformers configuration that replace those at `path`, such as `attention_dropout: 0.1`; RoPE
-    and lengths belong to the stages."""
+    """Fields of the transformers configuration that replace those at `path`, such as `rms_norm_eps: 1e-6`; RoPE and
+    lengths belong to the stages, and attention has no dropout."""
     init: Literal["default", "zero_residual"] = "default"
     """First weights of a model made from scratch: transformers' own, or models/init.py's for small models."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -20,10 +20,10 @@ from longspan.train.config import ParallelConfig, StageConfig, StreamConfig, Tra
 from longspan.train.fit import step_settings
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
-from longspan.train.rope_schedule import check_ropes, check_stage_ropes, rope_notes, stage_rope_notes
+from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_rope_notes
 from longspan.train.stage_model import model_config, rope_at
 from longspan.train.streams import StagePlan, plan_stage
-from longspan.train.trainer import plan_run
+from longspan.train.trainer import check_recipe, plan_run
 
 __all__ = ["ResolvedRecipe", "ResolvedStage", "resolve"]
 
@@ -90,7 +90,9 @@ def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h1
     missing = sorted({path for stage in config.stages for path in _missing(stage, root)})
     notes = []
     if model.config is None:
-        notes.append(f"the model {config.model.path} is not on this machine: it is estimated by its name")
+        notes.append(
+            f"the model {config.model.path} is not on this machine: it is estimated by its name, and not checked"
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         notes.append(f"data are not on this machine: {shown}; shares are those of the recipe")
@@ -113,7 +115,7 @@ def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h1
 
 def _plan_what_is_there(config: TrainConfig, model: KnownModel, root: Path) -> list[StagePlan | None]:
     if model.config is not None:
-        check_ropes(config, model_config(config, root))
+        check_recipe(config, root)
     elif model.shape is not None and model.own_context is not None:
         check_stage_ropes(config, own_context=model.own_context, head_dim=model.shape.head_dim)
     plans: list[StagePlan | None] = []

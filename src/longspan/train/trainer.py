@@ -26,9 +26,10 @@ from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
 from longspan.data.tokenizer import load_tokenizer
-from longspan.models.hf import check_model, lm_head_weight, save_model
+from longspan.models.hf import lm_head_weight, save_model
 from longspan.models.lora import check_lora, save_adapter
 from longspan.models.rope import EXACT_FROM, exact_angles, hold_frequencies
+from longspan.models.stand_in import check_forward
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, lost_ranks, on_all_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
@@ -60,7 +61,6 @@ from longspan.train.stage_model import (
     model_config,
     model_path,
     own_tensors,
-    rope_at,
     stage_model,
     tokenizer_source,
 )
@@ -230,18 +230,21 @@ def _open(config: TrainConfig, run: RunDir) -> bool:
     return run.is_complete
 
 
-def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
-    """Check the model with every stage's RoPE and plan its data; nothing is trained or written."""
-    root = data_root / config.data_root
+def check_recipe(config: TrainConfig, root: Path) -> None:
+    """Check the model, its forward pass, every stage's RoPE and the adapters; data are not looked at."""
     for stage in config.stages:
-        check_model(
-            config.model.hf_config or model_path(config, root),
-            rope=rope_at(config, stage),
-            overrides=config.model.config_overrides,
-        )
+        model = empty_stage_model(config, stage, root)
+        lm_head_weight(model)
+    check_forward(model.config)
     check_ropes(config, model_config(config, root))
     if config.lora is not None:
         check_lora(model_path(config, root), config.lora)
+
+
+def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
+    """Check a recipe and plan its data; nothing is trained or written."""
+    root = data_root / config.data_root
+    check_recipe(config, root)
     check_trackers(config.tracking)
     if config.init_from is not None:
         find_checkpoint(root / config.init_from.path)
