@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError, UserError
 from longspan.core.log import get_logger
@@ -43,7 +43,7 @@ def check_forward(config: PretrainedConfig) -> None:
         ArgumentError: what the forward pass refuses, or a model that mixes documents.
     """
     fields = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    found = _refusal(type(config), fields)
+    found = _refusal(fields)
     if found is not None:
         raise ArgumentError(f"a {config.model_type} model cannot be trained: {found}")
 
@@ -111,20 +111,21 @@ def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=32)
-def _refusal(kind: type[PretrainedConfig], fields: str) -> str | None:
+def _refusal(fields: str) -> str | None:
     """Return what a model of this config refuses, None if it trains."""
     ids = torch.arange(1, 1 + sum(DOCUMENTS))
     parts = ids.split(DOCUMENTS)
+    settings = json.loads(fields)
     with warnings.catch_warnings(), without_bars(), seeded(0, "stand-in"), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            model = _built(small_config(kind.from_dict(json.loads(fields))))
+            model = _built(small_config(AutoConfig.for_model(**settings)))
             if model is None:
                 return None
             model(input_ids=parts[0][None], use_cache=False)
         except Exception as error:  # noqa: BLE001
             # Of hundreds of families, each may want its sizes to fit in a way of its own.
-            get_logger("models").debug("no small stand-in of %s: %s", kind.__name__, error)
+            get_logger("models").debug("no small stand-in of %s: %s", settings["model_type"], error)
             return None
         try:
             alone = torch.cat([hidden_states(model, part) for part in parts])
