@@ -77,6 +77,8 @@ class FakeServer:
 
     def __init__(self, script: Callable[[Asked], Reply] | Sequence[Reply]) -> None:
         self.asked: list[Asked] = []
+        self.models: list[dict[str, Any]] | None = None
+        """What `/models` lists; None: the server has no such list."""
         self.under_way = self.most_under_way = 0
         self._lock = threading.Lock()
         self._script = script
@@ -89,6 +91,9 @@ class FakeServer:
 
             def do_POST(self) -> None:
                 outer._answer(self)
+
+            def do_GET(self) -> None:
+                outer._list(self)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -132,6 +137,14 @@ class FakeServer:
         if reply.cut:
             handler.wfile.flush()
             handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def _list(self, handler: BaseHTTPRequestHandler) -> None:
+        """Answer what models there are; this is not counted as asked."""
+        body = json.dumps({"object": "list", "data": self.models}).encode()
+        handler.send_response(404 if self.models is None else 200)
+        handler.send_header("content-length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
 
     def _reply(self, asked: Asked) -> Reply:
         if callable(self._script):

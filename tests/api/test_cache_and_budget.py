@@ -17,8 +17,9 @@ from tests.api.made_clock import MadeClock
 
 
 def key_of(request: ChatRequest, **settings) -> str:
-    body = ChatProtocol().body(Endpoint(**{"model": "m", "base_url": "http://a/v1", **settings}), request)
-    return request_key("chat", body, request.sample)
+    endpoint = Endpoint(**{"model": "m", "base_url": "http://a/v1", **settings})
+    body = ChatProtocol().body(endpoint, request)
+    return request_key((endpoint.address, ""), "chat", body, request.sample)
 
 
 PLAIN = ChatRequest(prompt="q")
@@ -45,12 +46,36 @@ def test_what_determines_an_answer_is_in_the_key(other):
 
 
 def test_what_does_not_determine_an_answer_is_not():
-    """A server that moved, another timeout or a known token count must not have all paid for again."""
-    assert key_of(PLAIN, base_url="http://b:9/v1", timeout=1.0) == key_of(PLAIN)
+    """Another timeout or a known token count must not have all paid for again."""
+    assert key_of(PLAIN, timeout=1.0) == key_of(PLAIN)
+    assert key_of(PLAIN, base_url="http://b:9/v1") != key_of(PLAIN), "two servers may call two models `model`"
     assert key_of(PLAIN._replace(prompt_tokens=3)) == key_of(PLAIN)
     assert key_of(PLAIN._replace(prompt=None, messages=({"role": "user", "content": "q"},))) == key_of(PLAIN)
     assert key_of(PLAIN, model="n") != key_of(PLAIN)
     assert key_of(PLAIN, extra={"a": 1}) != key_of(PLAIN)
+
+
+def test_another_model_behind_the_address_is_asked_itself(tmp_path, caplog):
+    """Answers of the model before were given out as those of the one that a restarted server holds."""
+    path = tmp_path / "answers.sqlite"
+    said = [{"id": "m", "root": "/models/a", "created": 1}, {"id": "other"}]
+    with serving([chat("a"), chat("b")]) as server:
+        endpoint = Endpoint(model="m", base_url=server.url)
+
+        def ask() -> tuple[str, bool]:
+            with Client(endpoint, cache=path, clock=MadeClock()) as client:
+                result = client.ask(PLAIN)
+                return result.text, result.cached
+
+        server.models = said
+        assert ask() == ("a", False)
+        server.models = [{**said[0], "created": 2}]
+        assert ask() == ("a", True) and not caplog.records, "the time of the list says nothing"
+        server.models = None
+        assert ask() == ("a", True), "a server that says nothing is taken for what it was"
+        server.models = [{**said[0], "root": "/models/b"}]
+        assert ask() == ("b", False)
+        assert "is not what it was" in caplog.text
 
 
 def test_a_recorded_answer_comes_back_whole(tmp_path):

@@ -198,14 +198,17 @@ def test_what_is_under_way_is_recorded_before_the_error(tmp_path):
         return error(401)
 
     cache = tmp_path / "answers.sqlite"
-    with serving(script) as server, client_of(server, limits=Limits(concurrency=2), cache=cache) as client:
+    with serving(script) as server:
         results = {}
-        with pytest.raises(ConfigError, match="refuses the key"):
-            for name, result in client.complete(TEN):
-                results[name] = result
-    assert {name: result.text for name, result in results.items()} == {0: "paid for"}
-    with serving([error(500)]) as server, client_of(server, cache=cache) as client:
-        assert client.ask(TEN[0][1]).text == "paid for"
+        with client_of(server, limits=Limits(concurrency=2), cache=cache) as client:
+            with pytest.raises(ConfigError, match="refuses the key"):
+                for name, result in client.complete(TEN):
+                    results[name] = result
+        assert {name: result.text for name, result in results.items()} == {0: "paid for"}
+        asked = len(server.asked)
+        with client_of(server, cache=cache) as client:
+            assert client.ask(TEN[0][1]).text == "paid for"
+        assert len(server.asked) == asked
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Answers that were paid for, in one SQLite file: asked again, they come from there.
 
-The key is the SHA-256 of what determines an answer: the protocol, the body (model, messages, every parameter) and
-the number of the draw. Neither the address nor any secret is part of it. An answer is committed as soon as it has
-come; the write-ahead log survives a kill at any time, and several processes may use one file.
+The key is the SHA-256 of what determines an answer: the address and what the server there says of its model (vLLM: the
+path), the protocol, the body (model, messages, every parameter) and the number of the draw. No secret is part of it. A
+name such as "model" says little: another server, or another model behind the same address, is asked itself. An answer
+is committed as soon as it has come; the write-ahead log survives a kill at any time, and several processes may use one
+file.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,14 @@ from typing import Any
 from longspan.api.messages import LogProbs, Reading, Usage
 from longspan.core.errors import DataError, RunError
 
-_KEY_VERSION = 1
-_FORMAT = 1
+_KEY_VERSION = 2
+_FORMAT = 2
 _BUSY_SECONDS = 60.0
 
 
-def request_key(kind: str, body: Mapping[str, Any], sample: int) -> str:
-    """Return 64 hex characters that identify what is asked."""
-    content = {"version": _KEY_VERSION, "kind": kind, "body": body, "sample": sample}
+def request_key(server: Sequence[str], kind: str, body: Mapping[str, Any], sample: int) -> str:
+    """Return 64 hex characters that identify what is asked; `server` is its address and what it says of itself."""
+    content = {"version": _KEY_VERSION, "server": server, "kind": kind, "body": body, "sample": sample}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -52,14 +54,36 @@ class AnswerCache:
             tables = {row[0] for row in self._database.execute("SELECT name FROM sqlite_master")}
             if version not in (0, _FORMAT) or (tables and "answers" not in tables):
                 self._database.close()
-                raise DataError(f"{self.path} is not a file of answers of this version")
+                raise DataError(
+                    f"{self.path} is not a file of answers of this version",
+                    fix="choose another file; answers of older versions do not say which server gave them",
+                )
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS answers"
                 " (key TEXT PRIMARY KEY, model TEXT NOT NULL, created REAL NOT NULL, answer TEXT NOT NULL)"
             )
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS servers"
+                " (address TEXT, model TEXT, said TEXT NOT NULL, PRIMARY KEY (address, model))"
+            )
             self._database.execute(f"PRAGMA user_version={_FORMAT}")
+
+    def known_server(self, address: str, model: str, said: str | None) -> tuple[str, str | None]:
+        """Return what a server says of its model, and what it said before if that was something else.
+
+        One that does not answer, or says nothing, is taken for the one that it was.
+        """
+        with self._lock, self._errors():
+            row = self._database.execute(
+                "SELECT said FROM servers WHERE address = ? AND model = ?", (address, model)
+            ).fetchone()
+            before = None if row is None else str(row[0])
+            if said is None:
+                return before or "", None
+            self._database.execute("INSERT OR REPLACE INTO servers VALUES (?, ?, ?)", (address, model, said))
+        return said, before if before != said else None
 
     def get(self, key: str) -> Reading | None:
         """Return a recorded answer."""

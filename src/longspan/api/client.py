@@ -112,6 +112,20 @@ class Client:
         self._answered = False
         self._loop = _LoopThread()
         self._loop.run(self._open())
+        self._server = (endpoint.address, "" if self._cache is None else self._said(self._cache))
+
+    def _said(self, cache: AnswerCache) -> str:
+        """Return what the server says of its model, which is part of what answers are recorded by."""
+        endpoint = self.endpoint
+        said, before = cache.known_server(
+            endpoint.address, endpoint.model, self._loop.run(self._transport.describe())
+        )
+        if before is not None:
+            _log.warning(
+                "%s at %s is not what it was when answers were recorded (then %s, now %s): it is asked again",
+                *(endpoint.model, endpoint.address, before, said),
+            )
+        return said
 
     async def _open(self) -> None:
         self._slots = asyncio.Semaphore(self.limits.concurrency)
@@ -226,7 +240,7 @@ class Client:
 
     def _job(self, request: ChatRequest) -> _Job:
         body = self._protocol.body(self.endpoint, request)
-        return _Job(request_key(self.endpoint.kind, body, request.sample), request, body)
+        return _Job(request_key(self._server, self.endpoint.kind, body, request.sample), request, body)
 
     def _recorded(self, job: _Job) -> ChatResult | None:
         """Return the result that needs no request: a recorded answer, or that the request cannot be sent."""

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import httpx
 
 _MAX_ERROR_BYTES = 1 << 16
+_DESCRIBE_SECONDS = 10.0
+_SAID = ("id", "root", "parent", "owned_by", "max_model_len", "meta")
+"""What tells one model from another in `/models`: vLLM's path, llama.cpp's sizes; not when the list was made."""
 
 
 class Transport:
@@ -46,6 +49,26 @@ class Transport:
         """Close all connections."""
         if self._client is not None:
             await self._client.aclose()
+
+    async def describe(self) -> str | None:
+        """Return what the server says of the model behind the name, as JSON; None where it does not say."""
+        if self._endpoint.kind == "anthropic" or self._endpoint.is_azure:
+            return None
+        assert self._client is not None, "open() comes first"
+        try:
+            async with asyncio.timeout(min(_DESCRIBE_SECONDS, self._endpoint.timeout)):
+                response = await self._client.get(
+                    f"{self._endpoint.address}/models", headers=self._endpoint.headers(self._key)
+                )
+            models = json.loads(response.content)["data"] if response.status_code == 200 else []
+            found = next((each for each in models if each["id"] == self._endpoint.model), None)
+        except (TimeoutError, self._httpx.HTTPError, ValueError, LookupError, TypeError):
+            return None
+        if found is None:
+            return None
+        return json.dumps(
+            {name: found[name] for name in _SAID if found.get(name) is not None}, sort_keys=True
+        )
 
     async def ask(self, body: Mapping[str, Any], request: ChatRequest) -> Reading | Retry:
         """Post a body and read the whole answer. Raises UserError: no request can succeed."""
