@@ -200,10 +200,12 @@ def test_what_is_under_way_is_recorded_before_the_error(tmp_path):
     cache = tmp_path / "answers.sqlite"
     with serving(script) as server:
         results = {}
-        with client_of(server, limits=Limits(concurrency=2), cache=cache) as client:
-            with pytest.raises(ConfigError, match="refuses the key"):
-                for name, result in client.complete(TEN):
-                    results[name] = result
+        with (
+            client_of(server, limits=Limits(concurrency=2), cache=cache) as client,
+            pytest.raises(ConfigError, match="refuses the key"),
+        ):
+            for name, result in client.complete(TEN):
+                results[name] = result
         assert {name: result.text for name, result in results.items()} == {0: "paid for"}
         asked = len(server.asked)
         with client_of(server, cache=cache) as client:
