@@ -68,6 +68,11 @@ def test_json_holds_the_same_and_nothing_else(longspan, here):
     assert found["answer_tokens"] <= 3 and found["finish"] in ("stop", "length")
     plain = json.loads(longspan("ask model --question Hello --max-new-tokens 2 --json").out)
     assert plain["needle"] is None and plain["prompt_tokens"] < 10
+    # A context that asks for itself, as released question files hold it, is the whole prompt.
+    whole = json.loads(
+        longspan("ask model --context text.txt --prompt {context} --max-new-tokens 2 --json").out
+    )
+    assert whole["question"] is None and whole["context_tokens_removed"] == 0
 
 
 def test_mistakes_are_said(longspan, here):
@@ -77,6 +82,9 @@ def test_mistakes_are_said(longspan, here):
         "ask model --question Q? --context text.txt --length 10": "no room for a context",
         "ask model --question Q? --context text.txt --prompt fu-2023": "fu-2024",
         "ask model --question Q? --context text.txt --prompt 'only {question}'": "no place for the context",
+        "ask model --context text.txt": "a place for a question",
+        "ask model --question Q? --context text.txt --prompt '{context}'": "no place for the question",
+        "ask model": "nothing is asked",
         "ask model --question Q? --chat": "chat template",
         "ask model --question ''": "the question is empty",
         "ask model --question Q? --context text.txt --length 500 --max-length 400": "--max-new-tokens",

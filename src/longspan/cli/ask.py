@@ -28,7 +28,12 @@ ANSWER_TOKENS = 256
 def ask(
     model: ModelOptions,
     prompts: PromptOptions,
-    question: Annotated[str, typer.Option(help="What is asked at the end.")],
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="What is asked; left out where the context holds it, with a --prompt of {context}."
+        ),
+    ] = None,
     context: Annotated[
         list[str] | None, typer.Option(help="Texts to read first: files, folders, patterns; many times.")
     ] = None,
@@ -128,7 +133,7 @@ def _show_prompt(composed: Composed) -> None:
     typer.echo(f"input: {composed.tokens:,} tokens{cut}\n")
 
 
-def _summary(composed: Composed, question: str, answer: Answer) -> dict[str, Any]:
+def _summary(composed: Composed, question: str | None, answer: Answer) -> dict[str, Any]:
     place = composed.place
     return {
         "question": question,

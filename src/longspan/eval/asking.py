@@ -51,11 +51,11 @@ def template_named(name: str) -> str:
     """
     if name in PRESETS:
         return str(PRESETS[name]["prompt"])
-    if "{question}" not in name:
+    if "{question}" not in name and "{context}" not in name:
         raise ArgumentError(
             "there is no such prompt",
             found=repr(name),
-            allowed=[*PRESETS, "a text with {context} and {question}"],
+            allowed=[*PRESETS, "a text with {context}, and {question} where one is asked"],
         )
     return name
 
@@ -64,7 +64,7 @@ def compose(
     documents: Sequence[HeldOutDocument],
     form: PromptForm,
     *,
-    question: str,
+    question: str | None,
     template: str,
     needle: str | None = None,
     depth: float = 0.5,
@@ -74,26 +74,41 @@ def compose(
 
     Args:
         documents: the context, in this order; none: the question is the whole prompt.
-        template: with {context} and {question}.
+        question: None where the context asks it itself.
+        template: with {context}, and with {question} where there is one.
         depth: where the needle is to lie: 0 = start of the context, 1 = its end.
         length: tokens of the prompt at most; None: as long as the documents are.
 
     Raises:
-        ArgumentError: a depth outside 0..1, a needle without a context, a template without a place for it,
-            an empty question.
+        ArgumentError: a depth outside 0..1, a needle without a context, a template without a place for what is
+            given or with one for a question that is not, an empty question.
         DataError: the length leaves no room for a context.
     """
     if not 0.0 <= depth <= 1.0:
         raise ArgumentError("a depth lies between 0 (start) and 1 (end of the context)", found=depth)
-    if not question.strip():
+    if question is not None and not question.strip():
         raise ArgumentError("the question is empty")
     if not documents:
+        if question is None:
+            raise ArgumentError(
+                "nothing is asked", fix="give a --question, or texts that hold one with --context"
+            )
         if needle is not None:
             raise ArgumentError("a needle is planted in a context", fix="give texts with --context")
         return Composed(question, form.count(question), 0, None)
     if "{context}" not in template:
         raise ArgumentError(
             "the prompt has no place for the context", found=repr(template), allowed="{context}"
+        )
+    if ("{question}" in template) != (question is not None):
+        raise ArgumentError(
+            "the prompt has no place for the question"
+            if question
+            else "the prompt has a place for a question",
+            found=repr(template) if question else "no --question",
+            fix="write {question} into --prompt"
+            if question
+            else "give one, or a --prompt without {question}",
         )
     text = SEPARATOR.join(document.text for document in documents)
     window = Window(text, form.tokenizer.encode_with_offsets(text).ends)
@@ -104,7 +119,7 @@ def compose(
 
     def filled(context: str) -> str:
         # The context last: it may hold the other's name.
-        return template.replace("{question}", question).replace("{context}", context)
+        return template.replace("{question}", question or "").replace("{context}", context)
 
     whole = len(window.ends)
     around = form.count(filled("")) + sum(insertion.tokens for insertion in insertions)
