@@ -44,7 +44,7 @@ def test_cut_at_every_byte(tmp_path):
     path = tmp_path / "r.jsonl"
     for cut in range(len(content) + 1):
         path.write_bytes(content[:cut])
-        kept = content[:cut].count(b"\n")
+        kept = content[: cut + 1].count(b"\n")  # a record that lacks only its line break is whole
         assert list(read_jsonl(path)) == RECORDS[:kept]
         with JsonlWriter(path) as writer:
             writer.write({"id": "next"})
@@ -169,3 +169,18 @@ def test_a_folder_is_no_file_of_records(tmp_path):
     """A folder in place of a file was a traceback in every command that reads records."""
     with pytest.raises(DataError, match="is a folder"):
         next(read_jsonl(tmp_path))
+
+
+def test_whole_last_line_without_its_break_is_a_record(tmp_path):
+    """An editor takes the last line break: the record before it was lost, and then cut off."""
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"a":1}\n{"a":2}')
+    assert list(read_jsonl(path)) == [{"a": 1}, {"a": 2}]
+    with JsonlWriter(path) as writer:
+        writer.write({"a": 3})
+    assert list(read_jsonl(path)) == [{"a": 1}, {"a": 2}, {"a": 3}]
+    for torn in (b'{"a":2', b"2", b'{"a":{}', b'["a"]'):
+        path.write_bytes(b'{"a":1}\n' + torn)
+        assert list(read_jsonl(path)) == [{"a": 1}], torn
+        JsonlWriter(path).close()
+        assert path.read_bytes() == b'{"a":1}\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from longspan.data.materialize import materialize
 from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
 from longspan.data.readers import Part, ReadReport, list_inputs
 from longspan.data.readers.mds_folder import read_mds
-from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore
+from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, open_stores
 from longspan.data.stores import import_mds, merge_stores, split_parts, split_plans, split_store
+from longspan.data.token_documents import StoreDocuments
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import VerifyReport, verify
@@ -379,3 +381,20 @@ def test_an_mds_folder_of_others_is_verified(tmp_path: Path) -> None:
     write_raw(tmp_path / "raw", "int32")
     assert verify(tmp_path / "raw").counts == {"shards": 4, "samples": 4}
     assert damaged(tmp_path / "raw", "shard.00001.mds", cut).problems
+
+
+def test_the_same_store_twice_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A store given twice, or a copy of it, doubled the weight of its documents without a word."""
+    store = make_store(tmp_path / "one", [5, 6]).path
+    shutil.copytree(store, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(store)
+    other = make_store(tmp_path / "other", [7]).path
+    open_stores([store, other])
+    assert not caplog.text
+    for again in (store, tmp_path / "copy", tmp_path / "link"):
+        caplog.clear()
+        assert len(open_stores([store, other, again])) == 3
+        assert f"{again} holds the same documents as {store}" in caplog.text
+    caplog.clear()
+    assert len(StoreDocuments([store, tmp_path / "link"], specials="none").tokens) == 2
+    assert "1 stores are given again" in caplog.text

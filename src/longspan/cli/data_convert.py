@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longspan.cli.data_stores import Stores, open_stores, parse_weights
+from longspan.cli.data_stores import Stores, lengths_of, parse_weights
 from longspan.cli.output import Json, example, print_json, print_table
 
 CONVERT_EXAMPLE = example(
@@ -85,7 +85,7 @@ def split(
 
     parts = parse_weights(out.split(","), form="--out PART=SHARE,...")
     if not materialize:
-        table, paths = open_stores(stores)
+        table, paths = lengths_of(stores)
         plans = split_plans(table, parts)
         for name, plan in plans.items():
             plan.save(name, stores=paths)

@@ -13,7 +13,7 @@ from longspan.cli.data_stores import (
     Plot,
     Stores,
     decode,
-    open_stores,
+    lengths_of,
     open_tokenizer,
     show_lengths,
     stores_of,
@@ -35,7 +35,7 @@ _TAIL_TOKENS = 32
 
 def lengths(stores: Stores, plot: Plot = None, as_json: Json = False) -> None:
     """Show documents, tokens and lengths of each source."""
-    table, _ = open_stores(stores)
+    table, _ = lengths_of(stores)
     summary = table.summary("stores", ", ".join(str(store) for store in stores))
     show_lengths([summary], as_json, plot)
     if as_json:

@@ -23,7 +23,7 @@ from longspan.cli.data_stores import (
     PlanOut,
     Plot,
     check_lengths,
-    open_stores,
+    lengths_of,
     parse_weights,
     show_lengths,
     special_ids,
@@ -88,7 +88,7 @@ def mix(
 
     streams = [parse_stream(store) for store in stores]
     names, part = _part([stream.path for stream in streams])
-    table, paths = open_stores(names)
+    table, paths = lengths_of(names)
     given: dict[str, Any] = {
         "mode": mode,
         "tokens": tokens,
@@ -247,7 +247,7 @@ def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
             "a mixture is made of stores, or of one part that `data split` made", found=", ".join(inputs)
         )
     stores = stores_of(plan.stores, Path(plans[0]))
-    check_lengths(open_stores(stores)[0], plan.lengths_fingerprint, Path(plans[0]))
+    check_lengths(lengths_of(stores)[0], plan.lengths_fingerprint, Path(plans[0]))
     return list(map(str, stores)), plan.spec.part
 
 
@@ -259,10 +259,10 @@ def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], n
 
     if folder_kind(inputs[0]) == KIND:
         mixture = MixturePlan.load(inputs[0])
-        table, paths = open_stores(stores_of(mixture.stores, inputs[0]))
+        table, paths = lengths_of(stores_of(mixture.stores, inputs[0]))
         check_lengths(table, mixture.lengths_fingerprint, inputs[0])
         return table, paths, np.asarray(mixture.documents)
-    table, paths = open_stores(inputs)
+    table, paths = lengths_of(inputs)
     return table, paths, plan_mixture(MixtureSpec.from_dict({"mode": "none"}), table, seed).documents
 
 

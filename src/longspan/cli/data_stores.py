@@ -23,13 +23,13 @@ Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Token store
 Plot = Annotated[Path | None, typer.Option(help="Picture to draw, a .png file.")]
 
 
-def open_stores(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
+def lengths_of(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
     """Return the joined length table of stores and their absolute paths, which plans remember."""
     from longspan.core.errors import DataError
     from longspan.data.lengths import LengthTable
-    from longspan.data.store import TokenStore
+    from longspan.data.store import open_stores
 
-    stores = [TokenStore(path) for path in paths]
+    stores = open_stores(paths)
     for store in stores[1:]:
         if store.manifest.tokenizer["fingerprint"] != stores[0].manifest.tokenizer["fingerprint"]:
             raise DataError(

@@ -16,7 +16,8 @@ from longspan.core.files import disk_errors
 class JsonlWriter:
     """Append JSON objects to a file, one line each; every line is handed to the operating system at once.
 
-    A torn last line, left by a killed process, is cut off when the file is opened again.
+    A torn last line, left by a killed process, is cut off when the file is opened again; one that lacks only its line
+    break gets it.
 
     Args:
         alone: refuse a file that another writer has opened so; the lock ends with its process, however that ends.
@@ -74,7 +75,9 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON-lines file; a torn last line is not a record.
+    """Yield the records of a JSON-lines file that we wrote; a torn last line is not a record.
+
+    A last line that is whole but for its line break is one: an editor may have taken it.
 
     Raises:
         DataError: the file is missing or a folder, or a whole line is not a JSON object (file and line are named).
@@ -86,7 +89,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is a folder", allowed="a JSON-lines file")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") and not _is_whole(line):
                 return
             if not line.strip():
                 continue
@@ -123,5 +126,20 @@ def _cut_torn_line(path: Path) -> None:
             position = start
         else:
             keep = 0
-        if keep != end:
+        if keep == end:
+            return
+        file.seek(keep)
+        if _is_whole(file.read()):
+            file.write(b"\n")
+        else:
             file.truncate(keep)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line without a line break is a record: what a torn write leaves of an object is none."""
+    if not line.rstrip().endswith(b"}"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

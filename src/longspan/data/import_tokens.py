@@ -273,6 +273,8 @@ def _raw_records(source: Path) -> Iterator[dict[str, Any]]:
         return
     with open(source, "rb") as file:
         for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
                 yield json.loads(text)
             except ValueError as error:

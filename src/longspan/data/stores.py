@@ -22,7 +22,15 @@ from longspan.core.files import atomic_dir, atomic_write, read_json, remove_left
 from longspan.core.progress import progress
 from longspan.data.lengths import LengthTable
 from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
-from longspan.data.store import Column, MDSDirectory, TokenStore, TokenStoreWriter, read_manifest, token_dtype
+from longspan.data.store import (
+    Column,
+    MDSDirectory,
+    TokenStore,
+    TokenStoreWriter,
+    open_stores,
+    read_manifest,
+    token_dtype,
+)
 from longspan.data.store.assemble import ShardFolder, assemble_store
 from longspan.data.store.documents import ROW, DocumentColumns, SourceNumbers
 from longspan.data.store.mds import INDEX, VERSION
@@ -55,7 +63,7 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
     Raises:
         DataError: the stores were made with different tokenizers, or something stands at `out`.
     """
-    stores = [TokenStore(path) for path in paths]
+    stores = open_stores(paths)
     identities = {_Identity.of(store) for store in stores}
     if len(identities) != 1:
         raise DataError(

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes
+from longspan.core.log import get_logger
 from longspan.data.cepe import CepeFile, read_cepe
 from longspan.data.readers.fields import printable
-from longspan.data.store.token_store import MANIFEST, TokenStore
+from longspan.data.store.token_store import MANIFEST, open_stores
 
 Specials = Literal["none", "bos", "eos", "both"]
 MAX_OPEN_FILES = 128
@@ -59,7 +60,9 @@ class StoreDocuments:
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], *, specials: Specials = "both") -> None:
         # Canonical order must not depend on the order of the arguments.
-        self._stores = [TokenStore(path) for path in sorted({os.path.abspath(path) for path in paths})]
+        self._stores = open_stores(sorted(set(map(os.path.realpath, paths))))
+        if (again := len(paths) - len(self._stores)) > 0:
+            get_logger("data").warning("%d stores are given again, and read once", again)
         tokenizer = self._stores[0].manifest.tokenizer
         for store in self._stores[1:]:
             if store.manifest.tokenizer["fingerprint"] != tokenizer["fingerprint"]:

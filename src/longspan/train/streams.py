@@ -19,7 +19,7 @@ from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import KIND as PACK_PLAN
 from longspan.data.packing import PackPlan, PackSpec, plan_packing
 from longspan.data.recut import HeadRows, RecutRows, recut
-from longspan.data.store import TokenStore
+from longspan.data.store import TokenStore, open_stores
 from longspan.data.whole_rows import WholeRows
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
@@ -199,7 +199,7 @@ def _planned(
         paths = (stream.store,) if isinstance(stream.store, str) else stream.store
         assert paths is not None
         parts = []
-        stores = [TokenStore(data_root / path) for path in paths]
+        stores = open_stores(data_root / path for path in paths)
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
     documents, left_out = _within_limits(stream, lengths, mixture.documents)

@@ -14,7 +14,7 @@ import torch
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
 from longspan.data.loader import PackedRow
-from longspan.data.store import TokenStore
+from longspan.data.store import TokenStore, open_stores
 from longspan.train.loop_config import ValidationConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
@@ -47,7 +47,7 @@ def plan_validation(config: ValidationConfig, *, data_root: Path, seed: int) -> 
     chosen: list[Windows] = []
     tokenizers: dict[str, Path] = {}
     for name, paths in config.stores.items():
-        stores = [TokenStore(data_root / path) for path in ((paths,) if isinstance(paths, str) else paths)]
+        stores = open_stores(data_root / path for path in ((paths,) if isinstance(paths, str) else paths))
         for store in stores:
             tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store.path)
         for length in config.lengths:

@@ -7,6 +7,7 @@ from longspan.data.store.token_store import (
     Manifest,
     TokenStore,
     TokenStoreWriter,
+    open_stores,
     read_manifest,
     token_dtype,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Manifest",
     "TokenStore",
     "TokenStoreWriter",
+    "open_stores",
     "read_manifest",
     "token_dtype",
 ]

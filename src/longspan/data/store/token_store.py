@@ -10,6 +10,8 @@ trained, 1 = ordinary, up to 255 times.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 import longspan
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
+from longspan.core.log import get_logger
 from longspan.data.lengths import LengthTable
 from longspan.data.store.directory import MDSDirectory
 from longspan.data.store.documents import DocumentColumns, DocumentWriter, token_dtype
@@ -191,6 +194,19 @@ def seal_store(
         counts=counts,
     )
     write_json(folder / MANIFEST, manifest._asdict())
+
+
+def open_stores(paths: Iterable[str | os.PathLike[str]]) -> list[TokenStore]:
+    """Open stores in the order given; says which of them are the same, by place or by content."""
+    stores = [TokenStore(Path(path)) for path in paths]
+    first: dict[str, TokenStore] = {}
+    for store in stores:
+        other = first.setdefault(store.fingerprint, store)
+        if other is not store:
+            get_logger("data.store").warning(
+                "%s holds the same documents as %s: each of them counts again", store.path, other.path
+            )
+    return stores
 
 
 class TokenStore:
