@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 
 from longspan.core.errors import DataError
 from longspan.data.readers import ReadReport, read_documents
+from longspan.data.token_documents import find_token_files
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import verify
@@ -62,6 +64,19 @@ def test_the_same_input_twice_is_said(tmp_path: Path, write_jsonl: Write) -> Non
     path = write_jsonl("in/a.jsonl", {"text": "a"})
     found, report = read(tmp_path / "in", path, path)
     assert [text for _, text in found] == ["a"] and report.duplicate_files == 2
+    # A pattern that stands for a folder and what is in it gives nothing twice.
+    assert read(f"{tmp_path}/in/**")[1].duplicate_files == 0
+
+
+def test_token_files_behind_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Linked folders of tokens were passed over as those of texts were."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "far/a.npy", np.array([1, 3, 7, 8, 9]))
+    (tmp_path / "in/books").symlink_to(tmp_path / "far")
+    (tmp_path / "in/gone.npy").symlink_to(tmp_path / "nowhere")
+    assert find_token_files(tmp_path / "in", (".npy",)) == [(f"{tmp_path}/in/books/a.npy", "books")]
+    assert "1 links to nothing" in caplog.text
 
 
 @pytest.mark.parametrize(

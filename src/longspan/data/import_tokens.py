@@ -142,12 +142,14 @@ def _open(source: Path) -> tuple[Callable[[], Iterator[TokenDocument]], bool]:
         (".idx", read_megatron),
     )
     given = source.with_suffix(".idx") if source.suffix == ".bin" else source
-    found = {suffix: find_token_files(given, suffix) for suffix, _ in kinds} if given.exists() else {}
-    some = [suffix for suffix, files in found.items() if files]
+    readers = dict(kinds)
+    files = find_token_files(given, (*readers, *SUFFIXES)) if given.exists() else []
+    found = {Path(path).suffix for path, _ in files}
+    some = [suffix for suffix in readers if suffix in found]
     if len(some) == 1:
-        (read,) = [read for suffix, read in kinds if suffix == some[0]]
-        return lambda: _files(found[some[0]], read), False
-    if given.is_dir() and not some and any(any(given.rglob(f"*{suffix}")) for suffix in SUFFIXES):
+        chosen = [each for each in files if Path(each[0]).suffix == some[0]]
+        return lambda: _files(chosen, readers[some[0]]), False
+    if given.is_dir() and not some and found:
         return lambda: _rows(PackedRows(given)), False
     raise DataError(
         f"{source} cannot become a token store",

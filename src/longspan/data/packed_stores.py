@@ -35,6 +35,7 @@ from longspan.data.packed_files import (
 )
 from longspan.data.packing import PAD_DOCUMENT
 from longspan.data.readers import ReadReport, list_inputs
+from longspan.data.readers.walking import files_below
 from longspan.data.row_index import ROW_ERRORS, RowIndex, keep_index, load_index, make_index
 from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
@@ -299,13 +300,8 @@ def _chunk_files(path: Path) -> list[Path]:
         # Which split it is, and which pieces belong to it, its own files say.
         found = [Path(file.path) for file in list_inputs([path], report=ReadReport())]
     else:
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if (file.suffix in SUFFIXES or file.name == INDEX)
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
+        below = [path / Path(file).relative_to(path.absolute()) for file in files_below(path)]
+        found = sorted(file for file in below if file.suffix in SUFFIXES or file.name == INDEX)
         found = _train_split(path, found)
     kinds = {INDEX if file.name == INDEX else file.suffix for file in found}
     if kinds == {INDEX} and len(found) == 1:

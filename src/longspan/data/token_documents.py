@@ -17,6 +17,7 @@ from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.cepe import CepeFile, read_cepe
 from longspan.data.readers.fields import printable
+from longspan.data.readers.walking import files_below
 from longspan.data.store.token_store import MANIFEST, open_stores
 
 Specials = Literal["none", "bos", "eos", "both"]
@@ -197,25 +198,25 @@ def open_documents(
     return documents
 
 
-def find_token_files(given: Path, suffix: str) -> list[tuple[str, str]]:
-    """Return (absolute path, domain) of each file with a suffix: `given` itself, or those below it.
+def find_token_files(given: Path, suffixes: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (absolute path, domain) of each file with one of the suffixes: `given` itself, or those below it.
 
     The domain is the first folder below `given`, else the folder the file lies in.
     """
     given = given.absolute()
     if given.is_file():
-        return [(str(given), printable(given.parent.name))] if given.suffix == suffix else []
+        return [(str(given), printable(given.parent.name))] if given.suffix in suffixes else []
     found = []
-    for path in given.rglob(f"*{suffix}"):
+    for path in map(Path, files_below(given)):
         below = path.relative_to(given).parts
-        if not any(part.startswith(".") for part in below):
+        if path.suffix in suffixes:
             found.append((str(path), printable(below[0] if len(below) > 1 else given.name)))
     return found
 
 
 def _find_npy(given: Path) -> list[tuple[str, str]]:
     if given.is_dir() or (given.is_file() and given.suffix == ".npy"):
-        return find_token_files(given, ".npy")
+        return find_token_files(given, (".npy",))
     raise DataError(
         f"{given.absolute()} is neither a token store nor a .npy token file, nor a folder of such",
         found="a file" if given.exists() else "nothing",

@@ -308,7 +308,8 @@ class ReadReport:
             left_out.append(
                 f"{self.ignored_files} files of unknown kind ({', '.join(self.ignored_names)}{more})"
             )
-        lines = [f"left out: {', '.join(left_out)} ({self.documents} documents read)"] if left_out else []
+        read = f" ({self.documents} documents read)" if self.documents else ""
+        lines = [f"left out: {', '.join(left_out)}{read}"] if left_out else []
         lines += [f"  {each}" for each in self.examples]
         if self.mixed_orders:
             lines.append(

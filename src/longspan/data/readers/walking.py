@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 from longspan.core.errors import DataError
+from longspan.core.log import get_logger
 from longspan.data.readers.base import ReadReport
 from longspan.data.readers.folders import Entry
 
@@ -26,17 +27,37 @@ def expand_local(given: str, report: ReadReport) -> Iterator[Entry]:
         matches = sorted(glob.glob(given, recursive=True))
         if not matches:
             raise DataError(f"the pattern {given!r} matches no file")
+        met: set[str] = set()
         for path in matches:
             if os.path.islink(path) and not os.path.exists(path):
                 _dead(path, report)
-            else:
-                yield from expand_local(path, report)
+                continue
+            for entry in expand_local(path, report):
+                # A pattern with ** stands for folders and for what is in them.
+                if entry.path not in met:
+                    met.add(entry.path)
+                    yield entry
     elif os.path.islink(given):
         raise DataError(
             f"{given} is a link to nothing", found=os.readlink(given), fix="mend or remove the link"
         )
     else:
         raise DataError(f"{given} does not exist", fix="give a file, a folder, a glob pattern or an address")
+
+
+def files_below(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the files below a folder, sorted, links followed, each file once; says what of them is left out."""
+    report = ReadReport()
+    found: dict[str, str] = {}
+    for entry in sorted(
+        _walk(os.path.abspath(folder), report), key=lambda each: (each.path != each.real, each.path)
+    ):
+        kept = found.setdefault(entry.real, entry.path)
+        if kept != entry.path:
+            report.skip("duplicate_files", entry.path, f"the same file as {kept}")
+    if (warning := report.warning()) is not None:
+        get_logger("data.readers").warning(warning)
+    return sorted(found.values())
 
 
 def _dead(path: str, report: ReadReport) -> None:
