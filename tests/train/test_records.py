@@ -12,6 +12,7 @@ import pytest
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.tokenizer import train_bpe
 from longspan.train.config import StageConfig
+from longspan.train.left_out import left_out_words
 from longspan.train.record_files import Records, parse_records
 from longspan.train.streams import StagePlan, grouped_by_length, plan_stage
 
@@ -114,6 +115,52 @@ def test_one_record_of_another_shape_ends_no_training(root: Path, caplog: pytest
         assert counted in caplog.text
     (root / "one.json").write_text(json.dumps({"text": "word " * 20}))
     assert len(documents(planned(root, {"records": ["one.json"]}))) == 1
+
+
+def test_messages_are_read_as_tokenize_reads_them(root: Path) -> None:
+    """Records of `messages` were refused, though `longspan data tokenize` makes stores of them."""
+    turns = [{"role": "user", "content": "two?"}, {"role": "assistant", "content": "2", "weight": 0}]
+    turns += [{"role": "user", "content": "three?"}, {"role": "assistant", "content": "3"}]
+    lines = [{"messages": turns}, {"messages": json.dumps(turns)}, {"messages": "no"}, {"text": "x"}]
+    (root / "messages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = planned(root, {"records": ["messages.jsonl"], "chat_template": "llama-3"}, objective="sft")
+    assert documents(plan) == [0, 1]
+    row = plan.sources["mine"].row(0)
+    trained = row.input_ids[row.weights > 0]
+    assert len(trained) == 4, "a 3 and its end, twice"
+
+
+def test_conversations_stay_whole_unless_asked(root: Path) -> None:
+    """A conversation cut at a row's end teaches an answer to a question that the model does not see."""
+    chats = {"records": ["chats.json"], "chat_template": "llama-3", "strategy": None}
+    plan = planned(root, chats, objective="sft", context_length=64)
+    rows = [plan.sources["mine"].row(index) for index in range(plan.sources["mine"].num_rows)]
+    assert not any(row.continuation.any() for row in rows)
+    assert 0 < plan.left_out["mine"]["long"] == 20 - len(documents(plan)) < 20
+    cut = planned(root, {**chats, "strategy": "concat"}, objective="sft", context_length=64)
+    assert cut.left_out["mine"]["cut_chats"] > 0 and cut.left_out["mine"]["long"] == 0
+    # Texts go on as before.
+    texts = planned(root, {"records": ["texts.json"], "strategy": None})
+    assert texts.left_out["mine"]["cut_chats"] == 0 and any(
+        texts.sources["mine"].row(index).continuation.any() for index in range(texts.sources["mine"].num_rows)
+    )
+
+
+@pytest.mark.parametrize("strategy", [None, "concat", "intact"])
+def test_an_epoch_counts_every_token(root: Path, strategy: str | None) -> None:
+    """An epoch of 50 chats trained 2,048 of 2,764 tokens, and nothing was said to be left out."""
+    stream = {"records": ["chats.json"], "chat_template": "llama-3", "strategy": strategy}
+    plan = planned(root, stream, objective="sft", batch_tokens=128 * 7)
+    assert plan.mixer is not None
+    rows = plan.mixer.rows(0, plan.rows_needed["mine"])
+    read = sum(int(np.diff(row.cu_seqlens)[row.documents != 2**32 - 1].sum()) for row in rows)
+    out = plan.left_out["mine"]
+    lengths = plan.sources["mine"]._lengths
+    long = int(lengths.tokens[lengths.tokens > 128].sum()) if strategy is None else 0
+    assert (out["rest_rows"] > 0, out["tail_tokens"]) == (True, 0), (out, plan.sources["mine"].num_rows)
+    assert read + out["rest_tokens"] + long == int(lengths.tokens.sum())
+    words = left_out_words(out)
+    assert f"{out['rest_rows']} rows that fill no step, {out['rest_tokens']} tokens in those rows" in words
 
 
 def test_too_long_and_too_short_are_left_out_and_counted(root: Path) -> None:

@@ -132,13 +132,14 @@ def pack(
     length: Annotated[str, typer.Option(help="Tokens in a row, such as 128k.")],
     out: PlanOut,
     strategy: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="concat: documents follow one another and are cut at row ends. intact: a row holds one document. "
             "best_fit: documents that fit a row are not cut, rows are padded. split: documents are cut into "
-            "pieces of --split-lengths, one plan for each length, as OUT/PIECE-LENGTH."
+            "pieces of --split-lengths, one plan for each length, as OUT/PIECE-LENGTH. Default: concat; for "
+            "conversations best_fit without those that are longer than a row."
         ),
-    ] = "concat",
+    ] = None,
     split_lengths: Annotated[
         str | None, typer.Option(help="For split: lengths of pieces, longest first, such as 64k,8k.")
     ] = None,
@@ -151,8 +152,11 @@ def pack(
         str, typer.Option(help="Tokens that the next piece of the same document repeats, without loss.")
     ] = "0",
     remainder: Annotated[
-        str, typer.Option(help="drop or pad: what becomes of a row that is not full.")
-    ] = "drop",
+        str | None,
+        typer.Option(
+            help="drop or pad: what becomes of a row that is not full. Default: drop; for conversations pad."
+        ),
+    ] = None,
     specials: Annotated[str, typer.Option(help="none, bos, eos or both: what frames a document.")] = "none",
     mos: Annotated[
         str, typer.Option(help="none, bos, eos or an id: the token before a piece that continues a document.")
@@ -178,6 +182,7 @@ def pack(
     """
     from longspan.core.errors import ArgumentError
     from longspan.data.packing import PackSpec, plan_packing, plan_split
+    from longspan.data.store import TokenStore
 
     jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
     if materialize is None and (jobs.is_shared or print_sbatch):
@@ -188,13 +193,16 @@ def pack(
     share = jobs.share()
     table, paths, documents = _documents(inputs, seed)
     ids = special_ids(paths[0])
+    chats = strategy is None and any(TokenStore(path).manifest.config.get("chat") for path in paths)
+    if chats:
+        strategy, remainder = "best_fit", remainder or "pad"
     settings = {
         "length": length,
-        "strategy": strategy,
+        "strategy": strategy or "concat",
         "min_length": min_length,
         "min_tail": min_tail,
         "overlap": overlap,
-        "remainder": remainder,
+        "remainder": remainder or "drop",
         "specials": specials,
         "by_source": by_source,
         "split_lengths": [] if split_lengths is None else split_lengths.split(","),
@@ -202,6 +210,8 @@ def pack(
         "mos_id": _mos_id(mos, ids),
     }
     spec = PackSpec.from_dict(settings, where="the command line")
+    if chats:
+        documents = _whole(table, documents, spec.length - spec.num_bos - spec.num_eos)
     if spec.strategy == "split":
         plans = {
             f"{piece}-{spec.length}": plan for piece, plan in plan_split(spec, table, documents, seed).items()
@@ -230,6 +240,20 @@ def pack(
                     typer.echo(missing_words(share, left["pieces"], left["missing"], str(rows)))
     if as_json:
         print_json(found[0] if spec.strategy != "split" else found)
+
+
+def _whole(table: LengthTable, documents: np.ndarray, room: int) -> np.ndarray:
+    """Return the conversations that fit a row, and say how many do not."""
+    from longspan.core.log import get_logger
+
+    fits = table.tokens[documents] <= room
+    if not fits.all():
+        get_logger("data.pack").warning(
+            "left out: %d conversations longer than a row, %d tokens; --strategy best_fit cuts them",
+            int((~fits).sum()),
+            int(table.tokens[documents[~fits]].sum()),
+        )
+    return documents[fits]
 
 
 def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:

@@ -240,17 +240,9 @@ def _stage_row(stage: ResolvedStage) -> list[Any]:
     ]
 
 
-_LEFT_OUT = {
-    "short": "too short",
-    "long": "too long",
-    "short_rows": "rows too short",
-    "tail_tokens": "tokens behind the last row",
-    "cut_documents": "documents cut",
-}
-
-
 def _left_out(stream: dict[str, int | None]) -> str | None:
-    counts = [
-        f"{stream[key]} {words}" for kind, words in _LEFT_OUT.items() if (key := f"left_out_{kind}") in stream
-    ]
-    return ", ".join(counts) or None
+    from longspan.train.left_out import left_out_words
+
+    prefix = "left_out_"
+    counts = {key.removeprefix(prefix): count for key, count in stream.items() if key.startswith(prefix)}
+    return left_out_words(counts) or None

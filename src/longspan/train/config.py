@@ -113,8 +113,9 @@ class StreamConfig(Config):
     store: str | tuple[str, ...] | None = None
     """Token store folders, relative to `data_root`; mixture and packing are planned by the settings below."""
     records: tuple[str, ...] | None = None
-    """Instead of `store`: JSON lines of `text` or of `conversations`, which are tokenized into stores beside the
-    first time. `F[5000]` draws so many records, `F[:5000]` takes the first; `long-llm:` is `data_root`."""
+    """Instead of `store`: JSON lines of `text`, or of conversations in `messages` or `conversations`, which are
+    tokenized into stores beside the first time. `F[5000]` draws so many records, `F[:5000]` takes the first;
+    `long-llm:` is `data_root`."""
     rows: str | None = None
     """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines or parquet with `source` spans,
     a data set that Hugging Face `datasets` saved). Rows longer than the stage become rows of the stage."""
@@ -124,8 +125,10 @@ class StreamConfig(Config):
     chat_template: str | None = None
     """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
     mixture: MixtureSpec = MixtureSpec(mode="none")
-    strategy: Literal["concat", "intact", "best_fit"] = "concat"
-    """How documents become rows of the stage's context length; those of longer `rows` too."""
+    strategy: Literal["concat", "intact", "best_fit"] | None = None
+    """How documents become rows of the stage's context length; those of longer `rows` too. None: concat; for
+    conversations, and with `objective: sft`, best_fit, and a conversation longer than a row is left out and counted:
+    no answer is learnt without its question."""
     overflow: Literal["split", "drop_tail"] = "split"
     """What becomes of what `rows` have more than the stage's context length: it is in further rows, or left out and
     counted, so that each row gives its first tokens."""
@@ -155,7 +158,7 @@ class StreamConfig(Config):
         changed = [name for name in planning if getattr(self, name) != type(self).model_fields[name].default]
         if self.rows is not None and changed:
             raise ValueError(f"{', '.join(changed)} has no effect on rows that are packed already")
-        if self.overflow != "split" and (self.rows is None or self.strategy != "concat"):
+        if self.overflow != "split" and (self.rows is None or self.strategy not in (None, "concat")):
             raise ValueError(
                 "overflow: drop_tail takes the first tokens of each of `rows`, with strategy concat"
             )

@@ -5,9 +5,9 @@
     long-llm:papers.json     below the recipe's data_root, whichever folder the command runs in
     sft.jsonl[:5000]         the first 5000
 
-A record with `conversations` ({"role", "content"} turns) is written out by the chat template and masked; one with
-`text` is text. The first record with either says which a file holds. Each file becomes a token store in `stores/` below
-`data_root`, once for each tokenizer and template.
+A record with `messages` or `conversations` is written out by the chat template and masked, as `longspan data tokenize`
+does it; one with `text` is text. The first record with any of them says which a file holds. Each file becomes a token
+store in `stores/` below `data_root`, once for each tokenizer and template.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from longspan.data.tokenizer import Tokenizer, load_tokenizer
 __all__ = ["RecordStore", "Records", "draw_records", "parse_records", "record_stores"]
 
 DATA_ROOT_PREFIX = "long-llm:"
-CONVERSATIONS = "conversations"
+CONVERSATIONS = ("messages", "conversations")
+"""Fields that hold a conversation; the first of them that a record has."""
 _SAMPLED = re.compile(r"(?P<path>.*?)(?:\[(?P<first>:?)(?P<count>[^\[\]]*)\])?", re.DOTALL)
 
 
@@ -97,29 +98,32 @@ def _store_of(path: str, data_root: Path, tokenizer: Tokenizer, template: str | 
         raise DataError(
             "a file of records is missing", found=str(file), fix="relative paths start at data_root"
         )
-    chat = load_chat_format(tokenizer, template) if _holds_conversations(file) else None
+    field = _field_of(file)
+    chat = load_chat_format(tokenizer, template) if field in CONVERSATIONS else None
     identity = [str(file.resolve()), tokenizer.fingerprint, chat.fingerprint if chat else None]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return tokenize_corpus(
         [str(file)],
         tokenizer,
         data_root / "stores" / f"{file.stem}-{name}",
-        messages_field=CONVERSATIONS if chat else None,
+        messages_field=field if chat else None,
         chat=chat,
     )
 
 
-def _holds_conversations(file: Path) -> bool:
+def _field_of(file: Path) -> str:
+    """Return the field that holds a file's conversations or texts."""
     # One record that is neither ends no job: the store counts it, or says that it has none of its field.
     fields: list[str] | None = None
     for _, record in read_objects(file, report=ReadReport()):
-        if {"text", CONVERSATIONS} & record.keys():
-            return CONVERSATIONS in record
+        for field in (*CONVERSATIONS, "text"):
+            if record.get(field) is not None:
+                return field
         fields = list(map(str, record)) if fields is None else fields
     raise DataError(
         f"{file} holds neither texts nor conversations",
         found="nothing" if fields is None else f"fields {', '.join(fields)}"[:200],
-        allowed="JSON lines with `text`, or with `conversations` of role and content",
+        allowed="JSON lines with `text`, or with conversations in `messages` or `conversations`",
     )
 
 

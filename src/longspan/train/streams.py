@@ -24,6 +24,7 @@ from longspan.data.whole_rows import WholeRows
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
 from longspan.train.config import StageConfig, StreamConfig, TrainConfig
+from longspan.train.left_out import num_cut, rest_of_epochs
 from longspan.train.pose import skip_positions
 from longspan.train.record_files import draw_records, record_stores
 
@@ -44,8 +45,7 @@ class StagePlan(NamedTuple):
     tokenizers: dict[str, Path]
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
     left_out: dict[str, dict[str, int]]
-    """Documents of each stream that its limits leave out: too "short", too "long"; of `rows` that are longer than the
-    stage, "cut_documents", "tail_tokens" and "short_rows"."""
+    """What each stream leaves out of its data: documents too "short" or too "long" ...; see the module of that name."""
 
 
 def plan_stages(
@@ -132,11 +132,15 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
         seed,
         orders=orders,
     )
-    if stage.epochs is not None:
+    epochs = stage.epochs
+    if epochs is not None:
         stage = _with_steps(stage, mixer, sources)
     needed = {
         name: progress.rows for name, progress in mixer.epochs(stage.num_steps * stage.rows_per_step).items()
     }
+    if epochs is not None:
+        for name, count in needed.items():
+            left_out[name] = {**left_out[name], **rest_of_epochs(sources[name], orders[name], count, epochs)}
     for name, count in needed.items():
         if count > sources[name].num_rows * stage.max_epochs:
             raise ConfigError(
@@ -202,16 +206,23 @@ def _planned(
         stores = open_stores(data_root / path for path in paths)
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
-    documents, left_out = _within_limits(stream, lengths, mixture.documents)
+    chats = np.array([bool(store.manifest.config.get("chat")) for store in stores])
+    strategy = stream.strategy
+    limits = np.full(len(stores), np.iinfo(np.int64).max)
+    if strategy is None:
+        strategy = "best_fit" if stage.objective == "sft" or chats.any() else "concat"
+        limits[chats] = stage.context_length - {"none": 0, "both": 2}.get(stream.specials, 1)
+    documents, left_out = _within_limits(stream, lengths, mixture.documents, limits)
     if parts:
         documents = draw_records(parts, lengths, documents, seed)
     if stream.group_by_length:
         documents = grouped_by_length(documents, lengths.tokens, stretch=50 * stage.rows_per_step)
     spec = PackSpec(
         length=stage.context_length,
-        strategy=stream.strategy,
-        # A document of its own row is shorter than the row: the rest is padding, which weighs nothing.
-        remainder="drop" if stream.strategy == "concat" else "pad",
+        strategy=strategy,
+        # A document of its own row is shorter than the row: the rest is padding, which weighs nothing. A stage of so
+        # many tokens reads full rows; an epoch reads all of its text.
+        remainder="drop" if strategy == "concat" and stage.epochs is None else "pad",
         pad_id=0,
         # Rows in an order of their own would undo the grouping.
         shuffle=stream.shuffle and not stream.group_by_length,
@@ -225,19 +236,20 @@ def _planned(
             allowed=f"at least {stage.context_length} tokens",
             fix="give it more documents or a shorter context_length",
         )
+    left_out |= {"tail_tokens": sum(plan.report.dropped.values()), "cut_chats": num_cut(plan, lengths, chats)}
     masked = bool(np.any(lengths.mask_offset[documents] != 0))
     return _Planned(RowLoader(stores, plan), stores, mixture, masked, left_out)
 
 
 def _within_limits(
-    stream: StreamConfig, lengths: LengthTable, documents: np.ndarray
+    stream: StreamConfig, lengths: LengthTable, documents: np.ndarray, limits: np.ndarray
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the documents that are neither too short nor too long, and how many are."""
+    """Return the documents that are neither too short nor too long, and how many are; `limits` int64 [stores]."""
     tokens = lengths.tokens[documents]
     short = tokens < max(1, stream.min_document_tokens)
-    long = np.zeros(len(tokens), bool)
+    long = tokens > limits[lengths.store[documents]]
     if stream.max_document_tokens is not None:
-        long = tokens > stream.max_document_tokens
+        long |= tokens > stream.max_document_tokens
     return documents[~(short | long)], {"short": int(short.sum()), "long": int(long.sum())}
 
 
@@ -284,7 +296,7 @@ def _packed(
     if folder_kind(path) == PACK_PLAN:
         return _plan_rows(stream, stage, path, data_root, where)
     rows = PackedRows(path)
-    again = stream.strategy != "concat" or stream.overflow != "split"
+    again = stream.strategy not in (None, "concat") or stream.overflow != "split"
     if rows.lengths_are(stage.context_length) and not again:
         return rows, []
     if rows.longest < stage.context_length:
@@ -296,8 +308,8 @@ def _packed(
             allowed=f"{stage.context_length}, the stage's context_length",
             fix="write them at that length with `longspan data pack`, and annotate those",
         )
-    recut_rows = recut(rows, length=stage.context_length, strategy=stream.strategy, overflow=stream.overflow)
-    return recut_rows, []
+    strategy = stream.strategy or "concat"
+    return recut(rows, length=stage.context_length, strategy=strategy, overflow=stream.overflow), []
 
 
 def _plan_rows(
@@ -311,7 +323,7 @@ def _plan_rows(
         )
     if plan.spec.length != stage.context_length:
         raise _other_length(where, plan.spec.length, stage)
-    if stream.strategy != "concat" or stream.overflow != "split":
+    if stream.strategy not in (None, "concat") or stream.overflow != "split":
         raise ConfigError(f"{where}: strategy and overflow have no effect on a pack plan", found=str(path))
     return RowLoader(stores, plan), stores
 

@@ -43,6 +43,7 @@ from longspan.train.checkpoint import (
 )
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.fit import resolve_memory
+from longspan.train.left_out import log_left_out
 from longspan.train.loop_config import DistillConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
@@ -127,6 +128,8 @@ def train(
         if spread.is_first:
             for note in rope_notes(config, hf_config):
                 get_logger("train").warning(note)
+            for plan in plans:
+                log_left_out(plan.stage.name, plan.left_out)
         config = resolve_memory(config, hf_config.to_dict())
         sizes = attention_sizes(config, root)
         spread.check(config, sizes.heads, sizes.kv_heads, window=sizes.window)
