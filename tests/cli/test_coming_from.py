@@ -10,8 +10,10 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from longspan.data.store import TokenStore
 from longspan.data.tokenizer import train_bpe
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
@@ -59,7 +61,8 @@ def workplace(tmp_path: Path) -> Path:
         records = [
             {"text": t, "meta": {"redpajama_set_name": domains[i % 3]}} for i, t in enumerate(texts[part::3])
         ]
-        write(tmp_path / "slimpajama" / f"part-{part}.jsonl", records)
+        write(tmp_path / "slimpajama" / "train" / f"part-{part}.jsonl", records)
+    write(tmp_path / "slimpajama" / "validation" / "part-0.jsonl", [{"text": "not trained", "meta": {}}])
     write(tmp_path / "books.jsonl", [{"text": text(i, 300)} for i in range(80)])
     files = [{"text": text(i, 40), "repo": f"r{i % 4}", "path": f"{i:02d}.py"} for i in range(40)]
     write(tmp_path / "code" / "files.jsonl", files)
@@ -86,3 +89,8 @@ def test_the_page_runs_from_top_to_bottom(longspan, workplace: Path, monkeypatch
     row = json.loads(rows[0].read_text().splitlines()[0])
     assert len(row["input_ids"]) == 64 and isinstance(row["labels"], int)
     assert row["source"][0]["start"] == 0 and row["source"][-1]["end"] == 64
+    assert len(TokenStore(workplace / "stores" / "slimpajama")) == 60, "the split train alone"
+    pairs = {path.parent.name for path in (workplace / "8k_ab" / "train").rglob("index.json")}
+    assert pairs == {"arxiv", "book"}
+    lengths = np.load(workplace / "npy" / "book" / "book.npy")
+    assert lengths[0] == 120 and len(lengths) == 121 + lengths[1:121].sum()

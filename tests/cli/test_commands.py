@@ -269,3 +269,22 @@ run()
 def test_version_and_help(longspan):
     assert longspan("--version").out.startswith("longspan ")
     assert "Commands:" in longspan("--help").out
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "said"),
+    [
+        ("2e1", 0, ""),
+        ("0.02k", 0, ""),
+        ("1.5", 2, "whole number"),
+        ("0", 2, "less than 1"),
+        ("two", 2, "not a count"),
+    ],
+)
+def test_counts_are_read_as_people_write_them(
+    longspan, word: str, code: int, said: str, tmp_path: Path
+) -> None:
+    """Other projects say 2e6 samples; a number that is none gets one message."""
+    command = f"eval passkey --model m --tokenizer {tmp_path} --samples {word} --out {tmp_path / 'r'} --help"
+    outcome = longspan(command.removesuffix(" --help") if code else command)
+    assert outcome.code == code and said in outcome.err

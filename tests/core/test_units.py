@@ -12,6 +12,7 @@ from longspan.core.units import (
     format_count,
     format_seconds,
     parse_bytes,
+    parse_count,
     parse_length,
     parse_tokens,
 )
@@ -33,6 +34,9 @@ from longspan.core.units import (
         (parse_tokens, "2e9", 2_000_000_000),
         (parse_tokens, "20_000", 20_000),
         (parse_tokens, "1,500,000", 1_500_000),
+        (parse_count, "2e6", 2_000_000),
+        (parse_count, "2M", 2_000_000),
+        (parse_count, 7, 7),
         (parse_bytes, "80GiB", 80 * 2**30),
         (parse_bytes, "80 GB", 80 * 10**9),
         (parse_bytes, "4096", 4096),

@@ -110,7 +110,7 @@ def test_cepe_files(tmp_path: Path) -> None:
 def test_columns_of_ours_come_back(tmp_path: Path, masks: bool) -> None:
     """Guards against documents that can be written and not be read again: keys, sources and masks included."""
     store = make_store(tmp_path / "store", [50, 3, 300] * 4, masks=masks)
-    convert(store.path, tmp_path / "npy", format="npy")
+    convert(store.path, tmp_path / "npy", format="columns")
     assert convert(tmp_path / "npy", tmp_path / "again", format="store", tokenizer=TOKENIZER) == "store"
     again = TokenStore(tmp_path / "again")
     assert documents(again) == documents(store) and again.fingerprint == store.fingerprint

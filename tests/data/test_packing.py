@@ -87,6 +87,28 @@ def test_a_short_tail_is_dropped_and_the_next_document_moves_up() -> None:
     assert rows_of(pack([3, 4, 1], length=4, min_tail=2)) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 3), (2, 0, 1)]]
 
 
+@pytest.mark.parametrize(
+    ("specials", "expected"),
+    [
+        ("none", "0:0-8 0:8-16 1:0-3,2:0-5 3:0-8 4:0-8 4:8-16 5:0-2,6:0-2,7:0-4 7:4-12 7:12-20 7:20-28 8:0-7,9:0-1 "
+         "10:0-8 10:8-16"),
+        ("both", "0:0-8 0:8-16 1:0-5,2:0-3 2:3-11 3:0-8 4:0-8 4:8-16 5:0-4,6:0-4 7:0-8 7:8-16 7:16-24 7:24-32 8:0-8 "
+         "9:0-3,10:0-5 10:5-13"),
+    ],
+)  # fmt: skip
+def test_min_tail_packs_as_datatools_with_min_length(specials: str, expected: str) -> None:
+    """Guards the line that stands beside `pack --pack_length 8 --min_length 8` for users of datatools.
+
+    The rows are those that its pack_fn (github.com/CodeCreator/datatools, 2024) yields for these documents, without
+    and with `--bos_id 1 --eos_id 2`, written as document:start-end.
+    """
+    ids = {} if specials == "none" else {"bos_id": 1, "eos_id": 2}
+    lengths = [20, 3, 9, 8, 17, 2, 2, 30, 7, 1, 16, 5]
+    plan = pack(lengths, length=8, min_tail=8, specials=specials, **ids)
+    found = [",".join(f"{doc}:{start}-{start + count}" for doc, start, count in row) for row in rows_of(plan)]
+    assert " ".join(found) == expected
+
+
 def test_intact_never_mixes_documents() -> None:
     """A row with two documents would break the promise of the strategy."""
     full = pack([9, 4, 3], length=4, strategy="intact")

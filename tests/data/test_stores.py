@@ -248,10 +248,37 @@ def test_documents_go_out_and_come_back(tmp_path: Path, format: str) -> None:
 def test_documents_as_columns(tmp_path: Path) -> None:
     """One flat array and offsets, for whoever wants no library at all."""
     store = make_store(tmp_path / "store", [50, 3, 300])
-    convert(store.path, tmp_path / "npy", format="npy")
+    convert(store.path, tmp_path / "npy", format="columns")
     tokens, offsets = (np.load(tmp_path / "npy" / f"{name}.npy") for name in ("tokens", "offsets"))
     assert tokens[offsets[1] : offsets[2]].tolist() == store.tokens(1).tolist()
     assert json.loads((tmp_path / "npy" / "names.json").read_text()) == ["a", "b", "c"]
+
+
+def test_documents_as_the_token_files_of_cepe(tmp_path: Path) -> None:
+    """[n] [lengths] [tokens], a file for each source, BOS and EOS in each document: what CEPE's samplers read."""
+    store = make_store(tmp_path / "store", [50, 3, 4, 300])
+    assert convert(store.path, tmp_path / "npy", format="npy") == "documents"
+    bos, eos = TOKENIZER.bos_id, TOKENIZER.eos_id
+    for source in store.lengths.source_names:
+        framed = [
+            [bos, *store.tokens(number).tolist(), eos]
+            for number in range(len(store))
+            if store.source(number) == source
+        ]
+        file = np.load(tmp_path / "npy" / source / f"{source}.npy")
+        assert file.dtype == np.int64
+        assert file.tolist() == [len(framed), *map(len, framed), *(id for ids in framed for id in ids)]
+    convert(tmp_path / "npy", tmp_path / "again", format="store", tokenizer=TOKENIZER)
+    again = TokenStore(tmp_path / "again")
+    assert sorted(document[::2] for document in documents(again)) == sorted(
+        document[::2] for document in documents(store)
+    )
+    convert(store.path, tmp_path / "plain", format="npy", specials="none")
+    assert np.load(tmp_path / "plain" / "a" / "a.npy")[1] == len(store.tokens(0))
+    with pytest.raises(ArgumentError, match="CEPE's files hold none"):
+        convert(make_store(tmp_path / "masked", [50] * 2, masks=True).path, tmp_path / "out", format="npy")
+    with pytest.raises(ArgumentError, match="specials frame the documents"):
+        convert(store.path, tmp_path / "out", format="jsonl", specials="bos")
 
 
 def test_conversions_that_make_no_sense_are_refused(tmp_path: Path) -> None:

@@ -150,6 +150,10 @@ def test_documents_are_filtered_and_drawn() -> None:
     ]
     assert drawn[0] == drawn[1] != drawn[2] or drawn[0] != drawn[3] or drawn[0] != drawn[4]
     assert all(len(documents) == 3 for documents in drawn)
+    first = windows_of(sizes, cut="full", num_documents=2, min_tokens=10, first=True, seed=7)
+    assert [window.document[-1] for window in first] == ["1", "2"], "as others take the first so many"
+    with pytest.raises(ConfigError, match="the first of how many"):
+        PplTask.from_dict({"cut": "full", "first": True})
     with pytest.raises(
         DataError, match=r"as many tokens as asked for\n.*longest has 80 tokens\n.*100 tokens"
     ):

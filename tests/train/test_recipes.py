@@ -45,6 +45,17 @@ PUBLISHED["easycontext-1m"] = PUBLISHED["easycontext-13b-1m"] = [
     (512000, 90, 2 * 512000, 1e-5, 250e6, None),
     (1048576, 0, 1048576, 1e-5, 1e9, None),
 ]
+PUBLISHED["easycontext-danube2-256k"] = [
+    (16000, 400, 64 * 16000, 2e-5, 3e4, None),
+    (32000, 400, 32 * 32000, 2e-5, 1e5, None),
+    (32000, 400, 32 * 32000, 2e-5, 3e5, None),
+    (64000, 400, 16 * 64000, 2e-5, 1e6, None),
+    (64000, 400, 16 * 64000, 2e-5, 2.5e6, None),
+    (64000, 400, 16 * 64000, 2e-5, 5e6, None),
+    (128000, 300, 8 * 128000, 2e-5, 1e7, None),
+    (128000, 200, 8 * 128000, 2e-5, 3e7, None),
+    (256000, 200, 4 * 256000, 2e-5, 1e8, None),
+]
 
 
 def test_every_shipped_recipe_is_checked_here() -> None:
@@ -83,7 +94,7 @@ def test_a_dry_run_needs_neither_the_model_nor_the_data(name: str, tmp_path: Pat
         assert set(settings.streams) <= {*stage.tokens_by_source, "slimpajama"}
         if settings.steps == 0:
             continue
-        assert stage.memory is not None and 5e9 < sum(stage.memory.values()) < 141e9
+        assert stage.memory is not None and 4e9 < sum(stage.memory.values()) < 141e9
         assert stage.step_seconds is not None and stage.step_seconds > 1
         if stage.tokens is not None:
             counted = [tokens for tokens in stage.tokens_by_source.values() if tokens is not None]

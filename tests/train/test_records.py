@@ -56,6 +56,7 @@ def documents(plan: StagePlan) -> list[int]:
         ("a.json", ("a.json", None, False)),
         ("long-llm:a.json[5000]", ("long-llm:a.json", 5000, False)),
         ("a[1].json[:20]", ("a[1].json", 20, True)),
+        ("a.json[2e3]", ("a.json", 2000, False)),
     ],
 )
 def test_entries_are_read(entry: str, parts: tuple[str, int | None, bool]) -> None:
@@ -63,7 +64,7 @@ def test_entries_are_read(entry: str, parts: tuple[str, int | None, bool]) -> No
     assert parse_records(entry) == Records(*parts)
 
 
-@pytest.mark.parametrize("entry", ["a[]", "a[0]", "a[-1]", "a[1e3]", "a[:]"])
+@pytest.mark.parametrize("entry", ["a[]", "a[0]", "a[-1]", "a[1.5]", "a[:]"])
 def test_a_number_that_is_none_is_refused(entry: str) -> None:
     """An empty pair of brackets once meant a crash deep inside."""
     with pytest.raises(ConfigError, match="number in brackets"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,9 +32,19 @@ def convert(
             "datatrove's .ds, Megatron's .bin and .idx, or documents that this command wrote.",
         ),
     ],
-    to: Annotated[str, typer.Option(help="mds, jsonl, parquet or npy, or store for tokens of other tools.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Rows: mds, jsonl, parquet or npy. A store: jsonl, parquet, columns, or npy, which are CEPE's files, "
+            "one for each source. store, for tokens of other tools."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Place to write; nothing may stand there.")],
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the ids, for --to store.")] = None,
+    specials: Annotated[
+        Literal["none", "bos", "eos", "both"] | None,
+        typer.Option(help="What frames each document of a store in npy. Default: both, as CEPE has it."),
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that write rows; the result does not depend on it.")
     ] = 1,
@@ -45,7 +55,7 @@ def convert(
     from longspan.data.tokenizer import load_tokenizer
 
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    kind = write(source, out, format=to, tokenizer=loaded, num_workers=workers)
+    kind = write(source, out, format=to, tokenizer=loaded, specials=specials, num_workers=workers)
     if as_json:
         print_json({"out": str(out), "kind": kind, "format": to})
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.counts import count_option
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def pairs(
     out: Out,
     encoder: Annotated[str, typer.Option(help="Tokens before the decoder's, such as 4k.")] = "4096",
     decoder: Annotated[str, typer.Option(help="Tokens of the decoder.")] = "4096",
-    eval_samples: Annotated[int, typer.Option(min=0, help="Pairs for evaluation; 0: none.")] = 0,
-    train_samples: Annotated[int, typer.Option(min=0, help="Pairs for training; 0: none.")] = 0,
+    eval_samples: Annotated[int, count_option(help="Pairs for evaluation; 0: none.")] = 0,
+    train_samples: Annotated[int, count_option(help="Pairs for training; 0: none.")] = 0,
     retrieval_samples: Annotated[
-        int, typer.Option(min=0, help="Chunks of the shard of the retrieval corpus; 0: none.")
+        int, count_option(help="Chunks of the shard of the retrieval corpus; 0: none.")
     ] = 0,
     shard: Shard = 0,
     num_shards: NumShards = 100,
@@ -112,7 +113,7 @@ def pairs(
 def retrieval(
     inputs: Inputs,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer that turns ids into text.")],
-    samples: Annotated[int, typer.Option(min=1, help="Chunks of the shard, all domains together.")],
+    samples: Annotated[int, count_option(help="Chunks of the shard, all domains together.", min=1)],
     out: Out,
     shard: Shard = 0,
     num_shards: NumShards = 100,

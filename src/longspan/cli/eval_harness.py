@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.counts import count_option
 from longspan.cli.eval_options import Note, Out, RetryUnscored, read_held_out
 from longspan.cli.model_options import AskedModel, ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, percent, print_json, print_table
@@ -58,7 +59,7 @@ def harness(
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question. Default: as published.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of each set.")] = None,
+    limit: Annotated[int | None, count_option(help="The first so many questions of each set.", min=1)] = None,
     input_length: Annotated[
         str | None,
         typer.Option(help="Tokens of a prompt at most, such as 31500 or 128k; the rest is cut out of it."),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longspan.cli.counts import count_option
 from longspan.cli.eval_options import (
     Note,
     Out,
@@ -57,7 +58,7 @@ def needle(
     depths: Annotated[
         str | None, typer.Option(help="0: start of the text, 1: its end; such as 0,0.5,1 or 0:1:11.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of each length and depth.")] = None,
+    samples: Annotated[int | None, count_option(help="Samples of each length and depth.", min=1)] = None,
     needles: Annotated[int | None, typer.Option(min=1, help="Needles in one context, all asked for.")] = None,
     distractors: Annotated[
         int | None, typer.Option(min=0, help="Other planted facts in the same text.")

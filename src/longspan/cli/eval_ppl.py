@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.counts import count_option
 from longspan.cli.eval_options import Bos, Note, Out, SourceField, TextField, read_held_out
 from longspan.cli.model_options import ModelOptions, opened, takes_model
 from longspan.cli.output import Json, Seed, example, print_json, print_table
@@ -54,10 +55,13 @@ def ppl(
         ),
     ] = 16,
     num_documents: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each source, drawn by the seed. Default: all.")
+        int | None, count_option(help="Documents of each source, drawn by the seed. Default: all.", min=1)
     ] = None,
-    min_tokens: Annotated[int, typer.Option(min=0, help="Leave out shorter documents.")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Leave out longer documents.")] = None,
+    first: Annotated[
+        bool, typer.Option("--first", help="Take the first --num-documents of each source, not a draw.")
+    ] = False,
+    min_tokens: Annotated[int, count_option(help="Leave out shorter documents.")] = 0,
+    max_tokens: Annotated[int | None, count_option(help="Leave out longer documents.", min=1)] = None,
     bos: Annotated[
         Bos,
         typer.Option(
@@ -88,6 +92,7 @@ def ppl(
         "num_spans": spans,
         "num_buckets": buckets,
         "num_documents": num_documents,
+        "first": first,
         "min_tokens": min_tokens,
         "max_tokens": max_tokens,
         "bos": bos,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from longspan.cli.counts import count_option
 from longspan.cli.eval_options import (
     DryRun,
     Lengths,
@@ -55,7 +56,7 @@ def passkey(
     depths: Annotated[
         str, typer.Option(help="0: start of the text, 1: its end; such as 0,0.5,1 or 0:1:11.")
     ] = "0:1:5",
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each length and depth.")] = 10,
+    samples: Annotated[int, count_option(help="Samples of each length and depth.", min=1)] = 10,
     digits: Annotated[int, typer.Option(min=1, max=18, help="Digits of the key.")] = 5,
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
@@ -97,7 +98,7 @@ def topics(
     counts: Annotated[
         str | None, typer.Option(help="Topics or lines in a record. Default: 5 to 70; 200 to 680.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Records of each count.")] = 10,
+    samples: Annotated[int, count_option(help="Records of each count.", min=1)] = 10,
     questions: Annotated[
         int, typer.Option(min=1, max=10, help="Questions on one record: the first topic, the second, ...")
     ] = 1,
@@ -141,7 +142,7 @@ def ruler(
     subtasks: Annotated[
         str | None, typer.Option(help="Such as niah_single_1,vt. Default: all for which there is material.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each subtask and length.")] = 100,
+    samples: Annotated[int, count_option(help="Samples of each subtask and length.", min=1)] = 100,
     haystack: Annotated[
         list[str] | None,
         typer.Option(help="Essays: files, folders, patterns; many times. Default: Python's reference prose."),
@@ -213,7 +214,7 @@ def longqa(
     datasets: Annotated[
         str | None, typer.Option(help="Names, with commas. Default: all in the files.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="The first so many of each data set.")] = None,
+    samples: Annotated[int | None, count_option(help="The first so many of each data set.", min=1)] = None,
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
     dry_run: DryRun = False,

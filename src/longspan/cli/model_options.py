@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_
 
 import typer
 
+from longspan.cli.counts import count_option
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -75,7 +77,7 @@ class ModelOptions(NamedTuple):
     cp: Annotated[int, typer.Option(min=1, help="Processes that share each sequence.")] = 1
     schedule: Annotated[Schedule, typer.Option(help="How keys travel among the --cp processes.")] = "ring"
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in one forward pass, at least one sample.")
+        int, count_option(help="Tokens in one forward pass, at least one sample.", min=1)
     ] = 16384
     no_prefix_reuse: Annotated[
         bool, typer.Option("--no-prefix-reuse", help="Read every prompt from its first token.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli.counts import count_option
 from longspan.cli.output import Json, Seed, example, print_json, print_table
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def qa(
         int | None, typer.Option(min=1, help="Questions of a sample. Default: all of its document.")
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(min=1, help="Documents to draw. Default: as the set says.")
+        int | None, count_option(help="Documents to draw. Default: as the set says.", min=1)
     ] = None,
     min_tokens: Annotated[
         str | None, typer.Option(help="Shortest document, such as 32000. Default: as the set says.")
@@ -105,9 +106,9 @@ def qa(
         Path | None, typer.Option(help="SQLite file of answers. Default: answers.sqlite in --out.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at the same time.")] = 8,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Limit of the server.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Limit of the server.")] = None,
-    max_requests: Annotated[int | None, typer.Option(min=0, help="Stop after so many requests.")] = None,
+    requests_per_minute: Annotated[int | None, count_option(help="Limit of the server.", min=1)] = None,
+    tokens_per_minute: Annotated[int | None, count_option(help="Limit of the server.", min=1)] = None,
+    max_requests: Annotated[int | None, count_option(help="Stop after so many requests.")] = None,
     max_cost: Annotated[
         float | None, typer.Option(min=0, help="Stop before this is spent; needs --prices.")
     ] = None,

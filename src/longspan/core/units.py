@@ -45,6 +45,11 @@ def parse_tokens(text: str | int) -> int:
     return _parse(text, _DECIMAL, kind="token budget", examples="20000, 100m, 1.5B, 2e9")
 
 
+def parse_count(text: str | int) -> int:
+    """Parse a count of samples, documents or requests: `2000000`, `2e6`, `2M`."""
+    return _parse(text, _DECIMAL, kind="count", examples="2000000, 2e6, 2M")
+
+
 def parse_bytes(text: str | int) -> int:
     """Parse an amount of memory or storage: `80GiB`, `500MB`, `4096`."""
     return _parse(text, _BYTES, kind="size in bytes", examples="80GiB, 500MB, 4096")

@@ -1,7 +1,8 @@
 """From one form of data to another: rows, documents, and token data of others.
 
 pack plan, packed rows        -> mds, jsonl, parquet, npy     rows: `materialize`
-token store                   -> jsonl, parquet, npy          documents, in store order
+token store                   -> jsonl, parquet, columns      documents, in store order
+token store                   -> npy                          documents as CEPE's token files, one for each source
 MDS of ids, documents, rows,  -> store                        a token store: `import_tokens`
 CEPE, datatrove, Megatron
 """
@@ -19,15 +20,17 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, atomic_write, write_json
 from longspan.core.progress import progress
 from longspan.data import packing
+from longspan.data.cepe import write_cepe
 from longspan.data.columns import folder_kind
 from longspan.data.import_tokens import NPY_NAMES, import_tokens
 from longspan.data.materialize import materialize
 from longspan.data.row_formats import FORMATS
 from longspan.data.store import TokenStore
 from longspan.data.store.token_store import TokenizerIdentity
+from longspan.data.token_documents import Specials, StoreDocuments
 from longspan.data.verify import is_token_store
 
-DOCUMENT_FORMATS = ("jsonl", "parquet", "npy")
+DOCUMENT_FORMATS = ("jsonl", "parquet", "columns", "npy")
 PARQUET_DOCUMENTS = 1024
 
 
@@ -37,6 +40,7 @@ def convert(
     *,
     format: str,
     tokenizer: TokenizerIdentity | None = None,
+    specials: Specials | None = None,
     num_workers: int = 1,
 ) -> str:
     """Write `source` to `out` in another format; return what was written, "rows", "documents" or "store".
@@ -44,8 +48,9 @@ def convert(
     Args:
         source: a pack plan, packed rows, a token store, or for "store" what `import_tokens` reads.
         out: place to write; nothing may stand there.
-        format: "mds", "jsonl", "parquet", "npy" or "store".
+        format: "mds", "jsonl", "parquet", "npy", "columns" or "store".
         tokenizer: that of the ids, for "store".
+        specials: what frames each document of a store in "npy"; None: BOS and EOS, as CEPE has them.
         num_workers: processes, for rows.
 
     Raises:
@@ -53,6 +58,8 @@ def convert(
         DataError: the source is damaged, or something stands at `out`.
     """
     source, out = Path(source), Path(out)
+    if specials is not None and (format != "npy" or not is_token_store(source)):
+        raise ArgumentError("specials frame the documents of a token store that is written as npy")
     if format == "store":
         if tokenizer is None:
             raise ArgumentError("a token store names its tokenizer", fix="give the tokenizer of the ids")
@@ -64,7 +71,10 @@ def convert(
                 f"a token store is an MDS folder already, and cannot become {format}",
                 allowed=DOCUMENT_FORMATS,
             )
-        write_documents(TokenStore(source), out, format=format)
+        if format == "npy":
+            write_cepe_files(source, out, specials=specials or "both")
+        else:
+            write_documents(TokenStore(source), out, format=format)
         return "documents"
     if folder_kind(source) not in (None, packing.KIND):
         raise ArgumentError(f"{source} holds no rows", found=folder_kind(source), fix="pack it first")
@@ -75,16 +85,16 @@ def convert(
 
 
 def write_documents(store: TokenStore, out: Path, *, format: str) -> None:
-    """Write the documents of a store: one file for jsonl and parquet, a folder of columns for npy.
+    """Write the documents of a store: one file for jsonl and parquet, a folder for columns.
 
     jsonl, parquet: input_ids, length, domain, key (16 hex characters) and, where the store has masks, mask.
-    npy: tokens [tokens], offsets [documents + 1], keys, sources, weights; `names.json` names the sources.
+    columns: tokens [tokens], offsets [documents + 1], keys, sources, weights; sources' names: `names.json`.
     """
     if out.exists():
         raise DataError(f"{out} already exists", fix="choose another place or remove it first")
     with progress(f"write {format}", total=len(store), unit="docs") as bar:
-        if format == "npy":
-            _write_npy(store, out)
+        if format == "columns":
+            _write_columns(store, out)
             return
         with atomic_write(out) as file:
             if format == "jsonl":
@@ -93,6 +103,37 @@ def write_documents(store: TokenStore, out: Path, *, format: str) -> None:
                     bar.advance()
             else:
                 _write_parquet(store, file)
+
+
+def write_cepe_files(source: Path, out: Path, *, specials: Specials) -> None:
+    """Write the documents of a store as CEPE's token files, OUT/SOURCE/SOURCE.npy, each framed by `specials`.
+
+    Raises:
+        ArgumentError: the documents have loss weights, which such files do not hold, or a source's name is no name
+            of a folder.
+        DataError: something stands at `out`.
+    """
+    if out.exists():
+        raise DataError(f"{out} already exists", fix="choose another place or remove it first")
+    if TokenStore(source).has_mask:
+        raise ArgumentError(
+            f"{source} has loss weights, and CEPE's files hold none", allowed="jsonl, parquet, columns"
+        )
+    documents = StoreDocuments([source], specials=specials)
+    wrong = [name for name in documents.domains if "/" in name or name.startswith(".") or not name]
+    if wrong:
+        raise ArgumentError("each source becomes a folder, and this is no name of one", found=repr(wrong[0]))
+    with atomic_dir(out) as folder, progress("write npy", total=len(documents.tokens), unit="docs") as bar:
+
+        def ids_of(members: np.ndarray) -> Iterator[np.ndarray]:
+            for number in members.tolist():
+                yield documents.ids(number)
+                bar.advance()
+
+        for domain, name in enumerate(documents.domains):
+            members = np.flatnonzero(documents.domain == domain)
+            (folder / name).mkdir()
+            write_cepe(folder / name / f"{name}.npy", documents.tokens[members].tolist(), ids_of(members))
 
 
 def _records(store: TokenStore) -> Iterator[dict[str, Any]]:
@@ -134,7 +175,7 @@ def _write_parquet(store: TokenStore, file: Any) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _write_npy(store: TokenStore, out: Path) -> None:
+def _write_columns(store: TokenStore, out: Path) -> None:
     lengths = store.lengths
     offsets = np.concatenate([[0], np.cumsum(lengths.tokens, dtype=np.int64)])
     with atomic_dir(out) as folder:

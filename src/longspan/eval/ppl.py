@@ -66,6 +66,8 @@ class PplTask(Config):
     """Of `sliding`: tokens from one window to the next, at most the shortest length."""
     num_documents: pydantic.PositiveInt | None = None
     """Documents of each source, drawn by the seed; None = all."""
+    first: bool = False
+    """Of `num_documents`: the first ones that are long enough, in the order of the data, instead of a draw."""
     min_tokens: pydantic.NonNegativeInt = 0
     """Documents with fewer tokens are left out."""
     max_tokens: pydantic.PositiveInt | None = None
@@ -93,6 +95,8 @@ class PplTask(Config):
                 if self.lengths
                 else f"windows need lengths (cut: {self.cut})"
             )
+        if self.first and self.num_documents is None:
+            raise ValueError("the first of how many: set num_documents")
         if (self.stride is not None) != (self.cut == "sliding"):
             raise ValueError("a stride is for sliding windows, and they need one")
         if self.stride is not None and self.stride > min(self.lengths):
@@ -103,7 +107,7 @@ class PplTask(Config):
 
     def params(self) -> dict[str, Any]:
         """Return the settings for the header, those of this module's later ways only where they are used."""
-        later = ("cut", "stride", "num_documents", "min_tokens", "max_tokens")
+        later = ("cut", "stride", "num_documents", "first", "min_tokens", "max_tokens")
         unused = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
         return {name: value for name, value in self.to_dict().items() if name not in {*unused, "bos"}}
 
@@ -215,8 +219,8 @@ class _Cutter:
         task = self._task
         most = math.inf if task.max_tokens is None else task.max_tokens
         fitting = [document for document in documents if self._least <= document.num_tokens <= most]
-        if task.num_documents is None:
-            return fitting
+        if task.num_documents is None or task.first:
+            return fitting[: task.num_documents]
         drawn = rng(task.seed, "ppl documents", source).permutation(len(fitting))[: task.num_documents]
         return [fitting[number] for number in sorted(drawn)]
 

@@ -59,6 +59,7 @@ MODELS = {
         ModelShape("llama-2-13b", 40, 5120, 40, 40, 128, 13824, 32000),
         ModelShape("llama-3-8b", 32, 4096, 32, 8, 128, 14336, 128256),
         ModelShape("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
+        ModelShape("danube2-1.8b", 24, 2560, 32, 8, 80, 6912, 32000),
         ModelShape("qwen3-0.6b", 28, 1024, 16, 8, 128, 3072, 151936, tied=True, head_norms=True),
         ModelShape("qwen3-8b", 36, 4096, 32, 8, 128, 12288, 151936, head_norms=True),
         ModelShape("qwen3-32b", 64, 5120, 64, 8, 128, 25600, 151936, head_norms=True),

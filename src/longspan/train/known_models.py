@@ -20,6 +20,7 @@ OWN_CONTEXT = {
     "llama-3-8b": 8192,
     "llama-3-70b": 8192,
     "prolong-512k": 524288,
+    "danube2-1.8b": 8192,
 }
 """Positions of models by what their names contain; the last that fits counts."""
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longspan.core.errors import ConfigError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
+from longspan.core.units import parse_count
 from longspan.data.chat import load_chat_format
 from longspan.data.lengths import LengthTable
 from longspan.data.readers import ReadReport, read_objects
@@ -66,13 +67,17 @@ def parse_records(entry: str) -> Records:
     count = match["count"]
     if count is None:
         return Records(match["path"], None, False)
-    if not count.isascii() or not count.isdecimal() or int(count) == 0:
+    try:
+        limit = parse_count(count)
+    except ArgumentError:
+        limit = 0
+    if limit == 0:
         raise ConfigError(
             "records are sampled by a number in brackets",
             found=entry,
             allowed="such as file.json[5000] (drawn) or file.json[:5000] (the first)",
         )
-    return Records(match["path"], int(count), match["first"] == ":")
+    return Records(match["path"], limit, match["first"] == ":")
 
 
 def record_stores(
