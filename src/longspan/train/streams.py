@@ -308,7 +308,7 @@ def _packed(
             allowed=f"{stage.context_length}, the stage's context_length",
             fix="write them at that length with `longspan data pack`, and annotate those",
         )
-    strategy = stream.strategy or "concat"
+    strategy = stream.strategy or ("best_fit" if stage.objective == "sft" else "concat")
     return recut(rows, length=stage.context_length, strategy=strategy, overflow=stream.overflow), []
 
 
