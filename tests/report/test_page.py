@@ -375,3 +375,18 @@ def test_long_labels_leave_room_for_the_drawing(tmp_path: Path) -> None:
     texts = [html.unescape(text) for svg in drawings for text in re.findall(r"<text[^>]*>(.*?)</text>", svg)]
     assert max(map(len, texts)) < 60
     assert any(text.startswith("a-model-of-eigh") and text.endswith("step-12000") for text in texts)
+
+
+def test_answers_cut_while_thinking_are_counted_beside_the_mean(tmp_path: Path) -> None:
+    """Half of the answers had no room: the mean alone says that the model did not find the needle."""
+    lines = grid_lines(0.5)
+    for line in lines:
+        line |= {"finish": "stop", "thoughts": "Is it 7?"}
+        if not line["score"]:
+            line |= {"output": "", "finish": "length", "no_answer": "cut while thinking"}
+    needle_file(tmp_path / "run", "thinker", lines)
+    page = page_of(tmp_path / "run")
+    assert "mean 50%, 28% to 72%, 8 cut while thinking" in words_of(page)
+    assert "Empty answers cut while thinking: 8; each counts as wrong" in words_of(page)
+    assert "Is it 7?" in page, "the samples show thoughts"
+    assert summarise(tmp_path / "run")["needle"]["thinker"]["no_answer"] == {"cut while thinking": 8}

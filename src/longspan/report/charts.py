@@ -264,6 +264,7 @@ def tally_text(tally: Tally) -> str:
         text = f"mean {tally.mean:.1%} of {tally.scored}"
     if tally.interval is not None:
         text += f", 95% interval {tally.interval[0]:.0%} to {tally.interval[1]:.0%}"
+    text += "".join(f", {count} {reason}" for reason, count in tally.no_answer.most_common())
     return text + (f", {tally.unscored} not scored" if tally.unscored else "")
 
 

@@ -23,7 +23,7 @@ from longspan.report.tables import (
     tally_of,
 )
 
-_COUNTS = ["mean", "low95", "high95", "scored", "unscored"]
+_COUNTS = ["mean", "low95", "high95", "scored", "unscored", "no_answer"]
 
 
 def csv_tables(ev: Evaluation) -> dict[str, str]:
@@ -133,7 +133,7 @@ def _delta_csv(ev: Evaluation) -> str:
 
 def _counts(tally: Tally) -> list[Any]:
     low, high = tally.interval or ("", "")
-    return [_blank(tally.mean), low, high, tally.scored, tally.unscored]
+    return [_blank(tally.mean), low, high, tally.scored, tally.unscored, tally.no_answer.total()]
 
 
 def _blank(value: float | None) -> float | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from longspan.report.view import (
     interval_text,
     line_view,
     long_name,
+    lost_text,
     percent,
     role_of,
     short_name,
@@ -140,10 +142,10 @@ def _map_view(
     columns = [length_text(n) for n in table.lengths]
     key = data.add_grid(task, short_name(label), table, [percent(d) for d in table.rows], columns)
     files = [file for file in ev.files if file.label == base and file.task == task]
-    unscored = f", {unscored_text(table.total)}" if table.total.unscored else ""
+    lost = lost_text(table.total)
     return {
         "name": name,
-        "mean": f"{percent(table.total.mean)}, {interval_text(table.total)}{unscored}",
+        "mean": f"{percent(table.total.mean)}, {interval_text(table.total)}{f', {lost}' if lost else ''}",
         "detail": _rope_text(ev.rope(base)),
         "scored_by": ", ".join(dict.fromkeys(s for f in files for s in (f.scorer, f.mode) if s)),
         "svg": Markup(heat_map(name, table, width or 232, key=key, trained=lines, compact=not width)),
@@ -201,14 +203,18 @@ def _facts(
     if worst is not None:
         share, length, depth = worst
         facts.append(("Weakest cell", f"{percent(share)} at {length_text(length)} tokens, depth {depth:.0%}"))
-    unscored = Tally()
+    unscored, empty = Tally(), Counter[str]()
     for label in labels:
         unscored.reasons += grids[label].total.reasons
+        empty += grids[label].total.no_answer
+    if empty:
+        words = "; ".join(f"{reason}: {count:,}" for reason, count in empty.most_common())
+        facts.append(("Empty answers", f"{words}; each counts as wrong"))
     facts.append(
         ("Not scored", f"{unscored_text(unscored)}; never counted as wrong" if unscored.unscored else "none")
     )
     if len(labels) > 1:
-        shared = ("Samples", "Weakest cell", "Not scored")
+        shared = ("Samples", "Weakest cell", "Empty answers", "Not scored")
         facts = [(name if name in shared else f"{name}, {short_name(main)}", text) for name, text in facts]
     return facts
 

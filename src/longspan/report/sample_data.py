@@ -5,7 +5,8 @@
      "maps": {"m1": {"task": "needle", "label": "after", "rows": ["50%"], "columns": ["2,048"]}},
      "cells": {"m1/0/0": [8, [[0, "2048-0.5-3", 1, 1.0], ...]]}}      samples in all; those shown
 
-A sample is [prompt, id, output, score, reason, achieved length, achieved depth, seconds]; trailing nulls are left out.
+A sample is [prompt, id, output, score, reason, achieved length, achieved depth, seconds, how it ended, thoughts], the last
+two as indices of texts; trailing nulls are left out.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class SampleData:
                     sample.achieved_length or sample.prompt_tokens,
                     sample.achieved_depth,
                     sample.seconds,
+                    index(sample.no_answer or sample.finish) if _ended_oddly(sample) else None,
+                    index(_cut(sample.thoughts, OUTPUT_CHARS)) if sample.thoughts else None,
                 ]
                 while row[-1] is None:
                     row.pop()
@@ -95,6 +98,10 @@ class SampleData:
                 return max(1, left // cells)
             left -= size
         return max(sizes, default=1)
+
+
+def _ended_oddly(sample: Sample) -> bool:
+    return bool(sample.no_answer) or sample.finish == "length"
 
 
 def _cut(text: str, chars: int) -> str:

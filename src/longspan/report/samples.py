@@ -45,6 +45,12 @@ class Sample(NamedTuple):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cost: float | None = None
+    finish: str = ""
+    """How a generated answer ended: stop, length."""
+    thoughts: str = ""
+    """What the model wrote before its answer; it has no part in the score."""
+    no_answer: str = ""
+    """Why an answer that is scored is empty, such as `cut while thinking`."""
 
 
 class Bucket(NamedTuple):
@@ -118,6 +124,9 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSam
         prompt_tokens=_whole(line, "prompt_tokens"),
         completion_tokens=_whole(line, "completion_tokens"),
         cost=_optional(line, "cost"),
+        finish=_words(line.get("finish")),
+        thoughts=_words(line.get("thoughts")),
+        no_answer=_words(line.get("no_answer")),
     )
 
 

@@ -39,6 +39,7 @@ from longspan.report.view import (
     Table,
     heat_cell,
     interval_text,
+    lost_text,
     percent,
     points,
     short_name,
@@ -151,10 +152,8 @@ def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
     section.parts["curve"] = accuracy_chart(ev, grids, what=title)
     table = Table(f"Accuracy by the number of {task}; lengths are medians", [task, *columns, "all"], rows)
     scored = sum(grid.total.scored for grid in grids.values())
-    unscored = Tally()
-    for grid in grids.values():
-        unscored.reasons += grid.total.reasons
-    aside = f"{scored:,} scored" + (f", {unscored_text(unscored)}" if unscored.unscored else "")
+    lost = lost_text(tally_of(s for grid in grids.values() for group in grid.cells.values() for s in group))
+    aside = f"{scored:,} scored" + (f", {lost}" if lost else "")
     section.parts["tables"] = [{"name": f"By number of {task}", "aside": aside, "table": table}]
     section.parts["wide"] = True
     return section
@@ -189,10 +188,10 @@ def _grid_table(task: str, label: str, grid: Grid, data: SampleData, row_name: s
             Cell(percent(grid.total.mean), "num strong"),
         ]
     )
-    unscored = f", {unscored_text(grid.total)}" if grid.total.unscored else ""
+    lost = lost_text(grid.total)
     return {
         "name": short_name(label),
-        "aside": f"{grid.total.scored:,} scored{unscored}",
+        "aside": f"{grid.total.scored:,} scored" + (f", {lost}" if lost else ""),
         "table": Table(f"{short_name(label)}: accuracy in percent", [row_name, *columns, "all"], rows),
     }
 
@@ -241,7 +240,17 @@ def _scores_table(
             first = Cell(shown) if shown != previous else Cell("", title=shown)
             rows.append([first, *_score_cells(shown, label, metric, samples, opens)])
             previous = shown
-    columns = ["data set", "model", "metric", "n", "score", "95% interval", "not scored", "prompt tokens"]
+    columns = [
+        "data set",
+        "model",
+        "metric",
+        "n",
+        "score",
+        "95% interval",
+        "not scored",
+        "empty",
+        "prompt tokens",
+    ]
     return Table(caption, columns, rows)
 
 
@@ -266,6 +275,7 @@ def _score_cells(
         score,
         Cell(interval_text(tally), "num"),
         Cell(f"{tally.unscored:,}" if tally.unscored else MISSING, "num", unscored_text(tally)),
+        Cell(f"{tally.no_answer.total():,}" if tally.no_answer else MISSING, "num", lost_text(tally)),
         Cell(f"{statistics.median_low(tokens):,}" if tokens else MISSING, "num", "median"),
     ]
 

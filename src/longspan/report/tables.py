@@ -41,6 +41,8 @@ class Tally:
     scores: list[float] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     """Samples without a score, by reason."""
+    no_answer: Counter[str] = field(default_factory=Counter)
+    """Scored samples whose answer is empty, by why that is; they count as wrong."""
 
     def add(self, sample: Sample) -> None:
         """Count one sample."""
@@ -48,6 +50,8 @@ class Tally:
             self.reasons[sample.unscored or "no score"] += 1
         else:
             self.scores.append(sample.score)
+            if sample.no_answer:
+                self.no_answer[sample.no_answer] += 1
 
     @property
     def unscored(self) -> int:
@@ -392,7 +396,8 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
     confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
-    place and why). mean, confidence, scored and unscored are over all lengths, also those beyond the trained one.
+    place and why), no_answer (scored samples with an empty answer, by reason). mean, confidence, scored and unscored are
+    over all lengths, also those beyond the trained one.
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
@@ -471,6 +476,7 @@ def _tally_summary(tally: Tally) -> dict[str, Any]:
         "confidence": _listed(tally.interval),
         "scored": tally.scored,
         "unscored": tally.unscored,
+        "no_answer": dict(tally.no_answer),
     }
 
 

@@ -194,6 +194,12 @@ def unscored_text(tally: Tally) -> str:
     return f"{tally.unscored:,} sample{'s' if tally.unscored > 1 else ''} unscored ({'; '.join(reasons)})"
 
 
+def lost_text(tally: Tally) -> str:
+    """Write what has no score, and what has an empty answer and so counts as wrong, each with its reasons."""
+    empty = [f"{count:,} {reason}" for reason, count in tally.no_answer.most_common()]
+    return ", ".join(filter(None, (*empty, unscored_text(tally))))
+
+
 def tokens_text(length: int) -> str:
     """Write a length with its unit."""
     return f"{length_text(length)} tokens"

@@ -15,10 +15,11 @@
     if (text !== undefined) node.textContent = text;
     return node;
   }
-  function read([prompt, id, output, score = null, unscored = null, length = null, depth = null, seconds = null]) {
+  function read([prompt, id, output, score = null, unscored = null, length = null, depth = null, seconds = null, finish = null, thoughts = null]) {
     const { texts, prompts } = data();
     const [window, question, expected] = prompts[prompt].map((n) => texts[n]);
-    return { prompt, id, output: texts[output], score, unscored, length, depth, seconds, window, question, expected };
+    return { prompt, id, output: texts[output], score, unscored, length, depth, seconds, window, question, expected,
+      finish: finish === null ? "" : texts[finish], thoughts: thoughts === null ? "" : texts[thoughts] };
   }
   function verdict({ score, unscored }) {
     if (score === null) return ["open", "not scored: " + unscored];
@@ -59,6 +60,7 @@
     }
     add("question", sample.question);
     add("expected", sample.expected.replaceAll("\n", " | "));
+    if (sample.thoughts) add("thoughts", sample.thoughts);
     add("answer", sample.output || "(empty)");
     add("score", verdict(sample)[1]);
     tip.append(list);
@@ -117,10 +119,12 @@
     if (sample.length !== null) line.append(element("span", "", sample.length.toLocaleString("en") + " tokens"));
     if (sample.depth !== null) line.append(element("span", "", "depth " + (100 * sample.depth).toFixed(1) + "%"));
     if (sample.seconds !== null) line.append(element("span", "", +sample.seconds.toFixed(2) + " s"));
+    if (sample.finish) line.append(element("span", "", sample.finish === "length" ? "cut at its longest" : sample.finish));
     const answers = element("dl", "answers");
     const add = (name, value) => answers.append(element("dt", "", name), element("dd", "", value));
     if (sample.question) add("question", sample.question);
     if (sample.expected) add("expected", sample.expected);
+    if (sample.thoughts) add("thoughts", sample.thoughts);
     add("answer", sample.output || "(empty)");
     for (const [cell, other] of others(key, sample.prompt)) {
       const their = read(other);
