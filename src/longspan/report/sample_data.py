@@ -5,8 +5,8 @@
      "maps": {"m1": {"task": "needle", "label": "after", "rows": ["50%"], "columns": ["2,048"]}},
      "cells": {"m1/0/0": [8, [[0, "2048-0.5-3", 1, 1.0], ...]]}}      samples in all; those shown
 
-A sample is [prompt, id, output, score, reason, achieved length, achieved depth, seconds, how it ended, thoughts], the last
-two as indices of texts; trailing nulls are left out.
+A sample is [prompt, id, output, score, reason, achieved length, achieved depth, seconds, how it ended, thoughts], the
+last two as indices of texts; trailing nulls are left out.
 """
 
 from __future__ import annotations

@@ -396,8 +396,8 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
     confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
-    place and why), no_answer (scored samples with an empty answer, by reason). mean, confidence, scored and unscored are
-    over all lengths, also those beyond the trained one.
+    place and why), no_answer (scored samples with an empty answer, by reason). mean, confidence, scored and unscored
+    are over all lengths, also those beyond the trained one.
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
