@@ -85,6 +85,30 @@ def test_peek_shows_a_document_and_a_mixture(longspan, store):
     assert "mixture" in longspan("data peek mixture").out
 
 
+def test_peek_shows_what_is_learnt(longspan, store):
+    """Tokens that are only read were counted as weighted, and where an answer ends could not be seen."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "WRONG", "weight": 0}]
+    turns += [{"role": "user", "content": "no"}, {"role": "assistant", "content": "RIGHT"}]
+    Path("chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    Path("chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    )
+    command = "data tokenize chat.jsonl --tokenizer tokenizer --chat-template chat.jinja --out talk"
+    assert longspan(command).code == 0
+    found = json.loads(longspan("data peek talk --tokenizer tokenizer --json").out)
+    (learnt,) = found["learnt"]
+    assert (found["learnt_tokens"], found["weighted_tokens"]) == (learnt["tokens"], 0)
+    assert learnt["text"].strip().startswith("RIGHT") and learnt["text"].endswith(learnt["last_token"])
+    shown = longspan("data peek talk --tokenizer tokenizer").out
+    assert "ends with" in shown and repr(learnt["last_token"]) in shown and "bold: learnt" in shown
+    # Packed whole, without a strategy.
+    assert longspan("data pack talk --length 256 --out rows").code == 0
+    span = json.loads(longspan("data peek rows --tokenizer tokenizer --json").out)["spans"][0]
+    assert (span["learnt_tokens"], span["tokens"]) == (learnt["tokens"], found["tokens"])
+    assert span["learnt"] == [{key: value for key, value in learnt.items() if key != "text"}]
+    assert "learnt of document 0" in longspan("data peek rows --tokenizer tokenizer").out
+
+
 def test_weights_are_read_up_to_the_last_equals_sign(longspan, store):
     source = next(iter(json.loads(longspan("data lengths store --json").out)["sources"]))
     outcome = longspan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,10 @@ from longspan.cli.data_stores import (
 from longspan.cli.output import Json, example, print_json, print_table
 
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+    from rich.text import Text
+
     from longspan.data.loader import PackedRow, RowSource
     from longspan.data.tokenizer import Tokenizer
 
@@ -31,6 +36,8 @@ VERIFY_EXAMPLE = example("longspan data verify store --against texts", "longspan
 _COLORS = ("cyan", "magenta", "yellow", "green", "blue")
 _HEAD_TOKENS = 160
 _TAIL_TOKENS = 32
+_SHOWN_SPANS = 20
+_SHOWN_CHARACTERS = 60
 
 
 def lengths(stores: Stores, plot: Plot = None, as_json: Json = False) -> None:
@@ -118,6 +125,7 @@ def _peek_document(path: Path, index: int, tokenizer: str | None, as_json: bool)
     if index >= len(store):
         raise ArgumentError("there is no such document", found=index, allowed=f"0 to {len(store) - 1}")
     ids, mask = store.tokens(index), store.mask(index)
+    reader = open_tokenizer(tokenizer, store)
     found = {
         "store": str(path),
         "documents": len(store),
@@ -125,14 +133,102 @@ def _peek_document(path: Path, index: int, tokenizer: str | None, as_json: bool)
         "source": store.source(index),
         "key": f"{int(store.lengths.key[index]):016x}",
         "tokens": len(ids),
-        "weighted_tokens": None if mask is None else int((mask != 1).sum()),
+        **_learnt_counts(mask, len(ids)),
         "ids": ids[:32].tolist(),
-        "text": decode(open_tokenizer(tokenizer, store), ids[:256]),
+        "text": decode(reader, ids[:256]),
     }
+    spans = [] if mask is None else _learnt_spans(ids, mask, reader)
     if as_json:
-        print_json(found)
-    else:
-        print_table(f"document {index} of {path}", ("what", "found"), list(found.items())[1:])
+        print_json({**found, "learnt": None if mask is None else spans})
+        return
+    print_table(f"document {index} of {path}", ("what", "found"), list(found.items())[1:])
+    if mask is not None:
+        _print_learnt(f"learnt of document {index}; all else is only read", spans)
+        if reader is not None:
+            console = _console()
+            console.rule(" bold: learnt ", align="left", characters="-")
+            console.print(_masked_text(ids, mask, reader))
+
+
+def _learnt_counts(weights: np.ndarray | None, tokens: int) -> dict[str, int]:
+    """Return how many tokens are learnt, and how many of these weigh more or less than others."""
+    if weights is None:
+        return {"learnt_tokens": tokens, "weighted_tokens": 0}
+    return {"learnt_tokens": int((weights > 0).sum()), "weighted_tokens": int((weights > 1).sum())}
+
+
+def _learnt_spans(
+    ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer | None, *, first: int = 0
+) -> list[dict[str, Any]]:
+    """Return the stretches of tokens that are learnt, with the token that ends each: the end of a turn, or no end."""
+    return [
+        {
+            "start": first + start,
+            "tokens": end - start,
+            "text": decode(tokenizer, ids[start:end]),
+            "last_id": int(ids[end - 1]),
+            "last_token": decode(tokenizer, ids[end - 1 : end]),
+        }
+        for start, end in _stretches(weights > 0)
+        if weights[start] > 0
+    ]
+
+
+def _stretches(learnt: np.ndarray) -> list[tuple[int, int]]:
+    """Return the stretches of one kind, learnt or not: [1 1 0] is 0..2 and 2..3."""
+    import numpy as np
+
+    borders = [0, *(np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1).tolist(), len(learnt)]
+    return [(start, end) for start, end in pairwise(borders) if start < end]
+
+
+def _print_learnt(title: str, spans: list[dict[str, Any]]) -> None:
+    shown = spans[:_SHOWN_SPANS]
+    rows = [
+        [
+            span["start"],
+            span["tokens"],
+            _shortened(span["text"]),
+            span["last_id"],
+            _quoted(span["last_token"]),
+        ]
+        for span in shown
+    ]
+    print_table(title, ("start", "tokens", "text", "last id", "ends with"), rows)
+    if len(spans) > len(shown):
+        typer.echo(f"and {len(spans) - len(shown)} more (--json lists all)")
+    elif not spans:
+        typer.echo("nothing is learnt")
+
+
+def _quoted(text: str | None) -> str | None:
+    return None if text is None else repr(text)
+
+
+def _shortened(text: str | None) -> str | None:
+    if text is None or len(text) <= _SHOWN_CHARACTERS:
+        return _quoted(text)
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]!r} ... {text[-half:]!r}"
+
+
+def _masked_text(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer, *, color: str = "") -> Text:
+    """Return the text of a document, its middle left out where it is long: bold is learnt, dim is only read."""
+    from rich.text import Text
+
+    text = Text()
+    places = [(0, len(ids))]
+    if len(ids) > _HEAD_TOKENS + _TAIL_TOKENS:
+        places = [(0, _HEAD_TOKENS), (len(ids) - _TAIL_TOKENS, len(ids))]
+    for number, (first, last) in enumerate(places):
+        if number:
+            text.append(f"\n[... {len(ids) - _HEAD_TOKENS - _TAIL_TOKENS:,} tokens ...]\n", style=color)
+        for start, end in _stretches(weights[first:last] > 0):
+            style = "bold" if weights[first + start] > 0 else "dim"
+            text.append(
+                tokenizer.decode(ids[first + start : first + end].tolist()), style=f"{style} {color}".strip()
+            )
+    return text
 
 
 def _peek_row(path: Path, rows: RowSource, index: int, tokenizer: Tokenizer | None, as_json: bool) -> None:
@@ -141,9 +237,14 @@ def _peek_row(path: Path, rows: RowSource, index: int, tokenizer: Tokenizer | No
     if as_json:
         print_json({"plan": str(path), "rows": rows.num_rows, "row": index, "spans": spans})
         return
-    columns = [name for name in spans[0] if name != "text"]
+    columns = [name for name in spans[0] if name not in ("text", "learnt")]
     title = f"row {index} of {rows.num_rows} in {path}, {rows.length} tokens"
     print_table(title, columns, [[span[name] for name in columns] for span in spans])
+    for number, span in enumerate(spans):
+        if 0 < span["learnt_tokens"] < span["tokens"]:
+            start, end = span["start"], span["start"] + span["tokens"]
+            learnt = _learnt_spans(row.input_ids[start:end], row.weights[start:end], tokenizer, first=start)
+            _print_learnt(f"learnt of document {span['document']} (part {number} of the row)", learnt)
     if tokenizer is not None:
         _print_text(row, spans, tokenizer)
 
@@ -158,29 +259,33 @@ def _spans(row: PackedRow, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
             "source": row.source_names[source],
             "document": int(row.documents[number]),
             "continues": bool(row.continuation[number]),
+            "learnt_tokens": int((row.weights[start:end] > 0).sum()),
             "loss_weight": int(row.weights[start:end].sum()),
             "text": decode(tokenizer, row.input_ids[start : min(end, start + 16)]),
+            "learnt": [
+                {name: value for name, value in learnt.items() if name != "text"}
+                for learnt in _learnt_spans(row.input_ids[start:end], row.weights[start:end], tokenizer, first=start)
+            ],
         })  # fmt: skip
     return spans
 
 
 def _print_text(row: PackedRow, spans: list[dict[str, Any]], tokenizer: Tokenizer) -> None:
-    """Print the text of a row, each document in a colour of its own behind a line that names it."""
-    from rich.console import Console
+    """Print the text of a row, each document in a colour of its own behind a line that names it; bold is learnt."""
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console = _console()
     for number, span in enumerate(spans):
         color = _COLORS[number % len(_COLORS)]
         start, end = span["start"], span["start"] + span["tokens"]
         again = ", continues" if span["continues"] else ""
         title = f" {start}..{end} {span['source']}, document {span['document']}{again} "
         console.rule(Text(title, style=f"bold {color}"), align="left", characters="-", style=color)
-        ids = row.input_ids[start:end]
-        if len(ids) <= _HEAD_TOKENS + _TAIL_TOKENS:
-            text = tokenizer.decode(ids.tolist())
-        else:
-            left_out = len(ids) - _HEAD_TOKENS - _TAIL_TOKENS
-            head, tail = ids[:_HEAD_TOKENS].tolist(), ids[-_TAIL_TOKENS:].tolist()
-            text = f"{tokenizer.decode(head)}\n[... {left_out:,} tokens ...]\n{tokenizer.decode(tail)}"
-        console.print(Text(text, style=color))
+        weights = row.weights[start:end]
+        console.print(_masked_text(row.input_ids[start:end], weights, tokenizer, color=color))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
