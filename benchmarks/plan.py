@@ -74,6 +74,19 @@ CASES = (
     _case("norms of heads", {"model_type": "qwen3", "head_dim": 32}),
     _case("bfloat16", dtype="bfloat16", activation_checkpointing="full"),
     _case("LoRA", lora=LoraSettings(8)),
+    _case("LoRA of queries and values", lora=LoraSettings(8, targets=("q", "v"))),
+    _case(
+        "LoRA of the MLP, bfloat16",
+        {"num_hidden_layers": 8},
+        dtype="bfloat16",
+        lora=LoraSettings(8, targets=("gate", "up", "down")),
+    ),
+    _case("LoRA, bfloat16", dtype="bfloat16", lora=LoraSettings(8)),
+    _case(
+        "LoRA, tied, vocabulary 8,000",
+        {"vocab_size": 8000, "tie_word_embeddings": True},
+        lora=LoraSettings(8),
+    ),
     _case("LoRA, again", lora=LoraSettings(8), activation_checkpointing="full"),
     _case("Muon", tokens=256, optimizer="muon"),
     _case("chunks", chunk_tokens=128),
@@ -115,7 +128,8 @@ def _steps(case: Case, mesh: Any) -> int:
     with Counter() as counter, _host_memory(counter):
         model = build_model({**fields, "dtype": s.dtype}, seed=0).train()
         if s.lora is not None:
-            apply_lora(model, LoraConfig(rank=s.lora.rank), seed=0)
+            names = tuple(f"{name}_proj" for name in s.lora.targets)
+            apply_lora(model, LoraConfig(rank=s.lora.rank, target_modules=names), seed=0)
         if s.tiled_mlp is not None:
             enable_tiled_mlp(model, s.tiled_mlp)
         enable_checkpointing(model, s.activation_checkpointing)

@@ -13,7 +13,7 @@ from longspan.plan.training import LoraSettings, TrainingSettings, training_memo
 LLAMA = MODELS["llama-3-8b"]
 DEFAULT = {
     "plain", "blocks computed again", "inputs on the host", "tiled MLP", "vocabulary 32,000", "LoRA",
-    "chunks, keys on the host",
+    "LoRA of queries and values", "chunks, keys on the host",
 }  # fmt: skip
 
 

@@ -9,6 +9,9 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.core.records import read_jsonl
+from longspan.plan.block import LINEARS
+from longspan.plan.models import shape_of
+from longspan.plan.training import training_memory
 from longspan.train.config import TrainConfig
 from longspan.train.fit import Budget, fit_memory, machine_budget, stage_memory, step_settings
 from longspan.train.trainer import train
@@ -42,6 +45,27 @@ def test_a_step_is_that_of_the_recipe() -> None:
     assert step_settings(config, config.stages[1], cuda=True).tokens == 4096
     alone = recipe(parallel={"dp_shard": 8})
     assert not step_settings(alone, alone.stages[0], cuda=True).accumulates
+
+
+@pytest.mark.parametrize(
+    ("names", "adapted"),
+    [
+        ("all-linear", LINEARS),
+        (["q_proj", "v_proj"], ("q", "v")),
+        (["mlp.up_proj", "o_proj"], ("o", "up")),
+        (["query_key_value"], LINEARS),
+    ],
+)
+def test_adapters_are_those_of_the_recipe(names: Any, adapted: tuple[str, ...]) -> None:
+    """Adapters of two layers counted as if all seven had one: half as much memory again as it takes."""
+    model = {"path": "base", "dtype": "bfloat16"}
+    config = recipe(model=model, lora={"rank": 16, "target_modules": names})
+    step = step_settings(config, config.stages[1], cuda=True)
+    assert step.lora is not None and step.lora.targets == adapted
+    every = step._replace(lora=step.lora._replace(targets=LINEARS))
+    shape = shape_of(LLAMA)
+    ratio = training_memory(shape, every).device / training_memory(shape, step).device
+    assert ratio > 1.1 if adapted != LINEARS else ratio == 1
 
 
 def test_the_longest_stage_decides() -> None:

@@ -86,7 +86,7 @@ def test_numbers_are_those_that_were_published(name: str) -> None:
 def test_a_dry_run_needs_neither_the_model_nor_the_data(name: str, tmp_path: Path) -> None:
     """Who plans a run has not downloaded a terabyte yet; tokens, memory and time must be there all the same."""
     config = load_recipe(name).config
-    resolved = resolve(config, name, data_root=tmp_path)
+    resolved = resolve(config, name, data_root=tmp_path, gpu="h100")
     assert any("not on this machine" in note for note in resolved.notes)
     world = resolved.processes
     assert world == (16 if "13b-1m" in name else 8) and f"{name}" in resolved.launch

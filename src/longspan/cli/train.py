@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -66,8 +67,11 @@ def train(
         ),
     ] = None,
     gpu: Annotated[
-        str, typer.Option(help="GPU that a dry run estimates time for: a100, h100, h200 ...")
-    ] = "h100",
+        str | None,
+        typer.Option(
+            help="GPU that a dry run estimates for: a100, h100, h200 ... Default: what this machine has."
+        ),
+    ] = None,
     profile: Annotated[
         bool,
         typer.Option(
@@ -86,6 +90,7 @@ def train(
 
     # At tiny scale, settings change the scaled recipe: a length of 128 means 128.
     loaded = load_recipe(recipe, [] if scale is Scale.tiny else settings or [])
+    command = _command(recipe, settings or [], scale, out)
     out = out or Path("runs") / (loaded.name if scale is Scale.full else f"{loaded.name}-{scale.value}")
     if print_sbatch:
         _print_sbatch(loaded, gpus_per_node)
@@ -96,7 +101,7 @@ def train(
         config, root = _tiny(loaded, settings or [], out.with_name(f"{out.name}-inputs"))
         recipe = f"{recipe} --scale tiny"
     if dry_run:
-        _dry_run(recipe, config, root, gpu, as_json=as_json)
+        _dry_run(recipe, command, config, root, gpu, as_json=as_json)
         return
     if search_rope is not None:
         _search_rope(config, root, scale, search_rope, as_json=as_json)
@@ -144,10 +149,20 @@ def _tiny(loaded: LoadedRecipe, settings: list[str], inputs: Path) -> tuple[Trai
     return config, inputs
 
 
-def _dry_run(recipe: str, config: TrainConfig, root: Path, gpu: str, *, as_json: bool) -> None:
+def _command(recipe: str, settings: list[str], scale: Scale, out: Path | None) -> str:
+    """Return what to write behind `longspan train` for the run that a dry run is about."""
+    words = [recipe, *(word for setting in settings for word in ("--set", setting))]
+    words += ["--scale", scale.value] if scale is not Scale.full else []
+    words += ["--out", str(out)] if out is not None else []
+    return shlex.join(words)
+
+
+def _dry_run(
+    recipe: str, command: str, config: TrainConfig, root: Path, gpu: str | None, *, as_json: bool
+) -> None:
     from longspan.train.resolve import resolve
 
-    resolved = resolve(config, recipe, data_root=root, gpu=gpu)
+    resolved = resolve(config, command, data_root=root, gpu=gpu)
     if as_json:
         print_json({"recipe": recipe, "fingerprint": config.fingerprint(), **resolved.to_dict()})
     else:
@@ -204,15 +219,13 @@ def _print_resolved(title: str, resolved: ResolvedRecipe) -> None:
         if stage.memory is not None
     ]
     if costs:
+        memory, where = "memory of a process", "on this machine's CPU"
+        if resolved.on_gpu:
+            memory = f"GPU memory ({format_bytes(WORKSPACE)} allowance)"
+            where = f"x {'this GPU' if resolved.gpu is None else resolved.gpu.name}"
         print_table(
-            f"estimate for {resolved.processes} x {resolved.gpu.name}; rows as one document each: time at most",
-            (
-                "stage",
-                f"GPU memory ({format_bytes(WORKSPACE)} allowance)",
-                "host memory",
-                "step",
-                "stage in all",
-            ),
+            f"estimate for {resolved.processes} {where}; rows as one document each: time at most",
+            ("stage", memory, "host memory", "step", "stage in all"),
             costs,
         )
     lines = [("processes", str(resolved.processes)), ("start with", resolved.launch)]

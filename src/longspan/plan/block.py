@@ -19,8 +19,10 @@ from typing import NamedTuple
 from longspan.plan.models import ModelShape
 from longspan.plan.tape import Op, Walk, walk
 
-__all__ = ["BlockSettings", "block_walk"]
+__all__ = ["LINEARS", "BlockSettings", "block_walk"]
 
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers of a block."""
 SUM_BYTES = 4
 """Of an element of a sum: fp32."""
 
@@ -37,7 +39,9 @@ class BlockSettings(NamedTuple):
     trained: bool = True
     """The block's own weights are trained."""
     lora_rank: int | None = None
-    """Rank of adapters at every linear layer."""
+    """Rank of adapters."""
+    adapted: tuple[str, ...] = LINEARS
+    """Linear layers that have one, if there are adapters."""
     dequantized: bool = False
     """A frozen linear layer makes its weight from 4 bits each time."""
     cuda: bool = True
@@ -76,7 +80,7 @@ def _linear(
     size = rows * fan_out * s.element_bytes
     weight = float(fan_in * fan_out * s.element_bytes)
     scratch = weight if s.dequantized else 0.0
-    if s.lora_rank is None:
+    if s.lora_rank is None or name not in s.adapted:
         saves = (read,) if s.trained else ()
         return [Op((read,), write, size, saves, scratch=scratch, weights=weight if s.trained else 0.0)]
     narrow = s.element_bytes < SUM_BYTES

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from longspan.core.errors import ArgumentError
-from longspan.plan.block import BlockSettings, block_walk
+from longspan.plan.block import LINEARS, BlockSettings, block_walk
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import attention_buffers
 from longspan.plan.models import ModelShape
@@ -38,9 +38,11 @@ WORKSPACE = 2.5e9
 
 
 class LoraSettings(NamedTuple):
-    """Adapters at every linear layer of the blocks; the weights themselves are frozen."""
+    """Adapters in the blocks; the weights themselves are frozen."""
 
     rank: int
+    targets: tuple[str, ...] = LINEARS
+    """Linear layers that have one."""
     quantized: bool = False
     """Frozen linear layers are stored in 4 bits (QLoRA)."""
     embeddings: bool = False
@@ -228,13 +230,13 @@ class _Weights:
         self.adapters = 0
         if lora is not None:
             width, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-            sides = (
-                2 * model.hidden
-                + 2 * width
-                + 2 * (model.hidden + kv)
-                + 3 * (model.hidden + model.intermediate)
-            )
-            self.adapters = lora.rank * sides
+            wide = model.hidden + model.intermediate
+            # The two sides of each.
+            sides = {
+                "q": model.hidden + width, "k": model.hidden + kv, "v": model.hidden + kv, "o": width + model.hidden,
+                "gate": wide, "up": wide, "down": wide,
+            }  # fmt: skip
+            self.adapters = lora.rank * sum(sides[name] for name in lora.targets)
         share = 1 / s.shards
         narrow = s.parameter_bytes
         trained_bytes = SUM_BYTES if lora is not None else narrow
@@ -309,6 +311,7 @@ def _block(model: ModelShape, s: TrainingSettings, alive: int) -> Walk:
             tile_tokens=s.tiled_mlp,
             trained=s.lora is None,
             lora_rank=None if s.lora is None else s.lora.rank,
+            adapted=() if s.lora is None else s.lora.targets,
             dequantized=s.lora is not None and s.lora.quantized,
             cuda=s.cuda,
             attention_bytes=attention,

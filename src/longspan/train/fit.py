@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from longspan.core.log import get_logger
+from longspan.models.lora_config import LoraConfig
+from longspan.plan.block import LINEARS
 from longspan.plan.choose import Choice, choose_memory
 from longspan.plan.models import shape_of
 from longspan.plan.training import LoraSettings, TrainingMemory, TrainingSettings, training_memory
@@ -40,7 +42,7 @@ def machine_budget() -> Budget:
 
 
 def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> TrainingSettings:
-    """Return a stage's step as `plan` describes it; adapters count as if every linear layer had one."""
+    """Return a stage's step as `plan` describes it."""
     parallel, memory = config.parallel, config.memory
     rows = max(1, math.ceil(stage.rows_per_step / (parallel.dp_replicate * parallel.dp_shard)))
     at_once = min(rows, stage.rows_per_micro_batch)
@@ -48,6 +50,7 @@ def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
     if config.lora is not None:
         lora = LoraSettings(
             config.lora.rank,
+            targets=_adapted(config.lora),
             quantized=config.lora.quantization is not None,
             embeddings=any(name.endswith(TRAINED_EMBEDDINGS) for name in config.lora.trainable),
         )
@@ -72,6 +75,19 @@ def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
         lora=lora,
         accumulates=rows > at_once,
         cuda=cuda,
+    )
+
+
+def _adapted(lora: LoraConfig) -> tuple[str, ...]:
+    """Return the linear layers of a block that get adapters; all of them where their names are others than Llama's."""
+    if lora.target_modules == "all-linear":
+        return LINEARS
+    names = {
+        name: f"{'mlp' if name in ('gate', 'up', 'down') else 'self_attn'}.{name}_proj" for name in LINEARS
+    }
+    return (
+        tuple(name for name in LINEARS if any(names[name].endswith(end) for end in lora.target_modules))
+        or LINEARS
     )
 
 

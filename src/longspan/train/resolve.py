@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from longspan.core.errors import ConfigError
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
@@ -21,6 +23,7 @@ from longspan.train.fit import step_settings
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_rope_notes
+from longspan.train.runtime import on_gpu
 from longspan.train.stage_model import model_config, rope_at
 from longspan.train.streams import StagePlan, plan_stage
 from longspan.train.trainer import check_recipe, plan_run
@@ -44,11 +47,11 @@ class ResolvedStage(NamedTuple):
     """By stream: documents, rows in one epoch, rows that are needed."""
     tokens_by_source: dict[str, int | None]
     memory: dict[str, float] | None
-    """Bytes by part at the peak of one GPU, WORKSPACE included."""
+    """Bytes by part at the peak of one GPU, WORKSPACE included, or of one process on the CPU."""
     host: float | None
     """Bytes of host memory of one process."""
     step_seconds: float | None
-    """Of an optimizer step, each row one causal document: with shorter ones it is less."""
+    """Of an optimizer step, each row one causal document: with shorter ones it is less. None: of no GPU."""
     seconds: float | None
 
 
@@ -61,7 +64,10 @@ class ResolvedRecipe(NamedTuple):
     processes: int
     launch: str
     model: ModelShape | None
-    gpu: Gpu
+    gpu: Gpu | None
+    """What time is estimated for; None: no GPU that we know."""
+    on_gpu: bool
+    """Whether memory is that of a GPU; False: of a process on this machine's CPU."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -71,24 +77,35 @@ class ResolvedRecipe(NamedTuple):
             "processes": self.processes,
             "launch": self.launch,
             "model": None if self.model is None else self.model._asdict(),
-            "gpu": self.gpu.name,
+            "gpu": None if self.gpu is None else self.gpu.name,
+            "on_gpu": self.on_gpu,
         }
 
 
-def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h100") -> ResolvedRecipe:
-    """Return the resolved plan of a recipe; `recipe` is how it was named.
+def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | None = None) -> ResolvedRecipe:
+    """Return the resolved plan of a recipe.
+
+    Args:
+        config: the recipe.
+        command: what stands behind `longspan train` to run it: how it was named, with all settings.
+        data_root: where relative paths start.
+        gpu: what time and memory are estimated for; None: this machine.
 
     Nothing is fetched or trained; records of the recipe that are at hand become stores, as when it runs.
 
     Raises:
         ConfigError, DataError, ArgumentError: what training would raise for all that is at hand.
     """
-    if gpu not in GPUS:
+    if gpu is not None and gpu not in GPUS:
         raise ConfigError("there is no estimate for this GPU", found=gpu, allowed=list(GPUS))
+    here, device = _machine_gpu() if gpu is None else (GPUS[gpu], "")
+    cuda = here is not None or torch.cuda.is_available()
     root = data_root / config.data_root
     model = known_model(config.model, root)
     missing = sorted({path for stage in config.stages for path in _missing(stage, root)})
     notes = []
+    if here is None:
+        notes.append(f"there is no estimate of time for {device}: name a GPU with --gpu ({', '.join(GPUS)})")
     if model.config is None:
         notes.append(
             f"the model {config.model.path} is not on this machine: it is estimated by its name, and not checked"
@@ -105,12 +122,21 @@ def resolve(config: TrainConfig, recipe: str, *, data_root: Path, gpu: str = "h1
         plans = list(plan_run(config, data_root=data_root))
     else:
         plans = _plan_what_is_there(config, model, root)
+    typed = on_gpu(config) if cuda else config
     stages = [
-        _stage(config, plan.stage if plan else stage, plan, model.shape, GPUS[gpu])
+        _stage(typed, plan.stage if plan else stage, plan, model.shape, here, cuda=cuda)
         for stage, plan in zip(config.stages, plans)
     ]
     world = _world(config.parallel)
-    return ResolvedRecipe(stages, notes, world, _launch(recipe, world), model.shape, GPUS[gpu])
+    return ResolvedRecipe(stages, notes, world, _launch(command, world), model.shape, here, cuda)
+
+
+def _machine_gpu() -> tuple[Gpu | None, str]:
+    """Return the GPU of this machine if there are figures for it, and what it is called."""
+    if not torch.cuda.is_available():
+        return None, "this machine, which has no GPU"
+    name = torch.cuda.get_device_name()
+    return next((gpu for key, gpu in GPUS.items() if key in name.lower()), None), f"this machine's {name}"
 
 
 def _plan_what_is_there(config: TrainConfig, model: KnownModel, root: Path) -> list[StagePlan | None]:
@@ -137,17 +163,25 @@ def _missing(stage: StageConfig, root: Path) -> list[str]:
 
 
 def _stage(
-    config: TrainConfig, stage: StageConfig, plan: StagePlan | None, model: ModelShape | None, gpu: Gpu
+    config: TrainConfig,
+    stage: StageConfig,
+    plan: StagePlan | None,
+    model: ModelShape | None,
+    gpu: Gpu | None,
+    *,
+    cuda: bool,
 ) -> ResolvedStage:
     # Only data at hand tell how many steps an epoch is.
     steps = None if stage.epochs is not None else stage.num_steps
     tokens = None if steps is None else steps * stage.rows_per_step * stage.context_length
     memory = host = step_time = seconds = None
     if model is not None and stage.steps != 0:
-        settings = step_settings(config, stage, cuda=True)
+        settings = step_settings(config, stage, cuda=cuda)
         estimate = training_memory(model, settings)
-        memory = {**{name: size for name, size in estimate.parts.items() if size}, "workspace": WORKSPACE}
+        memory = {name: size for name, size in estimate.parts.items() if size}
+        memory |= {"workspace": WORKSPACE} if cuda else {}
         host = estimate.host_bytes
+    if model is not None and stage.steps != 0 and gpu is not None:
         world = _world(config.parallel)
         layer = layer_seconds(
             model,
@@ -229,11 +263,11 @@ def _world(parallel: ParallelConfig) -> int:
     return parallel.dp_replicate * parallel.dp_shard * parallel.cp_ring * parallel.cp_ulysses * parallel.tp
 
 
-def _launch(recipe: str, world: int) -> str:
+def _launch(command: str, world: int) -> str:
     if world == 1:
-        return f"longspan train {recipe}"
+        return f"longspan train {command}"
     nodes = -(-world // 8)
     where = f"--nproc-per-node {world}"
     if nodes > 1:
         where = f"--nnodes {nodes} --nproc-per-node {world // nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
-    return f"torchrun {where} -m longspan train {recipe}"
+    return f"torchrun {where} -m longspan train {command}"

@@ -34,7 +34,12 @@ def on_machine(config: TrainConfig) -> TrainConfig:
         return config
     if config.runtime.expandable_segments and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
-    if config.memory.compute_dtype is not None or frozen or config.model.dtype != "float32":
+    return on_gpu(config)
+
+
+def on_gpu(config: TrainConfig) -> TrainConfig:
+    """Return the recipe with the type that it computes in on a GPU."""
+    if config.memory.compute_dtype is not None or config.lora is not None or config.model.dtype != "float32":
         return config
     return config.model_copy(
         update={"memory": config.memory.model_copy(update={"compute_dtype": "bfloat16"})}
