@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -236,8 +238,16 @@ def test_names_that_are_not_utf8(tmp_path: Path, tokenizer: Tokenizer, write_jso
     names = [os.fsdecode(b"caf\xe9.jsonl"), os.fsdecode(b"gr\xfc\xdfe")]
     write_jsonl(f"in/{names[0]}", {"text": "one"}, b"{", {"text": "two"})
     write_jsonl(f"in/{names[1]}/b.txt", {"text": "three"})
+    table = pa.table({"text": ["four"]})
+    with open(tmp_path / "in" / os.fsdecode(b"\xe9.parquet"), "wb") as file:
+        pq.write_table(table, file)
+    with (
+        open(tmp_path / "in" / os.fsdecode(b"\xe8.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
     store = tokenize_corpus([tmp_path / "in"], tokenizer, tmp_path / "out")
-    assert sorted(store.lengths.source_names) == ["caf\ufffd", "gr\ufffd\ufffde"]
+    assert sorted(store.lengths.source_names) == ["caf\ufffd", "gr\ufffd\ufffde", "\ufffd"]
     assert store.manifest.config["inputs"][0]["name"] == names[0], "names come back as they are"
     assert tokenize_corpus([tmp_path / "in"], tokenizer, tmp_path / "out").fingerprint == store.fingerprint
     grouped = tokenize_corpus(

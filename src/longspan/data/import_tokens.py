@@ -15,6 +15,7 @@ stays cut, for rows do not say which pieces belong together, and padding is left
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,7 +235,8 @@ def _is_document(path: Path) -> bool:
         import pyarrow.parquet as pq
 
         try:
-            return "key" in pq.read_schema(path).names
+            with pa.OSFile(os.fsencode(path)) as file:
+                return "key" in pq.read_schema(file).names
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is a damaged parquet file", found=str(error)) from None
     with open(path, "rb") as file:
@@ -268,8 +270,9 @@ def _raw_records(source: Path) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet as pq
 
         try:
-            for batch in pq.ParquetFile(source).iter_batches(batch_size=64):
-                yield from batch.to_pylist()
+            with pa.OSFile(os.fsencode(source)) as file:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=64):
+                    yield from batch.to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{source} is a damaged parquet file", found=str(error)) from None
         return

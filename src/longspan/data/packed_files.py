@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -304,11 +305,12 @@ class ParquetRows:
     """The rows of a parquet file; a row group is decoded as a whole, and the last ones are kept."""
 
     def __init__(self, path: Path) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self._path = path
         with _damage(path, "parquet"):
-            self._file = pq.ParquetFile(path, memory_map=True)
+            self._file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
         names = self._file.schema_arrow.names
         self._columns = [name for name in ("input_ids", "source", "mask") if name in names]
         groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
@@ -359,7 +361,7 @@ class ArrowRows:
         import pyarrow as pa
 
         with _damage(path, "arrow"):
-            source = pa.memory_map(str(path))
+            source = pa.memory_map(os.fsencode(path))
             try:
                 self._table = pa.ipc.open_stream(source).read_all()
             except pa.ArrowInvalid:

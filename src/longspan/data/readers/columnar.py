@@ -7,6 +7,7 @@ Parquet is cut into parts at row groups, Arrow (the file format, and the stream 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ def read_parquet(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord
 
 @contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     # Small reads in turn: without a buffer whole column chunks would be held.
@@ -97,7 +99,8 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
             with open_raw(path) as stream, pq.ParquetFile(stream, **settings) as parquet:
                 yield parquet
         else:
-            with pq.ParquetFile(path, **settings) as parquet:
+            # Of a name, pyarrow wants UTF-8; of bytes it takes any.
+            with pa.OSFile(os.fsencode(path)) as file, pq.ParquetFile(file, **settings) as parquet:
                 yield parquet
 
 
@@ -140,7 +143,9 @@ def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
     import pyarrow as pa
 
     with _checked(path, "arrow"):
-        source = pa.PythonFile(open_raw(path), mode="r") if is_remote(path) else pa.memory_map(path)
+        source = (
+            pa.PythonFile(open_raw(path), mode="r") if is_remote(path) else pa.memory_map(os.fsencode(path))
+        )
         with source:
             head = source.read(len(ARROW_FILE_MAGIC))
             source.seek(0)

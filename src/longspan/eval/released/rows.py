@@ -35,7 +35,8 @@ class Rows(Sequence[dict[str, Any]]):
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            self._rows = pyarrow.parquet.read_table(path).to_pylist()
+            with open(path, "rb") as file:
+                self._rows = pyarrow.parquet.read_table(file).to_pylist()
         elif _first_byte(path) == b"[":
             self._rows = _read_json(path)
         elif path.suffix == ".json" and _is_one_object(path):
