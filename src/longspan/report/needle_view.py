@@ -142,10 +142,10 @@ def _map_view(
     columns = [length_text(n) for n in table.lengths]
     key = data.add_grid(task, short_name(label), table, [percent(d) for d in table.rows], columns)
     files = [file for file in ev.files if file.label == base and file.task == task]
-    lost = lost_text(table.total)
+    mean = [percent(table.total.mean), interval_text(table.total)] if table.total.scored else ["not measured"]
     return {
         "name": name,
-        "mean": f"{percent(table.total.mean)}, {interval_text(table.total)}{f', {lost}' if lost else ''}",
+        "mean": ", ".join(filter(None, (*mean, lost_text(table.total)))),
         "detail": _rope_text(ev.rope(base)),
         "scored_by": ", ".join(dict.fromkeys(s for f in files for s in (f.scorer, f.mode) if s)),
         "svg": Markup(heat_map(name, table, width or 232, key=key, trained=lines, compact=not width)),
