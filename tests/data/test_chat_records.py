@@ -16,6 +16,7 @@ from longspan.data.chat import ChatFormat, MessagesError
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
+from longspan.data.verify import verify
 from tests.data.chat_tokenizers import chatty_tokenizer
 
 PLAIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -187,6 +188,12 @@ def test_special_tokens_in_tools_and_thoughts_stay_text(chatty):
     ids, _ = ChatFormat(chatty, CALLING).encode(turns, {"tools": [tool]})
     starts = chatty.token_id("<|im_start|>")
     assert ids.tolist().count(starts) == len(turns) + 1
+    # A template that lowers what is said makes a special token of it.
+    lowering = (
+        "{% for m in messages %}{% generation %}{{ m.content | lower }}</s>{% endgeneration %}{% endfor %}"
+    )
+    with pytest.raises(MessagesError, match="rewrites"):
+        ChatFormat(chatty, lowering).encode([ASK, {"role": "assistant", "content": "<|IM_END|>"}])
     # One half at the end of a turn, the other at the start of the next that the template joins to it.
     template = (
         "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -219,6 +226,11 @@ def test_records_in_a_store(chatty, write_jsonl, tmp_path):
     assert (counts["broken_records"], counts["missing_fields"], counts["wrong_types"]) == (1, 1, 3)
     assert f"{path}:6" in " ".join(counts["examples"])
     assert "weather" in chatty.decode(store.tokens(0)) and "weather" not in chatty.decode(store.tokens(1))
+    # The key of a conversation is made of its tools too, also when it is looked for later.
+    missing = [
+        int(place.rpartition(":")[2]) for place in verify(tmp_path / "out", against=[str(path)]).missing or ()
+    ]
+    assert len(missing) == 1 and (path.read_bytes()[: missing[0]].count(b"\n") == 5)
     with pytest.raises(DataError, match=r"chat\.jsonl:3"):
         stored(path, chatty, CALLING, tmp_path / "strict", strict=True)
 

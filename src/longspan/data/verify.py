@@ -301,7 +301,15 @@ def _keys_of(inputs: Sequence[str], config: dict[str, Any]) -> Iterator[tuple[st
     from longspan.data.readers import read_documents
     from longspan.data.tokenize import document_key
 
-    names = ("text_field", "source_field", "messages_field", "group_by", "order_by", "header_field")
+    names = (
+        "text_field",
+        "source_field",
+        "messages_field",
+        "variable_fields",
+        "group_by",
+        "order_by",
+        "header_field",
+    )
     fields = {name: config[name] for name in names if config.get(name) is not None}
     for document in read_documents(inputs, **fields):
         yield (

@@ -126,7 +126,7 @@ class ChatFormat:
         """Return ids and mask of a conversation, and notes of what the template left out; see `encode`."""
         given, turns = self._given(messages, variables)
         reading = self._read(given)
-        notes = check_written(given, reading, self._template, blocks=self._template.has_blocks)
+        notes = check_written(given, reading, self._template, special=self._encoder.special)
         if self._template.has_blocks:
             spans = block_spans(reading, turns)
         else:
@@ -167,10 +167,15 @@ class ChatFormat:
         bare = read(self._template.render(messages, variables, marks=True), [])
         if bare.text.replace(GUARD, "") == given.text and self._template.has_blocks:
             return bare
+        if self._template.has_blocks:
+            raise MessagesError(
+                "the chat template writes something else when its {% generation %} blocks and the special tokens in "
+                "messages are marked, so what is learnt cannot be found",
+                fix="choose another template with --chat-template",
+            )
         raise MessagesError(
             "the chat template rewrites what a turn says, so the assistant's words cannot be found in it",
-            fix="choose another template with --chat-template, or one with {% generation %} blocks that leaves "
-            "contents as they are",
+            fix="choose another template with --chat-template, or one with {% generation %} blocks",
         )
 
     def _pointed(
@@ -218,7 +223,7 @@ class ChatFormat:
         """Return what the template writes around answers, found on a conversation that every template can render."""
         given = Given(list(probe), {}, self._template.render(probe))
         reading = self._read(given)
-        check_written(given, reading, self._template, blocks=False)
+        check_written(given, reading, self._template, special=self._encoder.special)
         found: set[str | None] = set()
         before = ""
         for number, turn in enumerate(probe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,17 +15,21 @@ from longspan.data.chat.template import Template
 OTHER = "choose a template that writes it with --chat-template, or take it out of the record"
 
 
-def check_written(given: Given, reading: Reading, template: Template, *, blocks: bool) -> Counter[str]:
+def check_written(
+    given: Given, reading: Reading, template: Template, *, special: re.Pattern[str]
+) -> Counter[str]:
     """Return notes of what the template leaves out of a conversation by its nature, with a number of turns: thoughts
     of earlier turns, keys that it does not know.
 
     Args:
-        blocks: the template says itself what is learnt, so that it may write an answer twice, or otherwise.
+        special: matches special tokens that would be read as such.
 
     Raises:
         MessagesError: a turn, a tool call, the tools or documents, or thoughts are not in the text, or by half.
     """
     notes: Counter[str] = Counter()
+    # Such a template says itself what is learnt: it may write an answer twice, or otherwise.
+    blocks = template.has_blocks
     counts: dict[tuple[int, str], list[int]] = defaultdict(list)
     for leaf, count in zip(reading.leaves, reading.counts()):
         counts[leaf.turn, leaf.field].append(count)
@@ -36,8 +41,7 @@ def check_written(given: Given, reading: Reading, template: Template, *, blocks:
         for key in turn:
             if key not in template.names and key not in (*NO_SPEECH, *THOUGHTS, *CALLS):
                 notes[f"turns with a `{key}`, which the chat template does not read"] += 1
-    if not blocks:
-        _check_same(reading)
+    _check_same(reading, special, blocks)
     for name in LISTS:
         for each in given.variables.get(name, ()):
             if not _contains(given.text, _title(each)):
@@ -116,17 +120,19 @@ def _check_calls(turn: Message, counts: list[int] | None, where: str, text: str)
         raise MessagesError(f"the chat template does not write the tool calls of {where}", fix=OTHER)
 
 
-def _check_same(reading: Reading) -> None:
-    """Raise MessagesError where between the points of a text stands another one."""
+def _check_same(reading: Reading, special: re.Pattern[str], blocks: bool) -> None:
+    """Raise MessagesError where between the points of a text stands another one; with `blocks` it may, so long as it
+    makes no special token of what was said."""
     opened: dict[int, int] = {}
     for point in reading.points:
         leaf = reading.leaves[point.leaf]
         start = opened.pop(point.leaf, None)
         if start is None:
             opened[point.leaf] = point.place
-        elif leaf.text and reading.text[start : point.place] not in (
-            forms_of(leaf.text) if leaf.field == CALLS[0] else (leaf.text,)
-        ):
+            continue
+        found = reading.text[start : point.place]
+        forms = forms_of(leaf.text) if leaf.field == CALLS[0] else (leaf.text,)
+        if leaf.text and found not in forms and (not blocks or special.search(found)):
             raise MessagesError(
                 f"the chat template rewrites what turn {leaf.turn} says, so the assistant's words cannot be found",
                 fix="choose another template with --chat-template, or one with {% generation %} blocks",

@@ -50,6 +50,7 @@ def read_documents(
     text_field: str = "text",
     source_field: str | None = None,
     messages_field: str | None = None,
+    variable_fields: Sequence[str] = (),
     group_by: str | None = None,
     order_by: str | None = None,
     header_field: str | None = None,
@@ -65,6 +66,7 @@ def read_documents(
         text_field: field that holds the text; dots reach into objects.
         source_field: field that names the source; None: the file's place names it.
         messages_field: field of conversations, read instead of the text.
+        variable_fields: fields that belong to a conversation, where a record has them; see `ChatFormat.fields`.
         group_by: join the records with the same value of this field into one document; see `Grouping`.
         order_by: field that orders the records of a group; None: canonical order.
         header_field: field with a file name, put as a comment above each record of a group.
@@ -77,7 +79,7 @@ def read_documents(
     """
     report = ReadReport() if report is None else report
     files = list_inputs(inputs, report=report)
-    fields = Fields(text_field, source_field, messages_field)
+    fields = Fields(text_field, source_field, messages_field, tuple(variable_fields))
     grouping = None if group_by is None else Grouping(group_by, order_by, header_field)
     check_fields(files, fields.wanted if grouping is None else (*fields.wanted, *grouping.names))
     if grouping is not None:

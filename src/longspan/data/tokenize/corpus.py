@@ -183,7 +183,11 @@ class CorpusJob:
             "tokenizer": tokenizer.fingerprint,
         }
         if chat is not None:
-            self._settings |= {"messages_field": messages_field, "chat": chat.fingerprint}
+            self._settings |= {
+                "messages_field": messages_field,
+                "variable_fields": list(chat.fields),
+                "chat": chat.fingerprint,
+            }
         if mix is not None:
             self._settings |= {"mix": mix.to_dict(), "seed": seed}
         grouping = None
