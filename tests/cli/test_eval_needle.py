@@ -150,3 +150,67 @@ def test_list_names_tasks_presets_and_scorers(longspan):
         assert name in outcome.out
     listed = json.loads(longspan("eval list --json").out)
     assert listed["presets"]["easycontext"]["answer_digits"] == 7
+
+
+def test_in_a_chat_an_answer_is_a_sentence(longspan, model):
+    """A model that chats was asked for a bare number as its first token, and had none of them right."""
+    line = "eval needle --model model --lengths 320 --depths 0.5 --samples 1 --dry-run --json --out r"
+    prompt = json.loads(longspan(f"{line} --chat-template qwen").out)["prompt"]
+    key = prompt["messages"][1]["content"].removeprefix("The magic number of ").removesuffix(" is")
+    assert prompt["messages"][0]["content"].endswith(f"\nWhat is the magic number of {key}?")
+    assert prompt["text"].endswith(f"assistant\nThe magic number of {key} is")
+    assert (prompt["max_new_tokens"], prompt["expected"].isdecimal()) == (32, True)
+    server = "--model openai:m --base-url http://localhost:1/v1 --tokenizer model"
+    prompt = json.loads(longspan(f"{line.replace('--model model', server)}").out)["prompt"]
+    assert prompt["messages"] is None and "? The magic number of " in prompt["text"][-80:]
+    # The model's thoughts come first; what is said of the question by hand stays as it is.
+    thinking = json.loads(longspan(f"{line} --chat-template qwen --thinking on").out)["prompt"]
+    assert len(thinking["messages"]) == 1 and thinking["max_new_tokens"] == 32 + 4096
+    own = json.loads(longspan(f"{line} --chat-template qwen --question Which?").out)["prompt"]
+    assert own["text"].endswith("assistant\n") and own["max_new_tokens"] == 32
+    forced = json.loads(longspan(f"{line} --chat-template qwen --mode teacher_forced").out)["prompt"]
+    assert forced["max_new_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("passkey --lengths 512,640 --depths 0,1", ["40 samples", "The pass key is", "room for 77 tokens"]),
+        ("topics --kind lines --counts 4", ["10 samples", "REGISTER_CONTENT"]),
+        ("ruler --lengths 2k --subtasks niah_single_1", ["100 samples", "The special magic number for"]),
+        ("longqa --data q.jsonl", ["1 samples", "Question: Who wrote it?", "expected: ['Ada']"]),
+    ],
+)
+def test_dry_runs_show_one_whole_prompt(longspan, model, line, parts):
+    """What a model is asked could be seen in records only, when hours had been spent on it."""
+    question = {"context": "Ada wrote it.", "input": "Who wrote it?", "answers": ["Ada"]}
+    (model.parent / "q.jsonl").write_text(json.dumps(question) + "\n")
+    outcome = longspan(f"eval {line} --model model --max-new-tokens 77 --dry-run --out run")
+    assert outcome.code == 0, outcome.err
+    for part in [*parts, "77 tokens of answer"]:
+        assert part in outcome.out, outcome.out[-300:]
+    assert not (model.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--thinking on", ["plain text has no chat template", "--chat-template"]),
+        ("--template-args '[1]'", ["--template-args does not hold settings"]),
+        ("--template-args '{1: 2}'", ["holds no variables", "enable_thinking"]),
+        ("--template-args '{enable_thinking: false}'", ["plain text has no chat template"]),
+        (
+            "--chat-template qwen --thinking on --mode teacher_forced",
+            ["is to think before it", "--thinking off"],
+        ),
+        ("--model anthropic:m --tokenizer model --template-args '{a: 1}'", ["no variables", "--server"]),
+        ("--answer-prefix 'It is'", ["answer_prefix", "generated"]),
+    ],
+)
+def test_mistakes_about_thinking_are_messages(longspan, model, monkeypatch, arguments, parts):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
+    outcome = longspan(f"{GRID} {arguments}")
+    assert outcome.code == 2, outcome.err
+    for part in parts:
+        assert part in outcome.err
+    assert not list(model.parent.glob("run/records/*"))

@@ -69,6 +69,12 @@ def needle(
     needle: Annotated[str | None, typer.Option(help="Planted text; {key} and {number} are drawn.")] = None,
     question: Annotated[str | None, typer.Option(help="What is asked at the end.")] = None,
     answer: Annotated[str | None, typer.Option(help="The right answer.")] = None,
+    answer_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="How a generated answer begins: the assistant's words in a chat. Default: none; in a chat a sentence."
+        ),
+    ] = None,
     distractor: Annotated[
         list[str] | None, typer.Option(help="Text of a planted fact that is not asked for; many times.")
     ] = None,
@@ -118,13 +124,15 @@ def needle(
         "keys": key,
         "answer_digits": digits,
         "prompt": prompt,
-        "mode": mode or _usual_mode(model, preset),
+        "mode": mode,
+        "answer_prefix": answer_prefix,
         "scorer": scorer,
         "order": order,
         "repeat": (repeat_haystack or not data) or None,
         "seed": seed,
     }
-    settings = _settings(preset, {name: value for name, value in given.items() if value is not None})
+    given = _usual(model, preset, given) | {name: value for name, value in given.items() if value is not None}
+    settings = _settings(preset, given)
     from longspan.eval.documents import default_documents
 
     form = form_of(model, prompts)
@@ -211,17 +219,24 @@ def _task_kind(multi_key: bool) -> Callable[..., Task]:
     return MultiKeyTask if multi_key else NeedleTask
 
 
-def _usual_mode(model: ModelOptions, preset: str | None) -> Mode | None:
-    """Return how an answer is got where nothing is said: in a chat it is a sentence, not the bare value at once."""
+def _usual(model: ModelOptions, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are usual where nothing is said: in a chat answers are generated, behind a beginning."""
     from longspan.core.log import get_logger
+    from longspan.eval.needle_settings import CHAT
 
     if model.chat_template is None and not model.is_chat_server:
-        return "generate" if model.is_remote and preset is None else None
-    if not model.is_remote:
-        get_logger("eval").info(
-            "needle: in a chat answers are generated (--mode teacher_forced measures given ones)"
-        )
-    return "generate"
+        return {"mode": "generate"} if model.is_remote and preset is None else {}
+    if given["mode"] == "teacher_forced":
+        return {}
+    own_words = preset or any(
+        given[name] for name in ("needle", "question", "answer", "num_needles", "prompt")
+    )
+    usual = {"mode": CHAT["mode"]} if own_words else dict(CHAT)
+    get_logger("eval").info(
+        "needle: in a chat answers are generated%s; --mode teacher_forced measures given ones",
+        "" if own_words else f", and begin with {CHAT['answer_prefix']!r}",
+    )
+    return usual
 
 
 def _too_few(settings: NeedleSettings, threshold: float) -> str:

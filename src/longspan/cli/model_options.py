@@ -223,9 +223,7 @@ def _template_args(prompts: PromptOptions) -> dict[str, Any]:
     from longspan.core.errors import ArgumentError
 
     given = parse_yaml(prompts.template_args, where="--template-args") if prompts.template_args else {}
-    if not isinstance(given, dict) or not all(
-        isinstance(name, str) and name.isidentifier() for name in given
-    ):
+    if not all(isinstance(name, str) and name.isidentifier() for name in given):
         raise ArgumentError(
             "--template-args holds no variables",
             found=prompts.template_args,

@@ -157,9 +157,12 @@ class NeedleComposer:
 
     def question(self, facts: Sequence[Facts]) -> str:
         """Return the question for some needles: `{key}` is "iron, coal and tin"."""
-        keys = [each.key for each in facts]
-        joined = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
-        return fill(self.settings.question, key=joined, number=facts[0].number)
+        return _filled_for(self.settings.question, facts)
+
+    def answer_prefix(self, facts: Sequence[Facts]) -> str:
+        """Return how the answer to the question for some needles begins; empty: with itself."""
+        text = _filled_for(self.settings.answer_prefix, facts)
+        return text and f" {text}"
 
     def answer(self, facts: Facts) -> str:
         """Return the right answer for a needle."""
@@ -170,12 +173,13 @@ class NeedleComposer:
         # One pass: a context that holds "{question}" stays as it is.
         return fill(self.settings.prompt, context=context, question=question)
 
-    def count(self, context: str, question: str, answer: str) -> int:
+    def count(self, context: str, asked: Sequence[Facts]) -> int:
         """Return the tokens of prompt and answer, or of prompt and the room for a generated one."""
-        prompt = self.prompt(context, question)
+        prompt = self.prompt(context, self.question(asked))
         if self.settings.mode == "teacher_forced":
-            return self.form.count(prompt, answer=answer)
-        return self.form.count(prompt) + self.settings.max_new_tokens
+            return self.form.count(prompt, answer=self.answer(asked[0]))
+        begun = self.form.count(prompt, answer_prefix=self.answer_prefix(asked))
+        return begun + self.settings.max_new_tokens
 
     def context(
         self,
@@ -183,16 +187,15 @@ class NeedleComposer:
         length: int,
         insertions: Sequence[Insertion],
         *,
-        question: str,
-        answer: str,
+        asked: Sequence[Facts],
         exact: int | None,
     ) -> Context:
-        """Cut and plant a haystack so that with question and answer it has `length` tokens.
+        """Cut and plant a haystack so that with the question for some needles and its answer it has `length` tokens.
 
         Raises:
             DataError: it cannot be done; the message says why.
         """
-        planned = self.count("", question, answer) + sum(each.tokens for each in insertions)
+        planned = self.count("", asked) + sum(each.tokens for each in insertions)
         # A little less than fits: what is planted at a border may cost a token more than on its own.
         haystack_tokens = length - planned - 2
         for _ in range(_MAX_FITS):
@@ -202,7 +205,7 @@ class NeedleComposer:
                 )
             planted = plant(sample.window, haystack_tokens, insertions, exact=exact)
             text = planted.text.removesuffix("\n")
-            tokens = self.count(text, question, answer)
+            tokens = self.count(text, asked)
             excess = tokens - length
             if -length_tolerance(length) < excess <= 0:
                 return Context(text, planted)
@@ -232,7 +235,11 @@ class NeedleComposer:
         if self.settings.mode == "teacher_forced":
             request = self.form.request(prompt, answer=answers[0])
         else:
-            request = self.form.request(prompt, max_new_tokens=self.settings.max_new_tokens)
+            request = self.form.request(
+                prompt,
+                answer_prefix=self.answer_prefix(facts),
+                max_new_tokens=self.settings.max_new_tokens,
+            )
         assert request.prompt_ids is not None
         room = self.settings.max_new_tokens if request.answer_ids is None else len(request.answer_ids)
         start, end = context.planted.spans[index]
@@ -299,8 +306,8 @@ class NeedleComposer:
         planted += [
             self.distractor(number, facts, 0.0).tokens for number in range(len(self._distractor_fields))
         ]
-        asked = self.question([facts] * self.settings.num_needles)
-        needed = self.count("", asked, self.answer(facts)) + sum(planted) + MIN_HAYSTACK_TOKENS + 2
+        asked = [facts] * self.settings.num_needles
+        needed = self.count("", asked) + sum(planted) + MIN_HAYSTACK_TOKENS + 2
         if min(self.settings.lengths) < needed:
             raise ConfigError(
                 "a context length has no room for the planted facts and the question",
@@ -310,6 +317,13 @@ class NeedleComposer:
                 fix="leave out the shortest lengths or plant fewer facts",
             )
         self.sample(0)
+
+
+def _filled_for(text: str, facts: Sequence[Facts]) -> str:
+    """Fill a text that speaks of some needles: `{key}` is "iron, coal and tin"."""
+    keys = [each.key for each in facts]
+    joined = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
+    return fill(text, key=joined, number=facts[0].number)
 
 
 class NeedleTask:
@@ -361,8 +375,7 @@ class NeedleTask:
             sample,
             length,
             insertions,
-            question=composer.question(asked),
-            answer=composer.answer(needle),
+            asked=asked,
             exact=0,
         )
         return composer.built(context, 0, asked)

@@ -51,7 +51,11 @@ def grid_cost(settings: NeedleSettings, form: PromptForm, *, multi_key: bool = F
 def _groups(settings: NeedleSettings, form: PromptForm, *, multi_key: bool) -> list[list[Cell]]:
     """Return the prompts of one haystack, those that share a trunk together."""
     number = "9" * settings.answer_digits
-    asked = form.count(settings.question, answer=settings.answer.replace("{number}", number))
+    if settings.mode == "teacher_forced":
+        asked = form.count(settings.question, answer=settings.answer.replace("{number}", number))
+    else:
+        prefix = settings.answer_prefix and f" {settings.answer_prefix}"
+        asked = form.count(settings.question, answer_prefix=prefix) + settings.max_new_tokens
     planted = len(form.tokenizer.encode(settings.needle.replace("{number}", number)))
     if min(settings.lengths) <= asked + planted:
         raise ConfigError(

@@ -79,15 +79,12 @@ class MultiKeyTask:
                 for index, (each, place) in enumerate(zip(distractors, generator.random(len(distractors))))
             ]
             # The longest question decides how long the text can be that all of them share.
-            longest = max(
-                needles, key=lambda each: composer.count("", composer.question([each]), composer.answer(each))
-            )
+            longest = max(needles, key=lambda each: composer.count("", [each]))
             context = composer.context(
                 sample,
                 length,
                 insertions,
-                question=composer.question([longest]),
-                answer=composer.answer(longest),
+                asked=[longest],
                 exact=None,
             )
             self._row = (length, number), context, needles

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
@@ -16,6 +18,14 @@ Order = Literal["random", "given"]
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _FACT_FIELDS = ("key", "number")
+CHAT: Mapping[str, str] = MappingProxyType(
+    {
+        "mode": "generate",
+        "question": "What is the magic number of {key}?",
+        "answer_prefix": "The magic number of {key} is",
+    }
+)
+"""Settings for a chat, where nothing is said: a model that chats answers in a sentence, not with a bare number."""
 
 
 class NeedleSettings(Config):
@@ -37,6 +47,9 @@ class NeedleSettings(Config):
     """What is asked; with several needles `{key}` is all their keys."""
     answer: str = "{number}"
     """The right answer."""
+    answer_prefix: str = ""
+    """How a generated answer begins: words of the assistant in a chat, else the end of the prompt; no part of the
+    answer, and left out for a model that thinks."""
     distractors: tuple[str, ...] = ()
     """Texts of the facts not asked for, in turn; none: the needle with another key and number."""
     keys: tuple[str, ...] = ()
@@ -90,8 +103,10 @@ class NeedleSettings(Config):
 
     @pydantic.model_validator(mode="after")
     def _texts_fit_together(self) -> NeedleSettings:
-        for name in ("needle", "question", "answer"):
-            if name != "question" and not getattr(self, name).strip():
+        if self.answer_prefix and self.mode == "teacher_forced":
+            raise ValueError("answer_prefix begins an answer that is generated; a given one needs none")
+        for name in ("needle", "question", "answer", "answer_prefix"):
+            if name in ("needle", "answer") and not getattr(self, name).strip():
                 raise ValueError(f"{name} is empty")
             _refuse_unknown(name, getattr(self, name), _FACT_FIELDS)
             missing = self.template(getattr(self, name)) - self.template(self.needle)

@@ -141,10 +141,10 @@ class PromptForm:
             return "none"
         return "assistant" if self.begins_answers else "end of prompt"
 
-    def count(self, prompt: str, *, answer: str | None = None) -> int:
-        """Return how many tokens a prompt has, BOS, chat template and answer counted."""
+    def count(self, prompt: str, *, answer: str | None = None, answer_prefix: str = "") -> int:
+        """Return how many tokens a prompt has, BOS, chat template and answer (or its beginning) counted."""
         if answer is None:
-            return len(self.encode(prompt))
+            return len(self.encode(*self._begin(prompt, answer_prefix)))
         return sum(map(len, self._pair(prompt, self._lead(prompt) + answer)))
 
     def request(
@@ -168,15 +168,10 @@ class PromptForm:
             DataError: the tokenizer joins the end of the prompt and the answer into one token.
             ConfigError: a given answer for a model that is to think first.
         """
-        messages: list[dict[str, str]] = []
-        begun = ""
-        if answer_prefix and not self.thinks:
-            if self.begins_answers:
-                begun = answer_prefix.strip()
-                messages = [{"role": "assistant", "content": begun}]
-            else:
-                prompt += answer_prefix
-        messages.insert(0, {"role": "user", "content": prompt})
+        prompt, begun = self._begin(prompt, answer_prefix)
+        messages = [{"role": "user", "content": prompt}]
+        if begun:
+            messages.append({"role": "assistant", "content": begun})
         chat = None if self._chat is None else self._chat.generating
         answer_ids = None
         if answer is None:
@@ -202,6 +197,14 @@ class PromptForm:
         if self.thinks:
             return "expected"
         return "none" if self._thinking == "off" else "unknown"
+
+    def _begin(self, prompt: str, answer_prefix: str) -> tuple[str, str]:
+        """Return the prompt, and what the assistant's turn begins with."""
+        if self.thinks or not answer_prefix:
+            return prompt, ""
+        if self.begins_answers:
+            return prompt, answer_prefix.strip()
+        return prompt + answer_prefix, ""
 
     def before_given_answers(self) -> ChatPrompt | None:
         """Return the chat that a given answer follows, with no thoughts open; None: plain text. Raises ConfigError."""
