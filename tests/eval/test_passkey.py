@@ -78,6 +78,16 @@ def test_grid_of_longllm() -> None:
     assert (len(lengths), lengths[0], lengths[-1]) == (20, 8192, 131072)
 
 
+def test_a_key_that_cannot_stand_at_its_depth_is_not_scored(tokenizer: Tokenizer) -> None:
+    """One line of noise has a start and an end: the key of depth 0.5 stood at 0 and was scored as if it did not."""
+    task = Passkey(PasskeySettings(lengths=(4096,)), PromptForm(tokenizer))
+    fixed, per_unit = task._sizes()
+    length = int(fixed + 1.5 * per_unit) + ANSWER_TOKENS
+    assert task.build(Planned((length, 1.0, 0), length)).fields["achieved_depth"] == 1.0
+    with pytest.raises(DataError, match=r"1 lines of noise .* no place at depth 0.5"):
+        task.build(Planned((length, 0.5, 0), length))
+
+
 def test_no_room_is_a_reason_not_a_crash(tokenizer: Tokenizer) -> None:
     task = make(tokenizer, lengths=[60])
     with pytest.raises(

@@ -53,10 +53,20 @@ def list_(as_json: Json = False) -> None:
             f"{len(settings.lengths)} of {min(settings.lengths):,} to {max(settings.lengths):,}",
             len(settings.depths),
             settings.samples,
+            _shown(len(settings.depths) * settings.samples),
             settings.mode,
             settings.scorer_name,
         ]
         for name, settings in presets.items()
     ]
-    print_table("presets of needle", ("name", "lengths", "depths", "samples", "mode", "scorer"), rows)
+    columns = ("name", "lengths", "depths", "samples", "effective context", "mode", "scorer")
+    print_table("presets of needle", columns, rows)
     typer.echo(f"scorers: {', '.join(sorted(SCORERS))}")
+
+
+def _shown(samples: int) -> str:
+    """Say whether so many right answers a length can show an effective context."""
+    from longspan.core.intervals import samples_needed
+
+    needed = samples_needed() or samples
+    return "can be shown" if samples >= needed else f"cannot be shown: {samples} a length, {needed} needed"

@@ -38,6 +38,8 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 KEY = "The pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "What is the pass key? The pass key is"
 _MEASURED_UNITS = 64
+FARTHEST = 0.2
+"""How far off its depth the key may stand: with fewer than 3 lines of noise some depths have no place."""
 
 
 class PasskeySettings(Config):
@@ -119,6 +121,11 @@ class Passkey:
                 f"a passkey prompt and its answer do not fit into {length} tokens: {error}"
             ) from None
         request, before = found.made
+        if abs(before / found.units - float(depth)) > FARTHEST:
+            raise DataError(
+                f"{found.units} lines of noise in {length} tokens have no place at depth {depth}",
+                allowed=f"{FARTHEST} off",
+            )
         fields = {
             "question": QUESTION,
             "achieved_length": found.tokens + ANSWER_TOKENS,

@@ -79,7 +79,10 @@ def difference_figure(rows: Sequence[DatasetDifference]) -> Figure:
         color = LINES[line_index(row.label, 1 + labels.index(row.label))][0]
         axes.plot([100 * interval[0], 100 * interval[1]], [place, place], color=color, lw=1.6)
         axes.plot([100 * value], [place], color=color, marker="o", ms=5)
-    names = [f"{row.dataset}, {cut_name(short_name(row.label))}" for row in rows]
+    names = [
+        f"{row.dataset}, {cut_name(short_name(row.label))}" + (" (not comparable)" if row.differ else "")
+        for row in rows
+    ]
     axes.set_yticks(range(len(rows)), [_literal(name) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color=_MUTED, lw=0.8)
