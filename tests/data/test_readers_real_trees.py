@@ -17,6 +17,7 @@ import zstandard
 
 from longspan.core.errors import DataError
 from longspan.data.readers import ReadReport, read_documents
+from longspan.data.store import Column, MDSWriter
 from longspan.data.token_documents import find_token_files
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
@@ -190,6 +191,46 @@ def test_tsv_has_no_quotes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     for name, header in (("b.csv", "id\ttext"), ("b.tsv", '"id"\t"text"')):
         (tmp_path / name).write_text(header + '\n1\t"two\nlines"\n2\t"a ""b"", c"\n')
         assert [text for _, text in read(tmp_path / name)[0]] == ["two\nlines", 'a "b", c'], name
+
+
+def test_csv_with_carriage_returns_alone(tmp_path: Path) -> None:
+    """Lines of CSV may end as on old machines."""
+    (tmp_path / "a.csv").write_bytes(b"text\rone\rtwo\r")
+    assert [text for _, text in read(tmp_path)[0]] == ["one", "two"]
+
+
+def test_shards_of_several_writers_and_damaged_values(tmp_path: Path) -> None:
+    """A shard without the column of text, or one value that is no JSON, ended the reading of an MDS folder."""
+    shards = []
+    for name, column, value in (("a", Column("text", "str"), "good"), ("b", Column("ids", "int"), 5)):
+        writer = MDSWriter(tmp_path / "in", [column], size_limit=1 << 20)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        for _ in range(2):
+            writer.write({column.name: value})
+        writer.finish()
+        (shard,) = json.loads((tmp_path / "in/index.json").read_text())["shards"]
+        (tmp_path / "in/shard.00000.mds").rename(tmp_path / "in" / name)
+        shards.append({**shard, "raw_data": {**shard["raw_data"], "basename": name}})
+    (tmp_path / "in/index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+    found, report = read(tmp_path / "in")
+    assert [text for _, text in found] == ["good", "good"] and report.missing_fields == 2
+    (tmp_path / "json").mkdir()
+    writer = MDSWriter(tmp_path / "json", [Column("row", "json")], size_limit=1 << 20)
+    writer.write({"row": {"text": "first"}})
+    writer.write({"row": {"text": "second"}})
+    writer.finish()
+    path = tmp_path / "json/shard.00000.mds"
+    path.write_bytes(path.read_bytes().replace(b'"first"', b'"first '))
+    found, report = read(tmp_path / "json", text_field="row.text")
+    assert [text for _, text in found] == ["second"] and report.broken_records == 1
+
+
+def test_dates_that_python_has_not(tmp_path: Path) -> None:
+    """One value of a table that cannot become an object of Python ended in a traceback."""
+    days = pa.array([1 << 40, 0], pa.int64()).cast(pa.timestamp("s"))
+    pq.write_table(pa.table({"text": ["a", "b"], "r": ["x", "x"], "n": days}), tmp_path / "a.parquet")
+    found, report = read(tmp_path / "a.parquet", group_by="r", order_by="n")
+    assert [text for _, text in found] == ["b"] and report.broken_records == 1
 
 
 def test_lines_lost_with_a_quote_are_counted(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ Rows = Iterator[tuple[int, list[str] | _Broken]]
 
 
 def read_delimited(
-    part: Part, wanted: Sequence[str] | None, *, cut: Callable[[io.TextIOWrapper, str], Rows]
+    part: Part, wanted: Sequence[str] | None, *, cut: Callable[[io.TextIOWrapper, str], Rows], newline: str
 ) -> Iterator[RawRecord]:
     """Yield the rows below the header; the position is the number of the row, from 1.
 
@@ -51,7 +51,7 @@ def read_delimited(
     file = part.file
     with open_input(file.path) as stream, reading(file.path):
         # Bytes that are not UTF-8 become lone surrogates, which are found with the field that holds them.
-        lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="\n")
+        lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=newline)
         rows = cut(lines, file.path)
         header = next((row for _, row in rows if row), [])
         problem = _header_problem(header, wanted or ())
@@ -139,5 +139,5 @@ def _cut_tsv(lines: io.TextIOWrapper, path: str) -> Rows:
         )
 
 
-CSV = Reader(partial(read_delimited, cut=_cut_csv), parse_values, whole_file)
-TSV = Reader(partial(read_delimited, cut=_cut_tsv), parse_values, whole_file)
+CSV = Reader(partial(read_delimited, cut=_cut_csv, newline=""), parse_values, whole_file)
+TSV = Reader(partial(read_delimited, cut=_cut_tsv, newline="\n"), parse_values, whole_file)
