@@ -240,6 +240,8 @@ def write_pairs(
         RunError: another job is at work on a part.
     """
     dtype = np.dtype(np.int64) if format == "cepe" else documents.dtype
+    for _, domain in plan.windows:
+        folder_name(domain)  # said before the first is written
     written = []
     for part in PARTS[:2]:
         domains = {domain: rows for (of, domain), rows in plan.windows.items() if of == part}

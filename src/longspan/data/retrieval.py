@@ -136,6 +136,8 @@ def write_retrieval(
         DataError: the shard stands there already, made otherwise.
         RunError: another job is at work on it.
     """
+    for domain in plan.chunks:
+        folder_name(domain)  # said before the first is written
     folder = Path(out) / FOLDER / str(plan.shard)
     config = {"plan": plan.fingerprint, "tokenizer": tokenizer.fingerprint}
     framing = np.array([each for each in (tokenizer.bos_id, tokenizer.eos_id) if each is not None], np.int64)
