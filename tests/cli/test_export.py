@@ -87,6 +87,17 @@ def test_stage_checkpoint_adapter_and_run_become_the_same_model(longspan, run):
     assert again.code == 0 and "rounding to bfloat16" in again.out
 
 
+def test_a_checkpoint_is_exported_from_any_folder(longspan, run, monkeypatch):
+    """The base was looked for from the working folder, not from where training had found it."""
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    checkpoint = Path("..") / run / "checkpoints" / "step-00000004"
+    for name, words in (("own", ""), ("named", "--base ../base")):
+        outcome = longspan(f"export {checkpoint} {words} --out {name}")
+        assert outcome.code == 0, outcome.err
+    assert Path("own/model.safetensors").read_bytes() == Path("named/model.safetensors").read_bytes()
+
+
 def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
     stage = run / "stages" / "long"
     (run / "checkpoints" / "step-00000004" / "model-00000-of-00001.safetensors").write_bytes(b"torn")

@@ -80,12 +80,13 @@ def test_half_of_a_surrogate_pair(tmp_path):
     assert list(read_jsonl(tmp_path / "r.jsonl")) == [{"path": "a\udce9.txt"}]
 
 
-def test_nan_is_refused_and_nothing_is_written(tmp_path):
+def test_nan_is_null_and_ends_nothing(tmp_path):
+    """A loss of NaN ended a run while it wrote its record; NaN itself is not JSON."""
     with JsonlWriter(tmp_path / "r.jsonl") as writer:
-        with pytest.raises(ValueError, match="Out of range"):
-            writer.write({"loss": float("nan")})
-        writer.write({"loss": None})
-    assert list(read_jsonl(tmp_path / "r.jsonl")) == [{"loss": None}]
+        writer.write({"loss": float("nan"), "by": {"web": float("-inf")}, "cells": (1.5, float("nan"))})
+    assert list(read_jsonl(tmp_path / "r.jsonl")) == [
+        {"loss": None, "by": {"web": None}, "cells": [1.5, None]}
+    ]
 
 
 def test_full_disk_takes_no_half_line(tmp_path):

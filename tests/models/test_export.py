@@ -130,13 +130,13 @@ def test_nothing_half_written_is_left(base: Path, tmp_path: Path, monkeypatch: p
     model = trained(base)
     with torch.no_grad():
         next(value for name, value in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
-    with pytest.raises(DataError, match="merged"):
+    with pytest.raises(DataError, match="not finite"):
         export_model(model, tmp_path / "out")
 
     def broken(path: Path) -> None:
         raise DataError("a check failed")
 
-    monkeypatch.setattr(export, "_add_older_names", broken)
+    monkeypatch.setattr(export, "check_folder", broken)
     with pytest.raises(DataError, match="a check failed"):
         export_model(load_model(base), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -162,3 +162,27 @@ def test_a_folder_that_does_not_fit_is_found(base: Path, tmp_path: Path) -> None
     (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "architectures": None}))
     with pytest.raises(DataError, match="no architectures"):
         check_folder(tmp_path / "out")
+
+
+def test_a_weight_beyond_the_type_is_refused(base: Path, tmp_path: Path) -> None:
+    """float16 ends at 65,504: an infinite weight was written, with exit code 0."""
+    model = load_model(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    with pytest.raises(DataError, match=r"becomes infinite in float16(.|\n)*down_proj(.|\n)*bfloat16"):
+        export_model(model, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    assert (
+        export_model(load_model(base), tmp_path / "fine", dtype="float16").notes[0].startswith("there is no")
+    )
+
+
+def test_values_that_layers_hand_on_beyond_float16_are_said(base: Path, tmp_path: Path) -> None:
+    """Every weight fits, and the sums do not: the model answers with NaN in float16."""
+    model = load_model(base)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(6e4 / model.model.embed_tokens.weight.abs().max())
+        model.model.layers[0].mlp.down_proj.weight.fill_(6e4)
+        model.model.layers[0].mlp.gate_proj.weight.fill_(1.0)
+    notes = export_model(model, tmp_path / "out", dtype="float16").notes
+    assert any("infinite in float16" in note for note in notes)

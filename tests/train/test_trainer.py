@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.core.errors import ConfigError, DataError
+from longspan.core.errors import ConfigError, DataError, RunError
 from longspan.core.records import read_jsonl
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import train_bpe
-from longspan.models.hf import build_model, save_model
+from longspan.models.hf import build_model, load_model, save_model
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, set_lr
 from longspan.train.streams import plan_stage, stage_rows
+from longspan.train.trained import STARTED
 from longspan.train.trainer import plan_run, train, train_step
 from tests.train.conftest import recipe
 
@@ -282,3 +283,92 @@ def test_a_model_folder_that_a_kill_left_half_written_goes(data_root: Path, tmp_
     half.mkdir(parents=True)
     train(config(stages=stages(0)[:1]), tmp_path / "run", data_root=data_root)
     assert not half.exists()
+
+
+def broken_base(folder: Path) -> Path:
+    """A model one of whose weights is not a number."""
+    hf_config = recipe()["model"]["hf_config"]
+    model = build_model(hf_config, seed=0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    save_model(model, folder)
+    return folder
+
+
+def test_a_run_without_a_single_step_is_not_complete(data_root: Path, tmp_path: Path) -> None:
+    """Every step was skipped, the exit code was 0 and the model that came out was the one that went in."""
+    base = broken_base(tmp_path / "base")
+    validation = {"stores": {"held out": "plain"}, "lengths": [8], "windows": 2}
+    settings = config(
+        model={"path": str(base)}, tokenizer="tokenizer", validation=validation,
+        optimizer={"name": "adamw"}, stages=[{**recipe()["stages"][0], "adamw_lr": None, "tokens": 256}],
+    )  # fmt: skip
+    for _ in range(2):  # The same when it is started again.
+        with pytest.raises(RunError, match="every step was skipped"):
+            train(settings, tmp_path / "run", data_root=data_root)
+    assert losses(tmp_path / "run") == [None, None]
+    measured = list(read_jsonl(tmp_path / "run" / "validation.jsonl"))
+    assert [record["loss"] for record in measured] == [None, None]
+    assert not (tmp_path / "run" / "COMPLETE").exists()
+    assert not (tmp_path / "run" / "stages" / "short").exists()
+
+
+def test_settings_that_change_no_number_may_change_when_a_run_goes_on(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """A full disk could not be mended by another `keep`: the run was refused as one with other settings."""
+    out = tmp_path / "run"
+    train(config(tokenizer="tokenizer"), out, data_root=data_root)
+    whole = losses(out)
+    for path in (out / "COMPLETE", *out.glob("stages/*"), *sorted(out.glob("checkpoints/*"))[-1:]):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    changed = [
+        {**stage, "micro_batch_tokens": stage["batch_tokens"], "max_epochs": 20}
+        for stage in recipe()["stages"]
+    ]
+    other = config(
+        tokenizer="tokenizer",
+        stages=changed, checkpoint={"every_steps": 1, "keep": 1}, runtime={"expandable_segments": False},
+    )  # fmt: skip
+    train(other, out, data_root=data_root)
+    assert losses(out) == pytest.approx(whole, rel=1e-5)
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    started = [record for record in read_jsonl(out / "events.jsonl") if record["event"] == STARTED]
+    assert [record["checkpoint"]["keep"] for record in started] == [2, 1]
+    with pytest.raises(ConfigError, match=r"stages\.0\.lr"):
+        train(config(tokenizer="tokenizer", stages=stages(0, lr=0.01)), out, data_root=data_root)
+
+
+def test_the_language_model_of_a_larger_one_is_trained_alone(data_root: Path, tmp_path: Path) -> None:
+    """Its RoPE and length were put beside the settings for images, and training ended in a traceback."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = dict(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=16, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    both = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
+    both.save_pretrained(tmp_path / "both")
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        expected = both.eval()(ids).logits
+        torch.testing.assert_close(load_model(tmp_path / "both").eval()(ids).logits, expected)
+    settings = config(
+        model={"path": str(tmp_path / "both")}, tokenizer="tokenizer", optimizer={"name": "adamw"},
+        stages=[{**recipe()["stages"][0], "adamw_lr": None, "tokens": 256, "context_length": 32}],
+    )  # fmt: skip
+    result = train(settings, tmp_path / "run", data_root=data_root)
+    written = json.loads((result.models["short"] / "config.json").read_text())
+    assert written["architectures"] == ["Gemma3ForCausalLM"] and written["max_position_embeddings"] == 32
+    assert all(loss is not None for loss in losses(tmp_path / "run"))

@@ -42,7 +42,9 @@ def export(
     ] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="Base model of an adapter. Default: the one that it was trained beside."),
+        typer.Option(
+            help="Base model of an adapter, or the model that a checkpoint's run began with. Default: as in training."
+        ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -93,7 +95,7 @@ def _find(checkpoint: Path, base: str | None) -> _Source:
         origin = base or str(read_json(checkpoint / "adapter_config.json")["base_model_name_or_path"])
         return _Source(model, _words(checkpoint) or _words(origin), origin)
     if (checkpoint / "state.json").is_file():
-        from longspan.train.trainer import load_trained
+        from longspan.train.trained import load_trained
 
         trained = load_trained(checkpoint, base=base)
         return _Source(trained.model, trained.tokenizer, trained.base)

@@ -342,7 +342,7 @@ def find_folder(model: str) -> str:
 
 def load_checkpoint(source: Source) -> PreTrainedModel:
     """Load a checkpoint of a training, which says itself how its model was made."""
-    from longspan.train.trainer import load_trained
+    from longspan.train.trained import load_trained
 
     return load_trained(source.path).model
 

@@ -25,8 +25,10 @@ def example(*lines: str) -> str:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document; what is not finite is null."""
+    from longspan.core.files import finite
+
+    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

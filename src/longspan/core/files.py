@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -147,10 +148,21 @@ def remove_leftovers(folder: str | Path, name: str = "*") -> list[Path]:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as readable JSON, atomically; NaN and infinity are refused (missing is null)."""
+    """Write `value` as readable JSON, atomically; what is not finite is null."""
     with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+        json.dump(finite(value), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON, which knows neither NaN nor infinity: null in their place, missing as a number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return value
 
 
 def read_json(path: str | Path) -> Any:

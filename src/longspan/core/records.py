@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.core.errors import DataError, RunError
-from longspan.core.files import disk_errors
+from longspan.core.files import disk_errors, finite
 
 
 class JsonlWriter:
@@ -36,7 +36,7 @@ class JsonlWriter:
             _cut_torn_line(self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, whole or not at all. Raises RunError when the disk refuses."""
+        """Append one record, whole or not at all; what is not finite is null. Raises RunError when the disk refuses."""
         line = _encode(record) + b"\n"
         with disk_errors(self.path):
             # A nearly full disk takes the first part of a line without an error and refuses only the rest.
@@ -103,6 +103,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _encode(record: dict[str, Any]) -> bytes:
+    record = finite(record)
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     try:
         return text.encode()

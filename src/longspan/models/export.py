@@ -9,9 +9,10 @@ The folder is written aside, checked (what transformers and vLLM need is there, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,13 +20,16 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, read_json, write_json
 from longspan.core.seeds import derive_seed
-from longspan.models.hf import TOKENIZER_FILES, without_bars
+from longspan.models.hf import without_bars
+from longspan.models.hf_config import rope_meaning
 from longspan.models.lora import adapter_config, attach, detach, is_adapted, save_adapter
 from longspan.models.quantize import dequantize
+from longspan.models.side_files import complete_folder
 
 __all__ = ["ExportReport", "check_folder", "export_adapter", "export_model", "merge_adapter"]
 
@@ -68,13 +72,14 @@ def export_model(
         out: a folder that is not there yet; it appears whole or not at all.
         dtype: type of the written weights; None = that of the model (of the base, beside an adapter).
         tokenizer: folder whose tokenizer files come along.
-        generation: folder whose generation_config.json comes along, as it stands; None = the model's own.
+        generation: folder whose generation_config.json comes along, its length raised; None = the model's own.
 
     Memory: 4 bytes a weight where there is an adapter, else that of the model.
 
     Raises:
         ArgumentError: `out` exists, or an unknown dtype.
-        DataError: what would be written is not what was trained, or would not load.
+        DataError: what would be written is not what was trained, or would not load; a weight that is not finite in
+            its type.
         RunError: the disk refuses the bytes.
     """
     if Path(out).exists():
@@ -84,17 +89,17 @@ def export_model(
         raise ArgumentError("weights are not written in this type", found=name, allowed=DTYPES)
     model.eval()
     adapted, rounded = is_adapted(model), name != str(model.dtype).removeprefix("torch.")
+    _check_finite(model)
     merge_error = merge_adapter(model) if adapted else None
     rounding_error = _round(model, getattr(torch, name)) if adapted or rounded else None
+    overflow = _overflow(model, getattr(torch, name))
     with atomic_dir(out) as folder, without_bars():
         # transformers refuses to write settings of generation that it has read; they are copied.
         own, model.generation_config = model.generation_config, GenerationConfig()
         model.save_pretrained(folder)
         model.generation_config = own
         _write_generation(model, folder, generation)
-        _copy_tokenizer(tokenizer, folder, model)
-        _add_older_names(folder / "config.json")
-        notes = check_folder(folder)
+        notes = overflow + complete_folder(folder, tokenizer=tokenizer) + check_folder(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     kind: Literal["model", "merged"] = "merged" if adapted else "model"
     return ExportReport(Path(out), kind, name, parameters, merge_error, rounding_error, notes)
@@ -177,36 +182,46 @@ def check_folder(folder: str | Path) -> list[str]:
     config = AutoConfig.from_pretrained(folder)
     text = config.get_text_config(decoder=True)
     written = values.get("rope_parameters") or values.get("text_config", {}).get("rope_parameters")
-    if written is not None and text.rope_parameters != written:
+    context = text.max_position_embeddings
+    if written is not None and rope_meaning(text.rope_parameters, context) != rope_meaning(written, context):
         raise DataError(
             "the RoPE in config.json is read as another", found=text.rope_parameters, allowed=written
         )
     _check_weights(folder, config)
-    return _missing(folder, text.vocab_size, text.max_position_embeddings)
+    return _missing(folder, text.vocab_size)
 
 
 def _check_weights(folder: Path, config: Any) -> None:
-    found: dict[str, list[int]] = {}
+    """Let transformers read the folder with tensors that have shapes and no values, as its loader renames them."""
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                found[name] = list(tensors.get_slice(name).get_shape())
-                if index.is_file() and read_json(index)["weight_map"].get(name) != file.name:
-                    raise DataError(f"{index} does not say that {name} is in {file.name}")
     if not index.is_file() and [file.name for file in files] != ["model.safetensors"]:
         raise DataError(
             f"{folder} has several weight files and no index", found=", ".join(f.name for f in files)
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    # A shared parameter is there once, under its first name or under its others.
-    expected = {name: list(value.shape) for name, value in model.named_parameters()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {}) if text_is_tied(config) else set()
-    wrong = [name for name, shape in expected.items() if found.get(name) != shape] + [
-        name for name in found if name not in expected and name not in tied | _buffers(model)
-    ]
+    places = read_json(index)["weight_map"] if index.is_file() else {}
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                found[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                if places and places.get(name) != file.name:
+                    raise DataError(f"{index} does not say that {name} is in {file.name}")
+    family: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    try:
+        with _without_reports():
+            _, report = family.from_pretrained(
+                None, config=config, state_dict=found, device_map={"": "meta"},
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+    except RuntimeError as error:
+        # Experts of different shapes make no tensor together.
+        raise DataError(
+            f"the weights in {folder} are not those of its config.json", found=str(error).strip()[:200]
+        ) from error
+    wrong = sorted({
+        *report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])
+    })  # fmt: skip
     if wrong:
         raise DataError(
             f"the weights in {folder} are not those of its config.json",
@@ -214,16 +229,19 @@ def _check_weights(folder: Path, config: Any) -> None:
         )
 
 
-def text_is_tied(config: Any) -> bool:
-    """Return whether the output embedding of a config is the input embedding."""
-    return bool(config.get_text_config(decoder=True).tie_word_embeddings or config.tie_word_embeddings)
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers from printing a table of what does not fit, which becomes a message here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        with without_bars():
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
-def _buffers(model: torch.nn.Module) -> set[str]:
-    return {name for name, _ in model.named_buffers()}
-
-
-def _missing(folder: Path, vocab_size: int, context: int) -> list[str]:
+def _missing(folder: Path, vocab_size: int) -> list[str]:
     notes = []
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         notes.append("there is no tokenizer: name one with --tokenizer")
@@ -247,17 +265,58 @@ def _missing(folder: Path, vocab_size: int, context: int) -> list[str]:
     return notes
 
 
+def _check_finite(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+    """Refuse weights that are not finite, or would not be in another type."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        largest = parameter.detach().abs().max()
+        if not bool(largest.isfinite()):
+            raise DataError("a weight of the model is not finite", found=f"{name}: {largest:g}")
+        if dtype is not None and not bool(largest.to(dtype).isfinite()):
+            raise DataError(
+                f"a weight becomes infinite in {str(dtype).removeprefix('torch.')}",
+                found=f"{name}: {largest:g}",
+                allowed=f"up to {torch.finfo(dtype).max:g}",
+                fix="write it in bfloat16 or float32 (--dtype)",
+            )
+
+
+def _overflow(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Return a note where what layers hand on, computed in the type of the weights, is beyond that type."""
+    if dtype != torch.float16:
+        return []
+    largest = 0.0
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    ids = _probe(model)
+    with torch.no_grad():
+        for states in model.base_model(
+            input_ids=ids, use_cache=False, output_hidden_states=True
+        ).hidden_states:
+            largest = max(largest, float(states.abs().max()))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if largest <= torch.finfo(dtype).max:
+        return []
+    return [f"layers hand on values up to {largest:.3g}, which are infinite in float16: compute in bfloat16"]
+
+
 def _logits(model: PreTrainedModel) -> torch.Tensor:
     """Return logits [tokens, vocabulary] of fixed random tokens, in float32."""
+    with torch.no_grad():
+        return model(input_ids=_probe(model), use_cache=False).logits[0].float()
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(derive_seed(0, "export", "probe"))
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits[0].float()
+    return torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> float:
     """Cast the parameters of a model, in place; return the largest change of a logit, computed in float32."""
+    _check_finite(model, dtype)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -278,36 +337,3 @@ def _write_generation(model: PreTrainedModel, folder: Path, origin: str | Path |
         shutil.copyfile(source, folder / source.name)
     else:
         write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())
-
-
-def _copy_tokenizer(origin: str | Path | None, folder: Path, model: PreTrainedModel) -> None:
-    for name in TOKENIZER_FILES:
-        if origin is not None and (Path(origin) / name).is_file():
-            shutil.copyfile(Path(origin) / name, folder / name)
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return
-    values = read_json(settings)
-    context = model.config.get_text_config(decoder=True).max_position_embeddings
-    # Servers take the smaller one of this and the model's for the longest prompt.
-    if values.get("model_max_length") is not None and values["model_max_length"] < context:
-        write_json(settings, values | {"model_max_length": context})
-
-
-def _add_older_names(path: Path) -> None:
-    """Write dtype and RoPE under the names of transformers 4 too: it would take defaults without a word."""
-    values = read_json(path)
-    older: dict[str, Any] = {}
-    if "dtype" in values:
-        older["torch_dtype"] = values["dtype"]
-    rope = values.get("rope_parameters")
-    if rope and not any(isinstance(value, Mapping) for value in rope.values()):
-        rest = {
-            key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")
-        }
-        if "rope_theta" in rope:
-            older["rope_theta"] = rope["rope_theta"]
-        if "partial_rotary_factor" in rope:
-            older["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        older["rope_scaling"] = rest if rest.get("rope_type", "default") != "default" else None
-    write_json(path, values | older)

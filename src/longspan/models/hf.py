@@ -10,7 +10,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,23 @@ from transformers.utils import logging as transformers_logging
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir
+from longspan.core.log import get_logger
 from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
+from longspan.models.families import check_family, language_model
 from longspan.models.hf_config import (
-    checked_overrides,
+    changed_config,
     new_config,
-    new_rope,
-    raised_context,
     rope_by_layer_type,
+    rope_meaning,
+    rope_of_full,
     text_config,
 )
 from longspan.models.init import INITS, seeded
 from longspan.models.rope import depends_on_length, hold_frequencies
 from longspan.models.sharding import attach_schedule
+from longspan.models.side_files import TOKENIZER_FILES, complete_folder
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName
@@ -61,16 +63,6 @@ __all__ = [
     "without_bars",
 ]
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # Layers that the document table reaches (chunked attention is refused where its mask would be built).
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Config fields by which a model changes its logits after the output embedding, with the value that does not.
@@ -186,10 +178,9 @@ def empty_model(
     else:
         with reading_folder(origin):
             config = AutoConfig.from_pretrained(origin)
-            changes = _changed_fields(config, rope, max_position_embeddings, overrides)
-            config = AutoConfig.from_pretrained(origin, **changes)
+        config = changed_config(config, rope=rope, context=max_position_embeddings, overrides=overrides)
     with torch.device("meta"):
-        return enable(_construct(config))
+        return enable(_construct(text_config(config)))
 
 
 def load_model(
@@ -254,19 +245,20 @@ def load_base(
     register()
     with reading_folder(path):
         config = AutoConfig.from_pretrained(path)
-        changes = _changed_fields(config, rope, max_position_embeddings, overrides)
-        if tp > 1:
-            changes["distributed_config"] = _tensor_parallel(config, tp)
-        with without_bars() if Path(path).exists() else contextlib.nullcontext():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                path,
-                attn_implementation=ATTENTION_NAME,
-                dtype="auto" if dtype is None else dtype,
-                # Mismatches come back in the report instead of as a RuntimeError without names.
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **changes,
-            )
+    config = changed_config(config, rope=rope, context=max_position_embeddings, overrides=overrides)
+    check_family(config)
+    sharing = {"distributed_config": _tensor_parallel(config, tp)} if tp > 1 else {}
+    with reading_folder(path), without_bars() if Path(path).exists() else contextlib.nullcontext():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            attn_implementation=ATTENTION_NAME,
+            dtype="auto" if dtype is None else dtype,
+            # Mismatches come back in the report instead of as a RuntimeError without names.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **sharing,
+        )
     # transformers fills what it does not find with random numbers.
     absent = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if absent:
@@ -277,23 +269,7 @@ def load_base(
         )
     if tp > 1:
         _gather_head(model)
-    return enable(model)
-
-
-def _changed_fields(
-    config: PretrainedConfig,
-    rope: Mapping[str, Any] | None,
-    max_position_embeddings: int | None,
-    overrides: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the fields that replace those of a config, as `load_model` says."""
-    changes = checked_overrides(config, overrides or {})
-    if rope is not None:
-        changes["rope_parameters"] = new_rope(config, rope)
-    if max_position_embeddings is not None:
-        used = changes.get("rope_parameters", getattr(text_config(config), "rope_parameters", None))
-        changes["max_position_embeddings"] = raised_context(config, used, max_position_embeddings)
-    return changes
+    return enable(language_model(model, path))
 
 
 def _tensor_parallel(config: PretrainedConfig, ranks: int) -> DistributedConfig:
@@ -359,9 +335,8 @@ def save_model(
         raise ArgumentError(f"{path} already exists", fix="choose another path or remove it")
     with atomic_dir(path, replace=replace) as folder, without_bars():
         model.save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            if tokenizer is not None and (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, folder / name)
+        for note in complete_folder(folder, tokenizer=tokenizer):
+            get_logger("models").info("%s: %s", path, note)
 
 
 @contextlib.contextmanager
@@ -415,17 +390,15 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
         raise ArgumentError(f"{type(model).__name__} has no rotary frequencies")
     settings = text_config(model.config).rope_parameters or {}
     if any(depends_on_length(found.get("rope_type")) for found in rope_by_layer_type(settings).values()):
-        parts.append(json.dumps(settings, sort_keys=True))
+        context = getattr(text_config(model.config), "max_position_embeddings", None)
+        parts.append(json.dumps(rope_meaning(settings, context), sort_keys=True))
     return hashlib.sha256("\n".join(sorted(set(parts))).encode()).hexdigest()[:16]
 
 
 def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
     """Return the RoPE settings of a config, those of full attention where a model has several; None without RoPE."""
     parameters = getattr(text_config(config), "rope_parameters", None)
-    if not parameters:
-        return None
-    by_layer = rope_by_layer_type(parameters)
-    return dict(by_layer.get("full_attention") or next(iter(by_layer.values())))
+    return rope_of_full(parameters) if parameters else None
 
 
 def hidden_states(
@@ -483,6 +456,7 @@ def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _construct(config: PretrainedConfig) -> PreTrainedModel:
+    check_family(config)
     try:
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
     except (ValueError, AssertionError) as error:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from longspan.core.errors import ConfigError
-from longspan.kernels.rope import rope_parameters
+from longspan.kernels.rope import COMMON_KEYS, ROPE_TYPES, rope_parameters
 
 __all__ = [
+    "changed_config",
     "checked_overrides",
+    "longrope_scale",
     "new_config",
     "new_rope",
     "raised_context",
     "rope_by_layer_type",
+    "rope_meaning",
+    "rope_of_full",
     "text_config",
 ]
 
+KNOWN_KEYS = COMMON_KEYS.union(
+    {"type", "max_position_embeddings"}, *(keys for pair in ROPE_TYPES.values() for keys in pair)
+)
 # Keys of old config files that `rope_parameters` replaces.
 LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -91,6 +100,54 @@ def checked_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) ->
     return dict(overrides)
 
 
+def changed_config(
+    config: PretrainedConfig,
+    *,
+    rope: Mapping[str, Any] | None = None,
+    context: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PretrainedConfig:
+    """Return a config with other fields in its text model, checked as transformers checks those of a file.
+
+    Args:
+        config: of a model of text, or of several kinds.
+        rope: `kernels.rope` settings that replace those of the config.
+        context: replaces `max_position_embeddings` where that is smaller.
+        overrides: other fields.
+
+    Raises:
+        ConfigError: a field or RoPE that the model type does not have or refuses.
+    """
+    text = text_config(config)
+    changes = checked_overrides(text, overrides or {})
+    if rope is not None:
+        changes["rope_parameters"] = new_rope(text, rope)
+        if hasattr(text, "original_max_position_embeddings"):
+            # A config that has it at the top too prefers that.
+            own = rope_of_full(changes["rope_parameters"]).get("original_max_position_embeddings")
+            changes["original_max_position_embeddings"] = own or text.original_max_position_embeddings
+    if context is not None:
+        used = changes.get("rope_parameters", getattr(text, "rope_parameters", None))
+        raised = raised_context(text, used, context)
+        if raised != getattr(text, "max_position_embeddings", None):
+            changes["max_position_embeddings"] = raised
+    if not changes:
+        return config
+    try:
+        new = type(text).from_dict(text.to_dict() | changes)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"transformers refuses the changed config of type {text.model_type!r}",
+            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
+        ) from error
+    if text is config:
+        return new
+    whole = copy.deepcopy(config)
+    name = next(key for key, value in vars(config).items() if value is text)
+    setattr(whole, name, new)
+    return whole
+
+
 def new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings to put in the config; models with several RoPEs change the one of full attention."""
     text = text_config(config)
@@ -98,14 +155,22 @@ def new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any
     if not current:
         raise ConfigError(f"{config.model_type} has no RoPE to change")
     by_layer = rope_by_layer_type(current)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    try:
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    except AmbiguousGlobalPerLayerAttributeError:
+        raise ConfigError(
+            f"the layers of {config.model_type} have heads of different sizes",
+            fix="use a model whose layers are alike: its RoPE is changed for all of them",
+        ) from None
     key = "full_attention" if "full_attention" in by_layer else next(iter(by_layer))
     inherited = {
         name: by_layer[key][name] for name in ("rope_theta", "partial_rotary_factor") if name in by_layer[key]
     }
     settings = inherited | dict(rope)
     rotated = int(head_dim * settings.get("partial_rotary_factor", 1.0))
-    new = rope_parameters(settings, head_dim=rotated)
+    # What a family keeps beside its RoPE, such as a scale of the queries, stays.
+    kept = {name: value for name, value in by_layer[key].items() if name not in KNOWN_KEYS}
+    new = kept | rope_parameters(settings, head_dim=rotated)
     return new if by_layer[key] is current else current | {key: new}
 
 
@@ -120,10 +185,38 @@ def raised_context(config: PretrainedConfig, rope: Mapping[str, Any] | None, con
     return int(own) if own and any("dynamic" in kind for kind in kinds) else max(int(own), context)
 
 
+def rope_of_full(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE settings of full attention, of which new ones take the place; the only ones if there is one."""
+    by_layer = rope_by_layer_type(parameters)
+    return dict(by_layer.get("full_attention") or next(iter(by_layer.values())))
+
+
 def rope_by_layer_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return RoPE settings by layer type; a model with one RoPE has one entry, the settings themselves."""
     nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
     return nested or {"all": parameters}
+
+
+def rope_meaning(parameters: Mapping[str, Any], context: int | None) -> dict[str, Any]:
+    """Return `rope_parameters` in one form for all ways to write the same RoPE of a model with `context` positions."""
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        return {key: rope_meaning(value, context) for key, value in parameters.items() if value is not None}
+    known = {key: value for key, value in parameters.items() if key != "type" and value is not None}
+    known.setdefault("partial_rotary_factor", 1.0)
+    if known.get("rope_type") == "longrope" and context is not None:
+        known["attention_factor"] = longrope_scale(known, context)
+        known.pop("factor", None)
+    return known
+
+
+def longrope_scale(parameters: Mapping[str, Any], context: int) -> float:
+    """Return what LongRoPE multiplies cos and sin by (arXiv:2402.13753, section 3.3), as transformers derives it."""
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+    original = parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor") or context / original
+    return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

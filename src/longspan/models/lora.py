@@ -18,7 +18,6 @@ An adapter folder is one of peft's, with two more files:
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir, read_json, sha256_bytes, write_json
 from longspan.core.optional import require
-from longspan.models.hf import TOKENIZER_FILES, load_base, reading_folder, rope_of
+from longspan.models.hf import load_base, reading_folder, rope_of
 from longspan.models.init import seeded
 from longspan.models.lora_config import LoraConfig, Quantization
 from longspan.models.quantize import (
@@ -45,6 +44,7 @@ from longspan.models.quantize import (
     stored_as,
     without_advice,
 )
+from longspan.models.side_files import complete_folder
 
 __all__ = [
     "ADAPTER_FILES",
@@ -171,9 +171,7 @@ def save_adapter(
             folder / OWN_FILE,
             {"quantization": stored_as(model), "base_fingerprint": base_fingerprint(origin)},
         )
-        for name in TOKENIZER_FILES:
-            if tokenizer is not None and (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, folder / name)
+        complete_folder(folder, tokenizer=tokenizer)
 
 
 def load_adapter(

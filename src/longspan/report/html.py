@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from longspan.core.errors import ArgumentError
-from longspan.core.files import atomic_write
+from longspan.core.files import atomic_write, finite
 from longspan.report.controls_view import controls_section
 from longspan.report.csv_files import csv_tables
 from longspan.report.evaluation import Evaluation, first_with_role
@@ -173,7 +173,7 @@ def _asset(name: str) -> str:
 
 def _json(value: object) -> Markup:
     """Write JSON that cannot end its <script> element: <, > and & become unicode escapes."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)

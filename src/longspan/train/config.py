@@ -455,12 +455,23 @@ class TrainConfig(Config):
         return self
 
     def without_machine(self) -> TrainConfig:
-        """Return the recipe without how it is spread over a machine: what makes two runs the same run."""
+        """Return the recipe without how it is run and what it permits: what makes two runs the same run.
+
+        A run may go on with another spread over processes, other micro-batches (equal but for rounding), other
+        checkpoints, and limits that it keeps to.
+        """
         numeric = {name: getattr(self.memory, name) for name in ("compute_dtype", "reduce_dtype")}
         machine = {
             "parallel": ParallelConfig(),
             "memory": MemoryConfig(**numeric),
+            "checkpoint": CheckpointConfig(),
             "tracking": TrackingConfig(),
             "runtime": RuntimeConfig(),
+            "stages": tuple(
+                stage.model_copy(
+                    update={"micro_batch_tokens": None, "max_epochs": 1, "rope_falls_short": False}
+                )
+                for stage in self.stages
+            ),
         }
         return self.model_copy(update=machine)

@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ConfigError, DataError, RunError
 from longspan.core.files import remove_leftovers
 from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
@@ -67,6 +68,7 @@ from longspan.train.stage_model import (
 )
 from longspan.train.streams import StagePlan, plan_stages, stage_rows
 from longspan.train.tracking import check_trackers
+from longspan.train.trained import STARTED
 from longspan.train.validation import ValidationPlan, check_tokenizers, plan_validation, validate
 
 
@@ -134,7 +136,7 @@ def train(
         sizes = attention_sizes(config, root)
         spread.check(config, sizes.heads, sizes.kv_heads, window=sizes.window)
         folder = RunDir(out)
-        if on_first_rank(lambda: _open(config, folder)):
+        if on_first_rank(lambda: _open(config, folder, root)):
             # Its checkpoints may have been removed to save space; without them it would be trained once more.
             last = list(read_jsonl(folder.path / METRICS))[-1]
             return TrainResult(_model_folders(config, folder), last["step"], last["tokens"])
@@ -154,40 +156,6 @@ def train(
         return _train_stages(run, plans, state)
 
 
-class Trained(NamedTuple):
-    """The model of one checkpoint, and where the files beside it are."""
-
-    model: PreTrainedModel
-    tokenizer: Path | None
-    base: str | None
-    """Model that the adapter was trained beside; None = all weights were trained."""
-
-
-def load_trained(checkpoint: str | Path, *, base: str | None = None) -> Trained:
-    """Return the model of a checkpoint in a run folder, with the RoPE of the stage that wrote it.
-
-    `base` replaces the recipe's `model.path`, which is looked for from the working directory.
-
-    Raises:
-        DataError: a damaged checkpoint, or no run folder around it.
-        ConfigError, ArgumentError: as for training.
-    """
-    path = Path(checkpoint).resolve()
-    config = TrainConfig.from_yaml(path.parent.parent / "config.yaml")
-    if base is not None:
-        if config.lora is None:
-            raise ArgumentError(f"{checkpoint} holds a whole model; a base is for adapters")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
-    found = read_checkpoint(path)
-    root = Path(config.data_root)
-    model = stage_model(config, config.stages[found.progress.stage], found, root)
-    return Trained(
-        model.eval(),
-        tokenizer_source(config, root),
-        model_path(config, root) if config.lora is not None else None,
-    )
-
-
 def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | None) -> TrainResult:
     config, root = run.config, run.root
     models = _model_folders(config, run.folder)
@@ -197,6 +165,7 @@ def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | Non
     for index, plan in enumerate(plans):
         if state is None or state.progress.stage <= index:
             state, seconds = _train_stage(run, plan, index, state, seconds)
+            on_first_rank(partial(_check_trained, run.folder.path, plan.stage.name))
             if run.spread.is_first and not models[plan.stage.name].exists():
                 model = stage_model(config, plan.stage, state, root)
                 if config.lora is None:
@@ -211,6 +180,20 @@ def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | Non
     return TrainResult(models, state.progress.step, state.progress.tokens)
 
 
+def _check_trained(run: Path, stage: str) -> None:
+    """Refuse a stage that changed nothing: it would pass for a trained one."""
+    steps = [record for record in read_jsonl(run / METRICS) if record["stage"] == stage]
+    skipped = sum(record["loss"] is None for record in steps)
+    if skipped and skipped == len(steps):
+        raise RunError(
+            f"stage {stage!r} changed nothing: every step was skipped",
+            found=f"{skipped} steps with a loss or gradient that is not finite, or without a label",
+            fix="look at the model's weights, the learning rate and the data, and start over in another --out",
+        )
+    if skipped:
+        get_logger("train").warning("stage %s: %d of %d steps were skipped", stage, skipped, len(steps))
+
+
 def _model_folders(config: TrainConfig, folder: RunDir) -> dict[str, Path]:
     return {stage.name: folder.path / "stages" / stage.name for stage in config.stages}
 
@@ -223,10 +206,14 @@ def _validation(config: TrainConfig, plans: Sequence[StagePlan], root: Path) -> 
     return plan
 
 
-def _open(config: TrainConfig, run: RunDir) -> bool:
+def _open(config: TrainConfig, run: RunDir, root: Path) -> bool:
     """Make or take up the run folder; return whether the run in it is complete."""
     RunDir.create(run.path, config.without_machine(), seed=config.seed)
-    run.event("processes", **config.parallel.to_dict(), memory=config.memory.to_dict())
+    run.event(
+        STARTED, **config.parallel.to_dict(), memory=config.memory.to_dict(),
+        checkpoint=config.checkpoint.to_dict(), data_root=str(root.resolve()),
+        micro_batch_tokens={stage.name: stage.micro_batch_tokens for stage in config.stages},
+    )  # fmt: skip
     if not run.is_complete:
         remove_leftovers(run.path / "stages")
         remove_leftovers(run.path / "checkpoints")

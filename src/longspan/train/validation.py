@@ -87,7 +87,8 @@ def validate(model: ModelWithLoss, plan: ValidationPlan, spread: Spread) -> list
             spread.beat(f"validation of {name} at {length} tokens")
             breakdown = _measure(model, rows, spread)
             total, labels = breakdown.total()
-            loss = total / labels if labels else None
+            # A model that has fallen apart has no loss, and training decides for itself whether it goes on.
+            loss = total / labels if labels and math.isfinite(total) else None
             records.append({
                 "name": name, "length": length, "windows": len(rows), "labels": labels, "loss": loss,
                 # A model that has fallen apart has a perplexity beyond any number that JSON knows.

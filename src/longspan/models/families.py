@@ -1,0 +1,87 @@
+"""What a model has to be for longspan to run it, known from its config; the language model of a larger one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from longspan.core.errors import ArgumentError, ConfigError
+from longspan.core.log import log_once
+from longspan.models.hf_config import text_config
+
+__all__ = ["check_family", "language_model", "quantized_as", "refuse_quantized"]
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Refuse a family whose attention cannot be replaced: some fail on the name of ours while they are built.
+
+    Raises:
+        ArgumentError: one that does not take its attention from the transformers registry.
+    """
+    family = AutoModelForCausalLM._model_mapping.get(type(text_config(config)), None)
+    if family is not None and not getattr(family, "_supports_attention_backend", False):
+        raise ArgumentError(
+            f"{family.__name__} does not take its attention from the transformers registry",
+            fix="use a model family that does, such as llama, qwen3 or mistral",
+        )
+
+
+def quantized_as(config: PretrainedConfig) -> str | None:
+    """Return how the weights of a folder are quantised (gptq, awq, fp8, bitsandbytes, ...); None = they are not."""
+    for found in (config, text_config(config)):
+        settings: Any = getattr(found, "quantization_config", None)
+        if settings:
+            values = settings if isinstance(settings, dict) else settings.to_dict()
+            kind = values.get("quant_method")
+            return str(getattr(kind, "value", kind) or "an unknown method")
+    return None
+
+
+def refuse_quantized(config: PretrainedConfig, path: str | Path, *, verb: str) -> None:
+    """Refuse a folder of quantised weights where they would have to change.
+
+    Raises:
+        ConfigError: with the method that the folder names; `verb` says what cannot be done.
+    """
+    kind = quantized_as(config)
+    if kind is not None:
+        raise ConfigError(
+            f"a model that is stored quantised is not {verb}",
+            found=f"quantization_config of {path}: {kind}",
+            allowed="weights in float32, bfloat16 or float16",
+            fix="name the model that it was made from; lora.quantize: nf4 keeps that in 4 bits while adapters train",
+        )
+
+
+def language_model(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    """Return the causal language model inside one that reads images or sound too; the rest is left out, aloud.
+
+    A model of text alone is returned as it is. The parameters are shared, not copied.
+
+    Raises:
+        ArgumentError: one whose language model is no causal model that transformers knows.
+    """
+    text = text_config(model.config)
+    if text is model.config:
+        return model
+    with torch.device("meta"):
+        alone = AutoModelForCausalLM.from_config(text)
+    inner = model.get_decoder()
+    if type(inner) is not type(alone.base_model):
+        raise ArgumentError(
+            f"the language model in {type(model).__name__} cannot be taken alone",
+            found=type(inner).__name__,
+            allowed=type(alone.base_model).__name__,
+        )
+    setattr(alone, alone.base_model_prefix, inner)
+    alone.set_output_embeddings(model.get_output_embeddings())
+    alone.generation_config = model.generation_config
+    text.dtype = model.config.dtype
+    log_once(
+        "models",
+        f"{path} is a {type(model).__name__}: its language model alone is used, as {type(alone).__name__}",
+    )
+    return alone.train(model.training)
