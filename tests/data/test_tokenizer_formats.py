@@ -122,9 +122,9 @@ def write_ranks(path: Path, tokens: list[bytes]) -> Path:
 def ranks(tokenizer: Tokenizer) -> list[bytes]:
     """256 bytes and the merges of the room's small tokenizer, in order."""
     content = json.loads(tokenizer.path.read_text())
-    from longspan.data.tokenizer.tiktoken import _byte_letters
+    from longspan.data.tokenizer.tiktoken import byte_letters
 
-    byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
     merged = ["".join(pair) for pair in content["model"]["merges"]]
     return [bytes([byte]) for byte in range(256)] + [bytes(map(byte_of.__getitem__, m)) for m in merged]
 
@@ -210,7 +210,7 @@ def test_only_another_machine_or_file_is_checked_again(
     loading.reload_tokenizer(findings)
     assert not checked
     loading.reload_tokenizer(findings._replace(machine="another"))
-    loading.reload_tokenizer(findings._replace(content_sha256="another"))
+    loading.reload_tokenizer(findings._replace(digest="another"))
     assert checked == [findings.name] * 2
 
 

@@ -68,7 +68,7 @@ def test_a_config_that_names_a_word_is_told(
         )
         loaded = load_tokenizer(folder)
     assert loaded.eos_id is None and loaded.pad_id == loaded.token_id("<|pad|>")
-    assert "eos_token is '</s>', which is an ordinary word" in caplog.text
+    assert "eos_token of the config is '</s>', which is an ordinary word" in caplog.text
 
 
 def test_a_config_makes_an_added_token_special(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def cut_rule(content: Mapping[str, Any]) -> CutRule | None:
     model = content["model"]
     if model.get("dropout") or not _added_tokens_allow_cuts(content):
         return None
-    steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
-    normalizers = _steps(content.get("normalizer"), "normalizers")
+    steps = steps_of(content.get("pre_tokenizer"), "pretokenizers")
+    normalizers = steps_of(content.get("normalizer"), "normalizers")
     if steps and all(map(_splits_after_words, steps)) and any(map(_splits, steps)):
         sound = all(step["type"] == "NFC" for step in normalizers)
         return CutRule(_AFTER_WORD) if sound else None
@@ -114,7 +114,8 @@ def _rule_before_words(
     return None
 
 
-def _steps(step: Any, name: str) -> list[dict[str, Any]]:
+def steps_of(step: Any, name: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer: none, one, or those of a sequence."""
     if step is None:
         return []
     return list(step[name]) if step["type"] == "Sequence" else [step]
@@ -135,10 +136,10 @@ def _splits_after_words(step: Mapping[str, Any]) -> bool:
     if step["behavior"] == "Removed" and not step.get("invert"):
         return False
     pattern = step["pattern"].get("Regex")
-    return pattern is not None and all(part in SOUND for part in _alternatives(pattern))
+    return pattern is not None and all(part in SOUND for part in alternatives(pattern))
 
 
-def _alternatives(pattern: str) -> list[str]:
+def alternatives(pattern: str) -> list[str]:
     """Split an expression at the `|` outside of brackets: "a|(?:b|c)" is "a" and "(?:b|c)"."""
     if pattern.startswith("(") and pattern.endswith(")") and "?" not in pattern[:2]:
         pattern = pattern[1:-1]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from longspan.core.files import read_json
 from longspan.data.tokenizer.cutting import CutRule
+from longspan.data.tokenizer.fast import FastEngine
 
 Backend = Literal["gigatoken", "hf"]
 ROLES = ("bos", "eos", "pad")
-FAST_ENGINE_BYTES = 1 << 28
 # Longer texts are encoded in pieces: the Hugging Face library slows down with length, both need memory for it.
 PIECE_CHARACTERS: dict[Backend, int] = {"gigatoken": 1 << 20, "hf": 1 << 14}
 
@@ -30,37 +30,13 @@ class Offsets(NamedTuple):
     """One after the last character. A token that is part of a character covers the whole character."""
 
 
-class FastEngine:
-    """gigatoken, made anew every 268 MB of text.
-
-    It remembers every word it has met: text without a repeated word costs 6 bytes of memory a byte, and
-    would fill any machine in time. Making it anew takes 0.1 s for 32 thousand ids.
-    """
-
-    def __init__(self, content: str) -> None:
-        self._content = content
-        self._start()
-
-    def __call__(self, text: bytes) -> NDArray[np.uint32]:
-        """Return the ids of a text in UTF-8."""
-        self._bytes_left -= len(text)
-        if self._bytes_left < 0:
-            self._start()
-        return self._encode(text)
-
-    def _start(self) -> None:
-        import gigatoken
-
-        self._encode = gigatoken.Tokenizer.from_json(self._content).encode
-        self._bytes_left = FAST_ENGINE_BYTES
-
-
 class Findings(NamedTuple):
     """What loading a tokenizer found out; processes of the same machine need not find it out again."""
 
     name: str
     machine: str
-    content_sha256: str
+    digest: str
+    """SHA-256 of the file and the configs beside it."""
     fingerprint: str
     vocab_size: int
     special_ids: tuple[int | None, ...]
@@ -131,7 +107,9 @@ class Tokenizer:
     def encode(self, text: str, *, utf8: bytes | None = None) -> NDArray[np.uint32]:
         """Return the ids of a text [tokens]; `utf8` is the same text, for callers who have it anyway."""
         if self._fast is not None and utf8 is not None and len(text) <= PIECE_CHARACTERS["gigatoken"]:
-            return self._fast(utf8)
+            ids = self._fast(utf8)
+            if ids is not None:
+                return ids
         parts = list(self.encode_pieces(text))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -163,7 +141,17 @@ class Tokenizer:
         return self._reference.token_to_id(token)
 
     def _encode(self, text: str) -> NDArray[np.uint32]:
-        return encode_reference(self._reference, text) if self._fast is None else self._fast(text.encode())
+        if self._fast is None:
+            return encode_reference(self._reference, text)
+        ids = self._fast(text.encode())
+        if ids is not None:
+            return ids
+        # Only the pieces that hold what the fast engine cannot encode are for the slow one.
+        pieces = [(0, text)] if self._cuts is None else self._cuts.pieces(text, PIECE_CHARACTERS["hf"])
+        parts = [(piece, self._fast(piece.encode())) for _, piece in pieces]
+        return np.concatenate([
+            encode_reference(self._reference, piece) if part is None else part for piece, part in parts
+        ])  # fmt: skip
 
     def _encode_with_offsets(self, text: str, start: int) -> Offsets:
         encoding = self._reference.encode(text, add_special_tokens=False)

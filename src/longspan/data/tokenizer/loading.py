@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import re
 import sys
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +20,15 @@ import tokenizers
 import longspan
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json, sha256_bytes
-from longspan.core.log import log_once
+from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import sentencepiece, tiktoken
 from longspan.data.tokenizer.cutting import CutRule, cut_rule
-from longspan.data.tokenizer.engine import Backend, FastEngine, Findings, Tokenizer, encode_reference
-from longspan.data.tokenizer.roles import special_ids, with_named_special
+from longspan.data.tokenizer.engine import Backend, Findings, Tokenizer, encode_reference
+from longspan.data.tokenizer.fast import FastEngine, NotFastError, Recipe, check_merges, make_recipe
+from longspan.data.tokenizer.remembered import FoundOut, recall, remember
+from longspan.data.tokenizer.roles import CONFIGS, special_ids, with_named_special
 
+NO_IMPORT = "gigatoken cannot be imported"
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 
 # Texts on which engines are known to disagree; the tokenizer's own special tokens are added to them.
@@ -61,6 +66,8 @@ class _Found(NamedTuple):
     path: Path
     pattern: str
     """What stands after the `#` of the name."""
+    digest: str
+    """SHA-256 of the file, of what stands after the `#`, and of the configs beside it."""
     content: dict[str, Any]
     """As in a tokenizer.json."""
     roles: dict[str, str | None] | None
@@ -83,26 +90,50 @@ def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = No
             of tiktoken come without the expression that splits texts.
     """
     found = _read(os.fspath(name))
-    path, content = found.path, found.content
-    reference = _load_reference(found)
-    fast, reason = (None, "asked for") if backend == "hf" else _load_fast(content, reference)
+    reference = cache(partial(_load_reference, found))
+    known = None if backend == "hf" else recall(found.digest)
+    fast = None
+    if known is not None and known.backend == "gigatoken":
+        try:
+            fast = FastEngine(_recipe(found, known.vocab_size, reference))
+        except Exception:  # noqa: BLE001  not as it was found: it is found out anew
+            known = None
+    new = known is None
+    if known is None:
+        known, fast = _find_out(found, reference, only_hf=backend == "hf")
     if backend == "gigatoken" and fast is None:
-        raise ArgumentError(f"gigatoken cannot be used for {path}", found=reason, allowed="backend hf")
-    findings = Findings(
-        name=f"{path}#{found.pattern}" if found.pattern else str(path),
-        machine=_machine(),
-        content_sha256=sha256_bytes(orjson.dumps(content)),
-        fingerprint=_fingerprint(content),
-        vocab_size=_vocab_size(content, reference),
-        special_ids=special_ids(path, reference, found.roles),
+        raise ArgumentError(
+            f"gigatoken cannot be used for {found.path}", found=known.backend_reason, allowed="backend hf"
+        )
+    if backend != "hf":
+        log_once(
+            "data.tokenizer",
+            f"{found.path}: {known.backend} engine ({known.backend_reason}{'' if new else ', as found out before'})",
+        )
+        if new and not known.backend_reason.startswith(NO_IMPORT):
+            remember(found.digest, known)
+    for note in known.notes:
+        get_logger("data.tokenizer").warning(f"{found.path}: {note}")
+    return _tokenizer(found, known, reference, fast)
+
+
+def _find_out(
+    found: _Found, reference: Callable[[], tokenizers.Tokenizer], *, only_hf: bool
+) -> tuple[FoundOut, FastEngine | None]:
+    model = reference()
+    size = _vocab_size(found.content, model)
+    fast, reason = (None, "asked for") if only_hf else _load_fast(found, size, reference)
+    ids, notes = special_ids(found.path, model, found.roles)
+    known = FoundOut(
+        fingerprint=_fingerprint(found.content),
+        vocab_size=size,
+        special_ids=ids,
         backend="hf" if fast is None else "gigatoken",
         backend_reason=reason,
-        cuts=_checked_rule(content, reference),
+        cuts=_rule_holds(cut_rule(found.content), model),
+        notes=tuple(notes),
     )
-    tokenizer = Tokenizer(path, findings, reference=lambda: reference, fast=fast)
-    if backend is None:
-        log_once("data.tokenizer", f"{path}: {tokenizer.backend} engine ({reason})")
-    return tokenizer
+    return known, fast
 
 
 def reload_tokenizer(findings: Findings) -> Tokenizer:
@@ -112,11 +143,30 @@ def reload_tokenizer(findings: Findings) -> Tokenizer:
     asked for; elsewhere, or where the file is another by now, all is done again.
     """
     found = _read(findings.name)
-    same = sha256_bytes(orjson.dumps(found.content)) == findings.content_sha256
-    if not same or findings.machine != _machine():
+    if found.digest != findings.digest or findings.machine != _machine():
         return load_tokenizer(findings.name, backend=findings.backend)
-    fast = FastEngine(_plain(found.content)) if findings.backend == "gigatoken" else None
-    return Tokenizer(found.path, findings, reference=partial(_load_reference, found), fast=fast)
+    reference = cache(partial(_load_reference, found))
+    fast = None
+    if findings.backend == "gigatoken":
+        fast = FastEngine(_recipe(found, findings.vocab_size, reference))
+    return Tokenizer(found.path, findings, reference=reference, fast=fast)
+
+
+def _tokenizer(
+    found: _Found, known: FoundOut, reference: Callable[[], tokenizers.Tokenizer], fast: FastEngine | None
+) -> Tokenizer:
+    findings = Findings(
+        name=f"{found.path}#{found.pattern}" if found.pattern else str(found.path),
+        machine=_machine(),
+        digest=found.digest,
+        fingerprint=known.fingerprint,
+        vocab_size=known.vocab_size,
+        special_ids=known.special_ids,
+        backend=known.backend,
+        backend_reason=known.backend_reason,
+        cuts=cut_rule(found.content) if known.cuts else None,
+    )
+    return Tokenizer(found.path, findings, reference=reference, fast=fast)
 
 
 def _machine() -> str:
@@ -144,25 +194,29 @@ def _read(name: str) -> _Found:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read", found=error.strerror) from None
+    digest = hashlib.sha256(data + b"\0" + pattern.encode())
+    for config in (path.parent / each for each in CONFIGS):
+        digest.update(b"\0" + config.read_bytes() if config.is_file() else b"\0")
+    make = partial(_Found, path, pattern, digest.hexdigest())
     if path.suffix == ".json" or data.lstrip()[:1] == b"{":
         try:
             content = orjson.loads(data)
         except orjson.JSONDecodeError:
             content = read_json(path)  # reads more, and says what is wrong
         try:
-            return _Found(path, "", with_named_special(content, path.parent), None)
+            return make(with_named_special(content, path.parent), None)
         except (AttributeError, TypeError):
             raise DataError(f"{path} is not a tokenizer that can be read") from None
     if tiktoken.is_rank_file(data):
         encoding = tiktoken.find_encoding(pattern, path=path)
         ranks = tiktoken.read_ranks(data, where=path)
-        return _Found(path, pattern, tiktoken.to_tokenizer_json(ranks, encoding), None)
+        return make(tiktoken.to_tokenizer_json(ranks, encoding), None)
     model = sentencepiece.read_model(data, where=path)
     roles = {
         role: model.pieces[number].text if 0 <= number < len(model.pieces) else None
         for role, number in model.roles.items()
     }
-    return _Found(path, "", sentencepiece.to_tokenizer_json(model), roles)
+    return make(sentencepiece.to_tokenizer_json(model), roles)
 
 
 def _find_file(name: str) -> tuple[Path, str]:
@@ -208,42 +262,50 @@ def _download(name: str) -> Path:
     return path
 
 
-def _checked_rule(content: dict[str, Any], reference: tokenizers.Tokenizer) -> CutRule | None:
-    """Return where long texts may be cut, after cutting the sample wherever the rule says."""
-    rule = cut_rule(content)
-    if rule is not None:
-        text = " and then ".join(SAMPLE) + " the end"
-        pieces = [encode_reference(reference, piece) for _, piece in rule.pieces(text, 1)]
-        if len(pieces) < 3 or not np.array_equal(np.concatenate(pieces), encode_reference(reference, text)):
-            return None
-    return rule
+def _rule_holds(rule: CutRule | None, reference: tokenizers.Tokenizer) -> bool:
+    """Return whether the sample, cut wherever the rule says, has the ids of the whole."""
+    if rule is None:
+        return False
+    text = " and then ".join(SAMPLE) + " the end"
+    pieces = [encode_reference(reference, piece) for _, piece in rule.pieces(text, 1)]
+    return len(pieces) > 2 and np.array_equal(np.concatenate(pieces), encode_reference(reference, text))
 
 
-def _load_fast(content: dict[str, Any], reference: tokenizers.Tokenizer) -> tuple[FastEngine | None, str]:
+def _load_fast(
+    found: _Found, vocab_size: int, reference: Callable[[], tokenizers.Tokenizer]
+) -> tuple[FastEngine | None, str]:
     """Return gigatoken's engine and why it is taken, or None and why not."""
     try:
         import gigatoken  # noqa: F401
     except ImportError as error:
-        return None, f"gigatoken cannot be imported: {error}"
-    special = [token["content"] for token in content.get("added_tokens") or [] if token.get("special")]
+        return None, f"{NO_IMPORT}: {error}"
     try:
-        fast = FastEngine(_plain(content))
-        for text in (*SAMPLE, *special, "x".join(special), f"a {' '.join(special)}\n", " ".join(SAMPLE)):
-            if not np.array_equal(fast(text.encode()), encode_reference(reference, text)):
+        check_merges(found.content["model"])
+        fast = FastEngine(_recipe(found, vocab_size, reference))
+        for text in _sample(found.content):
+            ids = fast(text.encode())
+            if ids is not None and not np.array_equal(ids, encode_reference(reference(), text)):
                 return None, f"gigatoken gives other ids for {text[:40]!r}"
+    except NotFastError as error:
+        return None, f"gigatoken is not known to give the same ids: {error}"
     except Exception as error:  # noqa: BLE001  whatever a fast path meets, the slow one is there
         return None, f"gigatoken refuses this tokenizer: {str(error).splitlines()[0]}"
     return fast, "same ids as the Hugging Face library on the sample"
 
 
-def _plain(content: dict[str, Any]) -> str:
-    """Return the tokenizer.json for gigatoken.
+def _recipe(found: _Found, vocab_size: int, reference: Callable[[], tokenizers.Tokenizer]) -> Recipe:
+    return make_recipe(found.content, first_mark=vocab_size, reference=reference)
 
-    Without its special tokens it takes them for text. Added tokens that are not special stay matched.
-    """
-    plain = {**content, "truncation": None, "padding": None, "post_processor": None}
-    plain["added_tokens"] = [token for token in content.get("added_tokens") or [] if not token.get("special")]
-    return orjson.dumps(plain).decode()
+
+def _sample(content: dict[str, Any]) -> Iterator[str]:
+    """Yield texts on which engines may disagree, for this tokenizer."""
+    added = content.get("added_tokens") or []
+    special = [token["content"] for token in added if token.get("special")]
+    plain = [token["content"] for token in added if not token.get("special")]
+    yield from SAMPLE
+    yield from special
+    yield from ("x".join(special), f"a {' '.join(special)}\n", " ".join(SAMPLE))
+    yield from ("x".join(plain), f"a  {'  '.join(plain)}\n", "\n".join((*plain, *plain)))
 
 
 def _vocab_size(content: dict[str, Any], reference: tokenizers.Tokenizer) -> int:

@@ -13,7 +13,6 @@ from typing import Any
 import tokenizers
 
 from longspan.core.files import read_json
-from longspan.core.log import get_logger
 from longspan.data.tokenizer.engine import ROLES
 
 CONFIGS = ("special_tokens_map.json", "tokenizer_config.json")
@@ -59,8 +58,10 @@ def with_named_special(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def special_ids(
     path: Path, reference: tokenizers.Tokenizer, roles: Mapping[str, str | None] | None
-) -> tuple[int | None, ...]:
-    """Return the ids of BOS, EOS and padding, named by a config, else by the file, else by common names.
+) -> tuple[tuple[int | None, ...], list[str]]:
+    """Return the ids of BOS, EOS and padding, and what a user should know about them.
+
+    They are named by a config, else by the file, else by common names.
 
     Args:
         path: the tokenizer's file; configs stand beside it.
@@ -69,38 +70,30 @@ def special_ids(
     names = named_tokens(path.parent)
     added = reference.get_added_tokens_decoder()
     special = {token.content: number for number, token in added.items() if token.special}
-    for name, number in special.items():
-        if (word := reference.model.id_to_token(number)) not in (None, name):
-            get_logger("data.tokenizer").warning(
-                f"{path}: {name} and the ordinary word {word!r} have the same id {number}: the ids of the "
-                "vocabulary have gaps, and the tokenizers library numbers added tokens by counting"
-            )
+    notes = [
+        f"{name} and the ordinary word {word!r} have the same id {number}: the ids of the vocabulary have gaps, "
+        "and the tokenizers library numbers added tokens by counting"
+        for name, number in special.items()
+        if (word := reference.model.id_to_token(number)) not in (None, name)
+    ]
     ids: list[int | None] = []
     for role in ROLES:
         if names is not None:
-            ids.append(_named(names.get(f"{role}_token"), role, path, reference, special))
+            name = names.get(f"{role}_token", "")
+            ids.append(special.get(name, reference.token_to_id(name)))
+            # Not marked as special, it still is a role's, unless texts turn into it.
+            if name not in special and ids[-1] in reference.encode(name, add_special_tokens=False).ids:
+                ids[-1] = None
+                notes.append(
+                    f"{role}_token of the config is {name!r}, which is an ordinary word of this vocabulary and no "
+                    f"special token: left without a {role.upper()}"
+                )
         elif roles is not None:
             ids.append(special.get(roles[role] or ""))
         else:
             known = (special.get(name) for name in COMMON_NAMES[role])
             ids.append(next((number for number in known if number is not None), None))
-    return tuple(ids)
-
-
-def _named(
-    name: str | None, role: str, path: Path, reference: tokenizers.Tokenizer, special: Mapping[str, int]
-) -> int | None:
-    """Return the id of a token that a config names: special, or one that no text turns into."""
-    number = None if name is None else special.get(name, reference.token_to_id(name))
-    if number is None or name is None or name in special:
-        return number
-    if number in reference.encode(name, add_special_tokens=False).ids:
-        get_logger("data.tokenizer").warning(
-            f"{path.parent}: {role}_token is {name!r}, which is an ordinary word of this vocabulary and no "
-            f"special token: left without a {role.upper()}"
-        )
-        return None
-    return number
+    return tuple(ids), notes
 
 
 def _text(value: Any) -> str | None:

@@ -106,7 +106,7 @@ def find_encoding(pattern: str, *, path: Path) -> Encoding:
 
 def to_tokenizer_json(ranks: dict[bytes, int], encoding: Encoding) -> dict[str, Any]:
     """Return the content of a tokenizer.json that gives the same ids; about 1 s for 128 thousand ranks."""
-    letters = _byte_letters()
+    letters = byte_letters()
     names = {token: "".join(map(letters.__getitem__, token)) for token in ranks}
     merges: list[list[str]] = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -157,7 +157,7 @@ def to_tokenizer_json(ranks: dict[bytes, int], encoding: Encoding) -> dict[str, 
     }
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """Return the letter that stands for each byte in byte-level vocabularies: itself where it is printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
