@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -157,7 +158,13 @@ def pack(
             help="drop or pad: what becomes of a row that is not full. Default: drop; for conversations pad."
         ),
     ] = None,
-    specials: Annotated[str, typer.Option(help="none, bos, eos or both: what frames a document.")] = "none",
+    specials: Annotated[
+        str,
+        typer.Option(
+            help="auto, none, bos, eos or both: what frames a document. auto: BOS before texts, where the tokenizer "
+            "adds it itself."
+        ),
+    ] = "auto",
     mos: Annotated[
         str, typer.Option(help="none, bos, eos or an id: the token before a piece that continues a document.")
     ] = "none",
@@ -181,6 +188,7 @@ def pack(
     Workers and jobs share the writing of --materialize; a plan alone is a matter of seconds.
     """
     from longspan.core.errors import ArgumentError
+    from longspan.data.framing import frame_words
     from longspan.data.packing import PackSpec, plan_packing, plan_split
     from longspan.data.store import TokenStore
 
@@ -203,10 +211,10 @@ def pack(
         "min_tail": min_tail,
         "overlap": overlap,
         "remainder": remainder or "drop",
-        "specials": specials,
         "by_source": by_source,
         "split_lengths": [] if split_lengths is None else split_lengths.split(","),
         **ids,
+        **_frame(specials, paths),
         "mos_id": _mos_id(mos, ids),
     }
     spec = PackSpec.from_dict(settings, where="the command line")
@@ -232,6 +240,7 @@ def pack(
                 "fingerprint": plan.fingerprint,
                 "rows_at": None if rows is None else str(rows),
                 **({} if left is None else {"job": share.index, "jobs": share.count, **left}),
+                "documents_begin": frame_words(plan.spec),
                 **plan.report.to_dict(),
             })  # fmt: skip
             if not as_json:
@@ -240,6 +249,16 @@ def pack(
                     typer.echo(missing_words(share, left["pieces"], left["missing"], str(rows)))
     if as_json:
         print_json(found[0] if spec.strategy != "split" else found)
+
+
+def _frame(specials: str, paths: Sequence[str | Path]) -> dict[str, Any]:
+    from longspan.core.errors import ArgumentError
+    from longspan.data.framing import Framing, frame_settings
+    from longspan.data.store import TokenStore
+
+    if specials not in get_args(Framing):
+        raise ArgumentError("unknown --specials", found=specials, allowed=get_args(Framing))
+    return frame_settings(specials, [TokenStore(path) for path in paths], where="the plan")  # type: ignore[arg-type]
 
 
 def _whole(table: LengthTable, documents: np.ndarray, room: int) -> np.ndarray:
@@ -378,6 +397,7 @@ def print_mixture(title: str, report: Any) -> None:
 
 def _print_packing(title: str, plan: PackPlan) -> None:
     from longspan.core.units import format_count
+    from longspan.data.framing import frame_words
 
     report, spec = plan.report, plan.spec
     full = report.rows * spec.length
@@ -386,6 +406,7 @@ def _print_packing(title: str, plan: PackPlan) -> None:
         ("documents", format_count(report.documents)),
         ("continued pieces", format_count(report.continuations)),
         ("special tokens", format_count(report.special_tokens)),
+        ("documents begin", frame_words(spec)),
         ("repeated tokens", format_count(report.repeated_tokens)),
         ("padding", format_count(report.padding_tokens)),
         ("filled", percent(1 - report.padding_tokens / full) if full else None),

@@ -200,13 +200,17 @@ def _print_resolved(title: str, resolved: ResolvedRecipe) -> None:
     ]
     print_table("tokens by source", ("stage", "source", "tokens"), sources)
     streams = [
-        [stage.name, name, stream["documents"], stream["rows"], stream["rows_needed"], _left_out(stream)]
+        [
+            *(stage.name, name, stream["documents"], stream["rows"], stream["rows_needed"]),
+            *(stream.get("documents_begin"), _left_out(stream)),
+        ]
         for stage in resolved.stages
         for name, stream in stage.streams.items()
         if stream["rows"] is not None
     ]
     if streams:
-        print_table("data", ("stage", "stream", "documents", "rows", "rows needed", "left out"), streams)
+        heads = ("stage", "stream", "documents", "rows", "rows needed", "documents begin", "left out")
+        print_table("data", heads, streams)
     costs = [
         [
             stage.name,
@@ -253,7 +257,7 @@ def _stage_row(stage: ResolvedStage) -> list[Any]:
     ]
 
 
-def _left_out(stream: dict[str, int | None]) -> str | None:
+def _left_out(stream: dict[str, Any]) -> str | None:
     from longspan.train.left_out import left_out_words
 
     prefix = "left_out_"

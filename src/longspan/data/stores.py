@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,10 +49,12 @@ class _Identity:
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    adds_bos: bool | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, store: TokenStore) -> _Identity:
-        return cls(**{name: store.manifest.tokenizer[name] for name in cls.__dataclass_fields__})
+        known = store.manifest.tokenizer
+        return cls(*(known.get(name) for name in cls.__dataclass_fields__))  # type: ignore[arg-type]
 
 
 def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:

@@ -16,6 +16,7 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.cepe import CepeFile, read_cepe
+from longspan.data.framing import frame_settings
 from longspan.data.readers.fields import printable
 from longspan.data.readers.walking import files_below
 from longspan.data.store.token_store import MANIFEST, open_stores
@@ -52,11 +53,11 @@ class TokenDocuments(Protocol):
 
 
 class StoreDocuments:
-    """Documents of token stores, framed by the BOS and EOS of their tokenizer.
+    """Documents of token stores, framed by the BOS and EOS of their tokenizer; none gets a second BOS.
 
     Raises:
         DataError: the stores were made with different tokenizers.
-        ArgumentError: the tokenizer has no such token.
+        ConfigError: the tokenizer has no such token, or some documents have it already and others not.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]], *, specials: Specials = "both") -> None:
@@ -71,15 +72,10 @@ class StoreDocuments:
                     f"{self._stores[0].path} and {store.path} were made with different tokenizers"
                 )
         self.tokenizer: str | None = tokenizer["fingerprint"]
-        self._before = [tokenizer["bos_id"]] if specials in ("bos", "both") else []
-        self._after = [tokenizer["eos_id"]] if specials in ("eos", "both") else []
+        framed = frame_settings(specials, self._stores, where=str(self._stores[0].path))["specials"]
+        self._before = [tokenizer["bos_id"]] if framed in ("bos", "both") else []
+        self._after = [tokenizer["eos_id"]] if framed in ("eos", "both") else []
         frame = (*self._before, *self._after)
-        if None in frame:
-            raise ArgumentError(
-                f"the tokenizer of {self._stores[0].path} lacks BOS or EOS",
-                found=f"specials {specials}",
-                fix="choose other --specials",
-            )
         tables = [store.lengths for store in self._stores]
         names = sorted({name for table in tables for name in table.source_names})
         self.domains = tuple(names)

@@ -21,6 +21,7 @@ import pydantic
 
 from longspan.core.config import Config
 from longspan.core.errors import ConfigError
+from longspan.data.framing import Framing
 from longspan.data.lengths import Length, TokenBudget
 from longspan.data.mixture import MixtureSpec
 from longspan.models.lora_config import LoraConfig
@@ -136,8 +137,9 @@ class StreamConfig(Config):
     """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
     document_mask: bool | None = None
     """Whether the documents of a row are kept apart. None: as the stage says."""
-    specials: Literal["none", "bos", "eos", "both"] = "none"
-    """Which special tokens of the store's tokenizer frame a document; a token store holds none."""
+    specials: Framing = "auto"
+    """Which special tokens of the store's tokenizer frame a document; a token store holds none. auto: BOS in front of
+    texts where the tokenizer adds it itself; conversations begin as their template has it."""
     min_document_tokens: Length = pydantic.Field(0, ge=0)
     """Shorter documents are left out."""
     max_document_tokens: Length | None = pydantic.Field(None, ge=1)

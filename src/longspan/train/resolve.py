@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from longspan.core.errors import ConfigError
+from longspan.data.framing import frame_words
+from longspan.data.loader import RowSource
+from longspan.data.packing import PackPlan
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
@@ -43,8 +46,8 @@ class ResolvedStage(NamedTuple):
     rope: dict[str, Any] | None
     objective: str
     optimizer_state: str
-    streams: dict[str, dict[str, int | None]]
-    """By stream: documents, rows in one epoch, rows that are needed."""
+    streams: dict[str, dict[str, Any]]
+    """By stream: documents, rows in one epoch, rows that are needed, and what stands where documents begin."""
     tokens_by_source: dict[str, int | None]
     memory: dict[str, float] | None
     """Bytes by part at the peak of one GPU, WORKSPACE included, or of one process on the CPU."""
@@ -212,7 +215,7 @@ def _stage(
     )
 
 
-def _streams(stage: StageConfig, plan: StagePlan | None) -> dict[str, dict[str, int | None]]:
+def _streams(stage: StageConfig, plan: StagePlan | None) -> dict[str, dict[str, Any]]:
     if plan is None:
         return {name: {"documents": None, "rows": None, "rows_needed": None} for name in stage.streams}
     return {
@@ -221,9 +224,16 @@ def _streams(stage: StageConfig, plan: StagePlan | None) -> dict[str, dict[str, 
             "rows": plan.sources[name].num_rows,
             "rows_needed": needed,
         }
+        | _frame(plan.sources[name])
         | {f"left_out_{kind}": count for kind, count in plan.left_out.get(name, {}).items() if count}
         for name, needed in plan.rows_needed.items()
     }
+
+
+def _frame(source: RowSource) -> dict[str, str]:
+    """Return what stands around the documents of rows that are planned; of rows packed by others it is not known."""
+    plan = getattr(source, "plan", None)
+    return {"documents_begin": frame_words(plan.spec)} if isinstance(plan, PackPlan) else {}
 
 
 def _tokens_by_source(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.annotations import Annotations, TaughtRows
 from longspan.data.columns import folder_kind
+from longspan.data.framing import frame_settings
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import Order, PackedRow, RowLoader, RowSource, StreamMixer
 from longspan.data.mixture import MixturePlan, plan_mixture
@@ -207,11 +208,12 @@ def _planned(
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
     chats = np.array([bool(store.manifest.config.get("chat")) for store in stores])
+    frame = frame_settings(stream.specials, stores, where=where)
     strategy = stream.strategy
     limits = np.full(len(stores), np.iinfo(np.int64).max)
     if strategy is None:
         strategy = "best_fit" if stage.objective == "sft" or chats.any() else "concat"
-        limits[chats] = stage.context_length - {"none": 0, "both": 2}.get(stream.specials, 1)
+        limits[chats] = stage.context_length - {"none": 0, "both": 2}.get(frame["specials"], 1)
     documents, left_out = _within_limits(stream, lengths, mixture.documents, limits)
     if parts:
         documents = draw_records(parts, lengths, documents, seed)
@@ -226,7 +228,7 @@ def _planned(
         pad_id=0,
         # Rows in an order of their own would undo the grouping.
         shuffle=stream.shuffle and not stream.group_by_length,
-        **_special_settings(stream, stores[0].manifest.tokenizer, where),
+        **frame,
     )
     plan = plan_packing(spec, lengths, documents, seed)
     if plan.num_rows == 0:
@@ -274,17 +276,6 @@ def _rows_have_masks(rows: RowSource, stores: list[TokenStore]) -> bool:
     if isinstance(rows, PackedRows | RecutRows | HeadRows):
         return rows.has_mask
     return any(bool(np.any(store.lengths.mask_offset != 0)) for store in stores)
-
-
-def _special_settings(stream: StreamConfig, tokenizer: Mapping[str, Any], where: str) -> dict[str, Any]:
-    wanted = {"none": (), "both": ("bos", "eos")}.get(stream.specials, (stream.specials,))
-    missing = [role for role in wanted if tokenizer.get(f"{role}_id") is None]
-    if missing:
-        raise ConfigError(
-            f"{where} wants {stream.specials} around documents, but the tokenizer has no {' and no '.join(missing)}",
-            fix="set specials to what the tokenizer has, or none",
-        )
-    return {"specials": stream.specials, **{f"{role}_id": tokenizer[f"{role}_id"] for role in wanted}}
 
 
 def _packed(

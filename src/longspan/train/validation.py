@@ -1,4 +1,8 @@
-"""Perplexity by length during training: the beginnings of the same documents each time, one window a pass."""
+"""Perplexity by length during training: the beginnings of the same documents each time, one window a pass.
+
+A window reads as one of `eval ppl` does: where the tokenizer begins texts with BOS, it begins with it too, and that
+token counts towards the length. With a RoPE that depends on the length it has the factors of the stage.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import torch
 
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
+from longspan.data.framing import text_bos
 from longspan.data.loader import PackedRow
 from longspan.data.store import TokenStore, open_stores
 from longspan.train.loop_config import ValidationConfig
@@ -50,11 +55,12 @@ def plan_validation(config: ValidationConfig, *, data_root: Path, seed: int) -> 
         stores = open_stores(data_root / path for path in ((paths,) if isinstance(paths, str) else paths))
         for store in stores:
             tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store.path)
+        begin = [text_bos(store) for store in stores]
         for length in config.lengths:
             long = [
                 (index, int(document))
                 for index, store in enumerate(stores)
-                for document in np.flatnonzero(store.lengths.tokens >= length)
+                for document in np.flatnonzero(store.lengths.tokens >= length - (begin[index] is not None))
             ]
             if not long:
                 longest = max(int(store.lengths.tokens.max()) for store in stores)
@@ -64,7 +70,8 @@ def plan_validation(config: ValidationConfig, *, data_root: Path, seed: int) -> 
                     fix="shorten validation.lengths or add a store with longer documents",
                 )
             order = rng(seed, "validation", name, length).permutation(len(long))[: config.windows]
-            rows = [_window(stores[long[at][0]], long[at][1], length, name) for at in sorted(order)]
+            picked = [long[at] for at in sorted(order)]
+            rows = [_window(stores[at], document, length, name, bos=begin[at]) for at, document in picked]
             chosen.append(Windows(name, length, rows))
     return ValidationPlan(chosen, tokenizers)
 
@@ -124,14 +131,18 @@ def check_tokenizers(plan: ValidationPlan, training: Mapping[str, Path]) -> None
         )
 
 
-def _window(store: TokenStore, document: int, length: int, name: str) -> PackedRow:
+def _window(store: TokenStore, document: int, length: int, name: str, *, bos: int | None) -> PackedRow:
     mask = store.mask(document)
+    frame = np.array([] if bos is None else [bos], np.int64)
     return PackedRow(
-        input_ids=store.tokens(document)[:length].astype(np.int64),
+        input_ids=np.concatenate([frame, store.tokens(document)[: length - len(frame)].astype(np.int64)]),
         cu_seqlens=np.array([0, length], np.int32),
         documents=np.array([document], np.uint32),
         sources=np.zeros(1, np.uint16),
         source_names=(name,),
         continuation=np.zeros(1, bool),
-        weights=np.ones(length, np.uint8) if mask is None else mask[:length],
+        # The first token of a window is nobody's label.
+        weights=np.ones(length, np.uint8)
+        if mask is None
+        else np.concatenate([np.zeros(len(frame), np.uint8), mask[: length - len(frame)]]),
     )

@@ -56,7 +56,8 @@ class Manifest(NamedTuple):
     fingerprint: str
     """SHA-256 over key, token count and mask digest of every document, in store order."""
     tokenizer: dict[str, Any]
-    """fingerprint, vocab_size, bos_id, eos_id, pad_id."""
+    """fingerprint, vocab_size, bos_id, eos_id, pad_id, and adds_bos: whether it begins a text with BOS; None where that
+    is not known."""
     config: dict[str, Any]
     """Settings and input files that made the store."""
     counts: dict[str, Any]
@@ -189,6 +190,7 @@ def seal_store(
             "bos_id": tokenizer.bos_id,
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
+            "adds_bos": getattr(tokenizer, "adds_bos", None),
         },
         config=config,
         counts=counts,
