@@ -50,7 +50,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 def calling(arguments: Any, **more: Any) -> dict[str, Any]:
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-    return {"role": "assistant", "content": None, "tool_calls": [call], **more}
+    return {"role": "assistant", "content": None, "tool_calls": [call]} | more
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,21 @@ def test_arguments_are_written_as_json_once(chatty, template, arguments):
     assert rest == "4<|im_end|>"
     assert call.startswith('<call>{"name": "weather", "arguments": ')
     assert json.loads(call.removeprefix("<call>"))["arguments"] == ARGUMENTS
+
+
+def test_calls_beside_no_content(chatty):
+    """Some templates write calls where the content is null, and fail or are silent on an empty text."""
+    asks_null = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is none %}{% for c in m.tool_calls %}"
+        "<call>{{ c.function.name }} {{ c.function.arguments }}</call>{% endfor %}{% else %}{{ m.content }}"
+        "{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
+    )
+    for content in (None, ""):
+        turns = [ASK, {**calling({"city": "x"}), "content": content}, {"role": "tool", "content": ""}, ANSWER]
+        wanted = '<call>weather {"city": "x"}</call><|im_end|>4<|im_end|>'
+        assert learnt(chatty, asks_null, turns) == wanted
+    with pytest.raises(MessagesError, match="tool calls of turn 1"):
+        ChatFormat(chatty, asks_null).encode([ASK, calling({}, content="I look.")])
 
 
 def test_old_calls_and_calls_as_text(chatty):

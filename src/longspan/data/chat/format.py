@@ -284,7 +284,7 @@ def special_texts(tokenizer: Tokenizer) -> dict[str, str]:
 
 def _begin_with_space(messages: Sequence[Message]) -> Iterator[int]:
     for number, message in enumerate(messages):
-        content = message["content"]
+        content = message["content"] or ""
         parts = [content] if isinstance(content, str) else [part["text"] for part in content[:1]]
         if any(part[:1].isspace() and part.strip() for part in parts):
             yield number

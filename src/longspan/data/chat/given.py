@@ -67,13 +67,15 @@ def with_system(turns: list[Message], variables: dict[str, Any], template: Templ
 def give(template: Template, turns: Sequence[Message], variables: Mapping[str, Any]) -> Given:
     """Return the first form of a conversation that the template writes well.
 
-    Data sets keep the arguments of a call as an object or as its JSON, and a content as a text or in parts;
-    a template made for one writes the other as Python's own notation, or as JSON in JSON, or fails.
+    Data sets keep the arguments of a call as an object or as its JSON, a content as a text or in parts, and nothing
+    beside a call as null or as an empty text; a template made for one writes the other as Python's own notation, or as
+    JSON in JSON, or not, or fails.
 
     Raises:
         MessagesError: it writes none of the forms.
     """
     problem: MessagesError | None = None
+    silent: Given | None = None
     for messages in _forms(template, [_named(turn, template) for turn in turns]):
         try:
             text = template.render(messages, variables)
@@ -82,11 +84,17 @@ def give(template: Template, turns: Sequence[Message], variables: Mapping[str, A
             continue
         garbled = next((each for each in _garbled(messages) if each in text), None)
         if garbled is None:
-            return Given(messages, dict(variables), text)
+            given = Given(messages, dict(variables), text)
+            if all(name in text for name in _called(messages)):
+                return given
+            silent = silent or given
+            continue
         problem = problem or MessagesError(
             "the chat template writes parts of a content, or arguments of a call, as no model reads them",
             found=garbled[:80],
         )
+    if silent is not None:
+        return silent
     assert problem is not None, "there is at least one form"
     raise problem
 
@@ -128,6 +136,8 @@ def _forms(template: Template, turns: list[Message]) -> Iterator[list[Message]]:
     calls: list[Callable[[Any], Any]] = [_as_is]
     if any(arguments_of(turn) for turn in turns):
         calls += [_as_object, _as_json]
+    if any(turn["content"] == "" and turn.get("tool_calls") for turn in turns):
+        contents.append(_as_null)
     for content in contents:
         for arguments in calls:
             yield [_formed(turn, content, arguments) for turn in turns]
@@ -135,6 +145,8 @@ def _forms(template: Template, turns: list[Message]) -> Iterator[list[Message]]:
 
 def _formed(turn: Message, content: Callable[[Any], Any], arguments: Callable[[Any], Any]) -> Message:
     made = {**turn, "content": content(turn["content"])}
+    if made["content"] is None and not turn.get("tool_calls"):
+        made["content"] = ""
     if turn.get("tool_calls"):
         made["tool_calls"] = [_call(call, arguments) for call in turn["tool_calls"]]
     if isinstance(turn.get("function_call"), Mapping):
@@ -159,6 +171,10 @@ def _as_text(content: Any) -> Any:
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
+def _as_null(content: Any) -> Any:
+    return content or None
+
+
 def _as_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
@@ -171,6 +187,13 @@ def _as_object(arguments: Any) -> Any:
 
 def _as_json(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _called(messages: Sequence[Message]) -> list[str]:
+    """Return the names of all functions that are called."""
+    return [
+        call.get("function", call)["name"] for message in messages for call in message.get("tool_calls") or ()
+    ]
 
 
 def _garbled(messages: Sequence[Message]) -> Iterator[str]:

@@ -151,6 +151,7 @@ class Pointer:
             answer = message["role"] == "assistant"
             if answer or others:
                 message = dict(message)
+            if (answer or others) and message["content"] is not None:
                 self._point_content(message, number, leaves, number in outside)
             if answer:
                 self._point_thoughts(message, number, leaves)

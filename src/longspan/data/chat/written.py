@@ -56,11 +56,8 @@ def check_written(
 def _check_content(
     turn: Message, counts: list[int] | None, where: str, text: str, notes: Counter[str], blocks: bool
 ) -> None:
-    said = (
-        [part["text"] for part in turn["content"]]
-        if not isinstance(turn["content"], str)
-        else [turn["content"]]
-    )
+    content = turn["content"] or ""
+    said = [content] if isinstance(content, str) else [part["text"] for part in content]
     if not any(part.strip() for part in said):
         return
     answers = turn["role"] == "assistant"
