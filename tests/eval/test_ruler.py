@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,37 @@ def test_other_tokenizers_and_chats(style: str, tmp_path: Path) -> None:
     assert 3900 <= built.fields["achieved_length"] <= 4000
 
 
+@pytest.mark.parametrize(
+    ("release", "ending", "between", "lines", "first"),
+    [
+        (
+            "2024",
+            "5 variables are assgined the value",
+            "\n\n\n\nMemorize",
+            "again.\n The grass",
+            "in the list are:1. ",
+        ),
+        (
+            "2025",
+            "5 variables are assigned the value",
+            " [A-Z]{3}\n\nMemorize",
+            "again.\nThe grass",
+            "list are: 1. ",
+        ),
+    ],
+)
+def test_each_release_has_its_own_words(
+    release: str, ending: str, between: str, lines: str, first: str, tokenizer: Tokenizer
+) -> None:
+    """Numbers of one release stood beside those of another: spelling, borders and the example differ."""
+    task = make(tokenizer, subtasks=["vt", "cwe"], lengths=[6000], samples=1, release=release)
+    chain, words = (task.build(planned).request.prompt for planned in task.plan())
+    assert ending in chain[-100:] and lines in chain and re.search(between, chain)
+    assert sorted(solve("vt", chain)) == sorted(task.build(task.plan()[0]).expected)
+    assert first in words and words.count("most common words") == 2
+    assert task.params()["release"] == release
+
+
 def test_questions_keep_their_documents(tokenizer: Tokenizer, qa: list[QaData]) -> None:
     """Without the document that it needs a question has no answer; lengths are filled with others."""
     task = make(tokenizer, qa=qa, subtasks=["qa_1", "qa_2"], lengths=[2500, 5000], samples=3)
@@ -215,7 +247,9 @@ def test_whatever_determines_a_sample_is_in_its_key(
     assert not before & keys(change(tokenizer, tmp_path))
 
 
-EMPTY = CachedSample("", np.zeros(0, np.int64), {"answers": ["1"], "question": "", "messages": None})
+EMPTY = CachedSample(
+    "", np.zeros(0, np.int64), {"answers": ["1"], "question": "", "messages": None, "thinking": "unknown"}
+)
 
 
 @settings(max_examples=30, deadline=None)

@@ -143,6 +143,12 @@ def ruler(
         str | None, typer.Option(help="Such as niah_single_1,vt. Default: all for which there is material.")
     ] = None,
     samples: Annotated[int, count_option(help="Samples of each subtask and length.", min=1)] = 100,
+    release: Annotated[
+        Literal["2024", "2025"],
+        typer.Option(
+            help="RULER's generators of the paper, or those of June 2025; they differ in vt, cwe and fwe."
+        ),
+    ] = "2024",
     haystack: Annotated[
         list[str] | None,
         typer.Option(help="Essays: files, folders, patterns; many times. Default: Python's reference prose."),
@@ -175,7 +181,7 @@ def ruler(
     from longspan.eval.ruler.documents import read_qa
     from longspan.eval.ruler.task import Ruler, RulerSettings
 
-    values: dict[str, Any] = {"lengths": lengths, "samples": samples, "seed": seed}
+    values: dict[str, Any] = {"lengths": lengths, "samples": samples, "release": release, "seed": seed}
     if subtasks is not None:
         values["subtasks"] = subtasks.split(",")
     settings = RulerSettings.from_dict(values, where="the command line")

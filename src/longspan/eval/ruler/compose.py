@@ -17,10 +17,10 @@ import numpy as np
 
 from longspan.core.errors import DataError
 from longspan.eval.ruler.documents import QaData
-from longspan.eval.ruler.subtasks import Secret, Subtask
+from longspan.eval.ruler.subtasks import SUBTASKS, Release, Secret, Subtask
 from longspan.eval.word_lists import draw_compounds, word_list
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raised whenever the same settings would compose another sample."""
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -48,8 +48,9 @@ _VT = (
 )
 _VT_ANSWER = (
     " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are "
-    "assgined the value {value}, they are:"  # spelt as published
+    "{assigned} the value {value}, they are:"
 )
+_VT_ASSIGNED: dict[Release, str] = {"2024": "assgined", "2025": "assigned"}  # each spelt as published
 _CWE = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
     "that appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
@@ -113,34 +114,41 @@ def niah(subtask: Subtask, sentences: Sequence[str], generator: np.random.Genera
     return Draft(prompt, prefix, answers, prompt.rpartition("\n")[2])
 
 
-def variable_tracking(generator: np.random.Generator, units: int, example: int) -> Draft:
+def variable_tracking(
+    generator: np.random.Generator, units: int, example: int, release: Release = "2024"
+) -> Draft:
     """Compose a chain of assignments in so many lines of noise, after an example with `example` lines."""
-    solved = variable_example(generator, example)
-    asked = _chain(generator, units, letters=5)
+    solved = variable_example(generator, example, release)
+    asked = _chain(generator, units, letters=5, release=release)
     return asked._replace(prompt=solved + asked.prompt)
 
 
-def variable_example(generator: np.random.Generator, units: int) -> str:
+def variable_example(generator: np.random.Generator, units: int, release: Release = "2024") -> str:
     """Return the solved example of `variable_tracking`."""
-    shown = _chain(generator, units, letters=3)
-    return f"{shown.prompt}{shown.answer_prefix} {' '.join(shown.answers)}\n\n\n\n"
+    shown = _chain(generator, units, letters=3, release=release)
+    lines = "\n" * (4 if release == "2024" else 2)
+    return f"{shown.prompt}{shown.answer_prefix} {' '.join(shown.answers)}{lines}"
 
 
-def common_words(generator: np.random.Generator, units: int, length: int) -> Draft:
+def common_words(generator: np.random.Generator, units: int, length: int, release: Release = "2024") -> Draft:
     """Compose a list with so many different words, ten of them common, after an example."""
     short = length < SHORT_LIST_LENGTH
     shown = _word_list(generator, *((20, 3, 1) if short else (40, 10, 3)))
     asked = _word_list(generator, units, *((6, 1) if short else (30, 3)))
     numbered = " ".join(f"{number}. {word}" for number, word in enumerate(shown.answers, 1))
-    return asked._replace(prompt=f"{shown.prompt}{shown.answer_prefix} {numbered}\n{asked.prompt}")
+    space = "" if release == "2024" else " "
+    return asked._replace(prompt=f"{shown.prompt}{shown.answer_prefix}{space}{numbered}\n{asked.prompt}")
 
 
-def frequent_words(generator: np.random.Generator, units: int, length: int) -> Draft:
+def frequent_words(
+    generator: np.random.Generator, units: int, length: int, release: Release = "2024"
+) -> Draft:
     """Compose a coded text of about so many words: rank k stands units * k**-2 / zeta(2) times.
 
     The most frequent one is written as dots and does not count; the three after it are the answer.
     """
-    vocabulary = _coded_words(generator, max(5, length // 50))
+    room = length if release == "2024" else length - SUBTASKS["fwe"].answer_tokens
+    vocabulary = _coded_words(generator, max(5, room // 50))
     ranks = np.arange(1, len(vocabulary) + 1)
     counts = (units * ranks**-2.0 / (np.pi**2 / 6)).astype(int)
     # With few words rounding can make ranks equal, and then no three are the most frequent.
@@ -221,7 +229,7 @@ def _secrets(kind: Secret, count: int, generator: np.random.Generator) -> list[s
     return [str(uuid.UUID(bytes=random[16 * i : 16 * i + 16], version=4)) for i in range(count)]
 
 
-def _chain(generator: np.random.Generator, units: int, *, letters: int) -> Draft:
+def _chain(generator: np.random.Generator, units: int, *, letters: int, release: Release) -> Draft:
     names = _distinct(lambda count: _letters(generator, count, letters, string.ascii_uppercase), HOPS + 1)
     value = str(generator.integers(10_000, 100_000))
     steps = [f"VAR {names[0]} = {value}"]
@@ -232,9 +240,12 @@ def _chain(generator: np.random.Generator, units: int, *, letters: int) -> Draft
     places = np.sort(generator.choice(len(sentences), size=len(steps), replace=False)).tolist()
     for moved, (place, step) in enumerate(zip(places, steps)):
         sentences.insert(place + moved, step)
-    context = " ".join(sentences).replace(". \n", ".\n")
+    if release == "2024":
+        context = " ".join(sentences).replace(". \n", ".\n")
+    else:
+        context = "\n".join(sentence.removesuffix("\n") for sentence in sentences)
     prompt = _VT.format(context=context, value=value)
-    prefix = _VT_ANSWER.format(count=len(names), value=value)
+    prefix = _VT_ANSWER.format(count=len(names), value=value, assigned=_VT_ASSIGNED[release])
     return Draft(prompt, prefix, names, prompt.rpartition("\n")[2])
 
 

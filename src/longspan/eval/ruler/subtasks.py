@@ -13,6 +13,9 @@ from typing import Literal, NamedTuple
 
 Haystack = Literal["noise", "essay", "needle"]
 Secret = Literal["words", "numbers", "uuids"]
+Release = Literal["2024", "2025"]
+"""Which of RULER's published generators: that of the paper and of most published numbers (2024, to January 2025), or
+that of June 2025. They differ in variable tracking, common and frequent words; see docs/evaluation.md."""
 
 
 class Subtask(NamedTuple):

@@ -23,7 +23,7 @@ from longspan.eval.prompts import PromptForm
 from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache, cache_key
 from longspan.eval.ruler.documents import QaData
-from longspan.eval.ruler.subtasks import SUBTASKS, Subtask
+from longspan.eval.ruler.subtasks import SUBTASKS, Release, Subtask
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
@@ -43,6 +43,8 @@ class RulerSettings(Config):
     """Names such as `niah_single_1` and `vt`; none: all for which there is material."""
     samples: pydantic.PositiveInt = 100
     """Samples of each subtask at each length; the paper has 500."""
+    release: Release = "2024"
+    """Which of RULER's published generators is followed."""
     seed: int = 0
 
     _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
@@ -111,6 +113,7 @@ class Ruler:
             "generator": compose.GENERATOR_VERSION,
             "lists": lists_fingerprint(),
             "seed": settings.seed,
+            "release": settings.release,
             "tokenizer": form.tokenizer.fingerprint,
             "form": {name: value for name, value in form.params().items() if name != "max_new_tokens"},
         }
@@ -250,14 +253,15 @@ class Ruler:
 
     def _text(self, subtask: Subtask, length: int, sample: int | str, units: int) -> compose.Draft:
         generator = rng(self.settings.seed, "ruler", subtask.name, length, sample)
+        release = self.settings.release
         if subtask.kind == "niah":
             return compose.niah(subtask, self._sentences, generator, units)
         if subtask.kind == "vt":
-            return compose.variable_tracking(generator, units, self._example(length))
+            return compose.variable_tracking(generator, units, self._example(length), release)
         if subtask.kind == "cwe":
-            return compose.common_words(generator, units, length)
+            return compose.common_words(generator, units, length, release)
         if subtask.kind == "fwe":
-            return compose.frequent_words(generator, units, length)
+            return compose.frequent_words(generator, units, length, release)
         data = self._qa[subtask.name]
         return compose.question_answering(data, 0 if sample == CALIBRATION else int(sample), generator, units)
 
@@ -279,7 +283,7 @@ class Ruler:
             budget = min(compose.EXAMPLE_TOKENS, length // 8)
 
             def make(units: int) -> tuple[None, int]:
-                text = compose.variable_example(rng(0, "ruler", CALIBRATION), units)
+                text = compose.variable_example(rng(0, "ruler", CALIBRATION), units, self.settings.release)
                 return None, len(self._form.tokenizer.encode(text))
 
             per_unit = (make(10)[1] - make(6)[1]) / 4
