@@ -53,6 +53,10 @@ def test_same_evaluation_goes_on_and_a_finished_one_is_left_alone(records: Path)
         ({"model_info": {**MODEL_INFO, "fingerprint": "0"}}, "model.fingerprint"),
         ({"model_info": {**MODEL_INFO, "extra": None}}, r"model.extra \(file: absent, now: null\)"),
         ({"model_info": {**MODEL_INFO, "extra": {}}}, r"model.extra \(file: absent, now: \{\}\)"),
+        (
+            {"params": {"lengths": (128, 256), "samples": 2, "prompt": f"{'x' * 90} and then {'y' * 90}"}},
+            r"params.prompt \(file: absent, now: \"x{59}\.\.\.\)",
+        ),
         ({"seed": 0.0}, r"seed \(file: 0, now: 0.0\)"),
     ],
 )
@@ -64,6 +68,15 @@ def test_other_settings_refuse_to_continue(records: Path, changes: dict[str, Any
         RecordsWriter(records, header(**changes))
     assert records.read_bytes() == before
     assert sample_id(header(), 128, 0.5, 0) != sample_id(header(**changes), 128, 0.5, 0)
+
+
+def test_long_settings_are_shown_where_they_differ(records: Path) -> None:
+    """Two prompts that begin alike were shown by their beginnings, as if nothing differed."""
+    prompts = [f"{'x' * 200} {word} {'y' * 200}" for word in ("old", "new")]
+    first, second = (header(params={"lengths": (128,), "prompt": prompt}) for prompt in prompts)
+    RecordsWriter(records, first).__exit__(None, None, None)
+    with pytest.raises(ConfigError, match=r"file: \.\.\.x+ old y+\.\.\., now: \.\.\.x+ new y+\.\.\."):
+        RecordsWriter(records, second)
 
 
 def test_moved_model_folder_is_the_same_model(records: Path) -> None:

@@ -15,6 +15,7 @@ from longspan.report.charts import (
     LineChart,
     Mark,
     Series,
+    cut_name,
     heat_map,
     length_axis,
     length_text,
@@ -133,3 +134,11 @@ def test_labels_of_lengths_do_not_lie_on_each_other() -> None:
         if len(lengths) < 10:
             assert list(kept) == list(lengths)
         axes.figure.canvas.draw()
+
+
+def test_long_names_keep_both_ends_and_wide_ones_are_cut_sooner() -> None:
+    assert cut_name("short") == "short"
+    cut = cut_name("model-" + "x" * 90 + "-step-12000")
+    assert len(cut) <= 34 and cut.startswith("model-x") and cut.endswith("x-step-12000")
+    wide = cut_name("\u6a21" * 60)
+    assert len(wide) <= 20 and "\u2026" in wide

@@ -12,6 +12,7 @@ from longspan.cli.counts import count_option
 from longspan.cli.eval_options import Bos, Note, Out, SourceField, TextField, read_held_out
 from longspan.cli.model_options import ModelOptions, opened, takes_model
 from longspan.cli.output import Json, Seed, example, print_json, print_table
+from longspan.core.log import log_once
 
 if TYPE_CHECKING:
     from longspan.data.token_documents import TokenDocuments
@@ -211,18 +212,25 @@ def _open(
 
 
 def _write_csv(out: Path, path: Path) -> None:
-    """Write `,64,256` and a line `label,perplexity,perplexity` for each model, all sources together."""
+    """Write `,64,256` and a line `label,perplexity,perplexity` for each model, all sources together.
+
+    Models of several tokenizers have bits per byte instead.
+    """
     import csv
 
     from longspan.core.files import atomic_write
     from longspan.eval.ppl import perplexities
     from longspan.eval.records import read_records
 
+    files = [read_records(file) for file in sorted((out / "records").glob("ppl-*.jsonl"))]
+    measure = "perplexity"
+    if len({found.header["tokenizer"] for found in files}) > 1:
+        measure = "bits_per_byte"
+        log_once("eval", f"{path} holds bits per byte: perplexities of several tokenizers cannot be compared")
     table: dict[str, dict[int, float | None]] = {}
-    for file in sorted((out / "records").glob("ppl-*.jsonl")):
-        found = read_records(file)
+    for found in files:
         together = perplexities({**sample, "source": ""} for sample in found.samples)
-        table[found.header["label"]] = {row["length"]: row["perplexity"] for row in together}
+        table[found.header["label"]] = {row["length"]: row[measure] for row in together}
     lengths = sorted({length for row in table.values() for length in row})
     with atomic_write(path, "w") as lines:
         writer = csv.writer(lines, lineterminator="\n")

@@ -25,6 +25,7 @@ from longspan.core.records import JsonlWriter, read_jsonl
 
 MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
 _PACKAGES = ("longspan", "torch", "transformers")
+_SHOWN = 60
 _HEADER_BEGINS = b'{"kind": "header"'
 # A remark, the date and the library versions are recorded but do not make it another evaluation.
 _NOT_IDENTITY = ("kind", "fingerprint", "note", "versions", "created")
@@ -204,7 +205,7 @@ def _check_same_evaluation(path: Path, found: Mapping[str, Any], wanted: Mapping
     old, new = ({key: json.dumps(value) for key, value in _flat(each).items()} for each in (found, wanted))
     ignored = {*_NOT_IDENTITY, "model.path"}
     differing = [
-        f"{key} (file: {_short(old.get(key))}, now: {_short(new.get(key))})"
+        f"{key} ({_both(old.get(key), new.get(key))})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key.split(".")[0] not in ignored and key not in ignored
     ]
@@ -225,10 +226,22 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def _short(text: str | None) -> str:
-    if text is None:
-        return "absent"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _both(old: str | None, new: str | None) -> str:
+    """Write two values, long ones from where they begin to differ."""
+    pairs = enumerate(zip(old or "", new or ""))
+    same = next((place for place, (one, two) in pairs if one != two), 0)
+    return ", ".join(
+        f"{name}: {'absent' if value is None else _short(value, same)}"
+        for name, value in (("file", old), ("now", new))
+    )
+
+
+def _short(text: str, same: int) -> str:
+    if len(text) <= _SHOWN:
+        return text
+    start = max(0, min(same - _SHOWN // 3, len(text) - _SHOWN))
+    end = start + _SHOWN
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
 
 
 def _digest(value: object) -> str:

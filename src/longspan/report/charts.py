@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from longspan.report.palette import DASHES, step_of
-from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, text_width, thinned
+from longspan.report.svg import (
+    CHAR_WIDTH,
+    Canvas,
+    Scale,
+    linear_ticks,
+    log_ticks,
+    spread,
+    text_width,
+    thinned,
+)
 from longspan.report.tables import Grid, Tally
 
 FONT = 12.0
@@ -15,8 +24,13 @@ _MOST_CHARACTERS = 34
 
 def cut_name(text: str, most: int = _MOST_CHARACTERS) -> str:
     """Return a name that fits into a drawing: a long one keeps both its ends, in which names differ."""
-    kept = most // 2
-    return text if len(text) <= most else f"{text[:kept]}\u2026{text[len(text) - (most - kept - 1) :]}"
+    width = most * CHAR_WIDTH
+    if text_width(text, 1.0) <= width:
+        return text
+    kept = len(text)
+    while text_width(text[: kept // 2] + text[len(text) - kept // 2 :], 1.0) > width - 1:
+        kept -= 1
+    return f"{text[: kept // 2]}\u2026{text[len(text) - kept // 2 :]}"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class Evaluation:
         first = min(among, key=order_of)
         return None if first == label else first
 
+    def compared_with(self, label: str, among: Mapping[str, object]) -> str | None:
+        """Return what a reader compares a label with: its baseline, and of a further `before` the first label."""
+        first = min(among, key=order_of)
+        return self.baseline(label, among) or (None if label == first else first)
+
     def differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
         """Return what differs between the evaluations of two labels in a task, beside the model."""
         if task == "needle_distractors":  # part of the files of task needle where these have distractors
@@ -98,7 +103,7 @@ class Evaluation:
         """Return a sentence for the labels whose evaluation differs from that of what they are compared with."""
         pairs: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for label in among:
-            baseline = self.baseline(label, among)
+            baseline = self.compared_with(label, among)
             if baseline is not None and (names := self.differing(task, label, baseline)):
                 pairs.setdefault((baseline, names), []).append(label)
         return " ".join(

@@ -126,9 +126,8 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
         for number, label in enumerate(named[:_MOST_NAMED]):
             text = f"{', ' if number else ''}{short_name(label)} "
             clause += [(text, False), (effective_text(by_label[label]), True)]
-        first = ev.baseline(best, by_label)
-        others = [label for label in named[:_MOST_NAMED] if label != first]
-        found = {name for label in others if first for name in ev.differing(task, label, first)}
+        pairs = [(label, ev.compared_with(label, by_label)) for label in named[:_MOST_NAMED]]
+        found = {name for label, other in pairs if other for name in ev.differing(task, label, other)}
         clauses.append([*clause, (f" tokens{_aside(differ_text(sorted(found)))}", False)])
 
 

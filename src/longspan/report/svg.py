@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from unicodedata import east_asian_width
 
 CHAR_WIDTH = 0.56  # of the font size: average advance of a system sans-serif
 
@@ -98,8 +99,8 @@ def spread(positions: Sequence[float], gap: float, lo: float, hi: float) -> list
 
 
 def text_width(text: str, size: float) -> float:
-    """Return a text's approximate width in pixels."""
-    return len(text) * size * CHAR_WIDTH
+    """Return a text's approximate width in pixels; a Chinese character is as wide as high."""
+    return size * sum(1.0 if east_asian_width(each) in "WF" else CHAR_WIDTH for each in text)
 
 
 class Canvas:
