@@ -43,7 +43,7 @@ def convert(
     specials: Specials | None = None,
     num_workers: int = 1,
 ) -> str:
-    """Write `source` to `out` in another format; return what was written, "rows", "documents" or "store".
+    """Write `source` to `out` in another format; return what was written: "rows", "documents" or "store".
 
     Args:
         source: a pack plan, packed rows, a token store, or for "store" what `import_tokens` reads.
