@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers, write_json
@@ -249,10 +250,10 @@ def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
 
 
 def token_key(source: str, ids: np.ndarray) -> int:
-    """Return the 64-bit identity of a document whose text is not known: BLAKE2b of source and ids."""
-    digest = hashlib.blake2b(source.encode() + b"\0ids", digest_size=8)
-    digest.update(ids.astype(np.uint32).tobytes())
-    return int.from_bytes(digest.digest(), "little")
+    """Return the 64-bit identity of a document whose text is not known: XXH3 of source and ids."""
+    digest = xxhash.xxh3_64(source.encode() + b"\0ids")
+    digest.update(np.ascontiguousarray(ids, dtype="<u4").data)
+    return digest.intdigest()
 
 
 def _mask_digest(mask: np.ndarray | None) -> int:
