@@ -281,6 +281,31 @@ def test_hub_data_set_or_a_split_of_it(tmp_path: Path) -> None:
     assert [d.source for d in read_documents([tmp_path / "train"])] == ["data"] * 800
 
 
+def test_a_model_or_an_adapter_comes_to_a_folder(tmp_path: Path) -> None:
+    """Models stand beside data sets of the same name on the hub; the wrong one must not come, nor what is left out."""
+    names = ("config.json", "model.safetensors", "pytorch_model.bin", "original/consolidated.00.pth")
+    for name in (*names, ".gitattributes"):
+        path = tmp_path / "hub/org/model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    (tmp_path / "hub/datasets/org/model").mkdir(parents=True)
+    (tmp_path / "hub/datasets/org/model/rows.jsonl").write_bytes(b"rows")
+    with hub_at(tmp_path / "hub"):
+        assert fetch("hf://org/model", tmp_path / "all", kind="model").files == 4
+        assert (
+            fetch("org/model", tmp_path / "named", kind="model", exclude=["*.bin", "original/*"]).files == 2
+        )
+        assert set(contents(tmp_path / "named")) == {"config.json", "model.safetensors"}
+        again = fetch("org/model", tmp_path / "named", kind="model", exclude=["*.bin", "original/*"])
+        assert again.fetched_files == 0
+        with pytest.raises(DataError, match="another download"):
+            fetch("org/model", tmp_path / "named", kind="model")
+        assert set(contents(tmp_path / "all")) == set(names)
+        assert fetch("hf://org/model", tmp_path / "data").files == 1
+        with pytest.raises(DataError, match=r"no file that matches \*\.bin but not pytorch"):
+            fetch("org/model", tmp_path / "x", kind="model", include=["*.bin"], exclude=["pytorch*"])
+
+
 def test_options_reach_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against --storage-option requester_pays=true being read and forgotten."""
     seen: dict[str, Any] = {}

@@ -1,10 +1,10 @@
-"""`longspan data fetch`: bring a data set to this machine."""
+"""`longspan data fetch`: bring a data set or a model to this machine."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,11 +23,21 @@ def fetch(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to fill; a download that was stopped goes on there.")],
+    kind: Annotated[
+        Literal["dataset", "model"],
+        typer.Option(
+            "--type", help="What SOURCE is on the hub; a model or an adapter may be named org/name too."
+        ),
+    ] = "dataset",
     include: Annotated[
         list[str] | None,
         typer.Option(
             metavar="GLOB", help="Only files that match, such as '*.parquet'; may be given many times."
         ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="No files that match, such as '*.bin'; may be given many times."),
     ] = None,
     storage_option: Annotated[
         list[str] | None,
@@ -40,14 +50,16 @@ def fetch(
     workers: Annotated[int, typer.Option(min=1, help="Files downloaded at once.")] = 4,
     as_json: Json = False,
 ) -> None:
-    """Download a data set, skipping what is already here; stopped, the same command goes on."""
+    """Download a data set, a model or an adapter, skipping what is already here; stopped, the same command goes on."""
     from longspan.core.units import format_bytes
     from longspan.data.fetch import fetch as fetch_files
 
     report = fetch_files(
         source,
         out,
+        kind=kind,
         include=include or (),
+        exclude=exclude or (),
         storage_options=_storage_options(storage_option or []),
         num_workers=workers,
     )

@@ -1,4 +1,4 @@
-"""Downloading a data set, or everything below an address, so that a stopped download goes on where it was.
+"""Downloading a data set, a model, or everything below an address, so that a stopped download goes on where it was.
 
     OUT/train-0.parquet                  a whole file, renamed into place
     OUT/.train-1.parquet.1f0c9a2e.part   a file under way; the middle is the version it is a part of
@@ -30,7 +30,7 @@ from longspan.core.progress import Progress, progress
 from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.units import format_bytes
 from longspan.data.readers.hub import SCHEME as HUB
-from longspan.data.readers.hub import choose_split, parse_address
+from longspan.data.readers.hub import Kind, choose_split, parse_address
 from longspan.data.readers.opening import is_network_error, is_remote, listing, remote_filesystem
 
 MANIFEST = ".fetch.json"
@@ -72,7 +72,9 @@ def fetch(
     source: str,
     out: str | os.PathLike[str],
     *,
+    kind: Kind = "dataset",
     include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     num_workers: int = 4,
 ) -> FetchReport:
@@ -82,7 +84,9 @@ def fetch(
         source: `hf://org/name[@revision][/path-or-split]`, or a file or prefix of any address that fsspec opens
             (`s3://`, `gs://`, `https://`), or a local folder (a mounted share).
         out: folder to fill; one that holds another download is refused.
+        kind: what `hf://org/name` is on the hub; "model" for models and adapters, which may also be named `org/name`.
         include: only files whose path below the source matches one of these patterns ("*.parquet").
+        exclude: none of the files that match one of these.
         storage_options: settings of the file system, such as `{"requester_pays": True}` for S3.
         num_workers: files that are downloaded at once.
 
@@ -91,8 +95,10 @@ def fetch(
         RunError: the network or the disk gave up; what is whole stays, and the same call goes on.
     """
     out = Path(out)
-    filesystem, files = list_remote(source, include=include, storage_options=storage_options)
-    job = {"source": source, "include": sorted(include)}
+    filesystem, files = list_remote(
+        source, kind=kind, include=include, exclude=exclude, storage_options=storage_options
+    )
+    job = {"source": source, "include": sorted(include), "exclude": sorted(exclude), "kind": kind}
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
@@ -109,7 +115,12 @@ def fetch(
 
 
 def list_remote(
-    source: str, *, include: Sequence[str] = (), storage_options: Mapping[str, Any] | None = None
+    source: str,
+    *,
+    kind: Kind = "dataset",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
 ) -> tuple[Any, list[RemoteFile]]:
     """Return the file system of an address and the files below it, sorted by name.
 
@@ -118,12 +129,14 @@ def list_remote(
         MissingDependencyError: the package for this kind of address is not installed.
     """
     split = ""
+    if kind == "model" and not is_remote(source) and not Path(source).exists():
+        source = HUB + source
     if source.startswith(HUB):
-        address = parse_address(source)
+        address = parse_address(source, kind)
         filesystem, root = remote_filesystem(HUB + address.repo, **dict(storage_options or {}))
         inside = f"{address.repo}/{address.path}".rstrip("/")
         with listing(source):
-            if address.path and not filesystem.exists(inside):
+            if kind == "dataset" and address.path and not filesystem.exists(inside):
                 split = address.path
             else:
                 root = inside
@@ -151,8 +164,10 @@ def list_remote(
         files = [file for file in files if file.name in chosen]
     if include:
         files = [file for file in files if any(_matches(file.name, pattern) for pattern in include)]
+    files = [file for file in files if not any(_matches(file.name, pattern) for pattern in exclude)]
     if not files:
         patterns = f" that matches {', '.join(include)}" if include else ""
+        patterns += f" but not {', '.join(exclude)}" if exclude else ""
         raise DataError(f"there is no file{patterns} at {source}")
     return filesystem, sorted(files, key=lambda file: file.name)
 
@@ -201,7 +216,9 @@ def _whole_files(out: Path, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         entries = list(read_jsonl(out / JOURNAL))
     elif any(path.name != LOCK for path in out.iterdir()):
         raise DataError(f"{out} is not empty and not a download", fix="choose an empty folder with --out")
-    if entries and {name: entries[0].get(name) for name in job} != job:
+    # Downloads of before have neither of these.
+    before = {"exclude": [], "kind": "dataset"} | (entries[0] if entries else job)
+    if {name: before.get(name) for name in job} != job:
         raise DataError(
             f"{out} holds another download",
             found=f"{entries[0].get('source')} {' '.join(entries[0].get('include') or [])}".strip(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.log import get_logger
@@ -13,6 +13,8 @@ from longspan.data.readers.folders import Entry
 from longspan.data.readers.opening import listing, remote_filesystem
 
 SCHEME = "hf://"
+Kind = Literal["dataset", "model"]
+"""What an address names on the hub."""
 _ADDRESS = re.compile(r"(?:datasets/)?([^/@]+)/([^/@]+)(@refs/[^/]+/[^/]+|@[^/]+)?(?:/(.*))?")
 _NO_DATA = {"README.md", "dataset_infos.json", "LICENSE.txt"}
 
@@ -27,17 +29,18 @@ class HubAddress(NamedTuple):
     """What is asked for inside: a file, a folder, a pattern, a split, or nothing."""
 
 
-def parse_address(given: str) -> HubAddress:
+def parse_address(given: str, kind: Kind = "dataset") -> HubAddress:
     """Parse `hf://org/name@revision/path`. Raises ArgumentError for anything else."""
     found = _ADDRESS.fullmatch(given.removeprefix(SCHEME).rstrip("/"))
     if found is None:
         raise ArgumentError(
-            "not the address of a data set on the hub",
+            f"not the address of a {'data set' if kind == 'dataset' else kind} on the hub",
             found=given,
             allowed="hf://org/name, hf://org/name@revision, hf://org/name/path or hf://org/name/split",
         )
     org, name, revision, path = found.groups()
-    return HubAddress(f"datasets/{org}/{name}{revision or ''}", name, path or "")
+    folder = "datasets/" if kind == "dataset" else ""
+    return HubAddress(f"{folder}{org}/{name}{revision or ''}", name, path or "")
 
 
 def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:
