@@ -12,17 +12,20 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError, MissingDependencyError
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.documents import Documents
+from longspan.models.export import export_model
 from longspan.models.hf import build_model, hidden_states, lm_head_weight, load_model, save_model
-from longspan.models.lora import LoraConfig, apply_lora, check_lora, load_adapter, save_adapter
+from longspan.models.lora import LoraConfig, apply_lora, check_lora, load_adapter, lora_notes, save_adapter
 from longspan.models.lora_config import Quantization
-from longspan.models.quantize import dequantize, quantize
+from longspan.models.quantize import dequantize, quantize, without_advice
+from longspan.train.config import TrainConfig
+from longspan.train.trainer import plan_run
 from tests.models.test_hf import TINY, tokens
 
 
@@ -220,3 +223,82 @@ def test_packages_that_are_missing_are_named(base: Path, monkeypatch: pytest.Mon
             patch.setitem(sys.modules, package, None)
             with pytest.raises(MissingDependencyError, match=rf"longspan\[{extra}\]"):
                 check_lora(base, LoraConfig(**settings))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+def test_the_card_of_an_adapter_loads_it_with_its_rope(base: Path, tmp_path: Path) -> None:
+    """peft puts an adapter beside the base as it is: with the RoPE of short contexts, without a word."""
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}
+    model = load_model(base, rope=rope, max_position_embeddings=2048)
+    apply_lora(model, LoraConfig(rank=2), seed=0)
+    save_adapter(model.eval(), tmp_path / "adapter", base=base)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    code = (
+        card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "adapter"))
+    )
+    found: dict[str, Any] = {}
+    exec(code, found)
+    with torch.no_grad():
+        expected = model(tokens(1, 100)).logits
+        torch.testing.assert_close(found["model"](tokens(1, 100)).logits, expected, atol=1e-4, rtol=0)
+    assert '"factor": 8.0' in card and "2048" in card
+
+
+def test_experts_that_adapters_do_not_reach_are_said_and_the_merged_model_is_exported(tmp_path: Path) -> None:
+    """Most weights of a mixture of experts stayed as they were, unquantised, without a word."""
+    fields = {**TINY, "model_type": "mixtral", "num_local_experts": 4}
+    save_model(build_model(fields, seed=0), tmp_path / "base")
+    config = LoraConfig(rank=2, quantize="nf4")
+    notes = lora_notes(tmp_path / "base", config)
+    weights = {name: weight.numel() for name, weight in load_model(tmp_path / "base").named_parameters()}
+    share = sum(count for name, count in weights.items() if "experts" in name) / sum(weights.values())
+    assert (
+        len(notes) == 1 and f"{share:.0%} of the weights, the experts, get no adapter and are not" in notes[0]
+    )
+    assert "model.layers.mlp.experts.down_proj" in notes[0]
+    model = apply_lora(load_model(tmp_path / "base"), config, seed=0)
+    save_adapter(model, tmp_path / "adapter", base=tmp_path / "base")
+    report = export_model(load_model(tmp_path / "adapter"), tmp_path / "out")
+    assert report.kind == "merged"
+    save_model(build_model(TINY, seed=0), tmp_path / "dense")
+    assert lora_notes(tmp_path / "dense", config) == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "hqq", "torchao"])
+def test_a_folder_that_is_quantised_is_one_message(method: str, tmp_path: Path) -> None:
+    """The package that reads it was missing: an ImportError traceback, in every command."""
+    save_model(build_model(TINY, seed=0), tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    settings = {"quant_method": method, "bits": 4}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    with pytest.raises(DataError, match=rf"cannot be read here \({method}\)"):
+        load_model(tmp_path / "base")
+
+
+def test_a_base_that_was_stored_in_four_bits_is_read_and_not_trained_or_exported(tmp_path: Path) -> None:
+    """Training ran to its end and could not save; adapters ended in a traceback of peft."""
+    save_model(build_model({**TINY, "intermediate_size": 128}, seed=0), tmp_path / "base")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with without_advice():
+        small = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=how, dtype=torch.float32
+        )
+        small.save_pretrained(tmp_path / "four")
+        read = load_model(tmp_path / "four")
+        with torch.no_grad():
+            assert torch.isfinite(read(tokens(1, 20)).logits).all()
+    with pytest.raises(ConfigError, match=r"not exported(.|\n)*bitsandbytes"):
+        export_model(read, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    stage = {
+        "name": "s",
+        "context_length": 16,
+        "steps": 1,
+        "batch_tokens": 16,
+        "lr": 0.1,
+        "streams": {"a": {"store": "s"}},
+    }
+    for lora in (None, {"rank": 2}):
+        recipe = TrainConfig.from_dict({"model": {"path": "four"}, "stages": [stage], "lora": lora})
+        with pytest.raises(ConfigError, match=r"not trained(.|\n)*bitsandbytes"):
+            plan_run(recipe, data_root=tmp_path)

@@ -25,6 +25,8 @@ from transformers.utils import logging as transformers_logging
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, read_json, write_json
 from longspan.core.seeds import derive_seed
+from longspan.models.adapter_card import adapter_note
+from longspan.models.families import refuse_quantized
 from longspan.models.hf import without_bars
 from longspan.models.hf_config import rope_meaning
 from longspan.models.lora import adapter_config, attach, detach, is_adapted, save_adapter
@@ -78,6 +80,7 @@ def export_model(
 
     Raises:
         ArgumentError: `out` exists, or an unknown dtype.
+        ConfigError: a base that was stored quantised.
         DataError: what would be written is not what was trained, or would not load; a weight that is not finite in
             its type.
         RunError: the disk refuses the bytes.
@@ -87,6 +90,7 @@ def export_model(
     name = dtype or str(model.dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ArgumentError("weights are not written in this type", found=name, allowed=DTYPES)
+    refuse_quantized(model.config, "the model", verb="exported")
     model.eval()
     adapted, rounded = is_adapted(model), name != str(model.dtype).removeprefix("torch.")
     _check_finite(model)
@@ -117,8 +121,9 @@ def export_adapter(
     settings = adapter_config(model)
     text = model.config.get_text_config(decoder=True)
     notes = [
+        adapter_note(str(base)),
         f"the base {base} has to be loaded with the settings of config.json: rope_parameters "
-        f"{json.dumps(text.rope_parameters)}, max_position_embeddings {text.max_position_embeddings}"
+        f"{json.dumps(text.rope_parameters)}, max_position_embeddings {text.max_position_embeddings}",
     ]
     if settings["use_dora"] or settings["modules_to_save"]:
         notes.append("vLLM serves no adapter with DoRA or with layers trained whole: export it merged")

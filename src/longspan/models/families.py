@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from longspan.core.errors import ArgumentError, ConfigError
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.log import log_once
 from longspan.models.hf_config import text_config
 
-__all__ = ["check_family", "language_model", "quantized_as", "refuse_quantized"]
+__all__ = ["check_family", "language_model", "quantized_as", "reading_quantized", "refuse_quantized"]
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -54,6 +56,26 @@ def refuse_quantized(config: PretrainedConfig, path: str | Path, *, verb: str) -
             allowed="weights in float32, bfloat16 or float16",
             fix="name the model that it was made from; lora.quantize: nf4 keeps that in 4 bits while adapters train",
         )
+
+
+@contextlib.contextmanager
+def reading_quantized(config: PretrainedConfig, path: str | Path) -> Iterator[None]:
+    """Turn what a quantised folder raises where its package or device is missing into one message.
+
+    Raises:
+        DataError: it cannot be read here.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        kind = quantized_as(config)
+        if kind is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DataError(
+            f"the quantised weights in {path} cannot be read here ({kind})",
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:300],
+            fix="install the package that reads them, or name the model that it was made from",
+        ) from error
 
 
 def language_model(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:

@@ -28,7 +28,7 @@ from longspan.core.log import get_logger
 from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
-from longspan.models.families import check_family, language_model
+from longspan.models.families import check_family, language_model, reading_quantized
 from longspan.models.hf_config import (
     changed_config,
     new_config,
@@ -248,7 +248,8 @@ def load_base(
     config = changed_config(config, rope=rope, context=max_position_embeddings, overrides=overrides)
     check_family(config)
     sharing = {"distributed_config": _tensor_parallel(config, tp)} if tp > 1 else {}
-    with reading_folder(path), without_bars() if Path(path).exists() else contextlib.nullcontext():
+    bars = without_bars() if Path(path).exists() else contextlib.nullcontext()
+    with reading_folder(path), reading_quantized(config, path), bars:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,

@@ -8,8 +8,9 @@ peft replaces layers inside the model, which stays the transformers model it was
 without logits, tiles, checkpointing and sharding work on it as before. What is trained is float32, whatever the
 type of the rest.
 
-An adapter folder is one of peft's, with two more files:
+An adapter folder is one of peft's, with three more files:
 
+    README.md                                        how others load it with its RoPE, for which peft has no place
     adapter_config.json, adapter_model.safetensors   as peft writes and reads them
     config.json                                      the model with the RoPE and context length it was trained with
     longspan_adapter.json                            how the base was quantised, and a fingerprint of it
@@ -27,12 +28,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir, read_json, sha256_bytes, write_json
 from longspan.core.optional import require
-from longspan.models.hf import load_base, reading_folder, rope_of
+from longspan.models.adapter_card import adapter_card
+from longspan.models.hf import empty_model, load_base, reading_folder, rope_of
 from longspan.models.init import seeded
 from longspan.models.lora_config import LoraConfig, Quantization
 from longspan.models.quantize import (
@@ -57,6 +59,7 @@ __all__ = [
     "detach",
     "is_adapted",
     "load_adapter",
+    "lora_notes",
     "save_adapter",
 ]
 
@@ -90,10 +93,36 @@ def check_lora(origin: str | Path, config: LoraConfig) -> None:
     _peft()
     if config.quantize != "none":
         bitsandbytes()
-    with reading_folder(origin):
-        hf_config = AutoConfig.from_pretrained(origin)
-    with torch.device("meta"):
-        _places(AutoModelForCausalLM.from_config(hf_config), config)
+    _places(empty_model(origin), config)
+
+
+def lora_notes(origin: str | Path, config: LoraConfig) -> list[str]:
+    """Return what is to be said of the weights that get no adapter and are not quantised; no weight is read.
+
+    The experts of a mixture are one tensor a layer and no linear layers.
+    """
+    model = empty_model(origin)
+    places = _places(model, config)
+    reached = linears(model).values()
+    of_layers = {id(weight) for layer in reached for weight in layer.parameters()}
+    embeddings = {
+        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer
+    }
+    left = {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim > 2 and id(weight) not in of_layers | embeddings
+        and not any(name.startswith(f"{place}.") for place in places.trainable)
+    }  # fmt: skip
+    if not left:
+        return []
+    share = sum(left.values()) / sum(weight.numel() for weight in model.parameters())
+    names = sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in left})
+    stored = " and are not quantised" if config.quantize != "none" else ""
+    return [
+        f"{share:.0%} of the weights, the experts, get no adapter{stored}: {', '.join(names)}; "
+        "adapters and 4 bits are for linear layers"
+    ]
 
 
 def apply_lora(model: ModelT, config: LoraConfig, *, seed: int) -> ModelT:
@@ -172,6 +201,7 @@ def save_adapter(
             {"quantization": stored_as(model), "base_fingerprint": base_fingerprint(origin)},
         )
         complete_folder(folder, tokenizer=tokenizer)
+        (folder / "README.md").write_text(adapter_card(model, origin), encoding="utf-8")
 
 
 def load_adapter(

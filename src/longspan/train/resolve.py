@@ -29,7 +29,7 @@ from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_ro
 from longspan.train.runtime import on_gpu
 from longspan.train.stage_model import model_config, rope_at
 from longspan.train.streams import StagePlan, plan_stage
-from longspan.train.trainer import check_recipe, plan_run
+from longspan.train.trainer import adapter_notes, check_recipe, plan_run
 
 __all__ = ["ResolvedRecipe", "ResolvedStage", "resolve"]
 
@@ -123,6 +123,7 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
     plans: list[StagePlan | None]
     if not missing and model.config is not None:
         plans = list(plan_run(config, data_root=data_root))
+        notes += adapter_notes(config, root)
     else:
         plans = _plan_what_is_there(config, model, root)
     typed = on_gpu(config) if cuda else config

@@ -27,8 +27,10 @@ from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
 from longspan.data.tokenizer import load_tokenizer
+from longspan.models.adapter_card import adapter_note
+from longspan.models.families import refuse_quantized
 from longspan.models.hf import lm_head_weight, save_model
-from longspan.models.lora import check_lora, save_adapter
+from longspan.models.lora import check_lora, lora_notes, save_adapter
 from longspan.models.rope import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.models.stand_in import check_forward
 from longspan.parallel.fsdp import full_tensor
@@ -128,7 +130,7 @@ def train(
         config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
         hf_config = model_config(config, root)
         if spread.is_first:
-            for note in rope_notes(config, hf_config):
+            for note in rope_notes(config, hf_config) + adapter_notes(config, root):
                 get_logger("train").warning(note)
             for plan in plans:
                 log_left_out(plan.stage.name, plan.left_out)
@@ -173,6 +175,7 @@ def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | Non
                 else:
                     base = model_path(config, root)
                     save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
+                    get_logger("train").info("%s: %s", models[plan.stage.name], adapter_note(base))
             # The others wait here: reading and writing a whole model takes its time.
             on_first_rank(lambda: None)
     assert state is not None
@@ -222,6 +225,8 @@ def _open(config: TrainConfig, run: RunDir, root: Path) -> bool:
 
 def check_recipe(config: TrainConfig, root: Path) -> None:
     """Check the model, its forward pass, every stage's RoPE and the adapters; data are not looked at."""
+    if config.model.path is not None:
+        refuse_quantized(model_config(config, root), model_path(config, root), verb="trained")
     for stage in config.stages:
         model = empty_stage_model(config, stage, root)
         lm_head_weight(model)
@@ -229,6 +234,11 @@ def check_recipe(config: TrainConfig, root: Path) -> None:
     check_ropes(config, model_config(config, root))
     if config.lora is not None:
         check_lora(model_path(config, root), config.lora)
+
+
+def adapter_notes(config: TrainConfig, root: Path) -> list[str]:
+    """Return what is to be said of the weights that adapters do not reach."""
+    return [] if config.lora is None else lora_notes(model_path(config, root), config.lora)
 
 
 def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
