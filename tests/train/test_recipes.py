@@ -14,7 +14,7 @@ from longspan.core.errors import ConfigError, UserError
 from longspan.core.records import read_jsonl
 from longspan.models.export import export_model
 from longspan.models.hf import build_model, load_model, save_model
-from longspan.train.config import ModelConfig, TrainConfig
+from longspan.train.config import ModelConfig, ParallelConfig, TrainConfig
 from longspan.train.recipes import load_recipe, scale_tiny, shipped_recipes
 from longspan.train.resolve import resolve
 from longspan.train.streams import plan_stage
@@ -101,6 +101,13 @@ def test_a_dry_run_needs_neither_the_model_nor_the_data(name: str, tmp_path: Pat
             assert sum(counted) == pytest.approx(stage.tokens, rel=1e-6)
             assert stage.seconds == pytest.approx(stage.step_seconds * (stage.steps or 0))
     assert json.dumps(resolved.to_dict())
+
+
+def test_a_dry_run_refuses_rows_that_the_processes_cannot_share(data_root: Path) -> None:
+    """It said how to start what every process would refuse."""
+    config = small(data_root).model_copy(update={"parallel": ParallelConfig(dp_shard=3)})
+    with pytest.raises(ConfigError, match="rows of a step do not divide"):
+        resolve(config, "recipe.yaml", data_root=data_root)
 
 
 def test_a_misspelt_name_gets_the_nearest_and_the_list() -> None:

@@ -27,6 +27,7 @@ from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_rope_notes
 from longspan.train.runtime import on_gpu
+from longspan.train.spread import check_rows
 from longspan.train.stage_model import model_config, rope_at
 from longspan.train.streams import StagePlan, plan_stage
 from longspan.train.trainer import adapter_notes, check_recipe, plan_run
@@ -104,6 +105,7 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
     here, device = _machine_gpu() if gpu is None else (GPUS[gpu], "")
     cuda = here is not None or torch.cuda.is_available()
     root = data_root / config.data_root
+    check_rows(config)
     model = known_model(config.model, root)
     missing = sorted({path for stage in config.stages for path in _missing(stage, root)})
     notes = []

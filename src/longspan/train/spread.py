@@ -67,14 +67,7 @@ class Spread:
         """
         self.schedule.check_heads(num_heads, num_kv_heads)
         self._window = window
-        for stage in config.stages:
-            if stage.rows_per_step % self.mesh.dp_size:
-                raise ConfigError(
-                    f"stage {stage.name!r}: the rows of a step do not divide among the data-parallel processes",
-                    found=f"{stage.rows_per_step} rows of {stage.context_length} tokens, dp_replicate x dp_shard = "
-                    f"{self.mesh.dp_size}",
-                    fix=f"choose batch_tokens as a multiple of {self.mesh.dp_size * stage.context_length}",
-                )
+        check_rows(config)
 
     def shard(self, model: nn.Module, memory: MemoryConfig, *, from_first: bool = False) -> ModelWithLoss:
         """Shard the model over the mesh, in place, and return the module to run; without a mesh only the latter.
@@ -134,6 +127,18 @@ class Spread:
             total += part[0]
             everything.join(part[1])
         return total, everything
+
+
+def check_rows(config: TrainConfig) -> None:
+    """Refuse rows of a step that do not divide among the data-parallel processes. Raises ConfigError."""
+    ranks = config.parallel.dp_replicate * config.parallel.dp_shard
+    for stage in config.stages:
+        if stage.rows_per_step % ranks:
+            raise ConfigError(
+                f"stage {stage.name!r}: the rows of a step do not divide among the data-parallel processes",
+                found=f"{stage.rows_per_step} rows of {stage.context_length} tokens, dp_replicate x dp_shard = {ranks}",
+                fix=f"choose batch_tokens as a multiple of {ranks * stage.context_length}",
+            )
 
 
 def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watchdog | None = None) -> Spread:
