@@ -100,3 +100,23 @@ def test_settings_that_do_not_go_together_are_named(longspan, run, line, message
     assert outcome.code == 2
     assert message in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_a_chat_server_is_told_of_thinking_in_its_own_words():
+    """What was said of the template went nowhere: the server applies its own."""
+    from longspan.cli.model_options import ModelOptions, PromptOptions, _told, form_of
+    from longspan.core.errors import ArgumentError
+
+    server = "{extra: {chat_template_kwargs: {b: 2}}, continue_final_message: true}"
+    model = ModelOptions("openai:m", base_url="http://localhost:1/v1", server=server)
+    told = _told(model, PromptOptions(thinking="off", template_args="{a: 1}"))
+    kwargs = {"a": 1, "enable_thinking": False, "thinking": False, "b": 2}
+    assert told.extra == {"chat_template_kwargs": kwargs} and told.continue_final_message
+    assert _told(model, PromptOptions()).extra == {"chat_template_kwargs": {"b": 2}}
+    # A provider refuses fields that it does not know; a text that is continued is rendered here.
+    assert _told(ModelOptions("openai:m"), PromptOptions(thinking="on")) is None
+    assert _told(ModelOptions("completions:m"), PromptOptions(template_args="{a: 1}")) is None
+    with pytest.raises(ArgumentError, match="takes no variables"):
+        _told(ModelOptions("openai:m"), PromptOptions(template_args="{a: 1}"))
+    with pytest.raises(ArgumentError, match="has no tokenizer here"):
+        form_of(model, PromptOptions())
