@@ -23,6 +23,7 @@ from longspan.data.packed_files import JsonlRows
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PAD_DOCUMENT
 from longspan.data.recut import recut
+from longspan.data.verify import verify
 from longspan.data.whole_rows import WholeRows
 from tests.data.published_rows import FORMS, chunk, publish
 from tests.data.test_materialize import TOKENIZER
@@ -200,6 +201,18 @@ def test_published_rows_become_a_store(tmp_path: Path, form: str) -> None:
 
     store = TokenStore(tmp_path / "store")
     assert sorted(map(len, map(store.tokens, range(len(store))))) == [1, 3, 4, 6, 7, 9, 10]
+
+
+def test_published_rows_are_verified(tmp_path: Path) -> None:
+    """What trains can be checked before; each damaged row is named, and the others are read."""
+    folder = publish(tmp_path / "rows", ROWS, "hub")
+    assert verify(folder).counts == {"rows": 4, "tokens": 40} and verify(folder).is_whole
+    wrong = [*ROWS, {**chunk(5, ("a", 4)), "source": [{"source": "a", "start": 3, "end": 9}]}]
+    report = verify(publish(tmp_path / "wrong", wrong, "saved"))
+    assert len(report.problems) == 1 and "row 4" in report.problems[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="not something that can be verified"):
+        verify(tmp_path / "empty")
 
 
 def test_folders_of_several_data_sets_say_which(tmp_path: Path) -> None:

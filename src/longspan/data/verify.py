@@ -52,7 +52,7 @@ class VerifyReport(NamedTuple):
 
 
 def verify(path: str | Path, *, against: Sequence[str] = ()) -> VerifyReport:
-    """Check a token store, packed rows, a plan or any MDS folder; reads every byte.
+    """Check a token store, packed rows (also of other tools), a plan or any MDS folder; reads every byte.
 
     Args:
         path: what to check.
@@ -82,9 +82,15 @@ def verify(path: str | Path, *, against: Sequence[str] = ()) -> VerifyReport:
         return VerifyReport(str(path), "pack plan", _check_packing(path, problems), problems.lines, None)
     if (path / INDEX).is_file():
         return VerifyReport(str(path), "MDS folder", _check_shards(path, problems), problems.lines, None)
-    raise DataError(
-        f"{path} is not something that can be verified", allowed="stores, rows, plans, MDS folders"
-    )
+    try:
+        published = PackedRows(path)
+    except DataError as error:
+        raise DataError(
+            f"{path} is not something that can be verified",
+            found=str(error).splitlines()[0],
+            allowed="stores, rows, plans, MDS folders",
+        ) from None
+    return VerifyReport(str(path), "packed rows", _check_published(published, problems), problems.lines, None)
 
 
 def is_token_store(path: str | Path) -> bool:
@@ -238,6 +244,21 @@ def _check_rows(path: Path, problems: _Problems) -> dict[str, int]:
             problems.add(f"{piece['file']} was changed or damaged: its ids have another sum")
         first += int(piece["rows"])
     return counts
+
+
+def _check_published(rows: PackedRows, problems: _Problems) -> dict[str, int]:
+    """Read every row of a folder that another tool packed."""
+    tokens = 0
+    with progress("verify", total=rows.num_rows, unit="rows") as bar:
+        for index in range(rows.num_rows):
+            if problems.full():
+                break
+            try:
+                tokens += len(rows.row_of_any_length(index).input_ids)
+            except DataError as error:
+                problems.add(str(error))
+            bar.advance()
+    return {"rows": rows.num_rows, "tokens": tokens}
 
 
 def _check_mixture(path: Path, problems: _Problems) -> dict[str, int]:
