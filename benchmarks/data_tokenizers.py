@@ -7,7 +7,12 @@ a text given its vocabulary, depend on the steps, which are public.
 from __future__ import annotations
 
 import json
+import sys
+import sysconfig
+import tempfile
+import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -195,3 +200,55 @@ PUBLISHED: dict[str, Published] = {
         )
     ),
 }  # fmt: skip
+
+VOCABULARY = 16_000
+TRAINING, READ, READ_SLOWLY = 3_000_000, 12_000_000, 1_500_000
+
+
+def main(folders: list[str]) -> None:
+    """Print a table of engines and speeds."""
+    from longspan.data.tokenizer import load_tokenizer
+
+    files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    text, size = [], 0
+    for file in files:
+        text.append(file.read_text(encoding="utf-8", errors="ignore"))
+        size += len(text[-1])
+        if size > READ:
+            break
+    training = [each for number, each in enumerate(text) if number % (READ // TRAINING) == 0]
+    print(
+        "| tokenizer | engine | MB/s | tokenizers, MB/s | faster | why slow |\n|---|---|---:|---:|---:|---|"
+    )
+    with tempfile.TemporaryDirectory() as work:
+        named = {}
+        for number, (name, each) in enumerate(PUBLISHED.items()):
+            named[name] = Path(work, str(number))
+            named[name].mkdir()
+            content = build(each, training, vocab_size=VOCABULARY)
+            (named[name] / "tokenizer.json").write_text(json.dumps(content))
+        named |= {f"{Path(folder).name} (real)": Path(folder) for folder in folders}
+        for name, folder in named.items():
+            ours, reference = load_tokenizer(folder), load_tokenizer(folder, backend="hf")
+            slow = _speed(reference.encode, text, READ_SLOWLY)
+            fast = slow if ours.backend == "hf" else _speed(ours.encode, text, READ)
+            reason = ours.backend_reason.rpartition(": ")[2] if ours.backend == "hf" else ""
+            reason = reason.replace("|", "\\|")
+            print(
+                f"| {name} | {ours.backend} | {fast:.1f} | {slow:.2f} | {fast / slow:.0f}x | {reason[:60]} |"
+            )
+
+
+def _speed(encode: Callable[[str], Any], texts: list[str], limit: int) -> float:
+    """Return MB per CPU-second of the first texts, `limit` characters in all."""
+    size, start = 0, time.process_time()
+    for text in texts:
+        encode(text)
+        size += len(text)
+        if size > limit:
+            break
+    return size / 1e6 / (time.process_time() - start)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
