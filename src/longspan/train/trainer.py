@@ -225,11 +225,11 @@ def _open(config: TrainConfig, run: RunDir, root: Path) -> bool:
 
 def check_recipe(config: TrainConfig, root: Path) -> None:
     """Check the model, its forward pass, every stage's RoPE and the adapters; data are not looked at."""
-    if config.model.path is not None:
-        refuse_quantized(model_config(config, root), model_path(config, root), verb="trained")
     for stage in config.stages:
         model = empty_stage_model(config, stage, root)
         lm_head_weight(model)
+    if config.model.path is not None:
+        refuse_quantized(model_config(config, root), model_path(config, root), verb="trained")
     check_forward(model.config)
     check_ropes(config, model_config(config, root))
     if config.lora is not None:
