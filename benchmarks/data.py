@@ -103,7 +103,7 @@ class Tool:
     """(input folder, output folder) to commands; the output folder exists and is empty."""
     inputs: Path
     tiny: Path
-    """What `inputs` is, of 20 documents."""
+    """What `inputs` is, of half a megabyte."""
     digest: Callable[[Path], Command] | None = None
     """Output folder to the command that prints documents, tokens and a hash of the ids."""
 
@@ -427,8 +427,11 @@ def prepare(setup: Setup) -> Numbers:
         counts = ask(command, setup.cores[:1])
         first = sorted(setup.corpus.glob("*.jsonl"))[0]
         os.link(first, fresh(setup.subset) / first.name)
+        lines: list[str] = []
         with first.open(encoding="utf-8") as file:
-            lines = [next(file) for _ in range(20)]
+            # Two rows at least: datatools fails where it packs none.
+            while sum(map(len, lines)) < 8 * ROW and (line := file.readline()):
+                lines.append(line)
         (fresh(setup.tiny) / "tiny.jsonl").write_text("".join(lines), encoding="utf-8")
         say("training the tokenizers")
         sizes = ["--vocab", str(setup.vocab), "--sentencepiece-vocab", str(setup.sentencepiece_vocab)]

@@ -34,9 +34,10 @@ from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_sys
 from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans
 from longspan.data.chat.messages import GUARD, Message, MessagesError, as_messages, is_learnt
 from longspan.data.chat.points import Pointer, Reading, read
-from longspan.data.chat.template import DATE, Template, find_template, special_tokens
+from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
+from longspan.data.tokenizer.roles import named_tokens
 
 RULES = 2
 """Raised whenever the same template and conversation would be encoded otherwise."""
@@ -279,7 +280,7 @@ def special_texts(tokenizer: Tokenizer) -> dict[str, str]:
     """Return bos_token, eos_token ... as the configs name them, else as the tokenizer knows them."""
     known = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     found = {name: tokenizer.decode([number]) for name, number in known.items() if number is not None}
-    return found | special_tokens(tokenizer.path.parent)
+    return found | (named_tokens(tokenizer.path.parent) or {})
 
 
 def _begin_with_space(messages: Sequence[Message]) -> Iterator[int]:

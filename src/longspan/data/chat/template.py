@@ -65,17 +65,6 @@ def find_template(folder: Path, name: str | None) -> str:
     )
 
 
-def special_tokens(folder: Path) -> dict[str, str]:
-    """Return the texts of bos_token, eos_token and the like that the tokenizer's configs name."""
-    found: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        for name, value in _config(folder / file).items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str):
-                found[name] = text
-    return found
-
-
 class Template:
     """A compiled chat template.
 
