@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from longspan.api import Budget, Client, Endpoint, Limits
 from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
-from longspan.eval.judge import judge_file, judge_records, judge_request, parse_rating, read_template
+from longspan.eval.judge import (
+    CRITERIA,
+    judge_file,
+    judge_records,
+    judge_request,
+    parse_rating,
+    read_template,
+)
 from longspan.eval.records import make_header, read_records
 from tests.api.fake_server import chat, error, serving
 from tests.api.made_clock import MadeClock
@@ -83,6 +90,47 @@ def rate(asked):
 def test_only_a_clear_rating_is_one(reply, rating):
     """A number anywhere in the reply is not the rating: `3 of the 10 facts` would be a 3 or a 10."""
     assert parse_rating(reply) == rating
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("It is right.\n\nRating: [[10]]", 10),
+        ("[[7]] for what it says, not [[10]].", 7),
+        ("Rating: [[5", None),
+        ("[[0]]", None),
+        ("[[7.5]]", None),
+        ("10", 10),
+    ],
+)
+def test_the_published_criteria_are_answered_in_brackets(reply, rating):
+    """langchain reads the first [[ ]]; a bare number is what the criteria themselves ask for."""
+    assert parse_rating(reply, "kamradt_v1") == rating
+
+
+def test_the_published_criteria_are_asked_word_for_word(tmp_path):
+    """Other words would give other ratings; the mean on the published scale of 1 to 10 is told."""
+    records = write_records(tmp_path / "needle-before.jsonl", ["1", "7"])
+
+    def script(asked):
+        first, last = asked.body["messages"]
+        assert first == {"role": "system", "content": "You are a helpful assistant."}
+        text = last["content"]
+        assert (
+            "accuracy: \n                Score 1: The answer is completely unrelated to the reference.\n"
+            in text
+        )
+        assert "Only respond with a numberical score\n[Ground truth]\n" in text
+        found = re.search(
+            r"\[The Start of Assistant's Answer\]\n(.*)\n\[The End of Assistant's Answer\]$", text
+        )
+        return chat(f"Because.\nRating: [[{found.group(1)}]]")
+
+    with serving(script) as server, client_of(server) as client:
+        summary = judge_file(records, client, tmp_path / "judged.jsonl", template=CRITERIA["kamradt"])
+    assert summary["mean_rating"] == 4.0 and summary["mean"] == pytest.approx(1 / 3)
+    header = read_records(tmp_path / "judged.jsonl").header
+    assert header["params"]["scorer"]["template"] == "kamradt_v1"
 
 
 @settings(max_examples=50, deadline=None)

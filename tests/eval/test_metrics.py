@@ -61,6 +61,27 @@ def test_line_of_code_that_counts(output: str, score: float) -> None:
     assert SCORERS["code_sim"].score("return x", output) == score
 
 
+def test_a_class_that_is_not_named_may_be_guessed() -> None:
+    """`long-llm` takes the class that is most like an answer that names none; the current LongBench gives 0."""
+    fields = {"all_classes": ["Sports event", "City", "Food"]}
+    scores = {
+        output: [
+            SCORERS[name].score("City", output, fields)
+            for name in ("classification", "classification_closest")
+        ]
+        for output in ("Citys", "city", "cit", "foo", "", "City or Food")
+    }
+    # By hand with difflib: `cit` is 0.571 like City and 0.133 like Sports event, `foo` most like Food.
+    assert scores == {
+        "Citys": [1.0, 1.0],
+        "city": [0.0, 1.0],
+        "cit": [0.0, 1.0],
+        "foo": [0.0, 0.0],
+        "": [0.0, 0.0],
+        "City or Food": [0.5, 0.5],
+    }
+
+
 def test_long_summary_is_scored() -> None:
     """The package rouge recurses once a word and gives 0 to a long answer."""
     sentence = " ".join(f"w{number}" for number in range(1500))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ConfigError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument, default_documents, describe_documents
@@ -24,6 +24,7 @@ from longspan.eval.needle_settings import NeedleSettings, fill
 from longspan.eval.planting import Planted, check_depth, reach
 from longspan.eval.prompts import PromptForm
 from longspan.eval.runner import run_task
+from longspan.eval.scorers import scorer_named
 from longspan.eval.task import Built, Planned
 from tests.eval.answerers import Knowing
 from tests.eval.tokenizer_styles import STYLES, build_tokenizer
@@ -515,6 +516,32 @@ def test_perfect_answers_score_one_in_each_preset(
     assert summary["mean"] == 1.0 and summary["unscored"] == {}
     request = build(task, 600, 0.5, 0).request
     assert not request.prompt.endswith(" ")
+
+
+def test_the_exact_preset_gives_the_originals_scores(documents: Documents, tokenizer: Tokenizer) -> None:
+    """`rouge` 1.0.1 counts the empty lines around the original's needle as a word; values are the package's own."""
+    settings_ = NeedleSettings.from_dict({**preset_named("longllm", exact=True), "lengths": [600]})
+    needle = str(settings_.needle)
+    assert build(
+        NeedleTask(settings_, documents, PromptForm(tokenizer)), 600, 0.5, 0
+    ).request.prompt.startswith(
+        "There is an important infomation hidden in the following context. Find the information and memorize it."
+    )
+    scorer = scorer_named(settings_.scorer_name)
+    for output, plain, exact in (
+        (needle, 0.999999995, 0.9743589693622617),
+        ("Eat a sandwich and sit in Dolores Park on a sunny day.", 0.4666666620222223, 0.45161289864724247),
+        (
+            " The best thing to do in San Francisco is eating a hamburg on a sunny day.\nQuestion: why. not",
+            0.8108108058144633,
+            0.7894736792243767,
+        ),
+        ("", 0.0, 0.0),
+    ):
+        assert scorer.score(settings_.answer, output) == pytest.approx(exact, abs=2e-8)
+        assert scorer.score(needle, output) == pytest.approx(plain, abs=2e-8)
+    with pytest.raises(ArgumentError, match="no exact form"):
+        preset_named("fu-2024", exact=True)
 
 
 def test_presets_have_the_published_grids() -> None:

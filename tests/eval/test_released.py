@@ -18,6 +18,7 @@ from longspan.eval.released.rows import Rows, find_rows
 from longspan.eval.released.sets import ReleasedTask
 from longspan.eval.runner import run_task
 from longspan.eval.scorers import scorer_named
+from longspan.eval.summaries import mean_by, means_of_means
 from longspan.infer.requests import Answer
 
 
@@ -84,7 +85,7 @@ def test_longbench_as_long_llm_runs_it(tmp_path, tokenizer, model_info):
     assert summary["mean"] == 1.0
     assert {sample["subtask"]: sample["metric"] for sample in samples} == {
         "narrativeqa": "qa_f1",
-        "trec": "classification",
+        "trec": "classification_closest",
         "lcc": "code_sim",
         "passage_count": "count",
         "gov_report": "rouge_l_summary",
@@ -94,11 +95,25 @@ def test_longbench_as_long_llm_runs_it(tmp_path, tokenizer, model_info):
     assert story.stop == () and story.max_new_tokens == 128
     assert "Story: Ada wrote.\n\n" in story.prompt and story.prompt.endswith("Question: Who?\n\nAnswer:")
     assert set(summary["by_category"]) >= {"few-shot learning", "code completion"}
+    assert summary["averages"] == [{"dataset": "longbench", "sets": 5, "without": 0, "mean": 1.0}]
     # A chat model that begins with an empty line has not ended its answer.
     labels = iter(["\nHuman\nQuestion: Location?"] * 9)
     again = ReleasedTask(sets[1:2], PromptForm(tokenizer))
     reply = lambda index, request: next(labels)  # noqa: E731
     assert run(again, model_info, tokenizer, tmp_path / "b.jsonl", reply=reply)[0]["mean"] == 1.0
+
+
+def test_the_average_counts_every_set_the_same():
+    """LongBench's number is the mean of 14 means; over questions, sets of 500 outweigh those of 150."""
+    rows = [
+        {"dataset": "longbench", "subtask": name, "score": score}
+        for name, score in (("lcc", 1.0), ("trec", 0.0), ("trec", 0.0), ("trec", 0.5), ("qmsum", None))
+    ] + [{"dataset": "longeval", "subtask": "topic_retrieval", "score": 1.0}]
+    found = means_of_means(mean_by(rows, "dataset", "subtask"), by="dataset")
+    assert found == [
+        {"dataset": "longbench", "sets": 2, "without": 1, "mean": pytest.approx((1 + 0.5 / 3) / 2)}
+    ]
+    assert means_of_means([{"mean": None}, {"mean": None}]) == [{"sets": 0, "without": 2, "mean": None}]
 
 
 def test_longbench_prompts_lose_their_middle(tmp_path, tokenizer, model_info):
@@ -214,6 +229,9 @@ def test_topics_of_the_published_sizes_are_asked(tmp_path, tokenizer, model_info
     summary, samples, asked = run(task, model_info, tokenizer, tmp_path / "a.jsonl")
     assert [sample["num_topics"] for sample in samples] == [5, 10]
     assert samples[0]["expected"] == ["the sea"] and summary["mean"] == 1.0
+    assert [(row["num_topics"], row["scored"], row["mean"]) for row in summary["by_topics"]] == [
+        *((5, 1, 1.0), (10, 1, 1.0)),
+    ]
     assert asked[0].prompt == "We talk. First?"
 
 

@@ -315,6 +315,18 @@ def harness_lines(lost: int) -> list[dict[str, Any]]:
             }
             lines.append(sample_line(f"{subject}-{n}", right, **fields))
     lines += [
+        sample_line(
+            f"topic-{count}-{n}",
+            float(n < 6),
+            dataset="longeval",
+            subtask="topic_retrieval",
+            metric="contains",
+            num_topics=count,
+        )
+        for count in (5, 10)
+        for n in range(count)
+    ]
+    lines += [
         sample_line(f"arc-{n}", float(n % 2), dataset="arc_easy", subtask="", metric="acc_norm", sample=n)
         for n in range(40)
     ]

@@ -198,6 +198,10 @@ def test_evaluations_alone_have_a_section_each(evaluated_run: Path, tmp_path: Pa
     assert "2 samples unscored (" in section_of(page, "passkey")
     # 2 x 30 questions, of which 2 subjects x 2 right answers were lost: 40 right before, 36 after.
     assert re.search(r"mmlu\s+acc\s+after . before\s+66.7\s+60.0\s+.6.7", section_of(page, "short_context"))
+    benchmarks = " ".join(section_of(page, "harness").split())
+    assert "longeval / topic_retrieval / 5 topics before contains 5 100.0" in benchmarks
+    assert "longeval / topic_retrieval / 10 topics before contains 10 60.0" in benchmarks
+    assert re.search(r"mmlu: average of 2 sets before \S+ \S+ 66\.7", benchmarks)
     assert "0.0180" in section_of(page, "cost")
     ruler = result.results["evaluated"]["ruler"]["after"]
     assert ruler["rows"][:2] == ["niah_single_1", "niah_single_2"] and ruler["rows"][-1] == "qa_2"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.counts import count_option
-from longspan.cli.eval_options import Note, Out, RetryUnscored, read_held_out
+from longspan.cli.eval_options import Note, Out, RetryUnscored, average_name, read_held_out
 from longspan.cli.model_options import AskedModel, ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, percent, print_json, print_table
 
@@ -220,6 +220,8 @@ def _print(name: str, summary: dict[str, Any]) -> None:
     ]
     categories = summary.get("by_category") or {}
     rows += [[category, "", "", "", percent(mean)] for category, mean in categories.items()]
+    for row in summary.get("averages") or []:
+        rows.append([row["dataset"], average_name(row), "", "", percent(row["mean"])])
     if not rows:
         rows = [
             [
@@ -231,3 +233,12 @@ def _print(name: str, summary: dict[str, Any]) -> None:
             ]
         ]
     print_table(title, ("set", "part", "scored", "unscored", "mean"), rows)
+    if by_topics := summary.get("by_topics"):
+        print_table(
+            f"{name}, {summary['label']}: by number of topics",
+            ("topics", "scored", "unscored", "mean"),
+            [
+                [row["num_topics"], row["scored"], row["samples"] - row["scored"], percent(row["mean"])]
+                for row in by_topics
+            ],
+        )

@@ -52,6 +52,9 @@ def needle(
     preset: Annotated[
         str | None, typer.Option(help="Settings of a published test; see `eval list`. Options outrank it.")
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="The preset to the letter, faults of spelling and score included.")
+    ] = False,
     lengths: Annotated[
         str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k,32k or 1k:8k:8.")
     ] = None,
@@ -132,7 +135,7 @@ def needle(
         "seed": seed,
     }
     given = _usual(model, preset, given) | {name: value for name, value in given.items() if value is not None}
-    settings = _settings(preset, given)
+    settings = _settings(preset, given, exact=exact)
     from longspan.eval.documents import default_documents
 
     form = form_of(model, prompts)
@@ -199,12 +202,16 @@ def _interval(interval: tuple[float, float] | None) -> str | None:
     return None if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}%"
 
 
-def _settings(preset: str | None, given: dict[str, Any]) -> NeedleSettings:
+def _settings(preset: str | None, given: dict[str, Any], *, exact: bool) -> NeedleSettings:
     from longspan.core.errors import ArgumentError
     from longspan.eval.needle_presets import preset_named
     from longspan.eval.needle_settings import NeedleSettings
 
-    values = {**(preset_named(preset) if preset else {}), **given}
+    if exact and not preset:
+        raise ArgumentError(
+            "--exact says how a preset is meant", fix="name it with --preset, or leave --exact out"
+        )
+    values = {**(preset_named(preset, exact=exact) if preset else {}), **given}
     if "lengths" not in values:
         raise ArgumentError(
             "no context lengths are given", fix="name them with --lengths, or take a --preset"

@@ -62,6 +62,11 @@ def title_of(summary: dict[str, Any]) -> str:
     )
 
 
+def average_name(row: dict[str, Any]) -> str:
+    """Return how an average over sets is called: how many it is over, and how many have no score."""
+    return f"average of {row['sets']} sets" + (f", {row['without']} have no score" if row["without"] else "")
+
+
 def show_plan(task: Task, *, as_json: bool) -> None:
     """Print how many samples a task has, and one whole prompt."""
     planned = task.plan()

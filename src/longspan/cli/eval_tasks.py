@@ -16,6 +16,7 @@ from longspan.cli.eval_options import (
     Out,
     RetryUnscored,
     TooLongOption,
+    average_name,
     read_held_out,
     show_plan,
     title_of,
@@ -263,6 +264,13 @@ def rescore(
     base_url: Annotated[
         str | None, typer.Option(help="Address of the judge's server, such as http://localhost:8000/v1.")
     ] = None,
+    criteria: Annotated[
+        Literal["answer", "kamradt"],
+        typer.Option(
+            help="What the judge goes by: how much of the right answer is there, or the published criteria of "
+            "Kamradt's needle test."
+        ),
+    ] = "answer",
     cache: Annotated[
         Path | None, typer.Option(help="File of the judge's replies; what stands there is not asked again.")
     ] = None,
@@ -274,7 +282,9 @@ def rescore(
     The key of a judge's server comes from OPENAI_API_KEY or ANTHROPIC_API_KEY.
     """
     if scorer == "judge":
-        summary = _judged(records, out, judge, base_url, cache=cache, concurrency=concurrency)
+        summary = _judged(
+            records, out, judge, base_url, criteria=criteria, cache=cache, concurrency=concurrency
+        )
     else:
         from longspan.eval.rescoring import rescore as score_again
 
@@ -286,15 +296,24 @@ def rescore(
     interval = summary["interval"]
     row.append("-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}")
     title = f"{summary['task']}, {summary['label']}, by {scorer}"
+    if (rating := summary.get("mean_rating")) is not None:
+        title += f", mean rating {rating:.2f} (1 to 10)"
     print_table(title, ("scored", "unscored", "mean", "95% interval"), [row])
 
 
 def _judged(
-    records: Path, out: Path, judge: str | None, base_url: str | None, *, cache: Path | None, concurrency: int
+    records: Path,
+    out: Path,
+    judge: str | None,
+    base_url: str | None,
+    *,
+    criteria: str,
+    cache: Path | None,
+    concurrency: int,
 ) -> dict[str, Any]:
     from longspan.api import Client, Endpoint, Limits
     from longspan.core.errors import ArgumentError
-    from longspan.eval.judge import judge_file
+    from longspan.eval.judge import CRITERIA, judge_file
 
     provider, _, name = (judge or "").partition(":")
     if provider not in ("openai", "anthropic") or not name:
@@ -307,7 +326,7 @@ def _judged(
         model=name, kind="anthropic" if provider == "anthropic" else "chat", base_url=base_url or ""
     )
     with Client(endpoint, limits=Limits(concurrency=concurrency), cache=cache) as client:
-        return judge_file(records, client, out)
+        return judge_file(records, client, out, template=CRITERIA[criteria])
 
 
 def _run(
@@ -337,6 +356,7 @@ def _run(
 
 def _print_means(summary: dict[str, Any], means: Sequence[dict[str, Any]], name: str) -> None:
     rows = [[row[name], row["scored"], row["samples"] - row["scored"], percent(row["mean"])] for row in means]
+    rows += [[average_name(row), "", "", percent(row["mean"])] for row in summary.get("averages", [])]
     print_table(title_of(summary), (name, "scored", "unscored", "mean"), rows)
 
 

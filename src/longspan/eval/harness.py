@@ -21,7 +21,7 @@ from longspan.core.optional import require
 from longspan.eval.compound import Compound, Judged, PlannedCompound, run_compounds
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import make_header, sample_id
-from longspan.eval.summaries import mean_by
+from longspan.eval.summaries import mean_by, means_of_means
 from longspan.infer.requests import Answer, Answerer
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def run_harness(
         max_length: tokens of prompt and answer; a longer prompt loses its middle. None: see `HarnessLM`.
 
     Returns:
-        what every summary holds, by_dataset and by_subtask (samples, scored, mean, interval) and truncated,
-        the number of questions whose prompt was cut.
+        what every summary holds, by_dataset and by_subtask (samples, scored, mean, interval), averages (over the
+        means of a data set's subtasks) and truncated, the number of questions whose prompt was cut.
 
     Raises:
         ConfigError: `out` holds an evaluation with other settings.
@@ -104,10 +104,12 @@ def run_harness(
                 )
             )
     summary, records = run_compounds(planned, answerer, header=header, out=out, retry_unscored=retry_unscored)
+    subtasks = mean_by(records, "dataset", "subtask")
     return {
         **summary,
         "by_dataset": mean_by(records, "dataset"),
-        "by_subtask": mean_by(records, "dataset", "subtask"),
+        "by_subtask": subtasks,
+        "averages": means_of_means(subtasks, by="dataset"),
         "truncated": sum(bool(record.get("truncated")) for record in records),
     }
 

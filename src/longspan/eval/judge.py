@@ -6,7 +6,11 @@
 Like any rescoring this reads recorded texts and runs no evaluated model. The score is (rating - 1) / 9, so that a
 perfect answer has 1 and a useless one 0; rating and the judge's reply as it came are kept in the sample's `judge`.
 A reply without one clear rating leaves the sample unscored, with the reason. The criteria are a template file
-(`judge_prompts/`), named and versioned in the header.
+(`judge_prompts/`), named and versioned in the header:
+
+    answer_v1   our own: how much of the reference is in the answer
+    kamradt_v1  word for word those of Kamradt's needle test, in the frame that langchain's `labeled_score_string` gives
+                them, as `--gpt_eval` of FlagEmbedding's Long_LLM asks; a rating is what stands in [[ ]] first
 """
 
 from __future__ import annotations
@@ -24,22 +28,28 @@ from longspan.core.progress import progress
 from longspan.eval.records import RecordsWriter, sample_id
 from longspan.eval.rescoring import open_for_rescoring, rescored_header, summarise
 
-TEMPLATE = "answer_v1"
-"""The criteria in use; a change of its words is a new file with the next version."""
+CRITERIA = {"answer": "answer_v1", "kamradt": "kamradt_v1"}
+"""Criteria by name, and the templates in use; a change of words is a new file with the next version."""
+TEMPLATE = CRITERIA["answer"]
 VERSION = 1
 """Raised whenever the same reply would give another score."""
 REPLY_TOKENS = 512
 """Most tokens of a reply; models that think first need more than the one line that is asked for."""
 
 _RATING = re.compile(r"(?:rating\s*:\s*)?([0-9]{1,3})(?:\s*/\s*10)?\.?", re.IGNORECASE)
+_BRACKETED = re.compile(r"\[\[(.*?)\]\]")
+_SYSTEM = {"kamradt_v1": "You are a helpful assistant."}
 _LOWEST, _HIGHEST = 1, 10
 _NOT_NOW = "failed"
 
 
-def judge_file(records: str | Path, client: Client, out: str | Path) -> dict[str, Any]:
+def judge_file(
+    records: str | Path, client: Client, out: str | Path, *, template: str = TEMPLATE
+) -> dict[str, Any]:
     """Write the samples of `records` to `out` with the judge's scores; return a summary as `rescore` does.
 
-    A killed run goes on with the samples that are missing in `out`.
+    The summary has `mean_rating` too, 1 to 10, None where nothing was rated. A killed run goes on with the samples
+    that are missing in `out`.
 
     Raises:
         ArgumentError, ConfigError, DataError: as `rescore`; or the judge cannot be asked (key, model).
@@ -47,7 +57,7 @@ def judge_file(records: str | Path, client: Client, out: str | Path) -> dict[str
             same call asks for them again.
     """
     source = open_for_rescoring(records, out)
-    header = rescored_header(source.header, judge_scorer(client))
+    header = rescored_header(source.header, judge_scorer(client, template))
     ids = [sample_id(header, sample["id"]) for sample in source.samples]
     with RecordsWriter(out, header) as writer:
         missing = [
@@ -55,7 +65,7 @@ def judge_file(records: str | Path, client: Client, out: str | Path) -> dict[str
         ]
         done = len(ids) - len(missing)
         with progress("judge", total=len(ids), unit="samples", done=done) as bar:
-            for record in judge_records(missing, client):
+            for record in judge_records(missing, client, template):
                 writer.write(record)
                 bar.advance()
         left = len(ids) - len(writer.recorded)
@@ -68,10 +78,16 @@ def judge_file(records: str | Path, client: Client, out: str | Path) -> dict[str
         if source.complete:
             writer.finish()
         samples = [writer.recorded[name] for name in ids]
-    return summarise(header, out, samples)
+    ratings = [sample["judge"]["rating"] for sample in samples if sample["score"] is not None]
+    return {
+        **summarise(header, out, samples),
+        "mean_rating": sum(ratings) / len(ratings) if ratings else None,
+    }
 
 
-def judge_records(samples: Iterable[Mapping[str, Any]], client: Client) -> Iterator[dict[str, Any]]:
+def judge_records(
+    samples: Iterable[Mapping[str, Any]], client: Client, template: str = TEMPLATE
+) -> Iterator[dict[str, Any]]:
     """Yield samples with the judge's `score`, `unscored` and `judge` {rating, reply}, as they are judged.
 
     Samples that had no score are yielded as they are. Those that the endpoint could not answer now are left out.
@@ -85,7 +101,7 @@ def judge_records(samples: Iterable[Mapping[str, Any]], client: Client) -> Itera
     def requests() -> Iterator[tuple[_Sample, ChatRequest]]:
         for sample in samples:
             if sample.get("unscored") is None:
-                yield _Sample(sample), judge_request(sample)
+                yield _Sample(sample), judge_request(sample, template)
             else:
                 unjudged.append({**sample, "score": None})
 
@@ -93,7 +109,7 @@ def judge_records(samples: Iterable[Mapping[str, Any]], client: Client) -> Itera
         yield from unjudged
         unjudged.clear()
         if result.error != _NOT_NOW:
-            yield _judged(holder.sample, result)
+            yield _judged(holder.sample, result, template)
     yield from unjudged
 
 
@@ -108,12 +124,14 @@ def judge_request(sample: Mapping[str, Any], template: str = TEMPLATE) -> ChatRe
         expected=expected if isinstance(expected, str) else "\n".join(expected),
         output=sample["output"],
     )
-    return ChatRequest(messages=({"role": "user", "content": text},), max_tokens=REPLY_TOKENS)
+    messages = [{"role": "system", "content": _SYSTEM[template]}] if template in _SYSTEM else []
+    messages.append({"role": "user", "content": text})
+    return ChatRequest(messages=tuple(messages), max_tokens=REPLY_TOKENS)
 
 
-def judge_scorer(client: Client) -> dict[str, Any]:
+def judge_scorer(client: Client, template: str = TEMPLATE) -> dict[str, Any]:
     """Return what a header says of this scorer."""
-    return {"name": "judge", "version": VERSION, "template": TEMPLATE, "model": client.endpoint.model}
+    return {"name": "judge", "version": VERSION, "template": template, "model": client.endpoint.model}
 
 
 def read_template(name: str) -> str:
@@ -121,11 +139,14 @@ def read_template(name: str) -> str:
     return (resources.files("longspan.eval") / "judge_prompts" / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def parse_rating(reply: str) -> int | None:
+def parse_rating(reply: str, template: str = TEMPLATE) -> int | None:
     """Return the rating 1 to 10 in the last line of a reply; None: that line holds anything else.
 
-    `Rating: 7`, `**Rating: 7/10**` and `7` are read. `7.5`, `7 or 8`, `11` and `about 7` are not.
+    `Rating: 7`, `**Rating: 7/10**` and `7` are read. `7.5`, `7 or 8`, `11` and `about 7` are not. By `kamradt_v1`
+    the first [[ ]] of the reply decides, where there is one.
     """
+    if template == "kamradt_v1" and (bracketed := _BRACKETED.search(reply)):
+        reply = bracketed.group(1)
     lines = [line.strip(" \t*_`") for line in reply.splitlines()]
     last = next((line for line in reversed(lines) if line), "")
     match = _RATING.fullmatch(last)
@@ -140,13 +161,13 @@ class _Sample:
         self.sample = sample
 
 
-def _judged(sample: Mapping[str, Any], result: ChatResult) -> dict[str, Any]:
+def _judged(sample: Mapping[str, Any], result: ChatResult, template: str) -> dict[str, Any]:
     rating, reason = None, None
     if result.error is not None:
         reason = f"judge: {result.error}"
     elif result.finish == "length":
         reason = "judge: its reply was cut short"  # "Rating: 1" may be the beginning of 10
-    elif (rating := parse_rating(result.text)) is None:
+    elif (rating := parse_rating(result.text, template)) is None:
         reason = "judge: no rating in its reply"
     return {
         **sample,

@@ -27,7 +27,7 @@ from longspan.data.readers.fields import printable
 from longspan.data.readers.opening import COMPRESSION
 from longspan.eval.prompts import PromptForm
 from longspan.eval.scorers import scorer_named
-from longspan.eval.summaries import mean_by
+from longspan.eval.summaries import mean_by, means_of_means
 from longspan.eval.task import Built, Mode, Planned
 from longspan.eval.truncation import cut_middle
 
@@ -112,7 +112,7 @@ class LongQa:
             raise DataError("no sample is left to ask", found=settings.datasets, allowed=names)
         for sample in self._samples.values():
             scorer_named(self._metric(sample))
-            if self._metric(sample) == "classification" and not sample.all_classes:
+            if self._metric(sample).startswith("classification") and not sample.all_classes:
                 raise DataError(f"sample {sample.number} of {sample.dataset} names no all_classes")
 
     def params(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class LongQa:
         return Built(request, fields, sample.answers)
 
     def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `by_dataset`, and `by_kind`: the mean over the data sets of a kind, as LongBench's tables."""
+        """Return `by_dataset`, and as in LongBench's tables `by_kind` and `averages`: means over data sets' means."""
         by_dataset = mean_by(samples, "dataset")
         kinds: dict[str, list[float]] = {}
         for row in by_dataset:
@@ -180,7 +180,7 @@ class LongQa:
             {"kind": kind, "datasets": len(means), "mean": sum(means) / len(means)}
             for kind, means in kinds.items()
         ]
-        return {"by_dataset": by_dataset, "by_kind": by_kind}
+        return {"by_dataset": by_dataset, "by_kind": by_kind, "averages": means_of_means(by_dataset)}
 
     def _cut(self, prompt: str, form: PromptForm, room: int) -> tuple[str, int]:
         """Return a prompt of at most `room` tokens, BOS and chat template counted, and how many were removed."""

@@ -7,6 +7,10 @@
 Each is a pure function of expected and given text, 0..1. Two corrections: a perfect answer scores 1 where the
 published code gives 0.999999995 (rouge) or takes away only every second class name that is part of the right
 one (classification).
+
+How alike two lines of code are depends on what is installed there: `fuzz.ratio` of the package fuzzywuzzy counts edits
+where python-Levenshtein is, and takes difflib's blocks where it is not, which gives some tenths less. `similarity`
+is the first, `similarity_difflib` the second.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from types import ModuleType
+
+from rapidfuzz.distance import Indel
 
 from longspan.core.optional import require
 from longspan.eval.metrics import common_lengths, f_measure
@@ -95,6 +101,18 @@ def classification(expected: str, output: str, classes: Sequence[str]) -> float:
     return 1.0 / len(named) if expected in named else 0.0
 
 
+def classification_closest(expected: str, output: str, classes: Sequence[str]) -> float:
+    """Return `classification`; of an output that names no class, 1.0 when the right one is most like it.
+
+    As LongBench's first release has it, and `long-llm` still: likeness is difflib's ratio, the first of equals counts.
+    """
+    if any(name in output for name in classes):
+        return classification(expected, output, classes)
+    alike = [SequenceMatcher(None, name, output).ratio() for name in classes]
+    best = max(alike, default=0.0)
+    return float(best > 0 and classes[alike.index(best)] == expected)
+
+
 def retrieval(expected: str, output: str) -> float:
     """Return the share of the numbers in the output that are the one of `Paragraph 17` (in Chinese too)."""
     found = re.search("(?:Paragraph |\u6bb5\u843d)(\\d+)", expected)
@@ -107,24 +125,31 @@ def count(expected: str, output: str) -> float:
     return numbers.count(expected.strip()) / len(numbers) if numbers else 0.0
 
 
-def code_similarity(expected: str, output: str) -> float:
-    """Return the similarity of the expected line and the first line of the output, in hundredths.
+def code_similarity(expected: str, output: str, *, alike: Callable[[str, str], float] | None = None) -> float:
+    """Return how `alike` (None: `similarity`) the expected line and the first line of the output are, in hundredths.
 
     Lines with a back-tick, `#` or `//` are passed over, and so are empty ones at the start; one after a comment
     is the line that counts.
     """
     lines = output.lstrip("\n").split("\n")
-    return similarity(
-        expected, next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    )
+    first = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    return (alike or similarity)(expected, first)
 
 
 def similarity(expected: str, output: str) -> float:
-    """Return difflib's ratio in hundredths, as `fuzz.ratio` of the package fuzzywuzzy; 0.0 if one is empty."""
-    if expected == output:
-        return 1.0
+    """Return 1 - edits / characters of both in hundredths; edits put in or take out one; 0.0 if one is empty.
+
+    That is `fuzz.ratio` of the package fuzzywuzzy beside python-Levenshtein.
+    """
     if not expected or not output:
-        return 0.0
+        return float(expected == output)
+    return round(100 * Indel.normalized_similarity(output, expected)) / 100
+
+
+def similarity_difflib(expected: str, output: str) -> float:
+    """Return difflib's ratio in hundredths, `fuzz.ratio` of fuzzywuzzy by itself; 0.0 if one is empty."""
+    if not expected or not output:
+        return float(expected == output)
     return round(100 * SequenceMatcher(None, output, expected).ratio()) / 100
 
 

@@ -17,9 +17,11 @@ easycontext EasyContext's needle test at 1M tokens, as its README runs it: 20 le
             0..1, 2 samples, a number of 7 digits, teacher-forced. The original's prompts were longer than stated by
             needle and question, its depths were rounded to tens (0.25 was shown as 0.2), its numbers could
             have fewer digits and its tokens were right for one tokenizer.
-longllm     FlagEmbedding's Long_LLM: 10 lengths 8000..80000, 10 depths 0..1, a sentence, rouge-L F1. The
-            original counted the position of the needle from the start of the prompt and put it at that
-            place of the context, in the middle of a sentence.
+longllm     FlagEmbedding's Long_LLM: 10 lengths 8000..80000, 10 depths 0..1, a sentence, rouge-L F1 of the
+            package `rouge`. The original counted the position of the needle from the start of the prompt and put
+            it at that place of the context, in the middle of a sentence. Its prompt spells "infomation", and it
+            compares with the needle and the empty lines around it, which count as a word: a perfect answer has
+            0.974. Both are so in the exact form (`preset_named("longllm", exact=True)`).
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "prompt": "There is an important information hidden in the following context. Find the information and "
             "memorize it. I will quiz you about the important information there.\n{context}\n\n{question}\nAnswer:",
             "mode": "generate",
-            "scorer": "rouge_l",
+            "scorer": "rouge_l_summary",
             "max_new_tokens": 50,
             "order": "given",
             "repeat": True,
@@ -85,9 +87,27 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """Settings by name; see `NeedleSettings` for what they mean."""
 
+EXACT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "longllm": {
+            "answer": f"\n\n{PRESETS['longllm']['answer']}\n\n",
+            "prompt": PRESETS["longllm"]["prompt"].replace(
+                "important information hidden", "important infomation hidden"
+            ),
+        }
+    }
+)
+"""What an original has otherwise than it states, by the name of the preset: its spelling, its faults of scoring."""
 
-def preset_named(name: str) -> dict[str, Any]:
-    """Return the settings of a preset. Raises ArgumentError listing the names that exist."""
+
+def preset_named(name: str, *, exact: bool = False) -> dict[str, Any]:
+    """Return the settings of a preset; `exact`: to the letter of the original, faults of its scoring included.
+
+    Raises:
+        ArgumentError: there is no such preset, or no exact form of it; the message lists those that exist.
+    """
     if name not in PRESETS:
         raise ArgumentError("there is no such preset", found=repr(name), allowed=sorted(PRESETS))
-    return dict(PRESETS[name])
+    if exact and name not in EXACT:
+        raise ArgumentError("this preset has no exact form", found=repr(name), allowed=sorted(EXACT))
+    return {**PRESETS[name], **(EXACT[name] if exact else {})}

@@ -40,7 +40,7 @@ class Scorer:
     ) -> float:
         """Return 0..1 for an output.
 
-        `fields` is what else is recorded of the sample; two rules need it (`classification`: `all_classes`,
+        `fields` is what else is recorded of the sample; some rules need it (`classification...`: `all_classes`,
         `by_metric`: `metric` and, if given, `postprocess`).
 
         Raises:
@@ -75,9 +75,16 @@ def _labelled(metric: Callable[[str, str], float], *, parsed_only: bool = False)
     return partial(helmet.best_of_both, metric, parsed_only=parsed_only)
 
 
-def _classification(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
-    classes = _field(fields, "all_classes", scorer="classification")
-    return max(longbench.classification(each, output.strip(), classes) for each in expected)
+def _of_classes(name: str, metric: Callable[[str, str, Sequence[str]], float]) -> Scorer:
+    def rule(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+        classes = _field(fields, "all_classes", scorer=name)
+        return max(metric(each, output.strip(), classes) for each in expected)
+
+    return Scorer(name, 1, rule)
+
+
+def _similar(metric: Callable[[str, str], float]) -> Rule:
+    return _best(lambda expected, output: metric(expected, output.strip()))
 
 
 def _by_metric(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
@@ -105,9 +112,8 @@ SCORERS: dict[str, Scorer] = {
         Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True))),
         Scorer("rouge_l", 1, _best(metrics.rouge_l)),
         Scorer("rouge_l_stemmed", 1, _best(partial(metrics.rouge_l, stemmed=True))),
-        Scorer(
-            "similarity", 1, _best(lambda expected, output: longbench.similarity(expected, output.strip()))
-        ),
+        Scorer("similarity", 2, _similar(longbench.similarity)),
+        Scorer("similarity_difflib", 1, _similar(longbench.similarity_difflib)),
         # RULER: all parts are wanted, or any of several answers.
         Scorer("string_match_all", 1, _share(metrics.ruler_part)),
         Scorer("string_match_part", 1, _best(metrics.ruler_part)),
@@ -116,10 +122,16 @@ SCORERS: dict[str, Scorer] = {
         Scorer("qa_f1_zh", 1, _best(longbench.qa_f1_zh)),
         Scorer("rouge_l_summary", 1, _best(longbench.rouge_l_summary)),
         Scorer("rouge_l_summary_zh", 1, _best(longbench.rouge_l_summary_zh)),
-        Scorer("classification", 1, _classification),
+        _of_classes("classification", longbench.classification),
+        _of_classes("classification_closest", longbench.classification_closest),
         Scorer("retrieval", 1, _best(longbench.retrieval)),
         Scorer("count", 1, _best(longbench.count)),
-        Scorer("code_sim", 2, _best(longbench.code_similarity)),
+        Scorer("code_sim", 3, _best(longbench.code_similarity)),
+        Scorer(
+            "code_sim_difflib",
+            1,
+            _best(partial(longbench.code_similarity, alike=longbench.similarity_difflib)),
+        ),
         # InfiniteBench, beside qa_f1, rouge_l_summary and first_number.
         Scorer("word_found", 2, _best(infinitebench.word_found)),
         Scorer("name_found", 2, _best(infinitebench.name_found)),
@@ -139,7 +151,7 @@ SCORERS: dict[str, Scorer] = {
         # The right one of several choices has the highest likelihood.
         Scorer("accuracy", 1, _best(metrics.exact_match)),
         # Each sample names its own.
-        Scorer("by_metric", 2, _by_metric),
+        Scorer("by_metric", 3, _by_metric),
     )
 }
 """Every scoring rule by name."""

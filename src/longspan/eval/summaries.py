@@ -22,6 +22,31 @@ def count_no_answer(samples: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     return dict(Counter(sample["no_answer"] for sample in samples if sample.get("no_answer")))
 
 
+def means_of_means(rows: Iterable[Mapping[str, Any]], *, by: str | None = None) -> list[dict[str, Any]]:
+    """Return the average of the means of several rows (`mean_by`) that have one value of `by` (None: of all).
+
+    As LongBench, InfiniteBench and MMLU publish it: every set counts the same, however many questions it has. A
+    group of one row is left out. An average holds `by`, sets (those with a mean), without (those without any score)
+    and mean.
+    """
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(None if by is None else row[by], []).append(row)
+    averages = []
+    for name, group in groups.items():
+        means = [float(row["mean"]) for row in group if row["mean"] is not None]
+        if len(group) > 1:
+            averages.append(
+                {
+                    **({} if by is None else {by: name}),
+                    "sets": len(means),
+                    "without": len(group) - len(means),
+                    "mean": math.fsum(means) / len(means) if means else None,
+                }
+            )
+    return averages
+
+
 def mean_by(samples: Iterable[Mapping[str, Any]], *fields: str) -> list[dict[str, Any]]:
     """Return one row for each combination of values of `fields`, in their order.
 

@@ -119,7 +119,7 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSam
         dataset=_words(line.get("dataset")),
         subtask=_words(line.get("subtask")),
         metric=_words(line.get("metric")),
-        num_parts=_whole(line, "num_topics" if task == "topics" else "num_lines"),
+        num_parts=_whole(line, "num_lines" if task == "lines" else "num_topics"),
         seconds=_optional(line, "seconds"),
         prompt_tokens=_whole(line, "prompt_tokens"),
         completion_tokens=_whole(line, "completion_tokens"),

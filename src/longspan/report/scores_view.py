@@ -206,6 +206,8 @@ def scores_section(task: str, title: str, ev: Evaluation, data: SampleData) -> S
     fields = ["dataset", "subtask", "metric"]
     if not any(sample.dataset or sample.subtask for sample in samples):
         fields += ["depth", "length"]
+    elif any(sample.num_parts for sample in samples):
+        fields.insert(2, "num_parts")
     section.intro = ev.not_comparable(task, by_label)
     pooled = len(by_group(samples, *fields)) > MOST_GROUPS
     caption = f"{title}: scores by data set and model"
@@ -233,13 +235,16 @@ def _scores_table(
                 continue
             metric = name[fields.index("metric")]
             words = [
-                part for field, part in zip(fields, name) if field != "metric" and part not in ("", "None")
+                f"{part} topics" if field == "num_parts" else part
+                for field, part in zip(fields, name)
+                if field != "metric" and part not in ("", "None")
             ]
             shown = " / ".join(words) or "all samples"
             opens = data.add_cell(key, place, column, samples)
             first = Cell(shown) if shown != previous else Cell("", title=shown)
             rows.append([first, *_score_cells(shown, label, metric, samples, opens)])
             previous = shown
+    rows += _average_rows(by_label)
     columns = [
         "data set",
         "model",
@@ -252,6 +257,36 @@ def _scores_table(
         "prompt tokens",
     ]
     return Table(caption, columns, rows)
+
+
+def _average_rows(by_label: Mapping[str, Sequence[Sample]]) -> list[list[str | Cell]]:
+    """Return the averages over the sets of a benchmark, or over data sets that have none: every set counts the same."""
+    rows: list[list[str | Cell]] = []
+    for label, samples in by_label.items():
+        sets: dict[str, list[float | None]] = {}
+        for (dataset, subtask), group in by_group(samples, "dataset", "subtask").items():
+            if dataset:
+                sets.setdefault(dataset if subtask else "", []).append(tally_of(group).mean)
+        for dataset, means in sets.items():
+            known = [mean for mean in means if mean is not None]
+            if len(means) < 2 or not known or not all(0 <= mean <= 1 for mean in known):
+                continue
+            lost = f", {len(means) - len(known)} have no score" if len(known) < len(means) else ""
+            name = f"average of {len(known)} sets{lost}"
+            score = Cell(f"{statistics.fmean(known) * 100:.1f}", "num strong", "mean of the sets' means")
+            first = Cell(f"{dataset}: {name}" if dataset else name, "strong")
+            rest = [Cell(MISSING, "num") for _ in range(4)]
+            rows.append(
+                [
+                    first,
+                    Cell(short_name(label), "left"),
+                    Cell(MISSING, "left"),
+                    Cell(MISSING, "num"),
+                    score,
+                    *rest,
+                ]
+            )
+    return rows
 
 
 def _score_cells(

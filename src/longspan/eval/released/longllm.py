@@ -71,7 +71,7 @@ def _longbench_rules(settings: dict[str, Any]) -> dict[str, Any]:
         rule = rule_for(name)
         rules[name] = {
             "prompt": rule.prompt,
-            "metric": rule.metric,
+            "metric": settings["metrics"].get(name, rule.metric),
             "max_new_tokens": rule.max_new_tokens,
             "chat": rule.chat,
             "postprocess": "first_line" if rule.first_line or name in settings["first_line"] else None,
@@ -131,7 +131,7 @@ class LongLLMSet:
         fields = {"length_words": self._rows[place].get("length")}
         if self._postprocess is not None:
             fields["postprocess"] = self._postprocess
-        if self.rule.metric == "classification":
+        if self.rule.metric.startswith("classification"):
             fields["all_classes"] = self._rows.field(place, "all_classes")
         answers = _texts(self._rows.field(place, "answers"))
         return Question(self._template, self._values(place, "input", "context"), answers, fields)

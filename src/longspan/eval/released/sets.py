@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from longspan.core.errors import DataError
 from longspan.eval.prompts import PromptForm
-from longspan.eval.summaries import mean_by
+from longspan.eval.summaries import mean_by, means_of_means
 from longspan.eval.task import Built, Mode, Planned
 from longspan.eval.truncation import cut_end, cut_middle
 from longspan.infer.requests import Request
@@ -136,15 +136,21 @@ class ReleasedTask:
         return Built(request, {**question.fields, "truncated": removed}, question.expected)
 
     def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return means by set and category; a category's is the mean of its sets' means."""
+        """Return means by set, category and data set, and by number of topics where there are such.
+
+        Those of a category and of a data set (`averages`) are means of its sets' means.
+        """
         subtasks = mean_by(samples, "dataset", "subtask")
         categories: dict[str, list[float]] = {}
         for row in subtasks:
             category = self._sets[row["dataset"], row["subtask"]].rule.category
             if category is not None and row["mean"] is not None:
                 categories.setdefault(category, []).append(row["mean"])
+        topics = [sample for sample in samples if sample.get("num_topics") is not None]
         return {
             "by_subtask": subtasks,
+            "averages": means_of_means(subtasks, by="dataset"),
+            **({"by_topics": mean_by(topics, "num_topics")} if topics else {}),
             "by_category": {name: sum(means) / len(means) for name, means in sorted(categories.items())},
             "truncated": sum(bool(sample.get("truncated")) for sample in samples),
         }
