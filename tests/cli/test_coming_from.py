@@ -63,7 +63,7 @@ def workplace(tmp_path: Path) -> Path:
         ]
         write(tmp_path / "slimpajama" / "train" / f"part-{part}.jsonl", records)
     write(tmp_path / "slimpajama" / "validation" / "part-0.jsonl", [{"text": "not trained", "meta": {}}])
-    write(tmp_path / "books.jsonl", [{"text": text(i, 300)} for i in range(80)])
+    write(tmp_path / "books.jsonl", [{"text": text(i, 300 + i)} for i in range(80)])
     files = [{"text": text(i, 40), "repo": f"r{i % 4}", "path": f"{i:02d}.py"} for i in range(40)]
     write(tmp_path / "code" / "files.jsonl", files)
     chat = [

@@ -19,12 +19,13 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.data import row_index
 from longspan.data.convert import convert
 from longspan.data.loader import PackedRow, StreamMixer
-from longspan.data.packed_files import JsonlRows
+from longspan.data.packed_files import JsonlRows, ParquetRows
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PAD_DOCUMENT
 from longspan.data.recut import recut
 from longspan.data.verify import verify
 from longspan.data.whole_rows import WholeRows
+from tests.data.hub_stand_in import hub_at
 from tests.data.published_rows import FORMS, chunk, publish
 from tests.data.test_materialize import TOKENIZER
 
@@ -250,3 +251,26 @@ def test_rows_without_a_mask_are_one_document(tmp_path: Path) -> None:
         assert row.cu_seqlens.tolist() == ([0, tokens, 12] if tokens < 12 else [0, 12])
         assert row.token_sources is not None
         assert row.token_sources.tolist() == np.repeat(apart.sources, np.diff(apart.cu_seqlens)).tolist()
+
+
+def test_a_data_set_of_the_hub_is_read_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a download before the first step, against reading a group of rows once for each of its rows, and
+    against another order after a restart: the position alone says which row comes."""
+    made = [chunk(100 * n, ("book", 4), ("arxiv", 4)) for n in range(1, 41)]
+    publish(tmp_path / "hub/datasets/org/set", made, "hub", group=4)
+    read: list[int] = []
+    group = ParquetRows._read_group
+    monkeypatch.setattr(ParquetRows, "_read_group", lambda self, n: (read.append(n), group(self, n))[1])
+    with hub_at(tmp_path / "hub"):
+        rows = PackedRows("hf://org/set")
+        assert (rows.num_rows, rows.source_names, rows.length) == (40, ("book", "arxiv", "padding"), 8)
+        mixer = StreamMixer({"set": (rows, 1.0)}, 5, orders={"set": "shuffled"})
+        read.clear()
+        order = [row.input_ids.tolist() for row in mixer.rows(0, 40)]
+        assert len(read) <= 10 + 1 and sorted(order) == [row["input_ids"] for row in made] != order
+        again = StreamMixer({"set": (PackedRows("hf://org/set"), 1.0)}, 5, orders={"set": "shuffled"})
+        assert again.check_state(mixer.state(17)) == 17
+        assert [row.input_ids.tolist() for row in again.rows(17, 23)] == order[17:]
+        publish(tmp_path / "hub/datasets/org/lines", made, "jsonl")
+        with pytest.raises(DataError, match="longspan data fetch hf://org/lines"):
+            PackedRows("hf://org/lines")

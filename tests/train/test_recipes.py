@@ -303,3 +303,17 @@ def test_a_model_that_would_fail_at_its_first_step_leaves_no_run_folder(
     with pytest.raises(UserError, match="attention dropout"):
         train(config, tmp_path / "run", data_root=data_root)
     assert not (tmp_path / "run").exists()
+
+
+def test_tiny_rows_are_long_enough_for_every_stage_and_made_here(tmp_path: Path) -> None:
+    """One data set in stages of two lengths, named on the hub: nothing is fetched, and the longer stage has rows."""
+    base = {"steps": 2, "lr": 0.1, "max_epochs": 9, "streams": {"a": {"rows": "hf://org/set"}}}
+    stages = [
+        {"name": f"s{length}", "context_length": length, "batch_tokens": length, **base}
+        for length in (32768, 65536)
+    ]
+    full = TrainConfig.from_dict(recipe(stages=stages, optimizer={"name": "adamw"}))
+    tiny = scale_tiny(full)
+    tiny_inputs(full, tiny, tmp_path / "inputs")
+    plans = [plan_stage(stage, data_root=tmp_path / "inputs", seed=0) for stage in tiny.stages]
+    assert [plan.sources["a"].length for plan in plans] == [32, 64]

@@ -25,6 +25,7 @@ import numpy as np
 
 from longspan.core.errors import DataError
 from longspan.data.columns import NPY_ERRORS
+from longspan.data.readers.opening import open_raw
 from longspan.data.store import MDSDirectory
 
 HELD_BYTES = 2 << 30
@@ -250,7 +251,7 @@ def _spans_of(record: Any, length: int) -> Spans:
 
 
 @contextmanager
-def _damage(path: Path, kind: str) -> Iterator[None]:
+def _damage(path: Path | str, kind: str) -> Iterator[None]:
     import pyarrow as pa
 
     try:
@@ -314,15 +315,17 @@ def _arrow_table(lengths: np.ndarray, source: Any) -> RowTable | None:
 
 
 class ParquetRows:
-    """The rows of a parquet file; a row group is decoded as a whole, and the last ones are kept."""
+    """The rows of a parquet file, here or (an address) elsewhere; a row group is decoded as a whole, and the last ones
+    are kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self._path = path
         with _damage(path, "parquet"):
-            self._file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
+            source = open_raw(path) if isinstance(path, str) else pa.memory_map(os.fsencode(path))
+            self._file = pq.ParquetFile(source)
         names = self._file.schema_arrow.names
         self._columns = [name for name in ("input_ids", "source", "mask") if name in names]
         groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]

@@ -3,6 +3,7 @@
     mds                   rows with `indices`: ProLong's packed data, and our own
     jsonl, parquet, arrow chunks with `input_ids` and `source` spans: the packed SlimPajama of Fu et al. 2024, and ours
     npy                   ours
+    hf://org/name         the parquet files of a data set of the hub, read there row group by row group
 
 Such a row says which tokens belong together, and, if we wrote it, which documents they are. Tokens outside of
 `indices` are padding. Documents of others get numbers of their own, and a span that starts a row of a chunked
@@ -12,16 +13,18 @@ stream may continue a document of the row before: only our own rows say so.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from longspan.core.errors import ArgumentError, DataError
+from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.loader import PAD_SOURCE, PackedRow
 from longspan.data.packed_files import (
@@ -35,8 +38,17 @@ from longspan.data.packed_files import (
 )
 from longspan.data.packing import PAD_DOCUMENT
 from longspan.data.readers import ReadReport, list_inputs
+from longspan.data.readers.hub import SCHEME, expand_hub
 from longspan.data.readers.walking import files_below
-from longspan.data.row_index import ROW_ERRORS, RowIndex, keep_index, load_index, make_index
+from longspan.data.row_index import (
+    ROW_ERRORS,
+    Key,
+    RowIndex,
+    file_key,
+    keep_index,
+    load_index,
+    make_index,
+)
 from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
@@ -58,9 +70,10 @@ class PackedRows:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._on_disk = _find(self.path)
-        self._kept = None if self._on_disk.is_ours else load_index(self.path, self._on_disk.paths)
+        on_hub = isinstance(path, str) and path.startswith(SCHEME)
+        self.path: Path | str = path if on_hub else Path(path)
+        self._on_disk = _find(self.path) if isinstance(self.path, Path) else _find_on_hub(self.path)
+        self._kept = None if self._on_disk.is_ours else load_index(self.path, self._on_disk.key)
         self._files = self._on_disk.open(self._kept)
         self._first = np.cumsum([0, *(file.num_rows for file in self._files)])
         if not self.num_rows:
@@ -117,10 +130,10 @@ class PackedRows:
         """
         if self._kept is not None:
             return self._kept
-        fingerprint = self._on_disk.fingerprint or _sampled(self._on_disk.paths)
+        fingerprint = self._on_disk.fingerprint or self._on_disk.sampled()
         index = make_index(self.path, self._files, fingerprint=fingerprint)
         if not self._on_disk.is_ours:
-            keep_index(self.path, self._on_disk.paths, index)
+            keep_index(self.path, self._on_disk.key, index)
         return index
 
     def row(self, index: int) -> PackedRow:
@@ -225,8 +238,9 @@ class PackedRows:
 class _OnDisk(NamedTuple):
     """What holds the rows of a path."""
 
-    paths: list[Path]
-    """Every file, the index of MDS first."""
+    key: Key
+    sampled: Callable[[], str]
+    """Makes a fingerprint of the bytes."""
     open: Callable[[RowIndex | None], Sequence[RowFile]]
     """Opens the files with the index that is kept of them."""
     names: list[str]
@@ -248,13 +262,46 @@ def _find(path: Path) -> _OnDisk:
         paths = _chunk_files(path)
         if paths[0].name == INDEX:
             return _mds(paths[0].parent, [], None)
-        return _OnDisk(paths, lambda index: _open_files(paths, [], index), [], None, False)
+        return _OnDisk(
+            file_key(path, paths),
+            partial(_sampled, paths),
+            lambda index: _open_files(paths, [], index),
+            [],
+            None,
+            False,
+        )
     paths = [path / str(piece["file"]) for piece in manifest.pieces]
     gone = [file.name for file in paths if not file.is_file()]
     if gone:
         raise DataError(f"{path} is incomplete", found=f"no {gone[0]}", fix="write the rows again")
     names = manifest.source_names
-    return _OnDisk(paths, lambda index: _open_files(paths, names, index), names, manifest.fingerprint, True)
+    return _OnDisk(
+        [],
+        partial(_sampled, paths),
+        lambda index: _open_files(paths, names, index),
+        names,
+        manifest.fingerprint,
+        True,
+    )
+
+
+def _find_on_hub(address: str) -> _OnDisk:
+    """Return the parquet files that an address of the hub stands for."""
+    entries = sorted(expand_hub(address, is_data=lambda path: path.endswith(SUFFIXES)))
+    other = [entry.path for entry in entries if not entry.path.endswith(".parquet")]
+    if other or not entries:
+        raise DataError(
+            f"{address} cannot be read where it is",
+            found=other[0] if other else "no files",
+            allowed="parquet files, of which parts can be read",
+            fix=f"bring it here: longspan data fetch {address} --out DIR",
+        )
+    key: Key = [[entry.path, entry.size, 0] for entry in entries]
+
+    def opened(_: RowIndex | None) -> Sequence[RowFile]:
+        return [ParquetRows(entry.path) for entry in entries]
+
+    return _OnDisk(key, lambda: sha256_bytes(json.dumps(key).encode())[:16], opened, [], None, False)
 
 
 def _mds(path: Path, names: list[str], fingerprint: str | None) -> _OnDisk:
@@ -267,7 +314,10 @@ def _mds(path: Path, names: list[str], fingerprint: str | None) -> _OnDisk:
     def open_shards(_: RowIndex | None) -> Sequence[RowFile]:
         return [MdsRows(folder, shard, names) for shard in range(len(shards))]
 
-    return _OnDisk([path / INDEX, *shards], open_shards, names, fingerprint, fingerprint is not None)
+    files = [path / INDEX, *shards]
+    is_ours = fingerprint is not None
+    key = [] if is_ours else file_key(path, files)
+    return _OnDisk(key, partial(_sampled, files), open_shards, names, fingerprint, is_ours)
 
 
 def _open_files(paths: Sequence[Path], names: Sequence[str], index: RowIndex | None) -> Sequence[RowFile]:

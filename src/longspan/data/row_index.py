@@ -27,6 +27,9 @@ NAME = ".longspan-rows"
 KEPT_BYTES = 1 << 26
 """Size of the files from which on an index is kept."""
 
+Key = list[list[Any]]
+"""Name, size and time (or version) of every file: what an index was made of."""
+
 _COLUMNS = {
     "file_rows": np.int64,
     "lengths": np.int64,
@@ -64,7 +67,7 @@ class RowIndex:
     fingerprint: str
     """Over a sample of the files' bytes; empty where the rows have one of their own."""
 
-    def check(self, path: Path) -> None:
+    def check(self, path: Path | str) -> None:
         """Check that documents stand in their rows one after another.
 
         Raises:
@@ -80,7 +83,7 @@ class RowIndex:
             )
 
 
-def make_index(path: Path, files: Sequence[RowFile], *, fingerprint: str) -> RowIndex:
+def make_index(path: Path | str, files: Sequence[RowFile], *, fingerprint: str) -> RowIndex:
     """Read where the documents of all rows stand.
 
     Raises:
@@ -116,9 +119,8 @@ def make_index(path: Path, files: Sequence[RowFile], *, fingerprint: str) -> Row
     return RowIndex(**whole, names=tuple(names), fingerprint=fingerprint)
 
 
-def load_index(path: Path, files: Sequence[Path]) -> RowIndex | None:
+def load_index(path: Path | str, key: Key) -> RowIndex | None:
     """Return the index that is kept for these files, if there is one and they have not changed."""
-    key = _key(path, files)
     for place in _places(path):
         if not place.is_dir():
             continue
@@ -131,11 +133,11 @@ def load_index(path: Path, files: Sequence[Path]) -> RowIndex | None:
     return None
 
 
-def keep_index(path: Path, files: Sequence[Path], index: RowIndex) -> None:
+def keep_index(path: Path | str, key: Key, index: RowIndex) -> None:
     """Keep an index beside the data, or in the user's cache; small data have none."""
-    if sum(file.stat().st_size for file in files) < KEPT_BYTES:
+    if sum(size for _, size, _ in key) < KEPT_BYTES:
         return
-    head = {"files": _key(path, files), "names": list(index.names), "fingerprint": index.fingerprint}
+    head = {"files": key, "names": list(index.names), "fingerprint": index.fingerprint}
     columns = {name: getattr(index, name) for name in _COLUMNS}
     for place in _places(path):
         try:
@@ -149,15 +151,17 @@ def keep_index(path: Path, files: Sequence[Path], index: RowIndex) -> None:
     get_logger("data").warning("%s: its index can be kept nowhere and is made each time", path)
 
 
-def _places(path: Path) -> tuple[Path, Path]:
-    beside = path / NAME if path.is_dir() else path.with_name(f".{path.name}{NAME}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = sha256_bytes(os.fsencode(os.path.realpath(path)))[:16]
-    return beside, cache / "longspan" / "rows" / f"{path.name}-{place}"
-
-
-def _key(path: Path, files: Sequence[Path]) -> list[list[Any]]:
+def file_key(path: Path, files: Sequence[Path]) -> Key:
     """Return name, size and time of every file."""
     home = path if path.is_dir() else path.parent
     found = [(os.path.relpath(file, home), file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
+def _places(path: Path | str) -> list[Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longspan" / "rows"
+    if isinstance(path, str):
+        return [cache / f"hub-{sha256_bytes(path.encode())[:16]}"]
+    beside = path / NAME if path.is_dir() else path.with_name(f".{path.name}{NAME}")
+    place = sha256_bytes(os.fsencode(os.path.realpath(path)))[:16]
+    return [beside, cache / f"{path.name}-{place}"]

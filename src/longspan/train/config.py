@@ -119,7 +119,8 @@ class StreamConfig(Config):
     `long-llm:` is `data_root`."""
     rows: str | None = None
     """Instead of `store`: a pack plan, or packed rows (ours, ProLong's MDS, JSON lines or parquet with `source` spans,
-    a data set that Hugging Face `datasets` saved). Rows longer than the stage become rows of the stage."""
+    a data set that Hugging Face `datasets` saved), or `hf://org/name`: parquet of a data set of the hub, read there
+    while it trains. Rows longer than the stage become rows of the stage."""
     teacher: str | tuple[str, ...] | None = None
     """For `objective: distill`: annotations by `longspan annotate topk` of `rows`, or of each `store`, relative to
     `data_root`."""

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from longspan.core.config import apply_overrides, parse_yaml, read_yaml
 from longspan.core.errors import ConfigError
+from longspan.data.readers.hub import SCHEME as HUB
 from longspan.train.config import (
     CheckpointConfig,
     MemoryConfig,
@@ -157,7 +158,10 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
 
 def _tiny_stream(stream: StreamConfig, step_tokens: int) -> StreamConfig:
     changes: dict[str, Any] = {"teacher": None}
-    if stream.rows is None:
+    if stream.rows is not None:
+        # Made here, whatever reads it there.
+        changes["rows"] = stream.rows.removeprefix(HUB)
+    else:
         mixture: dict[str, Any] = {"threshold": _limit(stream.mixture.threshold)}
         if stream.mixture.tokens is not None:
             # Some more than the stage reads: sources of small weight round up to whole documents.

@@ -16,6 +16,7 @@ from longspan.core.errors import ConfigError
 from longspan.data.framing import frame_words
 from longspan.data.loader import RowSource
 from longspan.data.packing import PackPlan
+from longspan.data.readers.hub import SCHEME as HUB
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
@@ -165,7 +166,8 @@ def _missing(stage: StageConfig, root: Path) -> list[str]:
         records = [parse_records(entry).path.removeprefix(DATA_ROOT_PREFIX) for entry in stream.records or ()]
         teachers = (stream.teacher,) if isinstance(stream.teacher, str) else stream.teacher or ()
         paths += [*stores, *records, *teachers, *([stream.rows] if stream.rows is not None else [])]
-    return [path for path in paths if not (root / path).exists()]
+    # A data set that is read where it is counts as missing: nothing is asked of the network here.
+    return [path for path in paths if path.startswith(HUB) or not (root / path).exists()]
 
 
 def _stage(

@@ -19,6 +19,7 @@ from longspan.data.mixture import MixturePlan, plan_mixture
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import KIND as PACK_PLAN
 from longspan.data.packing import PackPlan, PackSpec, plan_packing
+from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.recut import HeadRows, RecutRows, recut
 from longspan.data.store import TokenStore, open_stores
 from longspan.data.whole_rows import WholeRows
@@ -283,10 +284,13 @@ def _packed(
 ) -> tuple[RowSource, list[TokenStore]]:
     """Return the rows of a pack plan, whose stores are looked for from here and from `data_root`, or packed rows."""
     assert stream.rows is not None
-    path = data_root / stream.rows
-    if folder_kind(path) == PACK_PLAN:
-        return _plan_rows(stream, stage, path, data_root, where)
-    rows = PackedRows(path)
+    if stream.rows.startswith(HUB):
+        rows = PackedRows(stream.rows)
+    else:
+        path = data_root / stream.rows
+        if folder_kind(path) == PACK_PLAN:
+            return _plan_rows(stream, stage, path, data_root, where)
+        rows = PackedRows(path)
     again = stream.strategy not in (None, "concat") or stream.overflow != "split"
     if rows.lengths_are(stage.context_length) and not again:
         return rows, []

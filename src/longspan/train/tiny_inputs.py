@@ -72,7 +72,16 @@ def tiny_inputs(original: TrainConfig, tiny: TrainConfig, folder: Path, *, root:
         for stage in tiny.stages:
             for name, stream in stage.streams.items():
                 if stream.rows is not None and not (work / stream.rows).exists():
-                    _packed(stream.rows, name, stage, texts, tokenizer, work)
+                    # Rows may be longer than a stage, never shorter: as long as the longest that reads them.
+                    longest_stage = max(
+                        (
+                            each
+                            for each in tiny.stages
+                            if stream.rows in {s.rows for s in each.streams.values()}
+                        ),
+                        key=lambda each: each.context_length,
+                    )
+                    _packed(stream.rows, name, longest_stage, texts, tokenizer, work)
                 for entry in stream.records or ():
                     _records(entry, stream, stage, texts, work)
         write_json(work / MARK, made)
