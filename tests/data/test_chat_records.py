@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
 from longspan.data.chat import ChatFormat, MessagesError
+from longspan.data.readers import read_documents
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
@@ -178,6 +181,59 @@ def test_turns_that_are_only_read(chatty, mark, names):
         {role: assistant, content: "RIGHT"},
     ]
     assert learnt(chatty, PLAIN, turns) == "RIGHT<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("marks", "wanted"),
+    [
+        ({"weight": [1, 0, 1, 1]}, "RIGHT<|im_end|>"),
+        ({"masked": [False, True, False, None]}, "RIGHT<|im_end|>"),
+        ({"train": False}, ""),
+        ({"weight": 0}, ""),
+        ({"loss": "false"}, ""),
+        ({"loss": 2.31, "weight": 1}, "WRONG<|im_end|>RIGHT<|im_end|>"),
+    ],
+)
+def test_marks_beside_the_turns(chatty, write_jsonl, tmp_path, marks, wanted):
+    """A record that keeps its marks in a list beside the turns, or one for all, was learnt as a whole in silence."""
+    turns = [ASK, {**ANSWER, "content": "WRONG"}, ASK, {**ANSWER, "content": "RIGHT"}]
+    path = write_jsonl("marks.jsonl", {"messages": turns, **marks})
+    (document,) = read_documents(
+        [str(path)], messages_field="messages", variable_fields=ChatFormat(chatty, PLAIN).fields
+    )
+    assert learnt(chatty, PLAIN, document.messages, **document.variables) == wanted
+    with pytest.raises(MessagesError, match="1 marks in `weight`"):
+        learnt(chatty, PLAIN, turns, weight=[1])
+    assert learnt(chatty, "{% if weight %}{% endif %}" + PLAIN, turns, weight=[0]).startswith("WRONG")
+
+
+@pytest.mark.parametrize("nothing", ["[]", " ", "null", "{}", [], None])
+def test_records_that_say_they_have_no_tools(chatty, nothing):
+    """Data sets of calls write `"tools": "[]"` where there are none; such records were left out."""
+    assert learnt(chatty, PLAIN, [ASK, ANSWER], tools=nothing) == "4<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_tables_give_no_call_the_arguments_of_others(chatty, tmp_path, name):
+    """A column of objects has all of their keys: every call was learnt with `"b": null` of the next."""
+    rows = [
+        {"messages": [ASK, calling(arguments)], "meta": None} for arguments in ({"a": 1}, {"b": [{"c": 2}]})
+    ]
+    table = pa.Table.from_pylist(rows)
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    found = [
+        learnt(chatty, CALLING, document.messages)
+        for document in read_documents([str(tmp_path / name)], messages_field="messages")
+    ]
+    assert ['{"a": 1}' in found[0], '{"b": [{"c": 2}]}' in found[1], "null" in "".join(found)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_settings_of_the_template_and_a_system_text(chatty):

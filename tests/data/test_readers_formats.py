@@ -207,6 +207,8 @@ def test_broken_csv_rows(tmp_path: Path) -> None:
     path.write_text("id,text,text\n1,a,b\n")
     with pytest.raises(DataError, match="names a column twice"):
         list(read_documents([path]))
+    path.write_text(",text,\n0,a,\n")
+    assert [d.text for d in read_documents([path])] == ["a"], "spreadsheets write columns without a name"
     path.write_text("id,body\n1,a\n")
     with pytest.raises(DataError, match=r"a\.csv: no field 'text'(.|\n)*body, id"):
         list(read_documents([path]))
@@ -296,6 +298,22 @@ def test_mds_shards_may_be_compressed_or_hold_no_text(tmp_path: Path) -> None:
         writer.finish()
         with pytest.raises(DataError, match=message):
             list(read_documents([path]))
+
+
+def test_files_without_a_byte_are_empty_in_every_format(tmp_path: Path) -> None:
+    """A table of no bytes ended the job, where every other empty file is counted."""
+    for name in (*WRITERS, "a.csv", "a.jsonl.gz", "a.jsonl.zst", "a.txt"):
+        (tmp_path / f"{name if '.' in name else name + '.mds'}").touch()
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    report = ReadReport()
+    assert [d.text for d in read_documents([tmp_path], report=report)] == ["b"]
+    assert report.empty_files == 9
+
+
+def test_compression_is_told_by_the_first_bytes(tmp_path: Path) -> None:
+    """A zstd file named .gz was called damaged."""
+    (tmp_path / "a.jsonl.gz").write_bytes(zstandard.compress(b'{"text": "a"}\n'))
+    assert [d.text for d in read_documents([tmp_path])] == ["a"]
 
 
 def test_long_line_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

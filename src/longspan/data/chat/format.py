@@ -30,16 +30,24 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
 from longspan.data.chat.encoder import ChatTokens, MarkedEncoder
-from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_system
+from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_marks, with_system
 from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans
-from longspan.data.chat.messages import GUARD, Message, MessagesError, as_messages, is_learnt
+from longspan.data.chat.messages import (
+    GUARD,
+    LEARNT,
+    NOT_LEARNT,
+    Message,
+    MessagesError,
+    as_messages,
+    is_learnt,
+)
 from longspan.data.chat.points import Pointer, Reading, read
 from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.tokenizer.roles import named_tokens
 
-RULES = 2
+RULES = 3
 """Raised whenever the same template and conversation would be encoded otherwise."""
 
 # Awkward content: a template that escapes, lowers, or splits it is found out before the corpus is read.
@@ -104,7 +112,7 @@ class ChatFormat:
     def fields(self) -> tuple[str, ...]:
         """Fields of a record, beside the messages, that belong to a conversation: "tools", and all that the template
         reads."""
-        return tuple(sorted({*FIELDS, *self._template.variables}))
+        return tuple(sorted({*FIELDS, *LEARNT, *NOT_LEARNT, *self._template.variables}))
 
     def render(self, messages: Any, variables: Mapping[str, Any] | None = None) -> str:
         """Return the text of a conversation as the template writes it."""
@@ -141,8 +149,10 @@ class ChatFormat:
         return Encoded(*tokens, notes)
 
     def _given(self, messages: Any, variables: Mapping[str, Any] | None) -> tuple[Given, list[Turn]]:
-        found = variables_of(variables or {}, self._template)
-        turns = with_system(as_messages(messages), found, self._template)
+        values = dict(variables or {})
+        marked = with_marks(as_messages(messages), values, self._template)
+        found = variables_of(values, self._template)
+        turns = with_system(marked, found, self._template)
         answers = [turn["role"] == "assistant" for turn in turns]
         learnt = [
             Turn(answers[number], answers[number] and is_learnt(turn, number))

@@ -6,7 +6,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from longspan.data.chat.messages import THOUGHTS, Message, MessagesError, check_texts, parsed
+from longspan.data.chat.messages import (
+    LEARNT,
+    NOT_LEARNT,
+    THOUGHTS,
+    Message,
+    MessagesError,
+    check_texts,
+    parsed,
+)
 from longspan.data.chat.template import Template
 
 SETTINGS = "chat_template_kwargs"
@@ -39,15 +47,47 @@ def variables_of(values: Mapping[str, Any], template: Template) -> dict[str, Any
     if settings and not isinstance(settings, Mapping):
         raise MessagesError(f"{SETTINGS} is not an object", found=repr(settings)[:80])
     for name, value in {**values, **(settings or {})}.items():
-        if name == SETTINGS or value is None or value in ("", [], {}):
+        if name == SETTINGS or value is None or (isinstance(value, str) and not value.strip()):
             continue
         if name in LISTS:
             value = _list(value, name)
-            if name not in template.variables:
-                raise MessagesError(f"the chat template does not write the {name} of the record")
+        if value in ([], {}):
+            continue
+        if name in LISTS and name not in template.variables:
+            raise MessagesError(f"the chat template does not write the {name} of the record")
         check_texts(value, name)
         found[name] = value
     return found
+
+
+def with_marks(turns: list[Message], values: dict[str, Any], template: Template) -> list[Message]:
+    """Return turns with the marks of what is learnt that a record keeps beside them, taken out of `values`.
+
+    A list has a mark for each turn; yes or no is for all. What a template reads under such a name is its own, and a
+    number other than 0 and 1 (the loss of a record, its share) says nothing of turns.
+
+    Raises:
+        MessagesError: a list of another length.
+    """
+    for name in (*LEARNT, *NOT_LEARNT):
+        if name in template.variables or values.get(name) is None:
+            continue
+        value = values.pop(name)
+        if isinstance(value, (list, tuple)):
+            if len(value) != len(turns):
+                raise MessagesError(
+                    f"the record has {len(value)} marks in `{name}`",
+                    allowed=f"one for each of {len(turns)} turns",
+                )
+            marks = list(value)
+        elif value in (0, 1) or (isinstance(value, str) and value.lower() in ("0", "1", "true", "false")):
+            marks = [value] * len(turns)
+        else:
+            continue
+        turns = [
+            turn if mark is None else {name: mark, **turn} for turn, mark in zip(turns, marks, strict=True)
+        ]
+    return turns
 
 
 def with_system(turns: list[Message], variables: dict[str, Any], template: Template) -> list[Message]:
@@ -108,6 +148,7 @@ def arguments_of(message: Message) -> list[Any]:
 
 def _list(value: Any, name: str) -> list[Any]:
     value = parsed(value, name) if isinstance(value, str) else value
+    value = [] if value in (None, {}) else value
     if not isinstance(value, (list, tuple)):
         raise MessagesError(f"{name} is not a list", found=repr(value)[:80])
     return [parsed(each, name) if isinstance(each, str) else each for each in value]

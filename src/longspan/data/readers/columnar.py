@@ -69,6 +69,8 @@ def split_row_groups(file: InputFile, part_bytes: int) -> list[Part]:
 def read_parquet(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the rows of some row groups; the position is the number of the row in the file, from 1."""
     path = part.file.path
+    if _is_empty(path):
+        return
     with _parquet(path) as parquet:
         missing, columns = _columns(parquet.schema_arrow, wanted)
         if missing is not None:
@@ -120,6 +122,8 @@ def split_batches(file: InputFile, part_bytes: int) -> list[Part]:
 def read_arrow(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the rows of some record batches; the position is the number of the row in the file, from 1."""
     path, row = part.file.path, 0
+    if _is_empty(path):
+        return
     with _arrow_schema(path) as schema:
         missing, _ = _columns(schema, wanted)
     if missing is not None:
@@ -223,8 +227,49 @@ def _tree(fields: Any) -> dict[str, Any]:
     return {field.name: _tree(field.type) if pa.types.is_struct(field.type) else None for field in fields}
 
 
+def _is_empty(path: str) -> bool:
+    return not is_remote(path) and os.path.getsize(path) == 0
+
+
+def _in_lists(batch: pa.RecordBatch) -> list[str]:
+    """Return the names of columns with objects inside of lists."""
+    import pyarrow as pa
+
+    def objects(kind: pa.DataType) -> bool:
+        inner = [kind.field(number).type for number in range(kind.num_fields)]
+        return pa.types.is_struct(kind) or any(map(objects, inner))
+
+    fields = zip(batch.schema.names, batch.schema.types)
+    return [name for name, kind in fields if kind.num_fields and objects(kind)]
+
+
+def _without_nulls(value: Any, *, inner: bool = False) -> Any:
+    """Return a value whose objects have only the keys with a value, but for the outermost.
+
+    A table gives each object in a column the keys of all: two calls of tools with different arguments would both
+    have been called with both.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _without_nulls(each, inner=True)
+            for key, each in value.items()
+            if each is not None or not inner
+        }
+    if isinstance(value, list):
+        return [_without_nulls(each, inner=True) for each in value]
+    return value
+
+
 def _rows(batch: pa.RecordBatch, file: InputFile, before: int) -> Iterator[RawRecord]:
     names = batch.schema.names
+    sparse = _in_lists(batch)
+    for record in _all_rows(batch, names, file, before):
+        if sparse and isinstance(record.data, dict):
+            record.data.update((name, _without_nulls(record.data[name])) for name in sparse)
+        yield record
+
+
+def _all_rows(batch: pa.RecordBatch, names: list[str], file: InputFile, before: int) -> Iterator[RawRecord]:
     try:
         columns = [column.to_pylist() for column in batch.columns]
     except (ValueError, OverflowError):  # bytes that are no text, a date that Python has not

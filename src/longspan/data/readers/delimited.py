@@ -54,7 +54,7 @@ def read_delimited(
         lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=newline)
         rows = cut(lines, file.path)
         header = next((row for _, row in rows if row), [])
-        problem = _header_problem(header, wanted or ())
+        problem = _header_problem(header, wanted)
         if problem is not None:
             yield RawRecord(file, 1, problem, 1)
         if isinstance(header, _Broken) or problem is not None:
@@ -67,14 +67,16 @@ def read_delimited(
             yield RawRecord(file, number, _values(row, header), line)
 
 
-def _header_problem(header: list[str] | _Broken, wanted: Sequence[str]) -> SkippedRecordError | None:
+def _header_problem(header: list[str] | _Broken, wanted: Sequence[str] | None) -> SkippedRecordError | None:
     """Return why a file cannot be read by its header; an empty file has none, and nothing to read."""
     if isinstance(header, _Broken):
         return SkippedRecordError("other_files", f"the header is {header}")
-    if len(set(header)) != len(header):
+    # Spreadsheets write columns without a name; what no one asked for may stand there twice.
+    twice = {name for name in header if header.count(name) > 1} & set(wanted or header)
+    if twice:
         found = ", ".join(header)[:200]
         return SkippedRecordError("other_files", "the header names a column twice", found=found)
-    return missing_column(dict.fromkeys(header), wanted) if header else None
+    return missing_column(dict.fromkeys(header), wanted or ()) if header else None
 
 
 def _values(row: list[str] | _Broken, header: list[str]) -> dict[str, str] | SkippedRecordError:

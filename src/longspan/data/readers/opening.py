@@ -97,11 +97,9 @@ def is_remote(path: str) -> bool:
 
 
 def opener_of(path: str, head: bytes) -> Opener | None:
-    """Return what decompresses the file, by its ending or else its first bytes; None: it is not compressed."""
-    opener = COMPRESSION.get(PurePosixPath(path).suffix.lower())
-    if opener is not None:
-        return opener
-    return next((opener for magic, opener in _MAGIC.items() if head.startswith(magic)), None)
+    """Return what decompresses the file, by its first bytes or else its ending; None: it is not compressed."""
+    opener = next((opener for magic, opener in _MAGIC.items() if head.startswith(magic)), None)
+    return opener or COMPRESSION.get(PurePosixPath(path).suffix.lower())
 
 
 def is_compressed(path: str) -> bool:
