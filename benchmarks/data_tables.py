@@ -12,7 +12,7 @@ TARGETS = {
     ("plan", "longspan", "CEPE's scheme"): 40,
     ("plan", "longspan", "datatools + fastokens"): 4,
     ("sentencepiece", "longspan", "tokenizers encode"): 5,
-    ("repack", "longspan, materialize", "datatools pack"): 12,
+    ("repack", "longspan, materialize", "datatools pack"): 6,
 }
 RATES = ("net", "gross", "further")
 TITLES = {
