@@ -119,6 +119,7 @@ def test_every_way_of_running_a_model_gives_its_answers(
             "plain": "--no-prefix-reuse",
             "tp": "--tp 2",
             "cp": "--cp 2",
+            "replicas": "--replicas 2",
             "served": f"--model completions:{folder / 'model'} --tokenizer model --base-url {address}",
         }
         for label, options in ways.items():

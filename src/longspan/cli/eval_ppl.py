@@ -145,6 +145,7 @@ def _measure(
         raise ArgumentError("perplexity is that of the text itself", fix="leave out --chat-template")
     from longspan.eval.ppl_run import run_ppl
     from longspan.infer.distributed import TokenLosses
+    from longspan.infer.requests import copies_of
 
     with opened(model) as asked:
         assert isinstance(asked.answerer, TokenLosses)
@@ -171,6 +172,7 @@ def _measure(
             model_info=asked.answerer.identity,
             note=note,
             batch_tokens=model.batch_tokens,
+            copies=copies_of(asked.answerer),
         )
 
 

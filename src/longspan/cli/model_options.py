@@ -75,6 +75,14 @@ class ModelOptions(NamedTuple):
     ] = None
     tp: Annotated[int, typer.Option(min=1, help="Processes that share each matrix.")] = 1
     cp: Annotated[int, typer.Option(min=1, help="Processes that share each sequence.")] = 1
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Copies of the model, each on a process (or on --cp), that share out the samples. Default: as many as "
+            "torchrun or srun has started processes for, else 1.",
+        ),
+    ] = None
     schedule: Annotated[Schedule, typer.Option(help="How keys travel among the --cp processes.")] = "ring"
     batch_tokens: Annotated[
         int, count_option(help="Tokens in one forward pass, at least one sample.", min=1)
@@ -154,7 +162,8 @@ class AskedModel(NamedTuple):
 def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> Callable[..., None]:
     """Give a command the options of `ModelOptions` and `PromptOptions` in place of `model` and `prompts`.
 
-    `as_argument`: the model itself is the command's argument, not an option.
+    `as_argument`: the model itself is the command's argument, not an option, and it is asked one thing, so that
+    there is nothing for replicas.
     """
     own = inspect.signature(command, eval_str=True).parameters
     bundles: dict[str, Any] = {
@@ -164,6 +173,7 @@ def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> C
     if as_argument:
         said = options[0].annotation.__metadata__[0].help
         options[0] = options[0].replace(annotation=Annotated[str, typer.Argument(help=said)])
+        options = [option for option in options if option.name != "replicas"]
     rest = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in own.items()
@@ -173,7 +183,7 @@ def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> C
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
         made = {
-            name: kind(**{field: given.pop(field) for field in kind._fields})
+            name: kind(**{field: given.pop(field) for field in kind._fields if field in given})
             for name, kind in bundles.items()
         }
         command(**made, **given)
@@ -277,6 +287,7 @@ def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Itera
         max_length=None if options.max_length is None else parse_length(options.max_length),
         tp=options.tp,
         cp=options.cp,
+        replicas=replicas_of(options),
         schedule=options.schedule if options.cp > 1 else None,
         prefix_reuse=not options.no_prefix_reuse,
         batch_tokens=options.batch_tokens,
@@ -287,6 +298,18 @@ def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Itera
         yield AskedModel(answerer, tokenizer, label)
     finally:
         answerer.close()
+
+
+def replicas_of(options: ModelOptions) -> int:
+    """Return the copies of the model that are asked for, or that the processes which were started are enough for."""
+    from longspan.core.launched import launched
+
+    if options.replicas is not None:
+        return options.replicas
+    started = launched()
+    if started is None or options.tp > 1 or options.is_remote:
+        return 1
+    return max(1, started.world // options.cp)
 
 
 def _refuse_weights(options: ModelOptions) -> None:

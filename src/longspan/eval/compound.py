@@ -19,7 +19,7 @@ from longspan.core.progress import Progress
 from longspan.eval.records import RecordsWriter
 from longspan.eval.runner import PART_TOKENS, advancing, fill_records, said, sample_record
 from longspan.eval.summaries import mean_score
-from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request
+from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, copies_of
 
 PART_REQUESTS = 1024
 """Requests that are composed and handed over at once, if they have no more than `PART_TOKENS` tokens."""
@@ -69,7 +69,7 @@ def run_compounds(
     """Ask for what is missing in `out`; return the summary that all evaluations have, and the records."""
 
     def ask(missing: Sequence[PlannedCompound], writer: RecordsWriter, bar: Progress) -> None:
-        for part in _parts(missing, writer):
+        for part in _parts(missing, writer, copies_of(answerer)):
             for record in _run_part(part, answerer, bar):
                 writer.write(record)
 
@@ -80,7 +80,7 @@ def run_compounds(
 Composed = list[tuple[PlannedCompound, Compound]]
 
 
-def _parts(samples: Sequence[PlannedCompound], writer: RecordsWriter) -> Iterator[Composed]:
+def _parts(samples: Sequence[PlannedCompound], writer: RecordsWriter, copies: int) -> Iterator[Composed]:
     """Compose samples until there is enough to hand over; one that cannot be composed is recorded at once."""
     part: Composed = []
     requests = tokens = 0
@@ -93,7 +93,7 @@ def _parts(samples: Sequence[PlannedCompound], writer: RecordsWriter) -> Iterato
         part.append((sample, compound))
         requests += len(compound.requests)
         tokens += sum(_size(request) for request in compound.requests)
-        if requests >= PART_REQUESTS or tokens >= PART_TOKENS:
+        if requests >= PART_REQUESTS * copies or tokens >= PART_TOKENS * copies:
             yield part
             part, requests, tokens = [], 0, 0
     if part:

@@ -44,6 +44,7 @@ def run_ppl(
     model_info: Mapping[str, Any],
     note: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    copies: int = 1,
 ) -> dict[str, Any]:
     """Evaluate perplexity by length and position; write records to `out`, return a summary.
 
@@ -52,6 +53,7 @@ def run_ppl(
         documents: texts, or documents in the ids of this tokenizer.
         model_info: path, fingerprint, rope and trained_length for the header.
         batch_tokens: tokens that are measured, and recorded, at a time.
+        copies: so many such batches at a time, for a model of several replicas.
 
     Other arguments are those of `run_task`.
 
@@ -88,7 +90,9 @@ def run_ppl(
     ]
 
     def ask(missing: Sequence[_Planned], writer: RecordsWriter, bar: Progress) -> None:
-        for batch in plan_batches([planned.tokens for planned in missing], batch_tokens):
+        batches = plan_batches([planned.tokens for planned in missing], batch_tokens)
+        for first in range(0, len(batches), copies):
+            batch = [index for each in batches[first : first + copies] for index in each]
             planned_batch = [missing[index] for index in batch]
             for record in _ppl_records(measure, planned_batch, tokenizer, width=width):
                 writer.write(record)

@@ -31,7 +31,7 @@ from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
-from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, no_answer
+from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, copies_of, no_answer
 
 TooLong = Literal["refuse", "skip"]
 PART_TOKENS = 4_000_000
@@ -102,7 +102,7 @@ def run_task(
         _refuse_too_long(samples, answerer.max_length)
 
     def ask(missing: Sequence[_Sample], writer: RecordsWriter, bar: Progress) -> None:
-        for part in _parts(missing):
+        for part in _parts(missing, copies_of(answerer)):
             _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
 
     summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored)
@@ -203,11 +203,11 @@ def _refuse_too_long(samples: Sequence[_Sample], max_length: int | None) -> None
         )
 
 
-def _parts(samples: Sequence[_Sample]) -> Iterator[list[_Sample]]:
+def _parts(samples: Sequence[_Sample], copies: int = 1) -> Iterator[list[_Sample]]:
     """Cut the samples into what is composed and handed to the model at once.
 
     Whole groups together, the longest first, because what does not fit into memory should fail at once; a
-    group that is too large by itself is cut.
+    group that is too large by itself is cut. Copies of a model are given as many times as much.
     """
     groups: dict[object, list[_Sample]] = {}
     for number, sample in enumerate(samples):
@@ -218,7 +218,9 @@ def _parts(samples: Sequence[_Sample]) -> Iterator[list[_Sample]]:
     for group in longest_first:
         for piece in _pieces(group):
             size = sum(sample.planned.tokens for sample in piece)
-            if part and (tokens + size > PART_TOKENS or len(part) + len(piece) > PART_SAMPLES):
+            if part and (
+                tokens + size > PART_TOKENS * copies or len(part) + len(piece) > PART_SAMPLES * copies
+            ):
                 yield part
                 part, tokens = [], 0
             part = part + piece

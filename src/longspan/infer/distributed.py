@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.launched import launched
 from longspan.infer.memory import memory_errors
-from longspan.infer.requests import Answer, Answerer, Request, Watched
+from longspan.infer.requests import Answer, Answerer, Request, Watched, copies_of
 from longspan.parallel.launch import lost_ranks, process_group
 from longspan.parallel.peers import Peers
 
@@ -75,7 +75,7 @@ def join_ranks(world: int, build: Build, spec: Any) -> Leader:
         raise ArgumentError(
             "the processes that were started are not those asked for",
             found=f"{started.world} processes",
-            allowed=f"--cp x --tp = {world}",
+            allowed=f"--replicas x --cp x --tp = {world}",
         )
     stack = contextlib.ExitStack()
     device = stack.enter_context(process_group(timeout_seconds=TIMEOUT_SECONDS))
@@ -146,6 +146,11 @@ class Leader:
     def max_length(self) -> int | None:
         """Tokens that prompt and answer may have together; None: no limit."""
         return self._member.max_length
+
+    @property
+    def copies(self) -> int:
+        """How many requests are answered at the same time; see `infer.requests.copies_of`."""
+        return copies_of(self._member)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily; see `Answerer`."""

@@ -12,6 +12,7 @@ What other readers open (a checkpoint of a training) is given as a function that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from longspan.infer.memory import available_memory, shared_memory
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unknown_tokens
 from longspan.infer.remote import KINDS, open_remote
+from longspan.infer.replicas import Replica
 from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.infer.spread import SpreadModel
 from longspan.models.hf import load_model, reading_folder, rope_of, usable_device
@@ -120,6 +122,7 @@ def open_answerer(
     dtype: str | None = None,
     tp: int = 1,
     cp: int = 1,
+    replicas: int = 1,
     schedule: ScheduleName | None = None,
     prefix_reuse: bool = True,
     batch_tokens: int = BATCH_TOKENS,
@@ -138,6 +141,7 @@ def open_answerer(
         max_length: tokens that prompt and answer may have together; None = the model's own limit is not asked.
         tp: processes that share each matrix.
         cp: processes that share each sequence, by `schedule` (None: ring).
+        replicas: copies of the model that share out what is asked, each on one process or on `cp`.
         prefix_reuse: read a prefix that several prompts share once.
         batch_tokens: tokens in one forward pass, at least one sequence.
         base_url: of the server; None = the provider itself.
@@ -150,8 +154,10 @@ def open_answerer(
     """
     remote = provider(model) if isinstance(model, str) else None
     if remote is not None:
-        if tp > 1 or cp > 1:
-            raise ArgumentError("how a server runs its model is its own affair", found="--tp or --cp")
+        if tp > 1 or cp > 1 or replicas > 1:
+            raise ArgumentError(
+                "how a server runs its model is its own affair", found="--tp, --cp or --replicas"
+            )
         how = server or ServerSettings()
         return open_remote(
             *remote,
@@ -176,15 +182,20 @@ def open_answerer(
         raise ArgumentError("a model that is run here needs its tokenizer")
     source = model if isinstance(model, Source) else Source(model, rope, rope_theta, dtype)
     settings = _Settings(
-        source, tokenizer, max_length, tp, cp, schedule or "ring", prefix_reuse, batch_tokens
+        source, tokenizer, max_length, tp, cp, schedule or "ring", prefix_reuse, batch_tokens, replicas
     )
     if tp > 1 and cp > 1:
         raise ArgumentError(
             "processes share either matrices or sequences", found=f"--tp {tp} --cp {cp}", fix="leave out one"
         )
-    if tp == cp == 1:
+    if tp > 1 and replicas > 1:
+        raise ArgumentError(
+            "matrices are shared by all processes", found=f"--tp {tp} --replicas {replicas}",
+            fix="let each replica run on one process, or on several with --cp",
+        )  # fmt: skip
+    if tp == cp == replicas == 1:
         return _build(usable_device(), settings)
-    return join_ranks(tp * cp, _build, settings)
+    return join_ranks(replicas * tp * cp, _build, settings)
 
 
 class _Settings(NamedTuple):
@@ -198,10 +209,17 @@ class _Settings(NamedTuple):
     schedule: ScheduleName
     prefix_reuse: bool
     batch_tokens: int
+    replicas: int = 1
 
 
 def _build(device: torch.device, settings: _Settings) -> Member:
     """Make this rank's part of a model; all ranks call it together."""
+    member = _build_member(device, settings)
+    return member if settings.replicas == 1 else Replica(member, copies=settings.replicas)
+
+
+def _build_member(device: torch.device, settings: _Settings) -> Member:
+    """Make this rank's part of its copy of a model."""
     mesh = (
         build_mesh(_degrees(settings), device, timeout_seconds=TIMEOUT_SECONDS) if settings.cp > 1 else None
     )
@@ -226,19 +244,25 @@ def _build(device: torch.device, settings: _Settings) -> Member:
         settings.tokenizer,
         prefix_reuse=settings.prefix_reuse,
         # Ranks that heard different numbers would read different batches, and wait for each other.
-        available=available_memory if settings.tp == 1 else shared_memory,
+        available=shared_memory if settings.tp > 1 else partial(_available, settings.replicas),
         **shared,
     )
 
 
+def _available(replicas: int, device: torch.device) -> int | None:
+    """Return the bytes that one of several replicas can have: on the CPU they share those of their machine."""
+    free = available_memory(device)
+    return free if free is None or device.type != "cpu" else free // replicas
+
+
 def _degrees(settings: _Settings) -> MeshConfig:
     """Return how the processes of --cp are arranged: for usp as near to a square as they can be."""
+    ulysses = 1
     if settings.schedule == "ulysses":
-        return MeshConfig(cp_ulysses=settings.cp)
-    if settings.schedule != "usp":
-        return MeshConfig(cp_ring=settings.cp)
-    ulysses = max(side for side in range(1, isqrt(settings.cp) + 1) if settings.cp % side == 0)
-    return MeshConfig(cp_ring=settings.cp // ulysses, cp_ulysses=ulysses)
+        ulysses = settings.cp
+    elif settings.schedule == "usp":
+        ulysses = max(side for side in range(1, isqrt(settings.cp) + 1) if settings.cp % side == 0)
+    return MeshConfig(dp_replicate=settings.replicas, cp_ring=settings.cp // ulysses, cp_ulysses=ulysses)
 
 
 def local_answerer(

@@ -112,6 +112,11 @@ class Answerer(Protocol):
         ...
 
 
+def copies_of(answerer: object) -> int:
+    """Return how many copies of the model share out what is asked; so many times as much is handed over at once."""
+    return int(getattr(answerer, "copies", 1))
+
+
 @runtime_checkable
 class Watched(Protocol):
     """An answerer that says how far it has come between two answers."""

@@ -83,6 +83,7 @@ class SpreadModel:
         self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._mesh = mesh
+        self._is_lead = mesh.cp_rank == 0
         self._schedule = build_schedule(
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
         )
@@ -102,7 +103,7 @@ class SpreadModel:
             with fixed_frequencies(self._model, len(prompts[members[0]])):
                 said = self._continue([prompts[number] for number in members], trunk, asked)
             seconds = (time.monotonic() - started) / len(members)
-            if self._mesh.is_first:
+            if self._is_lead:
                 for number, request, ids in zip(members, asked, said):
                     if ids is None:
                         answer = Answer("", error=NOT_FINITE, prompt_tokens=len(prompts[number]))
@@ -151,7 +152,7 @@ class SpreadModel:
             excess = excess_error(request, self.max_length)
             if excess is None:
                 fitting.append(index)
-            elif self._mesh.is_first:
+            elif self._is_lead:
                 yield index, Answer("", error=excess, prompt_tokens=len(prompt_of(request)))
         return fitting
 
@@ -196,12 +197,12 @@ class SpreadModel:
     def _score(
         self, sequences: list[NDArray[np.int64]], trunk: int, answers: list[NDArray[np.int64]]
     ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-        """Return losses and most likely tokens of each answer; nothing on ranks other than the first."""
+        """Return losses and most likely tokens of each answer; nothing on ranks other than the first of the group."""
         counts = [len(ids) for ids in answers]
         self._check_memory(sequences, trunk, new_tokens=0)
         with inference(self._model):
             hidden_AD, _ = self._begin(sequences, trunk, wanted=counts, room=None)
-            if not self._mesh.is_first:
+            if not self._is_lead:
                 return []
             logits_AV = torch.nn.functional.linear(hidden_AD, lm_head_weight(self._model)).float()
             labels_A1 = torch.from_numpy(np.concatenate(answers))[:, None]
@@ -318,7 +319,7 @@ class SpreadModel:
         highest_B, tokens_B = logits_BV.max(dim=-1)
         tokens_B = tokens_B.masked_fill(~highest_B.isfinite(), -1)
         # Said by one for all: ranks that disagreed over a tie would go different ways.
-        dist.broadcast(tokens_B, src=0)
+        dist.broadcast(tokens_B, group_src=0, group=self._mesh.cp_group)
         return tokens_B.tolist()
 
     def _read(
