@@ -204,6 +204,8 @@ def test_marks_beside_the_turns(chatty, write_jsonl, tmp_path, marks, wanted):
     assert learnt(chatty, PLAIN, document.messages, **document.variables) == wanted
     with pytest.raises(MessagesError, match="1 marks in `weight`"):
         learnt(chatty, PLAIN, turns, weight=[1])
+    notes = ChatFormat(chatty, PLAIN).encode_record(turns, {"weight": 0.5}).notes
+    assert list(notes) == ["records with a `weight` that says nothing of turns"]
     assert learnt(chatty, "{% if weight %}{% endif %}" + PLAIN, turns, weight=[0]).startswith("WRONG")
 
 

@@ -146,6 +146,8 @@ class ChatFormat:
         tokens = self._encoder.encode(text, pairs, blocks=self._template.has_blocks)
         if not tokens.mask.any():
             notes["conversations in which nothing is learnt"] += 1
+        for name in {*LEARNT, *NOT_LEARNT} & given.variables.keys() - self._template.variables:
+            notes[f"records with a `{name}` that says nothing of turns"] += 1
         return Encoded(*tokens, notes)
 
     def _given(self, messages: Any, variables: Mapping[str, Any] | None) -> tuple[Given, list[Turn]]:

@@ -72,7 +72,7 @@ def with_marks(turns: list[Message], values: dict[str, Any], template: Template)
     for name in (*LEARNT, *NOT_LEARNT):
         if name in template.variables or values.get(name) is None:
             continue
-        value = values.pop(name)
+        value = values[name]
         if isinstance(value, (list, tuple)):
             if len(value) != len(turns):
                 raise MessagesError(
@@ -84,6 +84,7 @@ def with_marks(turns: list[Message], values: dict[str, Any], template: Template)
             marks = [value] * len(turns)
         else:
             continue
+        del values[name]
         turns = [
             turn if mark is None else {name: mark, **turn} for turn, mark in zip(turns, marks, strict=True)
         ]
