@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from longspan.core.errors import DataError
+from longspan.core.files import atomic_dir
 from longspan.data.readers import ReadReport, read_documents
 from longspan.data.store import Column, MDSWriter
 from longspan.data.token_documents import find_token_files
@@ -311,6 +312,23 @@ def test_stores_below_the_input_are_passed_over(
     assert other.fingerprint == first.fingerprint and other.manifest.counts["token_stores"] == 1
     with pytest.raises(DataError, match=r"no input files(.|\n)*holds tokens, no text"):
         read(out)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_out_may_be_a_link(tmp_path: Path, tokenizer: Tokenizer, write_jsonl: Write, there: bool) -> None:
+    """A link to a folder on a larger disk was an error when all the work was done."""
+    write_jsonl("in/a.jsonl", {"text": "one"})
+    place = tmp_path / "in/large"
+    (tmp_path / "store").symlink_to(place)
+    (tmp_path / "rows").symlink_to(tmp_path / "in/rows")
+    if there:
+        place.mkdir()
+    first = tokenize_corpus([tmp_path / "in"], tokenizer, tmp_path / "store")
+    assert tokenize_corpus([tmp_path / "in"], tokenizer, tmp_path / "store").fingerprint == first.fingerprint
+    with atomic_dir(tmp_path / "rows") as aside:
+        (aside / "row").touch()
+    assert (tmp_path / "store").is_symlink() and (place / "index.json").is_file()
+    assert (tmp_path / "rows").is_symlink() and (tmp_path / "in/rows/row").is_file()
 
 
 def test_a_field_that_nothing_has_is_refused_at_once(

@@ -20,7 +20,7 @@ from longspan.annotate.rounding import cut_to_mass, round_masses
 from longspan.annotate.sources import AskedRow, PairSource, Source, check_row, open_source, too_long
 from longspan.annotate.spec import AnnotateSpec, TeacherConfig
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import read_json
+from longspan.core.files import behind_link, read_json
 from longspan.data.annotations import (
     FORMAT,
     AnnotationManifest,
@@ -198,6 +198,7 @@ def shard_range(lengths: NDArray[np.int64], share: ArrayJob) -> tuple[int, int]:
 
 def annotation_folder(job: OpenJob, out: Path, *, first: int, stop: int) -> PieceFolder:
     """Return the work of annotating rows `first` to `stop`: `annotation_folder(...).make(executor, share)`."""
+    out = behind_link(out)
     lengths = job.source.lengths[first:stop]
     piece_of = (np.cumsum(lengths) - lengths) // job.spec.piece_tokens
     starts = np.flatnonzero(np.diff(piece_of, prepend=-1)) + first

@@ -94,6 +94,15 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             aside.unlink()
 
 
+def behind_link(path: str | Path) -> Path:
+    """Return the place that a link points to, there or not; any other path as it is.
+
+    A folder renamed to a link, or removed there, would be an error at the end of the work.
+    """
+    path = Path(path)
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 @contextmanager
 def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new directory beside `path`; flush and rename it to `path` on success, remove it on failure.
@@ -103,7 +112,7 @@ def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         RunError: the disk refuses, or `path` already exists (and is not empty) and `replace` is false.
     """
-    path = Path(path)
+    path = behind_link(path)
     if not replace:
         _refuse_existing(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

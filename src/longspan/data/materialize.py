@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import longspan
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import atomic_write, read_json, write_json
+from longspan.core.files import atomic_write, behind_link, read_json, write_json
 from longspan.data.columns import folder_kind
 from longspan.data.executor import Executor, LocalExecutor
 from longspan.data.loader import RowLoader
@@ -104,7 +104,7 @@ def rows_folder(
         ArgumentError: the format is unknown.
         DataError: `source` is neither a pack plan nor packed rows, or is damaged.
     """
-    out = Path(out)
+    out = behind_link(out)
     if format not in FORMATS:
         raise ArgumentError("rows cannot be written like this", found=format, allowed=FORMATS)
     _open.cache_clear()  # the plan may have been made anew since

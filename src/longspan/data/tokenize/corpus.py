@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.core.errors import ArgumentError, DataError, LongspanError
-from longspan.core.files import disk_errors
+from longspan.core.files import behind_link, disk_errors
 from longspan.core.log import get_logger
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
 from longspan.data.job_lock import BusyError, JobLock, hold_share, share_lock
@@ -169,7 +169,7 @@ class CorpusJob:
             )
         if messages_field is not None and chat is None:
             raise ArgumentError("conversations need a chat format", fix="give --chat-template")
-        self.out, self.tokenizer, self.mix, self.seed = Path(out), tokenizer, mix, seed
+        self.out, self.tokenizer, self.mix, self.seed = behind_link(out), tokenizer, mix, seed
         if chat is not None:
             messages_field = messages_field or "messages"
         self._sample: list[int] | None = None
