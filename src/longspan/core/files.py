@@ -94,7 +94,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
             aside.unlink()
 
 
-def behind_link(path: str | Path) -> Path:
+def behind_link(path: str | os.PathLike[str]) -> Path:
     """Return the place that a link points to, there or not; any other path as it is.
 
     A folder renamed to a link, or removed there, would be an error at the end of the work.
