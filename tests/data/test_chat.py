@@ -34,6 +34,14 @@ GOLDEN = {
         "<|start_header_id|>assistant<|end_header_id|>\n\nSo long<|eot_id|>",
         "Hello!<|eot_id|>So long<|eot_id|>",
     ),
+    "llama-3-untrimmed": (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n Hi there <|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!\n<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n So long<|eot_id|>",
+        "Hello!\n<|eot_id|> So long<|eot_id|>",
+    ),
     "mistral": (
         "<s> [INST] Be brief.\n\n Hi there  [/INST] Hello!\n</s> [INST] Bye [/INST]  So long</s>",
         "Hello!\n</s> So long</s>",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.data.materialize import materialize
 from longspan.data.tokenizer import train_bpe
 from longspan.train.config import StageConfig
 from longspan.train.left_out import left_out_words
@@ -116,6 +117,32 @@ def test_one_record_of_another_shape_ends_no_training(root: Path, caplog: pytest
         assert counted in caplog.text
     (root / "one.json").write_text(json.dumps({"text": "word " * 20}))
     assert len(documents(planned(root, {"records": ["one.json"]}))) == 1
+
+
+def test_lm_learns_every_token_of_conversations_unless_told(root: Path) -> None:
+    """A mask that `lm` applies in silence is another loss than the one that is asked for; padding is learnt by none.
+    Packed rows know from their manifest, or as others wrote them, that their mask is one of answers."""
+    chats = {"records": ["chats.json"], "chat_template": "llama-3"}
+
+    def learnt(stream: dict[str, Any], **stage: Any) -> list[int]:
+        plan = planned(root, stream, **stage)
+        rows = next(iter(plan.sources.values()))
+        return [int(rows.row(number).weights.sum()) for number in range(rows.num_rows)]
+
+    answers, all_tokens = learnt(chats, objective="sft"), learnt(chats)
+    assert sum(answers) < sum(all_tokens)
+    assert learnt({**chats, "loss_mask": True}) == answers == learnt(chats, loss_mask=True)
+    assert learnt({**chats, "loss_mask": False}, objective="sft") == all_tokens
+    rows = next(iter(planned(root, chats, objective="sft").sources.values()))
+    rows.plan.save(root / "plan", stores=[next((root / "stores").glob("chats-*"))])
+    materialize(root / "plan", root / "rows", format="jsonl")
+    (root / "foreign.jsonl").write_bytes((root / "rows" / "rows.00000.jsonl").read_bytes())
+    for packed in ("rows", "plan", "foreign.jsonl"):
+        assert learnt({"rows": packed, "strategy": None}, objective="sft") == answers, packed
+        assert learnt({"rows": packed, "strategy": None}) == all_tokens, packed
+    weighted = {"text": "text " * 90, "loss_weights": [[0, 4, 200]]}
+    (root / "weighted.json").write_text(json.dumps(weighted) + "\n")
+    assert max(learnt({"records": ["weighted.json"]})) > 200, "weights that a text carries count"
 
 
 def test_messages_are_read_as_tokenize_reads_them(root: Path) -> None:

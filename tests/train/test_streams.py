@@ -92,7 +92,13 @@ def test_special_tokens_frame_documents_when_asked(data_root: Path) -> None:
         ({}, "either a store or rows"),
         ({"rows": "plans/rows", "strategy": "intact"}, "no effect on a pack plan"),
         ({"rows": "plans/rows", "specials": "bos"}, "specials has no effect"),
-        ({"store": "plain", "overflow": "drop_tail"}, "first tokens of each of `rows`"),
+        (
+            {"rows": "plans/rows", "overflow": "drop_tail", "strategy": "best_fit"},
+            "first tokens of each of `rows`",
+        ),
+        ({"rows": "plans/rows", "overflow": "drop"}, "`rows` have split or drop_tail"),
+        ({"store": "plain", "loss_mask": True}, "has no masks"),
+        ({"store": "plain", "begin_with_user": True}, "on records only"),
         ({"rows": "nowhere"}, "nowhere"),
     ],
 )

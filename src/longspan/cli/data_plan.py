@@ -138,7 +138,7 @@ def pack(
             help="concat: documents follow one another and are cut at row ends. intact: a row holds one document. "
             "best_fit: documents that fit a row are not cut, rows are padded. split: documents are cut into "
             "pieces of --split-lengths, one plan for each length, as OUT/PIECE-LENGTH. Default: concat; for "
-            "conversations best_fit without those that are longer than a row."
+            "conversations best_fit, without those that are longer than a row."
         ),
     ] = None,
     split_lengths: Annotated[
@@ -149,6 +149,13 @@ def pack(
     ] = False,
     min_length: Annotated[str, typer.Option(help="Shorter documents are left out.")] = "1",
     min_tail: Annotated[str, typer.Option(help="Shorter last pieces of cut documents are left out.")] = "1",
+    overflow: Annotated[
+        str | None,
+        typer.Option(
+            help="split, drop_tail or drop: a document longer than a row goes on in another one, keeps its first "
+            "tokens, or is left out. Default: split; for conversations drop."
+        ),
+    ] = None,
     overlap: Annotated[
         str, typer.Option(help="Tokens that the next piece of the same document repeats, without loss.")
     ] = "0",
@@ -174,6 +181,13 @@ def pack(
     row_format: Annotated[
         str, typer.Option("--format", help="mds, jsonl, parquet or npy: what --materialize writes.")
     ] = "mds",
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="document or next: `labels` in jsonl and parquet of a row with which a document ends is -100, or the "
+            "BOS of the next document."
+        ),
+    ] = "document",
     workers: Workers = 1,
     executor: ExecutorOption = ExecutorName.local,
     num_jobs: NumJobs = None,
@@ -204,11 +218,13 @@ def pack(
     chats = strategy is None and any(TokenStore(path).manifest.config.get("chat") for path in paths)
     if chats:
         strategy, remainder = "best_fit", remainder or "pad"
+    overflow = overflow or ("drop" if chats else "split")
     settings = {
         "length": length,
         "strategy": strategy or "concat",
         "min_length": min_length,
         "min_tail": min_tail,
+        "overflow": "split" if overflow == "drop" else overflow,
         "overlap": overlap,
         "remainder": remainder or "drop",
         "by_source": by_source,
@@ -218,7 +234,7 @@ def pack(
         "mos_id": _mos_id(mos, ids),
     }
     spec = PackSpec.from_dict(settings, where="the command line")
-    if chats:
+    if overflow == "drop":
         documents = _whole(table, documents, spec.length - spec.num_bos - spec.num_eos)
     if spec.strategy == "split":
         plans = {
@@ -234,7 +250,7 @@ def pack(
             rows = None if materialize is None else materialize / name
             left = None
             if running is not None and rows is not None and plan.num_rows:
-                left = _write(place, rows, row_format, running, share)
+                left = _write(place, rows, (row_format, labels), running, share)
             found.append({
                 "plan": str(place),
                 "fingerprint": plan.fingerprint,
@@ -262,13 +278,13 @@ def _frame(specials: str, paths: Sequence[str | Path]) -> dict[str, Any]:
 
 
 def _whole(table: LengthTable, documents: np.ndarray, room: int) -> np.ndarray:
-    """Return the conversations that fit a row, and say how many do not."""
+    """Return the documents that fit a row, and say how many do not."""
     from longspan.core.log import get_logger
 
     fits = table.tokens[documents] <= room
     if not fits.all():
         get_logger("data.pack").warning(
-            "left out: %d conversations longer than a row, %d tokens; --strategy best_fit cuts them",
+            "left out: %d documents longer than a row, %d tokens; --overflow split cuts them",
             int((~fits).sum()),
             int(table.tokens[documents[~fits]].sum()),
         )
@@ -332,12 +348,17 @@ def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> No
 
 
 def _write(
-    plan: Path, out: Path, row_format: str, executor: Executor, share: ArrayJob
+    plan: Path, out: Path, form: tuple[str, str], executor: Executor, share: ArrayJob
 ) -> dict[str, int] | None:
     """Write rows; return how many pieces there are, and how many other jobs have yet to write, if any."""
+    from longspan.core.errors import ArgumentError
     from longspan.data.materialize import rows_folder
+    from longspan.data.plan_rows import Labels
 
-    work = rows_folder(plan, out, format=row_format)  # type: ignore[arg-type]
+    row_format, labels = form
+    if labels not in get_args(Labels):
+        raise ArgumentError("unknown --labels", found=labels, allowed=get_args(Labels))
+    work = rows_folder(plan, out, format=row_format, labels=labels)  # type: ignore[arg-type]
     if work.make(executor, share):
         return None
     return {"pieces": work.num_pieces, "missing": work.missing()}
@@ -417,7 +438,7 @@ def _print_packing(title: str, plan: PackPlan) -> None:
 
 def conservation(tokens_in: int, packed: int, dropped: dict[str, int]) -> str:
     """Write where all tokens went: "tokens: 16 in = 12 packed + 3 short + 1 left over"."""
-    names = {"remainder": "left over", "other_lengths": "in other lengths"}
+    names = {"remainder": "left over", "other_lengths": "in other lengths", "overflow": "beyond a row"}
     parts = [f"{packed:,} packed"]
     parts += [f"{count:,} {names.get(reason, reason)}" for reason, count in dropped.items() if count]
     return f"tokens: {tokens_in:,} in = {' + '.join(parts)}"

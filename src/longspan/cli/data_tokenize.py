@@ -75,6 +75,13 @@ def tokenize(
             help="Template of conversations: a shipped name or a Jinja file. Default: the tokenizer's."
         ),
     ] = None,
+    begin_with_user: Annotated[
+        bool,
+        typer.Option(
+            "--begin-with-user",
+            help="Leave out a first turn of conversations that is not the user's, such as a system turn; counted.",
+        ),
+    ] = False,
     mix: Annotated[
         str | None,
         typer.Option(
@@ -115,10 +122,10 @@ def tokenize(
     share = jobs.share()
     loaded = load_tokenizer(tokenizer)
     chat = None
-    if messages_field is not None or chat_template is not None:
+    if messages_field is not None or chat_template is not None or begin_with_user:
         from longspan.data.chat import load_chat_format
 
-        chat = load_chat_format(loaded, chat_template)
+        chat = load_chat_format(loaded, chat_template, begin_with_user=begin_with_user)
     job = CorpusJob(
         inputs,
         loaded,

@@ -48,6 +48,10 @@ def cut(spec: PackSpec, tokens: np.ndarray, phase: int, dropped: dict[str, int])
     framed = tokens + spec.num_bos + spec.num_eos
     if spec.strategy == "split":
         return _split(spec, tokens, framed, dropped)
+    if spec.overflow == "drop_tail":
+        heads = np.minimum(framed, spec.length)
+        dropped["overflow"] += _between(spec, tokens, heads, framed)
+        framed = heads
     if spec.strategy == "concat":
         room = spec.length - _phases(spec, framed, phase)
     else:

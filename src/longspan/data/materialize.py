@@ -25,7 +25,7 @@ from longspan.data.executor import Executor, LocalExecutor
 from longspan.data.loader import RowLoader
 from longspan.data.packing import KIND, PackPlan
 from longspan.data.piece_folder import PieceFolder
-from longspan.data.plan_rows import NO_LABEL, PlanRows
+from longspan.data.plan_rows import NO_LABEL, Labels, PlanRows
 from longspan.data.row_formats import (
     FORMATS,
     LabelledRow,
@@ -62,6 +62,9 @@ class RowsManifest(NamedTuple):
     """file, rows, bytes and id_sum of each."""
     report: dict[str, Any]
     """Report of the plan; empty if the rows came from elsewhere."""
+    mask_is: str = ""
+    """What the masks are: "answers" = which tokens the assistant wrote, "weights" = of the loss; "" is not known."""
+    labels: Labels = "document"
     format: str = FORMAT
     schema: int = SCHEMA
     longspan: str = longspan.__version__
@@ -96,12 +99,21 @@ def materialize(
 
 
 def rows_folder(
-    source: str | Path, out: str | Path, *, format: RowFormat = "mds", piece_bytes: int = PIECE_BYTES
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: RowFormat = "mds",
+    labels: Labels = "document",
+    piece_bytes: int = PIECE_BYTES,
 ) -> PieceFolder:
     """Return the work of `materialize`, to be shared by jobs of an array: `rows_folder(...).make(executor, share)`.
 
+    Args:
+        labels: what `labels` is in jsonl and parquet where a document ends with its row; "next" is the BOS of the next
+            one, as Fu et al. wrote it.
+
     Raises:
-        ArgumentError: the format is unknown.
+        ArgumentError: the format is unknown, or has no labels, or the next document has no BOS.
         DataError: `source` is neither a pack plan nor packed rows, or is damaged.
     """
     out = behind_link(out)
@@ -109,6 +121,7 @@ def rows_folder(
         raise ArgumentError("rows cannot be written like this", found=format, allowed=FORMATS)
     _open.cache_clear()  # the plan may have been made anew since
     origin = _open(os.path.abspath(source))
+    _check_labels(labels, origin, format)
     rows_per_piece = max(1, piece_bytes // (4 * origin.length))
     return PieceFolder(
         out=out,
@@ -117,6 +130,7 @@ def rows_folder(
             "format": format,
             "rows_per_piece": rows_per_piece,
             "longspan": longspan.__version__,
+            **({} if labels == "document" else {"labels": labels}),
         },
         num_pieces=-(-origin.num_rows // rows_per_piece),
         write=partial(
@@ -124,15 +138,30 @@ def rows_folder(
             source=os.path.abspath(source),
             fingerprint=origin.fingerprint,
             format=format,
+            labels=labels,
             rows_per_piece=rows_per_piece,
         ),
-        finish=partial(_finish, origin=origin, format=format),
-        is_done=partial(_is_done, out, origin.fingerprint, format),
+        finish=partial(_finish, origin=origin, format=format, labels=labels),
+        is_done=partial(_is_done, out, origin.fingerprint, format, labels),
         title=f"write {format}",
     )
 
 
-def _finish(folder: Path, entries: list[dict[str, Any]], *, origin: _Origin, format: RowFormat) -> None:
+def _check_labels(labels: Labels, origin: _Origin, format: RowFormat) -> None:
+    if labels == "document":
+        return
+    if format not in ("jsonl", "parquet"):
+        raise ArgumentError("these rows have no labels", found=format, allowed="jsonl or parquet")
+    if origin.plan_rows is None or not origin.plan_rows.plan.spec.num_bos:
+        raise ArgumentError(
+            "the label behind a document is the BOS of the next one, and documents here begin without BOS",
+            fix="pack with --specials bos or both",
+        )
+
+
+def _finish(
+    folder: Path, entries: list[dict[str, Any]], *, origin: _Origin, format: RowFormat, labels: Labels
+) -> None:
     if format == "mds":
         with atomic_write(folder / INDEX, "w") as file:
             json.dump(mds_index(entries, origin.has_mask), file, sort_keys=True)
@@ -146,6 +175,8 @@ def _finish(folder: Path, entries: list[dict[str, Any]], *, origin: _Origin, for
         fingerprint=origin.fingerprint,
         pieces=entries,
         report=origin.report,
+        mask_is=origin.mask_is,
+        labels=labels,
     )
     write_json(folder / MANIFEST, manifest._asdict())
 
@@ -156,7 +187,9 @@ def read_rows_manifest(path: str | Path) -> RowsManifest:
     content = read_json(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{file} is not the manifest of packed rows")
-    if content.get("schema") != SCHEMA or set(content) != set(RowsManifest._fields):
+    fields = set(RowsManifest._fields)
+    wanted = fields - {"mask_is", "labels"}  # which rows of earlier versions do not have
+    if content.get("schema") != SCHEMA or not wanted <= set(content) <= fields:
         raise DataError(f"{file} was written by another version or is damaged", fix="write the rows again")
     manifest = RowsManifest(**content)
     counts = (manifest.rows, manifest.length)
@@ -184,10 +217,11 @@ class _Origin(NamedTuple):
     source_names: tuple[str, ...]
     fingerprint: str
     report: dict[str, Any]
+    mask_is: str
     plan_rows: PlanRows | None
     packed: Any
 
-    def read(self, first: int, stop: int, *, labels: bool) -> Iterator[LabelledRow]:
+    def read(self, first: int, stop: int, *, labels: Labels | None) -> Iterator[LabelledRow]:
         """Yield rows; a row's arrays may be overwritten by the next."""
         if self.plan_rows is None:
             for number in range(first, stop):
@@ -198,7 +232,7 @@ class _Origin(NamedTuple):
             spans, rows = self.plan_rows.read(start, min(start + READ_ROWS, stop))
             frames = row_frames(spans, self.source_names)
             for number, (row, frame) in enumerate(zip(rows, frames), start):
-                label = self.plan_rows.next_token(number) if labels else NO_LABEL
+                label = NO_LABEL if labels is None else self.plan_rows.next_token(number, labels)
                 yield LabelledRow(row, label, frame)
 
 
@@ -217,6 +251,7 @@ def _open(source: str) -> _Origin:
             source_names=packed.source_names,
             fingerprint=packed.fingerprint,
             report={},
+            mask_is=packed.mask_is,
             plan_rows=None,
             packed=packed,
         )
@@ -243,13 +278,27 @@ def _open(source: str) -> _Origin:
         source_names=rows.source_names,
         fingerprint=loader.fingerprint,
         report=plan.report.to_dict(),
+        mask_is=_mask_is(stores, plan) if rows.has_mask else "",
         plan_rows=rows,
         packed=None,
     )
 
 
+def _mask_is(stores: list[TokenStore], plan: PackPlan) -> str:
+    # What overlapping pieces repeat has weight 0, whoever wrote it.
+    chats = all(store.manifest.config.get("chat") for store in stores if store.has_mask)
+    return "answers" if chats and not plan.spec.overlap else "weights"
+
+
 def _write_piece(
-    folder: Path, number: int, *, source: str, fingerprint: str, format: RowFormat, rows_per_piece: int
+    folder: Path,
+    number: int,
+    *,
+    source: str,
+    fingerprint: str,
+    format: RowFormat,
+    labels: Labels,
+    rows_per_piece: int,
 ) -> dict[str, Any]:
     origin = _open(source)
     if origin.fingerprint != fingerprint:
@@ -263,7 +312,7 @@ def _write_piece(
     return write_rows(
         folder,
         number,
-        origin.read(first, stop, labels=format in ("jsonl", "parquet")),
+        origin.read(first, stop, labels=labels if format in ("jsonl", "parquet") else None),
         num_rows=stop - first,
         format=format,
         has_mask=origin.has_mask,
@@ -271,12 +320,12 @@ def _write_piece(
     )
 
 
-def _is_done(out: Path, fingerprint: str, format: RowFormat) -> bool:
+def _is_done(out: Path, fingerprint: str, format: RowFormat, labels: Labels) -> bool:
     """Whether `out` holds these rows in this format. Raises DataError if it holds others."""
     if not (out / MANIFEST).is_file():
         return False
     found = read_rows_manifest(out)
-    if (found.fingerprint, found.row_format) != (fingerprint, format):
+    if (found.fingerprint, found.row_format, found.labels) != (fingerprint, format, labels):
         raise DataError(
             f"{out} already exists and holds other rows", fix="choose another place or remove it first"
         )

@@ -80,6 +80,8 @@ class PackedRows:
             raise DataError(f"{self.path} holds no rows")
         first = self._read(0)
         self._length, self.has_mask = len(first.ids), first.mask is not None
+        self.mask_is = self._on_disk.mask_is if self.has_mask else ""
+        """What the masks are: "answers" of an assistant, as in the rows of others, or "weights" of the loss."""
         names = self._on_disk.names or self.index.names
         self._names = tuple(dict.fromkeys([*names, PAD_SOURCE]))
         self._number = {name: number for number, name in enumerate(self._names)}
@@ -247,6 +249,7 @@ class _OnDisk(NamedTuple):
     """Of sources; empty when only the rows know them."""
     fingerprint: str | None
     is_ours: bool
+    mask_is: str = "answers"
 
 
 def _find(path: Path) -> _OnDisk:
@@ -257,7 +260,8 @@ def _find(path: Path) -> _OnDisk:
     manifest = read_rows_manifest(path) if (path / MANIFEST).is_file() else None
     if (path / INDEX).is_file():
         names, fingerprint = (manifest.source_names, manifest.fingerprint) if manifest else ([], None)
-        return _mds(path, names, fingerprint)
+        found = _mds(path, names, fingerprint)
+        return found if manifest is None else found._replace(mask_is=manifest.mask_is or "weights")
     if manifest is None:
         paths = _chunk_files(path)
         if paths[0].name == INDEX:
@@ -282,6 +286,7 @@ def _find(path: Path) -> _OnDisk:
         names,
         manifest.fingerprint,
         True,
+        manifest.mask_is or "weights",
     )
 
 

@@ -19,6 +19,7 @@ context only, of weight 0. Pieces of two documents never overlap.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,9 @@ class PackSpec(Config):
     """Documents with fewer tokens than this, specials not counted, are left out. 1: only empty ones."""
     min_tail: Length = pydantic.Field(1, ge=1)
     """The last piece of a cut document is dropped if it has fewer tokens than this. 1: never."""
+    overflow: Literal["split", "drop_tail"] = "split"
+    """What becomes of a document that, framed, is longer than a row: it goes on in another one, or only its first
+    `length` tokens are placed."""
     remainder: Literal["drop", "pad"] = "drop"
     """What becomes of a row that is not full: dropped (and counted) or filled with padding of weight 0."""
     specials: Literal["none", "bos", "eos", "both"] = "none"
@@ -104,7 +108,20 @@ class PackSpec(Config):
         if self.overlap + self.num_mos >= self.length:
             raise ValueError(f"overlap {self.overlap} leaves a row of {self.length} no room for new tokens")
         self._check_split()
+        if self.strategy == "split" and self.overflow != "split":
+            raise ValueError("overflow has no effect with strategy split, which cuts every document")
         return self
+
+    def fingerprint(self) -> str:
+        """Return 16 hex characters that change exactly when a setting changes.
+
+        Plans that were made before there was `overflow` keep theirs.
+        """
+        if self.overflow != "split":
+            return super().fingerprint()
+        values = {name: value for name, value in self.to_dict().items() if name != "overflow"}
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
     def _check_split(self) -> None:
         if self.strategy != "split":
@@ -154,8 +171,9 @@ class PackReport(Config):
     special_tokens: int
     padding_tokens: int
     dropped: dict[str, int]
-    """Tokens left out: "short" documents, "tail" pieces, the "remainder" that fills no row, and with split the
-    pieces of "other_lengths", which stand in the plans of those lengths."""
+    """Tokens left out: "short" documents, "tail" pieces, the "remainder" that fills no row, with overflow drop_tail
+    what documents have beyond a row ("overflow"), and with split the pieces of "other_lengths", which stand in the
+    plans of those lengths."""
     sources: dict[str, int]
     """Document tokens in rows, per source."""
     repeated_tokens: int = 0
@@ -253,6 +271,8 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
     parts, dropped = [], dict.fromkeys(("short", "tail", "remainder"), 0)
     if spec.strategy == "split":
         dropped["other_lengths"] = 0
+    if spec.overflow == "drop_tail":
+        dropped["overflow"] = 0
     for group in _groups(spec, lengths, documents):
         columns = _place(spec, lengths, group, dropped)
         if spec.strategy == "best_fit":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -21,6 +21,8 @@ from longspan.data.packing import PAD_DOCUMENT, PackPlan
 from longspan.data.store import MDSDirectory, TokenStore
 
 NO_LABEL = -100
+Labels = Literal["document", "next"]
+"""Label of a row whose last document ends with it: none, or the BOS of the next document."""
 
 
 class RowSpans(NamedTuple):
@@ -143,8 +145,8 @@ class PlanRows:
                 weights=weights,  # type: ignore[arg-type]
             )
 
-    def next_token(self, row: int) -> int:
-        """Return the token that follows the last one of a row in its document, or NO_LABEL at its end."""
+    def next_token(self, row: int, labels: Labels = "document") -> int:
+        """Return the token that follows the last one of a row in its document; at its end what `labels` says."""
         plan, spec = self.plan, self.plan.spec
         last = int(plan.row_offsets[row + 1]) - 1
         document, start = int(plan.span_document[last]), int(plan.span_start[last])
@@ -154,7 +156,9 @@ class PlanRows:
         tokens = self._stores[int(self.lengths.store[document])].tokens(int(self.lengths.position[document]))
         if position < len(tokens):
             return int(tokens[position])
-        return int(spec.eos_id or 0) if spec.num_eos and position == len(tokens) else NO_LABEL
+        if spec.num_eos and position == len(tokens):
+            return int(spec.eos_id or 0)
+        return NO_LABEL if labels == "document" else int(spec.bos_id or 0)
 
     def _spans(self, offsets: np.ndarray) -> _Spans:
         plan, spec, lengths = self.plan, self.plan.spec, self.lengths

@@ -104,7 +104,7 @@ class RecutRows:
         plan = plan_packing(spec, documents.lengths, np.arange(len(documents.row_of), dtype=np.uint32), 0)
         _need_rows(plan.num_rows, rows, length)
         self._loader = RowLoader(documents, plan)
-        self.has_mask = rows.has_mask
+        self.has_mask, self.mask_is = rows.has_mask, rows.mask_is
         self.left_out = {
             "cut_documents": len(np.unique(np.asarray(plan.span_document)[np.asarray(plan.span_start) > 0])),
             "tail_tokens": sum(plan.report.dropped.values()),
@@ -157,7 +157,7 @@ class HeadRows:
         self._numbers = np.flatnonzero(stored >= length)
         _need_rows(len(self._numbers), rows, length)
         self.num_rows = len(self._numbers)
-        self.has_mask, self.source_names = rows.has_mask, rows.source_names
+        self.has_mask, self.mask_is, self.source_names = rows.has_mask, rows.mask_is, rows.source_names
         self.left_out = {
             "short_rows": len(stored) - self.num_rows,
             "tail_tokens": int((stored[self._numbers] - length).sum()),

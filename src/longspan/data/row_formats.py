@@ -8,7 +8,7 @@
 
 `indices` are half-open; tokens that no index covers are padding. In the JSON form padding is a source of its
 own, so the spans partition the row; `labels`, one number, is the token after the row if its last document goes
-on, else -100.
+on, else -100, or the BOS of the next document where that is asked for.
 """
 
 from __future__ import annotations

@@ -131,9 +131,14 @@ class StreamConfig(Config):
     """How documents become rows of the stage's context length; those of longer `rows` too. None: concat; for
     conversations, and with `objective: sft`, best_fit, and a conversation longer than a row is left out and counted:
     no answer is learnt without its question."""
-    overflow: Literal["split", "drop_tail"] = "split"
-    """What becomes of what `rows` have more than the stage's context length: it is in further rows, or left out and
-    counted, so that each row gives its first tokens."""
+    overflow: Literal["split", "drop_tail", "drop"] | None = None
+    """What becomes of a document longer than the stage's context length: it goes on in further rows (split), gives its
+    first tokens (drop_tail), or is left out (drop), each counted. None: split, but drop for conversations without a
+    `strategy`. Of `rows` each row is split, or gives its first tokens."""
+    loss_mask: bool | None = None
+    """Whether only what a conversation's mask marks is learnt. None: as the stage says."""
+    begin_with_user: bool = False
+    """Leave out the first turn of conversations in `records` that is not the user's, such as a system turn."""
     shuffle: bool = True
     """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
     document_mask: bool | None = None
@@ -161,10 +166,14 @@ class StreamConfig(Config):
         changed = [name for name in planning if getattr(self, name) != type(self).model_fields[name].default]
         if self.rows is not None and changed:
             raise ValueError(f"{', '.join(changed)} has no effect on rows that are packed already")
-        if self.overflow != "split" and (self.rows is None or self.strategy not in (None, "concat")):
+        if self.rows is not None and self.overflow == "drop":
+            raise ValueError("overflow: drop leaves out documents; `rows` have split or drop_tail")
+        if self.rows is not None and self.overflow == "drop_tail" and self.strategy not in (None, "concat"):
             raise ValueError(
                 "overflow: drop_tail takes the first tokens of each of `rows`, with strategy concat"
             )
+        if self.records is None and self.begin_with_user:
+            raise ValueError("begin_with_user has an effect on records only: a store is tokenized already")
         if self.records is not None and self.teacher is not None:
             raise ValueError(
                 "a teacher annotates rows or a store: make a store of the records with `longspan data tokenize`"
@@ -215,8 +224,11 @@ class StageConfig(Config):
     """Keep the documents of a row apart: none sees another, each begins at position 0, and its first token is nobody's
     label. false: attention, positions and labels run over the whole row. A stream may say otherwise."""
     objective: Literal["lm", "sft", "distill"] = "lm"
-    """lm: every token, by the loss weights where the data has some. sft: what the assistant wrote; a stream without
-    masks is refused. distill: lm mixed with a teacher's predictions; every stream names its `teacher`."""
+    """lm: every token; `loss_weights` that texts carry count, masks of conversations and of packed rows do not. sft:
+    what the assistant wrote; a stream without masks is refused. distill: cross-entropy mixed with a teacher's
+    predictions, by the mask where there is one; every stream names its `teacher`."""
+    loss_mask: bool | None = None
+    """Whether only what a mask marks is learnt, or every token; a stream may say otherwise. None: as the objective."""
     loss_average: LossAverage = "tokens"
     """What the loss of a step is a mean of. tokens: all trained tokens of the step count the same. samples: the mean
     of each document first, then of these, as a trainer with one conversation a batch does: four tokens of an answer
@@ -287,6 +299,17 @@ class StageConfig(Config):
         """Whether the documents in the rows of a stream are kept apart."""
         own = self.streams[stream].document_mask
         return self.document_mask if own is None else own
+
+    def learns_by_mask(self, stream: str) -> bool:
+        """Whether of a stream only what its masks mark is learnt, where it has some."""
+        own = self.streams[stream].loss_mask
+        own = self.loss_mask if own is None else own
+        return self.objective != "lm" if own is None else own
+
+    def needs_mask(self, stream: str) -> bool:
+        """Whether a stream without masks is refused."""
+        own = self.streams[stream].loss_mask
+        return self.learns_by_mask(stream) if own is None and self.objective == "sft" else bool(own)
 
     @property
     def rows_per_step(self) -> int:

@@ -15,6 +15,8 @@ WORDS = {
     "short": "{} documents too short",
     "long": "{} documents too long",
     "short_rows": "{} rows too short",
+    "heads": "{} documents of which the head is kept",
+    "overflow_tokens": "{} tokens behind those heads",
     "tail_tokens": "{} tokens behind the last row",
     "cut_documents": "{} documents cut",
     "cut_chats": "{} conversations cut (answers apart from their questions)",

@@ -81,7 +81,12 @@ def parse_records(entry: str) -> Records:
 
 
 def record_stores(
-    entries: Sequence[str], *, data_root: Path, tokenizer: str | None, template: str | None
+    entries: Sequence[str],
+    *,
+    data_root: Path,
+    tokenizer: str | None,
+    template: str | None,
+    begin_with_user: bool = False,
 ) -> list[RecordStore]:
     """Return the token store of each entry, made now unless it is there; the same file may be named twice.
 
@@ -93,10 +98,15 @@ def record_stores(
     if tokenizer is None:
         raise ConfigError("records need a tokenizer", fix="set the recipe's tokenizer")
     encoder = load_tokenizer(tokenizer)
-    return [RecordStore(_store_of(each.path, data_root, encoder, template), each) for each in parsed]
+    return [
+        RecordStore(_store_of(each.path, data_root, encoder, template, begin_with_user), each)
+        for each in parsed
+    ]
 
 
-def _store_of(path: str, data_root: Path, tokenizer: Tokenizer, template: str | None) -> TokenStore:
+def _store_of(
+    path: str, data_root: Path, tokenizer: Tokenizer, template: str | None, begin_with_user: bool
+) -> TokenStore:
     # Only a prefix: a second one further on is part of the name.
     file = data_root / path.removeprefix(DATA_ROOT_PREFIX)
     if not file.is_file():
@@ -104,7 +114,11 @@ def _store_of(path: str, data_root: Path, tokenizer: Tokenizer, template: str | 
             "a file of records is missing", found=str(file), fix="relative paths start at data_root"
         )
     field = _field_of(file)
-    chat = load_chat_format(tokenizer, template) if field in CONVERSATIONS else None
+    chat = (
+        load_chat_format(tokenizer, template, begin_with_user=begin_with_user)
+        if field in CONVERSATIONS
+        else None
+    )
     identity = [str(file.resolve()), tokenizer.fingerprint, chat.fingerprint if chat else None]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return tokenize_corpus(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.core.log import get_logger
 from longspan.data.annotations import Annotations, TaughtRows
 from longspan.data.columns import folder_kind
 from longspan.data.framing import frame_settings
@@ -20,8 +21,9 @@ from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import KIND as PACK_PLAN
 from longspan.data.packing import PackPlan, PackSpec, plan_packing
 from longspan.data.readers.hub import SCHEME as HUB
-from longspan.data.recut import HeadRows, RecutRows, recut
+from longspan.data.recut import HeadRows, Overflow, RecutRows, recut
 from longspan.data.store import TokenStore, open_stores
+from longspan.data.unmasked import UnmaskedRows, UnmaskedStore
 from longspan.data.whole_rows import WholeRows
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
@@ -105,24 +107,28 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
         if stream.rows is not None:
             sources[name], behind = _packed(stream, stage, data_root, where)
             masked = _rows_have_masks(sources[name], behind)
+            masks = _rows_are_answers(sources[name], behind)
             left_out[name] = getattr(sources[name], "left_out", {})
         else:
             planned = _planned(stream, stage, data_root, seed, where, tokenizer)
             sources[name], behind, mixtures[name] = planned.rows, planned.stores, planned.mixture
             masked, left_out[name] = planned.masked, planned.left_out
+            masks = any(_is_chat(store) and store.has_mask for store in behind)
         stores += behind
         orders[name] = _order(stream, sources[name])
         if stream.teacher is not None:
             paths = (stream.teacher,) if isinstance(stream.teacher, str) else stream.teacher
             annotations = [Annotations(data_root / path) for path in paths]
             sources[name] = TaughtRows(sources[name], annotations, stores=behind)
+        if masks and not stage.learns_by_mask(name):
+            sources[name] = _unmasked(sources[name], behind, where)
         if not stage.keeps_apart(name):
             sources[name] = WholeRows(sources[name])
-        if stage.objective == "sft" and not masked:
+        if stage.needs_mask(name) and not masked:
             raise ConfigError(
-                f"{where} has no masks, by which sft knows what the assistant wrote",
+                f"{where} has no masks, by which sft and loss_mask know what the assistant wrote",
                 fix="tokenize conversations (`longspan data tokenize --messages-field`, or records of the recipe), or "
-                "set the stage's objective to lm",
+                "set the stream's loss_mask to false",
             )
     if not sources:
         return StagePlan(stage, None, {}, {}, {}, {}, {})
@@ -198,7 +204,11 @@ def _planned(
     """Return rows planned from token stores or records."""
     if stream.records is not None:
         parts = record_stores(
-            stream.records, data_root=data_root, tokenizer=tokenizer, template=stream.chat_template
+            stream.records,
+            data_root=data_root,
+            tokenizer=tokenizer,
+            template=stream.chat_template,
+            begin_with_user=stream.begin_with_user,
         )
         stores = [part.store for part in parts]
     else:
@@ -208,13 +218,17 @@ def _planned(
         stores = open_stores(data_root / path for path in paths)
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
-    chats = np.array([bool(store.manifest.config.get("chat")) for store in stores])
+    chats = np.array([_is_chat(store) for store in stores])
     frame = frame_settings(stream.specials, stores, where=where)
     strategy = stream.strategy
     limits = np.full(len(stores), np.iinfo(np.int64).max)
+    room = stage.context_length - {"none": 0, "both": 2}.get(frame["specials"], 1)
+    if stream.overflow == "drop":
+        limits[:] = room
     if strategy is None:
         strategy = "best_fit" if stage.objective == "sft" or chats.any() else "concat"
-        limits[chats] = stage.context_length - {"none": 0, "both": 2}.get(frame["specials"], 1)
+        if stream.overflow is None:
+            limits[chats] = room
     documents, left_out = _within_limits(stream, lengths, mixture.documents, limits)
     if parts:
         documents = draw_records(parts, lengths, documents, seed)
@@ -223,6 +237,7 @@ def _planned(
     spec = PackSpec(
         length=stage.context_length,
         strategy=strategy,
+        overflow="drop_tail" if stream.overflow == "drop_tail" else "split",
         # A document of its own row is shorter than the row: the rest is padding, which weighs nothing. A stage of so
         # many tokens reads full rows; an epoch reads all of its text.
         remainder="drop" if strategy == "concat" and stage.epochs is None else "pad",
@@ -239,7 +254,11 @@ def _planned(
             allowed=f"at least {stage.context_length} tokens",
             fix="give it more documents or a shorter context_length",
         )
-    left_out |= {"tail_tokens": sum(plan.report.dropped.values()), "cut_chats": num_cut(plan, lengths, chats)}
+    dropped = dict(plan.report.dropped)
+    if beyond := dropped.pop("overflow", 0):
+        heads = int((lengths.tokens[documents] > room).sum())
+        left_out |= {"heads": heads, "overflow_tokens": beyond}
+    left_out |= {"tail_tokens": sum(dropped.values()), "cut_chats": num_cut(plan, lengths, chats)}
     masked = bool(np.any(lengths.mask_offset[documents] != 0))
     return _Planned(RowLoader(stores, plan), stores, mixture, masked, left_out)
 
@@ -279,6 +298,24 @@ def _rows_have_masks(rows: RowSource, stores: list[TokenStore]) -> bool:
     return any(bool(np.any(store.lengths.mask_offset != 0)) for store in stores)
 
 
+def _rows_are_answers(rows: RowSource, stores: list[TokenStore]) -> bool:
+    """Whether the masks of packed rows say what an assistant wrote, and are no loss weights of texts."""
+    if isinstance(rows, PackedRows | RecutRows | HeadRows):
+        return rows.mask_is == "answers"
+    return any(_is_chat(store) and store.has_mask for store in stores)
+
+
+def _is_chat(store: TokenStore) -> bool:
+    return bool(store.manifest.config.get("chat"))
+
+
+def _unmasked(rows: RowSource, stores: list[TokenStore], where: str) -> RowSource:
+    get_logger("train").info("%s: every token is learnt, its masks are not used (loss_mask)", where)
+    if isinstance(rows, RowLoader):
+        return RowLoader([UnmaskedStore(store) if _is_chat(store) else store for store in stores], rows.plan)
+    return UnmaskedRows(rows)
+
+
 def _packed(
     stream: StreamConfig, stage: StageConfig, data_root: Path, where: str
 ) -> tuple[RowSource, list[TokenStore]]:
@@ -291,7 +328,7 @@ def _packed(
         if folder_kind(path) == PACK_PLAN:
             return _plan_rows(stream, stage, path, data_root, where)
         rows = PackedRows(path)
-    again = stream.strategy not in (None, "concat") or stream.overflow != "split"
+    again = stream.strategy not in (None, "concat") or stream.overflow == "drop_tail"
     if rows.lengths_are(stage.context_length) and not again:
         return rows, []
     if rows.longest < stage.context_length:
@@ -304,7 +341,11 @@ def _packed(
             fix="write them at that length with `longspan data pack`, and annotate those",
         )
     strategy = stream.strategy or ("best_fit" if stage.objective == "sft" else "concat")
-    return recut(rows, length=stage.context_length, strategy=strategy, overflow=stream.overflow), []
+    return recut(rows, length=stage.context_length, strategy=strategy, overflow=_of_rows(stream)), []
+
+
+def _of_rows(stream: StreamConfig) -> Overflow:
+    return "drop_tail" if stream.overflow == "drop_tail" else "split"
 
 
 def _plan_rows(
@@ -318,7 +359,7 @@ def _plan_rows(
         )
     if plan.spec.length != stage.context_length:
         raise _other_length(where, plan.spec.length, stage)
-    if stream.strategy not in (None, "concat") or stream.overflow != "split":
+    if stream.strategy not in (None, "concat") or stream.overflow == "drop_tail":
         raise ConfigError(f"{where}: strategy and overflow have no effect on a pack plan", found=str(path))
     return RowLoader(stores, plan), stores
 

@@ -78,6 +78,7 @@ class ChatFormat:
         template: the Jinja text.
         special: texts of bos_token, eos_token and the like, for the template to write. None: those of the
             tokenizer.
+        begin_with_user: leave out the first turn where it is not the user's, such as a system turn, and count it.
 
     Raises:
         DataError: the template is not valid or fails; or it has no `{% generation %}` blocks and rewrites contents,
@@ -85,8 +86,15 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str, *, special: Mapping[str, str] | None = None
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        *,
+        special: Mapping[str, str] | None = None,
+        begin_with_user: bool = False,
     ) -> None:
+        self.begin_with_user = begin_with_user
+        """Whether a first turn that is not the user's is left out."""
         self._special = dict(special_texts(tokenizer) if special is None else special)
         self.template = template
         """The Jinja text."""
@@ -106,6 +114,8 @@ class ChatFormat:
     def fingerprint(self) -> str:
         """SHA-256 of what decides ids and masks beside the tokenizer."""
         parts = [self.template, self._special, DATE.isoformat(), RULES]
+        if self.begin_with_user:
+            parts.append("begin_with_user")
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -133,9 +143,12 @@ class ChatFormat:
 
     def encode_record(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Encoded:
         """Return ids and mask of a conversation, and notes of what the template left out; see `encode`."""
-        given, turns = self._given(messages, variables)
+        cut = self._from_user(messages)
+        given, turns = self._given(cut, variables)
         reading = self._read(given)
         notes = check_written(given, reading, self._template, special=self._encoder.special)
+        if len(cut) < len(messages):
+            notes["conversations without their first turn, which is not the user's"] += 1
         if self._template.has_blocks:
             spans = block_spans(reading, turns)
         else:
@@ -149,6 +162,13 @@ class ChatFormat:
         for name in {*LEARNT, *NOT_LEARNT} & given.variables.keys() - self._template.variables:
             notes[f"records with a `{name}` that says nothing of turns"] += 1
         return Encoded(*tokens, notes)
+
+    def _from_user(self, messages: Any) -> Any:
+        """Return a conversation without a first turn that is not the user's, where that is asked for."""
+        if not self.begin_with_user:
+            return messages
+        turns = as_messages(messages)
+        return turns if turns[0]["role"] == "user" else turns[1:]
 
     def _given(self, messages: Any, variables: Mapping[str, Any] | None) -> tuple[Given, list[Turn]]:
         values = dict(variables or {})
@@ -273,19 +293,22 @@ class ChatFormat:
         return prompted.removeprefix(without).lstrip() if prompted.startswith(without) else ""
 
 
-def load_chat_format(tokenizer: Tokenizer, template: str | Path | None = None) -> ChatFormat:
+def load_chat_format(
+    tokenizer: Tokenizer, template: str | Path | None = None, *, begin_with_user: bool = False
+) -> ChatFormat:
     """Return a tokenizer's chat format.
 
     Args:
         template: None takes the tokenizer's own: `chat_template` in its tokenizer_config.json (one text, or
             named ones) or chat_template.jinja beside it. Else the name of one of these, a shipped name
-            (llama-2, llama-3, mistral, qwen), or a Jinja file.
+            (llama-2, llama-3, llama-3-untrimmed, mistral, qwen), or a Jinja file.
+        begin_with_user: see `ChatFormat`.
 
     Raises:
         DataError: there is no such template, or it cannot be used; see `ChatFormat`.
     """
     name = None if template is None else str(template)
-    return ChatFormat(tokenizer, find_template(tokenizer.path.parent, name))
+    return ChatFormat(tokenizer, find_template(tokenizer.path.parent, name), begin_with_user=begin_with_user)
 
 
 def special_texts(tokenizer: Tokenizer) -> dict[str, str]:

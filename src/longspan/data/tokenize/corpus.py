@@ -210,6 +210,7 @@ class CorpusJob:
             strict=strict,
             shard_bytes=shard_bytes,
             chat_template=None if chat is None else chat.template,
+            begin_with_user=chat is not None and chat.begin_with_user,
         )
         self._units: Sequence[Unit | GroupUnit] = units
         self._deals: Sequence[Unit] = ()

@@ -36,6 +36,8 @@ class PieceJob(NamedTuple):
     strict: bool
     shard_bytes: int
     chat_template: str | None = None
+    begin_with_user: bool = False
+    """See `ChatFormat`."""
     sampling: Sampling | None = None
 
 
@@ -101,7 +103,11 @@ class _Encoder:
         self.seen: dict[str, SourceCounts] = {}
         self._job, self._tokenizer = job, job.tokenizer
         self._dtype = token_dtype(job.tokenizer.vocab_size)
-        self._chat = None if job.chat_template is None else _chat(job.tokenizer, job.chat_template)
+        self._chat = (
+            None
+            if job.chat_template is None
+            else _chat(job.tokenizer, job.chat_template, job.begin_with_user)
+        )
 
     def encode(self, document: Document, writer: PieceWriter) -> None:
         utf8 = document.text.encode() if len(document.text) <= LONG_CHARACTERS else None
@@ -176,7 +182,7 @@ def _encode_chat(
 
 
 @lru_cache(maxsize=4)
-def _chat(tokenizer: Tokenizer, template: str) -> ChatFormat:
+def _chat(tokenizer: Tokenizer, template: str, begin_with_user: bool) -> ChatFormat:
     from longspan.data.chat import ChatFormat
 
-    return ChatFormat(tokenizer, template)
+    return ChatFormat(tokenizer, template, begin_with_user=begin_with_user)

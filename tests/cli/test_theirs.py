@@ -1,0 +1,159 @@
+"""What the code of other projects makes of tiny data, the lines of docs/coming-from.md make of it too.
+
+See theirs.py for how their output was obtained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longspan.data.packed_stores import PackedRows
+from longspan.data.store import MDSDirectory, TokenStore
+from longspan.train.recipes import load_recipe
+from longspan.train.streams import plan_stage
+from tests.cli import theirs
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "theirs.json").read_text())
+
+
+@pytest.fixture
+def place(tmp_path: Path, longspan, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """books.jsonl, slimpajama/train, redpajama/ and the tokenizer, and a store of the books."""
+    theirs.write_tokenizer(tmp_path / "tokenizer")
+    write(tmp_path / "books.jsonl", [{"text": text} for text in theirs.books()])
+    write(tmp_path / "slimpajama" / "train" / "part-0.jsonl", theirs.slimpajama())
+    for name, texts in theirs.redpajama().items():
+        write(tmp_path / "redpajama" / f"{name}.jsonl", [{"text": text} for text in texts])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def done(longspan):
+    """Run a command line that has to end well."""
+
+    def call(line: str) -> str:
+        outcome = longspan(line)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    return call
+
+
+def write(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def packed(folder: str) -> Iterator[list]:
+    """Yield ids and bounds of documents, as datatools' rows have them."""
+    rows = PackedRows(folder)
+    for number in range(rows.num_rows):
+        row = rows.row(number)
+        bounds = row.cu_seqlens.tolist()
+        yield [row.input_ids.tolist(), [list(pair) for pair in pairwise(bounds)]]
+
+
+def test_datatools(place: Path, done) -> None:
+    """`pack` there writes other rows than the line that stands beside it."""
+    done("data tokenize books.jsonl --tokenizer tokenizer --out stores/book")
+    store = TokenStore("stores/book")
+    assert theirs.digest(store.tokens(n).tolist() for n in range(len(store))) == GOLDEN["datatools"]["ids"]
+    for number, (options, golden) in enumerate(
+        [
+            ("--specials none --min-tail 64", "pack"),
+            ("--specials both", "pack bos eos"),
+        ]
+    ):
+        done(f"data pack stores/book --length 64 {options} --out plan{number} --materialize rows{number}")
+        assert theirs.digest(packed(f"rows{number}")) == GOLDEN["datatools"][golden], options
+    done(
+        "data pack stores/book --strategy split --split-lengths 64,32,8 --length 64 --specials both --out split "
+        "--materialize pieces"
+    )
+    for name, golden in GOLDEN["datatools"]["pack split"].items():
+        assert theirs.digest(packed(f"pieces/{name}")) == golden, name
+
+
+def test_slimpajama_packing(place: Path, done) -> None:
+    """Ids, `labels` and `source` of their packed rows."""
+    done(
+        "data tokenize slimpajama/train --tokenizer tokenizer --source-field meta.redpajama_set_name --out stores/s"
+    )
+    done(
+        "data pack stores/s --length 64 --specials bos --labels next --out plan --materialize rows --format jsonl"
+    )
+    rows = [
+        json.loads(line)
+        for path in sorted(Path("rows").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    assert (
+        theirs.digest(
+            [row["input_ids"], row["labels"], [[s["source"], s["start"], s["end"]] for s in row["source"]]]
+            for row in rows
+        )
+        == GOLDEN["slimpajama_packing"]
+    )
+
+
+def test_cepe(place: Path, done) -> None:
+    """Token files of `tokenize_files.py`, and windows that `sample_mds_ab.py` could draw, in both its shares."""
+    done("data tokenize redpajama --tokenizer tokenizer --out stores/redpajama")
+    done(
+        "data pairs stores/redpajama --mode ab --weight arxiv=0.5 --weight book=0.5 --encoder 16 --decoder 16 "
+        "--eval-samples 4 --train-samples 20 --format cepe --out ab"
+    )
+    windows = []
+    for part in ("test", "train"):
+        for domain in ("arxiv", "book"):
+            windows += [
+                [*sample["prev_token_ids"].tolist(), *sample["token_ids"].tolist()]
+                for sample in MDSDirectory(Path("ab") / part / domain)
+            ]
+    assert len(windows) >= 20 and set(theirs.short_digests(windows)) <= set(GOLDEN["cepe ab windows"])
+    done("data convert stores/redpajama --to npy --out npy")
+    ours, by_them = [], GOLDEN["cepe documents"]
+    for domain in ("arxiv", "book"):
+        data = np.load(Path("npy") / domain / f"{domain}.npy")
+        count = int(data[0])
+        ours += [ids.tolist() for ids in np.split(data[1 + count :], np.cumsum(data[1 : 1 + count]))[:-1]]
+    assert theirs.digest(ours) == by_them
+
+
+def test_longllm_qlora(place: Path) -> None:
+    """Ids and masks of conversations and texts, by the settings of the recipe: white space kept, the system turn left
+    out, longer conversations left out, longer texts cut to their heads."""
+    recipe = load_recipe("qlora-80k").config
+    streams = recipe.stages[0].streams
+    small = {
+        "context_length": theirs.MAX_LENGTH,
+        "batch_tokens": theirs.MAX_LENGTH,
+        "micro_batch_tokens": theirs.MAX_LENGTH,
+    }
+    write(place / "chats.jsonl", [{"conversations": each} for each in theirs.conversations()])
+    chats = streams["conversations"].model_copy(
+        update={"records": ("chats.jsonl",), "max_document_tokens": theirs.MAX_LENGTH, "strategy": "intact"}
+    )
+    texts = streams["redpajama"].model_copy(update={"records": ("books.jsonl",), "strategy": "intact"})
+    stage = recipe.stages[0].model_copy(
+        update={**small, "streams": {"conversations": chats, "redpajama": texts}}
+    )
+    plan = plan_stage(stage, data_root=place, seed=0, tokenizer=str(place / "tokenizer"))
+    found = {}
+    for name, rows in plan.sources.items():
+        found[name] = []
+        for number in range(rows.num_rows):
+            row = rows.row(number)
+            end = int(row.cu_seqlens[1])
+            found[name].append([row.input_ids[:end].tolist(), row.weights[:end].tolist()])
+    assert sorted(found["conversations"]) == sorted(GOLDEN["longllm conversations"])
+    assert theirs.digest(ids for ids, _ in found["redpajama"]) == GOLDEN["longllm texts"]
+    assert plan.left_out["conversations"]["long"] == 1
+    assert plan.left_out["redpajama"]["heads"] == 32

@@ -1,0 +1,107 @@
+"""Tiny data on which the code of the projects of docs/coming-from.md was run, and how its output is compared.
+
+`goldens/theirs.json` holds what their code made of it: the number of its rows and a digest of them. It was written
+once by calling their functions as published (datatools' `pack_fn`, Long-Context-Data-Engineering's `writer_process`,
+CEPE's `process` and `filter_length`, longllm_qlora's `Data._process_...`) on the texts below with the tokenizer below.
+Where the order of documents decides, which there is a race of processes or a shuffle, it was that of our mixture with
+seed 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors
+
+LENGTH = 64
+"""Tokens of a row; theirs are 65,536 and 131,072."""
+MAX_LENGTH = 120
+"""Where longllm_qlora cuts a text and leaves out a conversation; 81,920 there."""
+SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+WORDS = ("user", "assistant", "\u010a\u010a")
+"""Single tokens, as in Llama 3: their masks count on it."""
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write a byte tokenizer in the form of Llama 3's: it begins texts with BOS. Its ids follow from no training."""
+    merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
+    tokens = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [token for token in dict.fromkeys(map("".join, merges)) if token not in tokens]
+    model = tokenizers.Tokenizer(
+        models.BPE({token: n for n, token in enumerate(tokens)}, list(dict.fromkeys(merges)))
+    )
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens(list(SPECIALS))
+    begin = SPECIALS[0]
+    model.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, 0)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": SPECIALS[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def text(number: int, words: int) -> str:
+    """Return a text of so many words."""
+    return " ".join(NAMES[(number * 7 + i * i + i // 3) % 10] for i in range(words)) + ".\n"
+
+
+def books() -> list[str]:
+    """Texts below, at and far above the length of a row."""
+    return [text(n, (3, 40, 9, 61, 13, 120, 5)[n % 7] + n) for n in range(40)]
+
+
+def slimpajama() -> list[dict[str, Any]]:
+    """Records of three domains."""
+    domains = ("RedPajamaBook", "RedPajamaArXiv", "RedPajamaC4")
+    return [{"text": each, "meta": {"redpajama_set_name": domains[n % 3]}} for n, each in enumerate(books())]
+
+
+def redpajama() -> dict[str, list[str]]:
+    """Texts of CEPE's two domains by file."""
+    return {
+        f"{domain}/{file}": [text(10 * file + n + shift, 6 + 11 * n) for n in range(4)]
+        for shift, domain in ((0, "arxiv"), (3, "book"))
+        for file in range(6)
+    }
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    """Conversations with a system turn, white space around contents, two answers, and one that is too long."""
+
+    def turns(*contents: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[n % 2], "content": each} for n, each in enumerate(contents)]
+
+    return [
+        turns("How many?", "Three."),
+        turns("  How many? \n", " Three, or so. \n\n"),
+        [{"role": "system", "content": "Be brief."}, *turns("Who?", "Ada", "Sure?", "Yes, she did.")],
+        turns("Read this.", text(1, 60)),
+        turns("What is in it?\n\nSay it.", "It says:\n\n1. one\n2. two "),
+    ]
+
+
+def digest(rows: Iterable[Any]) -> dict[str, Any]:
+    """Return how many rows there are and what they hold, whatever their order."""
+    each = sorted(hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows)
+    return {"rows": len(each), "sha256": hashlib.sha256("".join(each).encode()).hexdigest()}
+
+
+def short_digests(rows: Iterable[Any]) -> list[str]:
+    """Return 8 characters for each different row, sorted."""
+    return sorted({hashlib.sha256(json.dumps(row).encode()).hexdigest()[:8] for row in rows})
