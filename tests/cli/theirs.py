@@ -3,8 +3,7 @@
 `goldens/theirs.json` holds what their code made of it: the number of its rows and a digest of them. It was written
 once by calling their functions as published (datatools' `pack_fn`, Long-Context-Data-Engineering's `writer_process`,
 CEPE's `process` and `filter_length`, longllm_qlora's `Data._process_...`) on the texts below with the tokenizer below.
-Where the order of documents decides, which there is a race of processes or a shuffle, it was that of our mixture with
-seed 0.
+They got the documents in the order of the files; on a corpus it is there a race of processes, or a shuffle.
 """
 
 from __future__ import annotations
