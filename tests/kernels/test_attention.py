@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import Bands, attention, choose_kernel, merge
 from longspan.kernels.attention.cpu_flash import CpuFlashKernel
-from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel, launches
 from longspan.kernels.attention.reference import ReferenceKernel, dense_mask
 
 CPU = torch.device("cpu")
@@ -241,60 +240,3 @@ def test_cpu_gets_the_flash_kernel() -> None:
     """The fast path must be the one that runs."""
     assert choose_kernel("cpu").name == "cpu_flash"
     assert choose_kernel("meta").name == "reference"
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.tuples(SEGMENT, SEGMENT, SHIFT, st.none() | st.integers(0, 40)), min_size=1, max_size=5)
-)
-def test_cuda_launches_describe_the_same_pairs(rows: list[tuple[int, int, int, int | None]]) -> None:
-    """The window that each CUDA launch asks for, replayed by its definition, is the mask of the bands."""
-    q_len, k_len, lo, width = (list(column) for column in zip(*rows))
-    q_start, k_start = np.cumsum([0, *q_len])[:-1], np.cumsum([0, *k_len])[:-1]
-    hi = [None if w is None else low + w for low, w in zip(lo, width)]
-    bands = Bands(q_start, q_len, k_start, k_len, lo=lo, hi=hi)
-    queries, keys = sum(q_len), sum(k_len)
-    found = torch.zeros(queries, keys, dtype=torch.int64)
-    for launch in launches(bands, num_queries=queries, num_keys=keys, device=CPU):
-        assert launch.left >= -1 and launch.right >= -1
-        q_rows = torch.arange(queries) if launch.q_rows is None else launch.q_rows
-        k_rows = torch.arange(keys) if launch.k_rows is None else launch.k_rows
-        for (q0, q1), (k0, k1) in zip(
-            launch.cu_q.unfold(0, 2, 1).tolist(), launch.cu_k.unfold(0, 2, 1).tolist()
-        ):
-            assert q1 - q0 <= launch.max_q and k1 - k0 <= launch.max_k
-            diagonal = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
-            seen = (launch.left < 0) | (diagonal <= launch.left)
-            seen = seen & ((launch.right < 0) | (diagonal >= -launch.right))
-            found[q_rows[q0:q1, None], k_rows[k0:k1]] += seen
-    assert torch.equal(found, dense_mask(bands, num_queries=queries, num_keys=keys, device=CPU).long())
-
-
-def test_cuda_kernel_sends_fp32_to_the_reference() -> None:
-    """The flash kernels take 16-bit inputs only; anything else must still be right."""
-    q, k, v, dout = tensors(queries=9, keys=9, dtype=torch.float32)
-    bands = Bands.from_documents([0, 4, 9])
-    out, lse = CudaVarlenKernel().forward(q, k, v, bands, 0.5)
-    assert torch.equal(out, ReferenceKernel().forward(q, k, v, bands, 0.5)[0])
-    assert len(CudaVarlenKernel().backward(dout, q, k, v, out, lse, bands, 0.5)) == 3
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cuda_kernel_against_reference(dtype: torch.dtype) -> None:
-    """The CUDA kernel on packed documents, windows and a shifted chunk."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    for bands in (
-        Bands.from_documents([0, 40, 47, 300]),
-        Bands.from_documents([0, 40, 300], window=32),
-        Bands([0, 0], [300, 150], [0, 200], [200, 100], lo=[-50, 60]),
-    ):
-        inputs = [x.cuda() for x in tensors(queries=300, keys=300, head_dim=64, dtype=dtype)]
-        q, k, v, dout = inputs
-        wide = [x.double() for x in inputs]
-        true_out, true_lse = ReferenceKernel().forward(*wide[:3], bands, 0.2)
-        true_grads = ReferenceKernel().backward(wide[3], *wide[:3], true_out, true_lse, bands, 0.2)
-        out, lse = CudaVarlenKernel().forward(q, k, v, bands, 0.2)
-        grads = CudaVarlenKernel().backward(dout, q, k, v, out, lse, bands, 0.2)
-        for found, truth in [(out, true_out), *zip(grads, true_grads)]:
-            assert relative(found, truth) <= 1e-2

@@ -18,6 +18,7 @@ from longspan.parallel.schedules.dist_flash import blocks_at
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.shards import SequenceShards
+from tests.flash_operators import in_process_with_flash
 from tests.patience import PATIENCE_SECONDS
 
 
@@ -36,6 +37,27 @@ def test_the_certificate_holds_on_two_and_four_ranks() -> None:
             errors.setdefault(name, {})[world] = by_seed
     growth = {name: certify.half_growth(by_world) for name, by_world in errors.items() if len(by_world) > 1}
     assert len(growth) == 5 and max(growth.values()) <= certify.HALF_GROWTH_LIMIT
+
+
+def _small_certificate(rank: int) -> list[certify.CellResult]:
+    patch = pytest.MonkeyPatch()  # of this process, which ends with the function
+    patch.setattr(certify, "HEADS", ((8, 2),))
+    patch.setattr(certify, "LENGTHS", (61,))
+    patch.setattr(certify, "HALF_LENGTH", 64)
+    results, half = certify.certify_world(rank, [name for name in SCHEDULES if name != "none"])
+    assert all(0 < error < 0.01 for by_seed in half.values() for error in by_seed), half
+    return results
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_certificate_holds_through_the_cuda_kernel(world: int) -> None:
+    """Guards windows and documents on ranks as the flash operators of CUDA take them: rows were lost, or NaN."""
+    results = spawn_local(
+        in_process_with_flash, world, True, _small_certificate, timeout_seconds=PATIENCE_SECONDS
+    )[0]
+    assert len({r.cell.schedule for r in results if r.passed}) == (len(SCHEDULES) - (2 if world == 2 else 1))
+    failed = [result for result in results if result.passed is False]
+    assert not failed, failed[:3]
 
 
 def _rounding_merge(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,15 @@
 
 The private operators under `torch.nn.attention.varlen` take lo and hi as a window around the bottom-right
 diagonal: with o = k_len - q_len, query i sees keys i + o - left .. i + o + right. So a band becomes
-left = hi + o, right = -lo - o (-1 = no limit), and bands with equal (left, right) share one call: any
-number of packed documents is a single launch. `Bands` trims its segments, which makes both non-negative.
+left = hi + o, right = -lo - o (-1 = no limit). `Bands` trims its segments, which makes both non-negative.
+Bands share one call where one (left, right) is right for all: a document that is shorter than the window of the
+others, or that has a single token, sees the same with their limits. So any packed documents are a single launch.
+
+The operators do not take a window as it is given. A limit of at least max_k becomes none, and if one side is then
+limited and the other not, the other becomes max_k. With more queries than keys this shows keys that a limit hides,
+or hides keys that nothing does. Every limit that bounds something is below max(q_len, k_len) - 1, and one that
+is not bounds nothing: with max_k at least max_q both rules are harmless. They read max_k for nothing else but the
+size of a grid, whose blocks beyond the keys end at once.
 
 Other dtypes and head dimensions go to the dense reference, and the log says so once.
 """
@@ -23,7 +30,10 @@ from longspan.kernels.attention.reference import ReferenceKernel
 
 __all__ = ["CudaVarlenKernel", "launches"]
 
+DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_SEQUENCES = 65_535
+"""Of a launch: the second dimension of a CUDA grid."""
 
 
 class Launch(NamedTuple):
@@ -40,30 +50,80 @@ class Launch(NamedTuple):
 
 
 def launches(bands: Bands, *, num_queries: int, num_keys: int, device: torch.device) -> list[Launch]:
-    """Sort bands into kernel launches by their window around the bottom-right diagonal."""
+    """Sort bands into as few kernel launches as their windows around the bottom-right diagonal allow."""
+    result = []
+    for window, found in _by_window(bands):
+        for first in range(0, len(found), MAX_SEQUENCES):
+            indices = found[first : first + MAX_SEQUENCES]
+            q_len, k_len = bands.q_len[indices], bands.k_len[indices]
+            max_q, max_k = int(q_len.max()), int(k_len.max())
+            if window.left >= 0 or window.right > 0:
+                # See the head of this module: a limit is lost, or a missing one set, beyond max_k.
+                max_k = max(max_k, max_q)
+            result.append(
+                Launch(
+                    q_rows=_rows(bands.q_start[indices], q_len, num_queries, device),
+                    k_rows=_rows(bands.k_start[indices], k_len, num_keys, device),
+                    cu_q=_borders(q_len, device),
+                    cu_k=_borders(k_len, device),
+                    max_q=max_q,
+                    max_k=max_k,
+                    left=window.left,
+                    right=window.right,
+                )
+            )
+    return result
+
+
+class _Window(NamedTuple):
+    """Limits of some bands; where one is -1 (none), a limit of at least `reach` bounds nothing either."""
+
+    left: int
+    right: int
+    left_reach: int
+    right_reach: int
+
+    def join(self, other: _Window) -> _Window | None:
+        """Return a window that is right for the bands of both; None if there is none."""
+        joined = []
+        for mine, reach, its, its_reach in (
+            (self.left, self.left_reach, other.left, other.left_reach),
+            (self.right, self.right_reach, other.right, other.right_reach),
+        ):
+            if not (mine == its or (mine < 0 and its >= reach) or (its < 0 and mine >= its_reach)):
+                return None
+            joined.append((max(mine, its), max(reach, its_reach)))
+        (left, left_reach), (right, right_reach) = joined
+        return _Window(left, right, left_reach, right_reach)
+
+
+def _by_window(bands: Bands) -> list[tuple[_Window, np.ndarray]]:
+    """Return which bands can share a launch, with their window; bands that share queries never do."""
     offset = bands.k_len - bands.q_len
     left = np.where(bands.hi >= NO_LIMIT, -1, bands.hi + offset)
     right = np.where(bands.lo <= -NO_LIMIT, -1, -bands.lo - offset)
-    found: dict[tuple[int, ...], list[int]] = {}
-    for index, key in enumerate(zip(left.tolist(), right.tolist())):
-        # Bands that share queries are joined afterwards, so each gets a launch of its own.
-        found.setdefault((*key, index) if bands.queries_overlap else key, []).append(index)
-    result = []
-    for (window_left, window_right, *_), indices in found.items():
-        q_len, k_len = bands.q_len[indices], bands.k_len[indices]
-        result.append(
-            Launch(
-                q_rows=_rows(bands.q_start[indices], q_len, num_queries, device),
-                k_rows=_rows(bands.k_start[indices], k_len, num_keys, device),
-                cu_q=_borders(q_len, device),
-                cu_k=_borders(k_len, device),
-                max_q=int(q_len.max()),
-                max_k=int(k_len.max()),
-                left=window_left,
-                right=window_right,
-            )
-        )
-    return result
+    if bands.queries_overlap:
+        return [
+            (_Window(int(left[i]), int(right[i]), 0, 0), np.array([i], dtype=np.int64))
+            for i in range(len(bands))
+        ]
+    limits, which = np.unique(np.stack([left, right], axis=1), axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    # The last query sees back to key 0 with left = k_len - 1, the first one on to the last key with right = q_len - 1.
+    reaches = np.zeros_like(limits)
+    np.maximum.at(reaches, which, np.stack([bands.k_len - 1, bands.q_len - 1], axis=1))
+    result: list[tuple[_Window, list[int]]] = []
+    # Those with two limits come first: they join nobody, the others join them where they can.
+    for key in np.argsort((limits < 0).sum(axis=1), kind="stable").tolist():
+        window = _Window(*limits[key].tolist(), *reaches[key].tolist())
+        for place, (kept, keys) in enumerate(result):
+            joined = kept.join(window)
+            if joined is not None:
+                result[place] = joined, [*keys, key]
+                break
+        else:
+            result.append((window, [key]))
+    return [(window, np.flatnonzero(np.isin(which, keys))) for window, keys in result]
 
 
 class CudaVarlenKernel:
@@ -74,7 +134,9 @@ class CudaVarlenKernel:
 
     def __init__(self) -> None:
         self._reference = ReferenceKernel()
-        self._launches: WeakKeyDictionary[Bands, list[Launch]] = WeakKeyDictionary()
+        self._launches: WeakKeyDictionary[Bands, dict[tuple[int, int, torch.device], list[Launch]]] = (
+            WeakKeyDictionary()
+        )
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float
@@ -83,12 +145,12 @@ class CudaVarlenKernel:
         if self._falls_back(q):
             return self._reference.forward(q, k, v, bands, scale)
         todo = self._plan(q, k, bands)
+        if len(todo) == 1 and todo[0].q_rows is None:
+            return _launch_forward(todo[0], q, k, v, scale)
         out = torch.zeros(q.shape, dtype=torch.float32 if bands.queries_overlap else q.dtype, device=q.device)
         lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
         for launch in todo:
             out_part, lse_part = _launch_forward(launch, q, k, v, scale)
-            if launch.q_rows is None and len(todo) == 1:
-                return out_part, lse_part
             rows = slice(None) if launch.q_rows is None else launch.q_rows
             if bands.queries_overlap:
                 out[rows], lse[rows] = merge(out[rows], lse[rows], out_part, lse_part)
@@ -125,7 +187,7 @@ class CudaVarlenKernel:
 
     def _falls_back(self, q: torch.Tensor) -> bool:
         head_dim = q.shape[-1]
-        if q.dtype not in (torch.bfloat16, torch.float16):
+        if q.dtype not in DTYPES:
             reason = f"{q.dtype} inputs; the flash kernels take bfloat16 and float16"
         elif head_dim % 8 or head_dim > MAX_HEAD_DIM:
             reason = f"head dimension {head_dim}; the flash kernels take multiples of 8 up to {MAX_HEAD_DIM}"
@@ -135,11 +197,12 @@ class CudaVarlenKernel:
         return True
 
     def _plan(self, q: torch.Tensor, k: torch.Tensor, bands: Bands) -> list[Launch]:
-        plan = self._launches.get(bands)
-        if plan is None or (plan and plan[0].cu_q.device != q.device):
-            plan = launches(bands, num_queries=q.shape[0], num_keys=k.shape[0], device=q.device)
-            self._launches[bands] = plan
-        return plan
+        # Which rows are the whole tensor depends on its length.
+        plans = self._launches.setdefault(bands, {})
+        key = (q.shape[0], k.shape[0], q.device)
+        if key not in plans:
+            plans[key] = launches(bands, num_queries=q.shape[0], num_keys=k.shape[0], device=q.device)
+        return plans[key]
 
 
 def _launch_forward(
