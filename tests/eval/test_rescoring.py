@@ -47,6 +47,19 @@ def test_other_scorer_same_texts(recorded: Path, tmp_path: Path) -> None:
     assert [sample["unscored"] for sample in unscored] == ["no answer"]
 
 
+def test_thoughts_in_older_records_are_no_answer(recorded: Path, tmp_path: Path) -> None:
+    """Guards against the number of a thought found by another scorer, in records from before these were apart."""
+    lines = recorded.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows[1:-1]:
+        row["output"] = f"<think>I saw {row['expected']}.</think>\n\nI do not know."
+    recorded.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = rescore(recorded, "contains", tmp_path / "again.jsonl")
+    sample = read_records(tmp_path / "again.jsonl").samples[0]
+    assert summary["mean"] == 0.0
+    assert (sample["output"], sample["thoughts"]) == ("I do not know.", f"I saw {sample['expected']}.")
+
+
 def test_same_rule_gives_the_same_scores(recorded: Path, tmp_path: Path) -> None:
     rescore(recorded, "first_number", tmp_path / "again.jsonl")
     scores = [

@@ -174,7 +174,7 @@ class Thinking(Knowing):
 def test_records_hold_thoughts_apart_and_count_what_was_cut(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A cut answer is wrong, but it is not a wrong answer: both are to be seen beside the mean."""
     task = Passkey(
-        PasskeySettings.from_dict({"lengths": [400], "depths": [0.5], "samples": 2}),
+        PasskeySettings.from_dict({"lengths": [900], "depths": [0.5], "samples": 2}),
         PromptForm(tokenizer, max_new_tokens=500),
     )
     model = Thinking(tokenizer)
@@ -193,6 +193,6 @@ def test_records_hold_thoughts_apart_and_count_what_was_cut(tokenizer: Tokenizer
     }
     # What is given on top of a stated length counts where the model's limit is looked at.
     limited = Thinking(tokenizer, max_length=600)
-    with pytest.raises(ConfigError, match="868 tokens"):
+    with pytest.raises(ConfigError, match="1,368 tokens"):
         run_task(task, limited, tokenizer=tokenizer, label="c", out=tmp_path / "c.jsonl")
-    assert np.all([len(each.prompt_ids) + 32 <= 400 for each in model.seen])
+    assert np.all([len(each.prompt_ids) + 32 <= 900 for each in model.seen])

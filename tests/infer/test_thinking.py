@@ -37,6 +37,48 @@ def test_the_answer_stands_behind_the_last_closing_mark(marks: Any) -> None:
     assert closing_of(f"assistant: {marks.opening}\n\n{marks.closing}\n\n") is None
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>7?</think>\n<answer>\n8\n</answer>", "8"),
+        ("<think>7?</think>\n\n<response>\n8\n", "8"),
+        ("<|begin_of_thought|>\n7?\n<|end_of_thought|>\n\n<|begin_of_solution|>\n8\n<|end_of_solution|>", "8"),
+        ("<|START_THINKING|>7?<|END_THINKING|><|START_RESPONSE|>8<|END_RESPONSE|>", "8"),
+        ("<|channel|>analysis<|message|>7?<|end|><|start|>assistant<|channel|>final<|message|>8<|return|>", "8"),
+        ("Here are my reasoning steps:\n7?\n[BEGIN FINAL RESPONSE]\n8\n[END FINAL RESPONSE]", "8"),
+        ("Here is my thought process: 7?\nHere is my response: 8", "8"),
+        ("<answer>8</answer>", "<answer>8</answer>"),
+        ("I say: Here is my response: 8", "I say: Here is my response: 8"),
+    ],
+)
+def test_marks_around_an_answer_are_no_part_of_it(text: str, answer: str) -> None:
+    """Guards against `<answer>` scored as words of the answer, or as its first line; without thoughts all stays."""
+    spoken = split_thoughts(text)
+    assert spoken.answer == answer
+    assert ("7" in spoken.thoughts) == ("7" in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Let me see.\n<think>I saw 7 and", "Let me see.\n"),
+        ("<think>a</think>I check.<think>7 and", "I check."),
+        ("analysisThe user wants 7. We need", ""),
+    ],
+)
+def test_thoughts_that_begin_after_words_and_have_no_end_are_no_answer(text: str, answer: str) -> None:
+    """Guards against a number in cut thoughts scored as the answer because a word stands before them."""
+    spoken = split_thoughts(text)
+    assert spoken.answer == answer
+    assert "7" in spoken.thoughts
+
+
+def test_words_that_name_a_channel_open_nothing() -> None:
+    """Guards against an answer about an analysis, or code, taken for thoughts."""
+    for text in ("analysis of 7 samples", "analysisResult = 7", "Analysis: 7"):
+        assert split_thoughts(text) == (text, "", True)
+
+
 def test_channels_and_their_bare_names() -> None:
     """gpt-oss writes its answer into a channel; servers that drop special tokens leave the names alone."""
     begin = "<|channel|>analysis<|message|>7?<|end|><|start|>assistant"

@@ -3,7 +3,7 @@
     rescore("run/records/needle-before.jsonl", "rouge_1", "run/records/needle-before-rouge_1.jsonl")
 
 The new file has the old header with the new scorer, `rescored_from` and a fingerprint of its own. A sample
-that had no score has none now, for the same reason.
+that had no score has none now, for the same reason. Thoughts that stand before an answer are taken off it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.eval.records import EvalRecords, RecordsWriter, header_fingerprint, read_records, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import count_no_answer, mean_score
+from longspan.infer.thinking import split_thoughts
 
 
 def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]:
@@ -58,7 +59,15 @@ def open_for_rescoring(records: str | Path, out: str | Path) -> EvalRecords:
                 found=f"a sample of {source.header.get('task')} with {', '.join(sorted(sample))}",
                 allowed="samples with `expected` and `output`",
             )
-    return source
+    return source._replace(samples=[_thoughts_apart(sample) for sample in source.samples])
+
+
+def _thoughts_apart(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample whose output is the answer alone: older records hold thoughts before it."""
+    spoken = split_thoughts(sample.get("output") or "")
+    if sample.get("thoughts") or not spoken.thoughts:
+        return sample
+    return {**sample, "output": spoken.answer, "thoughts": spoken.thoughts}
 
 
 def rescored_header(header: Mapping[str, Any], scorer: Mapping[str, Any]) -> dict[str, Any]:

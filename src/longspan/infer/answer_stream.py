@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.requests import Finish, Request
-from longspan.infer.thinking import LONGEST_MARK, MARKS, answer_start, may_open
+from longspan.infer.thinking import LONGEST_MARK, answer_start, may_close, may_open
 
 INCOMPLETE = "\ufffd"
 """What a decoder writes for the bytes of a character that is not complete."""
@@ -82,7 +82,7 @@ class AnswerStream:
         may have changed something.
         """
         new = self._text[max(0, length - LONGEST_MARK) :]
-        if length < 2 * LONGEST_MARK or any(marks.closing in new for marks in MARKS):
+        if length < 2 * LONGEST_MARK or may_close(new):
             self._begin = answer_start(self._text, opened=self._request.thinking == "opened")
         if self._begin is None:
             return None
