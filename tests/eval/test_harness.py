@@ -309,18 +309,20 @@ def test_infinitebench_and_babilong_are_read_as_released(tmp_path, offline):
 @needs_lm_eval
 @ALLOW
 def test_longbench_is_read_as_released(tmp_path, offline):
-    """Version 1 has a file for each set, also in a folder data/; version 2 a folder for each."""
+    """Version 1 has a file for each set, also in a folder data/, with other fields than lm-eval's copy; version 2 a
+    folder for each."""
     for name in ("jieba", "rouge", "fuzzywuzzy"):
         pytest.importorskip(name, reason=f"lm-eval's LongBench needs {name}: pip install 'longspan[harness]'")
     from longspan.eval.harness_data import load_tasks
 
-    rows = [{"context": "Ada wrote it.", "input": "Who?", "question": "Who?", "answers": ["Ada"]}]
+    rows = [{"context": "Ada wrote it.", "input": "Who?", "answers": ["Ada"]}]
     folder = tmp_path / "longbench" / "data"
     folder.mkdir(parents=True)
     (folder / "qasper.jsonl").write_text(json.dumps(rows[0]) + "\n")
     task = load_tasks(["longbench_qasper"], data_root=tmp_path)["longbench_qasper"]
     assert task.process_results(task.eval_docs[0], [" Ada."])["qa_f1_score"] == 1.0
     assert "Article: Ada wrote it." in task.doc_to_text(task.eval_docs[0])
+    assert "Question: Who?" in task.doc_to_text(task.eval_docs[0])  # `input` in the release
     row = {"context": "A table.", "question": "Which?", "choices": list("wxyz"), "answer": "B"}
     folder = tmp_path / "longbench-v2" / "table_qa"
     folder.mkdir(parents=True)

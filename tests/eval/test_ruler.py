@@ -16,6 +16,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.eval.fitting import fit_units
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
+from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache
 from longspan.eval.ruler.documents import QaData, read_qa
 from longspan.eval.ruler.subtasks import SUBTASKS
@@ -316,3 +317,37 @@ def test_fit_is_found_from_any_guess(fixed: int, unit: int, budget: int, start: 
     )
     assert found.tokens == fixed + unit * found.made <= budget
     assert budget - found.tokens <= max(budget // 100, 2 * unit)
+
+
+@pytest.mark.parametrize(
+    "essay",
+    [
+        "".join(f"\u7b2c{n}\u6761\u6cb3\u5f88\u957f\u3002" for n in range(300)),
+        " ".join(f"\u092f\u0939 {n} \u0939\u0948\u0964" for n in range(300)),
+        "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22" * 2000,
+        "x=" + "+".join(f"f({n})" for n in range(2000)),
+    ],
+)
+def test_essays_of_any_script_have_many_depths(essay: str) -> None:
+    """Guards against a text without `. ` as one sentence: every needle stood at one of its ends."""
+    sentences = compose.sentences_of(essay)
+    assert len(sentences) > 20 and max(map(len, sentences)) <= 600
+    assert "".join(sentences).rstrip() == essay  # nothing is put between characters
+    subtask = SUBTASKS["niah_single_2"]
+    places = set()
+    for seed in range(12):
+        draft = compose.niah(subtask, sentences, np.random.default_rng(seed), len(sentences))
+        hay = draft.prompt.partition("\n")[2].rpartition("\n")[0]
+        places.add(hay.index("One of the special") * 10 // len(hay))
+    assert len(places) > 3
+
+
+def test_english_sentences_are_parted_at_marks_and_capitals_alone() -> None:
+    """Guards against other essays than RULER's: neither line ends nor abbreviations of lists count."""
+    essay = 'He came.\nShe left at 3 p.m. today! "So?" he\nasked. It rained.'
+    assert compose.sentences_of(essay) == [
+        "He came. ",
+        "She left at 3 p.m. today! ",
+        '"So?" he asked. ',
+        "It rained. ",
+    ]

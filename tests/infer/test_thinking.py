@@ -42,9 +42,15 @@ def test_the_answer_stands_behind_the_last_closing_mark(marks: Any) -> None:
     [
         ("<think>7?</think>\n<answer>\n8\n</answer>", "8"),
         ("<think>7?</think>\n\n<response>\n8\n", "8"),
-        ("<|begin_of_thought|>\n7?\n<|end_of_thought|>\n\n<|begin_of_solution|>\n8\n<|end_of_solution|>", "8"),
+        (
+            "<|begin_of_thought|>\n7?\n<|end_of_thought|>\n\n<|begin_of_solution|>\n8\n<|end_of_solution|>",
+            "8",
+        ),
         ("<|START_THINKING|>7?<|END_THINKING|><|START_RESPONSE|>8<|END_RESPONSE|>", "8"),
-        ("<|channel|>analysis<|message|>7?<|end|><|start|>assistant<|channel|>final<|message|>8<|return|>", "8"),
+        (
+            "<|channel|>analysis<|message|>7?<|end|><|start|>assistant<|channel|>final<|message|>8<|return|>",
+            "8",
+        ),
         ("Here are my reasoning steps:\n7?\n[BEGIN FINAL RESPONSE]\n8\n[END FINAL RESPONSE]", "8"),
         ("Here is my thought process: 7?\nHere is my response: 8", "8"),
         ("<answer>8</answer>", "<answer>8</answer>"),

@@ -14,6 +14,7 @@ longest and the next line goes on, with no mark or deeper indentation of its own
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import regex
 
@@ -48,6 +49,23 @@ def sentence_borders(text: str) -> list[int]:
     found.update(match.end() for match in _END.finditer(text) if _ends_sentence(text, match))
     found.update(_hard_lines(text))
     return sorted(found)
+
+
+def has_own_stops(text: str) -> bool:
+    """Return whether a text has full stops of a script that has others than `.`, `!` and `?`."""
+    return _OWN_STOP.search(text) is not None
+
+
+def parted(text: str, *, most: int) -> list[str]:
+    """Return the sentences of a text, those of more than `most` characters in pieces; together they are the text."""
+    parts: list[str] = []
+    for start, end in pairwise(sentence_borders(text)):
+        while end - start > most:
+            cut = place_between(text, start + most * 3 // 4, low=start + most // 2, high=start + most)
+            parts.append(text[start:cut])
+            start = cut
+        parts.append(text[start:end])
+    return [part for part in parts if part]
 
 
 def sentence_around(text: str, at: int) -> tuple[int, int]:

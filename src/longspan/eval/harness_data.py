@@ -133,7 +133,7 @@ def read_dataset(
         needed = split == tested or (split == config.get("fewshot_split") and config.get("num_fewshot"))
         if files:
             found[split] = datasets.Dataset.from_list(
-                _same_kinds([row for file in files for row in Rows(file)])
+                _same_kinds([_with_question(row) for file in files for row in Rows(file)])
             )
         elif needed:
             raise DataError(
@@ -181,6 +181,12 @@ def _children(root: Path, name: str) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder", fix="name the folder of the data sets with --data-root")
     return sorted(each for each in root.iterdir() if each.name.casefold() == name.casefold())
+
+
+def _with_question(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of LongBench with its question by the name of lm-eval's copy too; the release says `input`."""
+    longbench = {"input", "context", "answers"} <= row.keys()
+    return {**row, "question": row["input"]} if longbench and "question" not in row else row
 
 
 def _same_kinds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

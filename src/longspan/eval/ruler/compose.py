@@ -16,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.errors import DataError
+from longspan.data.sentences import has_own_stops, parted
 from longspan.eval.ruler.documents import QaData
 from longspan.eval.ruler.subtasks import SUBTASKS, Release, Secret, Subtask
 from longspan.eval.word_lists import draw_compounds, word_list
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Raised whenever the same settings would compose another sample."""
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -68,7 +69,9 @@ _QA = (
     "documents. Only give me the answer and do not output any other words.\n\nQuestion: {query}"
 )
 _QA_ANSWER = " Answer:"
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
+_SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[^a-z ])")
+_LONGEST_SENTENCE = 2000
+"""Characters; what is longer is text without full stops, and is parted."""
 
 
 class Draft(NamedTuple):
@@ -82,8 +85,18 @@ class Draft(NamedTuple):
 
 
 def sentences_of(text: str) -> list[str]:
-    """Return the sentences of a text, white space between words as one space."""
-    return _SENTENCE_END.split(" ".join(text.split()))
+    """Return the sentences of a text, each with the space behind it, white space between words as one space.
+
+    English ones as RULER parts them. In scripts whose full stops are others, or need no space behind them, they would
+    be one sentence, and all depths its ends.
+    """
+    found = []
+    for sentence in _SENTENCE_END.split(" ".join(text.split())):
+        if len(sentence) > _LONGEST_SENTENCE or has_own_stops(sentence):
+            found += parted(f"{sentence} ", most=_LONGEST_SENTENCE // 4)
+        else:
+            found.append(f"{sentence} ")
+    return found
 
 
 def niah(subtask: Subtask, sentences: Sequence[str], generator: np.random.Generator, units: int) -> Draft:
@@ -202,8 +215,9 @@ def _in_essay(
     hay = [*sentences] * whole + [*sentences[:rest]]
     parts: list[str] = []
     for start, end, needle in zip([0, *places], places, needles):
-        parts += [*hay[start:end], needle]
-    return " ".join([*parts, *hay[places[-1] :]])
+        parts += ["".join(hay[start:end]).rstrip(), needle]
+    parts.append("".join(hay[places[-1] :]).rstrip())
+    return " ".join(filter(None, parts))
 
 
 def _other_needles(
