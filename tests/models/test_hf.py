@@ -22,8 +22,8 @@ from longspan.models.hf import (
     load_model,
     rope_fingerprint,
     save_model,
-    tokenizer_folder,
 )
+from longspan.models.places import tokenizer_folder
 
 TINY: dict[str, Any] = {
     "model_type": "llama",

@@ -40,6 +40,7 @@ from longspan.infer.teacher import LocalTeacher, SharedTeacher, Teacher, TopK, c
 from longspan.models.hf import load_model, usable_device
 from longspan.models.identity import model_identity
 from longspan.models.lora_config import Quantization
+from longspan.models.places import tokenizer_folder, tokenizer_home
 from longspan.models.quantize import quantize
 from longspan.models.rope import hold_frequencies
 from longspan.parallel.mesh import Mesh
@@ -165,8 +166,10 @@ def _check_tokenizer(config: TeacherConfig, source: Source, vocab_size: int) -> 
             allowed=f"at most {vocab_size}, those of {config.model}",
             fix="choose a teacher with the tokenizer of the data, or tokenize with the teacher's",
         )
-    folder = Path(config.model)
-    if source.tokenizer is None or not (folder / "tokenizer.json").is_file():
+    if source.tokenizer is None:
+        return
+    folder = tokenizer_folder(tokenizer_home(config.model))
+    if not (folder / "tokenizer.json").is_file():
         return
     own = load_tokenizer(folder, backend="hf").fingerprint
     if own != source.tokenizer:

@@ -47,7 +47,8 @@ class ModelOptions(NamedTuple):
         ),
     ]
     tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer. Default: the one in the model's folder.")
+        str | None,
+        typer.Option(help="Tokenizer. Default: the one in the model's folder, or of an adapter's base."),
     ] = None
     label: Annotated[
         str | None, typer.Option(help="Name of the model in reports. Default: that of its folder.")
@@ -375,12 +376,13 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def find_tokenizer(options: ModelOptions) -> Tokenizer:
-    """Return the tokenizer that is named, or that of the model's folder.
+    """Return the tokenizer that is named, or that of the model's folder, or of an adapter's base.
 
     Raises:
         DataError: there is none.
     """
     from longspan.core.errors import ArgumentError, DataError
+    from longspan.core.log import log_once
     from longspan.data.tokenizer import load_tokenizer
 
     if options.tokenizer is not None:
@@ -408,9 +410,14 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
         if found is None:
             raise DataError(f"the training of {path} names no tokenizer", fix="name it with --tokenizer")
         return load_tokenizer(found)
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise DataError(f"{path} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
-    return load_tokenizer(path if path.is_dir() else options.model)
+    from longspan.models.places import has_tokenizer, tokenizer_home
+
+    home = tokenizer_home(path if path.is_dir() else options.model)
+    if home != str(path):
+        log_once("models", f"{path} has no tokenizer: that of its base {home} is used")
+    if Path(home).is_dir() and not has_tokenizer(Path(home)):
+        raise DataError(f"{home} has no tokenizer.json", fix="name the tokenizer with --tokenizer")
+    return load_tokenizer(home)
 
 
 def find_server(options: ModelOptions) -> ServerSettings | None:

@@ -20,7 +20,7 @@ import numpy as np
 import pydantic
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longspan.api import Budget, Limits
 from longspan.core.config import Config
@@ -35,7 +35,7 @@ from longspan.infer.remote import KINDS, open_remote
 from longspan.infer.replicas import Replica
 from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.infer.spread import SpreadModel
-from longspan.models.hf import load_model, reading_folder, rope_of, usable_device
+from longspan.models.hf import load_model, rope_settings, usable_device
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.schedules import ScheduleName
@@ -96,7 +96,8 @@ def load_source(source: Source, *, device: torch.device | None = None, tp: int =
         model = source.load(source)
     else:
         dtype = None if source.dtype is None else getattr(torch, source.dtype)
-        model = load_model(source.path, rope=rope_settings(source), dtype=dtype, tp=tp)
+        rope = rope_settings(source.path, source.rope, source.rope_theta)
+        model = load_model(source.path, rope=rope, dtype=dtype, tp=tp)
     if tp == 1:
         model = model.to(usable_device() if device is None else device)
     return model.eval()
@@ -347,21 +348,3 @@ class ModelHere:
     def close(self) -> None:
         """Let go of nothing: the model is the caller's."""
         self.answerer.close()
-
-
-def rope_settings(source: Source) -> Mapping[str, Any] | None:
-    """Return the RoPE to load a model with; None = its own. A base alone changes nothing else of that.
-
-    Raises:
-        ArgumentError: the base is given twice.
-        DataError: nothing at the source's path says which RoPE the model has.
-    """
-    if source.rope_theta is None:
-        return source.rope
-    if source.rope is not None:
-        if "rope_theta" in source.rope:
-            raise ArgumentError("the base of the RoPE is given twice", fix="leave out one of them")
-        return {**source.rope, "rope_theta": source.rope_theta}
-    with reading_folder(source.path):
-        own = rope_of(AutoConfig.from_pretrained(source.path))
-    return {**(own or {}), "rope_theta": source.rope_theta}

@@ -38,9 +38,11 @@ from longspan.models.hf_config import (
     text_config,
 )
 from longspan.models.init import INITS, seeded
+from longspan.models.known_checkpoints import with_known_rope
+from longspan.models.places import adapter_base, adapter_folder
 from longspan.models.rope import depends_on_length, hold_frequencies
 from longspan.models.sharding import attach_schedule
-from longspan.models.side_files import TOKENIZER_FILES, complete_folder
+from longspan.models.side_files import complete_folder
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName
@@ -54,11 +56,12 @@ __all__ = [
     "lm_head_weight",
     "load_base",
     "load_model",
+    "own_config",
     "reading_folder",
     "rope_fingerprint",
     "rope_of",
+    "rope_settings",
     "save_model",
-    "tokenizer_folder",
     "usable_device",
     "without_bars",
 ]
@@ -176,11 +179,47 @@ def empty_model(
     if isinstance(origin, Mapping):
         config = new_config(origin, rope, max_position_embeddings)
     else:
-        with reading_folder(origin):
-            config = AutoConfig.from_pretrained(origin)
+        config = own_config(origin, as_saved=rope is not None)
         config = changed_config(config, rope=rope, context=max_position_embeddings, overrides=overrides)
     with torch.device("meta"):
         return enable(_construct(text_config(config)))
+
+
+def own_config(path: str | Path, *, base: str | None = None, as_saved: bool = False) -> PretrainedConfig:
+    """Return the config of a model in a folder or by hub name; of an adapter without one, that of its base.
+
+    Where weights are known to work with another RoPE than their config says (`models.known_checkpoints`), that takes
+    its place, aloud, unless it is wanted `as_saved`. `base` replaces the one that the adapter names.
+
+    Raises:
+        DataError: nothing says how the model is made.
+    """
+    adapter = adapter_folder(path)
+    if adapter is not None and not (adapter / "config.json").is_file():
+        config = own_config(base or adapter_base(adapter), as_saved=as_saved)
+    else:
+        with reading_folder(path):
+            config = AutoConfig.from_pretrained(path if adapter is None else adapter)
+    return config if as_saved else with_known_rope(config, path)
+
+
+def rope_settings(
+    path: str | Path, rope: Mapping[str, Any] | None, theta: float | None, *, base: str | None = None
+) -> Mapping[str, Any] | None:
+    """Return the RoPE to load a model with; None = its own. A theta alone changes nothing else of that.
+
+    Raises:
+        ArgumentError: theta is given twice.
+        DataError: nothing at `path` says which RoPE the model has.
+    """
+    if theta is None:
+        return rope
+    if rope is not None:
+        if "rope_theta" in rope:
+            raise ArgumentError("the base of the RoPE is given twice", fix="leave out one of them")
+        return {**rope, "rope_theta": theta}
+    own = rope_of(own_config(path, base=base))
+    return {**(own or {}), "rope_theta": theta}
 
 
 def load_model(
@@ -194,7 +233,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub name, with longspan's attention.
 
-    An adapter folder (`models.lora`) is loaded with the base model that it names.
+    An adapter (`models.lora`) is loaded with the base model that it names.
 
     Args:
         path: folder or hub name.
@@ -210,7 +249,7 @@ def load_model(
         DataError: nothing loadable at `path`, or weights that do not fill the model.
         ConfigError: an unknown RoPE setting.
     """
-    if (Path(path) / "adapter_config.json").is_file():
+    if adapter_folder(path) is not None:
         # That room is built on this one.
         from longspan.models.lora import load_adapter
 
@@ -240,11 +279,12 @@ def load_base(
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     tp: int = 1,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Load a model as `load_model` does, but no adapter."""
+    """Load a model as `load_model` does, but no adapter; `config` takes the place of the folder's."""
     register()
-    with reading_folder(path):
-        config = AutoConfig.from_pretrained(path)
+    if config is None:
+        config = own_config(path, as_saved=rope is not None)
     config = changed_config(config, rope=rope, context=max_position_embeddings, overrides=overrides)
     check_family(config)
     sharing = {"distributed_config": _tensor_parallel(config, tp)} if tp > 1 else {}
@@ -298,27 +338,6 @@ def _gather_head(model: PreTrainedModel) -> None:
 def usable_device() -> torch.device:
     """Return CUDA where torch can use it, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def tokenizer_folder(path: str | Path) -> Path:
-    """Return the local folder with the tokenizer files of a model, fetched from the hub where `path` is a name.
-
-    Raises:
-        DataError: neither a folder nor a name that the hub, or its cache here, knows.
-    """
-    if Path(path).exists():
-        return Path(path)
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(TOKENIZER_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise DataError(
-            f"the tokenizer files of {path} cannot be had",
-            found=str(error).strip().splitlines()[0],
-            fix="name a local tokenizer folder in the recipe's `tokenizer`",
-        ) from error
 
 
 def save_model(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from longspan.core.files import read_json, sha256_bytes, sha256_file
 from longspan.models.hf import rope_fingerprint
-from longspan.models.lora import OWN_FILE
+from longspan.models.places import OWN_FILE
 
 
 def model_identity(

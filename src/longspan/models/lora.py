@@ -34,9 +34,10 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir, read_json, sha256_bytes, write_json
 from longspan.core.optional import require
 from longspan.models.adapter_card import adapter_card
-from longspan.models.hf import empty_model, load_base, reading_folder, rope_of
+from longspan.models.hf import empty_model, load_base, own_config, reading_folder, rope_of
 from longspan.models.init import seeded
 from longspan.models.lora_config import LoraConfig, Quantization
+from longspan.models.places import ADAPTER_FILES, OLD_WEIGHTS, OWN_FILE, adapter_base, adapter_folder
 from longspan.models.quantize import (
     bitsandbytes,
     is_called,
@@ -47,9 +48,9 @@ from longspan.models.quantize import (
     without_advice,
 )
 from longspan.models.side_files import complete_folder
+from longspan.models.torch_file import read_torch_file
 
 __all__ = [
-    "ADAPTER_FILES",
     "LoraConfig",
     "adapter_config",
     "adapter_tensors",
@@ -63,8 +64,6 @@ __all__ = [
     "save_adapter",
 ]
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-OWN_FILE = "longspan_adapter.json"
 PEFT_PREFIX = "base_model.model."
 ADAPTER = "default"
 
@@ -215,10 +214,11 @@ def load_adapter(
     """Load a base model with an adapter: the bits of the forward pass are those of the trained model.
 
     The RoPE and the context length are those of the adapter's config.json, and the base is quantised as it was in
-    training. Folders that peft wrote without these files load too.
+    training. Folders that peft wrote without these files load too, with the RoPE of the base, or the one that they are
+    known to need (`models.known_checkpoints`).
 
     Args:
-        path: adapter folder.
+        path: adapter folder, or its hub name.
         base: folder or hub name of the base; None = the one that the adapter names.
         dtype: dtype of the base's weights; None = that of the adapter's config.json, else as saved.
         rope, max_position_embeddings: as for `models.hf.load_model`; None = the adapter's.
@@ -228,11 +228,10 @@ def load_adapter(
         MissingDependencyError: peft or bitsandbytes is not installed.
     """
     peft = _peft()
-    folder = Path(path)
+    folder = adapter_folder(path) or Path(path)
     settings, own = _read_settings(folder)
-    origin = str(base) if base is not None else settings.get("base_model_name_or_path")
-    if not origin:
-        raise DataError(f"{path} does not say which model it belongs to", fix="name it with --base")
+    origin = str(base) if base is not None else adapter_base(folder)
+    config_of_base = None
     if (folder / "config.json").is_file():
         with reading_folder(folder):
             trained = AutoConfig.from_pretrained(folder)
@@ -240,8 +239,12 @@ def load_adapter(
         context = getattr(trained.get_text_config(decoder=True), "max_position_embeddings", None)
         max_position_embeddings = max_position_embeddings or context
         dtype = dtype if dtype is not None else trained.dtype
+    else:
+        config_of_base = own_config(path, base=origin, as_saved=rope is not None)
     _compare_base(folder, own, origin)
-    model = load_base(origin, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype)
+    model = load_base(
+        origin, rope=rope, max_position_embeddings=max_position_embeddings, dtype=dtype, config=config_of_base
+    )
     known = {name: value for name, value in settings.items() if name in peft.LoraConfig.__dataclass_fields__}
     config = peft.LoraConfig(**{**known, "inference_mode": False})
     if own.get("quantization") is not None:
@@ -249,7 +252,7 @@ def load_adapter(
         quantize(model, how, keep=config.modules_to_save or ())
     try:
         _inject(model, config)
-        tensors = load_file(folder / ADAPTER_FILES[1])
+        tensors = _read_tensors(folder)
         _set_tensors(
             model, {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}, where=path
         )
@@ -442,6 +445,13 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     own = read_json(folder / OWN_FILE) if (folder / OWN_FILE).is_file() else {}
     return settings, own
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    file, old = folder / ADAPTER_FILES[1], folder / OLD_WEIGHTS
+    if old.is_file() and not file.is_file():
+        return dict(read_torch_file(old))
+    return load_file(file)
 
 
 def _compare_base(folder: Path, own: Mapping[str, Any], origin: str) -> None:

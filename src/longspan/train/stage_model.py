@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import DataError
-from longspan.models.hf import build_model, empty_model, load_model, tokenizer_folder
+from longspan.models.hf import build_model, empty_model, load_model, own_config
 from longspan.models.lora import apply_lora, is_adapted
+from longspan.models.places import tokenizer_folder
 from longspan.parallel.fsdp import fill
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import StageConfig, TrainConfig
@@ -142,4 +143,4 @@ def model_config(config: TrainConfig, root: Path) -> PretrainedConfig:
     """Return the configuration of the recipe's model as it was before training."""
     if config.model.hf_config is not None:
         return AutoConfig.for_model(**config.model.hf_config)
-    return AutoConfig.from_pretrained(model_path(config, root))
+    return own_config(model_path(config, root))
