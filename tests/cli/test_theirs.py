@@ -107,7 +107,7 @@ def test_slimpajama_packing(place: Path, done) -> None:
 
 
 def test_cepe(place: Path, done) -> None:
-    """Token files of `tokenize_files.py`, and windows that `sample_mds_ab.py` could draw, in both its shares."""
+    """Token files of `tokenize_files.py`, and windows and chunks that the samplers could draw."""
     done("data tokenize redpajama --tokenizer tokenizer --out stores/redpajama")
     done(
         "data pairs stores/redpajama --mode ab --weight arxiv=0.5 --weight book=0.5 --encoder 16 --decoder 16 "
@@ -121,6 +121,13 @@ def test_cepe(place: Path, done) -> None:
                 for sample in MDSDirectory(Path("ab") / part / domain)
             ]
     assert len(windows) >= 20 and set(theirs.short_digests(windows)) <= set(GOLDEN["cepe ab windows"])
+    done(
+        "data retrieval stores/redpajama --tokenizer tokenizer --weight arxiv=0.5 --weight book=0.5 --samples 2e1 "
+        "--num-shards 1 --shard 0 --chunk 16 --out ab"
+    )
+    lines = [line for path in Path("ab/retrieval").rglob("*.jsonl") for line in path.read_text().splitlines()]
+    chunks = [[*each["contents_token_ids"], *each["neighbor_token_ids"]] for each in map(json.loads, lines)]
+    assert len(chunks) >= 16 and set(theirs.short_digests(chunks)) <= set(GOLDEN["cepe chunks"])
     done("data convert stores/redpajama --to npy --out npy")
     ours, by_them = [], GOLDEN["cepe documents"]
     for domain in ("arxiv", "book"):
