@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, ConfigError, RunError
-from longspan.parallel.launch import lost_ranks, on_first_rank, process_group, spawn_local
+from longspan.core.heartbeat import beat, watched_by
+from longspan.parallel import launch
+from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group, spawn_local
 from tests.patience import PATIENCE_SECONDS
 
 
@@ -101,6 +104,70 @@ with Watchdog(0.5) as dog:
     dog.beat("turning")
     turn_in_circles()
 """
+
+
+class FakeEvent:
+    """Work on a GPU that has ended when a test says so."""
+
+    ended = False
+
+    def record(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.ended
+
+
+def test_work_that_ends_on_the_gpu_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may be a whole step ahead and wait: while queued blocks end one by one, nothing is stuck."""
+    events: list[FakeEvent] = []
+    clock = 0.0
+
+    def made() -> FakeEvent:
+        events.append(FakeEvent())
+        return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", made)
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: clock))
+    dog = Watchdog(10.0)
+    with watched_by(dog._goes_on):
+        dog.beat("step 1")
+        beat()
+        beat()
+    moved = []
+    for clock in (8.0, 16.0, 24.0, 32.0):
+        if clock < 30:
+            events[len(moved)].ended = True
+        dog._look_at_the_gpu()
+        moved.append(dog._since)
+    assert moved == [8.0, 16.0, 24.0, 24.0]
+
+
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}
+
+
+@pytest.mark.parametrize("environment", [SRUN, TORCHRUN])
+@pytest.mark.parametrize(("gpus", "expected"), [(8, 3), (1, 0)])
+def test_each_process_shares_matrices_on_its_own_gpu(
+    environment: dict[str, str], gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads LOCAL_RANK: without it all ranks of srun meet on card 0, with srun's own masks on none."""
+    for name in (*SRUN, *TORCHRUN):
+        monkeypatch.setenv(name, "")  # what is set from here on is put back
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bound: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with process_group(timeout_seconds=1) as device:
+        assert device == torch.device("cuda", expected)
+        assert bound == [expected] and os.environ["LOCAL_RANK"] == str(expected)
 
 
 def test_the_watchdog_ends_a_process_that_is_stuck_in_python() -> None:

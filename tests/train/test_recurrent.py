@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError
+from longspan.core.heartbeat import watched_by
 from longspan.kernels.attention import api
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.kernels.loss import LossSum
@@ -139,6 +140,17 @@ def test_equals_whatever_the_cut(
         for module in (recurrent, api):
             patch.setattr(module, "choose_kernel", lambda device: ReferenceKernel())
         check_equal(model, batch_of(borders), tolerance=1e-11, chunk_tokens=chunk_tokens, offload=offload)
+
+
+@pytest.mark.parametrize(("checkpointing", "blocks"), [("none", 0), ("full", 3), ("offload", 3)])
+def test_every_chunk_and_block_is_a_sign_of_life(checkpointing: Any, blocks: int) -> None:
+    """A step of 512K tokens takes longer than any timeout: the watchdog must hear of what goes on inside."""
+    beats: list[None] = []
+    model = enable_checkpointing(model_of(), checkpointing)
+    with watched_by(lambda: beats.append(None)):
+        recurrent_step(model, batch_of([0, 96]), weight=1.0, chunk_tokens=32)
+    # Two chunks are walked first, without a graph; all three again with one, and each block twice there.
+    assert len(beats) == (2 + 3) + 3 * 2 * blocks + (2 * blocks if blocks else 0)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "offload"])

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
+from longspan.core.heartbeat import beat
 from longspan.core.log import log_once
 
 __all__ = ["CHECKPOINTING", "Checkpointing", "HostOffload", "enable_checkpointing"]
@@ -50,9 +51,20 @@ def enable_checkpointing(model: ModelT, mode: Checkpointing) -> ModelT:
         raise ArgumentError(
             f"{type(model).__name__} does not support activation checkpointing", fix="set it to none"
         )
-    run = HostOffload() if mode == "offload" else partial(checkpoint, use_reentrant=False)
+    run = HostOffload() if mode == "offload" else _keep_on_device
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
     return model
+
+
+def _keep_on_device(block: Callable[..., Any], *args: Any) -> Any:
+    """Return block(*args), to be computed again in the backward pass."""
+    return checkpoint(partial(_alive, block), *args, use_reentrant=False)
+
+
+def _alive(block: Callable[..., Any], *args: Any) -> Any:
+    """Return block(*args), having said that work goes on: in the forward pass, and when it is computed again."""
+    beat()
+    return block(*args)
 
 
 class _Saved:
@@ -92,7 +104,7 @@ class HostOffload:
         """Return block(*args), to be computed again in the backward pass."""
         # torch's checkpoint saves the tensors among args and nothing else under these hooks.
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            return checkpoint(block, *args, use_reentrant=False)
+            return _keep_on_device(block, *args)
 
     def _pack(self, tensor: torch.Tensor) -> _Saved:
         if tensor.device.type == "cpu":

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, LongspanError, RunError
+from longspan.core.heartbeat import watched_by
 from longspan.core.launched import Launched, is_first, launched
 from longspan.core.log import ROOT
 
@@ -85,6 +87,9 @@ def process_group(*, timeout_seconds: float, always: bool = False) -> Iterator[t
         # Where Slurm shows each task its own GPU only, all of them are number 0.
         local_rank %= torch.cuda.device_count()
         torch.cuda.set_device(local_rank)
+        if started is not None:
+            # transformers puts what --tp shares on this device; srun does not set it.
+            os.environ["LOCAL_RANK"] = str(local_rank)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if dist.is_initialized() or not (started is not None or always):
         yield device
@@ -225,7 +230,10 @@ def on_all_ranks(action: Callable[[], Result], *, group: dist.ProcessGroup | Non
 
 
 class Watchdog:
-    """Ends this process with a message when it has not called `beat` for the timeout.
+    """Ends this process with a message when nothing has moved for the timeout.
+
+    What moves: a call of `beat`, one of `core.heartbeat.beat` inside of what was said, and work on the GPU that
+    was queued by then and ends, however far ahead the host is.
 
     with Watchdog(600) as dog:
         for step in range(1000):
@@ -235,36 +243,54 @@ class Watchdog:
     def __init__(self, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
         self._stop = threading.Event()
-        self._last = (time.monotonic(), "starting")
+        self._since, self._doing = time.monotonic(), "starting"
+        self._queued: deque[torch.cuda.Event] = deque()
+        self._inside = contextlib.ExitStack()
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="longspan-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._last = (time.monotonic(), "starting")
+        self._since = time.monotonic()
+        self._inside.enter_context(watched_by(self._goes_on))
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._inside.close()
         self._stop.set()
         self._thread.join()
 
     def beat(self, doing: str) -> None:
         """Say that the process is alive and what it does next."""
-        self._last = (time.monotonic(), doing)
+        self._doing = doing
+        self._goes_on()
+
+    def _goes_on(self) -> None:
+        self._since = time.monotonic()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            event = torch.cuda.Event()
+            event.record()
+            self._queued.append(event)
+
+    def _look_at_the_gpu(self) -> None:
+        """Take note of queued work that has ended; waits for nothing."""
+        while self._queued and self._queued[0].query():
+            self._queued.popleft()
+            self._since = time.monotonic()
 
     def _watch(self) -> None:
         while True:
-            since, doing = self._last
-            left = since + self.timeout_seconds - time.monotonic()
+            self._look_at_the_gpu()
+            left = self._since + self.timeout_seconds - time.monotonic()
             if left <= 0:
                 break
             if self._stop.wait(min(left, 1.0)):
                 return
         rank = dist.get_rank() if dist.is_initialized() else 0
         sys.stderr.write(
-            f"error: rank {rank} has made no progress for {self.timeout_seconds:g} s ({doing})\n"
+            f"error: rank {rank} has made no progress for {self.timeout_seconds:g} s ({self._doing})\n"
             f"  found: it stands {self._where()}\n"
-            "  to mend it: see what the other ranks say, or raise the timeout if a step takes that long\n"
+            "  to mend it: see what the other ranks say, or raise the timeout if one block takes that long\n"
         )
         sys.stderr.flush()
         os._exit(RunError.exit_code)

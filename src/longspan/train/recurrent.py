@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longspan.core.errors import ArgumentError
+from longspan.core.heartbeat import beat
 from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL, LossSum
 from longspan.models.documents import Documents
@@ -68,9 +69,11 @@ def recurrent_step(
         with torch.no_grad():
             for index in range(len(row) - 1):
                 if row.is_read_later(index) or _others_wait():
+                    beat()
                     with _own_randomness(seed + index, device):
                         root(_part(batch, row, index, first_walk=True))
         for index in reversed(range(len(row))):
+            beat()
             with _own_randomness(seed + index, device):
                 result = root(_part(batch, row, index, first_walk=False))
             (result.loss / weight).backward()

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from longspan.core.errors import ConfigError, DataError, RunError
 from longspan.core.files import remove_leftovers
+from longspan.core.heartbeat import beat
 from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
@@ -439,6 +440,7 @@ def train_step(
     loss_sum = 0.0
     share = rows if spread is None else spread.rows(rows)
     for start in range(0, len(share), rows_per_micro_batch):
+        beat()
         part = share[start : start + rows_per_micro_batch]
         batch = collate(part, device=device) if spread is None else spread.batch(part)
         if chunk_tokens is None:
