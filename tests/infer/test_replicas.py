@@ -57,6 +57,7 @@ def load_that_is_killed_on_rank_1(source: Source) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_killed_replica_ends_all_with_a_message(folder: Folder) -> None:
     """The first waits for answers of a process that is not there; those that it has are handed on before."""
     source = Source(folder.path, load=load_that_is_killed_on_rank_1)
