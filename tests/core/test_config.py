@@ -110,6 +110,28 @@ def test_every_mistake_is_reported_at_once():
     assert "stages.0.context_length: this setting is required" in text
 
 
+def test_a_wrong_entry_does_not_make_its_list_too_short():
+    """Beside what was wrong stood that there are no stages, and all of them were printed."""
+
+    class Several(Config):
+        stages: tuple[Stage, ...] = pydantic.Field(min_length=1)
+
+    with pytest.raises(ConfigError) as caught:
+        Several.from_dict({"stages": [{"context_length": "x"}]})
+    assert "stages.0.context_length" in str(caught.value) and "at least 1" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"stages: .*at least 1"):
+        Several.from_dict({"stages": []})
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_numbers_are_finite(value):
+    """A learning rate of infinity passed as one above 0."""
+    with pytest.raises(ConfigError, match=r"stages\.0\.optimizer\.lr.*finite"):
+        Recipe.from_dict(
+            parse_yaml(f"stages: [{{context_length: 8, optimizer: {{lr: {value}}}}}]", where="r")
+        )
+
+
 def test_check_of_several_settings_does_not_print_them_all():
     """The input of a whole-model check is the whole model; it stood in the message, 400 characters of it."""
     text = message({"stages": [{"context_length": 8}, {"context_length": 4}]})

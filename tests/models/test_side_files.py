@@ -118,6 +118,24 @@ def test_a_rope_written_at_the_top_does_not_outlive_a_new_one(tmp_path: Path) ->
     assert rope_fingerprint(load_model(tmp_path / "yarn")) == rope_fingerprint(model)
 
 
+def test_settings_beside_those_of_layers_are_no_layer(tmp_path: Path) -> None:
+    """transformers keeps one RoPE beside those of the kinds of layers, and reads the latter: a traceback."""
+    plain = {"rope_type": "default", "rope_theta": 5000.0}
+    nested = {kind: plain for kind in ("full_attention", "sliding_attention")}
+    mixed = build_model(
+        {**TINY, "model_type": "gemma3_text", "head_dim": 16, **WINDOWS, "rope_parameters": plain | nested},
+        seed=0,
+    )
+    clean = build_model(
+        {**TINY, "model_type": "gemma3_text", "head_dim": 16, **WINDOWS, "rope_parameters": nested}, seed=0
+    )
+    assert rope_fingerprint(mixed) == rope_fingerprint(clean)
+    export_model(mixed, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(1, 20)).logits, clean(tokens(1, 20)).logits)
+
+
 def test_a_rope_that_a_family_would_not_load_again_is_refused_before_work(tmp_path: Path) -> None:
     """Phi-3 trained with a linear RoPE to its end, then nothing could load what was saved."""
     save_model(build_model({**TINY, "model_type": "phi3", "pad_token_id": 0}, seed=0), tmp_path / "base")

@@ -313,6 +313,15 @@ def test_a_run_without_a_single_step_is_not_complete(data_root: Path, tmp_path: 
     assert not (tmp_path / "run" / "stages" / "short").exists()
 
 
+def test_a_run_that_diverged_is_not_complete(data_root: Path, tmp_path: Path) -> None:
+    """One step blew the weights up, all others were skipped, and the exit code was 0."""
+    stage = {**recipe()["stages"][0], "adamw_lr": None, "tokens": 384, "lr": 1e30}
+    settings = config(optimizer={"name": "adamw"}, stages=[stage])
+    with pytest.raises(RunError, match="diverged: its last 2 of 3 steps were skipped"):
+        train(settings, tmp_path / "run", data_root=data_root)
+    assert not (tmp_path / "run" / "COMPLETE").exists()
+
+
 def test_settings_that_change_no_number_may_change_when_a_run_goes_on(
     data_root: Path, tmp_path: Path
 ) -> None:

@@ -68,9 +68,11 @@ _SafeDumper.add_representer(str, _SafeDumper.represent_str)
 
 
 class Config(pydantic.BaseModel):
-    """Base of all settings: immutable, keyword-only, unknown keys refused."""
+    """Base of all settings: immutable, keyword-only, unknown keys refused, numbers finite unless a field says so."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], *, where: str = "settings") -> Self:
@@ -189,7 +191,14 @@ def _assign(node: Any, keys: list[str], value: Any, dotted: str) -> None:
 
 def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> list[str]:
     lines = []
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    for item in items:
+        # A list is too short without its wrong entries: they are what is wrong.
+        place = item["loc"]
+        if item["type"] == "too_short" and any(
+            other["loc"][: len(place)] == place != other["loc"] for other in items
+        ):
+            continue
         dotted = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             names = _field_names(model, item["loc"][:-1])

@@ -199,8 +199,10 @@ def rope_by_layer_type(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def rope_meaning(parameters: Mapping[str, Any], context: int | None) -> dict[str, Any]:
     """Return `rope_parameters` in one form for all ways to write the same RoPE of a model with `context` positions."""
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        return {key: rope_meaning(value, context) for key, value in parameters.items() if value is not None}
+    # Of a model with several, transformers keeps what stands beside them, and does not read it.
+    nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
+    if nested:
+        return {key: rope_meaning(value, context) for key, value in nested.items()}
     known = {key: value for key, value in parameters.items() if key != "type" and value is not None}
     known.setdefault("partial_rotary_factor", 1.0)
     if known.get("rope_type") == "longrope" and context is not None:

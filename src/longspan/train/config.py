@@ -78,8 +78,8 @@ class OptimizerConfig(Config):
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     momentum: float = pydantic.Field(0.95, ge=0, lt=1)
     """Muon's Nesterov momentum."""
-    max_grad_norm: float = pydantic.Field(1.0, gt=0)
-    """Gradients are scaled down to this global 2-norm."""
+    max_grad_norm: float = pydantic.Field(1.0, gt=0, allow_inf_nan=True)
+    """Gradients are scaled down to this global 2-norm; `.inf`: never."""
 
 
 class ScheduleConfig(Config):

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,8 +185,12 @@ def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | Non
     return TrainResult(models, state.progress.step, state.progress.tokens)
 
 
+LOST_STEPS = 10
+"""Steps without a number at the end of a stage, of which it did not come back."""
+
+
 def _check_trained(run: Path, stage: str) -> None:
-    """Refuse a stage that changed nothing: it would pass for a trained one."""
+    """Refuse a stage that changed nothing, or diverged: it would pass for a trained one."""
     steps = [record for record in read_jsonl(run / METRICS) if record["stage"] == stage]
     skipped = sum(record["loss"] is None for record in steps)
     if skipped and skipped == len(steps):
@@ -193,6 +198,14 @@ def _check_trained(run: Path, stage: str) -> None:
             f"stage {stage!r} changed nothing: every step was skipped",
             found=f"{skipped} steps with a loss or gradient that is not finite, or without a label",
             fix="look at the model's weights, the learning rate and the data, and start over in another --out",
+        )
+    # From weights that overflow no step comes back.
+    last = sum(1 for _ in takewhile(lambda record: record["loss"] is None, reversed(steps)))
+    if last >= min(LOST_STEPS, len(steps) - 1) and last > 1:
+        raise RunError(
+            f"stage {stage!r} diverged: its last {last} of {len(steps)} steps were skipped",
+            found="losses or gradients that are not finite, or no labels",
+            fix="look at the learning rate, and start over in another --out, or from an earlier checkpoint",
         )
     if skipped:
         get_logger("train").warning("stage %s: %d of %d steps were skipped", stage, skipped, len(steps))
