@@ -89,18 +89,18 @@ def test_documents_begin_as_the_tokenizer_has_them(root: Path, data_root: Path) 
 
 
 @pytest.mark.parametrize("specials", ["auto", "bos", "both"])
-def test_a_conversation_has_one_bos(root: Path, specials: str) -> None:
+def test_a_conversation_has_one_bos_and_one_eos(root: Path, specials: str) -> None:
     """The template has written it already: a second one is a sequence that no model has seen."""
     tokenizer = load_tokenizer(root / "tokenizer")
     store = TokenStore(root / "chats")
     settings = frame_settings(specials, [store], where="here")  # type: ignore[arg-type]
-    assert settings["specials"] == ("eos" if specials == "both" else "none")
+    assert settings["specials"] == "none", "the template ends with EOS too"
     assert int(store.tokens(0)[0]) == tokenizer.bos_id and text_bos(store) is None
     # Pairs, CEPE's files and annotations read documents so.
     framed = StoreDocuments([root / "chats"], specials="both").ids(0).tolist()
-    assert framed == [*store.tokens(0).tolist(), tokenizer.eos_id]
-    # Merged, it does not say any more that it holds conversations.
+    assert framed == store.tokens(0).tolist() and framed[-1] == tokenizer.eos_id
     merged = merge_stores([root / "chats"], root / f"merged-{specials}")
+    assert merged.manifest.config["chat"] == store.manifest.config["chat"], "a copy holds conversations too"
     assert frame_settings(specials, [merged], where="here") == settings  # type: ignore[arg-type]
 
 

@@ -2,7 +2,7 @@
 
 A store holds text only. A model whose tokenizer begins texts with BOS was trained so, and reads a text without it much
 worse: `auto` begins documents as the tokenizer itself would. A conversation begins as its chat template has it, and no
-document gets a second BOS.
+document gets a second BOS, and where all end with EOS none gets a second EOS.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ def frame_settings(wanted: Framing, stores: Sequence[TokenStore], *, where: str)
         if all(begun):
             get_logger("data").info("%s: its documents begin with BOS already and get no second one", where)
             wanted = "eos" if wanted == "both" else "none"
+        if wanted in ("eos", "both") and all(_ends_with_eos(store) for store in stores):
+            get_logger("data").info("%s: its documents end with EOS already and get no second one", where)
+            wanted = "bos" if wanted == "both" else "none"
     if uneven:
         raise ConfigError(
             f"{where} mixes documents that begin as they stand, such as conversations, with texts that begin with BOS",
@@ -76,9 +79,16 @@ def frame_words(spec: PackSpec) -> str:
 
 
 def _begins_with_bos(store: TokenStore) -> bool:
-    bos = store.manifest.tokenizer.get("bos_id")
-    if bos is None or not len(store):
+    return _have_at(store, slice(None, 1), store.manifest.tokenizer.get("bos_id"))
+
+
+def _ends_with_eos(store: TokenStore) -> bool:
+    return _have_at(store, slice(-1, None), store.manifest.tokenizer.get("eos_id"))
+
+
+def _have_at(store: TokenStore, place: slice, token: int | None) -> bool:
+    """Whether the documents of a store that are looked at all have a token at their beginning, or end."""
+    if token is None or not len(store):
         return False
     looked_at = np.unique(np.linspace(0, len(store) - 1, LOOKED_AT).astype(np.int64))
-    firsts = [store.tokens(int(document))[:1] for document in looked_at]
-    return all(len(first) > 0 and int(first[0]) == bos for first in firsts)
+    return all(store.tokens(int(document))[place].tolist() == [token] for document in looked_at)

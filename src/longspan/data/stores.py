@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -75,7 +76,7 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
             fix="tokenize them with the same tokenizer",
         )
     (identity,) = identities
-    config = {"merged": [store.fingerprint for store in stores]}
+    config = {"merged": [store.fingerprint for store in stores], **_conversations(stores)}
     counts = {"merged_stores": len(stores)}
     plain = all(store.manifest.dtype == token_dtype(identity.vocab_size).name for store in stores)
     if plain and all(_columns(store.path) <= _own_columns(store) for store in stores):
@@ -103,7 +104,7 @@ def split_store(path: str | Path, parts: Mapping[str, float]) -> dict[str, Token
     for name in parts:
         if Path(name).exists():
             raise DataError(f"{name} already exists", fix="choose another place or remove it first")
-    config = {"split_of": store.fingerprint, "shares": shares}
+    config = {"split_of": store.fingerprint, "shares": shares, **_conversations([store])}
     with ExitStack() as stack:
         writers = [
             stack.enter_context(
@@ -290,3 +291,9 @@ def _copy(store: TokenStore, document: int, writer: TokenStoreWriter) -> None:
         key=int(store.lengths.key[document]),
         mask=None if mask is None or bool((mask == 1).all()) else mask,
     )
+
+
+def _conversations(stores: Sequence[TokenStore]) -> dict[str, Any]:
+    """Return what says that a store made of these holds conversations: their masks are answers, and no loss weights."""
+    chats = [store.manifest.config.get("chat") for store in stores]
+    return {"chat": chats[0]} if all(chats) else {}
