@@ -266,6 +266,16 @@ def test_a_tokenizer_that_did_not_make_the_stores_is_told(
     assert "is not the one that made the token stores" in caplog.text
 
 
+def test_a_model_smaller_than_the_vocabulary_is_told_before_training(
+    data_root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The dry run passed, and the first id beyond the model ended the run, maybe days later."""
+    monkeypatch.setattr(logging.getLogger("longspan"), "propagate", True)
+    fields = {**recipe()["model"]["hf_config"], "vocab_size": 200}
+    plan_run(config(model={"hf_config": fields}), data_root=data_root)
+    assert "the model has 200: an id beyond them ends the run" in caplog.text
+
+
 def test_a_finished_run_is_left_as_it_is(data_root: Path, tmp_path: Path) -> None:
     """Without its checkpoints, which take the most room, it was trained once more from the start."""
     settings = config(stages=stages(0)[:1])

@@ -28,6 +28,7 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.loader import PackedRow
+from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
 from longspan.models.adapter_card import adapter_note
 from longspan.models.families import refuse_quantized
@@ -277,6 +278,14 @@ def _check_tokenizers(config: TrainConfig, plans: Sequence[StagePlan], root: Pat
             found="; ".join(f"{store}: {name}" for name, store in made_by.items()),
             fix="tokenize all of them with the model's tokenizer",
         )
+    known = model_config(config, root).get_text_config(decoder=True).vocab_size
+    for store in made_by.values():
+        if (size := TokenStore(store).vocab_size) > known:
+            # Not an error: of added tokens, as those of Gemma 3 for images, texts may hold none.
+            get_logger("train").warning(
+                "%s was made with a tokenizer of %d tokens, the model has %d: an id beyond them ends the run",
+                store, size, known,
+            )  # fmt: skip
     if config.tokenizer is None:
         return
     if not (root / config.tokenizer).is_dir():
