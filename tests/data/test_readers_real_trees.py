@@ -275,8 +275,10 @@ def test_long_windows_of_zstd(tmp_path: Path) -> None:
     assert read(tmp_path / "a.jsonl.zst")[0] == [("a", "far")]
 
 
-def test_names_that_are_not_utf8(tmp_path: Path, tokenizer: Tokenizer, write_jsonl: Write) -> None:
-    """A file's name that is not UTF-8 ended in a traceback when the store was sealed."""
+def test_names_that_are_not_utf8(
+    tmp_path: Path, tokenizer: Tokenizer, write_jsonl: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file's name that is not UTF-8 ended in a traceback when the store was sealed, or the message was passed on."""
     names = [os.fsdecode(b"caf\xe9.jsonl"), os.fsdecode(b"gr\xfc\xdfe")]
     write_jsonl(f"in/{names[0]}", {"text": "one"}, b"{", {"text": "two"})
     write_jsonl(f"in/{names[1]}/b.txt", {"text": "three"})
@@ -297,6 +299,8 @@ def test_names_that_are_not_utf8(tmp_path: Path, tokenizer: Tokenizer, write_jso
     )
     assert len(grouped) == 1
     assert verify(tmp_path / "out", against=[str(tmp_path / "in")]).missing == []
+    assert "caf\ufffd.jsonl:2" in caplog.text
+    caplog.text.encode()
 
 
 def test_stores_below_the_input_are_passed_over(

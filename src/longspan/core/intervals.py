@@ -92,7 +92,7 @@ def effective_context(
         if interval is None:
             return Effective(reached, length, "unscored", 0, needed)
         if interval[0] <= threshold:
-            undecided = (needed is None or samples < needed) and interval[1] > threshold
+            undecided = (needed is None or samples < needed) and interval[1] >= threshold
             return Effective(reached, length, "few samples" if undecided else "below", samples, needed)
         reached = length
     return Effective(reached, needed=needed)

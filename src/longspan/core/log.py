@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from functools import lru_cache
 from typing import TextIO
 
 ROOT = "longspan"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _StderrHandler(logging.StreamHandler[TextIO]):
@@ -21,9 +23,24 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+def printable(name: str) -> str:
+    """Return a name in which what has no UTF-8 form (of a file's name, or half of a pair) is U+FFFD."""
+    return name if name.isascii() else _SURROGATE.sub("\ufffd", name)
+
+
+def _with_printable_names(record: logging.LogRecord) -> bool:
+    """Let no name of a file that is not UTF-8 end whoever writes the message to a file or sends it on."""
+    message = record.getMessage()
+    if not message.isascii():
+        record.msg, record.args = printable(message), None
+    return True
+
+
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger `longspan.<name>`."""
-    return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
+    """Return the logger `longspan.<name>`, whose messages have a UTF-8 form."""
+    logger = logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
+    logger.addFilter(_with_printable_names)  # one that is there already is not added again
+    return logger
 
 
 def setup_logging(*, verbose: bool = False) -> None:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes
-from longspan.core.log import get_logger
+from longspan.core.log import get_logger, printable
 from longspan.data.cepe import CepeFile, read_cepe
 from longspan.data.framing import frame_settings
-from longspan.data.readers.fields import printable
 from longspan.data.readers.walking import files_below
 from longspan.data.store.token_store import MANIFEST, open_stores
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from longspan.core.log import printable
 from longspan.data.readers.base import (
     WEIGHTS_FIELD,
     Document,
@@ -18,8 +18,6 @@ from longspan.data.readers.base import (
     SkippedRecordError,
     UTF8Values,
 )
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def lookup(record: dict[str, Any], dotted: str) -> Any:
@@ -97,11 +95,6 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
     if weights is not None:
         weights = _check_weights(weights, len(text))
     return Document(text, source, file.path, record.position, weights, messages, variables)
-
-
-def printable(name: str) -> str:
-    """Return a name in which what has no UTF-8 form (of a file's name, or half of a pair) is U+FFFD."""
-    return name if name.isascii() else _SURROGATE.sub("\ufffd", name)
 
 
 def _wrong_type(what: str, value: Any, *, allowed: str = "") -> SkippedRecordError:

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from longspan.core.errors import DataError
+from longspan.core.log import printable
 from longspan.data.readers.base import InputFile, Reader, ReadReport, extension_of
-from longspan.data.readers.fields import printable
 from longspan.data.readers.folders import Entry, leave_out_cards, resolve_folders
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.readers.hub import expand_hub

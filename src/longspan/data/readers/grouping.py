@@ -28,6 +28,7 @@ from typing import IO, Any, NamedTuple
 
 from longspan.core.errors import ArgumentError
 from longspan.core.files import disk_errors
+from longspan.core.log import printable
 from longspan.data.readers.base import (
     Document,
     Fields,
@@ -37,7 +38,7 @@ from longspan.data.readers.base import (
     ReadReport,
     SkippedRecordError,
 )
-from longspan.data.readers.fields import lookup, printable
+from longspan.data.readers.fields import lookup
 from longspan.data.readers.reading import READERS, make_document, parse_values_of, records_of, skip_record
 
 NUM_BUCKETS = 256
