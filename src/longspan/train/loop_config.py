@@ -17,7 +17,8 @@ class InitConfig(Config):
     """Begin with what another run has learnt, without renaming its files."""
 
     path: str
-    """A run folder, of which the newest checkpoint is taken, or one `checkpoints/step-*`; relative to `data_root`."""
+    """A run folder, of which the newest checkpoint is taken, or one `checkpoints/step-*`; relative to `data_root`. Of a
+    Hugging Face Trainer, its folder or one `checkpoint-*`: moments alone, from `optimizer.pt`."""
     weights: bool = True
     """Take the weights. False: those of `model`."""
     optimizer: bool = False

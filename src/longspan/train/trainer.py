@@ -43,7 +43,6 @@ from longspan.train.checkpoint import (
     Checkpoint,
     Checkpointer,
     Progress,
-    find_checkpoint,
     load_latest,
     read_checkpoint,
 )
@@ -74,6 +73,7 @@ from longspan.train.stage_model import (
 from longspan.train.streams import StagePlan, plan_stages, stage_rows
 from longspan.train.tracking import check_trackers
 from longspan.train.trained import STARTED
+from longspan.train.trainer_moments import check_init, find_trainer_checkpoint, read_trainer_moments
 from longspan.train.validation import ValidationPlan, check_tokenizers, plan_validation, validate
 
 
@@ -262,7 +262,7 @@ def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
     check_recipe(config, root)
     check_trackers(config.tracking)
     if config.init_from is not None:
-        find_checkpoint(root / config.init_from.path)
+        check_init(config, root)
     plans = plan_stages(config, root, tokenizer=lambda: tokenizer_source(config, root))
     _check_tokenizers(config, plans, root)
     _validation(config, plans, root)
@@ -326,9 +326,13 @@ def _ready(run: _Run, stage: StageConfig, state: Checkpoint | None, *, carry: bo
     optimizers = build_optimizers(model, config.optimizer)
     weights = moments = state
     if state is None and config.init_from is not None:
-        other = read_checkpoint(run.root / config.init_from.path)
-        weights = other if config.init_from.weights else None
-        moments = other if config.init_from.optimizer else None
+        origin = run.root / config.init_from.path
+        if (theirs := find_trainer_checkpoint(origin)) is not None:
+            load_optimizer_tensors(optimizers, *read_trainer_moments(theirs, model, config))
+        else:
+            other = read_checkpoint(origin)
+            weights = other if config.init_from.weights else None
+            moments = other if config.init_from.optimizer else None
     elif not carry:
         moments = None
     if weights is not None:
