@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.flash_operators import calls, flash_operators
-from tests.infer.test_engine import test_prompts_within_prompts, test_the_library_gives_the_same_answers
+from tests.infer.test_engine import test_the_library_gives_the_same_answers
 from tests.models.test_attention import test_several_new_tokens_after_a_cache
 from tests.train.test_recurrent import (
     batch_of,
@@ -23,7 +23,6 @@ from tests.train.test_recurrent import (
 __all__ = [
     "test_equals_on_other_models",
     "test_equals_the_row_at_once",
-    "test_prompts_within_prompts",
     "test_several_new_tokens_after_a_cache",
     "test_the_library_gives_the_same_answers",
 ]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from longspan.core.log import log_once
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
-from longspan.models.attention import keep_out_of_compiler
 from longspan.models.checkpointing import enable_checkpointing
+from longspan.models.compiling import compile_blocks
 from longspan.train.config import TrainConfig
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -52,8 +51,4 @@ def prepare_blocks(model: PreTrainedModel, config: TrainConfig) -> None:
         enable_tiled_mlp(model, config.memory.tiled_mlp)
     enable_checkpointing(model, config.memory.activation_checkpointing)
     if config.runtime.compile_blocks:
-        keep_out_of_compiler()
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    block.compile()
+        compile_blocks(model)

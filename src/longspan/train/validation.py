@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from longspan.core.errors import ConfigError
+from longspan.core.heartbeat import beat
 from longspan.core.seeds import rng
 from longspan.data.framing import text_bos
 from longspan.data.loader import PackedRow
@@ -113,6 +114,7 @@ def _measure(model: ModelWithLoss, rows: Sequence[PackedRow], spread: Spread) ->
     breakdown = LossBreakdown()
     # Ranks gather parameters together, so each runs as often as the one with most windows.
     for turn in range(-(-len(rows) // spread.mesh.dp_size)):
+        beat()
         batch = spread.batch([mine[turn] if turn < len(mine) else rows[0]])
         nll = model(batch).per_token_nll
         if turn < len(mine):
