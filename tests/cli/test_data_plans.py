@@ -54,6 +54,22 @@ def test_packing_says_where_every_token_went(longspan, store: Path) -> None:
     assert "short" in line and "tail" in line and "left over" in line
 
 
+def test_documents_longer_than_a_row_are_cut_headed_or_left_out(longspan, store: Path) -> None:
+    """What is left out of a document is counted, whatever becomes of it."""
+    counts = {}
+    for overflow in ("split", "drop_tail", "drop"):
+        outcome = longspan(f"data pack store --length 4k --overflow {overflow} --out {overflow} --json")
+        assert outcome.code == 0, outcome.err
+        counts[overflow] = json.loads(outcome.out)
+        assert ("documents longer than a row" in outcome.err) == (overflow == "drop")
+    split, heads, whole = counts.values()
+    assert split["documents_in"] == heads["documents_in"] > whole["documents_in"] > 0
+    assert heads["dropped"]["overflow"] > 0 and "overflow" not in split["dropped"]
+    lengths = TokenStore(store).lengths.tokens.astype(int)
+    assert heads["dropped"]["overflow"] == sum(max(0, tokens - 4096) for tokens in lengths)
+    assert longspan("data pack store --length 4k --overflow cut --out no").code == 2
+
+
 def test_splitting_into_lengths_makes_a_plan_each(longspan, store: Path) -> None:
     """Plans and rows of each length stand under its name."""
     command = (

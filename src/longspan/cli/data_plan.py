@@ -219,6 +219,8 @@ def pack(
     if chats:
         strategy, remainder = "best_fit", remainder or "pad"
     overflow = overflow or ("drop" if chats else "split")
+    if overflow not in ("split", "drop_tail", "drop"):
+        raise ArgumentError("unknown --overflow", found=overflow, allowed="split, drop_tail or drop")
     settings = {
         "length": length,
         "strategy": strategy or "concat",
