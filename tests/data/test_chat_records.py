@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
 from longspan.data.chat import ChatFormat, MessagesError
-from longspan.data.readers import read_documents
+from longspan.data.readers import ReadReport, read_documents
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
@@ -219,7 +219,8 @@ def test_records_that_say_they_have_no_tools(chatty, nothing):
 def test_tables_give_no_call_the_arguments_of_others(chatty, tmp_path, name):
     """A column of objects has all of their keys: every call was learnt with `"b": null` of the next."""
     rows = [
-        {"messages": [ASK, calling(arguments)], "meta": None} for arguments in ({"a": 1}, {"b": [{"c": 2}]})
+        {"messages": [ASK, calling(arguments)], "meta": {"a": {"b": None, "c": "x"}}}
+        for arguments in ({"a": 1}, {"b": [{"c": 2}]})
     ]
     table = pa.Table.from_pylist(rows)
     if name == "a.parquet":
@@ -227,6 +228,11 @@ def test_tables_give_no_call_the_arguments_of_others(chatty, tmp_path, name):
     else:
         with pa.OSFile(str(tmp_path / name), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
+    report = ReadReport()
+    assert (
+        list(read_documents([str(tmp_path / name)], text_field="meta.a.b", report=report, strict=True)) == []
+    )
+    assert report.empty_documents == 2, "outside of lists null is a value"
     found = [
         learnt(chatty, CALLING, document.messages)
         for document in read_documents([str(tmp_path / name)], messages_field="messages")

@@ -243,20 +243,20 @@ def _in_lists(batch: pa.RecordBatch) -> list[str]:
     return [name for name, kind in fields if kind.num_fields and objects(kind)]
 
 
-def _without_nulls(value: Any, *, inner: bool = False) -> Any:
-    """Return a value whose objects have only the keys with a value, but for the outermost.
+def _without_nulls(value: Any, *, in_list: bool = False) -> Any:
+    """Return a value whose objects in lists have only the keys with a value.
 
     A table gives each object in a column the keys of all: two calls of tools with different arguments would both
     have been called with both.
     """
     if isinstance(value, dict):
         return {
-            key: _without_nulls(each, inner=True)
+            key: _without_nulls(each, in_list=in_list)
             for key, each in value.items()
-            if each is not None or not inner
+            if each is not None or not in_list
         }
     if isinstance(value, list):
-        return [_without_nulls(each, inner=True) for each in value]
+        return [_without_nulls(each, in_list=True) for each in value]
     return value
 
 
