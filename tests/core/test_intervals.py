@@ -42,7 +42,9 @@ def test_too_few_samples_are_not_a_model_that_fails() -> None:
     assert of(2, 8).text == "< 1,024" and of(2, 8).note == ""
     assert of(12, 16).text == "< 1,024", "with 16 it could have been shown"
     assert of(0, 0).text == "not measured" and of(0, 0).note == "nothing is scored at 1,024 tokens"
-    assert "no number is enough" in of(100, 100, threshold=1.0).note
+    assert of(1, 1).note.startswith("1 sample at")
+    for count in range(1, 120):
+        assert "no number is enough" in of(count, count, threshold=1.0).note
 
 
 @settings(max_examples=50, deadline=None)

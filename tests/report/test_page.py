@@ -304,6 +304,26 @@ def test_what_differs_stands_beside_every_change(tmp_path: Path) -> None:
     assert "before 50%; not comparable: digits, needle and seed differ" in page, "the tile"
 
 
+def test_means_over_other_subtasks_are_not_compared(tmp_path: Path) -> None:
+    """Two easy subtasks after, three before, were reported as a longer effective context."""
+    line = {**grid_lines(1.0)[0], "metric": "string_match_all"}
+    for label, subtasks in (("before", ("vt", "cwe", "fwe")), ("after", ("vt", "fwe"))):
+        lines = [
+            {**line, "id": f"{name}{n}", "subtask": name, "sample": n} for name in subtasks for n in range(20)
+        ]
+        write_records(tmp_path / f"records/ruler-{label}.jsonl", header("ruler", label), lines)
+    assert "not comparable: subtasks differ" in words_of(page_of(tmp_path))
+
+
+def test_characters_without_a_glyph_are_named_once(tmp_path: Path, caplog: Any) -> None:
+    """Each character of a label that matplotlib's font lacks was a warning with a line of code."""
+    needle_file(tmp_path / "run", "\U00012031\U00012032", grid_lines(1.0))
+    with caplog.at_level("WARNING", logger="longspan.report"):
+        write_report([tmp_path / "run"], tmp_path / "r.html")
+    said = [record.getMessage() for record in caplog.records if "no glyphs" in record.getMessage()]
+    assert said and all("\U00012031\U00012032" in text for text in said)
+
+
 def test_nothing_scored_is_said_with_its_reason(tmp_path: Path) -> None:
     """A server that was down made "effective context < 512" and an accuracy of a dash."""
     needle_file(tmp_path / "run", "down", grid_lines(1.0, unscored="endpoint: failed"))

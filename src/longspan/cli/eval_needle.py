@@ -255,8 +255,8 @@ def _too_few(settings: NeedleSettings, threshold: float) -> str:
         return ""
     enough = "no number is enough" if needed is None else f"at least {needed} are needed (--samples)"
     return (
-        f"{count} samples a length cannot show an effective context above {percent(threshold)}, even if all are "
-        f"right: {enough}"
+        f"{count} sample{'' if count == 1 else 's'} a length cannot show an effective context above "
+        f"{percent(threshold)}, even if all are right: {enough}"
     )
 
 

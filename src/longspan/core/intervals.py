@@ -69,11 +69,14 @@ class Effective(NamedTuple):
         if self.why != "few samples":
             return ""
         needed = "no number is enough" if self.needed is None else f"at least {self.needed} are needed"
-        return f"{self.samples} samples at {self.ended:,} tokens, {needed}"
+        return f"{self.samples} sample{'' if self.samples == 1 else 's'} at {self.ended:,} tokens, {needed}"
 
 
 Measured = tuple[tuple[float, float] | None, int]
 """The 95 % interval of the mean score at a length, None without a scored sample, and the number of these."""
+
+
+_ROUNDING = 1e-9
 
 
 def effective_context(
@@ -92,7 +95,9 @@ def effective_context(
         if interval is None:
             return Effective(reached, length, "unscored", 0, needed)
         if interval[0] <= threshold:
-            undecided = (needed is None or samples < needed) and interval[1] >= threshold
+            # Where all answers are right the upper bound is 1, but for rounding.
+            possible = interval[1] >= threshold - _ROUNDING
+            undecided = (needed is None or samples < needed) and possible
             return Effective(reached, length, "few samples" if undecided else "below", samples, needed)
         reached = length
     return Effective(reached, needed=needed)

@@ -252,7 +252,9 @@ def _run_part(
 ) -> None:
     """Compose a part of the samples, ask for the answers, and write each as it comes."""
     asked: list[tuple[_Sample, Built]] = []
-    for sample in part:
+    for number, sample in enumerate(part, 1):
+        bar.note(f"composing {number} of {len(part)}")
+        bar.advance(0)  # millions of tokens may be composed before the first is read
         try:
             built = task.build(sample.planned)
             _check_fits(built.request, answerer.max_length)
@@ -261,6 +263,7 @@ def _run_part(
             bar.advance(sample.planned.tokens)
         else:
             asked.append((sample, built))
+    bar.note("")
     if not asked:
         return
     requests = [built.request for _, built in asked]

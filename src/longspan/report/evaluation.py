@@ -15,6 +15,10 @@ from longspan.report.view import order_of, role_of, short_name
 MOST_MARKS = 3
 
 
+_ROWS = {"ruler": "subtasks"}
+"""What one number of a length is the mean over, beside the tasks that have depths."""
+
+
 @dataclass
 class Evaluation:
     """All evaluations of a report by task and label."""
@@ -92,11 +96,12 @@ class Evaluation:
         )
         found = set(differing(first, second)) if first and second else set()
         grids = self.grids.get(task, {})
-        if one in grids and two in grids and task in GRID_TASKS:
-            # Depths of a common length weigh alike only where both have them.
+        shared = "depths" if task in GRID_TASKS else _ROWS.get(task)
+        if one in grids and two in grids and shared is not None:
+            # Depths and subtasks of a common length weigh alike only where both have them.
             common = {n for n in grids[one].lengths if n in grids[two].lengths}
             rows = ({(row, n) for row, n in grids[label].cells if n in common} for label in (one, two))
-            found |= {"depths"} if len({frozenset(each) for each in rows}) > 1 else set()
+            found |= {shared} if len({frozenset(each) for each in rows}) > 1 else set()
         return tuple(sorted(found))
 
     def not_comparable(self, task: str, among: Mapping[str, object]) -> str:

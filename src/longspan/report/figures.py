@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter, ScalarFormatter
 
 from longspan.core.files import atomic_write
+from longspan.core.log import get_logger
 from longspan.report.charts import cut_name, length_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.load import Run
@@ -29,6 +31,7 @@ from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, los
 from longspan.report.view import long_name, role_of, short_name
 
 _INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
+_MISSING_GLYPH = re.compile(r"Glyph (\d+) .* missing from")
 _MOST_TICKS = 10
 """Labels of lengths that fit side by side under half a page."""
 
@@ -57,10 +60,27 @@ def write_figures(runs: Sequence[Run], evaluation: Evaluation, folder: Path) -> 
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{file_name(name)}.png")
-        with atomic_write(paths[-1]) as file:
+        with atomic_write(paths[-1]) as file, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             # No metadata: the same records give the same bytes.
             FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+        _say_missing(caught, paths[-1])
     return paths
+
+
+def _say_missing(caught: Sequence[warnings.WarningMessage], path: Path) -> None:
+    """Say in one line which characters of labels a figure shows as boxes; pass on whatever else was warned of."""
+    missing = [found[1] for each in caught if (found := _MISSING_GLYPH.match(str(each.message)))]
+    if missing:
+        characters = "".join(chr(int(code)) for code in dict.fromkeys(missing))
+        get_logger("report").warning(
+            "%s: matplotlib's font has no glyphs for %s, which stand as boxes there; the page shows them",
+            path.name,
+            characters,
+        )
+    for each in caught:
+        if not _MISSING_GLYPH.match(str(each.message)):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def file_name(name: str) -> str:
