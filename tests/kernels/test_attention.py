@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import Bands, attention, choose_kernel, merge
+from longspan.kernels.attention import Bands, attention, choose_kernel, merge, tiled
 from longspan.kernels.attention.cpu_flash import CpuFlashKernel
+from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel
 from longspan.kernels.attention.reference import ReferenceKernel, dense_mask
+from longspan.kernels.attention.tiled import TiledKernel
 
 CPU = torch.device("cpu")
 
@@ -240,3 +244,47 @@ def test_cpu_gets_the_flash_kernel() -> None:
     """The fast path must be the one that runs."""
     assert choose_kernel("cpu").name == "cpu_flash"
     assert choose_kernel("meta").name == "reference"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.tuples(SEGMENT, SEGMENT, SHIFT, st.none() | st.integers(0, 40)), min_size=1, max_size=4),
+    shared=st.booleans(),
+)
+def test_tiles_are_the_whole(rows: list[tuple[int, int, int, int | None]], shared: bool) -> None:
+    """Guards the limits of a band that a tile cuts, keys that only some tiles see, and tiles that see nothing."""
+    q_len, k_len, lo, width = (list(column) for column in zip(*rows))
+    q_start, k_start = np.cumsum([0, *q_len])[:-1] * (not shared), np.cumsum([0, *k_len])[:-1]
+    hi = [None if w is None else low + w for low, w in zip(lo, width)]
+    bands = Bands(q_start, q_len, k_start, k_len, lo=lo, hi=hi)
+    q, k, v, dout = tensors(queries=sum(q_len) + 3, keys=sum(k_len) + 2, dtype=torch.float64)
+    out, lse = ReferenceKernel().forward(q, k, v, bands, 0.3)
+    expected = [out, lse, *ReferenceKernel().backward(dout, q, k, v, out, lse, bands, 0.3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "TILE_BYTES", 7 * len(k) * q.shape[1] * 8)
+        found = [*TiledKernel().forward(q, k, v, bands, 0.3)]
+        found += TiledKernel().backward(dout, q, k, v, out, lse, bands, 0.3)
+    for mine, truth in zip(found, expected):
+        torch.testing.assert_close(mine, truth, rtol=1e-11, atol=1e-11)
+
+
+def test_the_dense_fallback_holds_no_square() -> None:
+    """Evaluating in fp32, or with heads of 512, made the scores of all pairs at once: 256 GiB at 128K tokens."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    q, k, v, dout = tensors(queries=600, keys=600, head_dim=16, dtype=torch.float32)
+    bands = Bands.from_documents([0, 600])
+    kernel = CudaVarlenKernel()
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(tiled, "TILE_BYTES", 600 * 4 * 4 * 10)
+        out, lse = kernel.forward(q, k, v, bands, 0.3)
+        kernel.backward(dout, q, k, v, out, lse, bands, 0.3)
+    assert largest <= 600 * 4 * 16

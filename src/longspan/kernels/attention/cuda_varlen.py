@@ -12,7 +12,7 @@ or hides keys that nothing does. Every limit that bounds something is below max(
 is not bounds nothing: with max_k at least max_q both rules are harmless. They read max_k for nothing else but the
 size of a grid, whose blocks beyond the keys end at once.
 
-Other dtypes and head dimensions go to the dense reference, and the log says so once.
+Other dtypes and head dimensions go to dense attention in tiles, and the log says so once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from longspan.core.log import log_once
 from longspan.kernels.attention.bands import NO_LIMIT, Bands
 from longspan.kernels.attention.merging import merge
-from longspan.kernels.attention.reference import ReferenceKernel
+from longspan.kernels.attention.tiled import TiledKernel
 
 __all__ = ["CudaVarlenKernel", "launches"]
 
@@ -133,7 +133,7 @@ class CudaVarlenKernel:
     upcasts = False
 
     def __init__(self) -> None:
-        self._reference = ReferenceKernel()
+        self._fallback = TiledKernel()
         self._launches: WeakKeyDictionary[Bands, dict[tuple[int, int, torch.device], list[Launch]]] = (
             WeakKeyDictionary()
         )
@@ -143,7 +143,7 @@ class CudaVarlenKernel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [T, H, D] in q's dtype and lse [T, H] in fp32; unseeing queries get 0 and -inf."""
         if self._falls_back(q):
-            return self._reference.forward(q, k, v, bands, scale)
+            return self._fallback.forward(q, k, v, bands, scale)
         todo = self._plan(q, k, bands)
         if len(todo) == 1 and todo[0].q_rows is None:
             return _launch_forward(todo[0], q, k, v, scale)
@@ -171,7 +171,7 @@ class CudaVarlenKernel:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return dq, dk, dv; `out` and `lse` belong to the whole attention; k, v may be a part of it."""
         if self._falls_back(q):
-            return self._reference.backward(dout, q, k, v, out, lse, bands, scale)
+            return self._fallback.backward(dout, q, k, v, out, lse, bands, scale)
         todo = self._plan(q, k, bands)
         if len(todo) == 1 and todo[0].q_rows is None and todo[0].k_rows is None:
             return _launch_backward(todo[0], dout, q, k, v, out, lse, scale)
@@ -193,7 +193,7 @@ class CudaVarlenKernel:
             reason = f"head dimension {head_dim}; the flash kernels take multiples of 8 up to {MAX_HEAD_DIM}"
         else:
             return False
-        log_once("kernels.attention", f"attention: reference (dense, quadratic memory) because of {reason}")
+        log_once("kernels.attention", f"attention: tiled (dense, slow) because of {reason}")
         return True
 
     def _plan(self, q: torch.Tensor, k: torch.Tensor, bands: Bands) -> list[Launch]:
