@@ -308,6 +308,7 @@ def test_files_without_a_byte_are_empty_in_every_format(tmp_path: Path) -> None:
     report = ReadReport()
     assert [d.text for d in read_documents([tmp_path], report=report)] == ["b"]
     assert report.empty_files == 9
+    assert [d.text for d in read(tmp_path, part_bytes=1)[0]] == ["b"]
 
 
 def test_compression_is_told_by_the_first_bytes(tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def _checked(path: str, kind: str) -> Iterator[None]:
 
 def split_row_groups(file: InputFile, part_bytes: int) -> list[Part]:
     """Cut between row groups; reads the file's table of contents."""
+    if _is_empty(file.path):
+        return whole_file(file, part_bytes)
     with _parquet(file.path) as parquet:
         metadata = parquet.metadata
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
