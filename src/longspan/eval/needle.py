@@ -179,7 +179,7 @@ class NeedleComposer:
         if self.settings.mode == "teacher_forced":
             return self.form.count(prompt, answer=self.answer(asked[0]))
         begun = self.form.count(prompt, answer_prefix=self.answer_prefix(asked))
-        return begun + self.settings.max_new_tokens
+        return begun + self.form.within(self.settings.max_new_tokens)
 
     def context(
         self,
@@ -241,7 +241,8 @@ class NeedleComposer:
                 max_new_tokens=self.settings.max_new_tokens,
             )
         assert request.prompt_ids is not None
-        room = self.settings.max_new_tokens if request.answer_ids is None else len(request.answer_ids)
+        generated = self.form.within(self.settings.max_new_tokens)
+        room = generated if request.answer_ids is None else len(request.answer_ids)
         start, end = context.planted.spans[index]
         return Built(
             request,

@@ -55,7 +55,7 @@ def _groups(settings: NeedleSettings, form: PromptForm, *, multi_key: bool) -> l
         asked = form.count(settings.question, answer=settings.answer.replace("{number}", number))
     else:
         prefix = settings.answer_prefix and f" {settings.answer_prefix}"
-        asked = form.count(settings.question, answer_prefix=prefix) + settings.max_new_tokens
+        asked = form.count(settings.question, answer_prefix=prefix) + form.within(settings.max_new_tokens)
     planted = len(form.tokenizer.encode(settings.needle.replace("{number}", number)))
     if min(settings.lengths) <= asked + planted:
         raise ConfigError(

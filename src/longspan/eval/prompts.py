@@ -116,6 +116,10 @@ class PromptForm:
         """Return how many tokens a generated answer may have where the task itself gives it `own`."""
         return self._max_new_tokens or own + (THOUGHT_TOKENS if self.thinks else 0)
 
+    def within(self, own: int) -> int:
+        """Return how many tokens of the room for an answer a stated length holds: less where less is asked for."""
+        return min(self.room(own), own)
+
     def beyond(self, own: int) -> int:
         """Return how many tokens of the room for an answer are not part of a stated length."""
         return max(0, self.room(own) - own)
