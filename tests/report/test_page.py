@@ -18,6 +18,7 @@ from longspan.core.records import read_jsonl
 from longspan.report import summarise, write_report
 from longspan.report.html import render
 from longspan.report.load import load_runs
+from longspan.report.view import order_of
 from tests.report.conftest import page_of
 from tests.report.synthetic_run import LENGTHS, header, needle_lines, write_lines, write_records
 
@@ -302,6 +303,12 @@ def test_what_differs_stands_beside_every_change(tmp_path: Path) -> None:
     assert claim in page
     assert page.count("Not comparable: after and before differ in digits, needle and seed.") == 2
     assert "before 50%; not comparable: digits, needle and seed differ" in page, "the tile"
+
+
+def test_labels_are_ordered_by_their_numbers() -> None:
+    """Checkpoints stood as 100, 1000, 200."""
+    labels = ["step-1000", "after", "step-200", "step-100", "before"]
+    assert sorted(labels, key=order_of) == ["before", "after", "step-100", "step-200", "step-1000"]
 
 
 def test_means_over_other_subtasks_are_not_compared(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -100,10 +101,14 @@ def _named(label: str, form: int) -> str:
     return label.removeprefix("ablate_").replace("_", " ") if role.startswith("ablate_") else label
 
 
+_MOST_DIGITS = 20
+
+
 def order_of(label: str) -> tuple[int, str]:
-    """Sort key: before, after, zero-shot methods, then the rest by name."""
+    """Sort key: before, after, zero-shot methods, then the rest by name, numbers by their value."""
     known, role = list(_NAMES), role_of(label)
-    return (known.index(role) if role in known else len(known), label)
+    by_value = re.sub(r"\d+", lambda digits: digits[0].zfill(_MOST_DIGITS), label)
+    return (known.index(role) if role in known else len(known), f"{by_value}\0{label}")
 
 
 def merge_records(runs: Sequence[Run]) -> list[RecordFile]:
