@@ -32,7 +32,7 @@ import longspan
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_write, read_json, write_json
 from longspan.data.lengths import LengthTable
-from longspan.data.loader import PackedRow, RowLoader, RowSource, TeacherRow
+from longspan.data.loader import PackedRow, RowLoader, RowSource, RowsOver, TeacherRow
 from longspan.data.packing import PAD_DOCUMENT
 from longspan.data.store import Column, MDSDirectory, TokenStore
 from longspan.data.store.mds import INDEX, VERSION, encode_sample, shard_config
@@ -286,7 +286,7 @@ def _padded(ids: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray, where: s
     return wide_ids, wide
 
 
-class TaughtRows:
+class TaughtRows(RowsOver):
     """Rows with what a teacher predicts after each token; takes the place of the `RowSource` that they are of.
 
     Annotations of the very rows are taken row by row. Those of documents (of a token store) follow the spans of a plan:
@@ -305,7 +305,8 @@ class TaughtRows:
     def __init__(
         self, rows: RowSource, annotations: Sequence[Annotations], *, stores: Sequence[TokenStore] = ()
     ) -> None:
-        self._rows, self._annotations = rows, list(annotations)
+        super().__init__(rows, how=" ".join(each.manifest.fingerprint for each in annotations))
+        self._annotations = list(annotations)
         self._documents: LengthTable | None = None
         kinds = {each.manifest.kind for each in annotations}
         if kinds == {"documents"}:
@@ -343,27 +344,6 @@ class TaughtRows:
                 found=f"rows {manifest.first} to {manifest.stop} of {manifest.source_rows}",
                 fix="join all parts with `longspan annotate merge`",
             )
-
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows."""
-        return self._rows.num_rows
-
-    @property
-    def length(self) -> int:
-        """Return the tokens in a row."""
-        return self._rows.length
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Return the names that the rows' source numbers stand for."""
-        return self._rows.source_names
-
-    @property
-    def fingerprint(self) -> str:
-        """Return 16 hex characters over rows and annotations."""
-        parts = [self._rows.fingerprint, *(each.manifest.fingerprint for each in self._annotations)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def row(self, index: int) -> PackedRow:
         """Read one row with its `teacher`.

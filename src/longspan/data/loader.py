@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.files import sha256_bytes
 from longspan.core.seeds import rng
 from longspan.data.lengths import LengthTable
 from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec
@@ -111,6 +112,24 @@ class RowSource(Protocol):
 
     def row(self, index: int, /) -> PackedRow:
         """Read one row."""
+
+
+class RowsOver:
+    """Rows that are those of another source read in another way; a subclass says which, by `row`.
+
+    Args:
+        rows: the other source.
+        how: goes into the fingerprint, which is then not the other's. None: it is.
+    """
+
+    def __init__(self, rows: RowSource, *, how: str | None) -> None:
+        self._rows = rows
+        self.num_rows, self.length, self.source_names = rows.num_rows, rows.length, rows.source_names
+        own = rows.fingerprint
+        self.fingerprint = own if how is None else sha256_bytes(f"{own} {how}".encode())[:16]
+        """16 hex characters that stand for the content."""
+        self.blocks: np.ndarray = np.asarray(getattr(rows, "blocks", ()), np.int64)
+        """See `PackedRows.blocks`."""
 
 
 class RowLoader:

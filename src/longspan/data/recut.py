@@ -18,7 +18,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.lengths import LengthTable
-from longspan.data.loader import PAD_SOURCE, PackedRow, RowLoader
+from longspan.data.loader import PAD_SOURCE, PackedRow, RowLoader, RowsOver
 from longspan.data.packed_files import StoredRow
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import PackSpec, plan_packing
@@ -84,7 +84,7 @@ class RowDocuments:
         return self._rows.stored(row)
 
 
-class RecutRows:
+class RecutRows(RowsOver):
     """Packed rows of any lengths as rows of `length` tokens by a pack plan; takes the place of a `RowLoader`.
 
     Raises:
@@ -103,7 +103,7 @@ class RecutRows:
         )
         plan = plan_packing(spec, documents.lengths, np.arange(len(documents.row_of), dtype=np.uint32), 0)
         _need_rows(plan.num_rows, rows, length)
-        self._loader = RowLoader(documents, plan)
+        super().__init__(RowLoader(documents, plan), how=None)
         self.has_mask, self.mask_is = rows.has_mask, rows.mask_is
         self.left_out = {
             "cut_documents": len(np.unique(np.asarray(plan.span_document)[np.asarray(plan.span_start) > 0])),
@@ -119,29 +119,9 @@ class RecutRows:
                 rows.path, rows.blocks.max(),
             )  # fmt: skip
 
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows."""
-        return self._loader.num_rows
-
-    @property
-    def length(self) -> int:
-        """Return the tokens in a row."""
-        return self._loader.length
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Return the names that the rows' source numbers stand for."""
-        return self._loader.source_names
-
-    @property
-    def fingerprint(self) -> str:
-        """Return 16 hex characters over the plan and the stored rows."""
-        return self._loader.fingerprint
-
     def row(self, index: int) -> PackedRow:
         """Read one row. Raises ArgumentError and DataError as `RowLoader.row`."""
-        return self._loader.row(index)
+        return self._rows.row(index)
 
 
 class HeadRows:

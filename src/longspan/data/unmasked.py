@@ -6,7 +6,7 @@ import numpy as np
 
 from longspan.core.files import sha256_bytes
 from longspan.data.lengths import LengthTable
-from longspan.data.loader import DocumentStore, PackedRow, RowSource
+from longspan.data.loader import DocumentStore, PackedRow, RowSource, RowsOver
 from longspan.data.packing import PAD_DOCUMENT
 
 
@@ -35,16 +35,11 @@ class UnmaskedStore:
         return None
 
 
-class UnmaskedRows:
+class UnmaskedRows(RowsOver):
     """Rows whose tokens all have weight 1, and padding 0; takes the place of the `RowSource` that they are of."""
 
     def __init__(self, rows: RowSource) -> None:
-        self._rows = rows
-        self.num_rows, self.length, self.source_names = rows.num_rows, rows.length, rows.source_names
-        self.fingerprint = sha256_bytes(f"{rows.fingerprint} unmasked".encode())[:16]
-        """16 hex characters over the rows, other than those of the rows with their masks."""
-        self.blocks = np.asarray(getattr(rows, "blocks", ()), np.int64)
-        """See `PackedRows.blocks`."""
+        super().__init__(rows, how="unmasked")
 
     def row(self, index: int, /) -> PackedRow:
         """Read one row."""

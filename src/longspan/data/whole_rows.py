@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from longspan.core.files import sha256_bytes
-from longspan.data.loader import PackedRow, RowSource
+from longspan.data.loader import PackedRow, RowSource, RowsOver
 from longspan.data.packing import PAD_DOCUMENT
 
 
-class WholeRows:
+class WholeRows(RowsOver):
     """Rows as one document each, padding at the end apart; takes the place of the `RowSource` that they are of.
 
     Positions, labels and attention follow from the borders of documents, so all of them run over the whole row.
     """
 
     def __init__(self, rows: RowSource) -> None:
-        self._rows = rows
-
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows."""
-        return self._rows.num_rows
-
-    @property
-    def length(self) -> int:
-        """Return the tokens in a row."""
-        return self._rows.length
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Return the names that the rows' source numbers stand for."""
-        return self._rows.source_names
-
-    @property
-    def fingerprint(self) -> str:
-        """Return 16 hex characters over the rows, other than those of the rows with their documents apart."""
-        return sha256_bytes(f"{self._rows.fingerprint} whole".encode())[:16]
-
-    @property
-    def blocks(self) -> np.ndarray:
-        """Return how many rows are read at once, block by block."""
-        return np.asarray(getattr(self._rows, "blocks", ()), np.int64)
+        super().__init__(rows, how="whole")
 
     def row(self, index: int, /) -> PackedRow:
         """Read one row."""

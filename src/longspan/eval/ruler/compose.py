@@ -87,8 +87,9 @@ class Draft(NamedTuple):
 def sentences_of(text: str) -> list[str]:
     """Return the sentences of a text, each with the space behind it, white space between words as one space.
 
-    English ones as RULER parts them. In scripts whose full stops are others, or need no space behind them, they would
-    be one sentence, and all depths its ends.
+    Ordinary English is parted behind `.`, `!` and `?`, in the place of RULER's splitter. Where full stops are others,
+    need no space behind them or are far apart (tables, lists) a text would be one sentence, and all depths its ends:
+    there the rules of `data.sentences` part it further.
     """
     found = []
     for sentence in _SENTENCE_END.split(" ".join(text.split())):
