@@ -81,6 +81,30 @@ def test_word_recall_counts_different_words() -> None:
     assert scorer_named("word_recall").score("a b a c", "a c") == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("output", "plotted", "book"),
+    [
+        ("eat a sandwich and sit in Dolores Park on a sunny day.", 11 / 12, 1.0),
+        (
+            "The best thing is to EAT a sandwich, and sit in dolores park on a sunny day",
+            0.75,
+            9 / 11,
+        ),
+        ("Eat a sandwich on a day.\nQuestion: why a sunny one.", 0.5, 6 / 11),
+        ("", 0.0, 0.0),
+        ("It is Dolores Park.", 1 / 12, 1 / 11),
+    ],
+)
+def test_word_recall_as_published(output: str, plotted: float, book: float) -> None:
+    """A published heat map cannot be compared with one whose perfect cell is 1 instead of .917.
+
+    The values are those that visualize.py of Fu et al. printed for these answers, and those of eval_book.py's formula.
+    """
+    expected = "eat a sandwich and sit in Dolores Park on a sunny day."
+    assert scorer_named("word_recall_repeated").score(expected, output) == pytest.approx(plotted)
+    assert scorer_named("word_recall_spaced").score(expected, output) == pytest.approx(book)
+
+
 def test_best_over_answers_and_share_of_parts() -> None:
     """Several right answers and several wanted parts are told apart by the scorer."""
     parts = ["48213", "77102", "Blue-Moon"]

@@ -47,6 +47,18 @@ def word_recall(expected: str, output: str) -> float:
     return len(wanted & set(_WORD.findall(output.casefold()))) / len(wanted)
 
 
+def word_recall_spaced(expected: str, output: str, *, repeated: bool = False) -> float:
+    """Return the share of what stands between white space in `expected` that the output holds, in any case.
+
+    `repeated`: a word that stands twice is looked for once and divided by twice, so a perfect answer may have less
+    than 1, as in the plots of Fu et al. 2024.
+    """
+    words = expected.lower().split()
+    if not words:
+        return exact_match(expected, output)
+    return len(set(words) & set(output.lower().split())) / len(words if repeated else set(words))
+
+
 def rouge_n(expected: str, output: str, *, n: int = 1, stemmed: bool = False) -> float:
     """Return the F-measure of n-grams that both texts hold, each as often as in both."""
     left, right = (_ngrams(rouge_words(text, stemmed=stemmed), n) for text in (expected, output))

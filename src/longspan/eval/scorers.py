@@ -108,6 +108,8 @@ SCORERS: dict[str, Scorer] = {
         Scorer("contains", 1, _best(metrics.contains)),
         Scorer("first_number", 1, _best(metrics.first_number)),
         Scorer("word_recall", 1, _best(metrics.word_recall)),
+        Scorer("word_recall_spaced", 1, _best(metrics.word_recall_spaced)),
+        Scorer("word_recall_repeated", 1, _best(partial(metrics.word_recall_spaced, repeated=True))),
         Scorer("rouge_1", 1, _best(metrics.rouge_n)),
         Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True))),
         Scorer("rouge_l", 1, _best(metrics.rouge_l)),
