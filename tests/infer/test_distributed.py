@@ -24,7 +24,7 @@ from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer import memory, opening
 from longspan.infer.distributed import Member, join_ranks
 from longspan.infer.opening import Source, load_source, open_answerer
-from longspan.infer.requests import Answer, Answerer, Request
+from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.infer.spread import plan_trunks
 from tests.patience import PATIENCE_SECONDS
 
@@ -98,8 +98,13 @@ class Results(NamedTuple):
 
 
 def results(answerer: Answerer) -> Results:
+    shares: list[float] = []
     try:
+        assert isinstance(answerer, Watched) and answerer.watch(shares.append)
         generated = dict(answerer.generate(requests()))
+        assert len(shares) > len(requests()) and shares[-1] == pytest.approx(1.0)
+        assert shares == sorted(shares)
+        answerer.watch(None)
         scored = dict(answerer.score(requests()))
         losses = answerer.token_nll(WINDOWS)  # type: ignore[attr-defined]
     finally:
@@ -145,7 +150,10 @@ def open_shared(folder: Folder, **settings: Any) -> Answerer:
     ids=["cp", "tp", "tp-plain"],
 )
 def test_two_processes_answer_as_one(folder: Folder, alone: Results, settings: dict[str, Any]) -> None:
-    """Shards of a sequence or of matrices that were put together wrongly give fluent nonsense."""
+    """Shards of a sequence or of matrices that were put together wrongly give fluent nonsense.
+
+    Between answers the work that is done is told (`results`): the bar stood still for a batch.
+    """
     compare(results(open_shared(folder, **settings)), alone, folder.path)
     assert not dist.is_initialized()
 

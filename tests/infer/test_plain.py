@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError
 from longspan.infer.generate import generate_greedy
 from longspan.infer.packed import boundaries, plan_batches
-from longspan.infer.plain import teacher_forced
-from tests.infer.engines import local, plain, request
+from longspan.infer.plain import PlainAnswerer, teacher_forced
+from tests.infer.engines import Bytes, local, model_of, plain, request
 
 
 def random_ids(seed: int, count: int) -> np.ndarray:
@@ -107,3 +107,24 @@ def test_batch_examples() -> None:
     assert boundaries([random_ids(0, 3), random_ids(0, 2)]).tolist() == [0, 3, 5]
     with pytest.raises(ArgumentError, match="batch_tokens"):
         plan_batches([1], 0)
+
+
+def test_the_share_of_the_work_grows_inside_an_answer() -> None:
+    """One prompt of a million tokens is minutes of work, in which the bar stood still."""
+    shares: list[float] = []
+    answerer = PlainAnswerer(model_of("llama"), Bytes(), identity={}, max_length=90, batch_tokens=16)  # type: ignore[arg-type]
+    assert answerer.watch(shares.append)
+    ids = random_ids(3, 80)
+    requests = [request(ids, max_new_tokens=4), request(ids[:40], max_new_tokens=9, stop_ids=range(256))]
+    at_answers = [len(shares) for _ in answerer.generate([*requests, request(ids, max_new_tokens=11)])]
+    assert (
+        at_answers[0] > 5 * 2 and at_answers[2] == at_answers[1]
+    )  # five passes of two layers; one is too long
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1.0)
+    shares.clear()
+    scored = [request(ids, answer_ids=np.array([1, 2])) for _ in range(2)]
+    at_answers = [len(shares) for _ in answerer.score(scored)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0]) and at_answers == [2, 4]
+    answerer.watch(None)
+    list(answerer.score(scored))
+    assert len(shares) == 4

@@ -39,6 +39,7 @@ from longspan.infer.memory import (
 )
 from longspan.infer.packed import inference
 from longspan.infer.prefix_tree import PrefixTree, Strand, build_tree
+from longspan.infer.share import STEP_TOKENS
 from longspan.kernels.attention import choose_kernel
 from longspan.models.hf import lm_head_weight
 
@@ -46,8 +47,6 @@ CPU_PASS_TOKENS = 2048
 """Tokens of a pass at most on a CPU: activations of more leave its cache, which makes 16,384 a fifth slower."""
 CACHE_PASSES = 4
 """A batch holds the keys of so many full passes, where nothing else is asked for."""
-STEP_TOKENS = 32
-"""Reading so many tokens takes about as long as one step of decoding, which waits for memory; told as progress."""
 FIRST_ROOM = 256
 """Tokens of an answer for which there is room from the start; it doubles when it is full."""
 

@@ -6,7 +6,9 @@ carry penalties that forbid a model to repeat what it has read, which is what re
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -29,10 +31,12 @@ def generate_greedy(
     max_new_tokens: int,
     push: Callable[[int], object] | None = None,
     batch_tokens: int | None = None,
+    a_pass: Callable[[int, int], AbstractContextManager[None]] | None = None,
 ) -> np.ndarray:
     """Return the ids `[at most max_new_tokens]` that greedy decoding puts after a prompt `[tokens]`.
 
-    A token for which `push` returns something true ends the answer and is part of it.
+    A token for which `push` returns something true ends the answer and is part of it. `a_pass` is entered around each
+    forward pass, with the tokens before those that it reads, and their number.
     Cost: one pass over the prompt (one for each `batch_tokens` tokens), then one pass of a single token per
     generated token; the cache holds the keys and values of all tokens.
 
@@ -42,17 +46,23 @@ def generate_greedy(
     """
     if len(prompt_ids) == 0:
         raise ArgumentError("an empty prompt cannot be continued")
+    a_pass = a_pass or (lambda start, tokens: contextlib.nullcontext())
     cache = DynamicCache(config=model.config)
     generated: list[int] = []
     with fixed_frequencies(model, len(prompt_ids)), inference(model):
         input_1T = torch.from_numpy(np.asarray(prompt_ids, dtype=np.int64))[None].to(model.device)
         *before, input_1T = input_1T.split(batch_tokens or len(prompt_ids), dim=1)
+        start = 0
         for part_1T in before:
-            model(input_ids=part_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            with a_pass(start, part_1T.shape[1]):
+                model(input_ids=part_1T, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            start += part_1T.shape[1]
         while len(generated) < max_new_tokens:
-            logits_11V = model(
-                input_ids=input_1T, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits
+            with a_pass(start, input_1T.shape[1]):
+                logits_11V = model(
+                    input_ids=input_1T, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ).logits
+            start += input_1T.shape[1]
             highest_11, token_11 = logits_11V[:, -1].float().max(dim=-1, keepdim=True)
             # The highest is no number where any is not, and may stand above tokens that the model rules out (-inf).
             if not bool(highest_11.isfinite()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import memory_errors
 from longspan.infer.packed import inference, packed_hidden_states
 from longspan.infer.requests import NOT_FINITE, Answer, Request, before_stop
+from longspan.infer.share import Share
 from longspan.infer.thinking import split_thoughts
 from longspan.models.hf import lm_head_weight
 
@@ -47,11 +49,21 @@ class PlainAnswerer:
     ) -> None:
         self.identity, self.max_length = identity, max_length
         self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+        self._share = Share(model)
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told, while a call answers, which share of its work is done; see `infer.requests.Watched`."""
+        self._share.on_share = on_share
+        return True
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily."""
+        work = [self._work(request, request.max_new_tokens) for request in requests]
+        self._share.begin(sum(work))
         for index, request in enumerate(requests):
-            yield index, self._answer(request, AnswerStream(request, self._tokenizer))
+            with self._share.part(work[index]):
+                answer = self._answer(request, AnswerStream(request, self._tokenizer))
+            yield index, answer
 
     def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
         """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes."""
@@ -71,6 +83,7 @@ class PlainAnswerer:
                     max_new_tokens=request.max_new_tokens,
                     push=stream.push,
                     batch_tokens=self._batch_tokens,
+                    a_pass=self._a_pass,
                 )
         except NotFiniteError:
             return Answer("", error=NOT_FINITE, prompt_tokens=len(prompt_ids))
@@ -78,6 +91,8 @@ class PlainAnswerer:
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt."""
+        work = [self._work(request, 1) for request in requests]
+        self._share.begin(sum(work))
         for index, request in enumerate(requests):
             started = time.monotonic()
             prompt_ids, answer_ids = prompt_of(request), answer_of(request)
@@ -85,13 +100,24 @@ class PlainAnswerer:
             if excess is not None:
                 yield index, Answer("", error=excess, prompt_tokens=len(prompt_ids))
                 continue
-            with memory_errors(self._model.device, doing=f"{len(prompt_ids):,} tokens are read"):
+            reading = memory_errors(self._model.device, doing=f"{len(prompt_ids):,} tokens are read")
+            with reading, self._share.part(work[index]), self._share.a_pass(work[index]):
                 nll, argmax_ids = teacher_forced(self._model, prompt_ids, answer_ids)
             seconds = time.monotonic() - started
             yield index, scored(request, nll, argmax_ids, self._tokenizer, seconds=seconds)
 
     def close(self) -> None:
         """Let go of nothing: the model is the caller's."""
+
+    def _work(self, request: Request, new_tokens: int) -> float:
+        """Return the work of a request; one that is too long is none."""
+        if excess_error(request, self.max_length) is not None:
+            return 0.0
+        return self._share.reading(0, len(prompt_of(request))) + self._share.steps(new_tokens - 1)
+
+    def _a_pass(self, start: int, tokens: int) -> AbstractContextManager[None]:
+        work = self._share.steps(1) if start and tokens == 1 else self._share.reading(start, tokens)
+        return self._share.a_pass(work)
 
 
 def teacher_forced(

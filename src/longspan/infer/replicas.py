@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from longspan.infer.distributed import IDLE, Member
-from longspan.infer.requests import Answer, Request
+from longspan.infer.requests import Answer, Request, Watched
 
 _Indexed = tuple[int, Any]
 
@@ -57,6 +57,10 @@ class Replica:
         answers = [0 if request.answer_ids is None else len(request.answer_ids) for request in requests]
         shares = divide([_ids(request) for request in requests], answers, self.copies)
         yield from self._gather(self._own("score", requests, shares))
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told which share of this replica's part is done, which is about that of all: parts are alike."""
+        return isinstance(self._member, Watched) and self._member.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Return the losses of windows in the first process, nothing in the others; see `TokenLosses`."""

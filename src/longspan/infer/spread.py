@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from longspan.infer.packed import boundaries, inference, plan_batches
 from longspan.infer.perplexity import check_windows
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, refuse_unknown_tokens, scored
 from longspan.infer.requests import NOT_FINITE, Answer, Request
+from longspan.infer.share import Share
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.hf import hidden_states, lm_head_weight
@@ -91,16 +92,23 @@ class SpreadModel:
         heads = config.num_attention_heads
         self._schedule.check_heads(heads, getattr(config, "num_key_value_heads", None) or heads)
         self._window = window_of_all_layers(model)
+        self._share = Share(model, ranks=mesh.cp_size)
+
+    def watch(self, on_share: Callable[[float], None] | None) -> bool:
+        """Have told, while a call answers, which share of its work is done; see `infer.requests.Watched`."""
+        self._share.on_share = on_share
+        return True
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily; see `Answerer`."""
         refuse_unknown_tokens(requests, self._vocabulary)
         fitting = yield from self._refuse(requests)
         prompts = [np.asarray(prompt_of(requests[index]), np.int64) for index in fitting]
-        for trunk, members in self._groups(prompts, prompts):
+        room = [requests[index].max_new_tokens for index in fitting]
+        for trunk, members, work in self._begin_call(self._groups(prompts, prompts), prompts, room):
             started = time.monotonic()
             asked = [requests[fitting[number]] for number in members]
-            with fixed_frequencies(self._model, len(prompts[members[0]])):
+            with fixed_frequencies(self._model, len(prompts[members[0]])), self._share.part(work):
                 said = self._continue([prompts[number] for number in members], trunk, asked)
             seconds = (time.monotonic() - started) / len(members)
             if self._is_lead:
@@ -119,9 +127,10 @@ class SpreadModel:
         answers = [answer_of(requests[index]).astype(np.int64) for index in fitting]
         # The last answer token is predicted, never read.
         sequences = [np.concatenate([prompt, answer[:-1]]) for prompt, answer in zip(prompts, answers)]
-        for trunk, members in self._groups(sequences, prompts):
+        groups = self._groups(sequences, prompts)
+        for trunk, members, work in self._begin_call(groups, sequences, [0] * len(sequences)):
             started = time.monotonic()
-            with fixed_frequencies(self._model, len(prompts[members[0]])):
+            with fixed_frequencies(self._model, len(prompts[members[0]])), self._share.part(work):
                 found = self._score(
                     [sequences[number] for number in members], trunk, [answers[number] for number in members]
                 )
@@ -178,6 +187,22 @@ class SpreadModel:
         done = {index for _, members in shared for index in members}
         rest = [index for index in range(len(sequences)) if index not in done]
         return shared + [(0, batch) for batch in self._batches(rest, lengths, prompt_lengths)]
+
+    def _begin_call(
+        self,
+        groups: Sequence[tuple[int, list[int]]],
+        sequences: Sequence[NDArray[np.int64]],
+        room: Sequence[int],
+    ) -> Iterator[tuple[int, list[int], float]]:
+        """Yield the groups with their work, which all of the call's is reckoned from first."""
+        work = []
+        for trunk, members in groups:
+            ends = [len(sequences[number]) - trunk for number in members]
+            read = self._share.by_all if trunk else self._share.reading
+            steps = self._share.steps(max(room[number] for number in members) - 1)
+            work.append(self._share.reading(0, trunk) + sum(read(trunk, end) for end in ends) + steps)
+        self._share.begin(sum(work))
+        yield from ((trunk, members, each) for (trunk, members), each in zip(groups, work))
 
     def _losses(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         borders = boundaries(windows)
@@ -238,7 +263,8 @@ class SpreadModel:
                 ]
                 if active:
                     last = np.array([streams[sequence].ids[-1] for sequence in active])
-                    hidden_BD = self._run(last, keys.next(active, [1] * len(active)))
+                    with self._share.a_pass(self._share.steps(1)):
+                        hidden_BD = self._run(last, keys.next(active, [1] * len(active)))
         return [
             None if sequence in broken else np.array(stream.ids, np.int64)
             for sequence, stream in enumerate(streams)
@@ -277,12 +303,13 @@ class SpreadModel:
         if room is not None:
             ends_room = [end + tokens for end, tokens in zip(ends_room, room)]
         keys = HeldKeys(documents.kept, held, [trunk] * count, ends_room, self._mesh)
-        return self._read_ends([ids[trunk:] for ids in sequences], keys, wanted), keys
+        return self._read_ends(sequences, trunk, keys, wanted), keys
 
     def _read_ends(
-        self, ends: Sequence[NDArray[np.int64]], keys: HeldKeys, wanted: Sequence[int]
+        self, sequences: Sequence[NDArray[np.int64]], trunk: int, keys: HeldKeys, wanted: Sequence[int]
     ) -> torch.Tensor:
         """Read what comes after the trunk on every rank; return the hidden states of the last tokens, [A, D]."""
+        ends = [ids[trunk:] for ids in sequences]
         found: list[list[torch.Tensor]] = [[] for _ in ends]
         for members in plan_batches([len(ids) for ids in ends], PASS_TOKENS):
             # Of a long end, one piece after another.
@@ -290,7 +317,9 @@ class SpreadModel:
             for first in range(0, longest, PASS_TOKENS):
                 pieces = [ends[member][first : first + PASS_TOKENS] for member in members]
                 counts = [len(ids) for ids in pieces]
-                hidden_QD = self._run(np.concatenate(pieces), keys.next(members, counts))
+                work = sum(self._share.by_all(trunk + first, count) for count in counts)
+                with self._share.a_pass(work):
+                    hidden_QD = self._run(np.concatenate(pieces), keys.next(members, counts))
                 for member, rows in zip(members, hidden_QD.split(counts)):
                     skipped = max(0, len(ends[member]) - wanted[member] - first)
                     found[member].append(rows[skipped:])
@@ -334,7 +363,8 @@ class SpreadModel:
         )
         row = torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in sequences]))
         ids_T = documents.take(row, padding=0).to(self._mesh.device)
-        return hidden_states(self._model, ids_T, documents), documents
+        with self._share.a_pass(sum(self._share.reading(0, len(ids)) for ids in sequences)):
+            return hidden_states(self._model, ids_T, documents), documents
 
     def _gather(
         self, hidden_TD: torch.Tensor, documents: ShardedDocuments, places: NDArray[np.int64]
