@@ -30,6 +30,8 @@ def test_the_answer_stands_behind_the_last_closing_mark(marks: Any) -> None:
     assert split_thoughts(whole.replace(marks.opening, ""), opened=True) == ("48213", NUMBER, True)
     # A server's template opened the block, and nobody said so.
     assert split_thoughts(whole.replace(marks.opening, "")).answer == "48213"
+    # Some models write them in capitals.
+    assert split_thoughts(f"{marks.opening.upper()}{NUMBER}{marks.closing.upper()}48213").thoughts == NUMBER
     again = f"{whole}{marks.opening}{NUMBER}{marks.closing} 7"
     assert split_thoughts(again).answer == "7"
     assert split_thoughts(f"{marks.opening}{NUMBER}") == ("", NUMBER, False)
@@ -54,6 +56,13 @@ def test_the_answer_stands_behind_the_last_closing_mark(marks: Any) -> None:
         ("Here are my reasoning steps:\n7?\n[BEGIN FINAL RESPONSE]\n8\n[END FINAL RESPONSE]", "8"),
         ("Here is my thought process: 7?\nHere is my response: 8", "8"),
         ("<answer>8</answer>", "<answer>8</answer>"),
+        ("<THINK>7?</THINK><answer>8</answer><|im_end|>", "8"),
+        ("8<|im_end|>", "8"),
+        ("8 <|eot_id|>\n", "8"),
+        ("8<end_of_turn>\n<eos>", "8"),
+        ("<|im_end|>", ""),
+        ("<s>9</s>", "<s>9</s>"),
+        ("<|im_end|> ends a turn ", "<|im_end|> ends a turn "),
         ("I say: Here is my response: 8", "I say: Here is my response: 8"),
     ],
 )

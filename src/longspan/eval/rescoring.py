@@ -63,9 +63,10 @@ def open_for_rescoring(records: str | Path, out: str | Path) -> EvalRecords:
 
 
 def _thoughts_apart(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return a sample whose output is the answer alone: older records hold thoughts before it."""
-    spoken = split_thoughts(sample.get("output") or "")
-    if sample.get("thoughts") or not spoken.thoughts:
+    """Return a sample whose output is the answer alone: older records hold thoughts and marks around it."""
+    output = sample.get("output") or ""
+    spoken = split_thoughts(output)
+    if sample.get("thoughts") or spoken.answer == output:
         return sample
     return {**sample, "output": spoken.answer, "thoughts": spoken.thoughts}
 

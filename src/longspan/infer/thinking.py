@@ -5,12 +5,14 @@ r"""What a model writes before its answer: thoughts between marks, which are nev
     split_thoughts("<think>\nIs it 7? Or per")              -> Spoken("", "Is it 7? Or per", answered=False)
 
 The answer begins behind the last closing mark, whichever of the marks below it is, and ends where thoughts begin that
-have no end. Marks around the answer itself, such as <answer>, are no part of it.
+have no end. Marks around the answer itself, such as <answer>, are no part of it, nor is
+the end of a turn behind it, such as <|im_end|>. Marks are known in capitals and in small letters.
 """
 
 from __future__ import annotations
 
 import re
+import string
 from typing import NamedTuple
 
 
@@ -30,8 +32,13 @@ MARKS = (
     Marks("<thinking>", "</thinking>"),
     Marks("<thought>", "</thought>"),
     Marks("<reasoning>", "</reasoning>"),
+    Marks("<reason>", "</reason>"),
+    Marks("<scratchpad>", "</scratchpad>"),
+    Marks("<longcat_think>", "</longcat_think>"),
     Marks("<seed:think>", "</seed:think>"),
     Marks("<|START_THINKING|>", "<|END_THINKING|>"),
+    Marks("<|think|>", "<|/think|>"),
+    Marks("<|thinking|>", "<|/thinking|>"),
     Marks("<|begin_of_thought|>", "<|end_of_thought|>"),
     Marks("<|inner_prefix|>", "<|inner_suffix|>"),
     Marks("\u25c1think\u25b7", "\u25c1/think\u25b7"),
@@ -59,9 +66,30 @@ _AROUND_ANSWERS = (
     Marks("<|begin_of_box|>", "<|end_of_box|>"),
     Marks("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     Marks("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),
-    Marks("", "<|return|>"),
 )
 """What models that think write around the answer behind their thoughts."""
+
+_TURN_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|end|>",
+    "<|return|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<eos>",
+    "</s>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)
+"""What ends turns and texts, left at the end of an answer where it is no stop token or a server shows it."""
+_SMALL = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+_FOLDED = tuple(Marks(*(mark.translate(_SMALL) for mark in marks)) for marks in MARKS)
+"""The marks as they stand in a text whose ASCII letters are small; the length of a text stays."""
 
 VARIABLES = ("enable_thinking", "thinking")
 """Variables by which chat templates turn thinking on and off: Qwen, GLM, SmolLM, ...; DeepSeek, Granite."""
@@ -82,21 +110,26 @@ def split_thoughts(text: str, *, opened: bool = False) -> Spoken:
     start = answer_start(text, opened=opened)
     if start is None:
         return Spoken("", _unmarked(text), False)
-    again = min((at for marks in MARKS if (at := text.find(marks.opening, start)) >= 0), default=len(text))
+    folded = text.translate(_SMALL)
+    again = min(
+        (at for marks in _FOLDED if (at := folded.find(marks.opening, start)) >= 0), default=len(text)
+    )
     further = _unmarked(text[again:])
     if not further:  # a mark alone is a word of the answer
         again = len(text)
     thoughts = "\n".join(filter(None, (_unmarked(text[:start]), further)))
-    answer = text[start:again].lstrip() if start else text[:again]
+    answer = _without_turn_end(text[start:again].lstrip() if start else text[:again])
     return Spoken(_without_frame(answer) if start else answer, thoughts, True)
 
 
 def answer_start(text: str, *, opened: bool = False) -> int | None:
     """Return where the answer begins; 0: there are no thoughts; None: they have not ended."""
     words = [marks for marks in _WORDS if text.lstrip().startswith(marks.opening)]
+    folded = text.translate(_SMALL)
     # What such marks are made of may be ordinary words, so that one alone opens nothing.
-    closings = [marks.closing for marks in (*MARKS, *words)]
-    start = max((place + len(each) for each in closings if (place := text.rfind(each)) >= 0), default=0)
+    places = [(folded.rfind(marks.closing), marks.closing) for marks in _FOLDED]
+    places += [(text.rfind(marks.closing), marks.closing) for marks in words]
+    start = max((place + len(each) for place, each in places if place >= 0), default=0)
     if start == 0 and (opened or _CUT_BARE.match(text)):
         return None
     return None if opens_thoughts(text[start:]) else start
@@ -104,8 +137,13 @@ def answer_start(text: str, *, opened: bool = False) -> int | None:
 
 def _unmarked(thoughts: str) -> str:
     words = [marks for marks in _WORDS if thoughts.endswith(marks.closing)]
-    for marks in (*MARKS, *words):
-        thoughts = thoughts.lstrip().removeprefix(marks.opening).removesuffix(marks.closing)
+    for marks in (*_FOLDED, *words):
+        thoughts = thoughts.lstrip()
+        known = thoughts if marks in words else thoughts.translate(_SMALL)
+        if known.startswith(marks.opening):
+            thoughts, known = thoughts[len(marks.opening) :], known[len(marks.opening) :]
+        if known.endswith(marks.closing):
+            thoughts = thoughts[: len(thoughts) - len(marks.closing)]
     return thoughts.removeprefix("<|message|>").removesuffix("<|end|><|start|>assistant").strip()
 
 
@@ -118,27 +156,43 @@ def _without_frame(answer: str) -> str:
     return answer
 
 
+def _without_turn_end(answer: str) -> str:
+    """Return an answer without what ends a turn behind it; `</s>` behind `<s>` strikes words out."""
+    while (end := next((each for each in _TURN_ENDS if answer.rstrip().endswith(each)), None)) is not None:
+        if end == "</s>" and "<s>" in answer.lstrip():
+            break
+        answer = answer.rstrip().removesuffix(end).rstrip()
+    return answer
+
+
 def opens_thoughts(text: str) -> bool:
     """Return whether a text begins with thoughts."""
-    return text.lstrip().startswith(tuple(marks.opening for marks in MARKS))
+    begin = text.lstrip()[:LONGEST_MARK].translate(_SMALL)
+    return begin.startswith(tuple(marks.opening for marks in _FOLDED))
 
 
 def may_close(text: str) -> bool:
     """Return whether a text holds a mark that can end thoughts."""
-    return any(marks.closing in text for marks in (*MARKS, *_WORDS))
+    folded = text.translate(_SMALL)
+    return any(marks.closing in folded for marks in _FOLDED) or any(marks.closing in text for marks in _WORDS)
 
 
 def may_open(text: str) -> bool:
     """Return whether a text may yet turn out to begin with thoughts: white space, or a part of a mark."""
     begin = text.lstrip()
-    return len(begin) < LONGEST_MARK and any(marks.opening.startswith(begin) for marks in MARKS)
+    if len(begin) >= LONGEST_MARK:
+        return False
+    return any(marks.opening.startswith(begin.translate(_SMALL)) for marks in _FOLDED)
 
 
 def closing_of(prompt: str) -> str | None:
     """Return the mark that would end the thoughts that a prompt ends in; None: it ends outside of any."""
     best: tuple[int, str] | None = None
-    for marks in MARKS:
-        opening, closing = prompt.rfind(marks.opening), prompt.rfind(marks.closing)
+    folded = prompt.translate(_SMALL)
+    for marks, known in zip(MARKS, _FOLDED):
+        opening, closing = folded.rfind(known.opening), folded.rfind(known.closing)
         if opening > closing and (best is None or opening > best[0]):
-            best = opening, marks.closing
+            written = prompt[opening : opening + len(known.opening)]
+            as_it_is = written == marks.opening or not written.isupper()
+            best = opening, marks.closing if as_it_is else marks.closing.upper()
     return None if best is None else best[1]
