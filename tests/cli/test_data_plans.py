@@ -135,6 +135,15 @@ def test_a_plan_alone_is_not_shared(longspan, store: Path) -> None:
     assert not Path("p").exists()
 
 
+def test_a_form_of_rows_that_nobody_writes_is_refused(longspan, store: Path) -> None:
+    """--labels without --materialize was taken and did nothing; a wrong one was found when the plan was written."""
+    for form, part in (("--labels next", "--materialize"), ("--labels all --materialize rows", "--labels"),
+                       ("--format npz --materialize rows", "--format")):  # fmt: skip
+        outcome = longspan(f"data pack store --length 64 --out plan {form}")
+        assert outcome.code == 2 and part in outcome.err
+    assert not Path("plan").exists()
+
+
 def test_damage_is_an_exit_code(longspan, store: Path) -> None:
     """A script must be able to tell a whole store from a damaged one."""
     assert longspan("data verify store").code == 0

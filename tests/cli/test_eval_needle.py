@@ -200,7 +200,9 @@ def test_dry_runs_show_one_whole_prompt(longspan, model, line, parts):
         ("--thinking on", ["plain text has no chat template", "--chat-template"]),
         ("--template-args '[1]'", ["--template-args does not hold settings"]),
         ("--template-args '{1: 2}'", ["holds no variables", "enable_thinking"]),
+        ("--chat-template qwen --template-args '{messages: []}'", ["longspan itself tells", "messages"]),
         ("--template-args '{enable_thinking: false}'", ["plain text has no chat template"]),
+        ("--model openai:m --tokenizer model --server '{trained_length: -4}'", ["trained_length", "-4"]),
         (
             "--chat-template qwen --thinking on --mode teacher_forced",
             ["is to think before it", "--thinking off"],

@@ -209,6 +209,7 @@ def pack(
     jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
     if materialize is None and (jobs.is_shared or print_sbatch):
         raise ArgumentError("there is nothing for jobs to share", fix="give --materialize")
+    _check_form(row_format, labels, written=materialize is not None)
     if print_sbatch:
         jobs.print_sbatch("longspan-pack")
         return
@@ -349,17 +350,27 @@ def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> No
         )
 
 
+def _check_form(row_format: str, labels: str, *, written: bool) -> None:
+    """Refuse a form of rows that there is not, or rows that nothing writes."""
+    from longspan.core.errors import ArgumentError
+    from longspan.data.plan_rows import Labels
+    from longspan.data.row_formats import FORMATS
+
+    if row_format not in FORMATS:
+        raise ArgumentError("unknown --format", found=row_format, allowed=FORMATS)
+    if labels not in get_args(Labels):
+        raise ArgumentError("unknown --labels", found=labels, allowed=get_args(Labels))
+    if not written and (row_format, labels) != ("mds", "document"):
+        raise ArgumentError("--format and --labels say how rows are written", fix="give --materialize")
+
+
 def _write(
     plan: Path, out: Path, form: tuple[str, str], executor: Executor, share: ArrayJob
 ) -> dict[str, int] | None:
     """Write rows; return how many pieces there are, and how many other jobs have yet to write, if any."""
-    from longspan.core.errors import ArgumentError
     from longspan.data.materialize import rows_folder
-    from longspan.data.plan_rows import Labels
 
     row_format, labels = form
-    if labels not in get_args(Labels):
-        raise ArgumentError("unknown --labels", found=labels, allowed=get_args(Labels))
     work = rows_folder(plan, out, format=row_format, labels=labels)  # type: ignore[arg-type]
     if work.make(executor, share):
         return None

@@ -240,6 +240,8 @@ def _template_args(prompts: PromptOptions) -> dict[str, Any]:
             found=prompts.template_args,
             allowed="names and values, such as '{enable_thinking: false}'",
         )
+    if taken := sorted({"messages", "add_generation_prompt"} & set(given)):
+        raise ArgumentError("--template-args holds what longspan itself tells the template", found=taken)
     return given
 
 

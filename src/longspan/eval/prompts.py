@@ -103,11 +103,6 @@ class PromptForm:
         return " " if self._chat is None else ""
 
     @property
-    def is_chat(self) -> bool:
-        """Whether a template puts the prompt into a chat, here or on a server."""
-        return self._chat is not None or self._chat_server
-
-    @property
     def begins_answers(self) -> bool:
         """Whether the beginning of an answer can stand in the assistant's turn."""
         return self._continues if self._chat_server else self._chat is not None

@@ -47,8 +47,8 @@ PROVIDERS = tuple(KINDS)
 class ServerSettings(Config):
     """How a model behind a server is asked; see `api`."""
 
-    trained_length: int | None = None
-    """Of the model, which its server does not say."""
+    trained_length: pydantic.PositiveInt | None = None
+    """Tokens. Of the model, which its server does not say."""
     key_variable: str | None = None
     """Environment variable that holds the key, in place of the provider's own."""
     api_version: str | None = None
@@ -264,26 +264,6 @@ def _degrees(settings: _Settings) -> MeshConfig:
     elif settings.schedule == "usp":
         ulysses = max(side for side in range(1, isqrt(settings.cp) + 1) if settings.cp % side == 0)
     return MeshConfig(dp_replicate=settings.replicas, cp_ring=settings.cp // ulysses, cp_ulysses=ulysses)
-
-
-def local_answerer(
-    model: PreTrainedModel,
-    *,
-    tokenizer: Tokenizer,
-    identity: Mapping[str, Any],
-    max_length: int | None = None,
-    prefix_reuse: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
-) -> ModelHere:
-    """Return an answerer around a model in memory; `identity` as from `identify`."""
-    return ModelHere(
-        model,
-        tokenizer,
-        identity=identity,
-        max_length=max_length,
-        prefix_reuse=prefix_reuse,
-        batch_tokens=batch_tokens,
-    )
 
 
 class ModelHere:

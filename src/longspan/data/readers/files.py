@@ -26,6 +26,7 @@ from longspan.data.readers.sniff import sniff, sniff_json
 from longspan.data.readers.walking import expand_local
 
 _SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
+_AS_TEXT = "give a text of another ending one of these (a copy, or a link: notes.txt for NOTES)"
 _SPLITS = {"train", "validation", "valid", "test", "data"}
 
 
@@ -60,6 +61,7 @@ def find_files(
                     f"no reader for {entry.path}",
                     found=f"extension {extension_of(entry.path)!r}",
                     allowed=[*readers, "and those of text with " + " ".join(COMPRESSION)],
+                    fix=_AS_TEXT,
                 )
             else:
                 report.ignore(entry.path)
@@ -72,6 +74,7 @@ def find_files(
             f"no input files under {', '.join(map(str, inputs))}",
             found=report.warning() or "nothing",
             allowed=list(readers),
+            fix=_AS_TEXT if report.ignored_files else None,
         )
     return [found[path] for path in sorted(found)]
 
