@@ -92,7 +92,7 @@ def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
         ("--max-length 300", ["longer than the model can read", "320 tokens", "--too-long skip"]),
         ("--bos always --tokenizer nobos", ["no BOS token", "--bos"]),
         ("--preset easy", ["preset", "easycontext"]),
-        ("--preset fu-2024 --exact", ["no exact form", "longllm"]),
+        ("--preset easycontext --exact", ["no exact form", "longllm"]),
         ("--exact", ["--exact says how a preset is meant", "--preset"]),
         ("--scorer rouge", ["no scorer 'rouge'", "rouge_l"]),
         ("--needle 'It is {numbr}.'", ["{numbr}", "{number}"]),

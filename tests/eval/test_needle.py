@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
-from longspan.data.tokenizer import Tokenizer
+from longspan.data.tokenizer import Tokenizer, load_tokenizer
 from longspan.eval.documents import HeldOutDocument, default_documents, describe_documents
 from longspan.eval.haystack import Haystack
 from longspan.eval.needle import NeedleTask, length_tolerance
 from longspan.eval.needle_multikey import MultiKeyTask
+from longspan.eval.needle_originals import OriginalHaystack, Parts
 from longspan.eval.needle_presets import PRESETS, preset_named
 from longspan.eval.needle_settings import NeedleSettings, fill
 from longspan.eval.planting import Planted, check_depth, reach
@@ -26,6 +28,7 @@ from longspan.eval.prompts import PromptForm
 from longspan.eval.runner import run_task
 from longspan.eval.scorers import scorer_named
 from longspan.eval.task import Built, Planned
+from tests.cli import theirs
 from tests.eval.answerers import Knowing
 from tests.eval.tokenizer_styles import STYLES, build_tokenizer
 
@@ -521,7 +524,7 @@ def test_perfect_answers_score_one_in_each_preset(
 def test_the_exact_preset_gives_the_originals_scores(documents: Documents, tokenizer: Tokenizer) -> None:
     """`rouge` 1.0.1 counts the empty lines around the original's needle as a word; values are the package's own."""
     settings_ = NeedleSettings.from_dict({**preset_named("longllm", exact=True), "lengths": [600]})
-    needle = str(settings_.needle)
+    needle = str(settings_.needle).strip()
     assert build(
         NeedleTask(settings_, documents, PromptForm(tokenizer)), 600, 0.5, 0
     ).request.prompt.startswith(
@@ -541,7 +544,70 @@ def test_the_exact_preset_gives_the_originals_scores(documents: Documents, token
         assert scorer.score(settings_.answer, output) == pytest.approx(exact, abs=2e-8)
         assert scorer.score(needle, output) == pytest.approx(plain, abs=2e-8)
     with pytest.raises(ArgumentError, match="no exact form"):
-        preset_named("fu-2024", exact=True)
+        preset_named("easycontext", exact=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "digests"),
+    [
+        (
+            "fu-2024",
+            "7ff7515b8c72787d a729f5faa972a2ca d3b11410a8763873 62dfcf639396db67 "
+            "4dd9973208ad8b2e 8aca767f8ad06399 ef6bfc07eb242bb8 d94ea8aabc5e0a1a",
+        ),
+        (
+            "longllm",
+            "d9ad18bc1e06a607 f89adb4f631fb1b8 3156cfdc66b24620 389265c55d7f192e "
+            "5d73bbef4584cbae c6a24e14f7b19e80 12dd070c7eb75179 2f2305918cfff1f0",
+        ),
+    ],
+)
+def test_exact_prompts_are_those_of_the_originals(name: str, digests: str, tmp_path: Path) -> None:
+    """A needle at another place, or a haystack of another length, is not the published test.
+
+    The digests are of what `generate_context` and `generate_prompt` of needle_in_haystack.py, BOS left out, and
+    `generate_sample` of Long_LLM's eval_needle.py made of these texts with this tokenizer.
+    """
+    tokenizer = load_tokenizer(theirs.write_tokenizer(tmp_path / "tokenizer"))
+    essays = [HeldOutDocument(str(number), text) for number, text in enumerate(theirs.books())]
+    grid = {"lengths": (1500, 9000), "depths": (0, 0.11, 0.56 if name == "fu-2024" else 0.55, 1)}
+    settings_ = NeedleSettings.from_dict({**preset_named(name, exact=True), **grid})
+    task = NeedleTask(settings_, essays, PromptForm(tokenizer))
+    prompts = [task.build(planned).request.prompt for planned in task.plan()]
+    assert [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts] == digests.split()
+
+
+def test_exact_prompts_longer_than_all_texts_and_shorter_than_their_parts(
+    tokenizer: Tokenizer,
+) -> None:
+    """Texts start again where they end; what has no room is said, not cut to nothing."""
+    settings_ = NeedleSettings.from_dict(
+        {**preset_named("longllm", exact=True), "lengths": [3000], "depths": [0.5]}
+    )
+    task = NeedleTask(settings_, [HeldOutDocument("x", "It rains. " * 40)], PromptForm(tokenizer))
+    (planned,) = task.plan()
+    fields = task.build(planned).fields
+    assert fields["achieved_length"] <= planned.tokens
+    haystack = OriginalHaystack([HeldOutDocument("x", "It rains. ")], tokenizer, 300)
+    for original in ("fu-2024", "longllm"):
+        with pytest.raises(DataError, match="no room for a haystack in 20 tokens"):
+            haystack.planted(original, Parts("Read: ", "A needle. " * 8, " What?"), 20, 0.5)
+    with pytest.raises(DataError, match="holds no text"):
+        OriginalHaystack([HeldOutDocument("x", "")], tokenizer, 300)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_distractors": 1, "distractors": ["No."]}, "one needle"),
+        ({"order": "random"}, "given"),
+        ({"mode": "teacher_forced"}, "generated"),
+    ],
+)
+def test_exact_tests_take_no_other_form(values: dict[str, Any], message: str) -> None:
+    """A setting that the original has no place for would be ignored in silence."""
+    with pytest.raises(ConfigError, match=message):
+        NeedleSettings.from_dict({**preset_named("fu-2024", exact=True), **values})
 
 
 def test_presets_have_the_published_grids() -> None:

@@ -53,7 +53,7 @@ def needle(
         str | None, typer.Option(help="Settings of a published test; see `eval list`. Options outrank it.")
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="The preset to the letter, faults of spelling and score included.")
+        bool, typer.Option("--exact", help="The preset to the letter: its cut, places, spelling and score.")
     ] = False,
     lengths: Annotated[
         str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k,32k or 1k:8k:8.")

@@ -28,6 +28,7 @@ from longspan.core.seeds import rng
 from longspan.data.facts import collect_keys
 from longspan.eval.documents import HeldOutDocument, describe_documents
 from longspan.eval.haystack import Haystack, Window
+from longspan.eval.needle_originals import OriginalHaystack, Parts
 from longspan.eval.needle_settings import NeedleSettings, fill
 from longspan.eval.planting import Insertion, Planted, check_depth, plant
 from longspan.eval.prompts import PromptForm
@@ -345,6 +346,9 @@ class NeedleTask:
         elif settings.num_distractors:
             self.name = "needle_distractors"
         self._composer = NeedleComposer(settings, documents, form, num_needles=settings.num_needles)
+        self._original: OriginalHaystack | None = None
+        if settings.original is not None:
+            self._original = OriginalHaystack(documents, form.tokenizer, max(settings.lengths))
 
     def params(self) -> dict[str, Any]:
         """Return the settings that determine the samples, for the header."""
@@ -365,6 +369,8 @@ class NeedleTask:
         depths = [_away_from(depth, float(place)) for place in shared.random(len(others) + len(distractors))]
         own = rng(settings.seed, "needle", length, depth, number)
         (needle,) = composer.draw_needles(own, sample, 1, [*others, *distractors])
+        if self._original is not None:
+            return composer.built(self._to_the_letter(needle, length, depth), 0, [needle])
         insertions = [composer.needle(needle, depth)]
         insertions += [composer.needle(each, place) for each, place in zip(others, depths)]
         insertions += [
@@ -385,10 +391,21 @@ class NeedleTask:
         """Return means by cell and by length, and the effective context."""
         return summarise_grid(samples)
 
+    def _to_the_letter(self, needle: Facts, length: int, depth: float) -> Context:
+        assert self._original is not None and self.settings.original is not None
+        composer = self._composer
+        before, after = self.settings.prompt.split("{context}")
+        after = fill(after, question=composer.question([needle]))
+        parts = Parts(before, composer.needle(needle, depth).text, after)
+        planted = self._original.planted(self.settings.original, parts, length, depth)
+        return Context(planted.text, planted)
+
 
 def plan_grid(settings: NeedleSettings, form: PromptForm) -> list[Planned]:
     """Return every sample of a grid, grouped by the haystack that samples share."""
     beyond = form.beyond(settings.max_new_tokens) if settings.mode == "generate" else 0
+    if settings.original == "longllm":  # whose length is that of the bare prompt
+        beyond += form.count("") + form.within(settings.max_new_tokens)
     counts: dict[str, Any] = {"num_distractors": settings.num_distractors}
     if settings.num_needles > 1:
         counts["num_needles"] = settings.num_needles

@@ -40,6 +40,10 @@ class MultiKeyTask:
                 "the multi-key task has one needle at each depth",
                 found=f"num_needles: {settings.num_needles}",
             )
+        if settings.original is not None:
+            raise ConfigError(
+                "a test to the letter of its original has one needle", found="--multi-key with --exact"
+            )
         self.settings = settings
         self.mode: Mode = settings.mode
         self.scorer = settings.scorer_name

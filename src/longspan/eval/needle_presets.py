@@ -12,7 +12,8 @@ fu-2024     Fu et al. 2024, arXiv 2402.10171. 40 lengths 1000..128000, 10 depths
             plotted is the share of the words of the expected answer in the output; the original divided 11
             different words by 12 ("a" stands twice), so a perfect answer had 0.917; here it has 1. The
             original cut the text 200 tokens short of the length to leave room, looked for full stops by ids
-            of two tokenizers, and put a second BOS before the needle.
+            of two tokenizers, and put a second BOS before the needle. The exact form has its score, depths in whole
+            percents, its cut and its place: behind the last full stop before the depth.
 easycontext EasyContext's needle test at 1M tokens, as its README runs it: 20 lengths 50000..1000000, 11 depths
             0..1, 2 samples, a number of 7 digits, teacher-forced. The original's prompts were longer than stated by
             needle and question, its depths were rounded to tens (0.25 was shown as 0.2), its numbers could
@@ -21,7 +22,8 @@ longllm     FlagEmbedding's Long_LLM: 10 lengths 8000..80000, 10 depths 0..1, a 
             package `rouge`. The original counted the position of the needle from the start of the prompt and put
             it at that place of the context, in the middle of a sentence. Its prompt spells "infomation", and it
             compares with the needle and the empty lines around it, which count as a word: a perfect answer has
-            0.974. Both are so in the exact form (`preset_named("longllm", exact=True)`).
+            0.974. All of it is so in the exact form (`preset_named("longllm", exact=True)`), whose depths are cut to
+            whole percents and whose prompt alone has the stated length.
 """
 
 from __future__ import annotations
@@ -89,15 +91,24 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 EXACT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "fu-2024": {
+            "original": "fu-2024",
+            "depths": (0, 0.11, 0.22, 0.33, 0.44, 0.56, 0.67, 0.78, 0.89, 1),
+            "needle": f"\n{PRESETS['fu-2024']['needle']}\n",
+            "scorer": "word_recall_repeated",
+        },
         "longllm": {
+            "original": "longllm",
+            "depths": (0, 0.11, 0.22, 0.33, 0.44, 0.55, 0.66, 0.77, 0.88, 1),
+            "needle": f"\n\n{PRESETS['longllm']['needle']}\n\n",
             "answer": f"\n\n{PRESETS['longllm']['answer']}\n\n",
             "prompt": PRESETS["longllm"]["prompt"].replace(
                 "important information hidden", "important infomation hidden"
             ),
-        }
+        },
     }
 )
-"""What an original has otherwise than it states, by the name of the preset: its spelling, its faults of scoring."""
+"""What an original has otherwise than it states, by the name of the preset: spelling, places, faults of scoring."""
 
 
 def preset_named(name: str, *, exact: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from longspan.eval.scorers import SCORERS
 from longspan.eval.task import Mode
 
 Order = Literal["random", "given"]
+Original = Literal["fu-2024", "longllm"]
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _FACT_FIELDS = ("key", "number")
@@ -68,6 +69,8 @@ class NeedleSettings(Config):
     """A haystack is cut out of documents in random order, or is the documents in the order given."""
     repeat: bool = False
     """Whether documents may be repeated where they are shorter than the longest context."""
+    original: Original | None = None
+    """Whose code's way of cutting the haystack and placing the needle is followed to the letter; None: ours."""
     seed: int = 0
     """Seed of all random choices."""
     key_split: Literal["train", "validation", "test"] = "test"
@@ -146,6 +149,18 @@ class NeedleSettings(Config):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _original_has_one_needle(self) -> NeedleSettings:
+        if self.original is None:
+            return self
+        if self.num_needles > 1 or self.num_distractors:
+            raise ValueError("a test to the letter of its original has one needle and no distractors")
+        if self.order != "given":
+            raise ValueError("a test to the letter of its original reads documents in `order: given`")
+        if self.mode != "generate":
+            raise ValueError("a test to the letter of its original has answers generated (`mode: generate`)")
+        return self
+
     def cells(self) -> list[tuple[int, float]]:
         """Return (length, depth) of every cell."""
         return [(length, depth) for length in self.lengths for depth in self.depths]
@@ -154,6 +169,8 @@ class NeedleSettings(Config):
         """Return the settings that determine prompts, for the header; mode and scorer stand there by themselves."""
         values = self.to_dict()
         del values["mode"], values["scorer"]
+        if self.original is None:
+            del values["original"]
         if self.mode == "teacher_forced":
             del values["max_new_tokens"]
         return values
