@@ -34,6 +34,19 @@ def test_where_requests_go(settings, url):
     assert Endpoint(model="m", **settings).url == url
 
 
+def test_requests_go_through_the_proxy_of_the_environment(monkeypatch):
+    """Where a model is only reached through a proxy, a client that does not look for one says "no connection"."""
+    with serving([chat("6")]) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        endpoint = Endpoint(model="judge", base_url="http://judge.example.invalid/v1")
+        with Client(endpoint, limits=Limits(), clock=MadeClock()) as client:
+            ((_, result),) = client.complete([(0, ChatRequest(prompt="rate this"))])
+    assert result.text == "6"
+    # A proxy is asked for the whole address; a server would be asked for its path alone.
+    assert [asked.path for asked in proxy.asked] == ["http://judge.example.invalid/v1/chat/completions"]
+
+
 @pytest.mark.parametrize(
     ("settings", "variable", "header", "value"),
     [

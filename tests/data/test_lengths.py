@@ -164,7 +164,15 @@ def test_summary_by_hand() -> None:
     assert (summary["name"], summary["title"]) == ("before", "Before")
     web = summary["sources"]["web"]
     assert (web["documents"], web["tokens"]) == (4, 6024)
-    assert web["quantiles"] == {"p25": 1, "p50": 2, "p75": 1021, "p90": 5000, "p99": 5000, "max": 5000}
+    assert web["quantiles"] == {
+        "p25": 1,
+        "p50": 2,
+        "p75": 1021,
+        "p90": 5000,
+        "p95": 5000,
+        "p99": 5000,
+        "max": 5000,
+    }
     assert web["share_above"] == {"1024": 5000 / 6024, "4096": 5000 / 6024, "32768": 0.0, "131072": 0.0}
     edges, tokens = web["histogram"]["edges"], web["histogram"]["tokens"]
     assert edges == [2**b for b in range(14)]

@@ -65,6 +65,20 @@ def test_the_last_row_is_dropped_and_counted_or_padded() -> None:
     assert pack([4], length=4, remainder="pad", pad_id=0).report.padding_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "left"),
+    [([3, 5], 1, 4), ([3, 6], 2, 1), ([3, 4], 1, 3), ([4], 0, 4), ([3], 0, 3), ([], 0, 0)],
+)
+def test_a_last_row_that_is_just_full_is_dropped_on_request(tokens: list[int], rows: int, left: int) -> None:
+    """slimpajama_packing.py writes a row of n tokens when n + 1 are there; rows are those of its `while`."""
+    report = pack(tokens, length=4, remainder="drop_last").report
+    assert (report.rows, report.dropped["remainder"], report.tokens_packed) == (rows, left, 4 * rows)
+    by_source = pack(tokens, length=4, remainder="drop_last", by_source=True).report
+    assert by_source == report
+    with pytest.raises(ConfigError, match="drop_last has an effect with strategy concat only"):
+        pack([3], length=4, strategy="intact", remainder="drop_last")
+
+
 def test_documents_follow_the_given_order_and_may_repeat() -> None:
     """The mixture's order is the training order; a repeated document is packed again."""
     plan = pack([2, 3], documents=[1, 0, 1], length=4)

@@ -35,6 +35,21 @@ PUBLISHED: dict[str, list[tuple[int, int | None, int, float, float | None, float
     "qlora-80k": [(81920, None, 8 * 81920, 5e-5, 200e6, None)],
     "synth-80k": [(81920, None, 8 * 81920, 5e-5, 200e6, None)],
 }
+# The domains of train_512K.sh below datasets/long-context-524288, as they are called since 2024-12-11.
+DOMAINS_512K = [
+    "thestackv1_concat_by_repo-524288@0.15",
+    "thestackv1_concat_by_repo-65536@0.15",
+    "book-524288@0.05",
+    "book-65536@0.25",
+    "fineweb-edu@0.1",
+    "fineweb-2023-50@0.1",
+    "stackexchange@0.04",
+    "dolmawiki@0.04",
+    "tuluv2@0.03",
+    "arxiv@0.03",
+    "openwebmath@0.03",
+    "textbooks@0.03",
+]
 PUBLISHED["easycontext-1m"] = PUBLISHED["easycontext-13b-1m"] = [
     (32768, 1000, 32 * 32768, 2e-5, 1e6, None),
     (65536, 1000, 16 * 65536, 2e-5, 5e6, None),
@@ -80,6 +95,13 @@ def test_numbers_are_those_that_were_published(name: str) -> None:
     ]
     assert found == PUBLISHED[name]
     assert TrainConfig.from_dict(config.to_dict()) == config, "the settings that a run writes are read again"
+
+
+def test_prolong_512k_reads_the_folders_that_its_script_names() -> None:
+    """Four of them were renamed after the release, and a stream under the old name is not found."""
+    streams = load_recipe("prolong-512k").config.stages[1].streams
+    named = [f"{stream.rows}@{stream.weight}" for stream in streams.values()]
+    assert named == [f"long-context-524288/{domain}" for domain in DOMAINS_512K]
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

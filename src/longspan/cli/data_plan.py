@@ -162,7 +162,8 @@ def pack(
     remainder: Annotated[
         str | None,
         typer.Option(
-            help="drop or pad: what becomes of a row that is not full. Default: drop; for conversations pad."
+            help="drop or pad: what becomes of a row that is not full; drop_last drops a last row too that is just "
+            "full. Default: drop; for conversations pad."
         ),
     ] = None,
     specials: Annotated[

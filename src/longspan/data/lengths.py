@@ -23,7 +23,7 @@ from longspan.data.columns import load_columns, save_columns
 KIND = "length-table"
 MAX_DOCUMENTS = 2**32 - 2  # the last uint32 value stands for padding
 SHARE_THRESHOLDS = (1024, 4096, 32768, 131072)
-QUANTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
+QUANTILES = {"p25": 0.25, "p50": 0.5, "p75": 0.75, "p90": 0.9, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 _DTYPES: dict[str, type] = {
     "store": np.uint16,

@@ -69,8 +69,9 @@ class PackSpec(Config):
     overflow: Literal["split", "drop_tail"] = "split"
     """What becomes of a document that, framed, is longer than a row: it goes on in another one, or only its first
     `length` tokens are placed."""
-    remainder: Literal["drop", "pad"] = "drop"
-    """What becomes of a row that is not full: dropped (and counted) or filled with padding of weight 0."""
+    remainder: Literal["drop", "pad", "drop_last"] = "drop"
+    """What becomes of a row that is not full: dropped (and counted) or filled with padding of weight 0. `drop_last`,
+    for concat: dropped, and so is a last row that is just full, which no token follows."""
     specials: Literal["none", "bos", "eos", "both"] = "none"
     """Which special tokens frame a document; a token store holds none."""
     bos_id: int | None = pydantic.Field(None, ge=0)
@@ -101,8 +102,10 @@ class PackSpec(Config):
             raise ValueError(f"specials {self.specials} needs bos_id")
         if self.num_eos and self.eos_id is None:
             raise ValueError(f"specials {self.specials} needs eos_id")
-        if self.strategy == "best_fit" and self.remainder == "drop":
+        if self.strategy == "best_fit" and self.remainder != "pad":
             raise ValueError("best_fit leaves most rows a little short of full: it needs remainder pad")
+        if self.strategy != "concat" and self.remainder == "drop_last":
+            raise ValueError("remainder drop_last has an effect with strategy concat only")
         if self.remainder == "pad" and self.pad_id is None:
             raise ValueError("remainder pad needs pad_id")
         if self.overlap + self.num_mos >= self.length:
@@ -369,6 +372,8 @@ def _place(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, dropped:
     spans = _Columns._make([*(np.concatenate(column) for column in zip(*parts)), np.concatenate(ends)])
     if phase and spec.remainder == "pad":
         return spans._replace(row_offsets=np.append(spans.row_offsets, np.uint64(num_spans)))
+    if spec.remainder == "drop_last" and phase == 0 and len(spans.row_offsets) > 1:
+        spans = spans._replace(row_offsets=spans.row_offsets[:-1])
     full = int(spans.row_offsets[-1])
     own = own_tokens(spec, lengths.tokens[spans.span_document[full:]], *(c[full:] for c in spans[1:4]))
     dropped["remainder"] += int(own.sum())
