@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,26 @@ def test_documents_of_a_store(inputs, plain, tmp_path):
     assert found.manifest.kind == "documents" and len(found) == len(store)
     for document in (0, 7, 23):
         compare(found.row(document), slice(None), store.tokens(document), plain)
+
+
+def test_the_teacher_reads_documents_from_bos_as_the_student_does(inputs, plain, tmp_path, caplog):
+    """The student's documents begin with BOS (specials: auto), and the teacher had read other text."""
+    shutil.copytree(inputs.store, tmp_path / "store")
+    manifest = json.loads((tmp_path / "store" / "longspan.json").read_text())
+    manifest["tokenizer"]["adds_bos"] = True
+    (tmp_path / "store" / "longspan.json").write_text(json.dumps(manifest))
+    store, bos = TokenStore(tmp_path / "store"), manifest["tokenizer"]["bos_id"]
+    annotate(spec_of(inputs, tmp_path / "store"), tmp_path / "out")
+    found = Annotations(tmp_path / "out")
+    for document in (0, 7, 23):
+        wanted = direct(plain, np.concatenate([[bos], store.tokens(document)]))[1:].topk(K, 1)
+        np.testing.assert_allclose(found.row(document).logprobs, wanted.values, atol=6e-3)
+    documents = np.arange(len(store), dtype=np.uint32)
+    for specials in ({"specials": "bos", "bos_id": bos}, {}):
+        plan = plan_packing(PackSpec(length=12, strategy="concat", **specials), store.lengths, documents, 0)
+        caplog.clear()
+        TaughtRows(RowLoader([store], plan), [found], stores=[store])
+        assert ("the student reads it without BOS" in caplog.text) == (not specials)
 
 
 def test_rows_that_are_packed_already(inputs, taught, tmp_path):

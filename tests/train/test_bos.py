@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,19 @@ def test_texts_and_conversations_in_one_stream_are_refused(root: Path, specials:
         documents_of(root, store=["texts", "chats"], specials=specials)
 
 
-def test_a_store_that_does_not_say_is_read_as_it_stands(root: Path, tmp_path: Path) -> None:
-    """Stores of older versions: their manifest does not know whether the tokenizer adds BOS."""
+def test_a_store_that_does_not_say_is_read_as_it_stands(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stores of older versions: their manifest does not know whether the tokenizer adds BOS, and that was not said."""
     shutil.copytree(root / "texts", tmp_path / "texts")
     path = tmp_path / "texts" / "longspan.json"
     manifest = json.loads(path.read_text())
     assert manifest["tokenizer"].pop("adds_bos") is True
     path.write_text(json.dumps(manifest))
-    assert text_bos(TokenStore(tmp_path / "texts")) is None
+    with caplog.at_level(logging.INFO):
+        assert text_bos(TokenStore(tmp_path / "texts")) is None
+        assert frame_settings("auto", [TokenStore(tmp_path / "texts")], where="here")["specials"] == "none"
+    assert caplog.text.count("does not say whether its tokenizer begins texts with BOS") == 1
     both = merge_stores([root / "texts", tmp_path / "texts"], tmp_path / "both")
     assert both.manifest.tokenizer["adds_bos"] is True
 

@@ -17,7 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from longspan.annotate.rounding import cut_to_mass, round_masses
-from longspan.annotate.sources import AskedRow, PairSource, Source, check_row, open_source, too_long
+from longspan.annotate.sources import (
+    AskedRow,
+    DocumentSource,
+    PairSource,
+    Source,
+    check_row,
+    open_source,
+    too_long,
+)
 from longspan.annotate.spec import AnnotateSpec, TeacherConfig
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import behind_link, read_json
@@ -237,6 +245,8 @@ def _manifest(job: OpenJob, first: int, stop: int, entries: list[dict[str, Any]]
             **pairs.to_dict(),
             "retrieval": None if pairs.retrieval is None else Path(pairs.retrieval).name,
         }
+    elif isinstance(job.source, DocumentSource) and job.source.bos is not None:
+        settings = {"bos": job.source.bos}
     return AnnotationManifest(
         kind=job.source.kind,
         first=first,

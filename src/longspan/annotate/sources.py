@@ -14,6 +14,7 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json, sha256_bytes
 from longspan.data.annotations import Kind, row_digest
 from longspan.data.columns import folder_kind
+from longspan.data.framing import text_bos
 from longspan.data.loader import PackedRow, RowLoader
 from longspan.data.materialize import FORMAT as ROWS_FORMAT
 from longspan.data.materialize import read_rows_manifest
@@ -96,7 +97,7 @@ class RowSourceToAsk:
 
 
 class DocumentSource:
-    """Documents of a token store, each by itself."""
+    """Documents of a token store, each by itself, behind BOS where their tokenizer begins texts with it."""
 
     kind: Kind = "documents"
 
@@ -106,12 +107,17 @@ class DocumentSource:
         self.lengths = store.lengths.tokens.astype(np.int64)
         self.tokenizer: str | None = store.manifest.tokenizer["fingerprint"]
         self.vocab_size: int | None = store.vocab_size
-        self.longest: int | None = int(self.lengths.max())
+        self.bos = text_bos(store)
+        self.longest: int | None = int(self.lengths.max()) + (self.bos is not None)
 
     def row(self, index: int) -> AskedRow:
         """See `Source`."""
         ids = self._store.tokens(index)
-        return AskedRow(ids, np.array([0, len(ids)]), None, None, len(ids), row_digest(ids))
+        digest = row_digest(ids)
+        if self.bos is None:
+            return AskedRow(ids, np.array([0, len(ids)]), None, None, len(ids), digest)
+        read = np.concatenate([[self.bos], ids.astype(np.int64)])
+        return AskedRow(read, np.array([0, len(read)]), np.arange(1, len(read)), None, len(ids), digest)
 
 
 class PairSource:

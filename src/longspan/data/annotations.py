@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 import longspan
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_write, read_json, write_json
+from longspan.core.log import get_logger
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, RowSource, RowsOver, TeacherRow
 from longspan.data.packing import PAD_DOCUMENT
@@ -71,7 +72,7 @@ class AnnotationManifest(NamedTuple):
     teacher: dict[str, Any]
     """path, fingerprint, rope, dtype and quantization of the teacher."""
     settings: dict[str, Any]
-    """Other settings that decide the content."""
+    """Other settings that decide the content; of documents `bos`, the token read before each, where there is one."""
     pieces: list[dict[str, Any]]
     """file, rows, bytes, tokens and words of each shard file."""
     format: str = FORMAT
@@ -286,6 +287,10 @@ def _padded(ids: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray, where: s
     return wide_ids, wide
 
 
+def _beginning(bos: int | None) -> str:
+    return "without BOS" if bos is None else f"behind BOS {bos}"
+
+
 class TaughtRows(RowsOver):
     """Rows with what a teacher predicts after each token; takes the place of the `RowSource` that they are of.
 
@@ -318,6 +323,7 @@ class TaughtRows(RowsOver):
                     fix="annotate the packed rows",
                 )
             self._documents = LengthTable.concatenate([store.lengths for store in stores])
+            self._say_other_beginnings(rows)
         else:
             wanted = [rows.fingerprint]
         for each, fingerprint in zip(annotations, wanted, strict=False):
@@ -344,6 +350,19 @@ class TaughtRows(RowsOver):
                 found=f"rows {manifest.first} to {manifest.stop} of {manifest.source_rows}",
                 fix="join all parts with `longspan annotate merge`",
             )
+
+    def _say_other_beginnings(self, rows: RowLoader) -> None:
+        spec = rows.plan.spec
+        student = spec.bos_id if spec.num_bos else None
+        for each in self._annotations:
+            if (teacher := each.manifest.settings.get("bos")) != student:
+                get_logger("data").warning(
+                    "%s: the teacher read each document %s, the student reads it %s: the predictions at its beginning "
+                    "are of another text. Set `specials` of the stream as the teacher had it, or annotate again",
+                    each.path,
+                    _beginning(teacher),
+                    _beginning(student),
+                )
 
     def row(self, index: int) -> PackedRow:
         """Read one row with its `teacher`.

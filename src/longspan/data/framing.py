@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from longspan.core.errors import ConfigError
-from longspan.core.log import get_logger
+from longspan.core.log import get_logger, log_once
 from longspan.data.packing import PackSpec
 from longspan.data.store import TokenStore
 
@@ -66,9 +66,22 @@ def text_bos(store: TokenStore) -> int | None:
     That is so where the tokenizer adds none, in conversations, and where each document has one already.
     """
     tokenizer = store.manifest.tokenizer
+    if tokenizer.get("adds_bos") is None and tokenizer.get("bos_id") is not None:
+        _say_unknown(store)
     if not tokenizer.get("adds_bos") or store.manifest.config.get("chat") or _begins_with_bos(store):
         return None
     return int(tokenizer["bos_id"])
+
+
+def _say_unknown(store: TokenStore) -> None:
+    if store.manifest.config.get("chat") or _begins_with_bos(store):
+        return
+    log_once(
+        "data",
+        f"{store.path}: the store does not say whether its tokenizer begins texts with BOS (token "
+        f"{store.manifest.tokenizer['bos_id']}), so its documents are read without; older versions did not write it "
+        "down. Tokenize again, or set specials: bos, if the model was trained with it",
+    )
 
 
 def frame_words(spec: PackSpec) -> str:
