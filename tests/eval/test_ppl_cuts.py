@@ -139,6 +139,26 @@ def test_bos_follows_the_tokenizer_unless_told(tokenizer: Tokenizer) -> None:
         windows_of([9], Words(None), lengths=(4,), bos="always")
 
 
+def test_a_document_that_begins_with_bos_gets_no_second_one() -> None:
+    """A template writes BOS itself: windows of conversations began with two, as no model was trained."""
+
+    class Begun(Ids):
+        def ids(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+            ids = super().ids(document)
+            return np.concatenate([ids[:1] * 0 + BOS, ids[1:]])[start:stop] if self.domain[document] else ids
+
+    documents = Begun({"a": [4], "b": [7]})
+    plan = plan_windows(PplTask(cut="sliding", stride=4, lengths=(4,), bos="always"), documents, Words())  # type: ignore[arg-type]
+    assert [window.ids.tolist() for window in plan.windows] == [
+        [BOS, 100, 101, 102],
+        [BOS, 103],
+        [BOS, 101, 102, 103],
+        [BOS, 104, 105, 106],
+    ]
+    never = plan_windows(PplTask(cut="full", bos="never"), documents, Words())  # type: ignore[arg-type]
+    assert never.windows[1].ids.tolist() == [BOS, *range(101, 107)]
+
+
 def test_documents_are_filtered_and_drawn() -> None:
     """Which documents are measured follows from lengths and seed alone."""
     sizes = [5, 30, 12, 80, 20, 40]

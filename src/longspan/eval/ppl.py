@@ -167,7 +167,7 @@ def plan_windows(
     """
     bos = bos_of(task, tokenizer)
     by_source: dict[str, list[PplDocument]] = {}
-    for document in ppl_documents(documents, tokenizer):
+    for document in ppl_documents(documents, tokenizer, bos=bos):
         by_source.setdefault(document.source, []).append(document)
     cutter = _Cutter(task, bos)
     chosen = {source: cutter.choose(source, found) for source, found in sorted(by_source.items())}

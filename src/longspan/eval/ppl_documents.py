@@ -23,6 +23,10 @@ ROWS = "indices"
 """Column of packed rows, which are not documents."""
 
 
+LOOKED_AT = 64
+"""Documents of a domain whose first token is looked at."""
+
+
 class PplDocument(NamedTuple):
     """A document in tokens."""
 
@@ -34,9 +38,11 @@ class PplDocument(NamedTuple):
 
 
 def ppl_documents(
-    documents: Sequence[HeldOutDocument] | TokenDocuments, tokenizer: Tokenizer
+    documents: Sequence[HeldOutDocument] | TokenDocuments, tokenizer: Tokenizer, *, bos: int | None = None
 ) -> list[PplDocument]:
     """Return the documents in tokens, in their order; texts are tokenised, ids on disk are not read yet.
+
+    Ids that begin with `bos`, which windows begin with, are those behind it: conversations whose template writes it.
 
     Raises:
         DataError: the ids were made with another tokenizer.
@@ -54,15 +60,31 @@ def ppl_documents(
             allowed=f"{tokenizer.fingerprint}, of {tokenizer.path}",
             fix="tokenize the texts with the model's tokenizer, or name theirs with --tokenizer",
         )
+    begun = _begun(documents, bos)
     return [
         PplDocument(
             f"{int(documents.key[index]):016x}-{index}",
             documents.domains[int(documents.domain[index])],
-            int(documents.tokens[index]),
-            partial(documents.ids, index),
+            int(documents.tokens[index]) - int(begun[index]),
+            partial(documents.ids, index, int(begun[index])),
         )
         for index in range(len(documents.tokens))
     ]
+
+
+def _begun(documents: TokenDocuments, bos: int | None) -> NDArray[np.bool_]:
+    """Return which documents begin with `bos`; of a domain all are looked at only where one of a few does."""
+    begun = np.zeros(len(documents.tokens), bool)
+    for domain in np.unique(documents.domain) if bos is not None else ():
+        members = np.flatnonzero(documents.domain == domain)
+        few = members[np.unique(np.linspace(0, len(members) - 1, LOOKED_AT).astype(np.int64))]
+        if any(_begins_with(documents, int(index), bos) for index in few):
+            begun[members] = [_begins_with(documents, int(index), bos) for index in members]
+    return begun
+
+
+def _begins_with(documents: TokenDocuments, index: int, token: int | None) -> bool:
+    return documents.ids(index, 0, 1).tolist() == [token]
 
 
 def describe(documents: Sequence[HeldOutDocument] | TokenDocuments) -> dict[str, Any]:
