@@ -195,6 +195,11 @@ def test_lines_that_are_no_questions_are_left_out_by_name(
     assert len(data.samples) == 2 and data.left_out == len(broken) + 1
     assert "broken.jsonl:2: not a question on a document (fields context, input)" in caplog.text
     assert LongQa(LongQaSettings(), PromptForm(tokenizer), data).params()["left_out_records"] == data.left_out
+    with pytest.raises(DataError, match=r"broken\.jsonl:2: not a question(.|\n)*--strict"):
+        read_longqa([path], strict=True)
+    path.write_text(lines[0] + '\n{"cut": ')
+    with pytest.raises(DataError, match=r"broken\.jsonl:2: (.|\n)*--strict"):
+        read_longqa([path], strict=True)
     path.write_text(json.dumps(broken[0]))
     with pytest.raises(DataError, match=r"hold no samples(.|\n)*broken\.jsonl:1: not a question"):
         read_longqa([path])

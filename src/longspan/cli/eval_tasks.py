@@ -222,6 +222,13 @@ def longqa(
         str | None, typer.Option(help="Names, with commas. Default: all in the files.")
     ] = None,
     samples: Annotated[int | None, count_option(help="The first so many of each data set.", min=1)] = None,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop at the first record that is no question. Default: they are left out and counted.",
+        ),
+    ] = False,
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
     dry_run: DryRun = False,
@@ -235,7 +242,7 @@ def longqa(
     from longspan.core.units import parse_length
     from longspan.eval.longqa import LongQa, LongQaSettings, check_datasets, read_longqa
 
-    read = read_longqa(data)
+    read = read_longqa(data, strict=strict)
     values: dict[str, Any] = {"samples": samples, "datasets": datasets.split(",") if datasets else []}
     if model.max_length is not None:
         values["max_length"] = parse_length(model.max_length)

@@ -201,24 +201,28 @@ class LongQa:
         return sample.metric or rule_for(sample.dataset).metric
 
 
-def read_longqa(paths: Sequence[str | Path]) -> LongQaData:
+def read_longqa(paths: Sequence[str | Path], *, strict: bool = False) -> LongQaData:
     """Read records with context, input (or question), answers (or answer), and optional fields.
 
     JSON lines, or another format by its ending. `dataset` is the file's name where samples do not say; `metric` and
     `all_classes` are optional. What is no question is left out, counted and named in a warning.
 
     Raises:
-        DataError: a file is missing or damaged, or none holds a question.
+        DataError: a file is missing or damaged, or none holds a question; (`strict`) a record is none.
     """
     samples: list[LongQaSample] = []
     counts: Counter[str] = Counter()
     report = ReadReport()
     for path in map(Path, paths):
-        for place, record in read_objects(path, report=report):
+        for place, record in read_objects(path, strict=strict, report=report):
             try:
                 dataset = str(record.get("dataset") or printable(_name_of(path)))
                 samples.append(_sample(record, dataset, counts[dataset]))
             except _NoQuestionError as error:
+                if strict:
+                    raise DataError(
+                        f"{place}: {error}", fix="mend the record, or leave out --strict to skip it"
+                    ) from None
                 report.skip("wrong_types", place, str(error))
                 continue
             counts[dataset] += 1

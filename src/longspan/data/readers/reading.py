@@ -119,14 +119,14 @@ def read_values(
 
 
 def read_objects(
-    path: str | os.PathLike[str], *, report: ReadReport
+    path: str | os.PathLike[str], *, strict: bool = False, report: ReadReport
 ) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield place and all fields of every record of one file; broken ones are skipped and counted.
 
     JSON lines, whatever its name, unless its ending is that of another format of records.
 
     Raises:
-        DataError: there is no such file, or it is damaged as a whole.
+        DataError: there is no such file, or it is damaged as a whole; (`strict`) a record is broken.
     """
     name = os.fspath(path)
     if not is_remote(name) and not os.path.isfile(name):
@@ -141,7 +141,7 @@ def read_objects(
         extension = ".jsonl"
     part = Part(InputFile(name, extension, "", 0))
     for record in records_of(part, None, report=report):
-        values = parse_values_of(record, strict=False, report=report)
+        values = parse_values_of(record, strict=strict, report=report)
         if values is not None:
             yield record.place, values
 
