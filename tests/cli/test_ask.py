@@ -140,6 +140,12 @@ def test_harness_reads_released_files_and_goes_on(longspan, here, tmp_path):
     assert again["scored"] == 3 and path.read_text() == before
     missing = longspan(f"eval harness --model model --tasks helmet:rag --data-root {tmp_path} --out run")
     assert missing.code == 2 and "nq-dev-multikilt_1000_k1000_dep6.jsonl" in missing.err
+    for line, said in (
+        ("--model model --tasks long-llm:longbench,mmlu", "no exact form"),
+        ("--model openai:x --tokenizer model --tasks long-llm:longbench", "cannot be told the token"),
+    ):
+        outcome = longspan(f"eval harness {line} --exact --data-root {tmp_path} --out run")
+        assert outcome.code == 2 and said in outcome.err
     unknown = longspan("eval harness --model model --tasks long-llm:mmmu --out run")
     assert unknown.code == 2 and "long-llm:infbench" in unknown.err
     nowhere = longspan("eval harness --model model --tasks helmet:icl --out run")

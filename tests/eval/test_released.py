@@ -103,6 +103,33 @@ def test_longbench_as_long_llm_runs_it(tmp_path, tokenizer, model_info):
     assert run(again, model_info, tokenizer, tmp_path / "b.jsonl", reply=reply)[0]["mean"] == 1.0
 
 
+def test_longbench_to_the_letter_ends_answers_at_a_token(tmp_path, tokenizer, model_info):
+    """Llama 3 writes an empty line as one token, which `long-llm`'s new line as EOS does not end.
+
+    There `eos_token_id` gets the last token of "\\n" for questions and samsum, and outputs of samsum and trec alone are
+    cut to a line.
+    """
+    names = ["narrativeqa", "samsum", "trec", "gov_report"]
+    for name in names:
+        row = LONGBENCH["trec"] | {"answers": ["Ada"]} if name == "samsum" else LONGBENCH[name]
+        write_lines(tmp_path / "longbench" / f"{name}.jsonl", [row])
+    form = PromptForm(tokenizer)
+    task = ReleasedTask(longllm.open_sets(tmp_path, "longbench", names, exact=True), form)
+    plain = ReleasedTask(longllm.open_sets(tmp_path, "longbench", names), form)
+    assert task.params() != plain.params()
+    reply = lambda index, request: "Ada\n\nAda of"  # noqa: E731
+    _, samples, asked = run(task, model_info, tokenizer, tmp_path / "a.jsonl", reply=reply)
+    newline = int(tokenizer.encode("\n")[-1])
+    ends = {each["subtask"]: newline in request.stop_ids for each, request in zip(samples, asked)}
+    assert ends == {"narrativeqa": True, "samsum": True, "trec": False, "gov_report": False}
+    scores = {each["subtask"]: each["score"] for each in samples}
+    assert scores["narrativeqa"] == pytest.approx(0.5) and scores["samsum"] == pytest.approx(1.0)
+    _, samples, _ = run(plain, model_info, tokenizer, tmp_path / "b.jsonl", reply=reply)
+    assert [each["score"] for each in samples if each["subtask"] == "narrativeqa"] == [1.0]
+    with pytest.raises(ArgumentError, match="no exact form"):
+        longllm.open_sets(tmp_path, "infbench", exact=True)
+
+
 def test_the_average_counts_every_set_the_same():
     """LongBench's number is the mean of 14 means; over questions, sets of 500 outweigh those of 150."""
     rows = [

@@ -70,6 +70,13 @@ def harness(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with further lm-eval task definitions.")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="long-llm:longbench and :needle to the letter: what ends an answer; places and score.",
+        ),
+    ] = False,
     retry_unscored: RetryUnscored = False,
     note: Note = None,
     as_json: Json = False,
@@ -80,12 +87,15 @@ def harness(
     """
     from longspan.core.units import parse_length
 
+    if exact:
+        _check_exact(tasks, remote=model.is_remote)
     form = form_of(model, prompts)
     common = {"form": form, "note": note, "retry_unscored": retry_unscored, "limit": limit}
     options = {
         "root": data_root,
         "subtasks": [] if subtasks is None else subtasks.split(","),
         "num_fewshot": num_fewshot,
+        "exact": exact,
         "length": None if input_length is None else parse_length(input_length),
         "max_length": None if model.max_length is None else parse_length(model.max_length),
     }
@@ -105,6 +115,23 @@ def harness(
         return
     for name, summary in summaries.items():
         _print(name, summary)
+
+
+def _check_exact(tasks: str, *, remote: bool) -> None:
+    from longspan.core.errors import ArgumentError
+
+    others = set(tasks.split(",")) - {"long-llm:longbench", "long-llm:needle"}
+    if others:
+        raise ArgumentError(
+            "these tasks have no exact form",
+            found=", ".join(sorted(others)),
+            allowed="--exact with long-llm:longbench, long-llm:needle",
+        )
+    if remote and "long-llm:longbench" in tasks.split(","):
+        raise ArgumentError(
+            "a server cannot be told the token that ends an answer",
+            fix="leave out --exact, or ask the model here",
+        )
 
 
 def _lm_eval(
@@ -194,7 +221,15 @@ def _task(release: str, part: str, options: dict[str, Any], form: PromptForm, li
             )
         ]
     else:
-        sets = [*longllm.open_sets(options["root"], part, options["subtasks"], max_length=options["length"])]
+        sets = [
+            *longllm.open_sets(
+                options["root"],
+                part,
+                options["subtasks"],
+                max_length=options["length"],
+                exact=options["exact"],
+            )
+        ]
     return ReleasedTask(sets, form, max_length=options["max_length"], limit=limit)
 
 
@@ -205,7 +240,9 @@ def _needle(options: dict[str, Any], form: PromptForm) -> Task:
     from longspan.eval.needle_settings import NeedleSettings
 
     essays = read_held_out([str(options["root"] / "needle" / "PaulGrahamEssays")])
-    settings = NeedleSettings.from_dict(preset_named("longllm"), where="the preset longllm")
+    settings = NeedleSettings.from_dict(
+        preset_named("longllm", exact=options["exact"]), where="the preset longllm"
+    )
     return NeedleTask(settings, essays, form)
 
 

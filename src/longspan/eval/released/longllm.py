@@ -40,7 +40,12 @@ _LETTERS = "ABCD"
 
 
 def open_sets(
-    root: Path, folder: str, subtasks: Sequence[str] = (), *, max_length: int | None = None
+    root: Path,
+    folder: str,
+    subtasks: Sequence[str] = (),
+    *,
+    max_length: int | None = None,
+    exact: bool = False,
 ) -> list[LongLLMSet]:
     """Open the sets of one folder of the release.
 
@@ -48,13 +53,17 @@ def open_sets(
         folder: longbench, infbench or longeval.
         subtasks: names of sets; none: those that `long-llm` runs; `all`: every one.
         max_length: tokens of a prompt at most, in place of the published limit.
+        exact: of longbench, answers to questions end at the token of a new line, and all that is written counts; else
+            their first line does.
 
     Raises:
-        ArgumentError: there is no such set.
+        ArgumentError: there is no such set, or no exact form of the folder.
         DataError: a file is missing.
     """
     settings = read_settings("longllm.yaml")[folder]
-    known = _longbench_rules(settings) if folder == "longbench" else settings["datasets"]
+    if exact and folder != "longbench":
+        raise ArgumentError("there is no exact form of these sets", found=folder, allowed="longbench")
+    known = _longbench_rules(settings, exact=exact) if folder == "longbench" else settings["datasets"]
     names = list(known) if list(subtasks) == ["all"] else list(subtasks or DEFAULT_SUBTASKS[folder])
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -64,17 +73,19 @@ def open_sets(
     ]
 
 
-def _longbench_rules(settings: dict[str, Any]) -> dict[str, Any]:
+def _longbench_rules(settings: dict[str, Any], *, exact: bool) -> dict[str, Any]:
     """Return LongBench's data sets as its own settings have them, and what `long-llm` adds."""
     rules = {}
     for name in longbench_names():
         rule = rule_for(name)
+        ends = name in settings["first_line"]
         rules[name] = {
             "prompt": rule.prompt,
             "metric": settings["metrics"].get(name, rule.metric),
             "max_new_tokens": rule.max_new_tokens,
             "chat": rule.chat,
-            "postprocess": "first_line" if rule.first_line or name in settings["first_line"] else None,
+            "postprocess": "first_line" if rule.first_line or (ends and not exact) else None,
+            "newline_ends": ends and exact,
             "category": rule.kind,
         }
     return rules
@@ -102,6 +113,7 @@ class LongLLMSet:
             settings.get("chat", True),
             max_length,
             category=settings.get("category"),
+            newline_ends=settings.get("newline_ends", False),
         )
         places = [f"{folder}/{name}.jsonl", f"{folder}/{name}.json", f"{name}.jsonl", f"{name}.json"]
         self._rows = find_rows(root, places, what=f"{folder}/{name}")
@@ -118,7 +130,12 @@ class LongLLMSet:
 
     def describe(self) -> dict[str, Any]:
         """Return what determines the questions."""
-        return {"file": self._rows.path.name, "sha256": self._rows.sha256, "max_length": self.rule.max_length}
+        described = {
+            "file": self._rows.path.name,
+            "sha256": self._rows.sha256,
+            "max_length": self.rule.max_length,
+        }
+        return described | ({"newline_ends": True} if self.rule.newline_ends else {})
 
     def question(self, number: int, *, chat: bool) -> Question:
         """Return a question."""

@@ -46,6 +46,8 @@ class Rule(NamedTuple):
     omitted: str = ""
     """What stands at the end of a context that was cut."""
     category: str | None = None
+    newline_ends: bool = False
+    """Whether the token of one new line ends an answer; one that is part of another token does not."""
 
 
 class ReleasedSet(Protocol):
@@ -171,6 +173,9 @@ class ReleasedTask:
         longest = self._longest(rule)
         for _ in range(_MAX_FITS):
             request = form.request(text, max_new_tokens=rule.max_new_tokens)
+            if rule.newline_ends:
+                newline = int(form.tokenizer.encode("\n")[-1])
+                request = request._replace(stop_ids=(*request.stop_ids, newline))
             assert request.prompt_ids is not None
             excess = len(request.prompt_ids) - longest
             if rule.cut == "middle" and self._max_length is None:
