@@ -3,9 +3,9 @@
 Read it from `run_quickstart` downwards; every step is a public piece that works the same at full size:
 
     corpus      three sources from what every CPython carries, split by document (data/python_corpus.py)
-    tokenizer   a small byte-level BPE                                          (data/tokenizer.py)
+    tokenizer   a small byte-level BPE                                          (data/tokenizer/)
     recall      real text with planted facts, asked back                        (data/recall.py)
-    tokenise    jsonl -> token stores and their length tables                   (data/tokenize.py)
+    tokenise    jsonl -> token stores and their length tables                   (data/tokenize/)
     pretrain    a Llama at 256 tokens                                           (train/trainer.py)
     extend      long documents upsampled, RoPE base raised, 2048 tokens         (train/trainer.py)
     evaluate    needle grid and perplexity: before, after, zero-shot methods    (eval/runner.py)
@@ -491,11 +491,13 @@ def _results(run: RunDir, config: QuickstartConfig) -> dict[str, Any]:
         for file in loaded.records
     ]
     summary = summarise(replace(loaded, records=kept))
-    beyond = {}
-    for label, table in summarise(loaded)["needle"].items():
-        past = {length: mean for length, mean in table["by_length"].items() if int(length) not in inside}
-        if past:
-            beyond[label] = past
+    beyond = {
+        label: past
+        for label, table in summarise(loaded)["needle"].items()
+        if (
+            past := {length: mean for length, mean in table["by_length"].items() if int(length) not in inside}
+        )
+    }
     seconds = run.phase_seconds()
     seconds["total"] = round(sum(seconds.values()), 2)
     return {"seed": config.seed, **summary, "needle_beyond": beyond, "seconds": seconds}

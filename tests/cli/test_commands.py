@@ -244,6 +244,12 @@ def test_reader_that_goes_away_leaves_no_complaint(store):
     assert "BrokenPipe" not in done.stderr
 
 
+def test_what_is_to_be_proved_needs_the_proof(longspan):
+    """--world 2 without --certify proved nothing and said nothing."""
+    outcome = longspan("doctor --world 2")
+    assert outcome.code == 2 and "--certify" in outcome.err
+
+
 def test_doctor_as_json(longspan):
     outcome = longspan("doctor --json")
     report = json.loads(outcome.out)

@@ -32,3 +32,9 @@ def test_figures_are_those_of_the_machine_unless_a_gpu_is_named(longspan, monkey
             longspan("train fu-2024-80k --dry-run --json --gpu h100 --set memory.compute_dtype=bfloat16").out
         )["stages"][0]["memory"]
     )
+
+
+def test_a_gpu_is_named_for_estimates_alone(longspan):
+    """--gpu h100 without --dry-run trained on whatever there was."""
+    outcome = longspan("train fu-2024-80k --gpu h100")
+    assert outcome.code == 2 and "--dry-run" in outcome.err

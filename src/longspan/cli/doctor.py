@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from longspan.cli.output import Json, example, print_json, print_table
+from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
 
 EXAMPLE = example("longspan doctor --json", "longspan doctor --certify --schedule striped --world 2")
@@ -55,6 +56,8 @@ def doctor(
         if not certify_schedules(schedule, world, as_json=as_json):
             raise typer.Exit(1)
         return
+    if (schedule, world) != ("all", "2,3,4,8"):
+        raise ArgumentError("--schedule and --world say what is proved", fix="give --certify")
     get_logger("longspan").setLevel(logging.WARNING)  # what the parts say while they are tried is no result
     report = examine()
     if as_json:

@@ -291,8 +291,8 @@ def _show_grid(
     if too_few := _too_few(settings, threshold):
         typer.echo(too_few)
     typer.echo(
-        f"{cost.prompts:,} prompts of {format_count(cost.prompt_tokens)} tokens; {settings.mode}, "
-        f"{settings.scorer_name}"
+        f"{cost.prompts:,} prompts of {format_count(cost.prompt_tokens)} tokens; mode {settings.mode}, "
+        f"scorer {settings.scorer_name}"
     )
     typer.echo(
         f"with prefix reuse about {format_count(cost.tokens_read)} tokens are read: {cost.factor_linear:.2f} "

@@ -104,6 +104,9 @@ def print_prompt(prompt: dict[str, Any]) -> None:
     fields = ", ".join(f"{name} {value}" for name, value in prompt["sample"].items())
     room = prompt["max_new_tokens"]
     asked = "the answer is given and measured" if room is None else f"room for {room:,} tokens of answer"
-    typer.echo(f"--- prompt of {fields}: {prompt['tokens']:,} tokens, {asked}, thinking {prompt['thinking']}")
+    thinks = {"expected": ", thoughts before it", "opened": ", thoughts that the prompt opens before it"}.get(
+        prompt["thinking"], ""
+    )
+    typer.echo(f"--- prompt of {fields}: {prompt['tokens']:,} tokens, {asked}{thinks}")
     typer.echo(prompt["text"])
     typer.echo(f"--- expected: {prompt['expected']!r}")

@@ -86,8 +86,13 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train through the stages of a recipe; the same command goes on after a kill."""
+    from longspan.core.errors import ArgumentError
     from longspan.train.recipes import load_recipe
 
+    if gpu is not None and not dry_run:
+        raise ArgumentError(
+            "--gpu says what a dry run estimates for", fix="give --dry-run, or leave --gpu out"
+        )
     # At tiny scale, settings change the scaled recipe: a length of 128 means 128.
     loaded = load_recipe(recipe, [] if scale is Scale.tiny else settings or [])
     command = _command(recipe, settings or [], scale, out)
@@ -223,7 +228,10 @@ def _print_resolved(title: str, resolved: ResolvedRecipe) -> None:
         if stage.memory is not None
     ]
     if costs:
-        memory, where = "memory of a process", "on this machine's CPU"
+        memory, where = (
+            "memory of a process",
+            f"process{'' if resolved.processes == 1 else 'es'} on this machine's CPU",
+        )
         if resolved.on_gpu:
             memory = f"GPU memory ({format_bytes(WORKSPACE)} allowance)"
             where = f"x {'this GPU' if resolved.gpu is None else resolved.gpu.name}"

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
-from longspan.infer.engine import Counters, Engine, Job, Outcome
+from longspan.infer.engine import Engine
+from longspan.infer.jobs import Counters, Job, Outcome
 from longspan.infer.length_rope import alike
 from longspan.infer.memory import available_memory
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored

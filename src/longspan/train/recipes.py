@@ -39,10 +39,10 @@ from longspan.train.config import (
     ModelConfig,
     ParallelConfig,
     StageConfig,
-    StreamConfig,
     TrainConfig,
 )
 from longspan.train.loop_config import RuntimeConfig, TrackingConfig
+from longspan.train.stream_config import StreamConfig
 
 __all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
 

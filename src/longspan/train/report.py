@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from longspan.core.errors import RunError
 from longspan.core.files import atomic_write
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
@@ -25,6 +27,8 @@ from longspan.train.tracking import open_trackers, scalars
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+LOST_STEPS = 10
+"""Steps without a number at the end of a stage, of which it did not come back."""
 
 
 class StepResult(NamedTuple):
@@ -172,3 +176,29 @@ def rewind(run: Path, step: int | None) -> float:
         if kept and path.name == METRICS:
             seconds = float(kept[-1]["seconds"])
     return seconds
+
+
+def check_trained(run: Path, stage: str) -> None:
+    """Refuse a stage that changed nothing, or diverged: it would pass for a trained one.
+
+    Raises:
+        RunError: all steps, or the last ones, have no loss.
+    """
+    steps = [record for record in read_jsonl(run / METRICS) if record["stage"] == stage]
+    skipped = sum(record["loss"] is None for record in steps)
+    if skipped and skipped == len(steps):
+        raise RunError(
+            f"stage {stage!r} changed nothing: every step was skipped",
+            found=f"{skipped} steps with a loss or gradient that is not finite, or without a label",
+            fix="look at the model's weights, the learning rate and the data, and start over in another --out",
+        )
+    # From weights that overflow no step comes back.
+    last = sum(1 for _ in takewhile(lambda record: record["loss"] is None, reversed(steps)))
+    if last >= min(LOST_STEPS, len(steps) - 1) and last > 1:
+        raise RunError(
+            f"stage {stage!r} diverged: its last {last} of {len(steps)} steps were skipped",
+            found="losses or gradients that are not finite, or no labels",
+            fix="look at the learning rate, and start over in another --out, or from an earlier checkpoint",
+        )
+    if skipped:
+        get_logger("train").warning("stage %s: %d of %d steps were skipped", stage, skipped, len(steps))

@@ -22,7 +22,7 @@ from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import Degrees, layer_seconds
 from longspan.plan.training import WORKSPACE, training_memory
-from longspan.train.config import ParallelConfig, StageConfig, StreamConfig, TrainConfig
+from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
 from longspan.train.fit import step_settings
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
@@ -30,6 +30,7 @@ from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_ro
 from longspan.train.runtime import on_gpu
 from longspan.train.spread import check_rows
 from longspan.train.stage_model import model_config, rope_at
+from longspan.train.stream_config import StreamConfig
 from longspan.train.streams import StagePlan, plan_stage
 from longspan.train.trainer import adapter_notes, check_recipe, plan_run
 

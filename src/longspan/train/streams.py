@@ -27,10 +27,11 @@ from longspan.data.unmasked import UnmaskedRows, UnmaskedStore
 from longspan.data.whole_rows import WholeRows
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
-from longspan.train.config import StageConfig, StreamConfig, TrainConfig
-from longspan.train.left_out import num_cut, rest_of_epochs
+from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.left_out import left_out_words, num_cut, rest_of_epochs
 from longspan.train.pose import skip_positions
 from longspan.train.record_files import draw_records, record_stores
+from longspan.train.stream_config import StreamConfig
 
 
 class StagePlan(NamedTuple):
@@ -250,9 +251,10 @@ def _planned(
     if plan.num_rows == 0:
         raise ConfigError(
             f"{where} has not enough text for one row",
-            found=f"{int(lengths.tokens[documents].sum())} tokens in {len(documents)} documents; left out: {left_out}",
+            found=f"{int(lengths.tokens[documents].sum())} tokens in {len(documents)} documents; "
+            f"left out: {left_out_words(left_out) or 'none'}",
             allowed=f"at least {stage.context_length} tokens",
-            fix="give it more documents or a shorter context_length",
+            fix="give it more documents, other limits of their lengths, or a shorter context_length",
         )
     dropped = dict(plan.report.dropped)
     if beyond := dropped.pop("overflow", 0):

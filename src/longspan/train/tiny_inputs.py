@@ -25,10 +25,11 @@ from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, train_bpe
 from longspan.models.hf import build_model, save_model
-from longspan.train.config import StageConfig, StreamConfig, TrainConfig
+from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.known_models import known_model
 from longspan.train.recipes import TINY_MODEL, TINY_TOKENIZER, tiny_positions
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
+from longspan.train.stream_config import StreamConfig
 
 __all__ = ["tiny_inputs"]
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from longspan.core.errors import ConfigError, DataError, RunError
+from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import remove_leftovers
 from longspan.core.heartbeat import beat
 from longspan.core.log import get_logger
@@ -55,7 +54,7 @@ from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
-from longspan.train.report import METRICS, Report, StepResult, Timing, rewind
+from longspan.train.report import METRICS, Report, StepResult, Timing, check_trained, rewind
 from longspan.train.rope_schedule import check_ropes, rope_notes
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.schedule import lr_factor
@@ -170,7 +169,7 @@ def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | Non
     for index, plan in enumerate(plans):
         if state is None or state.progress.stage <= index:
             state, seconds = _train_stage(run, plan, index, state, seconds)
-            on_first_rank(partial(_check_trained, run.folder.path, plan.stage.name))
+            on_first_rank(partial(check_trained, run.folder.path, plan.stage.name))
             if run.spread.is_first and not models[plan.stage.name].exists():
                 model = stage_model(config, plan.stage, state, root)
                 if config.lora is None:
@@ -184,32 +183,6 @@ def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | Non
     assert state is not None
     on_first_rank(run.folder.mark_complete)
     return TrainResult(models, state.progress.step, state.progress.tokens)
-
-
-LOST_STEPS = 10
-"""Steps without a number at the end of a stage, of which it did not come back."""
-
-
-def _check_trained(run: Path, stage: str) -> None:
-    """Refuse a stage that changed nothing, or diverged: it would pass for a trained one."""
-    steps = [record for record in read_jsonl(run / METRICS) if record["stage"] == stage]
-    skipped = sum(record["loss"] is None for record in steps)
-    if skipped and skipped == len(steps):
-        raise RunError(
-            f"stage {stage!r} changed nothing: every step was skipped",
-            found=f"{skipped} steps with a loss or gradient that is not finite, or without a label",
-            fix="look at the model's weights, the learning rate and the data, and start over in another --out",
-        )
-    # From weights that overflow no step comes back.
-    last = sum(1 for _ in takewhile(lambda record: record["loss"] is None, reversed(steps)))
-    if last >= min(LOST_STEPS, len(steps) - 1) and last > 1:
-        raise RunError(
-            f"stage {stage!r} diverged: its last {last} of {len(steps)} steps were skipped",
-            found="losses or gradients that are not finite, or no labels",
-            fix="look at the learning rate, and start over in another --out, or from an earlier checkpoint",
-        )
-    if skipped:
-        get_logger("train").warning("stage %s: %d of %d steps were skipped", stage, skipped, len(steps))
 
 
 def _model_folders(config: TrainConfig, folder: RunDir) -> dict[str, Path]:

@@ -225,7 +225,7 @@ def check_fields(files: Sequence[InputFile], names: Sequence[str]) -> None:
         raise DataError(
             f"{first[0]}: {first[1].reason}",
             found=first[1].found,
-            fix="name the field with --text-field or --source-field (--messages-field, --group-by, --order-by)",
+            fix="name the field by its option, such as --text-field, or --messages-field of `data tokenize`",
         )
 
 
