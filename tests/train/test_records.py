@@ -74,7 +74,7 @@ def test_a_number_that_is_none_is_refused(entry: str) -> None:
 
 def test_draws_are_of_the_asked_size_and_the_same_each_time(root: Path) -> None:
     """A sample that changes with each start would make a resumed run read other data."""
-    first = documents(planned(root, {"records": "texts.json[7]"}))  # one file needs no list, as one store needs none
+    first = documents(planned(root, {"records": "texts.json[7]"}))  # one file needs no list
     assert len(set(first)) == 7 and first != list(range(7))
     assert documents(planned(root, {"records": ["texts.json[7]"]})) == first
     assert documents(planned(root, {"records": ["texts.json[:7]"]})) == list(range(7))
