@@ -70,11 +70,15 @@ def test_datatools(place: Path, done) -> None:
     assert theirs.digest(store.tokens(n).tolist() for n in range(len(store))) == GOLDEN["datatools"]["ids"]
     for number, (options, golden) in enumerate(
         [
-            ("--specials none --min-tail 64", "pack"),
-            ("--specials both", "pack bos eos"),
+            ("--length 64 --specials none --min-tail 64", "pack"),
+            ("--length 64 --specials both", "pack bos eos"),
+            # `--intact`: a row begins with a document, and what it cuts off its last one is nowhere.
+            ("--length 64 --specials none --overflow drop_tail --min-tail 64", "pack intact"),
+            ("--length 64 --specials both --overflow drop_tail --min-tail 64", "pack intact bos eos"),
+            ("--length 1000 --specials none --overflow drop_tail --min-tail 1000", "pack intact 1000"),
         ]
     ):
-        done(f"data pack stores/book --length 64 {options} --out plan{number} --materialize rows{number}")
+        done(f"data pack stores/book {options} --out plan{number} --materialize rows{number}")
         assert theirs.digest(packed(f"rows{number}")) == GOLDEN["datatools"][golden], options
     done(
         "data pack stores/book --strategy split --split-lengths 64,32,8 --length 64 --specials both --out split "
@@ -82,6 +86,19 @@ def test_datatools(place: Path, done) -> None:
     )
     for name, golden in GOLDEN["datatools"]["pack split"].items():
         assert theirs.digest(packed(f"pieces/{name}")) == golden, name
+
+
+def test_datatools_overlap(place: Path, done) -> None:
+    """Pieces of one document repeat their tokens as theirs do; across documents theirs repeat other documents'."""
+    write(place / "longest.jsonl", [{"text": max(theirs.books(), key=len)}])
+    done("data tokenize longest.jsonl --tokenizer tokenizer --out stores/longest")
+    for options, golden in (("none", ""), ("bos --mos bos", " mos")):
+        out = f"overlap{len(golden)}"
+        done(
+            f"data pack stores/longest --length 64 --overlap 8 --specials {options} --out plans/{out} "
+            f"--materialize {out}"
+        )
+        assert theirs.digest(packed(out)) == GOLDEN["datatools"][f"pack overlap one document{golden}"]
 
 
 def test_slimpajama_packing(place: Path, done) -> None:
