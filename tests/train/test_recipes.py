@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.core.errors import ConfigError, UserError
+from longspan.core.errors import ArgumentError, ConfigError, DataError, UserError
 from longspan.core.records import read_jsonl
 from longspan.models.export import export_model
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.train.config import ModelConfig, ParallelConfig, TrainConfig
+from longspan.train.loop_config import InitConfig
 from longspan.train.recipes import load_recipe, scale_tiny, shipped_recipes
 from longspan.train.resolve import resolve
 from longspan.train.streams import plan_stage
@@ -130,6 +131,36 @@ def test_a_dry_run_refuses_rows_that_the_processes_cannot_share(data_root: Path)
     config = small(data_root).model_copy(update={"parallel": ParallelConfig(dp_shard=3)})
     with pytest.raises(ConfigError, match="rows of a step do not divide"):
         resolve(config, "recipe.yaml", data_root=data_root)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        ({"cp_ulysses": 3}, "ulysses degree 3(.|\n)*degrees that divide 4"),
+        ({"cp_ring": 2, "schedule": "ulysses"}, "no use for a ring degree"),
+        ({"cp_ring": 2, "schedule": "striped", "layout": "zigzag"}, "does not work with this layout"),
+        ({"tp": 2}, "raise dp_shard"),
+    ],
+)
+def test_a_dry_run_refuses_degrees_that_training_would(
+    data_root: Path, parallel: dict[str, Any], words: str
+) -> None:
+    """It said how to start what every process would refuse, heads that do not divide among others."""
+    config = small(data_root).model_copy(update={"parallel": ParallelConfig(**parallel)})
+    with pytest.raises(ArgumentError, match=words):
+        resolve(config, "recipe.yaml", data_root=data_root)
+
+
+def test_a_dry_run_looks_at_a_checkpoint_that_is_there_without_the_data(
+    data_root: Path, tmp_path: Path
+) -> None:
+    """With data still to be fetched the checkpoint to begin with was looked at when the first stage started."""
+    begun = {"init_from": InitConfig(path="before")}
+    config = small(data_root, context_length=16).model_copy(update=begun)
+    assert any("init_from" in note for note in resolve(config, "r", data_root=tmp_path).notes)
+    (tmp_path / "before").mkdir()
+    with pytest.raises(DataError, match="is no checkpoint"):
+        resolve(config, "r", data_root=tmp_path)
 
 
 def test_a_misspelt_name_gets_the_nearest_and_the_list() -> None:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.models.lora import LoraConfig, apply_lora
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, set_lr
 from longspan.train.trainer import plan_run, train
@@ -116,6 +117,9 @@ def test_what_is_not_theirs_is_refused_before_work(data_root: Path, tmp_path: Pa
         return str(caught.value)
 
     assert "model.path" in refusal(ConfigError, init_from={"path": str(path), "optimizer": True})
+    assert "with its adapter if it had one" in refusal(
+        DataError, lora={"rank": 2, "target_modules": ["q_proj"]}
+    )
     assert "muon" in refusal(ConfigError, optimizer={"name": "muon"})
     assert "not those of this model" in refusal(DataError, model=recipe()["model"])
     states = {
@@ -135,3 +139,18 @@ def test_what_is_not_theirs_is_refused_before_work(data_root: Path, tmp_path: Pa
         (path / name).mkdir()
         found = refusal(DataError)
         assert "FSDP or DeepSpeed" in found and name in found
+
+
+def test_moments_of_an_adapter_are_matched_before_work(data_root: Path, tmp_path: Path) -> None:
+    """They were looked at when the first stage started, after the data had been made."""
+    path = tmp_path / "checkpoint-3"
+    model, _ = trained(path)
+    lora = {"rank": 2, "target_modules": ["q_proj"], "trainable": ["norm"]}
+    apply_lora(model, LoraConfig(**lora), seed=0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR)
+    steps(model, optimizer, range(1))
+    torch.save(optimizer.state_dict(), path / "optimizer.pt")
+    plan_run(settings(path, lora=lora), data_root=data_root)
+    with pytest.raises(DataError, match="not those of this model"):
+        plan_run(settings(path, lora={**lora, "rank": 4}), data_root=data_root)

@@ -28,11 +28,12 @@ from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_rope_notes
 from longspan.train.runtime import on_gpu
-from longspan.train.spread import check_rows
-from longspan.train.stage_model import model_config, rope_at
+from longspan.train.spread import check_parallel, check_rows
+from longspan.train.stage_model import attention_sizes, model_config, rope_at
 from longspan.train.stream_config import StreamConfig
 from longspan.train.streams import StagePlan, plan_stage
 from longspan.train.trainer import adapter_notes, check_recipe, plan_run
+from longspan.train.trainer_moments import check_init
 
 __all__ = ["ResolvedRecipe", "ResolvedStage", "resolve"]
 
@@ -109,6 +110,11 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
     root = data_root / config.data_root
     check_rows(config)
     model = known_model(config.model, root)
+    if model.config is not None:
+        sizes = attention_sizes(config, root)
+        check_parallel(config.parallel, sizes.heads, sizes.kv_heads)
+    elif model.shape is not None:
+        check_parallel(config.parallel, model.shape.heads, model.shape.kv_heads)
     missing = sorted({path for stage in config.stages for path in _missing(stage, root)})
     notes = []
     if here is None:
@@ -127,9 +133,12 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
     plans: list[StagePlan | None]
     if not missing and model.config is not None:
         plans = list(plan_run(config, data_root=data_root))
-        notes += adapter_notes(config, root)
     else:
         plans = _plan_what_is_there(config, model, root)
+        if config.init_from is not None and not (root / config.init_from.path).exists():
+            notes.append(f"init_from is not on this machine and is not checked: {config.init_from.path}")
+    if model.config is not None:
+        notes += adapter_notes(config, root)
     typed = on_gpu(config) if cuda else config
     stages = [
         _stage(typed, plan.stage if plan else stage, plan, model.shape, here, cuda=cuda)
@@ -150,6 +159,8 @@ def _machine_gpu() -> tuple[Gpu | None, str]:
 def _plan_what_is_there(config: TrainConfig, model: KnownModel, root: Path) -> list[StagePlan | None]:
     if model.config is not None:
         check_recipe(config, root)
+        if config.init_from is not None and (root / config.init_from.path).exists():
+            check_init(config, root)
     elif model.shape is not None and model.own_context is not None:
         check_stage_ropes(config, own_context=model.own_context, head_dim=model.shape.head_dim)
     plans: list[StagePlan | None] = []

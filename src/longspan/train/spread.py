@@ -23,8 +23,9 @@ from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batch
-from longspan.parallel.schedules import ScheduleName, build_schedule
+from longspan.parallel.schedules import ScheduleName, build_schedule, check_degrees
 from longspan.parallel.schedules.base import Schedule
+from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.shards import SequenceShards
 from longspan.train.batch import Batch, collate, take
 from longspan.train.config import MemoryConfig, ParallelConfig, TrainConfig
@@ -141,6 +142,19 @@ def check_rows(config: TrainConfig) -> None:
             )
 
 
+def check_parallel(config: ParallelConfig, heads: int, kv_heads: int) -> None:
+    """Refuse degrees that a run would refuse, without its processes.
+
+    Raises:
+        ArgumentError: as `build_spread` and `Spread.check`, but for the number of processes.
+    """
+    _refuse_tp(config)
+    name = _schedule_name(config)
+    check_degrees(name, ring=config.cp_ring, ulysses=config.cp_ulysses)
+    _layout(config, build_schedule(name))
+    head_share(heads, kv_heads, config.cp_ulysses, 0)
+
+
 def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watchdog | None = None) -> Spread:
     """Make the mesh and the schedule of a run; every process calls it once, at the start.
 
@@ -148,6 +162,7 @@ def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watc
         ArgumentError: degrees that do not multiply to the number of processes, a schedule or layout that does not
             work with them.
     """
+    _refuse_tp(config)
     degrees = MeshConfig(
         dp_replicate=config.dp_replicate,
         dp_shard=config.dp_shard,
@@ -155,6 +170,36 @@ def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watc
         cp_ulysses=config.cp_ulysses,
         tp=config.tp,
     )
+    mesh = build_mesh(
+        degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds, device.type)
+    )
+    name = _schedule_name(config)
+    schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
+    return Spread(mesh, schedule, _layout(config, schedule), watchdog)
+
+
+def _schedule_name(config: ParallelConfig) -> ScheduleName:
+    by_degrees: dict[tuple[bool, bool], ScheduleName] = {
+        (False, False): "none",
+        (True, False): "ring",
+        (False, True): "ulysses",
+        (True, True): "usp",
+    }
+    return config.schedule or by_degrees[config.cp_ring > 1, config.cp_ulysses > 1]
+
+
+def _layout(config: ParallelConfig, schedule: Schedule) -> Layout:
+    layout = config.layout or schedule.layouts[0]
+    if layout not in schedule.layouts:
+        raise ArgumentError(
+            f"the schedule {schedule.name} does not work with this layout",
+            found=layout,
+            allowed=", ".join(schedule.layouts),
+        )
+    return layout
+
+
+def _refuse_tp(config: ParallelConfig) -> None:
     if config.tp > 1:
         raise ArgumentError(
             "training does not share single matrices between processes",
@@ -162,22 +207,3 @@ def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watc
             allowed=1,
             fix="raise dp_shard: parameters are sharded over it and over both cp degrees",
         )
-    mesh = build_mesh(
-        degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds, device.type)
-    )
-    by_degrees: dict[tuple[bool, bool], ScheduleName] = {
-        (False, False): "none",
-        (True, False): "ring",
-        (False, True): "ulysses",
-        (True, True): "usp",
-    }
-    name = config.schedule or by_degrees[config.cp_ring > 1, config.cp_ulysses > 1]
-    schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
-    layout = config.layout or schedule.layouts[0]
-    if layout not in schedule.layouts:
-        raise ArgumentError(
-            f"the schedule {name} does not work with this layout",
-            found=layout,
-            allowed=", ".join(schedule.layouts),
-        )
-    return Spread(mesh, schedule, layout, watchdog)

@@ -17,6 +17,7 @@ from torch import nn
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.log import get_logger
+from longspan.models.lora import apply_lora
 from longspan.models.torch_file import read_torch_file
 from longspan.train.checkpoint import find_checkpoint
 from longspan.train.config import TrainConfig
@@ -73,9 +74,11 @@ def check_init(config: TrainConfig, root: Path) -> None:
         raise ConfigError(
             f"the moments in {folder} are those of AdamW", found=config.optimizer.name, allowed="adamw"
         )
-    if config.lora is None:
-        # What an adapter trains is known once it stands in the model.
-        read_trainer_moments(folder, empty_stage_model(config, config.stages[0], root), config)
+    model = empty_stage_model(config, config.stages[0], root)
+    if config.lora is not None:
+        # Shapes alone count here, and 4 bits have others in the frozen weights only.
+        apply_lora(model, config.lora.model_copy(update={"quantize": "none"}), seed=config.seed)
+    read_trainer_moments(folder, model, config)
 
 
 def read_trainer_moments(folder: Path, model: nn.Module, config: TrainConfig) -> TrainerMoments:

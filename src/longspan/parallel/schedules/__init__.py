@@ -13,10 +13,26 @@ from longspan.parallel.schedules.dist_flash import DistFlash
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.schedules.ulysses import Ulysses
 
-__all__ = ["SCHEDULES", "Schedule", "ScheduleName", "build_schedule", "sequence_attention"]
+__all__ = ["SCHEDULES", "Schedule", "ScheduleName", "build_schedule", "check_degrees", "sequence_attention"]
 
 ScheduleName = Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
+
+
+def check_degrees(name: str, *, ring: int, ulysses: int) -> None:
+    """Refuse a schedule that there is not, or degrees that it has no use for. Raises ArgumentError."""
+    if name not in SCHEDULES:
+        raise ArgumentError("unknown sequence-parallel schedule", found=name, allowed=", ".join(SCHEDULES))
+    unused = {"ring": ring if name in ("none", "ulysses") else 1}
+    unused["ulysses"] = 1 if name in ("ulysses", "usp") else ulysses
+    for kind, degree in unused.items():
+        if degree > 1:
+            raise ArgumentError(
+                f"the schedule {name} has no use for a {kind} degree",
+                found=f"{kind} degree {degree}",
+                allowed="1",
+                fix="set cp_ring for ring, striped, dist_flash and all_gather, cp_ulysses for ulysses, both for usp",
+            )
 
 
 def build_schedule(
@@ -35,18 +51,10 @@ def build_schedule(
     Raises:
         ArgumentError: an unknown name, or a group of several ranks that the schedule has no use for.
     """
-    if name not in SCHEDULES:
-        raise ArgumentError("unknown sequence-parallel schedule", found=name, allowed=", ".join(SCHEDULES))
-    unused = {"ring": ring_group if name in ("none", "ulysses") else None}
-    unused["ulysses"] = None if name in ("ulysses", "usp") else ulysses_group
-    for kind, group in unused.items():
-        if group is not None and dist.get_world_size(group) > 1:
-            raise ArgumentError(
-                f"the schedule {name} has no use for a {kind} degree",
-                found=f"{kind} degree {dist.get_world_size(group)}",
-                allowed="1",
-                fix="set cp_ring for ring, striped, dist_flash and all_gather, cp_ulysses for ulysses, both for usp",
-            )
+    ring, ulysses = (
+        1 if group is None else dist.get_world_size(group) for group in (ring_group, ulysses_group)
+    )
+    check_degrees(name, ring=ring, ulysses=ulysses)
     if name in ("ulysses", "usp"):
         return Ulysses(ulysses_group, ring_group=ring_group, name=name)
     if name == "dist_flash":
