@@ -36,7 +36,7 @@ def test_perfect_answers_score_one_and_wrong_ones_zero(tokenizer: Tokenizer, tmp
 
 @settings(max_examples=25, deadline=None)
 @given(
-    length=st.integers(500, 3000), depth=st.floats(0, 1), digits=st.integers(1, 18), sample=st.integers(0, 99)
+    length=st.integers(800, 3000), depth=st.floats(0, 1), digits=st.integers(1, 18), sample=st.integers(0, 99)
 )
 def test_length_depth_and_key(
     tokenizer: Tokenizer, length: int, depth: float, digits: int, sample: int

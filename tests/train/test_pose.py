@@ -57,10 +57,12 @@ def test_positions_reach_the_model_and_its_config(data_root: Path, tmp_path: Pat
     batch = collate(rows)
     assert batch.positions.max() >= 16
     assert config.model.hf_config is not None
-    model = build_model({**config.model.hf_config, "max_position_embeddings": 64}, seed=0)
+    # Weights as small as a new model's attend to everything alike, wherever it stands.
+    sharp = {"max_position_embeddings": 64, "initializer_range": 0.5}
+    model = build_model({**config.model.hf_config, **sharp}, seed=0)
     loss = ModelWithLoss(model)(batch).loss.item()
     plain = ModelWithLoss(model)(batch._replace(positions=batch.documents.positions())).loss.item()
-    assert abs(loss - plain) > 1e-4
+    assert abs(loss - plain) > 1e-2
     result = train(config, tmp_path / "run", data_root=data_root)
     assert load_model(result.models["short"]).config.max_position_embeddings == 64
     assert all(

@@ -161,7 +161,7 @@ class Checkpointer:
                 return str(stack.enter_context(atomic_dir(path, replace=True))) if self._rank == 0 else ""
 
             aside = Path(on_all_ranks(begin, group=self._group)[0])
-            shares = on_all_ranks(lambda: self._write_own(aside, parts), group=self._group)
+            shares = on_all_ranks(lambda: self._write_own(path, aside, parts), group=self._group)
             files = {name: written for share in shares for name, written in share.items()}
 
             def commit() -> None:
@@ -175,9 +175,9 @@ class Checkpointer:
             on_all_ranks(commit, group=self._group)
         return sum(written.bytes for written in files.values())
 
-    def _write_own(self, aside: Path, parts: dict[str, dict[str, Part]]) -> dict[str, Written]:
+    def _write_own(self, path: Path, aside: Path, parts: dict[str, dict[str, Part]]) -> dict[str, Written]:
         names = {kind: f"{kind}-{self._rank:05d}-of-{self._world:05d}.safetensors" for kind in KINDS}
-        with disk_errors(aside):
+        with disk_errors(path):
             return {name: write_parts(aside / name, parts[kind]) for kind, name in names.items()}
 
     def _remove_old(self, path: Path) -> None:
