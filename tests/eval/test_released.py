@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -208,6 +209,47 @@ def test_infinitebench_as_long_llm_runs_it(tmp_path, tokenizer, model_info):
     assert any("There is a function called func_1 in" in text and "func_1(-3)" in text for text in prompts)
     assert any("\nB. Bob\n" in text for text in prompts)
     assert samples[0]["dataset"] == "infinitebench"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "scores"),
+    [
+        (
+            "longbook_choice_eng",
+            {"answer": ["Bob Lee"], "options": ["Al", "Bob Lee", "Cy", "Di"]},
+            "335251cb246cbcd9",
+            [1.0, 0.0, 0.0, 0.5, 1.0, 0.0],
+        ),
+        (
+            "longbook_qa_eng",
+            {"answer": ["Ada the Elder", "Bob"]},
+            "349a67d394d68dc1",
+            [0.0, 2 / 3, 0.0, 1 / 3, 0.0, 0.0],
+        ),
+        (
+            "longdialogue_qa_eng",
+            {"context": "ADA: Hi", "input": "", "answer": ["ADA"]},
+            "5f25f34201dd81de",
+            [0.0, 0.0, 0.0, 1.0, 0.0, 0.0],
+        ),
+    ],
+)
+def test_infinitebench_as_fu_2024_runs_it(name, row, prompt, scores, tmp_path, tokenizer, model_info):
+    """Digests and scores are those of `create_prompt`, `process_choice` and the recall of their eval_book.py.
+
+    It stops with an IndexError where a choice is answered by nothing, which scores 0 here.
+    """
+    row = {"id": 0, "context": "Book", "input": "Who?", **row}
+    write_lines(tmp_path / "infbench" / f"{name}.jsonl", [row] * len(scores))
+    task = ReleasedTask(longllm.open_sets(tmp_path, "fu-2024", [name]), PromptForm(tokenizer))
+    replies = dict(enumerate(["B. it is", "The elder one", "a", "ADA bob", "bob lee.", ""]))
+    _, samples, asked = run(
+        task, model_info, tokenizer, tmp_path / "a.jsonl", reply=lambda index, request: replies[index]
+    )
+    assert {hashlib.sha256(each.prompt.encode()).hexdigest()[:16] for each in asked} == {prompt}
+    assert {each.max_new_tokens for each in asked} == {40}
+    assert [each["score"] for each in samples] == pytest.approx(scores)
+    assert samples[0]["dataset"] == "infinitebench-fu-2024"
 
 
 @pytest.mark.parametrize(

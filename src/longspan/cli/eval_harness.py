@@ -25,6 +25,7 @@ EXAMPLE = example(
 )
 RELEASES = {
     "long-llm": ("longbench", "infbench", "longeval", "mmlu", "needle"),
+    "fu-2024": ("infbench",),
     "helmet": ("recall", "rag", "icl", "longqa", "ruler"),
 }
 """Collections that are read from their released files, and what is read of each."""
@@ -42,8 +43,8 @@ def harness(
         str,
         typer.Option(
             help="Of lm-eval: longbench, longbench2, infinitebench, babilong, mmlu, or one of their tasks. "
-            "Released files: long-llm:longbench, :infbench, :longeval, :mmlu, :needle; helmet:recall, :rag, "
-            ":icl, :longqa, :ruler. Several with commas."
+            "Released files: long-llm:longbench, :infbench, :longeval, :mmlu, :needle; fu-2024:infbench; "
+            "helmet:recall, :rag, :icl, :longqa, :ruler. Several with commas."
         ),
     ],
     data_root: Annotated[
@@ -224,7 +225,7 @@ def _task(release: str, part: str, options: dict[str, Any], form: PromptForm, li
         sets = [
             *longllm.open_sets(
                 options["root"],
-                part,
+                release if release == "fu-2024" else part,
                 options["subtasks"],
                 max_length=options["length"],
                 exact=options["exact"],

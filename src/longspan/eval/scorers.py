@@ -93,6 +93,14 @@ def _by_metric(expected: Sequence[str], output: str, fields: Mapping[str, Any]) 
     return scorer_named(_field(fields, "metric", scorer="by_metric")).score(expected, output, fields)
 
 
+def _word_recall_choice(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    options = _field(fields, "options", scorer="word_recall_choice")
+    letter = "ABCD".find(output[:1].upper()) if output else -1
+    if 0 <= letter < len(options):
+        output = f"{output} {options[letter]}"
+    return max(metrics.word_recall_spaced(each, output) for each in expected)
+
+
 def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
     if not fields.get(name):
         raise ArgumentError(f"scorer {scorer} needs the field {name!r} of a sample, which has none")
@@ -110,6 +118,8 @@ SCORERS: dict[str, Scorer] = {
         Scorer("word_recall", 1, _best(metrics.word_recall)),
         Scorer("word_recall_spaced", 1, _best(metrics.word_recall_spaced)),
         Scorer("word_recall_repeated", 1, _best(partial(metrics.word_recall_spaced, repeated=True))),
+        # An output that begins with the letter of an option says the option.
+        Scorer("word_recall_choice", 1, _word_recall_choice),
         Scorer("rouge_1", 1, _best(metrics.rouge_n)),
         Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True))),
         Scorer("rouge_l", 1, _best(metrics.rouge_l)),

@@ -24,8 +24,13 @@ from longspan.eval.longqa import longbench_names, rule_for
 from longspan.eval.released.rows import Rows, find_rows
 from longspan.eval.released.sets import Question, Rule
 
-DATASETS = {"longbench": "longbench", "infbench": "infinitebench", "longeval": "longeval"}
-"""Folder in the release, and the name of the data set in records."""
+DATASETS = {
+    "longbench": "longbench",
+    "infbench": "infinitebench",
+    "longeval": "longeval",
+    "fu-2024": "infinitebench-fu-2024",
+}
+"""Section of the settings, which is the folder in the release where it names none, and the data set in records."""
 DEFAULT_SUBTASKS = {
     "longbench": (
         "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report", "qmsum",
@@ -33,6 +38,7 @@ DEFAULT_SUBTASKS = {
     ),
     "infbench": ("longbook_qa_eng", "longbook_sum_eng"),
     "longeval": ("topic_retrieval",),
+    "fu-2024": ("longbook_qa_eng", "longdialogue_qa_eng", "longbook_choice_eng"),
 }  # fmt: skip
 """What `long-llm` runs where nothing is chosen."""
 NUM_TOPICS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70)
@@ -47,10 +53,10 @@ def open_sets(
     max_length: int | None = None,
     exact: bool = False,
 ) -> list[LongLLMSet]:
-    """Open the sets of one folder of the release.
+    """Open the sets of one folder of the release, or by the prompts of `fu-2024`.
 
     Args:
-        folder: longbench, infbench or longeval.
+        folder: longbench, infbench or longeval; fu-2024 asks those of infbench otherwise.
         subtasks: names of sets; none: those that `long-llm` runs; `all`: every one.
         max_length: tokens of a prompt at most, in place of the published limit.
         exact: of longbench, answers to questions end at the token of a new line, and all that is written counts; else
@@ -69,7 +75,15 @@ def open_sets(
     if unknown:
         raise ArgumentError(f"{folder} has no such set", found=", ".join(unknown), allowed=[*known, "all"])
     return [
-        LongLLMSet(root, folder, name, known[name], max_length or settings["max_length"]) for name in names
+        LongLLMSet(
+            root,
+            settings.get("folder", folder),
+            name,
+            known[name],
+            max_length or settings["max_length"],
+            dataset=DATASETS[folder],
+        )
+        for name in names
     ]
 
 
@@ -102,9 +116,17 @@ class LongLLMSet:
     """One file of the release."""
 
     def __init__(
-        self, root: Path, folder: str, name: str, settings: dict[str, Any], max_length: int | None
+        self,
+        root: Path,
+        folder: str,
+        name: str,
+        settings: dict[str, Any],
+        max_length: int | None,
+        *,
+        dataset: str,
     ) -> None:
-        self.dataset, self.subtask = DATASETS[folder], name
+        self.dataset, self.subtask = dataset, name
+        self._first_answer = settings.get("first_answer", False)
         self._folder, self._template = folder, settings["prompt"]
         self._postprocess = settings.get("postprocess")
         self.rule = Rule(
@@ -163,12 +185,14 @@ class LongLLMSet:
     def _infinitebench(self, place: int) -> Question:
         values = self._values(place, "context", "input")
         values |= _drawn_out(self.subtask, values["input"])
-        answers = _texts(self._rows.field(place, "answer"))
+        answers, fields = _texts(self._rows.field(place, "answer")), {}
         if "{A}" in self._template:
             options = _texts(self._rows.field(place, "options"))
             values |= dict(zip(_LETTERS, options))
             answers = _with_letter(answers, options, self._rows, place)
-        return Question(self._template, values, answers, {})
+            if self.rule.metric == "word_recall_choice":
+                fields = {"options": options}
+        return Question(self._template, values, answers[:1] if self._first_answer else answers, fields)
 
     def _values(self, place: int, *names: str) -> dict[str, str]:
         return {name: str(self._rows.field(place, name)) for name in names}
