@@ -122,6 +122,17 @@ def test_a_file_is_no_run_folder(longspan, model):
     assert outcome.code == 2 and "is a file" in outcome.err
 
 
+def test_a_tokenizer_of_far_fewer_words_is_doubted(longspan, model):
+    """All ids of a small tokenizer are known to a large model, which was asked in the wrong words in silence."""
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(model.parent / "many")
+    outcome = longspan("ask many --tokenizer tokenizer --question Why? --max-new-tokens 1")
+    assert outcome.code == 0 and "is it the model's own?" in outcome.err
+    assert "is it the model's own?" not in longspan("ask model --question Why? --max-new-tokens 1").err
+
+
 def test_another_tokenizer_is_not_an_index_error(longspan, model):
     """A tokenizer of more words than the model has ended in a traceback, on GPUs in an abort of the device."""
     config = LlamaConfig(

@@ -107,6 +107,7 @@ def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
         ("export empty --out out", ["empty is nothing to export", "adapter_config.json"]),
         ("export base --adapter --out out", ["base has no adapter"]),
         ("export base --base base --out out", ["--base is for adapters"]),
+        ("export base --tokenizer empty --out out", ["empty has no tokenizer", "tokenizer.json"]),
         (f"export {stage} --adapter --dtype bfloat16 --out out", ["--dtype has no effect"]),
         (f"export {stage} --base tokenizer --out out", ["tokenizer is not a Hugging Face model folder"]),
         (

@@ -293,8 +293,13 @@ def rescore(
             records, out, judge, base_url, criteria=criteria, cache=cache, concurrency=concurrency
         )
     else:
+        from longspan.core.errors import ArgumentError
         from longspan.eval.rescoring import rescore as score_again
 
+        if judge is not None or base_url is not None or cache is not None or criteria != "answer":
+            raise ArgumentError(
+                "no judge is asked by this rule", found=f"--scorer {scorer}", fix="give --scorer judge"
+            )
         summary = score_again(records, scorer, out)
     if as_json:
         print_json(summary)

@@ -95,11 +95,16 @@ def export(
     """
     from longspan.core.errors import ArgumentError
     from longspan.models.export import export_adapter, export_model
+    from longspan.models.places import has_tokenizer
 
     if out.exists():
         raise ArgumentError(f"{out} already exists", fix="choose another place with --out")
     if adapter and dtype is not None:
         raise ArgumentError("--dtype has no effect on an adapter, which stays as it was trained: in float32")
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise ArgumentError(
+            f"{tokenizer} has no tokenizer", allowed="a folder with tokenizer.json or tokenizer.model"
+        )
     quiet_transformers()
     changes = _changes(rope, rope_theta, max_length)
     source = _find(checkpoint, base, changes)

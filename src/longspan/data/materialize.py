@@ -186,7 +186,10 @@ def read_rows_manifest(path: str | Path) -> RowsManifest:
     file = Path(path) / MANIFEST
     content = read_json(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{file} is not the manifest of packed rows")
+        raise DataError(
+            f"{file} is not the manifest of packed rows",
+            fix="give a token store as a store, or pack it with `longspan data pack`",
+        )
     fields = set(RowsManifest._fields)
     wanted = fields - {"mask_is", "labels"}  # which rows of earlier versions do not have
     if content.get("schema") != SCHEMA or not wanted <= set(content) <= fields:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from longspan.api import Budget, Limits
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
+from longspan.core.log import get_logger
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
 from longspan.infer.local import LocalAnswerer
@@ -300,6 +301,12 @@ class ModelHere:
             self.answerer = PlainAnswerer(model, tokenizer, **shared)
         self._model, self._batch_tokens = model, batch_tokens
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        if 2 * tokenizer.vocab_size < self._vocabulary:
+            # Ids of a smaller vocabulary are all known to the model, and mean other words.
+            get_logger("infer").warning(
+                "the tokenizer has %d tokens and the model %d: is it the model's own?",
+                tokenizer.vocab_size, self._vocabulary,
+            )  # fmt: skip
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily; see `Answerer`."""
