@@ -195,6 +195,10 @@ def test_a_checkpoint_of_another_model_or_nowhere_is_named(
     values["model"]["hf_config"]["hidden_size"] = 48
     with pytest.raises(DataError, match="does not fit the model"):
         train(TrainConfig.from_dict(values), tmp_path / "out", data_root=data_root)
+    values["init_from"] |= {"weights": False, "optimizer": True}
+    with pytest.raises(DataError, match=r"the moments in .* are not those of this model"):
+        train(TrainConfig.from_dict(values), tmp_path / "out", data_root=data_root)
+    assert not (tmp_path / "out").exists(), "what is refused leaves nothing that the mended recipe meets"
     with pytest.raises(ConfigError, match="weights, optimizer or both"):
         TrainConfig.from_dict(recipe(init_from={"path": "x", "weights": False}))
 

@@ -235,15 +235,15 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Open one checkpoint, of whatever recipe, or the newest of a run folder; all ranks call it.
+def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Open one checkpoint, of whatever recipe, or the newest of a run folder; all ranks call it if they `verify` it.
 
     Raises:
         DataError: it is damaged, or nothing is there.
     """
     path = find_checkpoint(path)
     try:
-        return _open(path, None)
+        return _open(path, None, verify=verify)
     except _Damaged as error:
         raise DataError(
             f"the checkpoint {path} is damaged", found=str(error), fix="use another one"

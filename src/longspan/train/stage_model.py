@@ -111,13 +111,18 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_tensors(model: nn.Module, state: Checkpoint) -> None:
     """Put the weights of a checkpoint into a model; each process reads what it holds."""
+    check_tensors(model, state)
+    for name, tensor in own_tensors(model).items():
+        fill(tensor, partial(state.model.read, name))
+
+
+def check_tensors(model: nn.Module, state: Checkpoint) -> None:
+    """Refuse a checkpoint of other tensors than a model's. Raises DataError."""
     own, saved = own_tensors(model), state.model.shapes
     wrong = {name for name in own.keys() & saved.keys() if tuple(own[name].shape) != saved[name]}
     if wrong or own.keys() != saved.keys():
         names = sorted(wrong | (own.keys() ^ saved.keys()))
         raise DataError(f"the checkpoint {state.path} does not fit the model", found=names[:4])
-    for name, tensor in own.items():
-        fill(tensor, partial(state.model.read, name))
 
 
 class AttentionSizes(NamedTuple):

@@ -19,9 +19,9 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.core.log import get_logger
 from longspan.models.lora import apply_lora
 from longspan.models.torch_file import read_torch_file
-from longspan.train.checkpoint import find_checkpoint
+from longspan.train.checkpoint import Checkpoint, read_checkpoint
 from longspan.train.config import TrainConfig
-from longspan.train.stage_model import empty_stage_model
+from longspan.train.stage_model import check_tensors, empty_stage_model
 
 __all__ = ["TrainerMoments", "check_init", "find_trainer_checkpoint", "read_trainer_moments"]
 
@@ -63,7 +63,12 @@ def check_init(config: TrainConfig, root: Path) -> None:
     assert init is not None
     folder = find_trainer_checkpoint(root / init.path)
     if folder is None:
-        find_checkpoint(root / init.path)
+        ours = read_checkpoint(root / init.path, verify=False)
+        model = _empty(config, root)
+        if init.weights:
+            check_tensors(model, ours)
+        if init.optimizer:
+            _check_moments(model, ours)
         return
     if init.weights:
         raise ConfigError(
@@ -74,11 +79,27 @@ def check_init(config: TrainConfig, root: Path) -> None:
         raise ConfigError(
             f"the moments in {folder} are those of AdamW", found=config.optimizer.name, allowed="adamw"
         )
+    read_trainer_moments(folder, _empty(config, root), config)
+
+
+def _empty(config: TrainConfig, root: Path) -> nn.Module:
+    """Return the model of the first stage without values, with its adapter."""
     model = empty_stage_model(config, config.stages[0], root)
-    if config.lora is not None:
-        # Shapes alone count here, and 4 bits have others in the frozen weights only.
-        apply_lora(model, config.lora.model_copy(update={"quantize": "none"}), seed=config.seed)
-    read_trainer_moments(folder, model, config)
+    if config.lora is None:
+        return model
+    # Names and shapes alone count, and 4 bits change those of frozen weights only.
+    return apply_lora(model, config.lora.model_copy(update={"quantize": "none"}), seed=config.seed)
+
+
+def _check_moments(model: nn.Module, state: Checkpoint) -> None:
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
+    wrong = set()
+    for key, shape in state.optimizer.shapes.items():
+        name, _, entry = key.rpartition("/")
+        if name not in shapes or (entry != "step" and shape != shapes[name]):
+            wrong.add(name)
+    if wrong:
+        raise DataError(f"the moments in {state.path} are not those of this model", found=sorted(wrong)[:4])
 
 
 def read_trainer_moments(folder: Path, model: nn.Module, config: TrainConfig) -> TrainerMoments:
