@@ -105,6 +105,7 @@ def test_perplexity_is_over_tokens_not_over_windows() -> None:
         "tokens": 4,
         "nll": 4.0,
         "perplexity": math.e,
+        "perplexity_by_window": pytest.approx(math.exp((3 + 1 / 3) / 2)),
         "bits_per_byte": None,
     }
     sized = [

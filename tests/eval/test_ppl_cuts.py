@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ def test_sliding_perplexity_equals_brute_force(
     frame = 1 if bos == "always" else 0
     for text in texts:
         ids = tokenizer.encode(text.text)
-        total = 0.0
+        total, by_window = 0.0, defaultdict(list)
         advance = min(stride, length - 1)
         for place in range(1 - frame, len(ids)):
             # The window that measures a token is the first that reaches it.
@@ -269,11 +270,15 @@ def test_sliding_perplexity_equals_brute_force(
             window = ids[start : place + 1]
             if frame:
                 window = np.concatenate([[tokenizer.bos_id], window])
-            total += brute_force(model, window)[-1]
+            by_window[number].append(brute_force(model, window)[-1])
+            total += by_window[number][-1]
         row = rows[text.source]
         assert row["tokens"] == len(ids) - (1 - frame)
         assert row["nll"] == pytest.approx(total, rel=1e-6)
         assert row["perplexity"] == pytest.approx(math.exp(total / row["tokens"]), rel=1e-6)
+        # EasyContext's `torch.exp(torch.stack(nlls).mean())`, each of `nlls` the mean of a window.
+        means = [sum(losses) / len(losses) for losses in by_window.values()]
+        assert row["perplexity_by_window"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-6)
 
 
 def test_tokenised_sets_give_what_their_texts_give(

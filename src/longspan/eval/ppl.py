@@ -290,12 +290,18 @@ def bucket_sums(
 def perplexities(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sum window records by source and length; perplexity = exp(sum of nll / tokens), None without tokens.
 
+    perplexity_by_window = exp(mean over windows of the mean of each), in which the tokens of a short window weigh more.
     bits_per_byte = sum of nll / ln 2 / bytes of the text, whatever the tokenizer; None where records hold no bytes.
     """
     sums: dict[tuple[str, int], list[tuple[int, float, int | None]]] = {}
+    means: dict[tuple[str, int], list[float]] = {}
     for sample in samples:
         part = sums.setdefault((sample["source"], sample["length"]), [])
-        part += [(bucket["tokens"], bucket["nll"], bucket.get("bytes")) for bucket in sample["buckets"]]
+        window = [(bucket["tokens"], bucket["nll"], bucket.get("bytes")) for bucket in sample["buckets"]]
+        part += window
+        if window:
+            mean = math.fsum(nll for _, nll, _ in window) / sum(tokens for tokens, _, _ in window)
+            means.setdefault((sample["source"], sample["length"]), []).append(mean)
     rows = []
     for (source, length), part in sorted(sums.items()):
         tokens, nll = sum(count for count, _, _ in part), math.fsum(value for _, value, _ in part)
@@ -307,6 +313,9 @@ def perplexities(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "tokens": tokens,
                 "nll": nll,
                 "perplexity": _perplexity(nll, tokens),
+                "perplexity_by_window": _perplexity(
+                    math.fsum(means.get((source, length), [])), len(means.get((source, length), []))
+                ),
                 "bits_per_byte": nll / math.log(2) / size if size else None,
             }
         )
