@@ -14,6 +14,7 @@ from longspan.data.tokenizer import load_tokenizer
 from longspan.eval.asking import compose, template_named
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.prompts import PromptForm
+from tests.api.fake_server import chunk, events, serving
 
 NEEDLE = "The magic number of glacier is 48213."
 
@@ -73,6 +74,29 @@ def test_json_holds_the_same_and_nothing_else(longspan, here):
         longspan("ask model --context text.txt --prompt {context} --max-new-tokens 2 --json").out
     )
     assert whole["question"] is None and whole["context_tokens_removed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "finish", "thoughts", "said"),
+    [
+        ([{"reasoning_content": "7?"}], "length", "7?", "; cut while thinking: give more room"),
+        ([{"content": "<think>7? Or"}], "length", "7? Or", "; cut while thinking: give more room"),
+        ([{"content": "<think>7?</think>"}], "stop", "7?", "; thoughts without an answer"),
+        ([{"content": "8 and"}], "length", "", "; the answer is cut: give more room"),
+        ([{"content": "<think>7?</think>8"}], "stop", "7?", None),
+    ],
+)
+def test_thoughts_of_a_server_that_are_all_there_is_are_said(longspan, here, parts, finish, thoughts, said):
+    """Guards against thoughts on the screen, or nothing at all, that pass for the answer."""
+    deltas = [{"choices": [{"index": 0, "delta": part, "finish_reason": None}]} for part in parts]
+    reply = events(*deltas, chunk("", finish))
+    with serving([reply, reply]) as server:
+        asked = f"ask openai:served --base-url {server.url} --tokenizer model --question Q?"
+        shown, found = longspan(asked), json.loads(longspan(f"{asked} --json").out)
+    assert shown.code == 0, shown.err
+    last = shown.out.splitlines()[-1]
+    assert last.endswith(" s") if said is None else said in last
+    assert found["thoughts"] == thoughts and (found["no_answer"] is None) == bool(found["answer"])
 
 
 def test_mistakes_are_said(longspan, here):

@@ -59,7 +59,6 @@ def ask(
     from longspan.core.units import parse_length
     from longspan.eval.asking import compose, template_named
     from longspan.eval.prompts import OWN_TEMPLATE
-    from longspan.infer.requests import no_answer
 
     model = model._replace(chat_template=model.chat_template or (OWN_TEMPLATE if chat else None))
     form = form_of(model, prompts)
@@ -81,15 +80,7 @@ def ask(
     if as_json:
         print_json(_summary(composed, question, answer))
         return
-    missing = no_answer(answer)
-    typer.echo(
-        f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s"
-        + (
-            f"; {missing}: give more room with --max-new-tokens"
-            if answer.finish == "length" and missing
-            else ""
-        )
-    )
+    typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s{_end_of(answer)}")
 
 
 def _refuse_too_long(model: ModelOptions, tokens: int) -> None:
@@ -124,6 +115,16 @@ def _stream(answerer: Answerer, request: Request, *, quiet: bool) -> Answer:
     return answer
 
 
+def _end_of(answer: Answer) -> str:
+    """Say what the text above does not show: that it is thoughts alone, or was cut."""
+    from longspan.infer.requests import no_answer
+
+    missing = no_answer(answer)
+    if answer.finish == "length":
+        return f"; {missing or 'the answer is cut'}: give more room with --max-new-tokens"
+    return "" if missing is None else f"; {missing}"
+
+
 def _show_prompt(composed: Composed) -> None:
     if composed.place is not None:
         place = composed.place
@@ -134,6 +135,8 @@ def _show_prompt(composed: Composed) -> None:
 
 
 def _summary(composed: Composed, question: str | None, answer: Answer) -> dict[str, Any]:
+    from longspan.infer.requests import no_answer
+
     place = composed.place
     return {
         "question": question,
@@ -149,6 +152,7 @@ def _summary(composed: Composed, question: str | None, answer: Answer) -> dict[s
         },
         "answer": answer.text,
         "thoughts": answer.thoughts,
+        "no_answer": no_answer(answer),
         "finish": answer.finish,
         "answer_tokens": answer.completion_tokens,
         "seconds": answer.seconds,
