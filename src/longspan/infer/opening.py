@@ -186,6 +186,14 @@ def open_answerer(
     settings = _Settings(
         source, tokenizer, max_length, tp, cp, schedule or "ring", prefix_reuse, batch_tokens, replicas
     )
+    _check_sharing(tp, cp, replicas)
+    if tp == cp == replicas == 1:
+        return _build(usable_device(), settings)
+    return join_ranks(replicas * tp * cp, _build, settings)
+
+
+def _check_sharing(tp: int, cp: int, replicas: int) -> None:
+    """Refuse ways to share a model that do not go together."""
     if tp > 1 and cp > 1:
         raise ArgumentError(
             "processes share either matrices or sequences", found=f"--tp {tp} --cp {cp}", fix="leave out one"
@@ -195,9 +203,6 @@ def open_answerer(
             "matrices are shared by all processes", found=f"--tp {tp} --replicas {replicas}",
             fix="let each replica run on one process, or on several with --cp",
         )  # fmt: skip
-    if tp == cp == replicas == 1:
-        return _build(usable_device(), settings)
-    return join_ranks(replicas * tp * cp, _build, settings)
 
 
 class _Settings(NamedTuple):

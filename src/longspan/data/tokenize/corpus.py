@@ -134,6 +134,18 @@ def tokenize_corpus(
     return store
 
 
+def _check_mix(mix: MixtureSpec) -> None:
+    """Refuse a mixture that cannot be sampled while documents are read."""
+    if mix.tokens is None:
+        raise ArgumentError("sampling while reading needs a number of tokens", fix="give --tokens")
+    if mix.mode == "repeat" or mix.group != "source":
+        raise ArgumentError(
+            "this mixture cannot be sampled while reading",
+            found=f"mode {mix.mode}, group {mix.group}",
+            allowed="modes none, global, per_source, upsample and proportions, by source",
+        )
+
+
 class CorpusJob:
     """The making of one store; see `tokenize_corpus` for the arguments."""
 
@@ -159,14 +171,8 @@ class CorpusJob:
             raise ArgumentError(
                 "bad setting for tokenizing", found=f"shard_bytes={shard_bytes}", allowed="1..4294967295"
             )
-        if mix is not None and mix.tokens is None:
-            raise ArgumentError("sampling while reading needs a number of tokens", fix="give --tokens")
-        if mix is not None and (mix.mode == "repeat" or mix.group != "source"):
-            raise ArgumentError(
-                "this mixture cannot be sampled while reading",
-                found=f"mode {mix.mode}, group {mix.group}",
-                allowed="modes none, global, per_source, upsample and proportions, by source",
-            )
+        if mix is not None:
+            _check_mix(mix)
         if messages_field is not None and chat is None:
             raise ArgumentError("conversations need a chat format", fix="give --chat-template")
         self.out, self.tokenizer, self.mix, self.seed = behind_link(out), tokenizer, mix, seed
