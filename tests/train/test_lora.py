@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longspan.core.errors import ConfigError
+from longspan.core.errors import ConfigError, DataError
 from longspan.core.records import read_jsonl
 from longspan.models.hf import build_model, hidden_states, load_model, save_model
 from longspan.parallel.launch import spawn_local
 from longspan.train import trainer
 from longspan.train.config import TrainConfig
-from longspan.train.trainer import train
+from longspan.train.resolve import resolve
+from longspan.train.trainer import plan_run, train
 from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
@@ -206,3 +208,16 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match="without quantize"):
         TrainConfig.from_dict(adapted(base, {"compute_dtype": "bfloat16"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_experts_without_adapters_are_said_before_any_data_are_read(tmp_path: Path) -> None:
+    """Hours of reading records came first; and with data still to be fetched the dry run did not say it at all."""
+    fields = {**recipe()["model"]["hf_config"], "model_type": "mixtral", "num_local_experts": 4}
+    save_model(build_model(fields, seed=0), tmp_path / "base")
+    config = TrainConfig.from_dict(adapted(tmp_path / "base", {"rank": 4, "quantize": "nf4"}))
+    said: list[str] = []
+    with pytest.raises(DataError):
+        plan_run(config, data_root=tmp_path, say=said.append)
+    (note,) = [note for note in said if "experts" in note]
+    assert re.match(r"\d+% of the weights, the experts, get no adapter and are not quantised", note)
+    assert note in resolve(config, "r", data_root=tmp_path).notes

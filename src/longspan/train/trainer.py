@@ -127,13 +127,12 @@ def train(
         spread = build_spread(config.parallel, device, watchdog=watchdog)
         # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
         plans: list[StagePlan] = []
-        on_all_ranks(lambda: plans.extend(plan_run(config, data_root=Path(data_root))))
+        say = get_logger("train").warning if spread.is_first else None
+        on_all_ranks(lambda: plans.extend(plan_run(config, data_root=Path(data_root), say=say)))
         # A stage that counts in epochs has its steps from here on.
         config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
         hf_config = model_config(config, root)
         if spread.is_first:
-            for note in rope_notes(config, hf_config) + adapter_notes(config, root):
-                get_logger("train").warning(note)
             for plan in plans:
                 log_left_out(plan.stage.name, plan.left_out)
         config = resolve_memory(config, hf_config.to_dict())
@@ -229,10 +228,18 @@ def adapter_notes(config: TrainConfig, root: Path) -> list[str]:
     return [] if config.lora is None else lora_notes(model_path(config, root), config.lora)
 
 
-def plan_run(config: TrainConfig, *, data_root: Path) -> list[StagePlan]:
-    """Check a recipe and plan its data; nothing is trained or written."""
+def plan_run(
+    config: TrainConfig, *, data_root: Path, say: Callable[[str], None] | None = None
+) -> list[StagePlan]:
+    """Check a recipe and plan its data; nothing is trained or written.
+
+    `say` is given what is to be said of the model, before any data are read: records may take hours.
+    """
     root = data_root / config.data_root
     check_recipe(config, root)
+    if say is not None:
+        for note in rope_notes(config, model_config(config, root)) + adapter_notes(config, root):
+            say(note)
     check_trackers(config.tracking)
     if config.init_from is not None:
         check_init(config, root)
