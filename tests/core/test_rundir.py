@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longspan.core.config import Config
-from longspan.core.errors import ConfigError, RunError
+from longspan.core.errors import ArgumentError, ConfigError, RunError
 from longspan.core.files import read_json
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
@@ -41,6 +41,15 @@ def test_other_settings_are_refused_and_named(tmp_path):
     assert "stages.1.lr was 0.0001, is 0.0003" in str(caught.value)
     assert "stages.0" not in str(caught.value)
     assert Recipe.from_yaml(tmp_path / "config.yaml") == Recipe()  # still the old ones
+
+
+def test_no_run_begins_inside_something_else(tmp_path):
+    """A run written into a token store or a model folder mixed the two for good."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "longspan.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="store, plan or model"):
+        RunDir.create(tmp_path / "store", Recipe(), seed=3)
+    assert [each.name for each in (tmp_path / "store").iterdir()] == ["longspan.json"]
 
 
 def test_another_number_of_stages_is_a_difference(tmp_path):

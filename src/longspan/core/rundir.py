@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from longspan.core.config import Config, read_yaml
-from longspan.core.errors import ConfigError
+from longspan.core.errors import ArgumentError, ConfigError
 from longspan.core.files import atomic_write, disk_errors, remove_leftovers, write_json
 from longspan.core.records import JsonlWriter, read_jsonl
 
 PACKAGES = ("longspan", "torch", "transformers", "tokenizers", "gigatoken", "numpy", "pyarrow")
+
+_OTHERS = ("longspan.json", "config.json", "head.json")
+"""Files at the top of stores and rows, models, plans; a run has none of them there."""
 
 
 class RunDir:
@@ -40,8 +43,15 @@ class RunDir:
 
         Raises:
             ConfigError: the folder holds a run with other settings; the message names those that differ.
+            ArgumentError: it is a store, a plan or a model.
         """
         run = cls(path)
+        if other := [name for name in _OTHERS if (run.path / name).exists()]:
+            raise ArgumentError(
+                f"{run.path} holds a store, plan or model, not a run",
+                found=other[0],
+                fix="choose another place with --out",
+            )
         with disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run.path)
