@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,8 +98,7 @@ def export(
     from longspan.models.places import has_tokenizer
 
     if out.exists():
-        known = f" and holds the weights of {checkpoint}" if _same_weights(Path(checkpoint), out) else ""
-        raise ArgumentError(f"{out} already exists{known}", fix="choose another place with --out")
+        raise ArgumentError(f"{out} already exists", fix="choose another place with --out")
     if adapter and dtype is not None:
         raise ArgumentError("--dtype has no effect on an adapter, which stays as it was trained: in float32")
     if tokenizer is not None and not has_tokenizer(tokenizer):
@@ -123,14 +121,6 @@ def export(
         print_json({**report._asdict(), "path": str(report.path)})
     else:
         _print(report)
-
-
-def _same_weights(one: Path, other: Path) -> bool:
-    """Return whether two folders hold the same weight files, byte for byte."""
-    names = sorted(file.name for file in one.glob("*.safetensors"))
-    if not names or names != sorted(file.name for file in other.glob("*.safetensors")):
-        return False
-    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
 
 
 def _changes(rope: str | None, rope_theta: float | None, max_length: str | None) -> _Changes:
