@@ -90,7 +90,7 @@ def test_token_files_behind_links(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         ("server", b"[2026-01-02 10:00] start\n[2026-01-02 10:01] stop\n"),
         ("notes", b"[1] A footnote.\n"),
         ("block", b"{\n  int x;\n}\n"),
-        ("article.gz", gzip.compress(b"[[Category: towns]] text")),
+        ("article.gz", gzip.compress(b"[[Category: towns]] text", mtime=0)),
         ("deep", b"[" * 5000),
         ("quoted", b'["' + b"never closed " * 9000),
         ("tsconfig.json", b'{\n  // comment\n  "a": 1,\n}\n'),
