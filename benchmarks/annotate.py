@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.job import annotation_folder, open_job
-from longspan.annotate.spec import AnnotateSpec
 from longspan.data.executor import LocalExecutor
 from longspan.data.loader import RowLoader
-from longspan.data.packing import PackPlan, PackSpec, plan_packing
+from longspan.data.packing import PackConfig, PackPlan, plan_packing
 from longspan.data.store import TokenStore, TokenStoreWriter
 from longspan.infer.packed import inference
 from longspan.infer.teacher import LocalTeacher, hidden_topk
@@ -64,7 +64,7 @@ def make_inputs(root: Path, *, hidden: int, layers: int, vocab: int) -> None:
             writer.add(generator.integers(0, vocab, ROW // 2).astype(np.uint32), source="random", key=key)
     store = TokenStore(root / "store")
     documents = np.arange(2 * ROWS, dtype=np.uint32)
-    plan_packing(PackSpec(length=ROW), store.lengths, documents, 0).save(
+    plan_packing(PackConfig(length=ROW), store.lengths, documents, 0).save(
         root / "plan", stores=[root / "store"]
     )
 
@@ -75,7 +75,7 @@ def measure(*, hidden: int, layers: int, vocab: int, k: int, turns: int) -> dict
         root = Path(folder)
         make_inputs(root, hidden=hidden, layers=layers, vocab=vocab)
         job = open_job(
-            AnnotateSpec(
+            AnnotateConfig(
                 teacher={"model": str(root / "model"), "batch_tokens": ROW}, data=str(root / "plan"), k=k
             )
         )

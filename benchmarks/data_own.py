@@ -53,14 +53,14 @@ def made_up_table(count: int) -> Any:
 
 def best_fit(count: str) -> dict[str, Any]:
     from longspan.data.best_fit import best_fit_decreasing
-    from longspan.data.packing import PackSpec, plan_packing
+    from longspan.data.packing import PackConfig, plan_packing
 
     table = made_up_table(int(count))
     pieces = np.minimum(table.tokens, ROW)
     begin = time.process_time()
     bins = best_fit_decreasing(pieces, ROW)
     placed = time.process_time()
-    spec = PackSpec(length=ROW, strategy="best_fit", remainder="pad", pad_id=0)
+    spec = PackConfig(length=ROW, strategy="best_fit", remainder="pad", pad_id=0)
     plan = plan_packing(spec, table, np.arange(len(table), dtype=np.uint32), 0)
     planned = time.process_time()
     return {

@@ -35,13 +35,13 @@ from data_measure import machine
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.eval.documents import HeldOutDocument, default_documents
 from longspan.eval.needle import NeedleTask
+from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.needle_cost import grid_cost
 from longspan.eval.needle_multikey import MultiKeyTask
-from longspan.eval.needle_settings import NeedleSettings
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.ruler.cache import SampleCache
-from longspan.eval.ruler.task import Ruler, RulerSettings
+from longspan.eval.ruler.task import Ruler, RulerConfig
 from longspan.eval.runner import run_task
 from longspan.infer.flops import LLAMA_2_7B, PUBLISHED_GRIDS, ModelFlops, reuse_factor
 from longspan.infer.local import LocalAnswerer
@@ -218,7 +218,7 @@ def answer_of_peer(setting: Setting, request: Request, *, forced: bool) -> str:
 def grid(setting: Setting, kind: type, mode: str, lengths: tuple[int, ...]) -> dict[str, Any]:
     """Measure one grid the three ways."""
     sizes = setting.sizes
-    settings = NeedleSettings.from_dict(
+    settings = NeedleConfig.from_dict(
         {
             "lengths": lengths,
             "depths": [step / (sizes.depths - 1) for step in range(sizes.depths)],
@@ -293,7 +293,7 @@ def ruler(setting: Setting) -> dict[str, Any]:
     from longspan.eval.ruler.documents import read_qa
 
     sizes = setting.sizes
-    settings = RulerSettings.from_dict({"lengths": [sizes.ruler_length], "samples": sizes.ruler_samples})
+    settings = RulerConfig.from_dict({"lengths": [sizes.ruler_length], "samples": sizes.ruler_samples})
     essay = "\n\n".join(document.text for document in setting.documents)
     qa = [read_qa(path) for path in write_qa(setting)]
     cache = SampleCache(setting.work / "cache")

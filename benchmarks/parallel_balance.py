@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.seeds import rng
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.packing import PackConfig, plan_packing
 from longspan.data.presets import PRESETS
 from longspan.data.store import TokenStore
 from longspan.parallel.balance import Balance, balance_of
@@ -111,7 +111,7 @@ def corpus_rows(run: Path, length: int) -> Rows:
     store = TokenStore(run / "stores" / "text")
     documents = np.arange(len(store.lengths))
     rng(0, "benchmark", "corpus").shuffle(documents)
-    plan = plan_packing(PackSpec(length=length), store.lengths, documents, 0)
+    plan = plan_packing(PackConfig(length=length), store.lengths, documents, 0)
     offsets = plan.row_offsets.astype(np.int64)
     rows = [
         np.concatenate([[0], np.cumsum(plan.span_tokens[a:b].astype(np.int64))]).tolist()

@@ -25,8 +25,8 @@ import numpy as np
 
 from longspan.core.units import format_bytes, parse_tokens
 from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureSpec, plan_mixture
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.mixture import MixtureConfig, plan_mixture
+from longspan.data.packing import PackConfig, plan_packing
 
 SOURCES = {
     "C4": (0.35, 315),
@@ -124,17 +124,17 @@ def main() -> None:
         folder = Path(name)
         table = simulate(folder, documents)
         print(json.dumps({"documents": documents, "tokens": table.total_tokens}), flush=True)
-        spec = MixtureSpec(mode="per_source", tokens=table.total_tokens // 2, keep_short=0.5)
+        spec = MixtureConfig(mode="per_source", tokens=table.total_tokens // 2, keep_short=0.5)
         plan, _ = measure("mix", lambda: plan_mixture(spec, table, 0))
         measure("save mixture", partial(plan.save, folder / "mix"))
         chosen = plan.documents
-        packing = PackSpec(length=131072, specials="eos", eos_id=2)
+        packing = PackConfig(length=131072, specials="eos", eos_id=2)
         packed, _ = measure("pack", lambda: plan_packing(packing, table, chosen, 0))
         measure("save packing", partial(packed.save, folder / "pack"))
         print(json.dumps({"rows": packed.num_rows, "spans": len(packed.span_document)}), flush=True)
         del packed
         if arguments.best_fit:
-            fit = PackSpec(length=131072, strategy="best_fit", remainder="pad", pad_id=0)
+            fit = PackConfig(length=131072, strategy="best_fit", remainder="pad", pad_id=0)
             packed, _ = measure("pack best_fit", lambda: plan_packing(fit, table, chosen, 0))
             fill = 1 - packed.report.padding_tokens / (packed.num_rows * 131072)
             print(json.dumps({"rows": packed.num_rows, "filled": round(fill, 5)}), flush=True)

@@ -7,6 +7,7 @@ The names below are the pieces to build with; each is imported from its room whe
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     )
     from longspan.data.lengths import LengthTable
     from longspan.data.loader import RowLoader, StreamMixer
-    from longspan.data.mixture import MixtureSpec, plan_mixture
-    from longspan.data.packing import PackSpec, plan_packing
+    from longspan.data.mixture import MixtureConfig, plan_mixture
+    from longspan.data.packing import PackConfig, plan_packing
     from longspan.data.readers import read_documents
     from longspan.data.store import TokenStore
     from longspan.data.tokenize import tokenize_corpus
@@ -47,8 +48,8 @@ __all__ = [
     "LongspanError",
     "MeshConfig",
     "MissingDependencyError",
-    "MixtureSpec",
-    "PackSpec",
+    "MixtureConfig",
+    "PackConfig",
     "RowLoader",
     "RunError",
     "StreamMixer",
@@ -81,8 +82,8 @@ _HOMES = {
     ),
     "longspan.data.lengths": ("LengthTable",),
     "longspan.data.loader": ("RowLoader", "StreamMixer"),
-    "longspan.data.mixture": ("MixtureSpec", "plan_mixture"),
-    "longspan.data.packing": ("PackSpec", "plan_packing"),
+    "longspan.data.mixture": ("MixtureConfig", "plan_mixture"),
+    "longspan.data.packing": ("PackConfig", "plan_packing"),
     "longspan.data.readers": ("read_documents",),
     "longspan.data.store": ("TokenStore",),
     "longspan.data.tokenize": ("tokenize_corpus",),
@@ -97,7 +98,16 @@ _HOMES = {
 }
 
 
+_RENAMED = {"MixtureSpec": "MixtureConfig", "PackSpec": "PackConfig"}
+"""Old names, kept for one release."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        warnings.warn(
+            f"longspan.{name} is called longspan.{_RENAMED[name]} now", DeprecationWarning, stacklevel=2
+        )
+        name = _RENAMED[name]
     for home, names in _HOMES.items():
         if name in names:
             value = getattr(importlib.import_module(home), name)

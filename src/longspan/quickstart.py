@@ -35,12 +35,12 @@ from longspan.core.seeds import derive_seed
 from longspan.core.units import format_count
 from longspan.data.facts import collect_keys
 from longspan.data.python_corpus import write_python_corpus
-from longspan.data.recall import RecallSet, RecallSpec, write_recall_corpus
+from longspan.data.recall import RecallSet, RecallTexts, write_recall_corpus
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.eval.documents import HeldOutDocument
-from longspan.eval.needle_settings import NeedleSettings
+from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.ppl import PplTask
 from longspan.train.config import StageConfig, TrainConfig
 
@@ -258,7 +258,7 @@ def _recall_sets(config: QuickstartConfig, name: str, trains: Sequence[TrainConf
             source,
             round(1.1 * documents[source]) + 8,
             kind.tokens,
-            RecallSpec(1, kind.max_facts, far_bias=kind.far_bias, answer_weight=kind.answer_weight),
+            RecallTexts(1, kind.max_facts, far_bias=kind.far_bias, answer_weight=kind.answer_weight),
         )
         for source, kind in config.recall.items()
         if source in documents
@@ -370,7 +370,7 @@ def _evaluate(
     """Write the records of every variant; those that are there already are not made again."""
     settings = config.evaluation
     documents = _held_out(work, settings.split)
-    needle = NeedleSettings(
+    needle = NeedleConfig(
         lengths=settings.lengths,
         depths=settings.depths,
         samples=settings.samples,
@@ -404,10 +404,10 @@ def _evaluate_variant(
     documents: Sequence[HeldOutDocument],
     *,
     trained_length: int,
-    needle: NeedleSettings,
+    needle: NeedleConfig,
     ppl: PplTask,
-    beyond: NeedleSettings | None,
-    harder: NeedleSettings | None,
+    beyond: NeedleConfig | None,
+    harder: NeedleConfig | None,
 ) -> None:
     from longspan.eval.needle import NeedleTask
     from longspan.eval.ppl_run import BATCH_TOKENS, run_ppl

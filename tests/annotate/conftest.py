@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.packing import PackConfig, plan_packing
 from longspan.data.store import Column, TokenStore
 from longspan.data.store.directory import MDSWriter
 from longspan.data.tokenize import tokenize_corpus
@@ -52,7 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     tokenize_corpus([str(root / "texts.jsonl")], tokenizer, root / "store")
     save_model(build_model(MODEL, seed=1), root / "model", tokenizer=root / "tokenizer")
     store = TokenStore(root / "store")
-    spec = PackSpec(length=32, strategy="intact", remainder="pad", pad_id=0)
+    spec = PackConfig(length=32, strategy="intact", remainder="pad", pad_id=0)
     documents = np.arange(len(store), dtype=np.uint32)
     plan_packing(spec, store.lengths, documents, 0).save(root / "plan", stores=[root / "store"])
     _pairs(root)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.job import shard_range
 from longspan.annotate.merge import merge
 from longspan.annotate.run import annotate, estimate_job, shard_folder
 from longspan.annotate.sources import cepe_folder, open_source
-from longspan.annotate.spec import AnnotateSpec
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.annotations import (
     Annotations,
@@ -30,9 +30,9 @@ from longspan.data.annotations import (
 from longspan.data.executor import ArrayJob
 from longspan.data.loader import RowLoader
 from longspan.data.materialize import materialize
-from longspan.data.mixture import MixtureSpec, plan_mixture
+from longspan.data.mixture import MixtureConfig, plan_mixture
 from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
 from longspan.data.store import MDSDirectory, TokenStore
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.models.lora import LoraConfig, apply_lora, save_adapter
@@ -41,14 +41,14 @@ from tests.annotate.conftest import MODEL, VOCABULARY, Inputs
 K = 7
 
 
-def spec_of(inputs: Inputs, data: Path, **changes: Any) -> AnnotateSpec:
+def spec_of(inputs: Inputs, data: Path, **changes: Any) -> AnnotateConfig:
     values = {
         "teacher": {"model": str(inputs.model), "batch_tokens": 70},
         "data": str(data),
         "k": K,
         "piece_tokens": 100,
     }
-    return AnnotateSpec.from_dict({**values, **changes}, where="test")
+    return AnnotateConfig.from_dict({**values, **changes}, where="test")
 
 
 def direct(model: Any, ids: np.ndarray) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_the_teacher_reads_documents_from_bos_as_the_student_does(inputs, plain,
         np.testing.assert_allclose(found.row(document).logprobs, wanted.values, atol=6e-3)
     documents = np.arange(len(store), dtype=np.uint32)
     for specials in ({"specials": "bos", "bos_id": bos}, {}):
-        plan = plan_packing(PackSpec(length=12, strategy="concat", **specials), store.lengths, documents, 0)
+        plan = plan_packing(PackConfig(length=12, strategy="concat", **specials), store.lengths, documents, 0)
         caplog.clear()
         TaughtRows(RowLoader([store], plan), [found], stores=[store])
         assert ("the student reads it without BOS" in caplog.text) == (not specials)
@@ -293,7 +293,7 @@ def test_rows_with_their_teacher(inputs, taught):
     assert rows.fingerprint != loader.fingerprint and rows.num_rows == loader.num_rows
     row = rows.row(1)
     np.testing.assert_array_equal(row.teacher.logprobs, taught.row(1).logprobs)
-    other = PackSpec(length=32, strategy="concat")
+    other = PackConfig(length=32, strategy="concat")
     plan = plan_packing(other, store.lengths, np.arange(len(store), dtype=np.uint32), 0)
     with pytest.raises(DataError, match="annotated for other rows"):
         TaughtRows(RowLoader([store], plan), [taught])
@@ -306,7 +306,7 @@ def test_documents_follow_the_spans_of_a_plan(inputs, tmp_path, specials):
     annotate(spec_of(inputs, inputs.store), tmp_path / "out")
     found = Annotations(tmp_path / "out")
     plan = plan_packing(
-        PackSpec(length=12, strategy="concat", **specials),
+        PackConfig(length=12, strategy="concat", **specials),
         store.lengths,
         np.arange(len(store), dtype=np.uint32),
         0,
@@ -334,7 +334,7 @@ def test_documents_follow_the_spans_of_a_plan(inputs, tmp_path, specials):
 PAIRS = {"encoder_tokens": 5, "decoder_tokens": 6}
 
 
-def pairs_spec(inputs: Inputs, **windows: Any) -> AnnotateSpec:
+def pairs_spec(inputs: Inputs, **windows: Any) -> AnnotateConfig:
     return spec_of(inputs, inputs.pairs / "arxiv", pairs={**PAIRS, **windows})
 
 
@@ -527,7 +527,9 @@ def test_refuses_another_tokenizer(inputs, tmp_path):
 
 def test_refuses_what_is_no_rows(inputs, taught, tmp_path):
     store = TokenStore(inputs.store)
-    plan_mixture(MixtureSpec(mode="none"), store.lengths, 0).save(tmp_path / "mixture", stores=[inputs.store])
+    plan_mixture(MixtureConfig(mode="none"), store.lengths, 0).save(
+        tmp_path / "mixture", stores=[inputs.store]
+    )
     with pytest.raises(DataError, match="not how they stand in rows"):
         open_source(tmp_path / "mixture")
     with pytest.raises(DataError, match="no rows that a teacher could read"):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longspan.data.tokenizer import load_tokenizer, train_bpe
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.needle import NeedleTask
-from longspan.eval.needle_settings import NeedleSettings
+from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from tests.cli.conftest import Command
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = LlamaForCausalLM(config)
     # Other keys and numbers than those that are asked for: another seed.
-    settings = NeedleSettings.from_dict({**GRID, "samples": 150, "seed": 1})
+    settings = NeedleConfig.from_dict({**GRID, "samples": 150, "seed": 1})
     task = NeedleTask(settings, documents, PromptForm(tokenizer))
     requests = [task.build(planned).request for planned in task.plan()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -35,6 +35,14 @@ def test_public_names_equal_the_list():
     assert set(written) <= set(dir(longspan))
 
 
+def test_renamed_public_names_still_work_and_say_the_new_one():
+    """Code written against the old names must not break before the next release."""
+    with pytest.warns(DeprecationWarning, match="longspan.PackConfig now"):
+        assert longspan.PackSpec is longspan.PackConfig
+    with pytest.warns(DeprecationWarning, match="longspan.MixtureConfig now"):
+        assert longspan.MixtureSpec is longspan.MixtureConfig
+
+
 def test_public_names_are_there():
     """The names are imported on first use; each must really exist in its room and say what it is."""
     for name in longspan.__all__:

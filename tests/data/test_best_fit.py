@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError
 from longspan.data.best_fit import best_fit_decreasing
-from longspan.data.packing import PAD_DOCUMENT, PackSpec, plan_packing
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, plan_packing
 from tests.data.made_stores import make_table
 
 
@@ -44,7 +44,7 @@ def test_bins_are_filled_as_one_at_a_time(case: tuple[int, list[int]]) -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(2, 12))
 def test_no_document_that_fits_a_row_is_cut(tokens: list[int], length: int) -> None:
     """ProLong's packer cut documents that would have fitted whole; no token may be lost or repeated either."""
-    spec = PackSpec(length=length, strategy="best_fit", remainder="pad", pad_id=0)
+    spec = PackConfig(length=length, strategy="best_fit", remainder="pad", pad_id=0)
     table = make_table([("a", count) for count in tokens])
     plan = plan_packing(spec, table, np.arange(len(tokens), dtype=np.uint32), 0)
     seen: dict[int, list[tuple[int, int]]] = {}
@@ -60,4 +60,4 @@ def test_no_document_that_fits_a_row_is_cut(tokens: list[int], length: int) -> N
 def test_rows_that_must_be_full_are_refused() -> None:
     """Dropping rows that are not full would drop nearly everything, in silence."""
     with pytest.raises(ConfigError, match="remainder pad"):
-        PackSpec.from_dict({"length": 8, "strategy": "best_fit"})
+        PackConfig.from_dict({"length": 8, "strategy": "best_fit"})

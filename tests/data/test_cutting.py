@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.loader import RowLoader
-from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing, plan_split
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing, plan_split
 from tests.data.made_stores import MadeStore, make_table
 
 MOS, BOS, EOS, PAD = 60000, 60001, 60002, 60003
@@ -20,7 +20,7 @@ MOS, BOS, EOS, PAD = 60000, 60001, 60002, 60003
 def loader(tokens: list[int], **values: object) -> RowLoader:
     """Return the rows of documents whose token t of document d is 100 d + t, all weights 1."""
     ids = {"bos_id": BOS, "eos_id": EOS, "pad_id": PAD}
-    spec = PackSpec.from_dict({"shuffle": False} | ids | values)
+    spec = PackConfig.from_dict({"shuffle": False} | ids | values)
     store = MadeStore([("text", n) for n in tokens])
     documents = np.arange(len(tokens), dtype=np.uint32)
     return RowLoader(store, plan_packing(spec, store.lengths, documents, 1))
@@ -53,7 +53,7 @@ def test_overlap_never_reaches_into_another_document() -> None:
     assert [rows.row(index).input_ids.tolist() for index in range(2)] == [[0, 1, 2, 3], [100, 101, 102, 103]]
 
 
-def walk(tokens: list[int], spec: PackSpec) -> list[list[tuple[int, int]]]:
+def walk(tokens: list[int], spec: PackConfig) -> list[list[tuple[int, int]]]:
     """Return rows of (id, weight) by packing one document after another."""
     rows: list[list[tuple[int, int]]] = [[]]
     apart = spec.strategy != "concat"
@@ -130,7 +130,7 @@ def test_split_cuts_the_longest_listed_length_first(
     """Every token is in one plan, or counted in one; domains never share a row when they must not."""
     values = {"length": 32, "strategy": "split", "split_lengths": [32, 8, 4], "by_source": by_source}
     values |= {"specials": specials, "bos_id": BOS, "eos_id": EOS, "mos_id": MOS if mos else None}
-    spec = PackSpec.from_dict(values | {"remainder": remainder, "pad_id": PAD})
+    spec = PackConfig.from_dict(values | {"remainder": remainder, "pad_id": PAD})
     table = make_table([("ab"[number % 2], n) for number, n in enumerate(tokens)])
     plans = plan_split(spec, table, np.arange(len(tokens), dtype=np.uint32), 3)
     assert list(plans) == [32, 8, 4]
@@ -181,11 +181,11 @@ def test_split_cuts_the_longest_listed_length_first(
 def test_settings_that_contradict_each_other_are_explained(values: dict[str, object], message: str) -> None:
     """An overlap as long as the row made the packer of old run for ever."""
     with pytest.raises(ConfigError, match=message):
-        PackSpec.from_dict({"length": 8} | values)
+        PackConfig.from_dict({"length": 8} | values)
 
 
 def test_split_asks_for_its_own_function() -> None:
     """One plan holds pieces of one length."""
-    spec = PackSpec.from_dict({"length": 8, "strategy": "split", "split_lengths": [8, 4]})
+    spec = PackConfig.from_dict({"length": 8, "strategy": "split", "split_lengths": [8, 4]})
     with pytest.raises(ArgumentError, match="plan_split"):
         plan_packing(spec, make_table([("a", 3)]), np.zeros(1, np.uint32), 0)

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, StreamMixer
-from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
 from tests.data.made_stores import MadeStore
 
 
 def plan_all(stores: list[MadeStore], **values: object) -> PackPlan:
     """Pack every document of the stores in order, rows unshuffled unless asked."""
     lengths = LengthTable.concatenate([store.lengths for store in stores])
-    spec = PackSpec.from_dict({"shuffle": False} | values)
+    spec = PackConfig.from_dict({"shuffle": False} | values)
     return plan_packing(spec, lengths, np.arange(len(lengths), dtype=np.uint32), 1)
 
 

@@ -25,7 +25,7 @@ from longspan.data.lengths import LengthTable
 from longspan.data.loader import PackedRow, RowLoader, StreamMixer, balance, row_cost
 from longspan.data.materialize import materialize, read_rows_manifest, rows_folder
 from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
 from longspan.data.row_formats import FORMATS
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, TokenStoreWriter
 from tests.patience import PATIENCE_SECONDS
@@ -50,7 +50,7 @@ def make_store(
 def make_plan(path: Path, stores: list[TokenStore], **values: object) -> RowLoader:
     """Pack all documents, save the plan and return its loader."""
     lengths = LengthTable.concatenate([store.lengths for store in stores])
-    spec = PackSpec.from_dict({"bos_id": 1, "eos_id": 2, "pad_id": 3} | values)
+    spec = PackConfig.from_dict({"bos_id": 1, "eos_id": 2, "pad_id": 3} | values)
     plan = plan_packing(spec, lengths, np.arange(len(lengths), dtype=np.uint32), 1)
     plan.save(path, stores=[store.path.absolute() for store in stores])
     return RowLoader(stores, PackPlan.load(path))

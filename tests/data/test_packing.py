@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data import packing
 from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureSpec, plan_mixture
-from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec, plan_packing
+from longspan.data.mixture import MixtureConfig, plan_mixture
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
 from tests.data.made_stores import make_table
 
 Span = tuple[int, int, int]
@@ -30,7 +30,7 @@ def rows_of(plan: PackPlan) -> list[list[Span]]:
 
 def pack(tokens: list[int], documents: list[int] | None = None, **values: object) -> PackPlan:
     """Pack documents of one source in the given order, rows unshuffled unless asked."""
-    spec = PackSpec.from_dict({"shuffle": False} | values)
+    spec = PackConfig.from_dict({"shuffle": False} | values)
     chosen = np.array(range(len(tokens)) if documents is None else documents, np.uint32)
     return plan_packing(spec, make_table([("text", n) for n in tokens]), chosen, 1)
 
@@ -257,15 +257,15 @@ def test_concat_equals_a_walk_token_by_token(tokens: list[int], length: int, min
 def test_rows_of_long_documents_only_come_from_the_mixture() -> None:
     """Documents longer than the row are chosen by the threshold, so every row is one span."""
     table = make_table([("text", n) for n in (3, 9, 4, 12, 5)])
-    chosen = plan_mixture(MixtureSpec(mode="global", keep_short=0, threshold=9), table, 1).documents
-    plan = plan_packing(PackSpec(length=8, strategy="intact"), table, chosen, 1)
+    chosen = plan_mixture(MixtureConfig(mode="global", keep_short=0, threshold=9), table, 1).documents
+    plan = plan_packing(PackConfig(length=8, strategy="intact"), table, chosen, 1)
     assert sorted(rows_of(plan)) == [[(1, 0, 8)], [(3, 0, 8)]]
 
 
 def test_sources_are_counted_after_packing() -> None:
     """The share that is trained on is the share in rows."""
     table = make_table([("web", 4), ("code", 3), ("web", 2)])
-    plan = plan_packing(PackSpec(length=4, shuffle=False), table, np.arange(3, dtype=np.uint32), 1)
+    plan = plan_packing(PackConfig(length=4, shuffle=False), table, np.arange(3, dtype=np.uint32), 1)
     assert plan.report.sources == {"web": 5, "code": 3}
 
 
@@ -285,15 +285,15 @@ def test_the_fingerprint_follows_settings_seed_lengths_and_documents() -> None:
     table = make_table([("text", 5), ("text", 7)])
     both, one = np.array([0, 1], np.uint32), np.array([1], np.uint32)
 
-    def fingerprint(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, seed: int) -> str:
+    def fingerprint(spec: PackConfig, lengths: LengthTable, documents: np.ndarray, seed: int) -> str:
         return plan_packing(spec, lengths, documents, seed).fingerprint
 
-    spec = PackSpec(length=4)
+    spec = PackConfig(length=4)
     prints = {
         fingerprint(spec, table, both, 1),
         fingerprint(spec, table, both, 2),
         fingerprint(spec, table, one, 1),
-        fingerprint(PackSpec(length=5), table, both, 1),
+        fingerprint(PackConfig(length=5), table, both, 1),
         fingerprint(spec, make_table([("text", 5), ("text", 8)]), both, 1),
     }
     assert len(prints) == 5
@@ -336,7 +336,7 @@ def test_a_damaged_head_is_refused(tmp_path: Path, missing: str) -> None:
 def test_a_mixture_plan_is_not_a_pack_plan(tmp_path: Path) -> None:
     """Both are folders of columns; the message says which one was given."""
     table = make_table([("text", 5)])
-    plan_mixture(MixtureSpec(mode="none"), table, 1).save(tmp_path / "plan")
+    plan_mixture(MixtureConfig(mode="none"), table, 1).save(tmp_path / "plan")
     with pytest.raises(DataError, match="found: mixture-plan"):
         PackPlan.load(tmp_path / "plan")
 
@@ -363,9 +363,9 @@ def test_documents_outside_the_table_are_refused() -> None:
 def test_wrong_settings_are_explained(values: dict[str, object], message: str) -> None:
     """Special ids are never guessed; a misspelt key never means its default."""
     with pytest.raises(ConfigError, match=message):
-        PackSpec.from_dict(values)
+        PackConfig.from_dict(values)
 
 
 def test_lengths_take_units() -> None:
     """128k is 131072."""
-    assert PackSpec.from_dict({"length": "128k"}).length == 131072
+    assert PackConfig.from_dict({"length": "128k"}).length == 131072

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.data.cepe import write_cepe
 from longspan.data.job_lock import JobLock
-from longspan.data.pairs import PARTS, PairSpec, divide, plan_pairs, read_window, split_parts, write_pairs
+from longspan.data.pairs import PARTS, PairConfig, divide, plan_pairs, read_window, split_parts, write_pairs
 from longspan.data.store import MDSDirectory, TokenStoreWriter
 from longspan.data.token_documents import open_documents
 
@@ -43,11 +43,11 @@ def files(domain: str, count: int, tokens: int = 20) -> list[tuple[str, str, int
     return [(domain, f"{domain}/{number:04}", tokens) for number in range(count)]
 
 
-def spec(mode: str = "ab", encoder: int = 8, decoder: int = 4, **settings) -> PairSpec:
-    return PairSpec(mode=mode, encoder=encoder, decoder=decoder, **settings)
+def spec(mode: str = "ab", encoder: int = 8, decoder: int = 4, **settings) -> PairConfig:
+    return PairConfig(mode=mode, encoder=encoder, decoder=decoder, **settings)
 
 
-def all_windows(documents: MadeDocuments, wanted: PairSpec, seed: int = 0) -> dict[str, list[list[int]]]:
+def all_windows(documents: MadeDocuments, wanted: PairConfig, seed: int = 0) -> dict[str, list[list[int]]]:
     plan = plan_pairs(wanted, documents, seed)
     found: dict[str, list[list[int]]] = {"test": [], "train": []}
     for (part, _), rows in plan.windows.items():
@@ -182,7 +182,7 @@ def test_samples_are_divided_by_weights():
     with pytest.raises(ArgumentError, match="bad weights"):
         plan_pairs(spec(test=4, weights={"book": 0.0}), books)
     with pytest.raises(ConfigError, match="encodr"):
-        PairSpec.from_dict({"mode": "ab", "encodr": 3})
+        PairConfig.from_dict({"mode": "ab", "encodr": 3})
     assert divide(10, [0.25, 0.25, 0.5]) == [3, 2, 5]
     assert sum(divide(35_000, [0.025, 0.045, 0.15, 0.67, 0.045, 0.02, 0.045])) == 35_000
 

@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureSpec, plan_mixture
+from longspan.data.mixture import MixtureConfig, plan_mixture
 from longspan.data.presets import PRESETS, load_preset
 from longspan.data.streams import Stream, parse_stream, row_weights, stream_settings
 from tests.data.made_stores import make_table
@@ -75,7 +75,7 @@ def test_streams_become_a_mixture() -> None:
 
     def chosen(*streams: str, **values: object) -> list[int]:
         settings = stream_settings([parse_stream(text) for text in streams])
-        plan = plan_mixture(MixtureSpec.from_dict(settings | values), lengths, 0)
+        plan = plan_mixture(MixtureConfig.from_dict(settings | values), lengths, 0)
         assert plan.lengths_fingerprint == lengths.fingerprint
         return np.bincount(lengths.store[plan.documents], minlength=2).tolist()
 
@@ -97,8 +97,8 @@ def test_streams_of_rows() -> None:
 def test_repeat_takes_every_document_so_many_times() -> None:
     """Two uses are two of each, in different orders, not a random half twice."""
     table = make_table([("a", 7)] * 10 + [("b", 7)] * 10)
-    plan = plan_mixture(MixtureSpec.from_dict({"mode": "repeat", "weights": {"a": 2}}), table, 0)
+    plan = plan_mixture(MixtureConfig.from_dict({"mode": "repeat", "weights": {"a": 2}}), table, 0)
     assert np.bincount(plan.documents).tolist() == [2] * 10 + [1] * 10
     assert plan.report.sources["a"].repeats == 10
     with pytest.raises(ConfigError, match="no effect in mode repeat"):
-        MixtureSpec.from_dict({"mode": "repeat", "weights": {"a": 2}, "tokens": 5})
+        MixtureConfig.from_dict({"mode": "repeat", "weights": {"a": 2}, "tokens": 5})

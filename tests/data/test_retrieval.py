@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.data.pairs import split_parts
-from longspan.data.retrieval import RetrievalSpec, plan_retrieval, write_retrieval
+from longspan.data.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
 from longspan.data.store import TokenStoreWriter
 from longspan.data.token_documents import open_documents
 
@@ -27,8 +27,8 @@ def documents(tmp_path, tokenizer):
     return open_documents([tmp_path / "store"])
 
 
-def spec(**settings) -> RetrievalSpec:
-    return RetrievalSpec(**{"samples": 20, "chunk": CHUNK, "num_shards": 10, **settings})
+def spec(**settings) -> RetrievalConfig:
+    return RetrievalConfig(**{"samples": 20, "chunk": CHUNK, "num_shards": 10, **settings})
 
 
 def lines(folder) -> list[dict]:

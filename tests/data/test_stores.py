@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.convert import convert
 from longspan.data.materialize import materialize
-from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
+from longspan.data.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
 from longspan.data.readers import Part, ReadReport, list_inputs
 from longspan.data.readers.mds_folder import read_mds
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, open_stores
@@ -80,13 +80,15 @@ def test_a_split_is_plans_of_the_same_parts(tmp_path: Path) -> None:
         plan, copy = plans[name], copies[str(tmp_path / name)]
         assert sorted(store.lengths.key[plan.documents].tolist()) == sorted(copy.lengths.key.tolist()), share
         assert plan.report.tokens == copy.num_tokens
-        spec = MixtureSpec(mode="upsample", weights={"a": 0.5}, part=plan.spec.part, max_repeat=3, tokens=500)
+        spec = MixtureConfig(
+            mode="upsample", weights={"a": 0.5}, part=plan.spec.part, max_repeat=3, tokens=500
+        )
         assert set(plan_mixture(spec, store.lengths, 7).documents.tolist()) <= set(plan.documents.tolist())
     plans["test"].save(tmp_path / "plan")
     assert MixturePlan.load(tmp_path / "plan").spec.part == plans["test"].spec.part
     for part in ((0.5, 0.5), (-0.1, 1), (0.2, 1.1)):
         with pytest.raises(ConfigError, match="two shares in order"):
-            MixtureSpec.from_dict({"part": part})
+            MixtureConfig.from_dict({"part": part})
 
 
 def test_the_largest_hash_is_in_the_last_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +294,7 @@ def test_conversions_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "nothing", tmp_path / "out", format="store", tokenizer=TOKENIZER)
     with pytest.raises(DataError, match="nothing does not exist"):
         convert(tmp_path / "nothing", tmp_path / "out", format="mds")
-    plan_mixture(MixtureSpec(mode="none"), store.lengths, 0).save(tmp_path / "mixture")
+    plan_mixture(MixtureConfig(mode="none"), store.lengths, 0).save(tmp_path / "mixture")
     with pytest.raises(ArgumentError, match="pack it first"):
         convert(tmp_path / "mixture", tmp_path / "out", format="mds")
     (tmp_path / "bad.jsonl").write_text('{"input_ids": [1, 2], "domain": "a", "key": "zz"}\n')
@@ -371,7 +373,7 @@ def test_damaged_rows_are_named(tmp_path: Path, format: str) -> None:
 def test_plans_are_verified_with_their_stores(tmp_path: Path) -> None:
     """A plan over stores that were made anew, and a plan whose columns were changed."""
     store = make_store(tmp_path / "store", [50, 300] * 4)
-    plan_mixture(MixtureSpec(mode="none"), store.lengths, 0).save(tmp_path / "mix", stores=[store.path])
+    plan_mixture(MixtureConfig(mode="none"), store.lengths, 0).save(tmp_path / "mix", stores=[store.path])
     make_plan(tmp_path / "plan", [store], length=64)
     assert verify(tmp_path / "mix").is_whole and verify(tmp_path / "plan").is_whole
     starts = np.load(tmp_path / "plan" / "span_start.npy")

@@ -19,7 +19,7 @@ import pytest
 from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.data.executor import ArrayJob, LocalExecutor, array_job
 from longspan.data.job_lock import JobLock
-from longspan.data.mixture import MixtureSpec
+from longspan.data.mixture import MixtureConfig
 from longspan.data.readers import ReadReport, grouping, list_inputs, read_documents
 from longspan.data.tokenize import CorpusJob, groups, sampling, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module
@@ -30,7 +30,7 @@ from tests.patience import PATIENCE_SECONDS
 Write = Callable[..., Path]
 UNIT_BYTES = 3000
 GROUPS: dict[str, Any] = {"group_by": "repo", "order_by": "n"}
-MIX: dict[str, Any] = {"mix": MixtureSpec(mode="per_source", tokens=700, keep_short=0.5, threshold=60)}
+MIX: dict[str, Any] = {"mix": MixtureConfig(mode="per_source", tokens=700, keep_short=0.5, threshold=60)}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped": GROUPS,

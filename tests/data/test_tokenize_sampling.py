@@ -10,7 +10,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError
 from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureSpec, plan_mixture
+from longspan.data.mixture import MixtureConfig, plan_mixture
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import CorpusJob, sampling, tokenize_corpus, units
 from longspan.data.tokenize.sampling import SourceCounts, budgets, next_wave
@@ -29,10 +29,10 @@ def corpus(texts: list[str], write_jsonl: Write) -> Path:
     return write_jsonl("corpus.jsonl", *mixed)
 
 
-SPEC = MixtureSpec(mode="per_source", tokens=6000, keep_short=0.2, threshold=100)
+SPEC = MixtureConfig(mode="per_source", tokens=6000, keep_short=0.2, threshold=100)
 
 
-def sample(corpus: Path, tokenizer: Tokenizer, out: Path, spec: MixtureSpec, **options: int) -> TokenStore:
+def sample(corpus: Path, tokenizer: Tokenizer, out: Path, spec: MixtureConfig, **options: int) -> TokenStore:
     return tokenize_corpus([corpus], tokenizer, out, source_field="source", mix=spec, **options)
 
 
@@ -54,7 +54,7 @@ def test_sample_fills_the_budgets_and_stops(
     two = sample(corpus, tokenizer, tmp_path / "two", SPEC, num_workers=2)
     assert two.fingerprint == store.fingerprint and two.manifest == store.manifest
 
-    mixture = MixtureSpec.from_dict(found["mixture"])
+    mixture = MixtureConfig.from_dict(found["mixture"])
     plan = plan_mixture(mixture, store.lengths, seed=found["seed"])
     whole = tokenize_corpus([corpus], tokenizer, tmp_path / "whole", source_field="source").lengths
     for name, row in plan.report.sources.items():
@@ -65,7 +65,7 @@ def test_sample_fills_the_budgets_and_stops(
 
 def test_coin_is_that_of_the_mixture(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Guards against short documents being dropped twice, once while reading and once by the mixture."""
-    spec = MixtureSpec(mode="global", tokens=10**9, keep_short=0.2, threshold=100)
+    spec = MixtureConfig(mode="global", tokens=10**9, keep_short=0.2, threshold=100)
     store = sample(corpus, tokenizer, tmp_path / "sample", spec, seed=5)
     whole = tokenize_corpus([corpus], tokenizer, tmp_path / "whole", source_field="source").lengths
     assert (
@@ -74,30 +74,30 @@ def test_coin_is_that_of_the_mixture(corpus: Path, tokenizer: Tokenizer, tmp_pat
     assert store.manifest.counts["sampling"]["sources"]["book"]["documents"] == 100
 
 
-def kept(spec: MixtureSpec, lengths: LengthTable, *, seed: int) -> list[int]:
+def kept(spec: MixtureConfig, lengths: LengthTable, *, seed: int) -> list[int]:
     return sorted(lengths.key[plan_mixture(spec, lengths, seed).documents].tolist())
 
 
 def test_unwanted_sources_are_not_tokenized(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Guards against a source outside of the mixture filling the store."""
-    spec = MixtureSpec(mode="proportions", tokens=2000, weights={"book": 3, "wiki": 1})
+    spec = MixtureConfig(mode="proportions", tokens=2000, weights={"book": 3, "wiki": 1})
     store = sample(corpus, tokenizer, tmp_path / "out", spec)
     assert set(store.lengths.source_names) == {"book", "wiki"}
     found = store.manifest.counts["sampling"]["sources"]
     assert (found["book"]["wanted"], found["wiki"]["wanted"], found["web"]["wanted"]) == (1500, 500, None)
     with pytest.raises(ArgumentError, match="number of tokens"):
-        sample(corpus, tokenizer, tmp_path / "x", MixtureSpec())
+        sample(corpus, tokenizer, tmp_path / "x", MixtureConfig())
 
 
 def test_budgets_and_waves() -> None:
     """Guards against a source that has nothing yet being taken for full, and against waves without an end."""
     seen = {"a": SourceCounts(10, 3000, 5, 900), "b": SourceCounts(10, 1000, 0, 0)}
-    state = budgets(MixtureSpec(mode="per_source", tokens=1000), seen)
+    state = budgets(MixtureConfig(mode="per_source", tokens=1000), seen)
     assert state.wanted == {"a": 750, "b": 250} and state.full == {"a"} and state.filled == 0
-    total = budgets(MixtureSpec(mode="global", tokens=800), seen)
+    total = budgets(MixtureConfig(mode="global", tokens=800), seen)
     assert total.filled > 1
     assert next_wave(16, 0.0) == 16 and next_wave(64, 0.0) == 64
     assert next_wave(64, 0.8) == 16 and next_wave(64, 0.1) == 64
     assert np.isclose(
-        budgets(MixtureSpec(mode="upsample", tokens=1000, weights={"b": 1}), seen).wanted["b"], 572
+        budgets(MixtureConfig(mode="upsample", tokens=1000, weights={"b": 1}), seen).wanted["b"], 572
     )

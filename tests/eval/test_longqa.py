@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.longqa import LongQa, LongQaSettings, check_datasets, read_longqa, rule_for
+from longspan.eval.longqa import LongQa, LongQaConfig, check_datasets, read_longqa, rule_for
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.scorers import SCORERS
@@ -58,7 +58,7 @@ def data_file(tmp_path: Path) -> Path:
 
 
 def make(path: Path, tokenizer: Tokenizer, **values: Any) -> LongQa:
-    return LongQa(LongQaSettings.from_dict(values), PromptForm(tokenizer), read_longqa([path]))
+    return LongQa(LongQaConfig.from_dict(values), PromptForm(tokenizer), read_longqa([path]))
 
 
 def test_perfect_answers_score_one_and_wrong_ones_zero(
@@ -142,7 +142,7 @@ def test_chat_is_for_questions_not_for_examples(data_file: Path, tmp_path: Path)
     """LongBench puts few-shot examples and code as plain text to chat models too."""
     tokenizer = build_tokenizer("llama-3", tmp_path / "llama-3")
     chat = PromptForm(tokenizer, chat_template="llama-3")
-    task = LongQa(LongQaSettings(), chat, read_longqa([data_file]))
+    task = LongQa(LongQaConfig(), chat, read_longqa([data_file]))
     requests = {planned.key[0]: task.build(planned).request for planned in task.plan()}
     assert requests["hotpotqa"].messages is not None
     assert requests["trec"].messages is None and requests["lcc"].messages is None
@@ -194,7 +194,7 @@ def test_lines_that_are_no_questions_are_left_out_by_name(
         data = read_longqa([path])
     assert len(data.samples) == 2 and data.left_out == len(broken) + 1
     assert "broken.jsonl:2: not a question on a document (fields context, input)" in caplog.text
-    assert LongQa(LongQaSettings(), PromptForm(tokenizer), data).params()["left_out_records"] == data.left_out
+    assert LongQa(LongQaConfig(), PromptForm(tokenizer), data).params()["left_out_records"] == data.left_out
     with pytest.raises(DataError, match=r"broken\.jsonl:2: not a question(.|\n)*--strict"):
         read_longqa([path], strict=True)
     path.write_text(lines[0] + '\n{"cut": ')
@@ -235,4 +235,4 @@ def test_metric_that_is_none_is_refused(tmp_path: Path, tokenizer: Tokenizer) ->
     with pytest.raises(DataError, match="no all_classes"):
         make(path, tokenizer)
     with pytest.raises(ConfigError):
-        LongQaSettings.from_dict({"max_lenght": 5})
+        LongQaConfig.from_dict({"max_lenght": 5})

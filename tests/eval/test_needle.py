@@ -19,10 +19,10 @@ from longspan.data.tokenizer import Tokenizer, load_tokenizer
 from longspan.eval.documents import HeldOutDocument, default_documents, describe_documents
 from longspan.eval.haystack import Haystack
 from longspan.eval.needle import NeedleTask, length_tolerance
+from longspan.eval.needle_config import NeedleConfig, fill
 from longspan.eval.needle_multikey import MultiKeyTask
 from longspan.eval.needle_originals import OriginalHaystack, Parts
 from longspan.eval.needle_presets import PRESETS, preset_named
-from longspan.eval.needle_settings import NeedleSettings, fill
 from longspan.eval.planting import Planted, check_depth, reach
 from longspan.eval.prompts import PromptForm
 from longspan.eval.runner import run_task
@@ -41,7 +41,7 @@ def make(documents: Documents, tokenizer: Tokenizer) -> Make:
     """Return a function that makes a task of some settings over the small documents."""
 
     def task(**values: Any) -> NeedleTask:
-        settings_ = NeedleSettings.from_dict({"lengths": [1024], "seed": 3, **values})
+        settings_ = NeedleConfig.from_dict({"lengths": [1024], "seed": 3, **values})
         return NeedleTask(settings_, documents, PromptForm(tokenizer))
 
     return task
@@ -119,7 +119,7 @@ def test_prompt_reads_as_documented(tasks: dict[int, NeedleTask], tokenizer: Tok
 )
 def test_depths_do_not_fall_together(tokenizer: Tokenizer, text: str) -> None:
     """Without ". " and new lines every needle stood at the start or the end, and was scored as if it did not."""
-    settings_ = NeedleSettings(lengths=(600,), samples=1, keys=("iron",))
+    settings_ = NeedleConfig(lengths=(600,), samples=1, keys=("iron",))
     task = NeedleTask(settings_, [HeldOutDocument("x", text)], PromptForm(tokenizer))
     for depth in settings_.depths:
         assert build(task, 600, depth, 0).fields["achieved_depth"] == pytest.approx(depth, abs=0.07)
@@ -183,7 +183,7 @@ def test_what_stands_before_the_needle_is_the_same_tokens(
     length.
     """
     form = PromptForm(build_tokenizer(style, tmp_path), chat_template=style)
-    settings_ = NeedleSettings(lengths=(600, 1200), depths=(0.0, 0.3, 0.7, 1.0), samples=2)
+    settings_ = NeedleConfig(lengths=(600, 1200), depths=(0.0, 0.3, 0.7, 1.0), samples=2)
     task = NeedleTask(settings_, documents, form)
     plan = task.plan()
     assert [planned.group for planned in plan] == ["haystack 0"] * 8 + ["haystack 1"] * 8
@@ -262,7 +262,7 @@ def test_every_style_of_tokenizer_gets_the_stated_length(
 ) -> None:
     """BOS counts, and needles are found by text: sentence ends by the ids of one tokenizer are nowhere in another."""
     form = PromptForm(build_tokenizer(style, tmp_path))
-    task = NeedleTask(NeedleSettings(lengths=(700, 1500), depths=(0.0, 0.4, 1.0), samples=1), documents, form)
+    task = NeedleTask(NeedleConfig(lengths=(700, 1500), depths=(0.0, 0.4, 1.0), samples=1), documents, form)
     for planned in task.plan():
         built = task.build(planned)
         length, depth = planned.key[:2]
@@ -354,13 +354,13 @@ def test_given_keys_serve_distractors_in_turn(make: Make) -> None:
 def test_wrong_settings_are_named(values: dict[str, Any], message: str) -> None:
     """Depths in percent, doubled cells, misspelt keys and fields used to run and plot nonsense."""
     with pytest.raises(ConfigError, match=message):
-        NeedleSettings.from_dict({"lengths": [256], **values})
+        NeedleConfig.from_dict({"lengths": [256], **values})
 
 
 @given(count=st.integers(2, 60))
 def test_grids_are_even_and_end_where_they_say(count: int) -> None:
     """Steps of 0.3 made a depth of 1.2, and depths rounded to tens fell together."""
-    grid = NeedleSettings.from_dict({"lengths": f"1000:128000:{count}", "depths": f"0:1:{count}"})
+    grid = NeedleConfig.from_dict({"lengths": f"1000:128000:{count}", "depths": f"0:1:{count}"})
     assert (len(grid.lengths), len(grid.depths)) == (count, count)
     assert (grid.lengths[0], grid.lengths[-1]) == (1000, 128000)
     assert (grid.depths[0], grid.depths[-1]) == (0.0, 1.0)
@@ -370,10 +370,10 @@ def test_grids_are_even_and_end_where_they_say(count: int) -> None:
 
 def test_grids_are_read_as_people_write_them() -> None:
     """`128k` is 131072 tokens everywhere, and a tenth is 0.1."""
-    grid = NeedleSettings.from_dict({"lengths": ["1k", "128k", 300], "depths": "0:1:11"})
+    grid = NeedleConfig.from_dict({"lengths": ["1k", "128k", 300], "depths": "0:1:11"})
     assert grid.lengths == (1024, 131072, 300)
     assert grid.depths == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    assert NeedleSettings.from_dict({"lengths": "1k:4k:4,6k"}).lengths == (1024, 2048, 3072, 4096, 6144)
+    assert NeedleConfig.from_dict({"lengths": "1k:4k:4,6k"}).lengths == (1024, 2048, 3072, 4096, 6144)
 
 
 def test_too_short_a_length_is_refused(make: Make) -> None:
@@ -394,7 +394,7 @@ def test_documents_without_keys_are_refused(tokenizer: Tokenizer) -> None:
     """Text without lower-case words has nothing that can be a key."""
     documents = [HeldOutDocument("a", "123 456\n" * 500)]
     with pytest.raises(DataError, match="too few words"):
-        NeedleTask(NeedleSettings(lengths=(256,)), documents, PromptForm(tokenizer))
+        NeedleTask(NeedleConfig(lengths=(256,)), documents, PromptForm(tokenizer))
 
 
 def test_documents_are_identified_by_all_they_hold(documents: Documents) -> None:
@@ -468,7 +468,7 @@ def test_default_haystack_is_there_without_a_download(tokenizer: Tokenizer) -> N
     documents = default_documents()
     assert sum(len(document.text) for document in documents) > 300_000
     assert "statement" in documents[0].text
-    task = NeedleTask(NeedleSettings(lengths=(2048,), samples=1), documents, PromptForm(tokenizer))
+    task = NeedleTask(NeedleConfig(lengths=(2048,), samples=1), documents, PromptForm(tokenizer))
     assert build(task, 2048, 0.5, 0).fields["achieved_depth"] == pytest.approx(0.5, abs=0.1)
 
 
@@ -477,7 +477,7 @@ def test_default_haystack_is_there_without_a_download(tokenizer: Tokenizer) -> N
 
 def test_one_context_for_all_depths(documents: Documents, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """All questions of a context share everything before them, and each asks for its own needle."""
-    settings_ = NeedleSettings(lengths=(512, 900), depths=(0.0, 0.25, 0.5, 0.75, 1.0), samples=2)
+    settings_ = NeedleConfig(lengths=(512, 900), depths=(0.0, 0.25, 0.5, 0.75, 1.0), samples=2)
     task = MultiKeyTask(settings_, documents, PromptForm(tokenizer))
     assert task.name == "needle_multikey"
     for length in (512, 900):
@@ -501,7 +501,7 @@ def test_one_context_for_all_depths(documents: Documents, tokenizer: Tokenizer, 
 )
 def test_multi_key_needs_keys(documents: Documents, tokenizer: Tokenizer, values: dict[str, Any]) -> None:
     """Five needles and one question that fits them all has no right answer."""
-    settings_ = NeedleSettings.from_dict({"lengths": [512], **values})
+    settings_ = NeedleConfig.from_dict({"lengths": [512], **values})
     with pytest.raises(ConfigError, match=r"each depth|every depth"):
         MultiKeyTask(settings_, documents, PromptForm(tokenizer))
 
@@ -511,8 +511,8 @@ def test_perfect_answers_score_one_in_each_preset(
     name: str, documents: Documents, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """A published metric gave a perfect answer 0.917, because the expected words hold "a" twice."""
-    full = NeedleSettings.from_dict(preset_named(name))
-    settings_ = NeedleSettings.from_dict({**preset_named(name), "lengths": [600], "depths": [0.0, 0.5, 1.0]})
+    full = NeedleConfig.from_dict(preset_named(name))
+    settings_ = NeedleConfig.from_dict({**preset_named(name), "lengths": [600], "depths": [0.0, 0.5, 1.0]})
     task = NeedleTask(settings_, documents, PromptForm(tokenizer))
     answerer = Knowing(tokenizer, knows=lambda prompt: f" {full.answer}")
     summary = run_task(task, answerer, tokenizer=tokenizer, label=name, out=tmp_path / "records.jsonl")
@@ -523,7 +523,7 @@ def test_perfect_answers_score_one_in_each_preset(
 
 def test_the_exact_preset_gives_the_originals_scores(documents: Documents, tokenizer: Tokenizer) -> None:
     """`rouge` 1.0.1 counts the empty lines around the original's needle as a word; values are the package's own."""
-    settings_ = NeedleSettings.from_dict({**preset_named("longllm", exact=True), "lengths": [600]})
+    settings_ = NeedleConfig.from_dict({**preset_named("longllm", exact=True), "lengths": [600]})
     needle = str(settings_.needle).strip()
     assert build(
         NeedleTask(settings_, documents, PromptForm(tokenizer)), 600, 0.5, 0
@@ -571,7 +571,7 @@ def test_exact_prompts_are_those_of_the_originals(name: str, digests: str, tmp_p
     tokenizer = load_tokenizer(theirs.write_tokenizer(tmp_path / "tokenizer"))
     essays = [HeldOutDocument(str(number), text) for number, text in enumerate(theirs.books())]
     grid = {"lengths": (1500, 9000), "depths": (0, 0.11, 0.56 if name == "fu-2024" else 0.55, 1)}
-    settings_ = NeedleSettings.from_dict({**preset_named(name, exact=True), **grid})
+    settings_ = NeedleConfig.from_dict({**preset_named(name, exact=True), **grid})
     task = NeedleTask(settings_, essays, PromptForm(tokenizer))
     prompts = [task.build(planned).request.prompt for planned in task.plan()]
     assert [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts] == digests.split()
@@ -581,7 +581,7 @@ def test_exact_prompts_longer_than_all_texts_and_shorter_than_their_parts(
     tokenizer: Tokenizer,
 ) -> None:
     """Texts start again where they end; what has no room is said, not cut to nothing."""
-    settings_ = NeedleSettings.from_dict(
+    settings_ = NeedleConfig.from_dict(
         {**preset_named("longllm", exact=True), "lengths": [3000], "depths": [0.5]}
     )
     task = NeedleTask(settings_, [HeldOutDocument("x", "It rains. " * 40)], PromptForm(tokenizer))
@@ -607,19 +607,19 @@ def test_exact_prompts_longer_than_all_texts_and_shorter_than_their_parts(
 def test_exact_tests_take_no_other_form(values: dict[str, Any], message: str) -> None:
     """A setting that the original has no place for would be ignored in silence."""
     with pytest.raises(ConfigError, match=message):
-        NeedleSettings.from_dict({**preset_named("fu-2024", exact=True), **values})
+        NeedleConfig.from_dict({**preset_named("fu-2024", exact=True), **values})
 
 
 def test_presets_have_the_published_grids() -> None:
     """440 prompts of 50K to 1M, and 400 cells of 1K to 128K."""
     sizes = {}
     for name in PRESETS:
-        grid = NeedleSettings.from_dict(preset_named(name))
+        grid = NeedleConfig.from_dict(preset_named(name))
         sizes[name] = (grid.lengths[0], grid.lengths[-1], len(grid.cells()), grid.samples)
     assert sizes == {
         "fu-2024": (1000, 128000, 400, 1),
         "easycontext": (50000, 1000000, 220, 2),
         "longllm": (8000, 80000, 100, 1),
     }
-    lengths = NeedleSettings.from_dict(preset_named("easycontext")).lengths
+    lengths = NeedleConfig.from_dict(preset_named("easycontext")).lengths
     assert lengths == tuple(range(50_000, 1_000_001, 50_000))

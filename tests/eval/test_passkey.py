@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.passkey import ANSWER_TOKENS, NOISE, Passkey, PasskeySettings
+from longspan.eval.passkey import ANSWER_TOKENS, NOISE, Passkey, PasskeyConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.task import Planned
@@ -18,7 +18,7 @@ from tests.eval.tokenizer_styles import STYLES, build_tokenizer
 
 
 def make(tokenizer: Tokenizer, **values: object) -> Passkey:
-    return Passkey(PasskeySettings.from_dict({"lengths": [600], **values}), PromptForm(tokenizer))
+    return Passkey(PasskeyConfig.from_dict({"lengths": [600], **values}), PromptForm(tokenizer))
 
 
 def test_perfect_answers_score_one_and_wrong_ones_zero(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -74,13 +74,13 @@ def test_samples_do_not_depend_on_their_order(tokenizer: Tokenizer) -> None:
 
 def test_grid_of_longllm() -> None:
     """Twenty even lengths from 8192 to 131072, both included."""
-    lengths = PasskeySettings.from_dict({"lengths": "8192:131072:20"}).lengths
+    lengths = PasskeyConfig.from_dict({"lengths": "8192:131072:20"}).lengths
     assert (len(lengths), lengths[0], lengths[-1]) == (20, 8192, 131072)
 
 
 def test_a_key_that_cannot_stand_at_its_depth_is_not_scored(tokenizer: Tokenizer) -> None:
     """One line of noise has a start and an end: the key of depth 0.5 stood at 0 and was scored as if it did not."""
-    task = Passkey(PasskeySettings(lengths=(4096,)), PromptForm(tokenizer))
+    task = Passkey(PasskeyConfig(lengths=(4096,)), PromptForm(tokenizer))
     fixed, per_unit = task._sizes()
     length = int(fixed + 1.5 * per_unit) + ANSWER_TOKENS
     assert task.build(Planned((length, 1.0, 0), length)).fields["achieved_depth"] == 1.0
@@ -101,4 +101,4 @@ def test_no_room_is_a_reason_not_a_crash(tokenizer: Tokenizer) -> None:
 )
 def test_malformed_grids_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        PasskeySettings.from_dict({"lengths": [400], **values})
+        PasskeyConfig.from_dict({"lengths": [400], **values})

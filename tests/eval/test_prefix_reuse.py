@@ -12,9 +12,9 @@ import torch
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.needle import NeedleTask
+from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.needle_cost import grid_cost
 from longspan.eval.needle_multikey import MultiKeyTask
-from longspan.eval.needle_settings import NeedleSettings
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.runner import run_task
@@ -27,7 +27,7 @@ FEWER = {"lengths": (300, 500), "depths": (0.0, 0.3, 0.6, 1.0), "samples": 2}
 
 
 def make(task: type, documents: list[HeldOutDocument], tokenizer: Tokenizer, **values: Any) -> Any:
-    settings = NeedleSettings.from_dict(
+    settings = NeedleConfig.from_dict(
         {"lengths": LENGTHS, "depths": DEPTHS, "samples": 1, "seed": 5, **values}
     )
     return task(settings, documents, PromptForm(tokenizer))

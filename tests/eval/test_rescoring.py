@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.passkey import Passkey, PasskeySettings
+from longspan.eval.passkey import Passkey, PasskeyConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.rescoring import rescore
@@ -23,7 +23,7 @@ SENTENCE = "Forty eight thousand"
 @pytest.fixture()
 def recorded(tokenizer: Tokenizer, tmp_path: Path) -> Path:
     """Records of six samples: the fourth has no answer, the others a sentence around the first number."""
-    task = Passkey(PasskeySettings(lengths=(600,), depths=(0.0, 1.0), samples=3), PromptForm(tokenizer))
+    task = Passkey(PasskeyConfig(lengths=(600,), depths=(0.0, 1.0), samples=3), PromptForm(tokenizer))
     truths = {task.build(planned).request.prompt: task.build(planned).expected for planned in task.plan()}
     answerer = Knowing(tokenizer, knows=lambda prompt: f"It is {truths[prompt]}.", fails={4: "no answer"})
     run_task(task, answerer, tokenizer=tokenizer, label="before", out=tmp_path / "passkey-before.jsonl")

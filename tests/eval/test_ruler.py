@@ -20,7 +20,7 @@ from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache
 from longspan.eval.ruler.documents import QaData, read_qa
 from longspan.eval.ruler.subtasks import SUBTASKS
-from longspan.eval.ruler.task import Ruler, RulerSettings
+from longspan.eval.ruler.task import Ruler, RulerConfig
 from tests.eval.conftest import make_text
 from tests.eval.perfect import run_perfect, run_wrong
 from tests.eval.ruler_solver import solve
@@ -33,7 +33,7 @@ LENGTH = 3000
 
 def make(tokenizer: Tokenizer, *, chat: str | None = None, **values: Any) -> Ruler:
     given = {key: values.pop(key) for key in ("qa", "cache", "essay") if key in values}
-    ruler = RulerSettings.from_dict({"lengths": [LENGTH], "samples": 2, **values})
+    ruler = RulerConfig.from_dict({"lengths": [LENGTH], "samples": 2, **values})
     return Ruler(ruler, PromptForm(tokenizer, chat_template=chat), **{"essay": ESSAY, **given})
 
 
@@ -288,7 +288,7 @@ def test_unfit_lengths_are_reasons(tokenizer: Tokenizer) -> None:
 )
 def test_malformed_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        RulerSettings.from_dict({"lengths": [4096], **values})
+        RulerConfig.from_dict({"lengths": [4096], **values})
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"data": [{}]}', '[{"question": "a"}]', "3"])

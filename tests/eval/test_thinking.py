@@ -12,10 +12,10 @@ import transformers
 
 from longspan.core.errors import ConfigError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer
-from longspan.eval.passkey import Passkey, PasskeySettings
+from longspan.eval.passkey import Passkey, PasskeyConfig
 from longspan.eval.prompts import THOUGHT_TOKENS, PromptForm
 from longspan.eval.records import read_records
-from longspan.eval.ruler.task import Ruler, RulerSettings
+from longspan.eval.ruler.task import Ruler, RulerConfig
 from longspan.eval.runner import run_task
 from longspan.infer.requests import Answer
 from tests.eval.answerers import Knowing
@@ -151,7 +151,7 @@ def test_where_rulers_answers_begin(
 ) -> None:
     """Most servers close an assistant's turn and begin another: the beginning of the answer was lost there."""
     form = PromptForm(tokenizer, chat_template="qwen", **server)
-    settings = RulerSettings.from_dict({"lengths": [2000], "subtasks": ["niah_single_1"], "samples": 1})
+    settings = RulerConfig.from_dict({"lengths": [2000], "subtasks": ["niah_single_1"], "samples": 1})
     task = Ruler(settings, form, essay="A sentence. ")
     request = task.build(task.plan()[0]).request
     assert request.messages is not None and [message["role"] for message in request.messages] == roles
@@ -174,7 +174,7 @@ class Thinking(Knowing):
 def test_records_hold_thoughts_apart_and_count_what_was_cut(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A cut answer is wrong, but it is not a wrong answer: both are to be seen beside the mean."""
     task = Passkey(
-        PasskeySettings.from_dict({"lengths": [900], "depths": [0.5], "samples": 2}),
+        PasskeyConfig.from_dict({"lengths": [900], "depths": [0.5], "samples": 2}),
         PromptForm(tokenizer, max_new_tokens=500),
     )
     model = Thinking(tokenizer)

@@ -11,13 +11,13 @@ from longspan.core.errors import ConfigError
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
-from longspan.eval.topics import NUM_LINES, NUM_TOPICS, Topics, TopicsSettings
+from longspan.eval.topics import NUM_LINES, NUM_TOPICS, Topics, TopicsConfig
 from longspan.eval.word_lists import LISTS, word_list
 from tests.eval.perfect import run_perfect, run_wrong
 
 
 def make(tokenizer: Tokenizer, **values: object) -> Topics:
-    return Topics(TopicsSettings.from_dict(values), PromptForm(tokenizer))
+    return Topics(TopicsConfig.from_dict(values), PromptForm(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_line_in_question_is_expected(tokenizer: Tokenizer) -> None:
 
 
 def test_counts_of_longchat(tokenizer: Tokenizer) -> None:
-    assert TopicsSettings().in_effect == NUM_TOPICS
-    assert TopicsSettings(kind="lines").in_effect == NUM_LINES
+    assert TopicsConfig().in_effect == NUM_TOPICS
+    assert TopicsConfig(kind="lines").in_effect == NUM_LINES
 
 
 def test_planned_length_is_near(tokenizer: Tokenizer) -> None:
@@ -88,13 +88,13 @@ def test_planned_length_is_near(tokenizer: Tokenizer) -> None:
 )
 def test_malformed_settings_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        TopicsSettings.from_dict(values)
+        TopicsConfig.from_dict(values)
 
 
 @pytest.mark.parametrize("counts", ["abc", "2,", "1:5:3", "-3"])
 def test_what_is_no_count_is_said_in_plain_words(counts: str) -> None:
     with pytest.raises(ConfigError, match="no counts, such as 5,10,20"):
-        TopicsSettings.from_dict({"counts": counts})
+        TopicsConfig.from_dict({"counts": counts})
 
 
 def test_lists_have_no_word_twice() -> None:

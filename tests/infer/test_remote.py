@@ -16,7 +16,7 @@ from longspan.api import Budget, Client, Endpoint, Limits
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from longspan.data.tokenizer import load_tokenizer
 from longspan.infer.generate import generate_greedy
-from longspan.infer.opening import ServerSettings, open_answerer
+from longspan.infer.opening import ServerConfig, open_answerer
 from longspan.infer.plain import teacher_forced
 from longspan.infer.remote import RemoteAnswerer, open_remote
 from longspan.infer.requests import Request
@@ -65,7 +65,7 @@ def test_further_fields_of_the_server_settings_are_sent(monkeypatch):
     """Reasoning models refuse a temperature: a null has to leave it out, and what is added has to arrive."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with serving(lambda asked: chat("8")) as server:
-        settings = ServerSettings.from_dict({"extra": {"temperature": None, "reasoning_effort": "low"}})
+        settings = ServerConfig.from_dict({"extra": {"temperature": None, "reasoning_effort": "low"}})
         answerer = open_answerer("openai:m", base_url=server.url, server=settings)
         assert [answer.text for _, answer in answerer.generate(NUMBERS[:1])] == ["8"]
         answerer.close()

@@ -12,7 +12,7 @@ import pytest
 from longspan.api import Client, Endpoint, Limits
 from longspan.data.chat import load_chat_format
 from longspan.data.tokenizer import load_tokenizer, train_bpe
-from longspan.synth import ConversationSpec, Student, SynthJob, SynthSettings, UsedDocuments, load_set
+from longspan.synth import ConversationConfig, Student, SynthConfig, SynthJob, UsedDocuments, load_set
 from tests.api.fake_server import FakeServer
 from tests.synth.writer import document
 
@@ -52,23 +52,23 @@ def write_documents(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-Make = Callable[..., SynthSettings]
+Make = Callable[..., SynthConfig]
 
 
 @pytest.fixture
 def settings_of(student: Student, texts: Path) -> Make:
     def make(
         name: str, *, inputs: list[Path] | None = None, sample: Any = None, **changes: Any
-    ) -> SynthSettings:
-        own = {key: changes.pop(key) for key in list(changes) if key in SynthSettings.model_fields}
+    ) -> SynthConfig:
+        own = {key: changes.pop(key) for key in list(changes) if key in SynthConfig.model_fields}
         spec = load_set(name)
         values = {**spec.to_dict(), **(SMALL if name != "offline" else {}), **changes}
-        return SynthSettings(
+        return SynthConfig(
             set=type(spec).from_dict(values),
             inputs=tuple(map(str, inputs or [texts])),
             tokenizer=student.tokenizer.fingerprint,
             chat_template=student.chat.fingerprint,
-            sample=ConversationSpec.from_dict(sample or {"length": 2048}),
+            sample=ConversationConfig.from_dict(sample or {"length": 2048}),
             **own,
         )
 
@@ -82,9 +82,7 @@ Run = Callable[..., dict[str, Any]]
 def run(student: Student, tmp_path: Path) -> Run:
     """Run a job in `out` against a server."""
 
-    def run(
-        settings: SynthSettings, server: FakeServer | None, out: Path | None = None, **client: Any
-    ) -> Any:
+    def run(settings: SynthConfig, server: FakeServer | None, out: Path | None = None, **client: Any) -> Any:
         out = out or tmp_path / "out"
         used = UsedDocuments(tmp_path / "used.sqlite")
         if server is None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.synth import ConversationSpec
+from longspan.synth import ConversationConfig
 from longspan.synth.conversation import Composer
 from longspan.synth.depth import DepthBalance, bin_of, stratified
 from longspan.synth.items import Item
@@ -84,7 +84,9 @@ def items_of(record, places, sentences):
 def test_samples_are_even_though_all_evidence_stands_at_the_same_place(student, tmp_path, sentences, spec):
     """Windows of long documents and places of short ones move the evidence to where it lacks."""
     documents, records = write(tmp_path / "documents.jsonl", range(1, 41), sentences)
-    composer = Composer(ConversationSpec.from_dict(spec), student.tokenizer, student.chat, documents, seed=5)
+    composer = Composer(
+        ConversationConfig.from_dict(spec), student.tokenizer, student.chat, documents, seed=5
+    )
     middle = sentences // 2
     samples = []
     for number, record in enumerate(records):
@@ -110,29 +112,29 @@ def test_samples_are_even_though_all_evidence_stands_at_the_same_place(student, 
 
 def test_documents_come_first_and_distractors_are_other_documents(student, tmp_path):
     documents, records = write(tmp_path / "documents.jsonl", range(1, 6), 12)
-    spec = ConversationSpec(length=1500, distractors=2)
+    spec = ConversationConfig(length=1500, distractors=2)
     sample = Composer(spec, student.tokenizer, student.chat, documents, seed=0).compose(
         1, records[1], items_of(records[1], range(12), 12)
     )
     assert sample is not None and len(sample.items) == 12
     assert 1 <= len(sample.distractors) <= 2 and "2" not in sample.distractors
-    alone = Composer(ConversationSpec(length=1500), student.tokenizer, student.chat, documents, seed=0)
+    alone = Composer(ConversationConfig(length=1500), student.tokenizer, student.chat, documents, seed=0)
     whole = alone.compose(1, records[1], items_of(records[1], range(12), 12))
     assert whole is not None and records[1]["text"] in whole.turns[0]["content"] and not whole.distractors
 
 
 def test_what_does_not_fit_is_counted(student, tmp_path):
     documents, records = write(tmp_path / "documents.jsonl", [1], 100)
-    composer = Composer(ConversationSpec(length=700), student.tokenizer, student.chat, documents, seed=0)
+    composer = Composer(ConversationConfig(length=700), student.tokenizer, student.chat, documents, seed=0)
     sample = composer.compose(0, records[0], items_of(records[0], range(100), 100))
     assert sample is not None and sample.length <= 700
     assert composer.left_out["question: no room, or outside the window"] == 100 - len(sample.items) > 50
-    tiny = Composer(ConversationSpec(length=30), student.tokenizer, student.chat, documents, seed=0)
+    tiny = Composer(ConversationConfig(length=30), student.tokenizer, student.chat, documents, seed=0)
     assert tiny.compose(0, records[0], items_of(records[0], [5], 100)) is None
     assert tiny.left_out["sample: questions too long for the length"] == 1
     marked = {**records[0], "text": records[0]["text"] + "\U000f0001"}
     assert (
-        Composer(ConversationSpec(length=9000), student.tokenizer, student.chat, documents, seed=0).compose(
+        Composer(ConversationConfig(length=9000), student.tokenizer, student.chat, documents, seed=0).compose(
             0, marked, items_of(records[0], [5], 100)
         )
         is None

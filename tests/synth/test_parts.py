@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.synth import UsedDocuments, load_set, shipped_sets
+from longspan.synth.config import SetConfig
 from longspan.synth.filters import NearDuplicates, content_words, find_quote, find_support, knows, recall
 from longspan.synth.headings import heading_pairs
 from longspan.synth.language import PROFILES, detect_language
 from longspan.synth.offline import make_questions
 from longspan.synth.sections import Span, TokenRuler, cut_sections, spread_groups
 from longspan.synth.selection import content_hash
-from longspan.synth.spec import SetSpec
 from longspan.synth.templates import PromptTemplate
 from tests.synth.writer import document
 
@@ -62,7 +62,7 @@ def test_a_text_cannot_reach_into_its_prompt():
 )
 def test_a_set_with_a_mistake_says_which(change, message):
     with pytest.raises(ConfigError, match=message):
-        SetSpec.from_dict({**load_set("one_detail_book").to_dict(), **change}).template()
+        SetConfig.from_dict({**load_set("one_detail_book").to_dict(), **change}).template()
 
 
 def test_a_prompt_that_does_not_fit_its_set(tmp_path):

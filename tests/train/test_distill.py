@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.run import annotate
-from longspan.annotate.spec import AnnotateSpec
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.records import read_jsonl
 from longspan.data.annotations import Annotations, TaughtRows
 from longspan.data.loader import PackedRow, RowLoader, TeacherRow
-from longspan.data.packing import PackPlan, PackSpec, plan_packing
+from longspan.data.packing import PackConfig, PackPlan, plan_packing
 from longspan.data.store import TokenStore
 from longspan.infer.perplexity import token_nll
 from longspan.kernels.distill import TeacherTopK, linear_distillation, reference_linear_distillation
@@ -203,12 +203,12 @@ def taught(data_root, tmp_path_factory):
     for name in ("plain", "weighted", "tokenizer"):
         (root / name).symlink_to(data_root / name)
     store = TokenStore(root / "plain")
-    plan = plan_packing(PackSpec(length=CONTEXT), store.lengths, np.arange(len(store), dtype=np.uint32), 0)
+    plan = plan_packing(PackConfig(length=CONTEXT), store.lengths, np.arange(len(store), dtype=np.uint32), 0)
     plan.save(root / "plan", stores=[root / "plain"])
     train(TrainConfig.from_dict(lm_recipe(), where="test"), root / "run", data_root=root)
     shutil.copytree(root / "run" / "stages" / "only", root / "teacher")
     spec = {"teacher": {"model": str(root / "teacher")}, "data": str(root / "plan"), "k": 8}
-    annotate(AnnotateSpec.from_dict(spec, where="test"), root / "annotations")
+    annotate(AnnotateConfig.from_dict(spec, where="test"), root / "annotations")
     return root
 
 
@@ -338,7 +338,7 @@ def test_a_store_annotated_by_document(taught, tmp_path):
         "data": str(taught / "plain"),
         "k": 5,
     }
-    annotate(AnnotateSpec.from_dict(spec, where="test"), taught / "by-document")
+    annotate(AnnotateConfig.from_dict(spec, where="test"), taught / "by-document")
     streams = {"text": {"store": "plain", "teacher": "by-document"}}
     config = TrainConfig.from_dict(distill_recipe(steps=2, streams=streams), where="test")
     train(config, tmp_path / "run", data_root=taught)

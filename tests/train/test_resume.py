@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
+from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.run import annotate
-from longspan.annotate.spec import AnnotateSpec
 from longspan.core.records import read_jsonl
 from longspan.core.seeds import rng
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.packing import PackConfig, plan_packing
 from longspan.data.store import TokenStore
 from longspan.models.hf import build_model, save_model
 from longspan.train import trainer
@@ -135,7 +135,7 @@ def test_a_student_killed_again_and_again_ends_with_the_same_bits(
     store = TokenStore(data_root / "plain")
     for name in ("plain", "weighted", "tokenizer"):
         (tmp_path / name).symlink_to(data_root / name)
-    plan = plan_packing(PackSpec(length=24), store.lengths, np.arange(len(store), dtype=np.uint32), 0)
+    plan = plan_packing(PackConfig(length=24), store.lengths, np.arange(len(store), dtype=np.uint32), 0)
     plan.save(tmp_path / "plan", stores=[tmp_path / "plain"])
     save_model(build_model(recipe()["model"]["hf_config"], seed=3), tmp_path / "teacher")
     spec = {
@@ -144,7 +144,7 @@ def test_a_student_killed_again_and_again_ends_with_the_same_bits(
         "k": 5,
         "mass": 0.6,
     }
-    annotate(AnnotateSpec.from_dict(spec, where="test"), tmp_path / "taught")
+    annotate(AnnotateConfig.from_dict(spec, where="test"), tmp_path / "taught")
     stage = {
         "name": "distil",
         "context_length": 24,

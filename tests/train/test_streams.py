@@ -12,7 +12,7 @@ import torch
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.materialize import materialize
 from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.packing import PackConfig, plan_packing
 from longspan.data.store import TokenStore
 from longspan.models.hf import build_model
 from longspan.train.batch import collate, total_weight
@@ -44,7 +44,7 @@ def pack_plan(data_root: Path) -> Path:
     store = TokenStore(data_root / "plain")
     documents = np.arange(len(store.lengths), dtype=np.uint32)
     path = data_root / "plans" / "rows"
-    plan_packing(PackSpec(length=16), store.lengths, documents, 5).save(path, stores=["plain"])
+    plan_packing(PackConfig(length=16), store.lengths, documents, 5).save(path, stores=["plain"])
     return path
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longspan.annotate.config import AnnotateConfig, TeacherConfig
 from longspan.annotate.rounding import cut_to_mass, round_masses
 from longspan.annotate.sources import (
     AskedRow,
@@ -26,7 +27,6 @@ from longspan.annotate.sources import (
     open_source,
     too_long,
 )
-from longspan.annotate.spec import AnnotateSpec, TeacherConfig
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import behind_link, read_json
 from longspan.data.annotations import (
@@ -59,7 +59,7 @@ __all__ = ["OpenJob", "annotation_folder", "open_job", "open_spec_source", "shar
 class OpenJob(NamedTuple):
     """A teacher and what it is to read, both checked against each other."""
 
-    spec: AnnotateSpec
+    spec: AnnotateConfig
     teacher: Teacher
     source: Source
     identity: dict[str, Any]
@@ -116,7 +116,7 @@ def _nothing(k: int) -> TopK:
     return TopK(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), np.zeros(0, np.float32))
 
 
-def open_spec_source(spec: AnnotateSpec) -> Source:
+def open_spec_source(spec: AnnotateConfig) -> Source:
     """Open what is to be annotated. Raises DataError if it is not what the spec says."""
     if spec.pairs is None:
         return open_source(spec.data)
@@ -129,7 +129,7 @@ def open_spec_source(spec: AnnotateSpec) -> Source:
     )
 
 
-def open_job(spec: AnnotateSpec, *, mesh: Mesh | None = None) -> OpenJob:
+def open_job(spec: AnnotateConfig, *, mesh: Mesh | None = None) -> OpenJob:
     """Load the teacher and open the data; with a `mesh` the teacher is shared among its processes.
 
     Raises:
@@ -303,7 +303,7 @@ def _is_done(out: Path, wanted: AnnotationManifest) -> bool:
 
 
 def _write_piece(
-    folder: Path, number: int, *, spec: AnnotateSpec, bounds: tuple[int, ...], source: str, teacher: str
+    folder: Path, number: int, *, spec: AnnotateConfig, bounds: tuple[int, ...], source: str, teacher: str
 ) -> dict[str, Any]:
     key = spec.fingerprint()
     job = _JOBS.get(key)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.estimate import Estimate, estimate
 from longspan.annotate.job import OpenJob, annotation_folder, open_job, shard_range
-from longspan.annotate.spec import AnnotateSpec
 from longspan.core.errors import ArgumentError
 from longspan.core.launched import launched
 from longspan.core.log import get_logger, setup_logging
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 def annotate(
-    spec: AnnotateSpec,
+    spec: AnnotateConfig,
     out: str | Path,
     *,
     shard: ArrayJob | None = None,
@@ -77,7 +77,7 @@ def annotate(
     return found
 
 
-def estimate_job(spec: AnnotateSpec, *, shard: ArrayJob | None = None) -> Estimate:
+def estimate_job(spec: AnnotateConfig, *, shard: ArrayJob | None = None) -> Estimate:
     """Return what a job would write, from a short sample of the teacher; nothing is written."""
     shard = shard or ArrayJob()
     if spec.teacher.cp == 1:
@@ -100,7 +100,7 @@ def shard_folder(out: str | Path, shard: ArrayJob) -> Path:
 
 
 def _rank(
-    rank: int, spec: AnnotateSpec, out: Path, shard: ArrayJob, share: ArrayJob, estimate_only: bool
+    rank: int, spec: AnnotateConfig, out: Path, shard: ArrayJob, share: ArrayJob, estimate_only: bool
 ) -> Estimate | Outcome:
     if rank == 0:
         setup_logging()
@@ -108,7 +108,7 @@ def _rank(
 
 
 def _shared(
-    spec: AnnotateSpec,
+    spec: AnnotateConfig,
     out: Path,
     shard: ArrayJob,
     share: ArrayJob,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.annotate.spec import PairWindows
+from longspan.annotate.config import PairWindows
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json, sha256_bytes
 from longspan.data.annotations import Kind, row_digest

@@ -21,8 +21,8 @@ from longspan.cli.data_jobs import (
 from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
+    from longspan.annotate.config import AnnotateConfig
     from longspan.annotate.estimate import Estimate
-    from longspan.annotate.spec import AnnotateSpec
     from longspan.data.executor import ArrayJob
 
 app = typer.Typer(
@@ -187,15 +187,15 @@ def merge(
     _show([out], as_json)
 
 
-def _spec(settings: dict[str, Any]) -> AnnotateSpec:
-    from longspan.annotate.spec import AnnotateSpec
+def _spec(settings: dict[str, Any]) -> AnnotateConfig:
+    from longspan.annotate.config import AnnotateConfig
 
-    return AnnotateSpec.from_dict(settings, where="the command line")
+    return AnnotateConfig.from_dict(settings, where="the command line")
 
 
 def _cepe_specs(
     settings: dict[str, Any], data: Path, retrieval: Path | None, out: Path | None
-) -> dict[Path, AnnotateSpec]:
+) -> dict[Path, AnnotateConfig]:
     """Return the work of each domain by the folder it is written to.
 
     INPUT-logits-enc2048-dec2048-MODEL/DOMAIN, and RETRIEVAL-ret_k8-dec2048-MODEL/DOMAIN
@@ -215,13 +215,13 @@ def _cepe_specs(
     return specs
 
 
-def _estimated(spec: AnnotateSpec, part: ArrayJob) -> Estimate:
+def _estimated(spec: AnnotateConfig, part: ArrayJob) -> Estimate:
     from longspan.annotate.run import estimate_job
 
     return estimate_job(spec, shard=part)
 
 
-def _annotate(spec: AnnotateSpec, out: Path, part: ArrayJob, jobs: Jobs) -> bool:
+def _annotate(spec: AnnotateConfig, out: Path, part: ArrayJob, jobs: Jobs) -> bool:
     """Write one folder; return whether it is complete, and say so if other jobs have not ended."""
     from longspan.annotate.run import annotate
 

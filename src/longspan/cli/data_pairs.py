@@ -74,7 +74,7 @@ def pairs(
 
     from longspan.cli.data_stores import parse_weights
     from longspan.core.errors import ArgumentError
-    from longspan.data.pairs import PairFormat, PairSpec, plan_pairs, write_pairs
+    from longspan.data.pairs import PairConfig, PairFormat, plan_pairs, write_pairs
 
     if format not in get_args(PairFormat):
         raise ArgumentError("unknown --format", found=format, allowed=get_args(PairFormat))
@@ -92,7 +92,7 @@ def pairs(
         "train": train_samples,
         "weights": parse_weights(weight or []),
     }
-    spec = PairSpec.from_dict(settings, where="the command line")
+    spec = PairConfig.from_dict(settings, where="the command line")
     documents = _open(inputs, specials)
     plan = plan_pairs(spec, documents, seed)
     written = write_pairs(plan, documents, out, format="cepe" if format == "cepe" else "mds")
@@ -152,10 +152,10 @@ def _write_shard(
     settings: dict[str, Any], documents: Any, tokenizer: str, shard: int, seed: int, out: Path
 ) -> tuple[Path, list[PairCount]]:
     from longspan.core.errors import DataError
-    from longspan.data.retrieval import RetrievalSpec, plan_retrieval, write_retrieval
+    from longspan.data.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
     from longspan.data.tokenizer import load_tokenizer
 
-    spec = RetrievalSpec.from_dict(settings, where="the command line")
+    spec = RetrievalConfig.from_dict(settings, where="the command line")
     loaded = load_tokenizer(tokenizer)
     if documents.tokenizer not in (None, loaded.fingerprint):
         raise DataError(f"{tokenizer} is not the tokenizer that made the store")

@@ -84,7 +84,7 @@ def mix(
 ) -> None:
     """Choose documents by length and source; writes a mixture plan."""
     from longspan.core.errors import ArgumentError
-    from longspan.data.mixture import MixtureSpec, plan_mixture
+    from longspan.data.mixture import MixtureConfig, plan_mixture
     from longspan.data.streams import parse_stream, stream_settings
 
     streams = [parse_stream(store) for store in stores]
@@ -108,7 +108,7 @@ def mix(
         asked = {"mode": "per_source"}
     elif clash := {"mode", "weights"} & set(settings):
         raise ArgumentError("STORE@SHARE and STORE#USES say what is mixed", found=f"--{min(clash)} too")
-    spec = MixtureSpec.from_dict({**asked, **settings, "max_repeat": max_repeat}, where="the command line")
+    spec = MixtureConfig.from_dict({**asked, **settings, "max_repeat": max_repeat}, where="the command line")
     plan = plan_mixture(spec, table, seed)
     plan.save(out, stores=paths)
     before = table.summary("before", "before")
@@ -204,7 +204,7 @@ def pack(
     """
     from longspan.core.errors import ArgumentError
     from longspan.data.framing import frame_words
-    from longspan.data.packing import PackSpec, plan_packing, plan_split
+    from longspan.data.packing import PackConfig, plan_packing, plan_split
     from longspan.data.store import TokenStore
 
     jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
@@ -237,7 +237,7 @@ def pack(
         **_frame(specials, paths),
         "mos_id": _mos_id(mos, ids),
     }
-    spec = PackSpec.from_dict(settings, where="the command line")
+    spec = PackConfig.from_dict(settings, where="the command line")
     if overflow == "drop":
         documents = _whole(table, documents, spec.length - spec.num_bos - spec.num_eos)
     if spec.strategy == "split":
@@ -299,13 +299,13 @@ def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
     """Return the stores to mix, and the part of them where a plan of `data split` is given."""
     from longspan.core.errors import ArgumentError
     from longspan.data.columns import folder_kind
-    from longspan.data.mixture import KIND, MixturePlan, MixtureSpec
+    from longspan.data.mixture import KIND, MixtureConfig, MixturePlan
 
     plans = [path for path in inputs if folder_kind(path) == KIND]
     if not plans:
         return inputs, None
     plan = MixturePlan.load(plans[0])
-    if len(inputs) > 1 or plan.spec != MixtureSpec(mode="none", part=plan.spec.part):
+    if len(inputs) > 1 or plan.spec != MixtureConfig(mode="none", part=plan.spec.part):
         raise ArgumentError(
             "a mixture is made of stores, or of one part that `data split` made", found=", ".join(inputs)
         )
@@ -318,7 +318,7 @@ def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], n
     import numpy as np
 
     from longspan.data.columns import folder_kind
-    from longspan.data.mixture import KIND, MixturePlan, MixtureSpec, plan_mixture
+    from longspan.data.mixture import KIND, MixtureConfig, MixturePlan, plan_mixture
 
     if folder_kind(inputs[0]) == KIND:
         mixture = MixturePlan.load(inputs[0])
@@ -326,7 +326,7 @@ def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], n
         check_lengths(table, mixture.lengths_fingerprint, inputs[0])
         return table, paths, np.asarray(mixture.documents)
     table, paths = lengths_of(inputs)
-    return table, paths, plan_mixture(MixtureSpec.from_dict({"mode": "none"}), table, seed).documents
+    return table, paths, plan_mixture(MixtureConfig.from_dict({"mode": "none"}), table, seed).documents
 
 
 def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> None:

@@ -22,7 +22,7 @@ from longspan.cli.output import Json, Seed, example, percent, print_json, print_
 
 if TYPE_CHECKING:
     from longspan.data.executor import ArrayJob
-    from longspan.data.mixture import MixtureSpec
+    from longspan.data.mixture import MixtureConfig
     from longspan.data.tokenize import CorpusJob
 
 EXAMPLE = example("longspan data tokenize texts --tokenizer tokenizer --out store")
@@ -149,10 +149,10 @@ def tokenize(
     _print_result(job, share, as_json)
 
 
-def _spec(mix: str | None, tokens: str | None) -> MixtureSpec | None:
+def _spec(mix: str | None, tokens: str | None) -> MixtureConfig | None:
     from longspan.core.config import apply_overrides, read_yaml
     from longspan.core.errors import ArgumentError
-    from longspan.data.mixture import MixtureSpec
+    from longspan.data.mixture import MixtureConfig
 
     if mix is None:
         if tokens is not None:
@@ -164,7 +164,7 @@ def _spec(mix: str | None, tokens: str | None) -> MixtureSpec | None:
         where, values = "--mix", apply_overrides({}, mix.split(","))
     if tokens is not None:
         values["tokens"] = tokens
-    return MixtureSpec.from_dict(values, where=where)
+    return MixtureConfig.from_dict(values, where=where)
 
 
 def _print_result(job: CorpusJob, share: ArrayJob, as_json: bool) -> None:

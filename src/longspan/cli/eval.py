@@ -37,11 +37,11 @@ TASKS: dict[str, str] = {
 @app.command(name="list", epilog=example("longspan eval list"))
 def list_(as_json: Json = False) -> None:
     """List what can be measured, the presets of published tests, and the scoring rules."""
+    from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.needle_presets import PRESETS
-    from longspan.eval.needle_settings import NeedleSettings
     from longspan.eval.scorers import SCORERS
 
-    presets = {name: NeedleSettings.from_dict(dict(values)) for name, values in PRESETS.items()}
+    presets = {name: NeedleConfig.from_dict(dict(values)) for name, values in PRESETS.items()}
     if as_json:
         listed = {name: settings.to_dict() for name, settings in presets.items()}
         print_json({"tasks": TASKS, "presets": listed, "scorers": sorted(SCORERS)})

@@ -237,11 +237,11 @@ def _task(release: str, part: str, options: dict[str, Any], form: PromptForm, li
 def _needle(options: dict[str, Any], form: PromptForm) -> Task:
     """Return the needle grid of the release's README on its essays."""
     from longspan.eval.needle import NeedleTask
+    from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.needle_presets import preset_named
-    from longspan.eval.needle_settings import NeedleSettings
 
     essays = read_held_out([str(options["root"] / "needle" / "PaulGrahamEssays")])
-    settings = NeedleSettings.from_dict(
+    settings = NeedleConfig.from_dict(
         preset_named("longllm", exact=options["exact"]), where="the preset longllm"
     )
     return NeedleTask(settings, essays, form)

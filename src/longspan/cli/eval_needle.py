@@ -25,7 +25,7 @@ from longspan.cli.output import Json, example, percent, print_json, print_table
 from longspan.core.log import log_once
 
 if TYPE_CHECKING:
-    from longspan.eval.needle_settings import NeedleSettings
+    from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.prompts import PromptForm
     from longspan.eval.task import Task
 
@@ -202,10 +202,10 @@ def _interval(interval: tuple[float, float] | None) -> str | None:
     return None if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}%"
 
 
-def _settings(preset: str | None, given: dict[str, Any], *, exact: bool) -> NeedleSettings:
+def _settings(preset: str | None, given: dict[str, Any], *, exact: bool) -> NeedleConfig:
     from longspan.core.errors import ArgumentError
+    from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.needle_presets import preset_named
-    from longspan.eval.needle_settings import NeedleSettings
 
     if exact and not preset:
         raise ArgumentError(
@@ -216,7 +216,7 @@ def _settings(preset: str | None, given: dict[str, Any], *, exact: bool) -> Need
         raise ArgumentError(
             "no context lengths are given", fix="name them with --lengths, or take a --preset"
         )
-    return NeedleSettings.from_dict(values, where="the command line")
+    return NeedleConfig.from_dict(values, where="the command line")
 
 
 def _task_kind(multi_key: bool) -> Callable[..., Task]:
@@ -229,7 +229,7 @@ def _task_kind(multi_key: bool) -> Callable[..., Task]:
 def _usual(model: ModelOptions, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that are usual where nothing is said: in a chat answers are generated, behind a beginning."""
     from longspan.core.log import get_logger
-    from longspan.eval.needle_settings import CHAT
+    from longspan.eval.needle_config import CHAT
 
     if model.chat_template is None and not model.is_chat_server:
         return {"mode": "generate"} if model.is_remote and preset is None else {}
@@ -246,7 +246,7 @@ def _usual(model: ModelOptions, preset: str | None, given: dict[str, Any]) -> di
     return usual
 
 
-def _too_few(settings: NeedleSettings, threshold: float) -> str:
+def _too_few(settings: NeedleConfig, threshold: float) -> str:
     """Return a remark where no answers could show an effective context; empty where they can."""
     from longspan.core.intervals import samples_needed
 
@@ -261,7 +261,7 @@ def _too_few(settings: NeedleSettings, threshold: float) -> str:
 
 
 def _show_grid(
-    settings: NeedleSettings,
+    settings: NeedleConfig,
     form: PromptForm,
     prompt: dict[str, Any],
     *,

@@ -70,10 +70,10 @@ def passkey(
 
     The first number of the answer counts.
     """
-    from longspan.eval.passkey import Passkey, PasskeySettings
+    from longspan.eval.passkey import Passkey, PasskeyConfig
 
     values = {"lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "seed": seed}
-    settings = PasskeySettings.from_dict(values, where="the command line")
+    settings = PasskeyConfig.from_dict(values, where="the command line")
     task = Passkey(settings, form_of(model, prompts))
     if dry_run:
         show_plan(task, as_json=as_json)
@@ -112,7 +112,7 @@ def topics(
     as_json: Json = False,
 ) -> None:
     """Ask which topic a long talk began with, or for the number in one of many lines."""
-    from longspan.eval.topics import Topics, TopicsSettings
+    from longspan.eval.topics import Topics, TopicsConfig
 
     values: dict[str, Any] = {
         "kind": kind,
@@ -123,7 +123,7 @@ def topics(
     }
     if counts is not None:
         values["counts"] = counts
-    task = Topics(TopicsSettings.from_dict(values, where="the command line"), form_of(model, prompts))
+    task = Topics(TopicsConfig.from_dict(values, where="the command line"), form_of(model, prompts))
     if dry_run:
         show_plan(task, as_json=as_json)
         return
@@ -180,12 +180,12 @@ def ruler(
     from longspan.eval.documents import default_documents
     from longspan.eval.ruler.cache import SampleCache
     from longspan.eval.ruler.documents import read_qa
-    from longspan.eval.ruler.task import Ruler, RulerSettings
+    from longspan.eval.ruler.task import Ruler, RulerConfig
 
     values: dict[str, Any] = {"lengths": lengths, "samples": samples, "release": release, "seed": seed}
     if subtasks is not None:
         values["subtasks"] = subtasks.split(",")
-    settings = RulerSettings.from_dict(values, where="the command line")
+    settings = RulerConfig.from_dict(values, where="the command line")
     documents = read_held_out(haystack) if haystack else default_documents()
     task = Ruler(
         settings,
@@ -240,13 +240,13 @@ def longqa(
     With --max-length a longer prompt loses its middle; each record says how many tokens that were.
     """
     from longspan.core.units import parse_length
-    from longspan.eval.longqa import LongQa, LongQaSettings, check_datasets, read_longqa
+    from longspan.eval.longqa import LongQa, LongQaConfig, check_datasets, read_longqa
 
     read = read_longqa(data, strict=strict)
     values: dict[str, Any] = {"samples": samples, "datasets": datasets.split(",") if datasets else []}
     if model.max_length is not None:
         values["max_length"] = parse_length(model.max_length)
-    settings = LongQaSettings.from_dict(values, where="the command line")
+    settings = LongQaConfig.from_dict(values, where="the command line")
     check_datasets(settings.datasets, read)
     task = LongQa(settings, form_of(model, prompts), read)
     if dry_run:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from longspan.data.tokenizer import Tokenizer
     from longspan.eval.prompts import PromptForm
-    from longspan.infer.opening import ServerSettings, Source
+    from longspan.infer.opening import ServerConfig, Source
     from longspan.infer.requests import Answerer
 
 MODEL_KINDS = ("a folder", "a hub name", "openai:NAME", "completions:NAME", "anthropic:NAME")
@@ -245,11 +245,11 @@ def _template_args(prompts: PromptOptions) -> dict[str, Any]:
     return given
 
 
-def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerSettings | None:
+def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerConfig | None:
     """Return how the server is asked, with what it has to tell its chat template."""
     from longspan.core.errors import ArgumentError
     from longspan.eval.thinking import template_variables
-    from longspan.infer.opening import ServerSettings
+    from longspan.infer.opening import ServerConfig
 
     server = find_server(options)
     if prompts is None or not options.is_chat_server:
@@ -265,7 +265,7 @@ def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerSetting
             found="--template-args",
             fix="say it in the provider's own words: --server '{extra: {...}}'",
         )
-    server = server or ServerSettings()
+    server = server or ServerConfig()
     extra = dict(server.extra)
     extra["chat_template_kwargs"] = {**variables, **(extra.get("chat_template_kwargs") or {})}
     return server.model_copy(update={"extra": extra})
@@ -422,16 +422,16 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
     return load_tokenizer(home)
 
 
-def find_server(options: ModelOptions) -> ServerSettings | None:
+def find_server(options: ModelOptions) -> ServerConfig | None:
     """Return how the server is asked; None: nothing is said of it."""
     if options.server is None:
         return None
     from longspan.core.config import parse_yaml
-    from longspan.infer.opening import ServerSettings
+    from longspan.infer.opening import ServerConfig
 
     if Path(options.server).is_file():
-        return ServerSettings.from_yaml(options.server)
-    return ServerSettings.from_dict(parse_yaml(options.server, where="--server"), where="--server")
+        return ServerConfig.from_yaml(options.server)
+    return ServerConfig.from_dict(parse_yaml(options.server, where="--server"), where="--server")
 
 
 def label_of(options: ModelOptions) -> str:

@@ -12,7 +12,7 @@ from longspan.cli.output import Json, Seed, example, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.api import Client, Endpoint, Estimate, Limits, Price
-    from longspan.synth import SetSpec, Student, SynthSettings
+    from longspan.synth import SetConfig, Student, SynthConfig
     from longspan.synth.selection import Selected
 
 app = typer.Typer(
@@ -132,7 +132,7 @@ def qa(
     from longspan.api import Limits
     from longspan.core.config import parse_yaml
     from longspan.core.units import parse_length
-    from longspan.synth import ConversationSpec, SynthSettings, UsedDocuments
+    from longspan.synth import ConversationConfig, SynthConfig, UsedDocuments
 
     spec = _find_set(set_name, offline_templates)
     spec = _changed(
@@ -145,7 +145,7 @@ def qa(
     )
     student = _student(tokenizer, chat_template)
     fields = parse_yaml(extra, where="--extra") if extra else {}
-    settings = SynthSettings(
+    settings = SynthConfig(
         set=spec,
         inputs=tuple(inputs),
         text_field=text_field,
@@ -154,7 +154,7 @@ def qa(
         chat_template=student.chat.fingerprint,
         model=None if spec.kind == OFFLINE else model,
         extra=fields,
-        sample=ConversationSpec(
+        sample=ConversationConfig(
             length=parse_length(length), distractors=distractors, max_questions=max_questions
         ),
         leak_check=leak_check,
@@ -200,7 +200,7 @@ def list_sets(as_json: Json = False) -> None:
     print_table("sets of questions", columns, rows)
 
 
-def _find_set(name: str | None, offline: bool) -> SetSpec:
+def _find_set(name: str | None, offline: bool) -> SetConfig:
     from longspan.core.errors import ArgumentError
     from longspan.synth import load_set
     from longspan.synth.templates import shipped_names
@@ -219,7 +219,7 @@ def _find_set(name: str | None, offline: bool) -> SetSpec:
     return spec
 
 
-def _changed(spec: SetSpec, *, language: str | None, **changes: int | None) -> SetSpec:
+def _changed(spec: SetConfig, *, language: str | None, **changes: int | None) -> SetConfig:
     from longspan.core.errors import ArgumentError
 
     values: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
@@ -243,7 +243,7 @@ def _student(tokenizer: str, chat_template: str | None) -> Student:
 
 
 def _endpoint(
-    spec: SetSpec,
+    spec: SetConfig,
     model: str | None,
     base_url: str | None,
     key_variable: str | None,
@@ -315,7 +315,7 @@ def _open(
 
 
 def _run(
-    settings: SynthSettings,
+    settings: SynthConfig,
     out: Path,
     student: Student,
     client: Client | None,
@@ -359,7 +359,7 @@ def _show(summary: dict[str, Any], spent: str | None) -> None:
 
 
 def _show_estimate(
-    settings: SynthSettings,
+    settings: SynthConfig,
     student: Student,
     out: Path,
     claims: Any,

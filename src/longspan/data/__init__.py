@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longspan.data.lengths import LengthTable
     from longspan.data.loader import RowLoader, StreamMixer
-    from longspan.data.mixture import MixtureSpec, plan_mixture
-    from longspan.data.packing import PackSpec, plan_packing
+    from longspan.data.mixture import MixtureConfig, plan_mixture
+    from longspan.data.packing import PackConfig, plan_packing
     from longspan.data.readers import Document, ReadReport, read_documents
     from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
     from longspan.data.tokenize import tokenize_corpus
@@ -22,8 +22,8 @@ _HOMES = {
     "Document": "readers",
     "LengthTable": "lengths",
     "MDSDirectory": "store",
-    "MixtureSpec": "mixture",
-    "PackSpec": "packing",
+    "MixtureConfig": "mixture",
+    "PackConfig": "packing",
     "ReadReport": "readers",
     "RowLoader": "loader",
     "StreamMixer": "loader",
@@ -42,8 +42,8 @@ __all__ = [
     "Document",
     "LengthTable",
     "MDSDirectory",
-    "MixtureSpec",
-    "PackSpec",
+    "MixtureConfig",
+    "PackConfig",
     "ReadReport",
     "RowLoader",
     "StreamMixer",

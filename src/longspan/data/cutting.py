@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from longspan.data.packing import PackSpec
+    from longspan.data.packing import PackConfig
 
 
 class Pieces(NamedTuple):
@@ -40,7 +40,7 @@ class _Cuts(NamedTuple):
     """Tokens of the first piece that the second repeats."""
 
 
-def cut(spec: PackSpec, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
+def cut(spec: PackConfig, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
     """Cut documents of `tokens` int64 [documents], none of them 0; count the own tokens that are left out.
 
     `phase` is the number of tokens in the row that concat is filling.
@@ -69,7 +69,7 @@ def cut(spec: PackSpec, tokens: np.ndarray, phase: int, dropped: dict[str, int])
 
 
 def own_tokens(
-    spec: PackSpec, tokens: np.ndarray, start: np.ndarray, count: np.ndarray, repeated: np.ndarray
+    spec: PackConfig, tokens: np.ndarray, start: np.ndarray, count: np.ndarray, repeated: np.ndarray
 ) -> np.ndarray:
     """Return how many tokens of each span are the document's own and not repeated, int64 [spans].
 
@@ -81,7 +81,7 @@ def own_tokens(
     return np.maximum(high - low, 0)
 
 
-def _phases(spec: PackSpec, framed: np.ndarray, phase: int) -> np.ndarray:
+def _phases(spec: PackConfig, framed: np.ndarray, phase: int) -> np.ndarray:
     """Return how many tokens the row holds in which each document begins."""
     length, least, overlap, mos = spec.length, spec.min_tail, spec.overlap, spec.num_mos
     if least == 1 and not overlap and not mos:
@@ -106,7 +106,7 @@ def _phases(spec: PackSpec, framed: np.ndarray, phase: int) -> np.ndarray:
     return np.array(phases, np.int64)
 
 
-def _cuts(spec: PackSpec, framed: np.ndarray, room: np.ndarray) -> _Cuts:
+def _cuts(spec: PackConfig, framed: np.ndarray, room: np.ndarray) -> _Cuts:
     first = np.minimum(framed, room)
     repeated = np.where(first > spec.overlap, spec.overlap, 0)
     second = spec.length - spec.num_mos - repeated
@@ -124,7 +124,7 @@ def _last(cuts: _Cuts) -> np.ndarray:
 
 
 def _without_last(
-    spec: PackSpec,
+    spec: PackConfig,
     tokens: np.ndarray,
     cuts: _Cuts,
     lost: np.ndarray,
@@ -141,7 +141,7 @@ def _without_last(
     )
 
 
-def _pieces(spec: PackSpec, cuts: _Cuts) -> Pieces:
+def _pieces(spec: PackConfig, cuts: _Cuts) -> Pieces:
     document = np.repeat(np.arange(len(cuts.kept)), cuts.num_pieces)
     ordinal = np.arange(len(document)) - np.repeat(
         np.cumsum(cuts.num_pieces) - cuts.num_pieces, cuts.num_pieces
@@ -156,7 +156,7 @@ def _pieces(spec: PackSpec, cuts: _Cuts) -> Pieces:
     return Pieces(document, start, end - start + spec.num_mos * (ordinal > 0), repeated)
 
 
-def _split(spec: PackSpec, tokens: np.ndarray, framed: np.ndarray, dropped: dict[str, int]) -> Pieces:
+def _split(spec: PackConfig, tokens: np.ndarray, framed: np.ndarray, dropped: dict[str, int]) -> Pieces:
     """Cut documents into the longest listed pieces that fit; keep those of `piece_length`."""
     mos = spec.num_mos
     position = np.zeros_like(framed)
@@ -178,7 +178,7 @@ def _split(spec: PackSpec, tokens: np.ndarray, framed: np.ndarray, dropped: dict
     return pieces
 
 
-def _between(spec: PackSpec, tokens: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
+def _between(spec: PackConfig, tokens: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
     """Return the documents' own tokens between two framed positions."""
     own = np.minimum(high, spec.num_bos + tokens) - np.maximum(low, spec.num_bos)
     return int(np.maximum(own, 0).sum())

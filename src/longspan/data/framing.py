@@ -14,7 +14,7 @@ import numpy as np
 
 from longspan.core.errors import ConfigError
 from longspan.core.log import get_logger, log_once
-from longspan.data.packing import PackSpec
+from longspan.data.packing import PackConfig
 from longspan.data.store import TokenStore
 
 __all__ = ["Framing", "frame_settings", "frame_words", "text_bos"]
@@ -25,7 +25,7 @@ LOOKED_AT = 64
 
 
 def frame_settings(wanted: Framing, stores: Sequence[TokenStore], *, where: str) -> dict[str, Any]:
-    """Return `specials`, `bos_id` and `eos_id` of a `PackSpec` for the documents of some stores.
+    """Return `specials`, `bos_id` and `eos_id` of a `PackConfig` for the documents of some stores.
 
     Raises:
         ConfigError: a token that the tokenizer has not, or BOS for some of the stores only.
@@ -84,7 +84,7 @@ def _say_unknown(store: TokenStore) -> None:
     )
 
 
-def frame_words(spec: PackSpec) -> str:
+def frame_words(spec: PackConfig) -> str:
     """Say what stands where documents and the rows that go on with one begin: "BOS 2, text; continued: text"."""
     begin = f"BOS {spec.bos_id}, text" if spec.num_bos else "text"
     end = f", EOS {spec.eos_id}" if spec.num_eos else ""

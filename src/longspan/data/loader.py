@@ -19,7 +19,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.seeds import rng
 from longspan.data.lengths import LengthTable
-from longspan.data.packing import PAD_DOCUMENT, PackPlan, PackSpec
+from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan
 
 PAD_SOURCE = "padding"
 """Name of the source of padding, the last name of rows from a plan that pads."""
@@ -228,7 +228,7 @@ class RowLoader:
 class SpanReader:
     """Writes the ids and weights of a plan's spans into rows."""
 
-    def __init__(self, stores: Sequence[DocumentStore], lengths: LengthTable, spec: PackSpec) -> None:
+    def __init__(self, stores: Sequence[DocumentStore], lengths: LengthTable, spec: PackConfig) -> None:
         self._stores, self._lengths, self._spec = stores, lengths, spec
 
     def fill(

@@ -36,7 +36,7 @@ BLOCK = 2**20
 """Documents worked on at a time; it bounds memory and has no influence on the plan."""
 
 
-class MixtureSpec(Config):
+class MixtureConfig(Config):
     """What to choose from a length table."""
 
     mode: Literal["none", "global", "per_source", "upsample", "proportions", "repeat"] = "per_source"
@@ -128,7 +128,7 @@ class MixturePlan:
     documents: np.ndarray
     """uint32 indices into the length table; a repeated document appears again."""
     report: MixtureReport
-    spec: MixtureSpec
+    spec: MixtureConfig
     seed: int
     lengths_fingerprint: str
     stores: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ class MixturePlan:
             plan = cls(
                 documents=columns["documents"],
                 report=MixtureReport.from_dict(head["report"], where="report"),
-                spec=MixtureSpec.from_dict(head["spec"], where="spec"),
+                spec=MixtureConfig.from_dict(head["spec"], where="spec"),
                 seed=head["seed"],
                 lengths_fingerprint=head["lengths"],
                 stores=tuple(head["stores"]),
@@ -174,7 +174,7 @@ class MixturePlan:
         return plan
 
 
-def plan_mixture(spec: MixtureSpec, lengths: LengthTable, seed: int) -> MixturePlan:
+def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> MixturePlan:
     """Choose and order documents; 0.2 s for 1 million documents, about 40 bytes of memory for each of them.
 
     Raises:
@@ -213,7 +213,7 @@ def _by_store(lengths: LengthTable) -> LengthTable:
     return replace(lengths, source=np.asarray(lengths.store), source_names=names)
 
 
-def _candidates(spec: MixtureSpec, lengths: LengthTable) -> np.ndarray:
+def _candidates(spec: MixtureConfig, lengths: LengthTable) -> np.ndarray:
     named = set(spec.weights) | set(spec.sources or ())
     unknown = sorted(named - set(lengths.source_names))
     if unknown:
@@ -269,7 +269,7 @@ class _Taken(NamedTuple):
 
 
 def _choose(
-    spec: MixtureSpec, lengths: LengthTable, candidates: np.ndarray, kept: np.ndarray, seed: int
+    spec: MixtureConfig, lengths: LengthTable, candidates: np.ndarray, kept: np.ndarray, seed: int
 ) -> tuple[_Taken, int | None, dict[str, int]]:
     """Return the chosen documents, the budget of the whole and, if the mode has them, of each source."""
     kept_documents = _where(kept)
@@ -316,7 +316,7 @@ def _of_source(lengths: LengthTable, documents: np.ndarray, source: int) -> np.n
     return np.concatenate([documents[:0], *(part[lengths.source[part] == source] for part in parts)])
 
 
-def source_shares(spec: MixtureSpec, names: Sequence[str], tokens: np.ndarray) -> np.ndarray:
+def source_shares(spec: MixtureConfig, names: Sequence[str], tokens: np.ndarray) -> np.ndarray:
     """Return the wanted share of tokens of each source, given what there is of each; they sum to 1."""
     original = tokens / tokens.sum()
     if spec.mode == "per_source":
@@ -327,7 +327,7 @@ def source_shares(spec: MixtureSpec, names: Sequence[str], tokens: np.ndarray) -
 
 
 def _budgets(
-    spec: MixtureSpec, names: Sequence[str], shares: np.ndarray, capacity: np.ndarray
+    spec: MixtureConfig, names: Sequence[str], shares: np.ndarray, capacity: np.ndarray
 ) -> dict[str, int]:
     """Divide the budget by the shares, largest remainder first, so that the parts sum to it."""
     wanted = shares > 0

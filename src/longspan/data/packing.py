@@ -55,7 +55,7 @@ _DTYPES: dict[str, type] = {
 _OPTIONAL: dict[str, type] = {"span_repeated": np.uint32}
 
 
-class PackSpec(Config):
+class PackConfig(Config):
     """How documents are placed in rows."""
 
     length: Length = pydantic.Field(ge=1, lt=2**32)
@@ -196,7 +196,7 @@ class PackPlan:
     row_offsets: np.ndarray
     """uint64 [rows + 1]."""
     report: PackReport
-    spec: PackSpec
+    spec: PackConfig
     seed: int
     lengths_fingerprint: str
     fingerprint: str
@@ -242,7 +242,7 @@ class PackPlan:
             return cls(
                 **columns,
                 report=PackReport.from_dict(head["report"], where="report"),
-                spec=PackSpec.from_dict(head["spec"], where="spec"),
+                spec=PackConfig.from_dict(head["spec"], where="spec"),
                 seed=head["seed"],
                 lengths_fingerprint=head["lengths"],
                 fingerprint=head["fingerprint"],
@@ -252,7 +252,7 @@ class PackPlan:
             raise DataError(f"the head of the plan {path} is damaged", found=str(error)) from None
 
 
-def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, seed: int) -> PackPlan:
+def plan_packing(spec: PackConfig, lengths: LengthTable, documents: np.ndarray, seed: int) -> PackPlan:
     """Place `documents` (indices into `lengths`, in order) in rows; about 0.2 s for 1 million documents.
 
     Works through blocks of documents, so memory is that of the plan and one block.
@@ -302,7 +302,9 @@ def plan_packing(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, se
     )
 
 
-def plan_split(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, seed: int) -> dict[int, PackPlan]:
+def plan_split(
+    spec: PackConfig, lengths: LengthTable, documents: np.ndarray, seed: int
+) -> dict[int, PackPlan]:
     """Return the plan of every length in `spec.split_lengths`, for strategy split.
 
     Each document is cut into the longest listed pieces that fit, from its start on: 150 with lengths 64 and 16
@@ -338,7 +340,7 @@ class _Columns(NamedTuple):
         return cls._make([*spans, np.concatenate(offsets)])
 
 
-def _groups(spec: PackSpec, lengths: LengthTable, documents: np.ndarray) -> Iterable[np.ndarray]:
+def _groups(spec: PackConfig, lengths: LengthTable, documents: np.ndarray) -> Iterable[np.ndarray]:
     """Yield the documents that may share rows: all, or with `by_source` those of each source, by name."""
     if not spec.by_source:
         yield documents
@@ -348,7 +350,9 @@ def _groups(spec: PackSpec, lengths: LengthTable, documents: np.ndarray) -> Iter
         yield documents[sources == number]
 
 
-def _place(spec: PackSpec, lengths: LengthTable, documents: np.ndarray, dropped: dict[str, int]) -> _Columns:
+def _place(
+    spec: PackConfig, lengths: LengthTable, documents: np.ndarray, dropped: dict[str, int]
+) -> _Columns:
     """Cut all documents, block by block, into unpadded rows; add the tokens dropped for each reason."""
     nothing = np.zeros(0, np.uint32)
     parts, ends = [(nothing, nothing, nothing, nothing)], [np.zeros(1, np.uint64)]
@@ -438,7 +442,7 @@ def _shuffle_rows(columns: _Columns, generator: np.random.Generator) -> _Columns
 
 
 def _report(
-    spec: PackSpec, lengths: LengthTable, documents: np.ndarray, columns: _Columns, dropped: dict[str, int]
+    spec: PackConfig, lengths: LengthTable, documents: np.ndarray, columns: _Columns, dropped: dict[str, int]
 ) -> PackReport:
     by_source = np.zeros(len(lengths.source_names), np.int64)
     count = dict.fromkeys(("own", "all", "repeated", "padding", "begun", "continued"), 0)

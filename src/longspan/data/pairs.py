@@ -62,7 +62,7 @@ CEPE_SHARES: dict[str, dict[str, float]] = {
 PairFormat = Literal["mds", "cepe"]
 
 
-class PairSpec(Config):
+class PairConfig(Config):
     """Which windows to take."""
 
     mode: Literal["ab", "concat"]
@@ -109,7 +109,7 @@ class Windows(NamedTuple):
 class PairPlan:
     """Every pair by the place of its tokens; made by `plan_pairs`."""
 
-    spec: PairSpec
+    spec: PairConfig
     seed: int
     documents: str
     """Fingerprint of the documents."""
@@ -152,7 +152,7 @@ def splits_by_files(documents: TokenDocuments, members: NDArray[np.int64]) -> bo
     return bool(len(documents.files)) and len(np.unique(documents.file[members])) >= MIN_FILES
 
 
-def plan_pairs(spec: PairSpec, documents: TokenDocuments, seed: int = 0) -> PairPlan:
+def plan_pairs(spec: PairConfig, documents: TokenDocuments, seed: int = 0) -> PairPlan:
     """Choose windows at random, without replacement; reads lengths alone.
 
     Memory: some 50 bytes a document and 24 a pair; 10 million documents take 4 s.
@@ -182,7 +182,7 @@ def plan_pairs(spec: PairSpec, documents: TokenDocuments, seed: int = 0) -> Pair
 
 
 def domain_shares(given: Mapping[str, float], mode: str, domains: tuple[str, ...]) -> dict[str, float]:
-    """Return the share of each domain, normalised; see `PairSpec.weights`.
+    """Return the share of each domain, normalised; see `PairConfig.weights`.
 
     Raises:
         ArgumentError: a weight names a domain that is not there, or none is above zero.
@@ -310,7 +310,7 @@ class _Streams(NamedTuple):
 
 
 def _streams(
-    spec: PairSpec, documents: TokenDocuments, members: NDArray[np.int64], by_files: bool
+    spec: PairConfig, documents: TokenDocuments, members: NDArray[np.int64], by_files: bool
 ) -> _Streams:
     tokens = documents.tokens[members]
     ends = np.cumsum(tokens)
@@ -326,7 +326,7 @@ def _streams(
 
 
 def _choose(
-    spec: PairSpec,
+    spec: PairConfig,
     documents: TokenDocuments,
     members: NDArray[np.int64],
     streams: _Streams,
@@ -348,7 +348,7 @@ def _choose(
 
 def _write_domain(
     folder: Path,
-    spec: PairSpec,
+    spec: PairConfig,
     documents: TokenDocuments,
     domain: str,
     rows: Windows,

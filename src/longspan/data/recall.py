@@ -24,7 +24,7 @@ MAX_DRAWS = 50
 """A long key may not fit a short document; another one is drawn, this often."""
 
 
-class RecallSpec(NamedTuple):
+class RecallTexts(NamedTuple):
     """What a training document with planted facts looks like.
 
     `min_facts`..`max_facts` facts are each restated `restated` times; with probability `far_bias` a
@@ -44,7 +44,7 @@ def recall_document(
     rng: np.random.Generator,
     filler: str,
     keys: Sequence[str],
-    spec: RecallSpec,
+    spec: RecallTexts,
     *,
     num_tokens: int,
     count_tokens: Callable[[str], int],
@@ -89,7 +89,7 @@ class _Places(NamedTuple):
     first: list[bool]
 
 
-def _places(rng: np.random.Generator, num_facts: int, spec: RecallSpec) -> _Places:
+def _places(rng: np.random.Generator, num_facts: int, spec: RecallTexts) -> _Places:
     marks: list[tuple[float, int]] = []
     for fact in range(num_facts):
         depths = np.sort(rng.random(spec.restated + 1))
@@ -125,7 +125,7 @@ def _cut(text: str, num_tokens: int, count_tokens: Callable[[str], int]) -> int:
 
 
 def _compose(
-    filler: str, facts: list[Fact], places: _Places, spec: RecallSpec
+    filler: str, facts: list[Fact], places: _Places, spec: RecallTexts
 ) -> tuple[str, list[list[int]]]:
     pieces: list[str] = []
     weights: list[list[int]] = []
@@ -152,7 +152,7 @@ class RecallSet(NamedTuple):
     source: str
     num_documents: int
     num_tokens: int | tuple[int, int]
-    spec: RecallSpec
+    spec: RecallTexts
 
 
 def write_recall_corpus(

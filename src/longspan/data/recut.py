@@ -21,7 +21,7 @@ from longspan.data.lengths import LengthTable
 from longspan.data.loader import PAD_SOURCE, PackedRow, RowLoader, RowsOver
 from longspan.data.packed_files import StoredRow
 from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.packing import PackConfig, plan_packing
 
 Overflow = Literal["split", "drop_tail"]
 Strategy = Literal["concat", "intact", "best_fit"]
@@ -94,7 +94,7 @@ class RecutRows(RowsOver):
 
     def __init__(self, rows: PackedRows, *, length: int, strategy: Strategy = "concat") -> None:
         documents = RowDocuments(rows)
-        spec = PackSpec(
+        spec = PackConfig(
             length=length,
             strategy=strategy,
             remainder="drop" if strategy == "concat" else "pad",

@@ -46,7 +46,7 @@ from longspan.data.tokenizer import Tokenizer
 FOLDER = "retrieval"
 
 
-class RetrievalSpec(Config):
+class RetrievalConfig(Config):
     """Which chunks to take."""
 
     samples: int = pydantic.Field(gt=0)
@@ -58,7 +58,7 @@ class RetrievalSpec(Config):
     mode: Literal["ab", "concat"] = "concat"
     """Published shares to fall back on; see `weights`."""
     weights: dict[str, float] = pydantic.Field(default_factory=dict)
-    """Share of the chunks by domain; see `pairs.PairSpec.weights`."""
+    """Share of the chunks by domain; see `pairs.PairConfig.weights`."""
 
 
 class Chunks(NamedTuple):
@@ -73,7 +73,7 @@ class Chunks(NamedTuple):
 class RetrievalPlan:
     """Every chunk of one shard by its place; made by `plan_retrieval`."""
 
-    spec: RetrievalSpec
+    spec: RetrievalConfig
     seed: int
     shard: int
     documents: str
@@ -91,7 +91,7 @@ class RetrievalPlan:
 
 
 def plan_retrieval(
-    spec: RetrievalSpec, documents: TokenDocuments, shard: int, seed: int = 0
+    spec: RetrievalConfig, documents: TokenDocuments, shard: int, seed: int = 0
 ) -> RetrievalPlan:
     """Choose the chunks of a shard; reads lengths alone, memory of some 40 bytes a document.
 

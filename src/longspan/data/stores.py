@@ -23,7 +23,7 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers, write_json
 from longspan.core.progress import progress
 from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixturePlan, MixtureSpec, plan_mixture, split_place
+from longspan.data.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
 from longspan.data.store import (
     Column,
     MDSDirectory,
@@ -135,7 +135,7 @@ def split_plans(lengths: LengthTable, parts: Mapping[str, float], *, seed: int =
     """
     _parts(lengths, parts)
     bounds = [0.0, *np.cumsum(list(parts.values()))[:-1].tolist(), 1.0]
-    specs = [MixtureSpec(mode="none", part=(start, stop)) for start, stop in pairwise(bounds)]
+    specs = [MixtureConfig(mode="none", part=(start, stop)) for start, stop in pairwise(bounds)]
     return {name: plan_mixture(spec, lengths, seed) for name, spec in zip(parts, specs)}
 
 

@@ -42,7 +42,7 @@ def parse_stream(text: str) -> Stream:
 
 
 def stream_settings(streams: Sequence[Stream]) -> dict[str, Any]:
-    """Return the settings of a `MixtureSpec` that mixes stores as written; {} if every store is plain.
+    """Return the settings of a `MixtureConfig` that mixes stores as written; {} if every store is plain.
 
     Raises:
         ArgumentError: some streams have a share and others not.

@@ -71,7 +71,7 @@ class LongQaData(NamedTuple):
     """Records that are no questions."""
 
 
-class LongQaSettings(Config):
+class LongQaConfig(Config):
     """Settings of an evaluation on local questions."""
 
     datasets: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class LongQa:
     mode: Mode = "generate"
     scorer = "by_metric"
 
-    def __init__(self, settings: LongQaSettings, form: PromptForm, data: LongQaData) -> None:
+    def __init__(self, settings: LongQaConfig, form: PromptForm, data: LongQaData) -> None:
         self.settings = settings
         self._form = form
         self._plain = form.plain()

@@ -28,8 +28,8 @@ from longspan.core.seeds import rng
 from longspan.data.facts import collect_keys
 from longspan.eval.documents import HeldOutDocument, describe_documents
 from longspan.eval.haystack import Haystack, Window
+from longspan.eval.needle_config import NeedleConfig, fill
 from longspan.eval.needle_originals import OriginalHaystack, Parts
-from longspan.eval.needle_settings import NeedleSettings, fill
 from longspan.eval.planting import Insertion, Planted, check_depth, plant
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
@@ -83,7 +83,7 @@ class NeedleComposer:
 
     def __init__(
         self,
-        settings: NeedleSettings,
+        settings: NeedleConfig,
         documents: Sequence[HeldOutDocument],
         form: PromptForm,
         *,
@@ -335,7 +335,7 @@ class NeedleTask:
     """
 
     def __init__(
-        self, settings: NeedleSettings, documents: Sequence[HeldOutDocument], form: PromptForm
+        self, settings: NeedleConfig, documents: Sequence[HeldOutDocument], form: PromptForm
     ) -> None:
         self.settings = settings
         self.mode: Mode = settings.mode
@@ -401,7 +401,7 @@ class NeedleTask:
         return Context(planted.text, planted)
 
 
-def plan_grid(settings: NeedleSettings, form: PromptForm) -> list[Planned]:
+def plan_grid(settings: NeedleConfig, form: PromptForm) -> list[Planned]:
     """Return every sample of a grid, grouped by the haystack that samples share."""
     beyond = form.beyond(settings.max_new_tokens) if settings.mode == "generate" else 0
     if settings.original == "longllm":  # whose length is that of the bare prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from longspan.core.errors import ConfigError
-from longspan.eval.needle_settings import NeedleSettings
+from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
 from longspan.infer.flops import Cell, ladder, work_by_themselves, work_shared
 
@@ -24,7 +24,7 @@ class GridCost(NamedTuple):
     """How many times fewer pairs of query and key."""
 
 
-def grid_cost(settings: NeedleSettings, form: PromptForm, *, multi_key: bool = False) -> GridCost:
+def grid_cost(settings: NeedleConfig, form: PromptForm, *, multi_key: bool = False) -> GridCost:
     """Return what a grid costs, in closed form; nothing is composed.
 
     With 11 depths over even lengths about half is read: what stands before a needle is shared, what follows
@@ -48,7 +48,7 @@ def grid_cost(settings: NeedleSettings, form: PromptForm, *, multi_key: bool = F
     )
 
 
-def _groups(settings: NeedleSettings, form: PromptForm, *, multi_key: bool) -> list[list[Cell]]:
+def _groups(settings: NeedleConfig, form: PromptForm, *, multi_key: bool) -> list[list[Cell]]:
     """Return the prompts of one haystack, those that share a trunk together."""
     number = "9" * settings.answer_digits
     if settings.mode == "teacher_forced":

@@ -14,7 +14,7 @@ from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.needle import Context, Facts, NeedleComposer, plan_grid, summarise_grid
-from longspan.eval.needle_settings import NeedleSettings
+from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.task import Built, Mode, Planned
 
@@ -29,7 +29,7 @@ class MultiKeyTask:
     name = "needle_multikey"
 
     def __init__(
-        self, settings: NeedleSettings, documents: Sequence[HeldOutDocument], form: PromptForm
+        self, settings: NeedleConfig, documents: Sequence[HeldOutDocument], form: PromptForm
     ) -> None:
         if "key" not in settings.template(settings.needle) & settings.template(settings.question):
             raise ConfigError(

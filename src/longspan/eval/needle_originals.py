@@ -14,7 +14,7 @@ from longspan.core.errors import DataError
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.haystack import Window
-from longspan.eval.needle_settings import Original
+from longspan.eval.needle_config import Original
 from longspan.eval.planting import Planted
 
 FU_2024_SPARE = 200

@@ -87,7 +87,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Settings by name; see `NeedleSettings` for what they mean."""
+"""Settings by name; see `NeedleConfig` for what they mean."""
 
 EXACT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -42,7 +42,7 @@ FARTHEST = 0.2
 """How far off its depth the key may stand: with fewer than 3 lines of noise some depths have no place."""
 
 
-class PasskeySettings(Config):
+class PasskeyConfig(Config):
     """Settings of a passkey evaluation: every length with every depth is a cell of `samples` samples."""
 
     lengths: tuple[pydantic.PositiveInt, ...]
@@ -68,7 +68,7 @@ class Passkey:
     mode: Mode = "generate"
     scorer = "first_number"
 
-    def __init__(self, settings: PasskeySettings, form: PromptForm) -> None:
+    def __init__(self, settings: PasskeyConfig, form: PromptForm) -> None:
         self.settings = settings
         self._form = form
         self._unit: tuple[int, float] | None = None

@@ -76,7 +76,7 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", 
 Kind = Literal["topics", "lines"]
 
 
-class TopicsSettings(Config):
+class TopicsConfig(Config):
     """Settings of topic or line retrieval."""
 
     kind: Kind = "topics"
@@ -102,7 +102,7 @@ class TopicsSettings(Config):
         return [int(part) for part in parts]
 
     @pydantic.model_validator(mode="after")
-    def _counts_are_possible(self) -> TopicsSettings:
+    def _counts_are_possible(self) -> TopicsConfig:
         refuse_repeats(self.in_effect)
         least, most = min(self.in_effect), max(self.in_effect)
         if self.kind == "topics" and most > len(word_list("topics")):
@@ -122,7 +122,7 @@ class Topics:
 
     mode: Mode = "generate"
 
-    def __init__(self, settings: TopicsSettings, form: PromptForm) -> None:
+    def __init__(self, settings: TopicsConfig, form: PromptForm) -> None:
         self.settings = settings
         self.name: str = settings.kind
         self.scorer = "contains" if settings.kind == "topics" else "first_number"

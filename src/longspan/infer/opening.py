@@ -45,7 +45,7 @@ BATCH_TOKENS = 16_384
 PROVIDERS = tuple(KINDS)
 
 
-class ServerSettings(Config):
+class ServerConfig(Config):
     """How a model behind a server is asked; see `api`."""
 
     trained_length: pydantic.PositiveInt | None = None
@@ -129,7 +129,7 @@ def open_answerer(
     prefix_reuse: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     base_url: str | None = None,
-    server: ServerSettings | None = None,
+    server: ServerConfig | None = None,
 ) -> Answerer:
     """Open a model; close what is returned. Of one that is run here that is a `TokenLosses`, too.
 
@@ -160,7 +160,7 @@ def open_answerer(
             raise ArgumentError(
                 "how a server runs its model is its own affair", found="--tp, --cp or --replicas"
             )
-        how = server or ServerSettings()
+        how = server or ServerConfig()
         return open_remote(
             *remote,
             base_url=base_url,

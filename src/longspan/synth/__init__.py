@@ -6,16 +6,16 @@ become conversations at a length, with the evidence even over depth (`conversati
 """
 
 from longspan.synth.claims import UsedDocuments
-from longspan.synth.conversation import ConversationSpec
-from longspan.synth.job import Student, SynthJob, SynthSettings, estimate_job, require_samples
-from longspan.synth.spec import SetSpec, load_set, shipped_sets
+from longspan.synth.config import SetConfig, load_set, shipped_sets
+from longspan.synth.conversation import ConversationConfig
+from longspan.synth.job import Student, SynthConfig, SynthJob, estimate_job, require_samples
 
 __all__ = [
-    "ConversationSpec",
-    "SetSpec",
+    "ConversationConfig",
+    "SetConfig",
     "Student",
+    "SynthConfig",
     "SynthJob",
-    "SynthSettings",
     "UsedDocuments",
     "estimate_job",
     "load_set",

@@ -12,9 +12,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from longspan.api import ChatRequest, ChatResult, Client
 from longspan.core.errors import RunError
 from longspan.data.tokenizer import Tokenizer
+from longspan.synth.config import SetConfig
 from longspan.synth.items import Item, Shown, spans_of
 from longspan.synth.sections import Span, spread_groups
-from longspan.synth.spec import SetSpec
 from longspan.synth.templates import PromptTemplate, load_prompt
 
 _T = TypeVar("_T")
@@ -100,7 +100,7 @@ class Asker:
         length: tokens of a sample: of a longer document, sections are asked about that one sample can hold.
     """
 
-    def __init__(self, spec: SetSpec, tokenizer: Tokenizer, *, length: int) -> None:
+    def __init__(self, spec: SetConfig, tokenizer: Tokenizer, *, length: int) -> None:
         self.spec, self._tokenizer, self._length = spec, tokenizer, length
         self.reach = max(1, round(_CONTEXT_SHARE * length / spec.section_tokens))
         """Sections that a sample can hold."""

@@ -40,7 +40,7 @@ _TRIES = 6
 _SLACK = 8
 
 
-class ConversationSpec(Config):
+class ConversationConfig(Config):
     """What a sample looks like."""
 
     length: pydantic.PositiveInt = 81920
@@ -78,7 +78,7 @@ class Composer:
 
     def __init__(
         self,
-        spec: ConversationSpec,
+        spec: ConversationConfig,
         tokenizer: Tokenizer,
         chat: ChatFormat,
         documents: DocumentFile,

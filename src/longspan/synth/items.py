@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longspan.data.chat.messages import MARKS
+from longspan.synth.config import SetConfig
 from longspan.synth.filters import content_words, find_quote, find_support, recall, words_of
 from longspan.synth.parsing import parse_reply
 from longspan.synth.sections import Span
-from longspan.synth.spec import SetSpec
 
 MAX_QUESTION_WORDS = 80
 _MENTIONS = 5
@@ -73,7 +73,7 @@ class Shown(NamedTuple):
     """Their numbers in the document."""
 
 
-def read_reply(reply: str, shown: Shown, spec: SetSpec, repairs: Counter[str]) -> list[Item | Rejected]:
+def read_reply(reply: str, shown: Shown, spec: SetConfig, repairs: Counter[str]) -> list[Item | Rejected]:
     """Return what became of every object of a reply; the faults that were mended are counted in `repairs`."""
     parsed = parse_reply(reply)
     repairs.update(parsed.repairs)
@@ -89,7 +89,7 @@ def read_reply(reply: str, shown: Shown, spec: SetSpec, repairs: Counter[str]) -
     return found
 
 
-def _item(values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
+def _item(values: Mapping[str, Any], shown: Shown, spec: SetConfig) -> Item:
     if spec.kind == "biography":
         return _biography(values, shown, spec)
     if spec.kind == "research_questions":
@@ -109,7 +109,9 @@ def _item(values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
     return Item(question, answer, (place,), shown.sections)
 
 
-def _multi_detail(question: str, answer: str, values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
+def _multi_detail(
+    question: str, answer: str, values: Mapping[str, Any], shown: Shown, spec: SetConfig
+) -> Item:
     numbers = values.get("sections")
     numbers = numbers if isinstance(numbers, list) else []
     chosen = sorted({number for number in map(_whole_number, numbers) if number is not None})
@@ -124,7 +126,7 @@ def _multi_detail(question: str, answer: str, values: Mapping[str, Any], shown: 
     return Item(question, answer, places, tuple(shown.sections[number - 1] for number in chosen))
 
 
-def _research(values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
+def _research(values: Mapping[str, Any], shown: Shown, spec: SetConfig) -> Item:
     number = _whole_number(values.get("number"))
     if number is None or not 1 <= number <= len(spec.fixed_questions):
         raise _RejectedError("no question of the list")
@@ -138,7 +140,7 @@ def _research(values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
     return Item(spec.fixed_questions[number - 1], answer, (place,), shown.sections)
 
 
-def _biography(values: Mapping[str, Any], shown: Shown, spec: SetSpec) -> Item:
+def _biography(values: Mapping[str, Any], shown: Shown, spec: SetConfig) -> Item:
     character, summary = _text(values, "character"), _text(values, "summary")
     if len(words_of(character)) > 8:
         raise _RejectedError("no name")
@@ -168,7 +170,7 @@ def _text(values: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _check_answer(answer: str, spec: SetSpec) -> None:
+def _check_answer(answer: str, spec: SetConfig) -> None:
     count = len(words_of(answer))
     if count > spec.max_answer_words:
         raise _RejectedError("answer too long")
@@ -176,7 +178,7 @@ def _check_answer(answer: str, spec: SetSpec) -> None:
         raise _RejectedError("answer too short")
 
 
-def _check_support(answer: str, evidence: str, spec: SetSpec) -> None:
+def _check_support(answer: str, evidence: str, spec: SetConfig) -> None:
     if recall(answer, evidence, spec.language) < spec.evidence_recall:
         raise _RejectedError("answer not in its evidence")
 

@@ -40,7 +40,8 @@ from longspan.data.job_lock import JobLock
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments
-from longspan.synth.conversation import Composer, ConversationSpec, Sample
+from longspan.synth.config import SetConfig
+from longspan.synth.conversation import Composer, ConversationConfig, Sample
 from longspan.synth.figure import draw_depths
 from longspan.synth.filters import NearDuplicates, content_words, knows
 from longspan.synth.items import Item, Rejected, Shown, read_reply
@@ -48,7 +49,6 @@ from longspan.synth.offline import make_questions
 from longspan.synth.output import Lines, write_lines
 from longspan.synth.sections import TokenRuler
 from longspan.synth.selection import DocumentFile, Inputs, Selected, select_documents
-from longspan.synth.spec import SetSpec
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", "job.lock"
 _log = get_logger("synth")
@@ -56,10 +56,10 @@ _TURN_TOKENS = 60
 """About what a question of the kind `offline` takes in a conversation."""
 
 
-class SynthSettings(Config):
+class SynthConfig(Config):
     """What decides the output of a job, beside what the model says."""
 
-    set: SetSpec
+    set: SetConfig
     inputs: tuple[str, ...]
     text_field: str = "text"
     source_field: str | None = None
@@ -71,7 +71,7 @@ class SynthSettings(Config):
     """Who is asked, such as `openai:NAME`; None: nobody (`offline`). Its address may change while a job goes on."""
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Further fields of every request."""
-    sample: ConversationSpec = ConversationSpec()
+    sample: ConversationConfig = ConversationConfig()
     leak_check: bool = True
     """Whether every question is also asked without its document."""
     seed: int = 0
@@ -94,7 +94,7 @@ class SynthJob:
 
     def __init__(
         self,
-        settings: SynthSettings,
+        settings: SynthConfig,
         out: Path,
         student: Student,
         *,
@@ -366,7 +366,7 @@ class _Asked(NamedTuple):
 
 
 def estimate_job(
-    settings: SynthSettings,
+    settings: SynthConfig,
     student: Student,
     *,
     out: Path,
@@ -410,7 +410,7 @@ def estimate_job(
         return selected, asking, checks
 
 
-def inputs_of(settings: SynthSettings) -> Inputs:
+def inputs_of(settings: SynthConfig) -> Inputs:
     """Return what a job reads."""
     return Inputs(settings.inputs, settings.text_field, settings.source_field)
 
@@ -441,7 +441,7 @@ def require_samples(summary: Mapping[str, Any]) -> None:
         )
 
 
-def _limits(spec: SetSpec) -> str:
+def _limits(spec: SetConfig) -> str:
     most = "any number of" if spec.max_tokens is None else f"{spec.max_tokens:,}"
     return f"{spec.min_tokens:,} to {most} tokens"
 

@@ -19,9 +19,9 @@ from longspan.core.seeds import derive_seed
 from longspan.data.readers import Document, ReadReport, read_documents
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.claims import UsedDocuments
+from longspan.synth.config import SetConfig
 from longspan.synth.language import detect_language
 from longspan.synth.sections import cut_sections
-from longspan.synth.spec import SetSpec
 
 
 class Inputs(NamedTuple):
@@ -55,7 +55,7 @@ def content_hash(text: str) -> str:
 
 def select_documents(
     inputs: Inputs,
-    spec: SetSpec,
+    spec: SetConfig,
     tokenizer: Tokenizer,
     out: Path,
     *,
@@ -107,7 +107,7 @@ def select_documents(
 
 def _eligible(
     inputs: Inputs,
-    spec: SetSpec,
+    spec: SetConfig,
     tokenizer: Tokenizer,
     counts: Counter[str],
     report: ReadReport,
@@ -135,7 +135,7 @@ def _eligible(
     return passed
 
 
-def _judge(text: str, spec: SetSpec, tokenizer: Tokenizer) -> tuple[str | None, int]:
+def _judge(text: str, spec: SetConfig, tokenizer: Tokenizer) -> tuple[str | None, int]:
     """Return why a document is left out (None: it is not) and its tokens."""
     # A token is at least a byte, so most short documents need no tokenizer.
     if 4 * len(text) < spec.min_tokens:
@@ -153,7 +153,7 @@ def _judge(text: str, spec: SetSpec, tokenizer: Tokenizer) -> tuple[str | None, 
 
 
 def _record(
-    document: Document, name: str, tokens: int, spec: SetSpec, tokenizer: Tokenizer
+    document: Document, name: str, tokens: int, spec: SetConfig, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     cuts_sections = spec.kind in ("one_detail", "multi_detail")
     spans = cut_sections(document.text, spec.section_tokens, tokenizer) if cuts_sections else []

@@ -9,7 +9,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.data.framing import Framing
 from longspan.data.lengths import Length
-from longspan.data.mixture import MixtureSpec
+from longspan.data.mixture import MixtureConfig
 
 
 class StreamConfig(Config):
@@ -31,7 +31,7 @@ class StreamConfig(Config):
     `data_root`."""
     chat_template: str | None = None
     """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
-    mixture: MixtureSpec = MixtureSpec(mode="none")
+    mixture: MixtureConfig = MixtureConfig(mode="none")
     strategy: Literal["concat", "intact", "best_fit"] | None = None
     """How documents become rows of the stage's context length; those of longer `rows` too. None: concat; for
     conversations, and with `objective: sft`, best_fit, and a conversation longer than a row is left out and counted:

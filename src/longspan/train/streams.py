@@ -19,7 +19,7 @@ from longspan.data.loader import Order, PackedRow, RowLoader, RowSource, StreamM
 from longspan.data.mixture import MixturePlan, plan_mixture
 from longspan.data.packed_stores import PackedRows
 from longspan.data.packing import KIND as PACK_PLAN
-from longspan.data.packing import PackPlan, PackSpec, plan_packing
+from longspan.data.packing import PackConfig, PackPlan, plan_packing
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.recut import HeadRows, Overflow, RecutRows, recut
 from longspan.data.store import TokenStore, open_stores
@@ -235,7 +235,7 @@ def _planned(
         documents = draw_records(parts, lengths, documents, seed)
     if stream.group_by_length:
         documents = grouped_by_length(documents, lengths.tokens, stretch=50 * stage.rows_per_step)
-    spec = PackSpec(
+    spec = PackConfig(
         length=stage.context_length,
         strategy=strategy,
         overflow="drop_tail" if stream.overflow == "drop_tail" else "split",

@@ -19,7 +19,7 @@ from longspan.core.log import get_logger
 from longspan.core.seeds import rng
 from longspan.data.chat import load_chat_format
 from longspan.data.materialize import materialize
-from longspan.data.packing import PackSpec, plan_packing
+from longspan.data.packing import PackConfig, plan_packing
 from longspan.data.python_corpus import python_documents
 from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
@@ -179,6 +179,6 @@ def _packed(
         records = ({"text": text, "source": source} for text in drawn)
         store = _store(records, tokenizer, aside, source_field="source")
     documents = np.arange(len(store.lengths), dtype=np.uint32)
-    plan = plan_packing(PackSpec(length=stage.context_length), store.lengths, documents, 0)
+    plan = plan_packing(PackConfig(length=stage.context_length), store.lengths, documents, 0)
     plan.save(aside.with_name(f"{aside.name}-plan"), stores=[aside])
     materialize(aside.with_name(f"{aside.name}-plan"), work / rows, format="mds")

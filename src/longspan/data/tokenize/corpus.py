@@ -20,7 +20,7 @@ from longspan.core.files import behind_link, disk_errors
 from longspan.core.log import get_logger
 from longspan.data.executor import ArrayJob, Executor, LocalExecutor
 from longspan.data.job_lock import BusyError, JobLock, hold_share, share_lock
-from longspan.data.mixture import MixtureSpec
+from longspan.data.mixture import MixtureConfig
 from longspan.data.readers import (
     Fields,
     Grouping,
@@ -74,7 +74,7 @@ def tokenize_corpus(
     header_field: str | None = None,
     messages_field: str | None = None,
     chat: ChatFormat | None = None,
-    mix: MixtureSpec | None = None,
+    mix: MixtureConfig | None = None,
     seed: int = 0,
     num_workers: int = 1,
     executor: Executor | None = None,
@@ -134,7 +134,7 @@ def tokenize_corpus(
     return store
 
 
-def _check_mix(mix: MixtureSpec) -> None:
+def _check_mix(mix: MixtureConfig) -> None:
     """Refuse a mixture that cannot be sampled while documents are read."""
     if mix.tokens is None:
         raise ArgumentError("sampling while reading needs a number of tokens", fix="give --tokens")
@@ -162,7 +162,7 @@ class CorpusJob:
         header_field: str | None = None,
         messages_field: str | None = None,
         chat: ChatFormat | None = None,
-        mix: MixtureSpec | None = None,
+        mix: MixtureConfig | None = None,
         seed: int = 0,
         strict: bool = False,
         shard_bytes: int = SHARD_BYTES,

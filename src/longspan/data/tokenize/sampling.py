@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from longspan.core.seeds import derive_seed
-from longspan.data.mixture import MixtureSpec, keep_coin, source_shares
+from longspan.data.mixture import MixtureConfig, keep_coin, source_shares
 from longspan.data.readers import InputFile
 
 FIRST_WAVE = 16
@@ -58,7 +58,7 @@ class SourceCounts(NamedTuple):
 class Sampling(NamedTuple):
     """What decides whether a document is taken; the same for all units of a wave."""
 
-    spec: MixtureSpec
+    spec: MixtureConfig
     seed: int
     bytes_per_token: float
     full: frozenset[str] = frozenset()
@@ -104,7 +104,7 @@ class Budgets(NamedTuple):
         return min(parts, default=1.0)
 
 
-def budgets(spec: MixtureSpec, seen: dict[str, SourceCounts]) -> Budgets:
+def budgets(spec: MixtureConfig, seen: dict[str, SourceCounts]) -> Budgets:
     """Return what is wanted and taken of each source, its share estimated from what was read so far."""
     assert spec.tokens is not None
     taken = {name: counts.taken_tokens for name, counts in seen.items()}
@@ -143,7 +143,7 @@ def add_counts(total: dict[str, SourceCounts], more: Iterable[tuple[str, SourceC
         total[source] = total.get(source, SourceCounts()).plus(counts)
 
 
-def describe(spec: MixtureSpec, seed: int, seen: dict[str, SourceCounts]) -> dict[str, Any]:
+def describe(spec: MixtureConfig, seed: int, seen: dict[str, SourceCounts]) -> dict[str, Any]:
     """Return what was sampled, for the manifest, and the settings of `data mix` that make the exact mixture."""
     found = budgets(spec, seen)
     sizes = sum(counts.size for counts in seen.values())

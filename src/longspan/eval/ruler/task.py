@@ -1,6 +1,6 @@
 """RULER as a task: every subtask at every length, each sample as long as stated, composed once and kept.
 
-settings = RulerSettings(lengths=("4k", "128k"), samples=100)
+settings = RulerConfig(lengths=("4k", "128k"), samples=100)
 task = Ruler(settings, PromptForm(tokenizer), essay=text, cache=SampleCache("cache"))
 """
 
@@ -34,7 +34,7 @@ CALIBRATION = "calibration"
 _FIRST_UNITS = 24
 
 
-class RulerSettings(Config):
+class RulerConfig(Config):
     """Settings of RULER."""
 
     lengths: tuple[pydantic.PositiveInt, ...]
@@ -78,7 +78,7 @@ class Ruler:
 
     def __init__(
         self,
-        settings: RulerSettings,
+        settings: RulerConfig,
         form: PromptForm,
         *,
         essay: str,

@@ -27,7 +27,7 @@ FIELDS_OF_KIND: dict[str, set[str]] = {
 """Fields that the prompt of each kind is given."""
 
 
-class SetSpec(Config):
+class SetConfig(Config):
     """One set of questions.
 
     one_detail            every section is asked for details
@@ -99,13 +99,13 @@ class SetSpec(Config):
         return template
 
 
-def load_set(name: str) -> SetSpec:
+def load_set(name: str) -> SetConfig:
     """Return a set by its shipped name or from a YAML file. Raises ConfigError."""
     if Path(name).suffix in (".yaml", ".yml"):
-        return SetSpec.from_yaml(name)
-    return SetSpec.from_yaml(shipped("sets", name))
+        return SetConfig.from_yaml(name)
+    return SetConfig.from_yaml(shipped("sets", name))
 
 
-def shipped_sets() -> list[SetSpec]:
+def shipped_sets() -> list[SetConfig]:
     """Return all shipped sets in alphabetical order."""
     return [load_set(name) for name in shipped_names("sets")]

@@ -29,7 +29,7 @@ CHAT: Mapping[str, str] = MappingProxyType(
 """Settings for a chat, where nothing is said: a model that chats answers in a sentence, not with a bare number."""
 
 
-class NeedleSettings(Config):
+class NeedleConfig(Config):
     """Settings of a needle evaluation: every length with every depth is a cell of `samples` samples."""
 
     lengths: tuple[pydantic.PositiveInt, ...]
@@ -105,7 +105,7 @@ class NeedleSettings(Config):
         ]
 
     @pydantic.model_validator(mode="after")
-    def _texts_fit_together(self) -> NeedleSettings:
+    def _texts_fit_together(self) -> NeedleConfig:
         if self.answer_prefix and self.mode == "teacher_forced":
             raise ValueError("answer_prefix begins an answer that is generated; a given one needs none")
         for name in ("needle", "question", "answer", "answer_prefix"):
@@ -132,7 +132,7 @@ class NeedleSettings(Config):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _facts_differ(self) -> NeedleSettings:
+    def _facts_differ(self) -> NeedleConfig:
         if self.num_needles > 1:
             if "key" not in self.template(self.needle) or "key" not in self.template(self.question):
                 raise ValueError("several needles need a {key} in needle and question, to tell them apart")
@@ -150,7 +150,7 @@ class NeedleSettings(Config):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _original_has_one_needle(self) -> NeedleSettings:
+    def _original_has_one_needle(self) -> NeedleConfig:
         if self.original is None:
             return self
         if self.num_needles > 1 or self.num_distractors:

@@ -9,7 +9,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.data.lengths import Length, TokenBudget
 
-__all__ = ["AnnotateSpec", "PairWindows", "TeacherConfig"]
+__all__ = ["AnnotateConfig", "PairWindows", "TeacherConfig"]
 
 
 class TeacherConfig(Config):
@@ -47,7 +47,7 @@ class PairWindows(Config):
     """Passages of it."""
 
 
-class AnnotateSpec(Config):
+class AnnotateConfig(Config):
     """Everything that decides what is written."""
 
     teacher: TeacherConfig
