@@ -11,7 +11,7 @@ import torch
 from gpu_measure import Deadline, Row, Scale, Tensors, borders, difference, measure, qkv
 from longspan.kernels.attention import Bands, choose_kernel
 from longspan.kernels.attention.reference import ReferenceKernel
-from longspan.parallel.schedules.base import Call, Partial, block_backward, block_forward
+from longspan.parallel.schedules.base import AttentionCall, Partial, block_backward, block_forward
 from longspan.parallel.shards import SequenceShards
 
 FLEX_BLOCK = 128
@@ -227,7 +227,7 @@ def _virtual_ring(
 ) -> tuple[Callable, Callable, SequenceShards]:
     """Return what the ranks of a ring compute in its forward and backward pass, without their communication."""
     shards = SequenceShards("zigzag", cu, world)
-    call = Call(shards, None, scale.head_dim**-0.5, choose_kernel(scale.device))
+    call = AttentionCall(shards, None, scale.head_dim**-0.5, choose_kernel(scale.device))
     padding = shards.num_padded - shards.num_tokens
     padded = [torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in tensors]
     local = [

@@ -7,9 +7,19 @@ import threading
 
 import pytest
 
-from longspan.api import Budget, ChatRequest, Client, Endpoint, Limits, Price, Usage, estimate, price_of
+from longspan.api import (
+    ChatRequest,
+    Client,
+    Endpoint,
+    Limits,
+    Price,
+    SpendingLimits,
+    Usage,
+    estimate,
+    price_of,
+)
 from longspan.api.cache import AnswerCache, request_key
-from longspan.api.messages import LogProbs, Reading
+from longspan.api.messages import LogProbs, ParsedAnswer
 from longspan.api.openai_protocol import ChatProtocol
 from longspan.core.errors import ConfigError, DataError, RunError
 from tests.api.fake_server import chat, error, reply_json, serving
@@ -79,7 +89,7 @@ def test_another_model_behind_the_address_is_asked_itself(tmp_path, caplog):
 
 
 def test_a_recorded_answer_comes_back_whole(tmp_path):
-    reading = Reading(
+    reading = ParsedAnswer(
         "text \u2028 \ud800", "length", Usage(3, 4), None, "detail", LogProbs((None, -0.5), ("", "a"))
     )
     cache = AnswerCache(tmp_path / "deep" / "answers.sqlite")
@@ -97,7 +107,7 @@ def test_two_processes_and_threads_share_a_file(tmp_path):
 
     def fill(cache: AnswerCache, part: int) -> None:
         for number in range(50):
-            cache.put(f"{part} {number}", "m", Reading(str(number), "stop"))
+            cache.put(f"{part} {number}", "m", ParsedAnswer(str(number), "stop"))
 
     threads = [threading.Thread(target=fill, args=pair) for pair in ((first, 0), (second, 1), (first, 2))]
     for thread in threads:
@@ -125,7 +135,7 @@ def test_other_files_are_not_taken_for_answers(tmp_path):
 
 def test_a_damaged_record_is_a_message(tmp_path):
     cache = AnswerCache(tmp_path / "answers.sqlite")
-    cache.put("k", "m", Reading("text", "stop"))
+    cache.put("k", "m", ParsedAnswer("text", "stop"))
     with sqlite3.connect(cache.path) as database:
         database.execute("UPDATE answers SET answer = '{\"text\"'")
     database.close()
@@ -166,7 +176,7 @@ def test_recorded_answers_cost_nothing(tmp_path):
     price = Price(input=1e6, output=1e6)
     with serving([chat("x", usage=(5, 2))]) as server:
         endpoint = Endpoint(model="m", base_url=server.url)
-        budget = Budget(price=price, max_cost=300)
+        budget = SpendingLimits(price=price, max_cost=300)
         for place in range(2):
             with Client(
                 endpoint, cache=tmp_path / "answers.sqlite", clock=MadeClock(), budget=budget
@@ -205,7 +215,7 @@ def test_prices_are_read_by_model(tmp_path):
 
 def test_a_budget_without_prices_is_refused():
     with pytest.raises(ConfigError, match="no prices"):
-        Budget(max_cost=1)
+        SpendingLimits(max_cost=1)
     for wrong in (float("nan"), float("inf"), -1):
         with pytest.raises(ConfigError):
-            Budget.from_dict({"max_cost": wrong, "price": {"input": 1, "output": 1}})
+            SpendingLimits.from_dict({"max_cost": wrong, "price": {"input": 1, "output": 1}})

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from longspan.api import Budget, ChatRequest, Client, Endpoint, Limits, Price
+from longspan.api import ChatRequest, Client, Endpoint, Limits, Price, SpendingLimits
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from tests.api.fake_server import Reply, chat, error, reply_json, serving
 from tests.api.made_clock import MadeClock
@@ -323,7 +323,7 @@ def test_a_request_dearer_than_the_whole_bucket_is_refused():
 
 def test_max_requests_stops_cleanly():
     """What is under way comes back, recorded answers are free, and the report says why it ended."""
-    with serving(echo) as server, client_of(server, budget=Budget(max_requests=3)) as client:
+    with serving(echo) as server, client_of(server, budget=SpendingLimits(max_requests=3)) as client:
         results = dict(client.complete(TEN))
         assert client.report().stopped == "max_requests"
         with pytest.raises(RunError, match="max_requests"):
@@ -337,7 +337,7 @@ def test_max_cost_is_never_exceeded():
     requests = [
         (number, ChatRequest(prompt=f"{number}", prompt_tokens=5, max_tokens=2)) for number in range(10)
     ]
-    budget = Budget(max_cost=1e-4 + 1e-9, price=price)
+    budget = SpendingLimits(max_cost=1e-4 + 1e-9, price=price)
     with serving(echo) as server, client_of(server, budget=budget) as client:
         results = dict(client.complete(requests))
         report = client.report()
@@ -350,7 +350,10 @@ def test_a_short_answer_makes_room_for_another_request():
     """Reserved is the longest answer: with one under way the next waits, and is begun when that one was short."""
     price = Price(input=0, output=1e6)  # 1 a token; answers have 2, and up to 8 are reserved
     requests = [(number, ChatRequest(prompt=f"{number}", max_tokens=8)) for number in range(10)]
-    with serving(echo) as server, client_of(server, budget=Budget(max_cost=11, price=price)) as client:
+    with (
+        serving(echo) as server,
+        client_of(server, budget=SpendingLimits(max_cost=11, price=price)) as client,
+    ):
         results = dict(client.complete(requests))
     # After one: 2 + 8 <= 11. After two: 4 + 8 > 11.
     assert len(results) == len(server.asked) == 2
@@ -361,7 +364,7 @@ def test_an_answer_without_usage_is_not_free():
     price = Price(input=1e6, output=1e6)
     with (
         serving([chat("four and twenty", usage=None)]) as server,
-        client_of(server, budget=Budget(price=price)) as client,
+        client_of(server, budget=SpendingLimits(price=price)) as client,
     ):
         result = client.ask(ChatRequest(prompt="abcdef"))
         report = client.report()

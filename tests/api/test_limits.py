@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.api.limits import Bucket, Limits, Throttle, usable
+from longspan.api.limits import Limits, RateBucket, Throttle, usable
 from tests.api.made_clock import MadeClock
 
 
@@ -19,7 +19,7 @@ def most_in_a_minute(sent: list[tuple[float, float]]) -> float:
 
 
 def run(
-    bucket: Bucket, amounts: list[float], *, gaps: list[float] | None = None
+    bucket: RateBucket, amounts: list[float], *, gaps: list[float] | None = None
 ) -> list[tuple[float, float]]:
     """Take amounts one after the other, each as early as allowed (after `gaps` of idleness)."""
     now, sent = 0.0, []
@@ -42,14 +42,14 @@ def run(
 def test_no_minute_exceeds_the_limit(per_minute, work):
     """Bursts after idleness, large and small amounts: a server that counts any 60 seconds must not refuse."""
     amounts = [share * per_minute for share, _ in work]
-    sent = run(Bucket(per_minute, now=0.0), amounts, gaps=[gap for _, gap in work])
+    sent = run(RateBucket(per_minute, now=0.0), amounts, gaps=[gap for _, gap in work])
     assert most_in_a_minute(sent) <= per_minute * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("per_minute", [1, 3, 10, 60, 1000])
 def test_requests_use_what_is_allowed(per_minute):
     """From the second request on, at least 99 % of the rate; the first goes at once, without a burst after it."""
-    sent = run(Bucket(per_minute, now=0.0, start=1.0), [1.0] * (3 * per_minute + 1))
+    sent = run(RateBucket(per_minute, now=0.0, start=1.0), [1.0] * (3 * per_minute + 1))
     assert sent[0][0] == 0.0
     assert (len(sent) - 1) / sent[-1][0] >= 0.99 * per_minute / 60
     within_a_second = [time for time, _ in sent if time < 1.0]
@@ -58,7 +58,7 @@ def test_requests_use_what_is_allowed(per_minute):
 
 def test_a_late_timer_loses_nothing():
     """Every wait ends 2 ms late: the bucket makes up for it instead of adding it to every interval."""
-    bucket, now, number = Bucket(6000, now=0.0, start=1.0), 0.0, 0
+    bucket, now, number = RateBucket(6000, now=0.0, start=1.0), 0.0, 0
     while now < 120:
         wait = bucket.delay(1, now)
         if wait > 1e-6:
@@ -71,7 +71,7 @@ def test_a_late_timer_loses_nothing():
 
 def test_large_amounts_wait_for_their_debt():
     """Of 600 a minute: 300 at once after the start, then 30 s until the next; never 900 in a minute."""
-    sent = run(Bucket(600, now=0.0), [300.0] * 4)
+    sent = run(RateBucket(600, now=0.0), [300.0] * 4)
     times = [time for time, _ in sent]
     assert times[0] <= 1.0
     assert all(later - earlier >= 29.9 for earlier, later in itertools.pairwise(times))
@@ -80,7 +80,7 @@ def test_large_amounts_wait_for_their_debt():
 
 def test_what_was_not_used_is_given_back():
     """An answer of 10 tokens of which 300 were reserved leaves room for the next at once."""
-    bucket = Bucket(600, now=0.0, start=10.0)
+    bucket = RateBucket(600, now=0.0, start=10.0)
     sent = bucket.take(300.0, 0.0)
     assert bucket.delay(300.0, 0.0) > 29
     bucket.settle(sent, 10.0, 0.0)
@@ -89,7 +89,7 @@ def test_what_was_not_used_is_given_back():
 
 
 def test_a_settlement_after_its_minute_changes_nothing():
-    bucket = Bucket(60, now=0.0, start=1.0)
+    bucket = RateBucket(60, now=0.0, start=1.0)
     sent = bucket.take(30.0, 0.0)
     assert bucket.delay(1.0, 100.0) == 0.0
     bucket.settle(sent, 1.0, 100.0)

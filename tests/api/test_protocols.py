@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from longspan.api import Budget, ChatRequest, Client, Endpoint, Usage
+from longspan.api import ChatRequest, Client, Endpoint, SpendingLimits, Usage
 from longspan.api.events import EventDecoder
 from longspan.core.errors import ArgumentError, RunError, UserError
 from tests.api.fake_server import chat, chunk, error, events, reply_json, serving
@@ -233,7 +233,7 @@ def test_errors_of_a_stream_are_raised():
         client.stream(ChatRequest(prompt="q"), print)
     with (
         serving([]) as server,
-        client_of(server, budget=Budget(max_requests=0)) as client,
+        client_of(server, budget=SpendingLimits(max_requests=0)) as client,
         pytest.raises(RunError, match="max_requests"),
     ):
         client.stream(ChatRequest(prompt="q"), print)

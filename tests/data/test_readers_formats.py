@@ -21,7 +21,7 @@ from longspan.core.errors import DataError
 from longspan.data.readers import (
     Document,
     Fields,
-    Part,
+    FilePart,
     ReadReport,
     list_inputs,
     plan_parts,
@@ -166,9 +166,9 @@ def test_any_fields_of_any_format(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "n": 1}) + "\n")
     for name in ("a.parquet", "a.jsonl"):
         (file,) = list_inputs([tmp_path / name], report=ReadReport())
-        ((_, values),) = read_values(Part(file), ["messages", "n"], report=ReadReport())
+        ((_, values),) = read_values(FilePart(file), ["messages", "n"], report=ReadReport())
         assert values == {"messages": turns, "n": 1}
-        (document,) = read_part(Part(file), Fields(messages="messages"), report=ReadReport())
+        (document,) = read_part(FilePart(file), Fields(messages="messages"), report=ReadReport())
         assert document.messages == turns
 
 

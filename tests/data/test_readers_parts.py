@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
-from longspan.data.readers import Document, Fields, Part, ReadReport, list_inputs, plan_parts, read_part
+from longspan.data.readers import Document, Fields, FilePart, ReadReport, list_inputs, plan_parts, read_part
 
 
 def read_in_parts(path: Path, part_bytes: int) -> tuple[list[Document], ReadReport, int]:
@@ -91,4 +91,4 @@ def test_vanished_file_is_our_error(tmp_path: Path) -> None:
     (file,) = list_inputs([path], report=ReadReport())
     path.unlink()
     with pytest.raises(DataError, match=r"cannot read .*a\.jsonl"):
-        list(read_part(Part(file), Fields(), report=ReadReport()))
+        list(read_part(FilePart(file), Fields(), report=ReadReport()))

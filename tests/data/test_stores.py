@@ -17,7 +17,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.convert import convert
 from longspan.data.materialize import materialize
 from longspan.data.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
-from longspan.data.readers import Part, ReadReport, list_inputs
+from longspan.data.readers import FilePart, ReadReport, list_inputs
 from longspan.data.readers.mds_folder import read_mds
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, open_stores
 from longspan.data.stores import import_mds, merge_stores, split_parts, split_plans, split_store
@@ -184,7 +184,7 @@ def test_a_merged_index_is_one_input(tmp_path: Path, caplog: pytest.LogCaptureFi
     ids = write_merged(tmp_path / "raw")
     files = list_inputs([tmp_path / "raw"], report=ReadReport())
     assert [(file.path, file.source) for file in files] == [(str(tmp_path / "raw"), "raw")]
-    samples = [record.data["input_ids"].tolist() for record in read_mds(Part(files[0]), None)]
+    samples = [record.data["input_ids"].tolist() for record in read_mds(FilePart(files[0]), None)]
     assert samples == ids
     (tmp_path / "raw" / "proc0-2" / "shard.00009.mds").write_bytes(b"late")
     list_inputs([tmp_path / "raw"], report=ReadReport())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.api import Budget, Client, Endpoint, Limits
+from longspan.api import Client, Endpoint, Limits, SpendingLimits
 from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.eval.judge import (
     CRITERIA,
@@ -191,7 +191,7 @@ def test_a_stopped_job_goes_on_with_what_is_missing(tmp_path):
     out = tmp_path / "judged.jsonl"
     with serving(rate) as server:
         with (
-            client_of(server, budget=Budget(max_requests=2)) as client,
+            client_of(server, budget=SpendingLimits(max_requests=2)) as client,
             pytest.raises(RunError, match="2 of 4"),
         ):
             judge_file(records, client, out)

@@ -23,7 +23,7 @@ from longspan.core.errors import ArgumentError, RunError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer import memory, opening
 from longspan.infer.distributed import Member, join_ranks
-from longspan.infer.opening import Source, load_source, open_answerer
+from longspan.infer.opening import ModelSource, load_source, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.infer.spread import plan_trunks
 from tests.patience import PATIENCE_SECONDS
@@ -206,7 +206,7 @@ def test_four_processes_answer_as_one(folder: Folder, alone: Results, schedule: 
     compare(results(open_shared(folder, cp=4, schedule=schedule)), alone, folder.path)
 
 
-def load_that_fails_on_rank_1(source: Source) -> Any:
+def load_that_fails_on_rank_1(source: ModelSource) -> Any:
     """Load the model; on rank 1 its second forward pass finds no memory."""
     model = load_source(source._replace(load=None))
     passes = []
@@ -222,7 +222,7 @@ def load_that_fails_on_rank_1(source: Source) -> Any:
 
 def test_memory_that_one_rank_lacks_ends_all_with_a_message(folder: Folder) -> None:
     """The others wait in a collective for a rank that never comes: without word from it they would hang."""
-    source = Source(folder.path, load=load_that_fails_on_rank_1)
+    source = ModelSource(folder.path, load=load_that_fails_on_rank_1)
     answerer = open_answerer(source, tokenizer=folder.tokenizer, cp=2, batch_tokens=200)
     with pytest.raises(
         RunError, match=r"shares the model failed\n.*rank 1 of 2: the memory of cpu is used up"
@@ -234,7 +234,7 @@ def test_memory_that_one_rank_lacks_ends_all_with_a_message(folder: Folder) -> N
     assert not dist.is_initialized()
 
 
-def load_that_is_interrupted_on_rank_0(source: Source) -> Any:
+def load_that_is_interrupted_on_rank_0(source: ModelSource) -> Any:
     """Load the model; on rank 0 somebody interrupts its second forward pass."""
     model = load_source(source._replace(load=None))
     passes = []
@@ -250,7 +250,7 @@ def load_that_is_interrupted_on_rank_0(source: Source) -> Any:
 
 def test_an_interrupt_of_the_first_rank_alone_ends_all(folder: Folder) -> None:
     """The others wait in a collective and hear no order to end: closing waited for them, for thirty days."""
-    source = Source(folder.path, load=load_that_is_interrupted_on_rank_0)
+    source = ModelSource(folder.path, load=load_that_is_interrupted_on_rank_0)
     answerer = open_answerer(source, tokenizer=folder.tokenizer, cp=2, batch_tokens=200)
     with pytest.raises(KeyboardInterrupt):
         list(answerer.generate(requests()))
@@ -271,8 +271,15 @@ def build_where_rank_1_has_less_memory(device: torch.device, spec: Any) -> Membe
 def test_ranks_reckon_with_the_least_memory_that_one_has(folder: Folder, free: int, refused: bool) -> None:
     """Ranks that read batches of unequal size add up tensors that have nothing to do with each other."""
     settings = opening._Settings(
-        Source(folder.path), folder.tokenizer, None, tp=2, cp=1, schedule="ring", prefix_reuse=True, batch_tokens=200
-    )  # fmt: skip
+        ModelSource(folder.path),
+        folder.tokenizer,
+        None,
+        tp=2,
+        cp=1,
+        schedule="ring",
+        prefix_reuse=True,
+        batch_tokens=200,
+    )
     # 128 bytes of keys a token on a rank: of these prompts one fits at a time, beside 1 MiB of activations.
     asked = [Request("", prompt_ids=ids_of(seed, 190 + 5 * seed), max_new_tokens=6) for seed in range(3)]
     expected = dict(open_answerer(folder.path, tokenizer=folder.tokenizer).generate(asked))
@@ -290,7 +297,7 @@ def test_ranks_reckon_with_the_least_memory_that_one_has(folder: Folder, free: i
         answerer.close()
 
 
-def load_nothing_on_rank_1(source: Source) -> Any:
+def load_nothing_on_rank_1(source: ModelSource) -> Any:
     """Fail on rank 1 before the model is there."""
     if dist.get_rank() == 1:
         raise MemoryError
@@ -300,7 +307,7 @@ def load_nothing_on_rank_1(source: Source) -> Any:
 @pytest.mark.slow
 def test_rank_that_cannot_load_the_model_ends_all(folder: Folder) -> None:
     """The first rank is done with loading and asks: nobody is there."""
-    source = Source(folder.path, load=load_nothing_on_rank_1)
+    source = ModelSource(folder.path, load=load_nothing_on_rank_1)
     with pytest.raises(RunError, match="rank 1 of 2: the memory of cpu is used up"):
         results(open_answerer(source, tokenizer=folder.tokenizer, cp=2))
     assert not dist.is_initialized()

@@ -151,14 +151,14 @@ def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -
     from longspan.infer import engine
 
     blocks: list[int] = []
-    original = engine.Block
+    original = engine.KvBlock
 
     class Watched(original):  # type: ignore[valid-type, misc]
         def __init__(self, rows: int, kernel: object) -> None:
             super().__init__(rows, kernel)
             blocks.append(rows)
 
-    monkeypatch.setattr(engine, "Block", Watched)
+    monkeypatch.setattr(engine, "KvBlock", Watched)
     answerer = local("llama", cache_tokens=70)
     seen = []
     for index, _ in answerer.generate([request(ids, max_new_tokens=3) for ids in PROMPTS]):

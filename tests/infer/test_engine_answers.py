@@ -16,7 +16,7 @@ from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.flops import (
     LLAMA_2_7B,
     PUBLISHED_GRIDS,
-    Cell,
+    GridPrompt,
     ModelFlops,
     ladder,
     reuse_factor,
@@ -197,7 +197,7 @@ def test_costs_are_those_of_the_parameters() -> None:
 
 def test_closed_forms_by_hand() -> None:
     """Two cells of three tokens, of which they share the first two, or the first one."""
-    cells = [Cell(2, 3), Cell(1, 3)]
+    cells = [GridPrompt(2, 3), GridPrompt(1, 3)]
     assert work_by_themselves(cells) == (6, 12, 2)
     assert work_shared(cells) == (2 + 1 + 2, 3 + (6 - 3) + (6 - 1), 2)
     assert work_shared([]) == (0, 0, 0)
@@ -213,5 +213,5 @@ def test_factors_of_the_published_grids() -> None:
     print(easycontext, reuse_factor(PUBLISHED_GRIDS["fu-2024"], LLAMA_2_7B))
     assert easycontext.linear == pytest.approx(1.98, abs=0.01)
     assert easycontext.attention < easycontext.all < easycontext.linear
-    questions = [Cell(2000, 2020)] * 11
+    questions = [GridPrompt(2000, 2020)] * 11
     assert reuse_factor(questions, LLAMA_2_7B).linear > 9.9

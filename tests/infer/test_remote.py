@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longspan.api import Budget, Client, Endpoint, Limits
+from longspan.api import Client, Endpoint, Limits, SpendingLimits
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from longspan.data.tokenizer import load_tokenizer
 from longspan.infer.generate import generate_greedy
@@ -142,7 +142,7 @@ def test_a_request_longer_than_the_window_is_not_sent():
 def test_a_used_up_budget_is_an_error_after_what_was_answered():
     """Requests that were not sent are missing, not unscored: the next run asks them."""
     with serving([chat("x")]) as server:
-        answerer = answerer_of(server, client={"budget": Budget(max_requests=2)}.items())
+        answerer = answerer_of(server, client={"budget": SpendingLimits(max_requests=2)}.items())
         answers = []
         with pytest.raises(RunError, match=r"3 requests were not sent: max_requests"):
             answers.extend(answerer.generate(NUMBERS))

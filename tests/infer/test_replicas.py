@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, RunError
-from longspan.infer.opening import Source, load_source, open_answerer
+from longspan.infer.opening import ModelSource, load_source, open_answerer
 from longspan.infer.replicas import divide
 from longspan.infer.requests import copies_of
 from tests.infer.test_distributed import Folder, compare, ids_of, open_shared, requests, results, save_model
@@ -45,7 +45,7 @@ def test_replicas_answer_as_one_process(folder: Folder, sharing: dict[str, Any])
     assert not dist.is_initialized()
 
 
-def load_that_is_killed_on_rank_1(source: Source) -> Any:
+def load_that_is_killed_on_rank_1(source: ModelSource) -> Any:
     """Load the model; rank 1 is killed in its first forward pass."""
     model = load_source(source._replace(load=None))
 
@@ -60,7 +60,7 @@ def load_that_is_killed_on_rank_1(source: Source) -> Any:
 @pytest.mark.slow
 def test_a_killed_replica_ends_all_with_a_message(folder: Folder) -> None:
     """The first waits for answers of a process that is not there; those that it has are handed on before."""
-    source = Source(folder.path, load=load_that_is_killed_on_rank_1)
+    source = ModelSource(folder.path, load=load_that_is_killed_on_rank_1)
     answerer = open_answerer(source, tokenizer=folder.tokenizer, replicas=2, batch_tokens=200)
     found = []
     with pytest.raises(RunError, match=r"rank 1 of 2: the process has ended without a word"):

@@ -39,7 +39,7 @@ def test_the_certificate_holds_on_two_and_four_ranks() -> None:
     assert len(growth) == 5 and max(growth.values()) <= certify.HALF_GROWTH_LIMIT
 
 
-def _small_certificate(rank: int) -> list[certify.CellResult]:
+def _small_certificate(rank: int) -> list[certify.CertifyResult]:
     patch = pytest.MonkeyPatch()  # of this process, which ends with the function
     patch.setattr(certify, "HEADS", ((8, 2),))
     patch.setattr(certify, "LENGTHS", (61,))

@@ -23,8 +23,8 @@ from longspan.report.charts import (
 )
 from longspan.report.figures import _length_ticks
 from longspan.report.palette import LINES, _luminance, contrast, ink_on, sequential, step_of
-from longspan.report.samples import Sample
-from longspan.report.svg import Canvas, Scale, linear_ticks, log_ticks, spread, thinned
+from longspan.report.samples import ScoredSample
+from longspan.report.svg import AxisScale, Canvas, linear_ticks, log_ticks, spread, thinned
 from longspan.report.tables import needle_grid
 
 PAGES = ("#fdfdfb", "#12151b")
@@ -71,7 +71,7 @@ def test_spread_names_never_overlap_nor_leave_the_chart(wished: list[float]) -> 
 
 def test_thinned_ticks_keep_the_last_and_the_gap() -> None:
     """Guards against tick labels that run into each other."""
-    assert thinned([0, 1, 2, 3, 4], Scale(0, 4, 0, 40), 15) == [0, 2, 4]
+    assert thinned([0, 1, 2, 3, 4], AxisScale(0, 4, 0, 40), 15) == [0, 2, 4]
 
 
 def test_text_and_attributes_are_escaped() -> None:
@@ -86,8 +86,10 @@ def test_text_and_attributes_are_escaped() -> None:
     )
 
 
-def sample(length: int, depth: float, score: float | None) -> Sample:
-    return Sample(f"{length}", length, depth, score=score, unscored=None if score is not None else "lost")
+def sample(length: int, depth: float, score: float | None) -> ScoredSample:
+    return ScoredSample(
+        f"{length}", length, depth, score=score, unscored=None if score is not None else "lost"
+    )
 
 
 def test_a_heat_map_tells_zero_missing_and_unscored_apart() -> None:

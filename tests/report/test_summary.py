@@ -16,7 +16,7 @@ from longspan.core.intervals import wilson_interval
 from longspan.eval.summaries import mean_score
 from longspan.report import summarise
 from longspan.report.load import load_run
-from longspan.report.samples import Sample
+from longspan.report.samples import ScoredSample
 from longspan.report.tables import RULER_SUBTASKS, Grid, difference, ruler_effective, score_grid
 from tests.report.synthetic_run import header, write_lines, write_records
 
@@ -199,9 +199,11 @@ def test_an_empty_or_missing_run_says_what_is_missing(tmp_path: Path) -> None:
         load_run(tmp_path / "absent")
 
 
-def answered(subtask: str, number: int, score: float | None) -> Sample:
+def answered(subtask: str, number: int, score: float | None) -> ScoredSample:
     unscored = None if score is not None else "no answer"
-    return Sample(f"{subtask}{number}", subtask=subtask, sample=str(number), score=score, unscored=unscored)
+    return ScoredSample(
+        f"{subtask}{number}", subtask=subtask, sample=str(number), score=score, unscored=unscored
+    )
 
 
 def test_a_difference_is_taken_over_the_same_questions() -> None:
@@ -226,7 +228,7 @@ def test_a_difference_is_taken_over_the_same_questions() -> None:
 
 def ruler_grid(score: float, subtasks: tuple[str, ...] = RULER_SUBTASKS) -> Grid:
     samples = [
-        Sample(f"{name}-{length}-{n}", length=length, subtask=name, score=right)
+        ScoredSample(f"{name}-{length}-{n}", length=length, subtask=name, score=right)
         for name in subtasks
         for length, right in ((4096, 1.0), (8192, score))
         for n in range(2)

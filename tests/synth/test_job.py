@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from longspan.api import Budget
+from longspan.api import SpendingLimits
 from longspan.core.errors import ConfigError, DataError, RunError, UserError
 from longspan.core.records import read_jsonl
 from longspan.synth import load_set, require_samples
@@ -201,7 +201,7 @@ def test_a_budget_stops_the_job_and_a_larger_one_goes_on(settings_of, run, tmp_p
     with serving(Writer()) as server:
         settings = settings_of("one_detail_book")
         with pytest.raises(RunError, match="max_requests is reached"):
-            run(settings, server, budget=Budget(max_requests=5))
+            run(settings, server, budget=SpendingLimits(max_requests=5))
         assert len(server.asked) == 5
         assert not (tmp_path / "out" / "train.jsonl").exists()
         summary = run(settings, server)

@@ -81,7 +81,9 @@ def stop_after(last: int) -> None:
     """End the process when the checkpoint of step `last` is whole."""
     save = checkpoint.Checkpointer.save
 
-    def save_and_stop(self: checkpoint.Checkpointer, progress: checkpoint.Progress, *tensors: Any) -> Any:
+    def save_and_stop(
+        self: checkpoint.Checkpointer, progress: checkpoint.TrainProgress, *tensors: Any
+    ) -> Any:
         saved = save(self, progress, *tensors)
         if progress.step == last:
             self.wait()

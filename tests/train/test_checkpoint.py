@@ -18,8 +18,8 @@ from longspan.core.errors import DataError, RunError
 from longspan.parallel.fsdp import fill
 from longspan.parallel.launch import spawn_local
 from longspan.train import checkpoint
-from longspan.train.checkpoint import Checkpointer, Progress, load_latest, read_checkpoint
-from longspan.train.shard_files import Part, PartFiles, write_parts
+from longspan.train.checkpoint import Checkpointer, TrainProgress, load_latest, read_checkpoint
+from longspan.train.shard_files import PartFiles, TensorPart, write_parts
 from tests.patience import PATIENCE_SECONDS
 
 MODEL = "model-00000-of-00001.safetensors"
@@ -28,7 +28,7 @@ MODEL = "model-00000-of-00001.safetensors"
 def save(folder: Path, step: int, *, keep: int = 2) -> None:
     with Checkpointer(folder, config_fingerprint="c", keep=keep) as checkpointer:
         checkpointer.save(
-            Progress(step=step, stage=0, stage_step=step, tokens=10 * step, loader={"position": step}),
+            TrainProgress(step=step, stage=0, stage_step=step, tokens=10 * step, loader={"position": step}),
             {"w": torch.full((3,), float(step))},
             {"w/exp_avg": torch.ones(3), "w/step": torch.tensor(float(step))},
         )
@@ -41,7 +41,7 @@ def test_the_newest_comes_back_and_only_the_last_two_stay(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000015"]
     loaded = load_latest(tmp_path, config_fingerprint="c")
     assert loaded is not None
-    assert loaded.progress == Progress(15, 0, 15, 150, {"position": 15})
+    assert loaded.progress == TrainProgress(15, 0, 15, 150, {"position": 15})
     assert torch.equal(loaded.model.read("w"), torch.full((3,), 15.0))
     assert loaded.optimizer.read("w/step").item() == 15.0
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_is_a_copy_of_the_moment_it_was_taken(tmp_path: Path) -> No
     """Written in the background from the live tensors, it would hold a mixture of two steps."""
     weight = torch.zeros(1000)
     with Checkpointer(tmp_path, config_fingerprint="c", keep=2) as checkpointer:
-        checkpointer.save(Progress(1, 0, 1, 1, {}), {"w": weight}, {})
+        checkpointer.save(TrainProgress(1, 0, 1, 1, {}), {"w": weight}, {})
         weight.fill_(7.0)
         assert checkpointer.wait() is not None
         latest = checkpointer.latest()
@@ -142,7 +142,7 @@ def test_rows_are_put_together_from_the_files_that_hold_them(tmp_path: Path, dty
     whole = torch.arange(14).reshape(7, 2).to(dtype)
     paths = [tmp_path / f"{index}.safetensors" for index in range(3)]
     for path, start in zip(paths, (0, 3, 6)):
-        write_parts(path, {"w": Part(whole[start : start + 3], (7, 2), start)})
+        write_parts(path, {"w": TensorPart(whole[start : start + 3], (7, 2), start)})
     files = PartFiles(reversed(paths))
     for start in range(7):
         for rows in range(7 - start):
@@ -166,7 +166,7 @@ def write_and_break(rank: int, folder: str) -> list[str]:
             weight = distribute_tensor(torch.arange(5.0)[:, None] + step, mesh, [Shard(0)])
             one = distribute_tensor(torch.full((1,), float(step)), mesh, [Shard(0)])
             tensors = {"w": weight, "one": one, "b": torch.tensor(float(step))}
-            checkpointer.save(Progress(step, 0, step, step, {}), tensors, {"w/step": torch.tensor(1.0)})
+            checkpointer.save(TrainProgress(step, 0, step, step, {}), tensors, {"w/step": torch.tensor(1.0)})
         try:
             checkpointer.wait()
         except RunError as error:

@@ -13,7 +13,7 @@ from longspan.plan.block import LINEARS
 from longspan.plan.models import shape_of
 from longspan.plan.training import training_memory
 from longspan.train.config import TrainConfig
-from longspan.train.fit import Budget, fit_memory, machine_budget, stage_memory, step_settings
+from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, stage_memory, step_settings
 from longspan.train.trainer import train
 from tests.train.conftest import recipe as small_recipe
 
@@ -71,7 +71,7 @@ def test_adapters_are_those_of_the_recipe(names: Any, adapted: tuple[str, ...]) 
 def test_the_longest_stage_decides() -> None:
     """What fits the short stage alone would end in the long one, days later."""
     config = recipe()
-    memory, choice = fit_memory(config, LLAMA, Budget(60e9, 200e9, True))
+    memory, choice = fit_memory(config, LLAMA, MemoryBudget(60e9, 200e9, True))
     assert memory.compute_dtype == "bfloat16" and memory.activation_checkpointing != "none"
     chosen = config.model_copy(update={"memory": memory})
     for stage in config.stages:
@@ -81,7 +81,7 @@ def test_the_longest_stage_decides() -> None:
 
 def test_nothing_is_sent_away_from_a_cpu() -> None:
     """Host to host is a copy for nothing."""
-    memory, _ = fit_memory(recipe(), LLAMA, Budget(60e9, 0.0, False))
+    memory, _ = fit_memory(recipe(), LLAMA, MemoryBudget(60e9, 0.0, False))
     assert memory.activation_checkpointing != "offload" and not memory.offload_parameters
     found = machine_budget()
     assert found.device > 1e8 and (found.cuda or found.host == 0)
@@ -90,7 +90,7 @@ def test_nothing_is_sent_away_from_a_cpu() -> None:
 def test_what_does_not_fit_is_said_before_it_runs() -> None:
     """An out-of-memory error after an hour of loading."""
     with pytest.raises(ArgumentError, match="does not fit"):
-        fit_memory(recipe(), LLAMA, Budget(5e9, 1e9, True))
+        fit_memory(recipe(), LLAMA, MemoryBudget(5e9, 1e9, True))
 
 
 def test_auto_is_a_word_and_chooses_alone() -> None:
@@ -110,7 +110,7 @@ def test_a_single_gpu_walks_in_chunks_where_nothing_else_fits() -> None:
         "micro_batch_tokens": None,
     }
     config = recipe(parallel={}, stages=[{**recipe().stages[0].to_dict(), **long}])
-    roomy, tight = (fit_memory(config, LLAMA, Budget(size, 1e12, True))[0] for size in (400e9, 40e9))
+    roomy, tight = (fit_memory(config, LLAMA, MemoryBudget(size, 1e12, True))[0] for size in (400e9, 40e9))
     assert roomy.chunk_tokens is None and not roomy.offload_chunk_cache
     assert tight.chunk_tokens is not None and tight.offload_chunk_cache and tight.offload_parameters
 

@@ -12,7 +12,7 @@ from longspan.annotate.rounding import words_for_mass
 from longspan.annotate.sources import check_row
 from longspan.data.annotations import id_dtype
 
-__all__ = ["Estimate", "Option", "bytes_per_token", "estimate"]
+__all__ = ["AnnotateEstimate", "Option", "bytes_per_token", "estimate"]
 
 SAMPLE_TOKENS = 2048
 SAMPLE_ROWS = 8
@@ -36,7 +36,7 @@ class Option(NamedTuple):
     """Mass of the kept words, in the mean of the sample."""
 
 
-class Estimate(NamedTuple):
+class AnnotateEstimate(NamedTuple):
     """What a job will write."""
 
     rows: int
@@ -53,7 +53,7 @@ def bytes_per_token(words: float, *, id_bytes: int, logprob_bytes: int, ragged: 
     return words * (id_bytes + logprob_bytes) + logprob_bytes + (OFFSET_BYTES if ragged else 0)
 
 
-def estimate(job: OpenJob, first: int, stop: int) -> Estimate:
+def estimate(job: OpenJob, first: int, stop: int) -> AnnotateEstimate:
     """Ask the teacher about the beginnings of a few rows, and count what each setting would keep.
 
     Cost: `SAMPLE_TOKENS` tokens of forward pass, however long the job is.
@@ -92,7 +92,7 @@ def estimate(job: OpenJob, first: int, stop: int) -> Estimate:
         each._replace(saves=1 - each.num_bytes / asked.num_bytes if asked.num_bytes else 0.0)
         for each in others
     ]
-    return Estimate(stop - first, tokens, asked.num_bytes, sum(map(len, sampled)), [asked, *options])
+    return AnnotateEstimate(stop - first, tokens, asked.num_bytes, sum(map(len, sampled)), [asked, *options])
 
 
 def _sample(job: OpenJob, first: int, stop: int) -> Iterator[np.ndarray]:

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from longspan.annotate.config import AnnotateConfig, TeacherConfig
 from longspan.annotate.rounding import cut_to_mass, round_masses
 from longspan.annotate.sources import (
+    AnnotateSource,
     AskedRow,
     DocumentSource,
     PairSource,
-    Source,
     check_row,
     open_source,
     too_long,
@@ -61,7 +61,7 @@ class OpenJob(NamedTuple):
 
     spec: AnnotateConfig
     teacher: Teacher
-    source: Source
+    source: AnnotateSource
     identity: dict[str, Any]
     """path, fingerprint, rope, dtype and quantization of the teacher."""
     context: int | None
@@ -116,7 +116,7 @@ def _nothing(k: int) -> TopK:
     return TopK(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), np.zeros(0, np.float32))
 
 
-def open_spec_source(spec: AnnotateConfig) -> Source:
+def open_spec_source(spec: AnnotateConfig) -> AnnotateSource:
     """Open what is to be annotated. Raises DataError if it is not what the spec says."""
     if spec.pairs is None:
         return open_source(spec.data)
@@ -165,7 +165,7 @@ def open_job(spec: AnnotateConfig, *, mesh: Mesh | None = None) -> OpenJob:
     return OpenJob(spec, teacher, source, identity, context)
 
 
-def _check_tokenizer(config: TeacherConfig, source: Source, vocab_size: int) -> None:
+def _check_tokenizer(config: TeacherConfig, source: AnnotateSource, vocab_size: int) -> None:
     """Refuse data of another tokenizer, as far as can be told."""
     if source.vocab_size is not None and source.vocab_size > vocab_size:
         raise DataError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from longspan.annotate.config import AnnotateConfig
-from longspan.annotate.estimate import Estimate, estimate
+from longspan.annotate.estimate import AnnotateEstimate, estimate
 from longspan.annotate.job import OpenJob, annotation_folder, open_job, shard_range
 from longspan.core.errors import ArgumentError
 from longspan.core.launched import launched
@@ -20,13 +20,13 @@ from longspan.infer.teacher import SharedTeacher
 from longspan.parallel.launch import process_group, spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
 
-__all__ = ["Outcome", "annotate", "estimate_job", "shard_folder"]
+__all__ = ["AnnotateOutcome", "annotate", "estimate_job", "shard_folder"]
 
 WAIT_SECONDS = 14 * 24 * 3600.0
 """How long processes that share a teacher wait for each other: the first one writes, and may wait for a slow disk."""
 
 
-class Outcome(NamedTuple):
+class AnnotateOutcome(NamedTuple):
     """How far a folder is."""
 
     pieces: int
@@ -41,7 +41,7 @@ def annotate(
     shard: ArrayJob | None = None,
     executor: Executor | None = None,
     share: ArrayJob | None = None,
-) -> Outcome:
+) -> AnnotateOutcome:
     """Write the annotations of a spec to `out`; a killed job goes on with the pieces that are there.
 
     Says first what it will take on disk, and what other settings would save.
@@ -73,11 +73,11 @@ def annotate(
     else:
         args = (spec, out, shard, share, False)
         found = spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
-    assert isinstance(found, Outcome)
+    assert isinstance(found, AnnotateOutcome)
     return found
 
 
-def estimate_job(spec: AnnotateConfig, *, shard: ArrayJob | None = None) -> Estimate:
+def estimate_job(spec: AnnotateConfig, *, shard: ArrayJob | None = None) -> AnnotateEstimate:
     """Return what a job would write, from a short sample of the teacher; nothing is written."""
     shard = shard or ArrayJob()
     if spec.teacher.cp == 1:
@@ -89,7 +89,7 @@ def estimate_job(spec: AnnotateConfig, *, shard: ArrayJob | None = None) -> Esti
     else:
         args = (spec, Path(), shard, ArrayJob(), True)
         found = spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
-    assert isinstance(found, Estimate)
+    assert isinstance(found, AnnotateEstimate)
     return found
 
 
@@ -101,7 +101,7 @@ def shard_folder(out: str | Path, shard: ArrayJob) -> Path:
 
 def _rank(
     rank: int, spec: AnnotateConfig, out: Path, shard: ArrayJob, share: ArrayJob, estimate_only: bool
-) -> Estimate | Outcome:
+) -> AnnotateEstimate | AnnotateOutcome:
     if rank == 0:
         setup_logging()
     return _shared(spec, out, shard, share, torch.device("cpu"), estimate_only=estimate_only)
@@ -115,7 +115,7 @@ def _shared(
     device: torch.device,
     *,
     estimate_only: bool,
-) -> Estimate | Outcome:
+) -> AnnotateEstimate | AnnotateOutcome:
     """Be one of the processes that share a teacher; the first one writes."""
     by_heads = spec.teacher.schedule == "ulysses"
     degrees = MeshConfig(
@@ -127,8 +127,8 @@ def _shared(
     assert isinstance(teacher, SharedTeacher)
     if not mesh.is_first:
         teacher.follow()
-        return Estimate(0, 0, 0, 0, []) if estimate_only else Outcome(0, 0)
-    found: Estimate | Outcome
+        return AnnotateEstimate(0, 0, 0, 0, []) if estimate_only else AnnotateOutcome(0, 0)
+    found: AnnotateEstimate | AnnotateOutcome
     if estimate_only:
         found = estimate(job, *shard_range(job.source.lengths, shard))
     else:
@@ -137,17 +137,17 @@ def _shared(
     return found
 
 
-def _run(job: OpenJob, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> Outcome:
+def _run(job: OpenJob, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> AnnotateOutcome:
     first, stop = shard_range(job.source.lengths, shard)
     folder = annotation_folder(job, out, first=first, stop=stop)
     if folder.missing():
         _announce(estimate(job, first, stop), out)
     with executor as running:
         folder.make(running, share)
-    return Outcome(folder.num_pieces, folder.missing())
+    return AnnotateOutcome(folder.num_pieces, folder.missing())
 
 
-def _announce(found: Estimate, out: Path) -> None:
+def _announce(found: AnnotateEstimate, out: Path) -> None:
     """Say what the job will take on disk, and what would take less."""
     log = get_logger("annotate")
     asked, *others = found.options

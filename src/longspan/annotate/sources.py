@@ -27,11 +27,11 @@ from longspan.data.store.token_store import FORMAT as STORE_FORMAT
 from longspan.data.store.token_store import MANIFEST
 
 __all__ = [
+    "AnnotateSource",
     "AskedRow",
     "DocumentSource",
     "PairSource",
     "RowSourceToAsk",
-    "Source",
     "cepe_folder",
     "check_row",
     "open_source",
@@ -56,7 +56,7 @@ class AskedRow(NamedTuple):
     digest: int
 
 
-class Source(Protocol):
+class AnnotateSource(Protocol):
     """Rows by number."""
 
     kind: Kind
@@ -92,7 +92,7 @@ class RowSourceToAsk:
         self.longest = rows.length if longest is None and isinstance(rows, RowLoader) else longest
 
     def row(self, index: int) -> AskedRow:
-        """See `Source`."""
+        """See `AnnotateSource`."""
         return _without_padding(self._rows.row(index))
 
 
@@ -111,7 +111,7 @@ class DocumentSource:
         self.longest: int | None = int(self.lengths.max()) + (self.bos is not None)
 
     def row(self, index: int) -> AskedRow:
-        """See `Source`."""
+        """See `AnnotateSource`."""
         ids = self._store.tokens(index)
         digest = row_digest(ids)
         if self.bos is None:
@@ -164,7 +164,7 @@ class PairSource:
         self.longest: int | None = None
 
     def row(self, index: int) -> AskedRow:
-        """See `Source`."""
+        """See `AnnotateSource`."""
         sample = self._pairs[index]
         decoder = np.asarray(sample["token_ids"]).reshape(-1)[: self._decoder]
         if self._retrieved is None:
@@ -185,7 +185,7 @@ class PairSource:
         return AskedRow(ids, np.array([0, len(ids)]), asked, None, len(decoder), row_digest(ids))
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> AnnotateSource:
     """Open rows by what stands at a path: a pack plan, packed rows or a token store.
 
     Raises:
@@ -258,7 +258,9 @@ def cepe_folder(pairs: Path, windows: PairWindows, model: str) -> Path:
     )
 
 
-def check_row(row: AskedRow, index: int, source: Source, *, context: int | None, vocab_size: int) -> None:
+def check_row(
+    row: AskedRow, index: int, source: AnnotateSource, *, context: int | None, vocab_size: int
+) -> None:
     """Refuse a row that the teacher cannot read.
 
     Raises:

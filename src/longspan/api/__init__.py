@@ -4,23 +4,23 @@
 and go nowhere but into the header of a request. Needs the extra `api` (httpx) when a client is made.
 """
 
-from longspan.api.budget import Budget, Estimate, Price, estimate, price_of, read_prices
+from longspan.api.budget import CostEstimate, Price, SpendingLimits, estimate, price_of, read_prices
 from longspan.api.client import Client
 from longspan.api.endpoint import Endpoint
 from longspan.api.limits import Limits
 from longspan.api.messages import ChatRequest, ChatResult, Usage
-from longspan.api.report import Report
+from longspan.api.report import ClientReport
 
 __all__ = [
-    "Budget",
     "ChatRequest",
     "ChatResult",
     "Client",
+    "ClientReport",
+    "CostEstimate",
     "Endpoint",
-    "Estimate",
     "Limits",
     "Price",
-    "Report",
+    "SpendingLimits",
     "Usage",
     "estimate",
     "price_of",

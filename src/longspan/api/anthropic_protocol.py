@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longspan.api.endpoint import Endpoint
-from longspan.api.messages import ChatRequest, Reading, Usage
+from longspan.api.messages import ChatRequest, ParsedAnswer, Usage
 from longspan.api.openai_protocol import chat_messages
 from longspan.api.protocol import (
     ErrorInBodyError,
@@ -48,7 +48,7 @@ class AnthropicProtocol:
             body["stop_sequences"] = stops
         return with_extra(body, endpoint, request)
 
-    def read(self, payload: Any, request: ChatRequest) -> Reading:
+    def read(self, payload: Any, request: ChatRequest) -> ParsedAnswer:
         """Read an answer. Raises MalformedError, ErrorInBodyError."""
         if isinstance(payload, Mapping) and payload.get("type") == "error":
             raise ErrorInBodyError(payload.get("error"))
@@ -66,24 +66,26 @@ class AnthropicProtocol:
 
     def stream_reader(self) -> StreamReader:
         """Return a reader for one streamed answer."""
-        return _Stream()
+        return _AnthropicStream()
 
 
 def _input_tokens(usage: Mapping[str, Any]) -> int:
     return sum(count(usage, name) for name in _INPUT_COUNTS)
 
 
-def _finished(text: str | None, reason: str | None, usage: Usage | None, *, thoughts: str = "") -> Reading:
+def _finished(
+    text: str | None, reason: str | None, usage: Usage | None, *, thoughts: str = ""
+) -> ParsedAnswer:
     if reason == "refusal":
-        return Reading("", usage=usage, error="refused", detail="the model declined")
+        return ParsedAnswer("", usage=usage, error="refused", detail="the model declined")
     if reason in _CUT_SHORT:
-        return Reading(text or "", "length", usage, thoughts=thoughts)
+        return ParsedAnswer(text or "", "length", usage, thoughts=thoughts)
     if text is None and not thoughts:
-        return Reading("", usage=usage, error="no answer", detail="the answer has no text")
-    return Reading(text or "", "stop", usage, thoughts=thoughts)
+        return ParsedAnswer("", usage=usage, error="no answer", detail="the answer has no text")
+    return ParsedAnswer(text or "", "stop", usage, thoughts=thoughts)
 
 
-class _Stream:
+class _AnthropicStream:
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._thoughts: list[str] = []
@@ -115,7 +117,7 @@ class _Stream:
             self._ended = True
         return ""
 
-    def finish(self) -> Reading | None:
+    def finish(self) -> ParsedAnswer | None:
         if not self._ended:
             return None
         text = "".join(self._texts) if self._texts else None

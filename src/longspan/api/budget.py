@@ -34,7 +34,7 @@ class Price(Config):
         return (prompt_tokens * self.input + completion_tokens * self.output) / _PER
 
 
-class Budget(Config):
+class SpendingLimits(Config):
     """Where a job stops; None: no limit."""
 
     max_cost: float | None = pydantic.Field(default=None, ge=0, allow_inf_nan=False)
@@ -45,7 +45,7 @@ class Budget(Config):
     """What `max_cost` and the report reckon with."""
 
     @pydantic.model_validator(mode="after")
-    def _cost_needs_prices(self) -> Budget:
+    def _cost_needs_prices(self) -> SpendingLimits:
         if self.max_cost is not None and self.price is None:
             raise ConfigError(
                 "max_cost is set but there are no prices",
@@ -54,7 +54,7 @@ class Budget(Config):
         return self
 
 
-class Estimate(NamedTuple):
+class CostEstimate(NamedTuple):
     """What a job would take at most, before anything is sent."""
 
     requests: int
@@ -84,7 +84,7 @@ def price_of(model: str, path: str | Path) -> Price:
 
 def estimate(
     token_counts: Iterable[tuple[int, int]], *, price: Price | None = None, limits: Limits | None = None
-) -> Estimate:
+) -> CostEstimate:
     """Add up what requests of (prompt tokens, answer tokens at most) would take, each answered at once."""
     requests = prompt = completion = 0
     for prompt_tokens, completion_tokens in token_counts:
@@ -97,13 +97,13 @@ def estimate(
     if limits is not None and limits.tokens_per_minute:
         minutes.append((prompt + completion) / limits.tokens_per_minute)
     cost = price.cost(prompt, completion) if price is not None else None
-    return Estimate(requests, prompt, completion, cost, max(minutes, default=None))
+    return CostEstimate(requests, prompt, completion, cost, max(minutes, default=None))
 
 
 class Meter:
     """Counts what is spent and what requests under way may still cost; used from several threads."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: SpendingLimits) -> None:
         self._budget = budget
         self._lock = threading.Lock()
         self._spent = self._reserved = 0.0

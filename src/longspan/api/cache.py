@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from longspan.api.messages import LogProbs, Reading, Usage
+from longspan.api.messages import LogProbs, ParsedAnswer, Usage
 from longspan.core.errors import DataError, RunError
 
 _KEY_VERSION = 2
@@ -85,13 +85,13 @@ class AnswerCache:
             self._database.execute("INSERT OR REPLACE INTO servers VALUES (?, ?, ?)", (address, model, said))
         return said, before if before != said else None
 
-    def get(self, key: str) -> Reading | None:
+    def get(self, key: str) -> ParsedAnswer | None:
         """Return a recorded answer."""
         with self._lock, self._errors():
             row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
             return _decode(json.loads(row[0])) if row is not None else None
 
-    def put(self, key: str, model: str, reading: Reading) -> None:
+    def put(self, key: str, model: str, reading: ParsedAnswer) -> None:
         """Record an answer; it is on its way to the disk when this returns."""
         answer = json.dumps(_encode(reading))
         with self._lock, self._errors():
@@ -126,7 +126,7 @@ class AnswerCache:
             ) from None
 
 
-def _encode(reading: Reading) -> dict[str, Any]:
+def _encode(reading: ParsedAnswer) -> dict[str, Any]:
     return {
         "text": reading.text,
         "finish": reading.finish,
@@ -138,9 +138,9 @@ def _encode(reading: Reading) -> dict[str, Any]:
     }
 
 
-def _decode(record: dict[str, Any]) -> Reading:
+def _decode(record: dict[str, Any]) -> ParsedAnswer:
     usage, logprobs = record.pop("usage"), record.pop("logprobs")
-    return Reading(
+    return ParsedAnswer(
         **record,
         usage=Usage(*usage) if usage else None,
         logprobs=LogProbs(tuple(logprobs[0]), tuple(logprobs[1]), *logprobs[2:]) if logprobs else None,

@@ -24,16 +24,16 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 from longspan.api.anthropic_protocol import AnthropicProtocol
-from longspan.api.budget import Budget, Meter
+from longspan.api.budget import Meter, SpendingLimits
 from longspan.api.cache import AnswerCache, request_key
 from longspan.api.clock import Clock
 from longspan.api.endpoint import Endpoint
 from longspan.api.failures import Retry
 from longspan.api.limits import Limits, Throttle, usable
-from longspan.api.messages import ChatRequest, ChatResult, Reading, Usage, estimate_tokens
+from longspan.api.messages import ChatRequest, ChatResult, ParsedAnswer, Usage, estimate_tokens
 from longspan.api.openai_protocol import ChatProtocol, CompletionsProtocol
 from longspan.api.protocol import WireProtocol
-from longspan.api.report import Counts, Report
+from longspan.api.report import ClientReport, Counts
 from longspan.api.transport import Transport
 from longspan.core.errors import LongspanError, RunError, UserError
 from longspan.core.log import get_logger
@@ -91,7 +91,7 @@ class Client:
         *,
         limits: Limits | None = None,
         cache: str | Path | None = None,
-        budget: Budget | None = None,
+        budget: SpendingLimits | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.endpoint = endpoint
@@ -102,7 +102,7 @@ class Client:
             endpoint, self._protocol, connections=self.limits.concurrency, clock=self._clock
         )
         self._cache = AnswerCache(cache) if cache is not None else None
-        self._meter = Meter(budget or Budget())
+        self._meter = Meter(budget or SpendingLimits())
         self._counts = Counts()
         # Jitter keeps processes apart, so no two may draw the same: the seed is the machine's.
         self._random = random.Random()
@@ -213,7 +213,7 @@ class Client:
         self._counts.result(piece.result)
         return piece.result
 
-    def report(self) -> Report:
+    def report(self) -> ClientReport:
         """Return what was done so far."""
         return self._counts.report(self._meter.spent)
 
@@ -347,10 +347,10 @@ class Client:
                 began = self._clock.now()
                 outcome = await self._attempt(job)
                 seconds = self._clock.now() - began
-                usage = outcome.usage if isinstance(outcome, Reading) else None
+                usage = outcome.usage if isinstance(outcome, ParsedAnswer) else None
                 if usage is not None:
                     self._throttle.settle(ticket, usage.prompt_tokens + usage.completion_tokens)
-                if isinstance(outcome, Reading) and outcome.error in (None, "refused"):
+                if isinstance(outcome, ParsedAnswer) and outcome.error in (None, "refused"):
                     self._record(job, outcome)
                 job.sent = False
             if isinstance(outcome, Retry):
@@ -360,16 +360,16 @@ class Client:
                     await self._before_retry(outcome, attempts)
                     continue
                 detail = f"{outcome.cause} in the last of {attempts} attempts: {outcome.detail}"
-                outcome = Reading("", error="failed", detail=detail)
+                outcome = ParsedAnswer("", error="failed", detail=detail)
             self._watch(outcome)
             result = _result(outcome, job.reserved)
             return result._replace(attempts=attempts, cost=self._meter.cost(result.usage), seconds=seconds)
 
-    def _record(self, job: _Job, reading: Reading) -> None:
+    def _record(self, job: _Job, reading: ParsedAnswer) -> None:
         if self._cache is not None:
             self._cache.put(job.key, self.endpoint.model, reading)
 
-    async def _attempt(self, job: _Job) -> Reading | Retry:
+    async def _attempt(self, job: _Job) -> ParsedAnswer | Retry:
         if job.on_text is None:
             return await self._transport.ask(job.body, job.request)
 
@@ -381,7 +381,7 @@ class Client:
         outcome = await self._transport.stream(job.body, on_text)
         if isinstance(outcome, Retry) and job.streamed:
             detail = f"the answer broke off ({outcome.cause}): {outcome.detail}"
-            return Reading("".join(job.streamed), error="failed", detail=detail)
+            return ParsedAnswer("".join(job.streamed), error="failed", detail=detail)
         return outcome
 
     async def _before_retry(self, retry: Retry, attempts: int) -> None:
@@ -402,7 +402,7 @@ class Client:
         self._counts.wait("backoff", seconds)
         await self._clock.sleep(seconds)
 
-    def _watch(self, reading: Reading) -> None:
+    def _watch(self, reading: ParsedAnswer) -> None:
         """Raise RunError or UserError when nothing but rejections, or nothing at all, comes back."""
         self._failed = self._failed + 1 if reading.error == "failed" else 0
         self._rejected = self._rejected + 1 if reading.error == "rejected" else 0
@@ -440,7 +440,7 @@ def _call_off(jobs: Iterable[_Job]) -> None:
             job.task.cancel()
 
 
-def _result(reading: Reading, reserved: Usage) -> ChatResult:
+def _result(reading: ParsedAnswer, reserved: Usage) -> ChatResult:
     """Return what the caller sees; an answer without usage is reckoned from its texts, a failure as nothing."""
     usage = reading.usage
     if usage is None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from longspan.api.endpoint import Endpoint, Key
-from longspan.api.messages import Reading
+from longspan.api.messages import ParsedAnswer
 from longspan.api.protocol import MalformedError, parse_json
 from longspan.core.errors import ConfigError, UserError
 
@@ -60,7 +60,7 @@ class Retry(NamedTuple):
 
 def judge_failure(
     status: int, headers: Mapping[str, str], body: str, *, endpoint: Endpoint, key: Key, wall: float
-) -> Retry | Reading:
+) -> Retry | ParsedAnswer:
     """Say what an answer with an error status means; `wall` is the time of day in seconds since 1970.
 
     Raises:
@@ -86,7 +86,7 @@ def judge_failure(
     )
 
 
-def judge_error_in_body(error: Any, *, endpoint: Endpoint, key: Key, wall: float) -> Retry | Reading:
+def judge_error_in_body(error: Any, *, endpoint: Endpoint, key: Key, wall: float) -> Retry | ParsedAnswer:
     """Say what an error inside a successful answer means: as if it had come with a status. Raises UserError."""
     code, kind = (error.get("code"), error.get("type")) if isinstance(error, Mapping) else (None, None)
     usual = _STATUS_OF.get(str(kind), 500)
@@ -128,16 +128,16 @@ def excerpt(body: str, key: Key) -> str:
     return text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "..."
 
 
-def _judge_request(status: int, said: str, endpoint: Endpoint, key: Key) -> Reading:
+def _judge_request(status: int, said: str, endpoint: Endpoint, key: Key) -> ParsedAnswer:
     if status == 413 or _TOO_LONG.search(said):
-        return Reading("", error="too long", detail=said)
+        return ParsedAnswer("", error="too long", detail=said)
     if _FILTERED.search(said):
-        return Reading("", error="refused", detail=said)
+        return ParsedAnswer("", error="refused", detail=said)
     if _BAD_KEY.search(said):
         raise _bad_key(status, endpoint, key)
     if _NO_MODEL.search(said):
         raise _no_model(status, said, endpoint)
-    return Reading("", error="rejected", detail=f"HTTP {status}: {said}")
+    return ParsedAnswer("", error="rejected", detail=f"HTTP {status}: {said}")
 
 
 def _bad_key(status: int, endpoint: Endpoint, key: Key) -> UserError:

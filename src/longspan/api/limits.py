@@ -55,7 +55,7 @@ class _Sent:
         self.time, self.amount, self.inside = time, amount, True
 
 
-class Bucket:
+class RateBucket:
     """At most `per_minute` in any 60 seconds, evenly spread; times are given, none is read.
 
     It begins empty but for `start`. An amount larger than a second's worth may be taken when the bucket is full and
@@ -124,8 +124,8 @@ class Throttle:
         self._turn = asyncio.Lock()
         self._resume = now = clock.now()
         rpm, tpm = limits.requests_per_minute, limits.tokens_per_minute
-        self._requests = Bucket(usable(rpm), now=now, start=1.0) if rpm else None
-        self._tokens = Bucket(usable(tpm), now=now) if tpm else None
+        self._requests = RateBucket(usable(rpm), now=now, start=1.0) if rpm else None
+        self._tokens = RateBucket(usable(tpm), now=now) if tpm else None
 
     async def acquire(self, tokens: int) -> Ticket:
         """Wait until a request of that many tokens may be sent, and take it from the buckets."""

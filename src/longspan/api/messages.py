@@ -106,7 +106,7 @@ class ChatResult(NamedTuple):
     """What the model thought before its answer, where the server gives that apart."""
 
 
-class Reading(NamedTuple):
+class ParsedAnswer(NamedTuple):
     """What a protocol reads out of one answer of the server."""
 
     text: str

@@ -11,7 +11,7 @@ from typing import Any
 
 from longspan.api.echo import find_shift
 from longspan.api.endpoint import Endpoint
-from longspan.api.messages import ChatRequest, Finish, LogProbs, Reading, Usage
+from longspan.api.messages import ChatRequest, Finish, LogProbs, ParsedAnswer, Usage
 from longspan.api.protocol import (
     ErrorInBodyError,
     Event,
@@ -50,11 +50,11 @@ class ChatProtocol(_OpenAI):
         """Return the JSON body. Raises ArgumentError for a prompt of token ids or `scored`."""
         return self._common(endpoint, request) | {"messages": chat_messages(request)}
 
-    def read(self, payload: Any, request: ChatRequest) -> Reading:
+    def read(self, payload: Any, request: ChatRequest) -> ParsedAnswer:
         """Read an answer. Raises MalformedError, ErrorInBodyError."""
         choice, usage = _first_choice(payload)
         if choice is None:
-            return Reading("", usage=usage, error="no answer", detail="the answer has no choices")
+            return ParsedAnswer("", usage=usage, error="no answer", detail="the answer has no choices")
         message = member(choice, "message", Mapping)
         if message is None:
             raise MalformedError("a choice has no message")
@@ -68,7 +68,7 @@ class ChatProtocol(_OpenAI):
 
     def stream_reader(self) -> StreamReader:
         """Return a reader for one streamed answer."""
-        return _Stream("delta", "content")
+        return _OpenAIStream("delta", "content")
 
 
 class CompletionsProtocol(_OpenAI):
@@ -90,18 +90,18 @@ class CompletionsProtocol(_OpenAI):
             body |= {"echo": True, "logprobs": 1, endpoint.limit_field: 1}
         return body
 
-    def read(self, payload: Any, request: ChatRequest) -> Reading:
+    def read(self, payload: Any, request: ChatRequest) -> ParsedAnswer:
         """Read an answer. Raises MalformedError, ErrorInBodyError."""
         choice, usage = _first_choice(payload)
         if choice is None:
-            return Reading("", usage=usage, error="no answer", detail="the answer has no choices")
+            return ParsedAnswer("", usage=usage, error="no answer", detail="the answer has no choices")
         if request.scored:
             return _scored(choice, request, usage)
         return _finished(member(choice, "text", str), None, _reason(choice), usage)
 
     def stream_reader(self) -> StreamReader:
         """Return a reader for one streamed answer."""
-        return _Stream(None, "text")
+        return _OpenAIStream(None, "text")
 
 
 def chat_messages(request: ChatRequest) -> list[dict[str, str]]:
@@ -161,31 +161,31 @@ def _thoughts(message: Mapping[str, Any]) -> str:
 
 def _finished(
     text: str | None, refusal: str | None, reason: str | None, usage: Usage | None, *, thoughts: str = ""
-) -> Reading:
+) -> ParsedAnswer:
     if refusal:
-        return Reading("", usage=usage, error="refused", detail=refusal)
+        return ParsedAnswer("", usage=usage, error="refused", detail=refusal)
     if reason == "content_filter":
-        return Reading("", usage=usage, error="refused", detail="content filter")
+        return ParsedAnswer("", usage=usage, error="refused", detail="content filter")
     finish: Finish = "length" if reason == "length" else "stop"
     if text is None and finish == "stop" and not thoughts:
-        return Reading("", usage=usage, error="no answer", detail="the answer has no content")
+        return ParsedAnswer("", usage=usage, error="no answer", detail="the answer has no content")
     # A reasoning model may spend all its tokens before it says anything: an empty answer, cut short.
-    return Reading(text or "", finish, usage, thoughts=thoughts)
+    return ParsedAnswer(text or "", finish, usage, thoughts=thoughts)
 
 
-def _scored(choice: Any, request: ChatRequest, usage: Usage | None) -> Reading:
+def _scored(choice: Any, request: ChatRequest, usage: Usage | None) -> ParsedAnswer:
     """Read the log-probabilities of the last `scored` tokens of the prompt."""
     table = member(choice, "logprobs", Mapping)
     values = member(table, "token_logprobs", list) if table is not None else None
     top = member(table, "top_logprobs", list) if table is not None else None
     prompt = request.prompt if request.prompt is not None else ()
     if isinstance(prompt, str) or not values or len(values) < len(prompt) - 1:
-        return Reading(
+        return ParsedAnswer(
             "", usage=usage, error="rejected", detail="the server gives no log-probabilities of the prompt"
         )
     shift = find_shift(request, values, member(table, "tokens", list))
     if shift is None:
-        return Reading(
+        return ParsedAnswer(
             "",
             usage=usage,
             error="rejected",
@@ -200,10 +200,10 @@ def _scored(choice: Any, request: ChatRequest, usage: Usage | None) -> Reading:
     chosen = values[start:stop]
     if not all(value is None or isinstance(value, (int, float)) for value in chosen):
         raise MalformedError("'token_logprobs' is of the wrong kind")
-    return Reading("", "stop", usage, logprobs=LogProbs(tuple(chosen), tuple(best), shift))
+    return ParsedAnswer("", "stop", usage, logprobs=LogProbs(tuple(chosen), tuple(best), shift))
 
 
-class _Stream:
+class _OpenAIStream:
     """Adds up `choices[0]` of the chunks; `part` is where the text stands in it."""
 
     def __init__(self, part: str | None, field: str) -> None:
@@ -238,11 +238,11 @@ class _Stream:
         self._texts.append(text)
         return text
 
-    def finish(self) -> Reading | None:
+    def finish(self) -> ParsedAnswer | None:
         if self._reason is None and not self._ended:
             return None
         if not self._texts and self._reason is None:
-            return Reading("", usage=self._usage, error="no answer", detail="the stream has no choices")
+            return ParsedAnswer("", usage=self._usage, error="no answer", detail="the stream has no choices")
         return _finished(
             "".join(self._texts),
             "".join(self._refusals),

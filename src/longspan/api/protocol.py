@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from longspan.api.endpoint import Endpoint
-from longspan.api.messages import ChatRequest, Reading
+from longspan.api.messages import ChatRequest, ParsedAnswer
 
 
 class MalformedError(Exception):
@@ -41,7 +41,7 @@ class StreamReader(Protocol):
         """
         ...
 
-    def finish(self) -> Reading | None:
+    def finish(self) -> ParsedAnswer | None:
         """Return the whole answer after the last event; None: the stream broke off before its end."""
         ...
 
@@ -56,7 +56,7 @@ class WireProtocol(Protocol):
         """Return the JSON body. Raises ArgumentError: this protocol cannot ask that."""
         ...
 
-    def read(self, payload: Any, request: ChatRequest) -> Reading:
+    def read(self, payload: Any, request: ChatRequest) -> ParsedAnswer:
         """Read an answer. Raises MalformedError, ErrorInBodyError."""
         ...
 

@@ -10,7 +10,7 @@ from longspan.api.messages import ChatResult
 from longspan.core.units import format_count, format_seconds
 
 
-class Report(NamedTuple):
+class ClientReport(NamedTuple):
     """Counts of one client."""
 
     results: int
@@ -105,11 +105,11 @@ class Counts:
                 self._numbers["completion_tokens"] += result.usage.completion_tokens
                 self._numbers["estimated"] += result.usage.estimated
 
-    def report(self, cost: float | None) -> Report:
+    def report(self, cost: float | None) -> ClientReport:
         """Return what there is so far."""
         with self._lock:
             number = self._numbers
-            return Report(
+            return ClientReport(
                 results=number["results"],
                 answered=number["answered"],
                 cached=number["cached"],

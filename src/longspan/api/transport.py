@@ -11,7 +11,7 @@ from longspan.api.clock import Clock
 from longspan.api.endpoint import Endpoint
 from longspan.api.events import EventDecoder
 from longspan.api.failures import Retry, judge_error_in_body, judge_failure
-from longspan.api.messages import ChatRequest, Reading
+from longspan.api.messages import ChatRequest, ParsedAnswer
 from longspan.api.protocol import ErrorInBodyError, MalformedError, WireProtocol, parse_json
 from longspan.core.optional import require
 
@@ -70,10 +70,10 @@ class Transport:
             {name: found[name] for name in _SAID if found.get(name) is not None}, sort_keys=True
         )
 
-    async def ask(self, body: Mapping[str, Any], request: ChatRequest) -> Reading | Retry:
+    async def ask(self, body: Mapping[str, Any], request: ChatRequest) -> ParsedAnswer | Retry:
         """Post a body and read the whole answer. Raises UserError: no request can succeed."""
 
-        async def attempt(client: httpx.AsyncClient) -> Reading | Retry:
+        async def attempt(client: httpx.AsyncClient) -> ParsedAnswer | Retry:
             response = await client.post(
                 self._endpoint.url, content=_encode(body), headers=self._endpoint.headers(self._key)
             )
@@ -83,10 +83,10 @@ class Transport:
 
         return await self._attempt(attempt)
 
-    async def stream(self, body: Mapping[str, Any], on_text: Callable[[str], None]) -> Reading | Retry:
+    async def stream(self, body: Mapping[str, Any], on_text: Callable[[str], None]) -> ParsedAnswer | Retry:
         """Post a body and pass the answer's text on as it comes. Raises UserError: no request can succeed."""
 
-        async def attempt(client: httpx.AsyncClient) -> Reading | Retry:
+        async def attempt(client: httpx.AsyncClient) -> ParsedAnswer | Retry:
             reader, decoder = self._protocol.stream_reader(), EventDecoder()
             streamed = {**body, **self._stream_fields}
             async with client.stream(
@@ -110,12 +110,12 @@ class Transport:
 
         return await self._attempt(attempt)
 
-    async def _attempt(self, attempt: Callable[[httpx.AsyncClient], Any]) -> Reading | Retry:
+    async def _attempt(self, attempt: Callable[[httpx.AsyncClient], Any]) -> ParsedAnswer | Retry:
         assert self._client is not None, "open() comes first"
         httpx = self._httpx
         try:
             async with asyncio.timeout(self._endpoint.timeout):
-                result: Reading | Retry = await attempt(self._client)
+                result: ParsedAnswer | Retry = await attempt(self._client)
                 return result
         except TimeoutError:
             return Retry("timeout", detail=f"no whole answer within {self._endpoint.timeout:g} s")
@@ -130,7 +130,7 @@ class Transport:
         except httpx.TransportError as error:
             return Retry("connection", detail=self._say(error))
 
-    def _failure(self, status: int, headers: Mapping[str, str], text: str) -> Reading | Retry:
+    def _failure(self, status: int, headers: Mapping[str, str], text: str) -> ParsedAnswer | Retry:
         return judge_failure(
             status, headers, text, endpoint=self._endpoint, key=self._key, wall=self._clock.wall()
         )

@@ -22,7 +22,7 @@ from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.annotate.config import AnnotateConfig
-    from longspan.annotate.estimate import Estimate
+    from longspan.annotate.estimate import AnnotateEstimate
     from longspan.data.executor import ArrayJob
 
 app = typer.Typer(
@@ -215,7 +215,7 @@ def _cepe_specs(
     return specs
 
 
-def _estimated(spec: AnnotateConfig, part: ArrayJob) -> Estimate:
+def _estimated(spec: AnnotateConfig, part: ArrayJob) -> AnnotateEstimate:
     from longspan.annotate.run import estimate_job
 
     return estimate_job(spec, shard=part)
@@ -233,7 +233,7 @@ def _annotate(spec: AnnotateConfig, out: Path, part: ArrayJob, jobs: Jobs) -> bo
     return not done.missing
 
 
-def _show_estimates(found: dict[str, Estimate], as_json: bool) -> None:
+def _show_estimates(found: dict[str, AnnotateEstimate], as_json: bool) -> None:
     from longspan.core.units import format_bytes, format_count
 
     if as_json:

@@ -13,7 +13,7 @@ from longspan.core.progress import progress
 from longspan.core.units import format_bytes
 
 if TYPE_CHECKING:
-    from longspan.parallel.certify import CellResult
+    from longspan.parallel.certify import CertifyResult
 
 TIMEOUT_SECONDS = 1800.0
 """For one world; thousands of small collectives take minutes when processes share a core."""
@@ -33,7 +33,7 @@ def certify_schedules(schedules: str, worlds: str, *, as_json: bool) -> bool:
     from longspan.parallel.launch import process_group, spawn_local
 
     names = _names(schedules)
-    results: list[CellResult] = []
+    results: list[CertifyResult] = []
     half: Half = defaultdict(dict)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         import torch.distributed as dist
@@ -83,7 +83,7 @@ def _worlds(worlds: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _print_json(results: list[CellResult], half: Half, growth: dict[str, float], passed: bool) -> None:
+def _print_json(results: list[CertifyResult], half: Half, growth: dict[str, float], passed: bool) -> None:
     def plain(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
@@ -104,7 +104,7 @@ def _print_json(results: list[CellResult], half: Half, growth: dict[str, float],
     print_json({"passed": passed, "cells": cells, "half_error": half, "half_growth": growth})
 
 
-def _print(results: list[CellResult], half: Half, growth: dict[str, float], passed: bool) -> None:
+def _print(results: list[CertifyResult], half: Half, growth: dict[str, float], passed: bool) -> None:
     from longspan.parallel.certify import (
         EXACT_LIMIT,
         FAST_FORWARD_LIMIT,
@@ -112,7 +112,7 @@ def _print(results: list[CellResult], half: Half, growth: dict[str, float], pass
         HALF_GROWTH_LIMIT,
     )
 
-    groups: dict[tuple[int, str, str, str], list[CellResult]] = defaultdict(list)
+    groups: dict[tuple[int, str, str, str], list[CertifyResult]] = defaultdict(list)
     for result in results:
         groups[result.world, result.cell.schedule, result.cell.degrees, result.cell.layout].append(result)
     rows = []
@@ -168,8 +168,8 @@ def _print(results: list[CellResult], half: Half, growth: dict[str, float], pass
     print_table(f"{verdict}: {count} cells, forward and backward", (), ())
 
 
-def _print_impossible(results: list[CellResult]) -> None:
-    reasons: dict[tuple[int, str, str], list[CellResult]] = defaultdict(list)
+def _print_impossible(results: list[CertifyResult]) -> None:
+    reasons: dict[tuple[int, str, str], list[CertifyResult]] = defaultdict(list)
     for result in results:
         if result.reason:
             reasons[result.world, result.cell.schedule, result.reason].append(result)
@@ -181,7 +181,7 @@ def _print_impossible(results: list[CellResult]) -> None:
         )
 
 
-def _details(result: CellResult) -> list[tuple[str, object]]:
+def _details(result: CertifyResult) -> list[tuple[str, object]]:
     values = {**result.cell._asdict(), **result._asdict()}
     return [(name, value) for name, value in values.items() if name != "cell"]
 

@@ -144,11 +144,11 @@ def _measure(
     if model.chat_template is not None:
         raise ArgumentError("perplexity is that of the text itself", fix="leave out --chat-template")
     from longspan.eval.ppl_run import run_ppl
-    from longspan.infer.distributed import TokenLosses
+    from longspan.infer.distributed import GivesLosses
     from longspan.infer.requests import copies_of
 
     with opened(model) as asked:
-        assert isinstance(asked.answerer, TokenLosses)
+        assert isinstance(asked.answerer, GivesLosses)
         most = asked.answerer.max_length
         if most is not None and not task.lengths:
             raise ArgumentError(

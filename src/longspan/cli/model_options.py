@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from longspan.data.tokenizer import Tokenizer
     from longspan.eval.prompts import PromptForm
-    from longspan.infer.opening import ServerConfig, Source
+    from longspan.infer.opening import ModelSource, ServerConfig
     from longspan.infer.requests import Answerer
 
 MODEL_KINDS = ("a folder", "a hub name", "openai:NAME", "completions:NAME", "anthropic:NAME")
@@ -325,24 +325,24 @@ def _refuse_weights(options: ModelOptions) -> None:
         raise ArgumentError("how a server runs its model is its own affair", found=" ".join(named))
 
 
-def find_source(options: ModelOptions) -> Source:
+def find_source(options: ModelOptions) -> ModelSource:
     """Return where the weights come from, and what is changed about the model."""
     from longspan.cli.output import quiet_transformers
     from longspan.core.config import parse_yaml
     from longspan.core.errors import ArgumentError
-    from longspan.infer.opening import Source
+    from longspan.infer.opening import ModelSource
 
     quiet_transformers()
     path = find_folder(options.model)
     rope = parse_yaml(options.rope, where="--rope") if options.rope else None
     if not _is_checkpoint(path):
-        return Source(path, rope, options.rope_theta, options.dtype)
+        return ModelSource(path, rope, options.rope_theta, options.dtype)
     if rope is not None or options.rope_theta is not None or options.dtype is not None:
         raise ArgumentError(
             f"{path} is a checkpoint, which is used as it was trained",
             fix="write it as a model folder with `longspan export`, and change that",
         )
-    return Source(path, load=load_checkpoint)
+    return ModelSource(path, load=load_checkpoint)
 
 
 def find_folder(model: str) -> str:
@@ -366,7 +366,7 @@ def find_folder(model: str) -> str:
     return str(last)
 
 
-def load_checkpoint(source: Source) -> PreTrainedModel:
+def load_checkpoint(source: ModelSource) -> PreTrainedModel:
     """Load a checkpoint of a training, which says itself how its model was made."""
     from longspan.train.trained import load_trained
 

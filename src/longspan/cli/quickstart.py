@@ -13,7 +13,7 @@ from longspan.cli.output import Json, Seed, example, percent, print_json, print_
 EXAMPLE = example("longspan quickstart --preset tiny --out quickstart-run")
 
 
-class Preset(StrEnum):
+class QuickstartPreset(StrEnum):
     """The recipes that are shipped."""
 
     small = "small"
@@ -25,11 +25,11 @@ def quickstart(
         Path, typer.Option(help="Folder of the run; the same command goes on after a kill.")
     ] = Path("quickstart-run"),
     preset: Annotated[
-        Preset,
+        QuickstartPreset,
         typer.Option(
             help="small: a model that learns it, some minutes. tiny: every step once, about a minute."
         ),
-    ] = Preset.small,
+    ] = QuickstartPreset.small,
     seed: Seed = 0,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Train the controls too; takes several times as long.")

@@ -11,7 +11,7 @@ from longspan.cli.counts import count_option
 from longspan.cli.output import Json, Seed, example, print_json, print_table
 
 if TYPE_CHECKING:
-    from longspan.api import Client, Endpoint, Estimate, Limits, Price
+    from longspan.api import Client, CostEstimate, Endpoint, Limits, Price
     from longspan.synth import SetConfig, Student, SynthConfig
     from longspan.synth.selection import Selected
 
@@ -301,7 +301,7 @@ def _open(
     max_requests: int | None,
     cache: Path,
 ) -> Client | None:
-    from longspan.api import Budget, Client
+    from longspan.api import Client, SpendingLimits
 
     if endpoint is None:
         return None
@@ -310,7 +310,7 @@ def _open(
         "max_requests": max_requests,
         "price": None if price is None else price.to_dict(),
     }
-    budget = Budget.from_dict(values, where="--max-cost")
+    budget = SpendingLimits.from_dict(values, where="--max-cost")
     return Client(endpoint, limits=limits, cache=cache, budget=budget)
 
 
@@ -379,7 +379,7 @@ def _show_estimate(
     _print_estimate(settings.set.name, selected, asking, checks)
 
 
-def _print_estimate(name: str, selected: Selected, asking: Estimate, checks: Estimate) -> None:
+def _print_estimate(name: str, selected: Selected, asking: CostEstimate, checks: CostEstimate) -> None:
     from longspan.core.units import format_count, format_seconds
 
     rows = [[reason, f"{count:,}"] for reason, count in selected.counts.items()]

@@ -27,7 +27,7 @@ EXAMPLE = example(
 )
 
 
-class Scale(StrEnum):
+class RecipeScale(StrEnum):
     """How large a recipe is run."""
 
     full = "full"
@@ -51,11 +51,11 @@ def train(
         typer.Option("--set", help="KEY=VALUE changes a setting, such as stages.0.lr=1e-4; many times."),
     ] = None,
     scale: Annotated[
-        Scale,
+        RecipeScale,
         typer.Option(
             help="tiny: the same stages with a small model on made data, some seconds on a CPU (docs/recipes.md)."
         ),
-    ] = Scale.full,
+    ] = RecipeScale.full,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the recipe comes to, stage by stage, and stop.")
     ] = False,
@@ -94,15 +94,15 @@ def train(
             "--gpu says what a dry run estimates for", fix="give --dry-run, or leave --gpu out"
         )
     # At tiny scale, settings change the scaled recipe: a length of 128 means 128.
-    loaded = load_recipe(recipe, [] if scale is Scale.tiny else settings or [])
+    loaded = load_recipe(recipe, [] if scale is RecipeScale.tiny else settings or [])
     command = _command(recipe, settings or [], scale, out)
-    out = out or Path("runs") / (loaded.name if scale is Scale.full else f"{loaded.name}-{scale.value}")
+    out = out or Path("runs") / (loaded.name if scale is RecipeScale.full else f"{loaded.name}-{scale.value}")
     if print_sbatch:
         _print_sbatch(loaded, gpus_per_node)
         return
     quiet_transformers()
     config, root = loaded.config, loaded.folder
-    if scale is Scale.tiny:
+    if scale is RecipeScale.tiny:
         config, root = _tiny(loaded, settings or [], out.with_name(f"{out.name}-inputs"))
         recipe = f"{recipe} --scale tiny"
     if dry_run:
@@ -154,10 +154,10 @@ def _tiny(loaded: LoadedRecipe, settings: list[str], inputs: Path) -> tuple[Trai
     return config, inputs
 
 
-def _command(recipe: str, settings: list[str], scale: Scale, out: Path | None) -> str:
+def _command(recipe: str, settings: list[str], scale: RecipeScale, out: Path | None) -> str:
     """Return what to write behind `longspan train` for the run that a dry run is about."""
     words = [recipe, *(word for setting in settings for word in ("--set", setting))]
-    words += ["--scale", scale.value] if scale is not Scale.full else []
+    words += ["--scale", scale.value] if scale is not RecipeScale.full else []
     words += ["--out", str(out)] if out is not None else []
     return shlex.join(words)
 
@@ -174,13 +174,13 @@ def _dry_run(
         _print_resolved(recipe, resolved)
 
 
-def _search_rope(config: TrainConfig, root: Path, scale: Scale, stage: str, *, as_json: bool) -> None:
+def _search_rope(config: TrainConfig, root: Path, scale: RecipeScale, stage: str, *, as_json: bool) -> None:
     import json
 
     from longspan.kernels.longrope import PAPER, LongRopeSearch
     from longspan.train.rope_search import search_rope
 
-    search = PAPER if scale is Scale.full else LongRopeSearch(8, 4, 4, 3)
+    search = PAPER if scale is RecipeScale.full else LongRopeSearch(8, 4, 4, 3)
     found = search_rope(config, stage, data_root=root, search=search)
     if as_json:
         print_json({"stage": stage, "rope": found.rope, **found.result._asdict()})

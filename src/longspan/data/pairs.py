@@ -94,7 +94,7 @@ class PairCount(NamedTuple):
     """Windows taken: fewer than wanted where there are not so many."""
 
 
-class Windows(NamedTuple):
+class PlacedWindows(NamedTuple):
     """Where the windows of one part and domain begin; each is encoder + decoder tokens long."""
 
     order: NDArray[np.int64]
@@ -113,7 +113,7 @@ class PairPlan:
     seed: int
     documents: str
     """Fingerprint of the documents."""
-    windows: Mapping[tuple[str, str], Windows]
+    windows: Mapping[tuple[str, str], PlacedWindows]
     """By (part, domain), in the order in which they are written."""
     counts: tuple[PairCount, ...]
 
@@ -162,7 +162,7 @@ def plan_pairs(spec: PairConfig, documents: TokenDocuments, seed: int = 0) -> Pa
     """
     shares = domain_shares(spec.weights, spec.mode, documents.domains)
     part_of = split_parts(documents, seed)
-    windows: dict[tuple[str, str], Windows] = {}
+    windows: dict[tuple[str, str], PlacedWindows] = {}
     counts = []
     for part, samples in (("test", spec.test), ("train", spec.train)):
         wanted = divide(samples, [shares[domain] for domain in documents.domains])
@@ -213,7 +213,7 @@ def divide(samples: int, shares: list[float]) -> list[int]:
     return whole
 
 
-def read_window(documents: TokenDocuments, windows: Windows, number: int, length: int) -> NDArray[Any]:
+def read_window(documents: TokenDocuments, windows: PlacedWindows, number: int, length: int) -> NDArray[Any]:
     """Return the tokens of a window [length]."""
     parts: list[NDArray[Any]] = []
     place, offset, missing = int(windows.first[number]), int(windows.offset[number]), length
@@ -332,7 +332,7 @@ def _choose(
     streams: _Streams,
     wanted: int,
     purpose: tuple[int, str, str],
-) -> tuple[Windows, int]:
+) -> tuple[PlacedWindows, int]:
     """Return the windows taken, in random order, and how many there were."""
     ends = np.cumsum(streams.windows)
     available = int(ends[-1]) if len(ends) else 0
@@ -343,7 +343,7 @@ def _choose(
     place = streams.start[stream] + window * spec.decoder
     tokens = documents.tokens[members]
     first = np.searchsorted(np.cumsum(tokens), place, side="right")
-    return Windows(members, first, place - (np.cumsum(tokens) - tokens)[first]), available
+    return PlacedWindows(members, first, place - (np.cumsum(tokens) - tokens)[first]), available
 
 
 def _write_domain(
@@ -351,7 +351,7 @@ def _write_domain(
     spec: PairConfig,
     documents: TokenDocuments,
     domain: str,
-    rows: Windows,
+    rows: PlacedWindows,
     dtype: np.dtype[Any],
 ) -> None:
     folder.mkdir()
@@ -368,7 +368,7 @@ def _write_domain(
     writer.finish()
 
 
-def _rows(documents: TokenDocuments, rows: Windows, length: int, domain: str) -> Iterator[NDArray[Any]]:
+def _rows(documents: TokenDocuments, rows: PlacedWindows, length: int, domain: str) -> Iterator[NDArray[Any]]:
     with progress(f"pairs of {domain}", total=len(rows.first), unit="pairs") as bar:
         for number in range(len(rows.first)):
             yield read_window(documents, rows, number, length)

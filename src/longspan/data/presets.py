@@ -26,7 +26,7 @@ _SLIMPAJAMA = {
 }
 
 
-class Preset(NamedTuple):
+class MixturePreset(NamedTuple):
     """Shares of sources and what happens to short documents."""
 
     about: str
@@ -53,17 +53,17 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "slimpajama-per-source": Preset(
+    "slimpajama-per-source": MixturePreset(
         "the mix of SlimPajama itself; of documents below 4096 tokens one in ten stays",
         _SLIMPAJAMA,
         keep_short=0.1,
     ),
-    "slimpajama-upsample-code-arxiv-book": Preset(
+    "slimpajama-upsample-code-arxiv-book": MixturePreset(
         "Github, ArXiv and Book at 0.60 each beside the shares of the others, normalised",
         {**_SLIMPAJAMA, "Github": 0.60, "ArXiv": 0.60, "Book": 0.60},
         keep_short=0.1,
     ),
-    "prolong-64k": Preset(
+    "prolong-64k": MixturePreset(
         "the 64K stage",
         {
             "code-repo": 0.3,
@@ -78,7 +78,7 @@ PRESETS = {
             "textbooks": 0.03,
         },
     ),
-    "prolong-512k": Preset(
+    "prolong-512k": MixturePreset(
         "the 512K stage: code and books in documents of up to 512K and of up to 64K tokens",
         {
             "code-repo-512k": 0.15,
@@ -95,7 +95,7 @@ PRESETS = {
             "textbooks": 0.03,
         },
     ),
-    "cepe-concat": Preset(
+    "cepe-concat": MixturePreset(
         "RedPajama for encoder and decoder",
         {
             "arxiv": 0.025,
@@ -107,11 +107,11 @@ PRESETS = {
             "wikipedia": 0.045,
         },
     ),
-    "cepe-arxiv-book": Preset("long documents of ArXiv and books alone", {"arxiv": 0.5, "book": 0.5}),
+    "cepe-arxiv-book": MixturePreset("long documents of ArXiv and books alone", {"arxiv": 0.5, "book": 0.5}),
 }
 
 
-def load_preset(name: str) -> Preset:
+def load_preset(name: str) -> MixturePreset:
     """Return a preset by name. Raises ArgumentError for a name that does not exist."""
     if name not in PRESETS:
         raise ArgumentError("there is no such preset", found=name, allowed=list(PRESETS))

@@ -81,7 +81,7 @@ def recall_document(
     return {"text": text, "loss_weights": weights, "facts": [list(fact) for fact in facts]}
 
 
-class _Places(NamedTuple):
+class _Statements(NamedTuple):
     """Statements in text order: which fact, where in the filler (0..1), and whether it is the first one."""
 
     order: list[int]
@@ -89,7 +89,7 @@ class _Places(NamedTuple):
     first: list[bool]
 
 
-def _places(rng: np.random.Generator, num_facts: int, spec: RecallTexts) -> _Places:
+def _places(rng: np.random.Generator, num_facts: int, spec: RecallTexts) -> _Statements:
     marks: list[tuple[float, int]] = []
     for fact in range(num_facts):
         depths = np.sort(rng.random(spec.restated + 1))
@@ -104,7 +104,7 @@ def _places(rng: np.random.Generator, num_facts: int, spec: RecallTexts) -> _Pla
     for _, fact in marks:
         first.append(fact not in seen)
         seen.add(fact)
-    return _Places([fact for _, fact in marks], [depth for depth, _ in marks], first)
+    return _Statements([fact for _, fact in marks], [depth for depth, _ in marks], first)
 
 
 def _cut(text: str, num_tokens: int, count_tokens: Callable[[str], int]) -> int:
@@ -125,7 +125,7 @@ def _cut(text: str, num_tokens: int, count_tokens: Callable[[str], int]) -> int:
 
 
 def _compose(
-    filler: str, facts: list[Fact], places: _Places, spec: RecallTexts
+    filler: str, facts: list[Fact], places: _Statements, spec: RecallTexts
 ) -> tuple[str, list[list[int]]]:
     pieces: list[str] = []
     weights: list[list[int]] = []

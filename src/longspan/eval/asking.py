@@ -21,7 +21,7 @@ _MAX_FITS = 6
 _AROUND_CHARS = 200
 
 
-class Place(NamedTuple):
+class NeedlePlace(NamedTuple):
     """Where the needle lies."""
 
     before: str
@@ -40,7 +40,7 @@ class Composed(NamedTuple):
     """Of the prompt, BOS and chat template counted."""
     removed: int
     """Tokens of the context that were cut off its end."""
-    place: Place | None
+    place: NeedlePlace | None
 
 
 def template_named(name: str) -> str:
@@ -139,11 +139,11 @@ def compose(
     raise DataError(f"the text could not be cut to {length} tokens", found=f"{tokens} tokens")
 
 
-def _place(planted: Planted, form: PromptForm) -> Place:
+def _place(planted: Planted, form: PromptForm) -> NeedlePlace:
     (start, end), text = planted.spans[0], planted.text
     before = len(form.tokenizer.encode(text[:start]))
     after = len(form.tokenizer.encode(text[end:]))
-    return Place(
+    return NeedlePlace(
         text[max(0, start - _AROUND_CHARS) : start],
         text[start:end],
         text[end : end + _AROUND_CHARS],

@@ -98,10 +98,10 @@ def judge_records(
     """
     unjudged: list[dict[str, Any]] = []
 
-    def requests() -> Iterator[tuple[_Sample, ChatRequest]]:
+    def requests() -> Iterator[tuple[_SampleIdentity, ChatRequest]]:
         for sample in samples:
             if sample.get("unscored") is None:
-                yield _Sample(sample), judge_request(sample, template)
+                yield _SampleIdentity(sample), judge_request(sample, template)
             else:
                 unjudged.append({**sample, "score": None})
 
@@ -154,7 +154,7 @@ def parse_rating(reply: str, template: str = TEMPLATE) -> int | None:
     return rating if _LOWEST <= rating <= _HIGHEST else None
 
 
-class _Sample:
+class _SampleIdentity:
     """Names a sample by itself: equal records stay apart."""
 
     def __init__(self, sample: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Facts(NamedTuple):
     number: str
 
 
-class Sample(NamedTuple):
+class NeedleHaystack(NamedTuple):
     """The haystack of one sample number, as long as the longest context."""
 
     window: Window
@@ -94,7 +94,7 @@ class NeedleComposer:
         self.documents = describe_documents(documents)
         self._num_needles = num_needles
         self._haystack = Haystack(documents, form.tokenizer, repeat=settings.repeat)
-        self._samples: dict[int, Sample] = {}
+        self._samples: dict[int, NeedleHaystack] = {}
         fields = settings.planted_fields()
         self._needle_fields, self._distractor_fields = fields[0], fields[1:]
         num_keys = num_needles * ("key" in self._needle_fields)
@@ -117,7 +117,7 @@ class NeedleComposer:
                 )
         self._check_lengths()
 
-    def sample(self, number: int) -> Sample:
+    def sample(self, number: int) -> NeedleHaystack:
         """Return the haystack of a sample number; the last one is kept."""
         if number not in self._samples:
             longest = max(self.settings.lengths)
@@ -132,17 +132,17 @@ class NeedleComposer:
                 absent = [key for key in self._keys if key not in words]
                 # A context as long as all documents holds every word; "of iron is" still stands there once.
                 keys = absent if len(absent) >= max(MIN_ABSENT_KEYS, self._num_keys) else self._keys
-            self._samples = {number: Sample(window, keys)}
+            self._samples = {number: NeedleHaystack(window, keys)}
         return self._samples[number]
 
     def draw_needles(
-        self, generator: np.random.Generator, sample: Sample, count: int, taken: Sequence[Facts] = ()
+        self, generator: np.random.Generator, sample: NeedleHaystack, count: int, taken: Sequence[Facts] = ()
     ) -> list[Facts]:
         """Draw keys and numbers of `count` needles: none is in `taken`, and no number in the haystack."""
         return self._draw(generator, sample, ["key" in self._needle_fields] * count, taken)
 
     def draw_distractors(
-        self, generator: np.random.Generator, sample: Sample, taken: Sequence[Facts] = ()
+        self, generator: np.random.Generator, sample: NeedleHaystack, taken: Sequence[Facts] = ()
     ) -> list[Facts]:
         """Draw keys and numbers of the distractors."""
         return self._draw(generator, sample, ["key" in each for each in self._distractor_fields], taken)
@@ -184,7 +184,7 @@ class NeedleComposer:
 
     def context(
         self,
-        sample: Sample,
+        sample: NeedleHaystack,
         length: int,
         insertions: Sequence[Insertion],
         *,
@@ -272,7 +272,7 @@ class NeedleComposer:
     def _draw(
         self,
         generator: np.random.Generator,
-        sample: Sample,
+        sample: NeedleHaystack,
         wants_key: Sequence[bool],
         taken: Sequence[Facts],
     ) -> list[Facts]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from longspan.core.errors import ConfigError
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
-from longspan.infer.flops import Cell, ladder, work_by_themselves, work_shared
+from longspan.infer.flops import GridPrompt, ladder, work_by_themselves, work_shared
 
 
 class GridCost(NamedTuple):
@@ -48,7 +48,7 @@ def grid_cost(settings: NeedleConfig, form: PromptForm, *, multi_key: bool = Fal
     )
 
 
-def _groups(settings: NeedleConfig, form: PromptForm, *, multi_key: bool) -> list[list[Cell]]:
+def _groups(settings: NeedleConfig, form: PromptForm, *, multi_key: bool) -> list[list[GridPrompt]]:
     """Return the prompts of one haystack, those that share a trunk together."""
     number = "9" * settings.answer_digits
     if settings.mode == "teacher_forced":
@@ -67,7 +67,7 @@ def _groups(settings: NeedleConfig, form: PromptForm, *, multi_key: bool) -> lis
     if multi_key:
         # Questions begin alike, up to their key.
         asked -= len(form.tokenizer.encode(settings.question.partition("{key}")[0]))
-        return [[Cell(length - asked, length)] * len(settings.depths) for length in settings.lengths]
+        return [[GridPrompt(length - asked, length)] * len(settings.depths) for length in settings.lengths]
     rest = asked + planted
     if settings.num_distractors or settings.num_needles > 1:
         return [ladder([length], settings.depths, rest=rest) for length in settings.lengths]

@@ -27,7 +27,7 @@ Measure = Callable[[Sequence[NDArray[Any]]], Sequence[NDArray[np.float32]]]
 """From windows of n token ids to the n - 1 losses of each, in nats."""
 
 
-class _Planned(NamedTuple):
+class _PlannedText(NamedTuple):
     id: str
     tokens: int
     window: ppl.PplWindow
@@ -81,7 +81,7 @@ def run_ppl(
         },
     )
     plan = [
-        _Planned(
+        _PlannedText(
             sample_id(header, window.source, window.document, window.start, window.length),
             max(1, len(window.ids)),
             window,
@@ -89,7 +89,7 @@ def run_ppl(
         for window in windows
     ]
 
-    def ask(missing: Sequence[_Planned], writer: RecordsWriter, bar: Progress) -> None:
+    def ask(missing: Sequence[_PlannedText], writer: RecordsWriter, bar: Progress) -> None:
         batches = plan_batches([planned.tokens for planned in missing], batch_tokens)
         for first in range(0, len(batches), copies):
             batch = [index for each in batches[first : first + copies] for index in each]
@@ -103,7 +103,7 @@ def run_ppl(
 
 
 def _ppl_records(
-    measure: Measure, batch: Sequence[_Planned], tokenizer: Tokenizer, *, width: int
+    measure: Measure, batch: Sequence[_PlannedText], tokenizer: Tokenizer, *, width: int
 ) -> list[dict[str, Any]]:
     windows = [planned.window for planned in batch]
     losses = iter(measure([window.ids for window in windows if window.reason is None]))

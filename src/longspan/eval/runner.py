@@ -43,7 +43,7 @@ GROUP_TOKENS = 64_000_000
 _log = get_logger("eval")
 
 
-class _Sample(NamedTuple):
+class _PendingSample(NamedTuple):
     id: str
     planned: Planned
 
@@ -96,12 +96,12 @@ def run_task(
             "scorer": {"name": scorer.name, "version": scorer.version},
         },
     )
-    samples = [_Sample(sample_id(header, *planned.key), planned) for planned in task.plan()]
+    samples = [_PendingSample(sample_id(header, *planned.key), planned) for planned in task.plan()]
     _check_ids(samples)
     if too_long == "refuse":
         _refuse_too_long(samples, answerer.max_length)
 
-    def ask(missing: Sequence[_Sample], writer: RecordsWriter, bar: Progress) -> None:
+    def ask(missing: Sequence[_PendingSample], writer: RecordsWriter, bar: Progress) -> None:
         for part in _parts(missing, copies_of(answerer)):
             _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
 
@@ -180,7 +180,7 @@ def summarise_records(
     }
 
 
-def _check_ids(samples: Sequence[_Sample]) -> None:
+def _check_ids(samples: Sequence[_PendingSample]) -> None:
     """Refuse a plan in which two samples have one key: the second would be taken for recorded."""
     twice = [id_ for id_, count in Counter(sample.id for sample in samples).items() if count > 1]
     if twice:
@@ -188,7 +188,7 @@ def _check_ids(samples: Sequence[_Sample]) -> None:
         raise ConfigError("a sample is planned twice", found=key)
 
 
-def _refuse_too_long(samples: Sequence[_Sample], max_length: int | None) -> None:
+def _refuse_too_long(samples: Sequence[_PendingSample], max_length: int | None) -> None:
     if max_length is None:
         return
     lengths = sorted({sample.planned.tokens for sample in samples if sample.planned.tokens > max_length})
@@ -203,17 +203,17 @@ def _refuse_too_long(samples: Sequence[_Sample], max_length: int | None) -> None
         )
 
 
-def _parts(samples: Sequence[_Sample], copies: int = 1) -> Iterator[list[_Sample]]:
+def _parts(samples: Sequence[_PendingSample], copies: int = 1) -> Iterator[list[_PendingSample]]:
     """Cut the samples into what is composed and handed to the model at once.
 
     Whole groups together, the longest first, because what does not fit into memory should fail at once; a
     group that is too large by itself is cut. Copies of a model are given as many times as much.
     """
-    groups: dict[object, list[_Sample]] = {}
+    groups: dict[object, list[_PendingSample]] = {}
     for number, sample in enumerate(samples):
         groups.setdefault(sample.planned.group or number, []).append(sample)
     longest_first = sorted(groups.values(), key=lambda group: -max(each.planned.tokens for each in group))
-    part: list[_Sample] = []
+    part: list[_PendingSample] = []
     tokens = 0
     for group in longest_first:
         for piece in _pieces(group):
@@ -229,8 +229,8 @@ def _parts(samples: Sequence[_Sample], copies: int = 1) -> Iterator[list[_Sample
         yield part
 
 
-def _pieces(group: list[_Sample]) -> Iterator[list[_Sample]]:
-    piece: list[_Sample] = []
+def _pieces(group: list[_PendingSample]) -> Iterator[list[_PendingSample]]:
+    piece: list[_PendingSample] = []
     tokens = 0
     for sample in group:
         if piece and tokens + sample.planned.tokens > GROUP_TOKENS:
@@ -242,7 +242,7 @@ def _pieces(group: list[_Sample]) -> Iterator[list[_Sample]]:
 
 
 def _run_part(
-    part: Sequence[_Sample],
+    part: Sequence[_PendingSample],
     task: Task,
     answerer: Answerer,
     *,
@@ -251,7 +251,7 @@ def _run_part(
     bar: Progress,
 ) -> None:
     """Compose a part of the samples, ask for the answers, and write each as it comes."""
-    asked: list[tuple[_Sample, Built]] = []
+    asked: list[tuple[_PendingSample, Built]] = []
     for number, sample in enumerate(part, 1):
         bar.note(f"composing {number} of {len(part)}")
         bar.advance(0)  # millions of tokens may be composed before the first is read
@@ -313,7 +313,7 @@ def _check_fits(request: Request, max_length: int | None) -> None:
 
 
 def _answered(
-    sample: _Sample, built: Built, answer: Answer, *, scorer: Scorer, teacher_forced: bool
+    sample: _PendingSample, built: Built, answer: Answer, *, scorer: Scorer, teacher_forced: bool
 ) -> dict[str, Any]:
     request = built.request
     measured: dict[str, Any] = {
@@ -351,7 +351,7 @@ def said(answer: Answer) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _record(sample: _Sample, measured: Mapping[str, Any], *, unscored: str | None) -> dict[str, Any]:
+def _record(sample: _PendingSample, measured: Mapping[str, Any], *, unscored: str | None) -> dict[str, Any]:
     return sample_record(sample.id, sample.planned.fields, {**measured, "unscored": unscored})
 
 

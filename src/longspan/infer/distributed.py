@@ -36,7 +36,7 @@ LAST_WORDS_SECONDS = 10.0
 
 
 @runtime_checkable
-class TokenLosses(Protocol):
+class GivesLosses(Protocol):
     """Gives the losses of whole windows of tokens; models that are run here do, servers do not."""
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
@@ -44,7 +44,7 @@ class TokenLosses(Protocol):
         ...
 
 
-class Member(Answerer, TokenLosses, Protocol):
+class Member(Answerer, GivesLosses, Protocol):
     """One rank's part of a model; all ranks call the same methods with the same arguments."""
 
 
@@ -165,7 +165,7 @@ class Leader:
         return isinstance(self._member, Watched) and self._member.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
-        """Return the losses of windows; see `TokenLosses`."""
+        """Return the losses of windows; see `GivesLosses`."""
         return list(self._together("token_nll", list(windows)))
 
     def close(self) -> None:

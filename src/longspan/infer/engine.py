@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from longspan.core.log import log_once
 from longspan.infer.flops import ModelFlops
-from longspan.infer.jobs import Counters, Job, Outcome
-from longspan.infer.kv import Block, DecodePass, Place, PrefillPass, Segment
+from longspan.infer.jobs import Counters, Job, JobOutcome
+from longspan.infer.kv import DecodePass, KvBlock, PrefillPass, Segment, StrandPlace
 from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import (
     LOGIT_ROWS,
@@ -124,7 +124,7 @@ class Engine:
             + counters.attention_flops
         )
 
-    def run(self, jobs: Sequence[Job], *, length: int) -> Iterator[tuple[int, Outcome]]:
+    def run(self, jobs: Sequence[Job], *, length: int) -> Iterator[tuple[int, JobOutcome]]:
         """Yield (index of the job, outcome) as each is done.
 
         The frequencies of RoPE are those of a prompt of `length` tokens (`infer.length_rope`).
@@ -134,12 +134,12 @@ class Engine:
         """
         if not jobs:
             return
-        run = _Run(self, jobs, build_tree([job.ids for job in jobs]), length)
+        run = _JobsRun(self, jobs, build_tree([job.ids for job in jobs]), length)
         run.limit = self._check_memory(run)
         run.measure(self._flops)
         yield from run.branches(run.tree.roots)
 
-    def _check_memory(self, run: _Run) -> int:
+    def _check_memory(self, run: _JobsRun) -> int:
         """Return how many tokens of branches are held at once."""
         device = self.model.device
         available = self._available(device)
@@ -166,7 +166,7 @@ class Engine:
         )
         return limit
 
-    def prefill(self, run: _Run, strands: Sequence[Strand]) -> Iterator[None]:
+    def prefill(self, run: _JobsRun, strands: Sequence[Strand]) -> Iterator[None]:
         """Read the tokens of strands, parents first, in passes; yield after each."""
         segments: list[Segment] = []
         room = self._pass_tokens
@@ -185,7 +185,7 @@ class Engine:
             self._prefill_pass(run, segments)
             yield
 
-    def _prefill_pass(self, run: _Run, segments: Sequence[Segment]) -> None:
+    def _prefill_pass(self, run: _JobsRun, segments: Sequence[Segment]) -> None:
         device = self.model.device
         documents = PrefillPass(segments, run.places, self.kernel)
         wanted = [
@@ -204,7 +204,7 @@ class Engine:
         for strand, first, last in segments:
             run.worked(self._flops.reading(strand.start + first, last - first))
 
-    def decode(self, run: _Run, answering: Sequence[tuple[int, Strand]]) -> Iterator[None]:
+    def decode(self, run: _JobsRun, answering: Sequence[tuple[int, Strand]]) -> Iterator[None]:
         """Generate the answers of (job, strand) whose prompts have been read; yield when some are done."""
         live = [
             (job, strand) for job, strand in answering if run.take(job, int(run.progress[job].argmax_ids[-1]))
@@ -229,7 +229,11 @@ class Engine:
         run.worked(steps * STEP_TOKENS * self._flops.per_token)  # answers ended before they had to
 
     def _step(
-        self, run: _Run, live: Sequence[tuple[int, Strand]], documents: DecodePass, said: NDArray[np.int64]
+        self,
+        run: _JobsRun,
+        live: Sequence[tuple[int, Strand]],
+        documents: DecodePass,
+        said: NDArray[np.int64],
     ) -> list[tuple[int, Strand]]:
         """Give each answer its next token; return those that go on."""
         documents.step(said)
@@ -261,7 +265,7 @@ class Engine:
         ).last_hidden_state
         return states_1TD[0]
 
-    def _predict(self, hidden_AD: torch.Tensor, run: _Run, wanted: Sequence[_Wanted]) -> None:
+    def _predict(self, hidden_AD: torch.Tensor, run: _JobsRun, wanted: Sequence[_Wanted]) -> None:
         logits_AV = self._head(hidden_AD).float()
         self.counters.logit_rows += len(wanted)
         highest_A, argmax_A = (found.tolist() for found in logits_AV.max(dim=-1))
@@ -281,12 +285,12 @@ class Engine:
                 progress.nll[each.place] = loss
 
 
-class _Run:
+class _JobsRun:
     """Jobs on their way: what is held of their tree, and what has come of them."""
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], tree: PrefixTree, length: int) -> None:
         self.tree = tree
-        self.places: dict[Strand, Place] = {}
+        self.places: dict[Strand, StrandPlace] = {}
         self.progress = [_Progress(job) for job in jobs]
         self.wanted: dict[Strand, list[_Wanted]] = {}
         self.limit = 0
@@ -360,7 +364,7 @@ class _Run:
         if self._engine.on_share is not None:
             self._engine.on_share(min(1.0, self._work / self._total))
 
-    def branches(self, siblings: Sequence[Strand]) -> Iterator[tuple[int, Outcome]]:
+    def branches(self, siblings: Sequence[Strand]) -> Iterator[tuple[int, JobOutcome]]:
         """Answer the jobs of subtrees whose ancestors have been read."""
         for batch, opened in self._batches(siblings, self.limit):
             strands = batch if opened else [strand for top in batch for strand in _below(top)]
@@ -369,7 +373,7 @@ class _Run:
                 if opened:
                     yield from self.branches(batch[0].children)
 
-    def _read(self, strands: Sequence[Strand]) -> Iterator[tuple[int, Outcome]]:
+    def _read(self, strands: Sequence[Strand]) -> Iterator[tuple[int, JobOutcome]]:
         """Read strands and write the answers of the jobs that end with them; yield each as it is done."""
         ending = [(job, strand) for strand in strands for job in self._ending.get(strand, ())]
         answering = [each for each in ending if self.progress[each[0]].job.max_new_tokens > 0]
@@ -431,9 +435,9 @@ class _Run:
     def _held(self, strands: Sequence[Strand]) -> Iterator[None]:
         """Give strands their places in a new block, and take them back."""
         rows = [self._room(strand) for strand in strands]
-        block = Block(sum(rows), self._engine.kernel)
+        block = KvBlock(sum(rows), self._engine.kernel)
         for strand, row, room in zip(strands, np.cumsum([0, *rows[:-1]]).tolist(), rows):
-            self.places[strand] = Place(block, row, room)
+            self.places[strand] = StrandPlace(block, row, room)
         try:
             yield
         finally:
@@ -456,17 +460,17 @@ class _Run:
                 continue
             room = len(strand.ids) + 2 * (place.room - len(strand.ids)) if strand in full else place.room
             moves.append((place.row, row, place.room))
-            self.places[strand] = Place(block, row, room)
+            self.places[strand] = StrandPlace(block, row, room)
             row += room
         block.move(row, moves)
         return True
 
-    def _outcome(self, job: int, seconds: float) -> Outcome:
+    def _outcome(self, job: int, seconds: float) -> JobOutcome:
         progress = self.progress[job]
         ids = progress.argmax_ids
         if progress.job.max_new_tokens:
             ids = np.array(progress.generated, dtype=np.int64)
-        return Outcome(ids, progress.nll, progress.finite, seconds)
+        return JobOutcome(ids, progress.nll, progress.finite, seconds)
 
 
 def _below(top: Strand) -> Iterator[Strand]:

@@ -49,7 +49,7 @@ class ModelFlops(NamedTuple):
         return self.per_token * tokens + self.per_pair * (tokens * start + _triangle(tokens))
 
 
-class Cell(NamedTuple):
+class GridPrompt(NamedTuple):
     """A prompt of a grid."""
 
     branch: int
@@ -83,13 +83,13 @@ class Factor(NamedTuple):
     all: float
 
 
-def work_by_themselves(cells: Iterable[Cell]) -> Work:
+def work_by_themselves(cells: Iterable[GridPrompt]) -> Work:
     """Return the work of reading every cell from its first token."""
     lengths = [cell.tokens for cell in cells]
     return Work(sum(lengths), sum(map(_triangle, lengths)), len(lengths))
 
 
-def work_shared(cells: Sequence[Cell]) -> Work:
+def work_shared(cells: Sequence[GridPrompt]) -> Work:
     """Return the work of reading the trunk once and of each cell what follows its branch."""
     trunk = max((cell.branch for cell in cells), default=0)
     tokens = trunk + sum(cell.tokens - cell.branch for cell in cells)
@@ -97,7 +97,7 @@ def work_shared(cells: Sequence[Cell]) -> Work:
     return Work(tokens, pairs, len(cells))
 
 
-def reuse_factor(cells: Sequence[Cell], model: ModelFlops) -> Factor:
+def reuse_factor(cells: Sequence[GridPrompt], model: ModelFlops) -> Factor:
     """Return by how much a shared prefix makes the cells cheaper."""
     alone, shared = work_by_themselves(cells), work_shared(cells)
     return Factor(
@@ -107,7 +107,7 @@ def reuse_factor(cells: Sequence[Cell], model: ModelFlops) -> Factor:
     )
 
 
-def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) -> list[Cell]:
+def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) -> list[GridPrompt]:
     """Return the cells of a needle grid over one haystack.
 
     Args:
@@ -115,10 +115,10 @@ def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) ->
         depths: 0 = at the start of the haystack, 1 = at its end.
         rest: tokens of each prompt that are no haystack (needle, question); they stand behind the branch.
     """
-    return [Cell(round(depth * (length - rest)), length) for length in lengths for depth in depths]
+    return [GridPrompt(round(depth * (length - rest)), length) for length in lengths for depth in depths]
 
 
-PUBLISHED_GRIDS: dict[str, list[Cell]] = {
+PUBLISHED_GRIDS: dict[str, list[GridPrompt]] = {
     # 50K to 1M in steps of 50K, 11 depths, 2 samples: 440 prompts.
     "easycontext": ladder(range(50_000, 1_000_001, 50_000), [tenth / 10 for tenth in range(11)] * 2),
     # 40 even lengths from 1000 to 128000, 10 even depths: 400 prompts.

@@ -24,7 +24,7 @@ class Job(NamedTuple):
     """Is given each generated token; the answer ends when it returns something true."""
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """What came of a job."""
 
     argmax_ids: NDArray[np.int64]

@@ -7,7 +7,7 @@ room for what they are going to say:
     block of its branches    | n h h q . . | n h q . . | q . . |
 
 A query sees the keys of its own strand up to itself, and of each ancestor those before the fork. Each is a band
-(`kernels.attention.Bands`). Bands over one block in which no query stands twice make one kernel call, a `Part`;
+(`kernels.attention.Bands`). Bands over one block in which no query stands twice make one `KernelCall`;
 parts cover disjoint keys and are joined by their log-sum-exp. Keys are never copied: branches read the trunk's
 where they lie.
 
@@ -27,10 +27,10 @@ from longspan.core.errors import ArgumentError
 from longspan.infer.prefix_tree import Strand
 from longspan.kernels.attention import NO_LIMIT, AttentionKernel, Bands, merge
 
-__all__ = ["Block", "DecodePass", "Part", "Place", "PrefillPass", "Segment", "attend_parts"]
+__all__ = ["DecodePass", "KernelCall", "KvBlock", "PrefillPass", "Segment", "StrandPlace", "attend_parts"]
 
 
-class Block:
+class KvBlock:
     """Keys and values of `rows` tokens in every layer; memory is taken when a layer first writes."""
 
     def __init__(self, rows: int, kernel: AttentionKernel) -> None:
@@ -75,10 +75,10 @@ class Block:
             self._layers[layer] = (moved[0], moved[1])
 
 
-class Place(NamedTuple):
+class StrandPlace(NamedTuple):
     """Where the keys of a strand lie."""
 
-    block: Block
+    block: KvBlock
     row: int
     room: int
     """Rows for its own tokens and for those that it is going to say."""
@@ -92,18 +92,18 @@ class Segment(NamedTuple):
     last: int
 
 
-class Part(NamedTuple):
+class KernelCall(NamedTuple):
     """One kernel call: some queries over some rows of a block."""
 
     queries: slice
-    block: Block
+    block: KvBlock
     keys: slice
     bands: Bands
     """Counted from the starts of `queries` and `keys`."""
 
 
 def attend_parts(
-    q_THD: torch.Tensor, parts: Sequence[Part], *, layer: int, scale: float, kernel: AttentionKernel
+    q_THD: torch.Tensor, parts: Sequence[KernelCall], *, layer: int, scale: float, kernel: AttentionKernel
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out [T, H, D] and lse [T, H] over the keys of all parts; the first part covers every query.
 
@@ -135,7 +135,7 @@ class PrefillPass:
     """
 
     def __init__(
-        self, segments: Sequence[Segment], places: dict[Strand, Place], kernel: AttentionKernel
+        self, segments: Sequence[Segment], places: dict[Strand, StrandPlace], kernel: AttentionKernel
     ) -> None:
         self.segments, self._places, self._kernel = segments, places, kernel
         lengths = [last - first for _, first, last in segments]
@@ -143,7 +143,7 @@ class PrefillPass:
         self._block = places[segments[0].strand].block
         self._rows = _as_rows([(places[s].row + first, last - first) for s, first, last in segments])
         self._longest = max(strand.start + last for strand, _, last in segments)
-        self._parts: dict[int | None, list[Part]] = {}
+        self._parts: dict[int | None, list[KernelCall]] = {}
         self._pairs: dict[int | None, int] = {}
         self.attention_flops = 0
 
@@ -188,10 +188,10 @@ class PrefillPass:
         out, _ = attend_parts(q, self._parts[window], layer=layer, scale=scale, kernel=self._kernel)
         return out.to(q.dtype)
 
-    def parts(self, window: int | None) -> list[Part]:
+    def parts(self, window: int | None) -> list[KernelCall]:
         """Return the kernel calls of a layer with this window; the first covers every query."""
         own = _Table(self._block)
-        above: dict[tuple[Block, int], _Table] = {}
+        above: dict[tuple[KvBlock, int], _Table] = {}
         for (strand, first, last), offset in zip(self.segments, self.offsets.tolist()):
             # Query i is the strand's token first + i; key j is its token j.
             hi = NO_LIMIT if window is None else window - 1 - first
@@ -220,15 +220,15 @@ class DecodePass:
     """
 
     def __init__(
-        self, strands: Sequence[Strand], places: dict[Strand, Place], kernel: AttentionKernel
+        self, strands: Sequence[Strand], places: dict[Strand, StrandPlace], kernel: AttentionKernel
     ) -> None:
         self.strands, self._places, self._kernel = strands, places, kernel
         self._block = places[strands[0]].block
         self._first_row = np.array([places[strand].row for strand in strands], dtype=np.int64)
         self._start = np.array([strand.start for strand in strands], dtype=np.int64)
         self._own = np.array([len(strand.ids) for strand in strands], dtype=np.int64)
-        self._above: dict[int, list[Part]] = {}
-        self._now: dict[tuple[int | None, int], tuple[list[Part], int]] = {}
+        self._above: dict[int, list[KernelCall]] = {}
+        self._now: dict[tuple[int | None, int], tuple[list[KernelCall], int]] = {}
         self._rows: torch.Tensor | None = None
         self.attention_flops = 0
 
@@ -278,7 +278,7 @@ class DecodePass:
         unfolded = out.view(num_tokens, groups, -1, head_dim).transpose(1, 2)
         return unfolded.reshape(q.shape).to(q.dtype)
 
-    def _parts(self, window: int | None, groups: int) -> list[Part]:
+    def _parts(self, window: int | None, groups: int) -> list[KernelCall]:
         rows = self.num_tokens * groups
         hidden = np.zeros_like(self._length) if window is None else self._length - window
         first = np.maximum(hidden, 0)
@@ -297,8 +297,8 @@ class DecodePass:
             self._above[groups] = self._parts_above(window, groups)
         return parts + self._above[groups]
 
-    def _parts_above(self, window: int | None, groups: int) -> list[Part]:
-        tables: dict[tuple[Block, int], _Table] = {}
+    def _parts_above(self, window: int | None, groups: int) -> list[KernelCall]:
+        tables: dict[tuple[KvBlock, int], _Table] = {}
         for index, strand in enumerate(self.strands):
             oldest = 0 if window is None else int(self._start[index] + self._length[index]) - window
             for level, (ancestor, seen) in enumerate(reversed(list(strand.ancestors()))):
@@ -313,7 +313,7 @@ class DecodePass:
 class _Table:
     """Bands over one block, in its rows, that have no query in common."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: KvBlock) -> None:
         self._block = block
         self._bands: list[tuple[int, int, int, int, int, int]] = []
 
@@ -328,7 +328,7 @@ class _Table:
                 return
         self._bands.append((q_start, q_len, k_start, k_len, lo, hi))
 
-    def parts(self, num_queries: int, kernel: AttentionKernel) -> list[Part]:
+    def parts(self, num_queries: int, kernel: AttentionKernel) -> list[KernelCall]:
         """Return the kernel calls for `num_queries` query rows."""
         q_start, q_len, k_start, k_len, lo, hi = np.array(self._bands, dtype=np.int64).T
         first, last = int(k_start.min()), int((k_start + k_len).max())
@@ -336,11 +336,11 @@ class _Table:
         if len(bands) == 0:
             return []
         if kernel.name == "cpu_flash" or int(bands.k_len.sum()) <= last - first:
-            return [Part(slice(0, num_queries), self._block, slice(first, last), bands)]
+            return [KernelCall(slice(0, num_queries), self._block, slice(first, last), bands)]
         # Other kernels gather the keys of their bands: they would copy those that several of them read.
         columns = zip(*(c.tolist() for c in (bands.q_start, bands.q_len, bands.k_start, bands.k_len)))
         return [
-            Part(
+            KernelCall(
                 slice(q, q + rows),
                 self._block,
                 slice(first + k, first + k + keys),

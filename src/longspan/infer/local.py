@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.engine import Engine
-from longspan.infer.jobs import Counters, Job, Outcome
+from longspan.infer.jobs import Counters, Job, JobOutcome
 from longspan.infer.length_rope import alike
 from longspan.infer.memory import available_memory
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
@@ -147,7 +147,7 @@ class LocalAnswerer:
 
     def _run(
         self, requests: Sequence[Request], indices: Sequence[int], job: Callable[[int], Job]
-    ) -> Iterator[tuple[int, Outcome]]:
+    ) -> Iterator[tuple[int, JobOutcome]]:
         """Run what can share what is read together, that with the longest prompts first.
 
         A key that is no number makes those of one kernel call that do not see it none either (0 * NaN is NaN), so
@@ -158,7 +158,7 @@ class LocalAnswerer:
         whole, before = max(1, sum(prompts[index] for index in indices)), 0.0
         for group in alike(self._model, longest_first, prompts):
             length, weight = prompts[group[0]], sum(prompts[index] for index in group) / whole
-            broken: list[tuple[int, Outcome]] = []
+            broken: list[tuple[int, JobOutcome]] = []
             self._engine.on_share = _part_of(self._on_share, before, weight)
             before += weight
             for place, outcome in self._engine.run([job(index) for index in group], length=length):

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from longspan.api import Budget, Limits
+from longspan.api import Limits, SpendingLimits
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
@@ -62,10 +62,10 @@ class ServerConfig(Config):
     """Whether a chat may end in the beginning of the assistant's answer, which the server goes on with: vLLM and
     SGLang do; others begin another turn."""
     limits: Limits = Limits()
-    budget: Budget = Budget()
+    budget: SpendingLimits = SpendingLimits()
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """Where a model's weights come from and what is changed about it; can be sent to another process."""
 
     path: str
@@ -76,7 +76,7 @@ class Source(NamedTuple):
     """Base of the frequencies in place of the config's, whatever else its RoPE is."""
     dtype: str | None = None
     """Type of the weights, `bfloat16` say; None = as saved."""
-    load: Callable[[Source], PreTrainedModel] | None = None
+    load: Callable[[ModelSource], PreTrainedModel] | None = None
     """Loads it in place of `models.hf.load_model`: a function of a module, so that it can be sent."""
 
 
@@ -86,7 +86,7 @@ def provider(model: str) -> tuple[str, str] | None:
     return (kind, name) if colon and kind in PROVIDERS else None
 
 
-def load_source(source: Source, *, device: torch.device | None = None, tp: int = 1) -> PreTrainedModel:
+def load_source(source: ModelSource, *, device: torch.device | None = None, tp: int = 1) -> PreTrainedModel:
     """Load a model and put it on the device (None: the usable one), ready to be run.
 
     With `tp` ranks, all of which call this, each gets its share of every matrix.
@@ -104,7 +104,7 @@ def load_source(source: Source, *, device: torch.device | None = None, tp: int =
     return model.eval()
 
 
-def identify(model: PreTrainedModel, source: Source) -> dict[str, Any]:
+def identify(model: PreTrainedModel, source: ModelSource) -> dict[str, Any]:
     """Return what the header of records says of a loaded model: the same for any number of processes."""
     return {
         **model_identity(model, source.path),
@@ -115,7 +115,7 @@ def identify(model: PreTrainedModel, source: Source) -> dict[str, Any]:
 
 
 def open_answerer(
-    model: str | Source,
+    model: str | ModelSource,
     *,
     tokenizer: Tokenizer | None = None,
     rope: Mapping[str, Any] | None = None,
@@ -131,15 +131,15 @@ def open_answerer(
     base_url: str | None = None,
     server: ServerConfig | None = None,
 ) -> Answerer:
-    """Open a model; close what is returned. Of one that is run here that is a `TokenLosses`, too.
+    """Open a model; close what is returned. Of one that is run here that is a `GivesLosses`, too.
 
     With several processes this returns in the first: it starts the others on this machine, or they are those of
     torchrun or srun, where they end in this call with SystemExit when the model is closed.
 
     Args:
-        model: see the module; a `Source` says all about the weights itself.
+        model: see the module; a `ModelSource` says all about the weights itself.
         tokenizer: decodes answers; needed for models that are run here.
-        rope, rope_theta, dtype: see `Source`.
+        rope, rope_theta, dtype: see `ModelSource`.
         max_length: tokens that prompt and answer may have together; None = the model's own limit is not asked.
         tp: processes that share each matrix.
         cp: processes that share each sequence, by `schedule` (None: ring).
@@ -182,7 +182,7 @@ def open_answerer(
         )
     if tokenizer is None:
         raise ArgumentError("a model that is run here needs its tokenizer")
-    source = model if isinstance(model, Source) else Source(model, rope, rope_theta, dtype)
+    source = model if isinstance(model, ModelSource) else ModelSource(model, rope, rope_theta, dtype)
     settings = _Settings(
         source, tokenizer, max_length, tp, cp, schedule or "ring", prefix_reuse, batch_tokens, replicas
     )
@@ -208,7 +208,7 @@ def _check_sharing(tp: int, cp: int, replicas: int) -> None:
 class _Settings(NamedTuple):
     """What every rank has to know to make its part of a model."""
 
-    source: Source
+    source: ModelSource
     tokenizer: Tokenizer
     max_length: int | None
     tp: int

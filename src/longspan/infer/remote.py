@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.api import Budget, ChatRequest, ChatResult, Client, Endpoint, Limits
+from longspan.api import ChatRequest, ChatResult, Client, Endpoint, Limits, SpendingLimits
 from longspan.api.endpoint import Kind
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.log import get_logger, log_once
@@ -49,7 +49,7 @@ def open_remote(
     key_variable: str | None = None,
     api_version: str | None = None,
     limits: Limits | None = None,
-    budget: Budget | None = None,
+    budget: SpendingLimits | None = None,
     cache: str | Path | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> RemoteAnswerer:

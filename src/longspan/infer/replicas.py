@@ -63,7 +63,7 @@ class Replica:
         return isinstance(self._member, Watched) and self._member.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
-        """Return the losses of windows in the first process, nothing in the others; see `TokenLosses`."""
+        """Return the losses of windows in the first process, nothing in the others; see `GivesLosses`."""
         # Windows are read whole, whatever they have in common.
         own = divide([np.empty(0, np.int64)] * len(windows), [len(ids) for ids in windows], self.copies)[
             self._number

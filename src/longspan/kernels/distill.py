@@ -19,8 +19,8 @@ import torch
 from longspan.core.errors import ArgumentError
 from longspan.kernels.loss import (
     IGNORE_LABEL,
+    ChunkLosses,
     LossSum,
-    TokenLosses,
     cached_blocks,
     check_linear_loss,
     chunked_linear_loss,
@@ -68,8 +68,8 @@ def linear_distillation(
 
     def to_gradient(
         logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
-    ) -> TokenLosses:
-        losses = TokenLosses(*(logits_cv.new_empty(len(logits_cv)) for _ in range(3)))
+    ) -> ChunkLosses:
+        losses = ChunkLosses(*(logits_cv.new_empty(len(logits_cv)) for _ in range(3)))
         for part in cached_blocks(logits_cv):
             places = index[part]
             known = _Known.of(teacher, places, distill_weight, logits_cv.dtype)
@@ -163,7 +163,7 @@ def _to_gradient(
     factor_c: torch.Tensor | None,
     *,
     wanted: bool,
-) -> TokenLosses:
+) -> ChunkLosses:
     """Return the losses of a block; if wanted, the gradient of the weighted loss takes the place of the logits.
 
     For word v, with q the student's masses and g_j = t (S_j - P_j) the gradient in the logarithm of bucket j:
@@ -194,7 +194,7 @@ def _to_gradient(
     terms = p * (log_p - log_s)
     kl_c = temperature**2 * terms.masked_fill_(log_p == -torch.inf, 0.0).sum(1)
     kl_c.masked_fill_(known.nobody_c, 0.0)
-    losses = TokenLosses(a_c * kl_c + (1 - a_c) * nll_c, nll_c, kl_c)
+    losses = ChunkLosses(a_c * kl_c + (1 - a_c) * nll_c, nll_c, kl_c)
     if wanted:
         factor_c = torch.ones_like(sum_c) if factor_c is None else factor_c
         g = (log_s.exp() - p) * (temperature * a_c)[:, None]

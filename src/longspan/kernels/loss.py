@@ -21,8 +21,8 @@ from longspan.core.errors import ArgumentError, RunError
 
 __all__ = [
     "IGNORE_LABEL",
+    "ChunkLosses",
     "LossSum",
-    "TokenLosses",
     "cached_blocks",
     "check_linear_loss",
     "chunked_linear_loss",
@@ -52,7 +52,7 @@ class LossSum(NamedTuple):
     """[T], same dtype, detached: divergence from a teacher (`kernels.distill`), 0 where there is none; else None."""
 
 
-class TokenLosses(NamedTuple):
+class ChunkLosses(NamedTuple):
     """What a chunk of logits comes to, each [C]."""
 
     loss: torch.Tensor
@@ -61,7 +61,7 @@ class TokenLosses(NamedTuple):
     kl: torch.Tensor | None = None
 
 
-ToGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, bool], TokenLosses]
+ToGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, bool], ChunkLosses]
 """Takes the logits [C, V] of a chunk, the places of its tokens [C] and the weights of their losses [C]; if the last is
 true, puts the gradient of the weighted loss in the place of the logits."""
 
@@ -95,9 +95,9 @@ def linear_cross_entropy(
 
     def to_gradient(
         logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
-    ) -> TokenLosses:
+    ) -> ChunkLosses:
         nll_c = _to_gradient(logits_cv, labels[index], factor_c, wanted=wanted)
-        return TokenLosses(nll_c, nll_c)
+        return ChunkLosses(nll_c, nll_c)
 
     return chunked_linear_loss(
         hidden, weight, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens

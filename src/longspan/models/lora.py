@@ -70,7 +70,7 @@ ADAPTER = "default"
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-class _Places(NamedTuple):
+class _TargetLayers(NamedTuple):
     """Full names of the layers of a model that a config means."""
 
     targets: list[str]
@@ -372,7 +372,7 @@ def _set_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *,
             value.copy_(tensors[name])
 
 
-def _places(model: nn.Module, config: LoraConfig) -> _Places:
+def _places(model: nn.Module, config: LoraConfig) -> _TargetLayers:
     found_linears = linears(model)
     names = sorted({name.rpartition(".")[2] for name in found_linears})
     if config.target_modules == "all-linear":
@@ -390,7 +390,7 @@ def _places(model: nn.Module, config: LoraConfig) -> _Places:
                     fix="what is no linear layer, such as an embedding, can be named in lora.trainable",
                 )
             targets += [name for name in found if name not in targets]
-    return _Places(targets, _trainable(model, config, targets))
+    return _TargetLayers(targets, _trainable(model, config, targets))
 
 
 def _trainable(model: nn.Module, config: LoraConfig, targets: list[str]) -> list[str]:

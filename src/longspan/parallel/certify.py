@@ -33,8 +33,8 @@ __all__ = [
     "FAST_FORWARD_LIMIT",
     "FAST_GRADIENT_LIMIT",
     "HALF_GROWTH_LIMIT",
-    "Cell",
-    "CellResult",
+    "CertifyCase",
+    "CertifyResult",
     "certify_world",
     "half_growth",
     "half_precision_error",
@@ -69,7 +69,7 @@ class Tensors(NamedTuple):
         return Tensors(*map(change, self))
 
 
-class Cell(NamedTuple):
+class CertifyCase(NamedTuple):
     """One thing to prove."""
 
     schedule: str
@@ -83,10 +83,10 @@ class Cell(NamedTuple):
     length: int
 
 
-class CellResult(NamedTuple):
+class CertifyResult(NamedTuple):
     """What one cell gave; errors are the worst over ranks, NaN where the cell cannot be."""
 
-    cell: Cell
+    cell: CertifyCase
     world: int
     reason: str
     """Why the cell cannot be; empty if it ran."""
@@ -115,22 +115,22 @@ class CellResult(NamedTuple):
 
 def certify_world(
     rank: int, names: Sequence[ScheduleName], device_type: str = "cpu"
-) -> tuple[list[CellResult], dict[str, list[float]]]:
+) -> tuple[list[CertifyResult], dict[str, list[float]]]:
     """Run every cell of the given schedules in the process group there is; all ranks call it.
 
     Returns:
         The results, and the bf16 error of each schedule by seed; the same on every rank.
     """
-    results: list[CellResult] = []
+    results: list[CertifyResult] = []
     half: dict[str, list[float]] = {}
     device = torch.device(device_type)
     world = dist.get_world_size()
     for name in names:
         schedules = list(_schedules(name, world, device_type))
         if not schedules:
-            cell = Cell(name, "-", "-", "-", 0, 0, 0)
+            cell = CertifyCase(name, "-", "-", "-", 0, 0, 0)
             reason = f"no two degrees above 1 make {world} ranks"
-            results.append(CellResult(cell, world, reason, NOT_RUN, NOT_RUN, NOT_RUN, 0, 0))
+            results.append(CertifyResult(cell, world, reason, NOT_RUN, NOT_RUN, NOT_RUN, 0, 0))
         for degrees, schedule in schedules:
             for cell in _cells(name, degrees, schedule.layouts):
                 results.append(_run(cell, schedule, device))
@@ -163,19 +163,19 @@ def _schedules(name: ScheduleName, world: int, device_type: str) -> Iterator[tup
             )
 
 
-def _cells(name: str, degrees: str, layouts: Sequence[Layout]) -> Iterator[Cell]:
+def _cells(name: str, degrees: str, layouts: Sequence[Layout]) -> Iterator[CertifyCase]:
     for layout in layouts:
         for mask in ("causal", "documents", "window", "documents+window"):
             for num_heads, num_kv_heads in HEADS:
                 for length in LENGTHS:
-                    yield Cell(name, degrees, layout, mask, num_heads, num_kv_heads, length)
+                    yield CertifyCase(name, degrees, layout, mask, num_heads, num_kv_heads, length)
 
 
-def _run(cell: Cell, schedule: Schedule, device: torch.device) -> CellResult:
+def _run(cell: CertifyCase, schedule: Schedule, device: torch.device) -> CertifyResult:
     try:
         schedule.check_heads(cell.num_heads, cell.num_kv_heads)
     except ArgumentError as error:
-        return CellResult(
+        return CertifyResult(
             cell,
             schedule.world,
             " ".join(line.strip() for line in str(error).splitlines()[:2]),
@@ -209,7 +209,7 @@ def _run(cell: Cell, schedule: Schedule, device: torch.device) -> CellResult:
         leaks = _leaks(whole, fast, shards, schedule, window, device)
     most = torch.tensor([exact_error, float(leaks), float(sent)], dtype=torch.float64, device=device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return CellResult(
+    return CertifyResult(
         cell, schedule.world, "", float(most[0]), relative[0], max(relative[1:]), int(most[1]), int(most[2])
     )
 

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 
-__all__ = ["LAYOUTS", "Layout", "Run", "local_indices", "local_runs", "padded_borders", "padded_length"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "StridedRun",
+    "local_indices",
+    "local_runs",
+    "padded_borders",
+    "padded_length",
+]
 
 Layout = Literal["contiguous", "zigzag", "striped", "balanced"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -34,7 +42,7 @@ SEARCH_POINTS = 4096
 """Windows looked at on the way round a circle before the exact place is found by bisection."""
 
 
-class Run(NamedTuple):
+class StridedRun(NamedTuple):
     """`length` tokens of the sequence: start, start + stride, start + 2*stride, ..."""
 
     start: int
@@ -101,7 +109,7 @@ def local_runs(
     world: int,
     documents: IntColumn | None = None,
     window: int | None = None,
-) -> list[list[Run]]:
+) -> list[list[StridedRun]]:
     """Return the runs of every rank, ascending; `local_indices` spells them out. See there for the arguments."""
     padded = padded_length(layout, total, world)
     borders = np.asarray([0, total] if documents is None else documents, dtype=np.int64).reshape(-1)
@@ -113,20 +121,20 @@ def local_runs(
         )
     share = padded // world
     if world == 1:
-        return [[Run(0, padded)]]
+        return [[StridedRun(0, padded)]]
     if layout == "contiguous":
-        return [[Run(rank * share, share)] for rank in range(world)]
+        return [[StridedRun(rank * share, share)] for rank in range(world)]
     if layout == "zigzag":
         half = share // 2
         mirror = 2 * world - 1
         pieces = [[rank * half, (mirror - rank) * half] for rank in range(world)]
         # The two middle pieces touch: they are one run.
-        return [_joined([Run(start, half) for start in starts]) for starts in pieces]
+        return [_joined([StridedRun(start, half) for start in starts]) for starts in pieces]
     if layout == "striped":
-        return [[Run(rank, share, world)] for rank in range(world)]
+        return [[StridedRun(rank, share, world)] for rank in range(world)]
     work = _Work(padded_borders(borders, padded), window)
-    ranks: list[list[Run]] = [[] for _ in range(world)]
-    _split(work, [Run(0, padded)], range(world), share, ranks)
+    ranks: list[list[StridedRun]] = [[] for _ in range(world)]
+    _split(work, [StridedRun(0, padded)], range(world), share, ranks)
     return ranks
 
 
@@ -156,7 +164,7 @@ class _Work:
 class _Chain:
     """Runs laid end to end, and the work up to any point of the chain."""
 
-    def __init__(self, work: _Work, runs: list[Run]) -> None:
+    def __init__(self, work: _Work, runs: list[StridedRun]) -> None:
         self.runs, self._work = runs, work
         starts = np.array([run.start for run in runs], dtype=np.int64)
         lengths = np.array([run.length for run in runs], dtype=np.int64)
@@ -179,17 +187,19 @@ class _Chain:
         work = self.up_to(np.minimum(ends, self.length)) - self.up_to(starts)
         return work + np.where(beyond, self.up_to(np.where(beyond, ends - self.length, 0)), 0)
 
-    def cut(self, start: int, end: int) -> list[Run]:
+    def cut(self, start: int, end: int) -> list[StridedRun]:
         """Return the tokens from point `start` to point `end` of the chain as runs."""
         out = []
         for run, offset in zip(self.runs, self._offsets.tolist()):
             first, last = max(start - offset, 0), min(end - offset, run.length)
             if first < last:
-                out.append(Run(run.start + first, last - first))
+                out.append(StridedRun(run.start + first, last - first))
         return out
 
 
-def _split(work: _Work, runs: list[Run], ranks: range, share: int, out: list[list[Run]]) -> None:
+def _split(
+    work: _Work, runs: list[StridedRun], ranks: range, share: int, out: list[list[StridedRun]]
+) -> None:
     """Deal `runs` to `ranks`, `share` tokens and equal work to each, by halving the ranks."""
     if len(ranks) == 1:
         out[ranks[0]] = _joined(runs)
@@ -234,12 +244,12 @@ def _fair_window(chain: _Chain, size: int, target: float) -> int:
     return int(near[np.abs(chain.window(near, size) - target).argmin()])
 
 
-def _joined(runs: list[Run]) -> list[Run]:
+def _joined(runs: list[StridedRun]) -> list[StridedRun]:
     """Return ascending runs with those that touch made one."""
-    out: list[Run] = []
+    out: list[StridedRun] = []
     for run in sorted(runs):
         if out and out[-1].start + out[-1].length == run.start:
-            out[-1] = Run(out[-1].start, out[-1].length + run.length)
+            out[-1] = StridedRun(out[-1].start, out[-1].length + run.length)
         else:
             out.append(run)
     return out

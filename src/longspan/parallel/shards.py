@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention.bands import Bands
-from longspan.parallel.layout import IntColumn, Layout, Run, local_runs, padded_borders, padded_length
+from longspan.parallel.layout import IntColumn, Layout, StridedRun, local_runs, padded_borders, padded_length
 
 __all__ = ["Ranks", "SequenceShards"]
 
@@ -239,7 +239,7 @@ class _Segments(NamedTuple):
     stride: int
 
 
-def _segments_of(runs: list[Run], borders: NDArray[np.int64]) -> _Segments:
+def _segments_of(runs: list[StridedRun], borders: NDArray[np.int64]) -> _Segments:
     starts, lengths, strides = (np.array(column, dtype=np.int64) for column in zip(*runs))
     stride = int(strides[0])
     if stride > 1 and len(runs) == stride:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from longspan.report.palette import DASHES, step_of
 from longspan.report.svg import (
     CHAR_WIDTH,
+    AxisScale,
     Canvas,
-    Scale,
     linear_ticks,
     log_ticks,
     spread,
@@ -92,8 +92,8 @@ class LineChart:
         left, right = margins or self.margins(names)
         top = 42 if any(mark.text for mark in self.marks) else 24
         canvas = Canvas(width, self.height)
-        x = Scale(self.x.lo, self.x.hi, left, width - right, self.x.log)
-        y = Scale(self.y.lo, self.y.hi, self.height - 44, top, self.y.log)
+        x = AxisScale(self.x.lo, self.x.hi, left, width - right, self.x.log)
+        y = AxisScale(self.y.lo, self.y.hi, self.height - 44, top, self.y.log)
         _frame(canvas, self, x, y)
         _draw_marks(canvas, self.marks, x, top, y.start)
         # Samples of several lines at one x would hide each other's whiskers: a few pixels to the side each.
@@ -148,7 +148,7 @@ def length_axis(lengths: Sequence[int], name: str, *, air: float = 1.0) -> Axis:
     return Axis(min(lengths) / air, max(lengths) * air, ticks, name, log=True)
 
 
-def _frame(canvas: Canvas, chart: LineChart, x: Scale, y: Scale) -> None:
+def _frame(canvas: Canvas, chart: LineChart, x: AxisScale, y: AxisScale) -> None:
     for value, text in chart.y.ticks:
         canvas.line(x.start, y(value), x.stop, y(value), cls="grid")
         canvas.text(x.start - 8, y(value) + FONT * 0.34, text, cls="tick", text_anchor="end")
@@ -164,7 +164,7 @@ def _frame(canvas: Canvas, chart: LineChart, x: Scale, y: Scale) -> None:
     canvas.text(2, 12, chart.y.name, cls="axis-name")
 
 
-def _draw_marks(canvas: Canvas, marks: Sequence[Mark], x: Scale, top: float, bottom: float) -> None:
+def _draw_marks(canvas: Canvas, marks: Sequence[Mark], x: AxisScale, top: float, bottom: float) -> None:
     """Draw vertical lines; a name goes left of its line where the right side has no room."""
     right_end = -1e9
     for mark in sorted(marks, key=lambda m: m.x):
@@ -178,7 +178,7 @@ def _draw_marks(canvas: Canvas, marks: Sequence[Mark], x: Scale, top: float, bot
             right_end = place + 4 + width
 
 
-def _draw_series(canvas: Canvas, series: Series, x: Scale, y: Scale, *, dodge: float) -> None:
+def _draw_series(canvas: Canvas, series: Series, x: AxisScale, y: AxisScale, *, dodge: float) -> None:
     cls = f"{series.family}{series.color}"
     pixels = [(x(a) + dodge, y(b)) for a, b in series.points]
     if series.faint:
@@ -249,7 +249,7 @@ def heat_map(
             prints,
         )
         canvas.close()
-    x = Scale(0, columns, left, left + columns * cell_w)
+    x = AxisScale(0, columns, left, left + columns * cell_w)
     widest = max(text_width(named(v), font) for v in table.lengths) + 4
     for place in thinned([float(n) for n in range(columns)], x, widest):
         text = named(table.lengths[int(place)])
@@ -305,7 +305,7 @@ def _trained_lines(
     canvas: Canvas,
     table: Grid,
     trained: Sequence[tuple[int, str]],
-    x: Scale,
+    x: AxisScale,
     top: float,
     bottom: float,
     font: float,
@@ -355,8 +355,8 @@ def _histogram(histogram: LengthHistogram, width: float) -> str:
     series, axis, top_share = histogram.series, histogram.x, histogram.top_share
     height, left, right, top = 150.0, 34.0, 8.0, 8.0
     canvas = Canvas(width, height)
-    x = Scale(axis.lo, axis.hi, left, width - right, log=True)
-    y = Scale(0, top_share, height - 24, top)
+    x = AxisScale(axis.lo, axis.hi, left, width - right, log=True)
+    y = AxisScale(0, top_share, height - 24, top)
     for share in linear_ticks(0, top_share, 3):
         canvas.line(left, y(share), width - right, y(share), cls="grid")
         canvas.text(left - 6, y(share) + 4, f"{share:.0%}", cls="tick", text_anchor="end")
@@ -405,7 +405,7 @@ class Forest:
         canvas = Canvas(width, bottom + 40)
         ends = [100 * end for row in self.rows for end in (row.value, *(row.interval or ()), 0.0)]
         pad = (max(ends) - min(ends)) * 0.06 or 1.0
-        x = Scale(min(ends) - pad, max(ends) + pad, left, width - 12)
+        x = AxisScale(min(ends) - pad, max(ends) + pad, left, width - 12)
         for value in linear_ticks(x.lo, x.hi, 6 if width > 500 else 4):
             canvas.line(x(value), top, x(value), bottom, cls="grid")
             text = f"{value:+g}".replace("-", "\u2212") if value else "0"

@@ -12,9 +12,9 @@ from longspan.report.tables import (
     PplTable,
 )
 from longspan.report.view import (
-    Cell,
     Section,
     Table,
+    TableCell,
     decimal,
     heat_cell,
     percent,
@@ -37,16 +37,16 @@ def controls_section(ev: Evaluation) -> Section:
     measure = ppl_measure(ev, labels)
     controlled = {label: ev.needle.get(label, Grid()) for label in labels}
     section.intro = " ".join(filter(None, (section.intro, ev.not_comparable("needle", controlled))))
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for label in labels:
         table, ppl = ev.needle.get(label, Grid()), ev.ppl.get(label, PplTable())
         last = ppl.last()
         rows.append(
             [
-                Cell(short_name(label), "reference" if label in (ev.before, ev.after) else ""),
-                Cell(percent(table.total.mean), "num"),
+                TableCell(short_name(label), "reference" if label in (ev.before, ev.after) else ""),
+                TableCell(percent(table.total.mean), "num"),
                 *(heat_cell(table.by_length.get(n)) for n in lengths),
-                Cell(decimal(measure.of(last[1])) if last else "\u2013", "num"),
+                TableCell(decimal(measure.of(last[1])) if last else "\u2013", "num"),
             ]
         )
     buckets = [last[0] for label in labels if label in ev.ppl and (last := ev.ppl[label].last())]

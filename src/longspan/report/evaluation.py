@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from longspan.report.charts import Mark
 from longspan.report.comparison import differing, listed
 from longspan.report.load import RecordFile
-from longspan.report.samples import GRID_TASKS, Sample
+from longspan.report.samples import GRID_TASKS, ScoredSample
 from longspan.report.tables import Grid, PplTable, tabulate
 from longspan.report.view import order_of, role_of, short_name
 
@@ -26,7 +26,7 @@ class Evaluation:
     files: list[RecordFile]
     grids: dict[str, dict[str, Grid]]
     distractors: dict[str, dict[int, Grid]]
-    scores: dict[str, dict[str, list[Sample]]]
+    scores: dict[str, dict[str, list[ScoredSample]]]
     ppl: dict[str, PplTable]
 
     @classmethod

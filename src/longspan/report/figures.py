@@ -20,12 +20,12 @@ from longspan.core.files import atomic_write
 from longspan.core.log import get_logger
 from longspan.report.charts import cut_name, length_text
 from longspan.report.evaluation import Evaluation
-from longspan.report.load import Run
+from longspan.report.load import LoadedRun
 from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
 from longspan.report.perplexity_view import ppl_measure
 from longspan.report.samples import GRID_TASKS
 from longspan.report.scores_view import DatasetDifference, dataset_differences
-from longspan.report.svg import Scale, thinned
+from longspan.report.svg import AxisScale, thinned
 from longspan.report.tables import Grid
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
 from longspan.report.view import long_name, role_of, short_name
@@ -36,7 +36,7 @@ _MOST_TICKS = 10
 """Labels of lengths that fit side by side under half a page."""
 
 
-def write_figures(runs: Sequence[Run], evaluation: Evaluation, folder: Path) -> list[Path]:
+def write_figures(runs: Sequence[LoadedRun], evaluation: Evaluation, folder: Path) -> list[Path]:
     """Write the figures that the data allows into `folder`; return their paths."""
     figures: dict[str, Figure] = {}
     for task, grids in evaluation.grids.items():
@@ -311,7 +311,9 @@ def _style(axes: Any, xlabel: str, ylabel: str) -> None:
 
 
 def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
-    ticks = thinned(lengths, Scale(min(lengths, default=1), max(lengths, default=1), 0, _MOST_TICKS, True), 1)
+    ticks = thinned(
+        lengths, AxisScale(min(lengths, default=1), max(lengths, default=1), 0, _MOST_TICKS, True), 1
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())

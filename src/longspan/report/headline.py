@@ -15,9 +15,9 @@ from longspan.report.view import (
     ARROW,
     MISSING,
     ZERO_SHOT,
-    Cell,
     Section,
     Table,
+    TableCell,
     change,
     decimal,
     interval_text,
@@ -244,16 +244,18 @@ def models_section(ev: Evaluation) -> Section:
         if (words := ev.not_comparable(task, by_label))
     ]
     section.intro = " ".join([section.intro, *differ])
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for label in labels:
         trained = ev.trained_length(label)
         cells = [
-            Cell(effective_text(grid), "num strong", _measured(grid))
+            TableCell(effective_text(grid), "num strong", _measured(grid))
             if (grid := by_label.get(label)) is not None
-            else Cell(MISSING, "num muted")
+            else TableCell(MISSING, "num muted")
             for by_label in grids.values()
         ]
-        rows.append([short_name(label), Cell(length_text(trained) if trained else MISSING, "num"), *cells])
+        rows.append(
+            [short_name(label), TableCell(length_text(trained) if trained else MISSING, "num"), *cells]
+        )
     section.missing += [
         f"Effective context, {_EFFECTIVE_TASKS[task]}, {short_name(label)}: {effective_text(grid)}: {note}."
         for task, by_label in grids.items()

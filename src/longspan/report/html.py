@@ -19,7 +19,7 @@ from longspan.report.csv_files import csv_tables
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.figures import file_name, write_figures
 from longspan.report.headline import headline, models_section
-from longspan.report.load import RecordFile, Run, load_runs
+from longspan.report.load import LoadedRun, RecordFile, load_runs
 from longspan.report.method_view import cost_section, method_section, mixed_settings, two_models
 from longspan.report.needle_view import map_section
 from longspan.report.palette import STEPS, theme_css
@@ -70,7 +70,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | No
     return ReportResult(out, figures, tables, {run.name: summarise(run) for run in loaded})
 
 
-def render(runs: Sequence[Run], *, title: str | None = None) -> str:
+def render(runs: Sequence[LoadedRun], *, title: str | None = None) -> str:
     """Return the page as text; the same runs give the same bytes."""
     records = merge_records(runs)
     evaluation = Evaluation.from_records(records)
@@ -119,7 +119,7 @@ def render(runs: Sequence[Run], *, title: str | None = None) -> str:
     )
 
 
-def _empty(runs: Sequence[Run]) -> list[str]:
+def _empty(runs: Sequence[LoadedRun]) -> list[str]:
     return [f"{path} holds no evaluation yet." for run in runs for path in run.empty]
 
 
@@ -142,7 +142,7 @@ def _unfinished(records: Sequence[RecordFile]) -> list[str]:
     ]
 
 
-def _facts(runs: Sequence[Run], records: Sequence[RecordFile]) -> list[str]:
+def _facts(runs: Sequence[LoadedRun], records: Sequence[RecordFile]) -> list[str]:
     """Return the small print under the headline: model, seed, date, versions."""
     headers = [file.header for file in records]
     after = first_with_role("after", [file.label for file in records])

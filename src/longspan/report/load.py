@@ -15,7 +15,7 @@ from typing import Any
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json
 from longspan.core.records import read_jsonl
-from longspan.report.samples import PplSample, Sample, number, parse_sample, text
+from longspan.report.samples import PplSample, ScoredSample, number, parse_sample, text
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RecordFile:
     label: str
     header: dict[str, Any]
     samples: tuple[Any, ...]
-    """`Sample`, or `PplSample` where the task is ppl."""
+    """`ScoredSample`, or `PplSample` where the task is ppl."""
     complete: bool = True
     footer: dict[str, Any] = field(default_factory=dict)
     run: str = ""
@@ -74,7 +74,7 @@ class RecordFile:
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """Everything one run folder holds; an absent file is an empty list or None."""
 
     path: Path
@@ -89,7 +89,7 @@ class Run:
     """Record files that do not even hold a header yet."""
 
 
-def load_runs(paths: Sequence[str | Path]) -> list[Run]:
+def load_runs(paths: Sequence[str | Path]) -> list[LoadedRun]:
     """Read several run folders; folders of one name are told apart by the folders above them.
 
     Raises:
@@ -110,7 +110,7 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
     return [replace(run, name=name) for run, name in zip(runs, names)]
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path) -> LoadedRun:
     """Read a run folder.
 
     Raises:
@@ -122,7 +122,7 @@ def load_run(path: str | Path) -> Run:
     config = path / "config.yaml"
     env = read_json(path / "env.json") if (path / "env.json").exists() else None
     read = {name: _record_file(name) for name in sorted((path / "records").glob("*.jsonl"))}
-    run = Run(
+    run = LoadedRun(
         path=path,
         name=path.resolve().name,
         records=_scorers_apart([file for file in read.values() if file is not None]),
@@ -195,7 +195,7 @@ def _record_file(path: Path) -> RecordFile | None:
     for name in ("model", "params"):
         if not isinstance(header.get(name, {}), dict):
             raise DataError(f"{where} field {name!r} is not an object", found=repr(header[name])[:80])
-    samples: dict[tuple[Any, ...], Sample | PplSample] = {}
+    samples: dict[tuple[Any, ...], ScoredSample | PplSample] = {}
     footer: dict[str, Any] = {}
     for where, line in lines:
         footer = line if line.get("kind") == "footer" else {}
@@ -217,7 +217,7 @@ def _record_file(path: Path) -> RecordFile | None:
     return RecordFile(path, task, label, header, tuple(samples.values()), complete, footer)
 
 
-def _key(sample: Sample | PplSample) -> tuple[Any, ...]:
+def _key(sample: ScoredSample | PplSample) -> tuple[Any, ...]:
     if isinstance(sample, PplSample):
         return (sample.id, sample.length)
     return (*sample[:4], sample.dataset, sample.subtask, sample.metric)

@@ -9,10 +9,10 @@ from typing import Any
 
 from longspan.core.units import format_count, format_seconds
 from longspan.report.charts import length_text
-from longspan.report.load import RecordFile, Run
+from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.needle_view import rope_words
 from longspan.report.samples import is_number
-from longspan.report.view import MISSING, Cell, Section, Table, short_name
+from longspan.report.view import MISSING, Section, Table, TableCell, short_name
 
 
 def cost_section(records: Sequence[RecordFile]) -> Section:
@@ -28,14 +28,14 @@ def cost_section(records: Sequence[RecordFile]) -> Section:
         "time, so the seconds add up to that of the model."
     )
     priced = any(spent["cost"] is not None for _, spent in timed)
-    rows: list[list[str | Cell]] = [
+    rows: list[list[str | TableCell]] = [
         [f"{file.task}, {short_name(file.label)}", *_cost_cells(len(file.samples), spent, priced)]
         for file, spent in timed
     ]
     if len(timed) > 1:
         whole = {name: _sum([spent[name] for _, spent in timed]) for name in _SPENT}
         count = sum(len(file.samples) for file, _ in timed)
-        rows.append([Cell("all", "reference"), *_cost_cells(count, whole, priced, cls="num strong")])
+        rows.append([TableCell("all", "reference"), *_cost_cells(count, whole, priced, cls="num strong")])
     columns = ["evaluation", "samples", "time", "samples/s", "prompt tokens", "completion tokens", "tokens/s"]
     columns += ["API cost, USD"] if priced else []
     section.parts["table"] = Table("Cost and time by evaluation", columns, rows)
@@ -63,7 +63,7 @@ def _sum(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) if known else None
 
 
-def _cost_cells(count: int, spent: Spent, priced: bool, *, cls: str = "num") -> list[Cell]:
+def _cost_cells(count: int, spent: Spent, priced: bool, *, cls: str = "num") -> list[TableCell]:
     seconds, prompt, completion = spent["seconds"], spent["prompt_tokens"], spent["completion_tokens"]
     tokens = (prompt or 0) + (completion or 0)
     cells = [
@@ -76,7 +76,7 @@ def _cost_cells(count: int, spent: Spent, priced: bool, *, cls: str = "num") -> 
     ]
     if priced:
         cells.append(MISSING if spent["cost"] is None else f"{spent['cost']:,.4f}")
-    return [Cell(text, cls) for text in cells]
+    return [TableCell(text, cls) for text in cells]
 
 
 def _count_text(value: float | None) -> str:
@@ -130,7 +130,7 @@ def mixed_settings(records: Sequence[RecordFile]) -> list[str]:
     return lines
 
 
-def method_section(runs: Sequence[Run], records: Sequence[RecordFile]) -> Section:
+def method_section(runs: Sequence[LoadedRun], records: Sequence[RecordFile]) -> Section:
     """Return what is needed to run it again: timings, recipe, environment, evaluated models."""
     section = Section("method", "Recipe and environment", "method", "Method")
     section.parts["timings"] = [timing for run in runs if (timing := _timings(run, len(runs) > 1))]
@@ -153,7 +153,7 @@ def method_section(runs: Sequence[Run], records: Sequence[RecordFile]) -> Sectio
     return section
 
 
-def _timings(run: Run, several: bool) -> dict[str, Any] | None:
+def _timings(run: LoadedRun, several: bool) -> dict[str, Any] | None:
     totals: dict[str, float] = {}
     for event in run.events:
         if event.get("event") == "phase" and isinstance(event.get("seconds"), (int, float)):
@@ -176,7 +176,7 @@ def _timings(run: Run, several: bool) -> dict[str, Any] | None:
 
 def _models_table(records: Sequence[RecordFile]) -> Table:
     """Return every model with the RoPE it was evaluated with."""
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     seen: set[tuple[Any, ...]] = set()
     for file in records:
         model = file.header.get("model", {})
@@ -196,13 +196,13 @@ def _models_table(records: Sequence[RecordFile]) -> Table:
         rows.append(
             [
                 name,
-                Cell(file.run or MISSING, "left"),
-                Cell(path, "left wrap"),
-                Cell(fingerprint[:16], "mono", fingerprint),
-                Cell(rope, "left"),
-                Cell(trained, "num"),
-                Cell(backend, "left wrap"),
-                Cell(tokenizer[:16], "mono", tokenizer),
+                TableCell(file.run or MISSING, "left"),
+                TableCell(path, "left wrap"),
+                TableCell(fingerprint[:16], "mono", fingerprint),
+                TableCell(rope, "left"),
+                TableCell(trained, "num"),
+                TableCell(backend, "left wrap"),
+                TableCell(tokenizer[:16], "mono", tokenizer),
             ]
         )
     return Table(
@@ -214,7 +214,7 @@ def _models_table(records: Sequence[RecordFile]) -> Table:
 
 def _evaluations_table(records: Sequence[RecordFile]) -> Table:
     """Return how every evaluation was scored and when."""
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for file in records:
         versions = file.header.get("versions")
         words = [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
@@ -222,14 +222,14 @@ def _evaluations_table(records: Sequence[RecordFile]) -> Table:
         rows.append(
             [
                 f"{file.task}, {short_name(file.label)}",
-                Cell(file.scorer or MISSING, "left"),
-                Cell(file.mode or MISSING, "left"),
-                Cell(MISSING if version is None else str(version), "num"),
-                Cell(str(file.header.get("seed", MISSING)), "num"),
-                Cell(f"{len(file.samples):,}", "num"),
-                Cell(f"{sum(s.unscored is not None for s in file.samples):,}", "num"),
-                Cell(", ".join(words) or MISSING, "left wrap"),
-                Cell(str(file.header.get("created", MISSING)), "left"),
+                TableCell(file.scorer or MISSING, "left"),
+                TableCell(file.mode or MISSING, "left"),
+                TableCell(MISSING if version is None else str(version), "num"),
+                TableCell(str(file.header.get("seed", MISSING)), "num"),
+                TableCell(f"{len(file.samples):,}", "num"),
+                TableCell(f"{sum(s.unscored is not None for s in file.samples):,}", "num"),
+                TableCell(", ".join(words) or MISSING, "left wrap"),
+                TableCell(str(file.header.get("created", MISSING)), "left"),
             ]
         )
     return Table(

@@ -17,10 +17,10 @@ from longspan.report.view import (
     HALF,
     NARROW,
     ZERO_SHOT,
-    Cell,
     Chart,
     Section,
     Table,
+    TableCell,
     heat_cell,
     interval_text,
     line_view,
@@ -259,8 +259,8 @@ def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> C
             [
                 short_name(label),
                 *(heat_cell(grids[label].by_length.get(n)) for n in lengths),
-                Cell(percent(grids[label].total.mean), "num"),
-                Cell(interval_text(grids[label].total), "num"),
+                TableCell(percent(grids[label].total.mean), "num"),
+                TableCell(interval_text(grids[label].total), "num"),
             ]
             for label in labels
         ],

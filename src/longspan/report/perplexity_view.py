@@ -20,10 +20,10 @@ from longspan.report.palette import line_index
 from longspan.report.tables import Sums, bits_per_byte, perplexity
 from longspan.report.view import (
     ARROW,
-    Cell,
     Chart,
     Section,
     Table,
+    TableCell,
     change,
     decimal,
     line_view,
@@ -112,8 +112,8 @@ def ppl_section(ev: Evaluation) -> Section:
     return section
 
 
-def _cell(measure: PplMeasure, sums: Sums) -> Cell:
-    return Cell(decimal(measure.of(sums)), "num")
+def _cell(measure: PplMeasure, sums: Sums) -> TableCell:
+    return TableCell(decimal(measure.of(sums)), "num")
 
 
 def _short_context(ev: Evaluation) -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from longspan.report.samples import Sample
+from longspan.report.samples import ScoredSample
 from longspan.report.tables import Grid
 
 SAMPLES_SHOWN = 6000  # over the whole page; with the cuts below it stays under 10 MB
@@ -26,7 +26,7 @@ class SampleData:
 
     def __init__(self) -> None:
         self._maps: dict[str, dict[str, Any]] = {}
-        self._cells: dict[str, Sequence[Sample]] = {}
+        self._cells: dict[str, Sequence[ScoredSample]] = {}
 
     def add_map(self, task: str, label: str, rows: Sequence[str], columns: Sequence[str]) -> str:
         """Begin a map or a table; return its key. A cell's key is `key/row/column`, both counted from 0."""
@@ -34,7 +34,7 @@ class SampleData:
         self._maps[key] = {"task": task, "label": label, "rows": list(rows), "columns": list(columns)}
         return key
 
-    def add_cell(self, key: str, row: int, column: int, samples: Sequence[Sample]) -> str:
+    def add_cell(self, key: str, row: int, column: int, samples: Sequence[ScoredSample]) -> str:
         """Add the samples of a cell; return its key, empty when there are none."""
         if not samples:
             return ""
@@ -100,7 +100,7 @@ class SampleData:
         return max(sizes, default=1)
 
 
-def _ended_oddly(sample: Sample) -> bool:
+def _ended_oddly(sample: ScoredSample) -> bool:
     return bool(sample.no_answer) or sample.finish == "length"
 
 
@@ -108,7 +108,7 @@ def _cut(text: str, chars: int) -> str:
     return text if len(text) <= chars else text[:chars] + "\u2026"
 
 
-def _around(sample: Sample) -> str:
+def _around(sample: ScoredSample) -> str:
     """Cut a prompt window to WINDOW_CHARS around the expected answer."""
     text = sample.window
     if len(text) <= WINDOW_CHARS:

@@ -20,7 +20,7 @@ DATASET_TASKS = ("longqa", "harness")
 """Tasks with samples by data set and metric."""
 
 
-class Sample(NamedTuple):
+class ScoredSample(NamedTuple):
     """One question; `score` is None when it could not be scored, which is not a score of zero."""
 
     id: str
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
     """Why an answer that is scored is empty, such as `cut while thinking`."""
 
 
-class Bucket(NamedTuple):
+class PositionBucket(NamedTuple):
     """Summed negative log-likelihood (nats) of the tokens at positions [start, end)."""
 
     start: int
@@ -70,12 +70,12 @@ class PplSample(NamedTuple):
     id: str
     source: str
     length: int
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[PositionBucket, ...]
     unscored: str | None
     seconds: float | None = None
 
 
-def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSample:
+def parse_sample(task: str, line: dict[str, Any], where: str) -> ScoredSample | PplSample:
     """Return the sample on one line of a record file of `task`.
 
     Raises:
@@ -102,7 +102,7 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> Sample | PplSam
         text(line, "subtask", where)
     if task in DATASET_TASKS:
         text(line, "dataset", where)
-    return Sample(
+    return ScoredSample(
         id=text(line, "id", where),
         length=length,
         depth=None if depth is None else round(depth, 4),
@@ -163,7 +163,7 @@ def _ppl_sample(line: dict[str, Any], where: str) -> PplSample:
             raise DataError(f"{where} a bucket ends before it starts", found=f"{start}-{end}")
         size = None if bucket.get("bytes") is None else count(bucket, "bytes", where)
         tokens, nll = count(bucket, "tokens", where), number(bucket, "nll", where)
-        buckets.append(Bucket(start, end, tokens, nll, size))
+        buckets.append(PositionBucket(start, end, tokens, nll, size))
     unscored = line.get("unscored")
     return PplSample(
         id=text(line, "id", where),

@@ -16,7 +16,7 @@ from longspan.report.evaluation import Evaluation
 from longspan.report.needle_view import accuracy_chart
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
-from longspan.report.samples import Sample
+from longspan.report.samples import ScoredSample
 from longspan.report.tables import (
     RULER_SUBTASKS,
     RULER_THRESHOLD,
@@ -33,10 +33,10 @@ from longspan.report.view import (
     MISSING,
     NARROW,
     WIDE,
-    Cell,
     Chart,
     Section,
     Table,
+    TableCell,
     heat_cell,
     interval_text,
     lost_text,
@@ -76,7 +76,7 @@ def ruler_section(ev: Evaluation, data: SampleData) -> Section:
             [
                 short_name(label),
                 *(_average_cell(grid, n) for n in lengths),
-                Cell(effective_text(grid), "num strong", effective_note(grid)),
+                TableCell(effective_text(grid), "num strong", effective_note(grid)),
                 _published_cell(grid),
             ]
             for label, grid in grids.items()
@@ -96,26 +96,28 @@ def ruler_section(ev: Evaluation, data: SampleData) -> Section:
     return section
 
 
-def _average_cell(grid: Grid, length: int) -> Cell:
+def _average_cell(grid: Grid, length: int) -> TableCell:
     cell, mean = heat_cell(grid.by_length.get(length, Tally())), grid.mean_of_rows(length)
     if mean is not None:
-        return Cell(f"{mean * 100:.1f}", cell.cls, cell.title)
+        return TableCell(f"{mean * 100:.1f}", cell.cls, cell.title)
     scored = len(grid.means_of_rows(length))
-    return Cell(
+    return TableCell(
         MISSING, "num absent-cell", f"{scored} of {len(grid.rows)} subtasks are scored at this length"
     )
 
 
-def _published_cell(grid: Grid) -> Cell:
+def _published_cell(grid: Grid) -> TableCell:
     """Return RULER's effective length, `< 4,096` where the shortest length is below its bound."""
     effective = ruler_effective(grid)
     if effective is not None:
-        return Cell(length_text(effective), "num")
+        return TableCell(length_text(effective), "num")
     if ruler_mean(grid, grid.lengths[0]) is not None:
-        return Cell(f"< {length_text(grid.lengths[0])}", "num")
+        return TableCell(f"< {length_text(grid.lengths[0])}", "num")
     scored = sum((subtask, grid.lengths[0]) in grid.tallies for subtask in RULER_SUBTASKS)
     scored = min(scored, len(grid.means_of_rows(grid.lengths[0])))
-    return Cell(MISSING, "num", f"needs all 13 subtasks at each length, {scored} are scored at the shortest")
+    return TableCell(
+        MISSING, "num", f"needs all 13 subtasks at each length, {scored} are scored at the shortest"
+    )
 
 
 _COUNT_WORDS = {
@@ -139,7 +141,7 @@ def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
     counts = sorted({count for by_count in own.values() for count in by_count})
     columns = [_count_column(count, [by[count] for by in own.values() if count in by]) for count in counts]
     key = data.add_map(task, title, [], [])
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for row, (label, grid) in enumerate(grids.items()):
         cells = []
         for column, count in enumerate(counts):
@@ -147,7 +149,7 @@ def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
             name = f"{short_name(label)}, {count} {task}, {length_text(n)} tokens"
             opens = data.add_cell(key, row, column, grid.cells.get(("all", n), ()))
             cells.append(heat_cell(grid.by_length.get(n), name=name, key=opens))
-        rows.append([short_name(label), *cells, Cell(percent(grid.total.mean), "num strong")])
+        rows.append([short_name(label), *cells, TableCell(percent(grid.total.mean), "num strong")])
     section.parts["average"] = None
     section.parts["curve"] = accuracy_chart(ev, grids, what=title)
     table = Table(f"Accuracy by the number of {task}; lengths are medians", [task, *columns, "all"], rows)
@@ -173,19 +175,19 @@ def _grid_table(task: str, label: str, grid: Grid, data: SampleData, row_name: s
     """Return one label's rows by length; every cell opens its samples."""
     columns = [length_text(n) for n in grid.lengths]
     key = data.add_grid(task, short_name(label), grid, [str(row) for row in grid.rows], columns)
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for place, row in enumerate(grid.rows):
         cells = []
         for column, length in enumerate(grid.lengths):
             name = f"{short_name(label)}, {row}, {length_text(length)} tokens"
             opens = f"{key}/{place}/{column}" if (row, length) in grid.cells else ""
             cells.append(heat_cell(grid.tallies.get((row, length)), name=name, key=opens))
-        rows.append([str(row), *cells, Cell(percent(grid.by_row[row].mean), "num")])
+        rows.append([str(row), *cells, TableCell(percent(grid.by_row[row].mean), "num")])
     rows.append(
         [
-            Cell("mean", "reference"),
+            TableCell("mean", "reference"),
             *(_average_cell(grid, n) for n in grid.lengths),
-            Cell(percent(grid.total.mean), "num strong"),
+            TableCell(percent(grid.total.mean), "num strong"),
         ]
     )
     lost = lost_text(grid.total)
@@ -222,11 +224,15 @@ def scores_section(task: str, title: str, ev: Evaluation, data: SampleData) -> S
 
 
 def _scores_table(
-    caption: str, by_label: Mapping[str, Sequence[Sample]], fields: Sequence[str], data: SampleData, key: str
+    caption: str,
+    by_label: Mapping[str, Sequence[ScoredSample]],
+    fields: Sequence[str],
+    data: SampleData,
+    key: str,
 ) -> Table:
     groups = {label: by_group(samples, *fields) for label, samples in by_label.items()}
     names = sorted({name for group in groups.values() for name in group}, key=_natural)
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     previous = None
     for place, name in enumerate(names):
         for column, label in enumerate(groups):
@@ -241,7 +247,7 @@ def _scores_table(
             ]
             shown = " / ".join(words) or "all samples"
             opens = data.add_cell(key, place, column, samples)
-            first = Cell(shown) if shown != previous else Cell("", title=shown)
+            first = TableCell(shown) if shown != previous else TableCell("", title=shown)
             rows.append([first, *_score_cells(shown, label, metric, samples, opens)])
             previous = shown
     rows += _average_rows(by_label)
@@ -259,9 +265,9 @@ def _scores_table(
     return Table(caption, columns, rows)
 
 
-def _average_rows(by_label: Mapping[str, Sequence[Sample]]) -> list[list[str | Cell]]:
+def _average_rows(by_label: Mapping[str, Sequence[ScoredSample]]) -> list[list[str | TableCell]]:
     """Return the averages over the sets of a benchmark, or over data sets that have none: every set counts the same."""
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for label, samples in by_label.items():
         sets: dict[str, list[float | None]] = {}
         for (dataset, subtask), group in by_group(samples, "dataset", "subtask").items():
@@ -273,15 +279,15 @@ def _average_rows(by_label: Mapping[str, Sequence[Sample]]) -> list[list[str | C
                 continue
             lost = f", {len(means) - len(known)} have no score" if len(known) < len(means) else ""
             name = f"average of {len(known)} sets{lost}"
-            score = Cell(f"{statistics.fmean(known) * 100:.1f}", "num strong", "mean of the sets' means")
-            first = Cell(f"{dataset}: {name}" if dataset else name, "strong")
-            rest = [Cell(MISSING, "num") for _ in range(4)]
+            score = TableCell(f"{statistics.fmean(known) * 100:.1f}", "num strong", "mean of the sets' means")
+            first = TableCell(f"{dataset}: {name}" if dataset else name, "strong")
+            rest = [TableCell(MISSING, "num") for _ in range(4)]
             rows.append(
                 [
                     first,
-                    Cell(short_name(label), "left"),
-                    Cell(MISSING, "left"),
-                    Cell(MISSING, "num"),
+                    TableCell(short_name(label), "left"),
+                    TableCell(MISSING, "left"),
+                    TableCell(MISSING, "num"),
                     score,
                     *rest,
                 ]
@@ -290,28 +296,30 @@ def _average_rows(by_label: Mapping[str, Sequence[Sample]]) -> list[list[str | C
 
 
 def _score_cells(
-    shown: str, label: str, metric: str, samples: Sequence[Sample], opens: str
-) -> list[str | Cell]:
+    shown: str, label: str, metric: str, samples: Sequence[ScoredSample], opens: str
+) -> list[str | TableCell]:
     tally = tally_of(samples)
     shares = all(0 <= score <= 1 for score in tally.scores)
     if shares:
         score = heat_cell(tally, name=f"{shown}, {short_name(label)}", key=opens)
         score = (
-            score if tally.mean is None else Cell(f"{tally.mean * 100:.1f}", score.cls, score.title, opens)
+            score
+            if tally.mean is None
+            else TableCell(f"{tally.mean * 100:.1f}", score.cls, score.title, opens)
         )
     else:
         text = f"{shown}, {short_name(label)}: mean {tally.mean:.4g} of {tally.scored}"
-        score = Cell(f"{tally.mean:.4g}", "num", text, opens)
+        score = TableCell(f"{tally.mean:.4g}", "num", text, opens)
     tokens = [tokens for s in samples if (tokens := s.prompt_tokens or s.length)]
     return [
-        Cell(short_name(label), "left"),
-        Cell(metric or MISSING, "left"),
-        Cell(f"{tally.scored:,}", "num"),
+        TableCell(short_name(label), "left"),
+        TableCell(metric or MISSING, "left"),
+        TableCell(f"{tally.scored:,}", "num"),
         score,
-        Cell(interval_text(tally), "num"),
-        Cell(f"{tally.unscored:,}" if tally.unscored else MISSING, "num", unscored_text(tally)),
-        Cell(f"{tally.no_answer.total():,}" if tally.no_answer else MISSING, "num", lost_text(tally)),
-        Cell(f"{statistics.median_low(tokens):,}" if tokens else MISSING, "num", "median"),
+        TableCell(interval_text(tally), "num"),
+        TableCell(f"{tally.unscored:,}" if tally.unscored else MISSING, "num", unscored_text(tally)),
+        TableCell(f"{tally.no_answer.total():,}" if tally.no_answer else MISSING, "num", lost_text(tally)),
+        TableCell(f"{statistics.median_low(tokens):,}" if tokens else MISSING, "num", "median"),
     ]
 
 
@@ -402,10 +410,10 @@ def _delta_table(rows: Sequence[DatasetDifference]) -> Table:
         [
             [
                 row.dataset,
-                Cell(row.metric or MISSING, "left"),
-                Cell(_compared(row), "left"),
+                TableCell(row.metric or MISSING, "left"),
+                TableCell(_compared(row), "left"),
                 *_difference_cells(row.difference),
-                Cell(f"{row.tokens:,}" if row.tokens else MISSING, "num", "median"),
+                TableCell(f"{row.tokens:,}" if row.tokens else MISSING, "num", "median"),
             ]
             for row in rows
         ],
@@ -421,16 +429,16 @@ def _subtask_table(row: DatasetDifference) -> Table:
     )
 
 
-def _difference_cells(change: Difference) -> list[Cell]:
+def _difference_cells(change: Difference) -> list[TableCell]:
     interval = MISSING
     if change.interval:
         interval = f"{points(change.interval[0])} to {points(change.interval[1])}"
     return [
-        Cell(f"{change.before * 100:.1f}", "num"),
-        Cell(f"{change.after * 100:.1f}", "num"),
-        Cell(points(change.value), "num strong"),
-        Cell(interval, "num"),
-        Cell(f"{change.pairs:,}" if change.pairs else "unpaired", "num"),
+        TableCell(f"{change.before * 100:.1f}", "num"),
+        TableCell(f"{change.after * 100:.1f}", "num"),
+        TableCell(points(change.value), "num strong"),
+        TableCell(interval, "num"),
+        TableCell(f"{change.pairs:,}" if change.pairs else "unpaired", "num"),
     ]
 
 

@@ -16,7 +16,7 @@ CHAR_WIDTH = 0.56  # of the font size: average advance of a system sans-serif
 
 
 @dataclass(frozen=True)
-class Scale:
+class AxisScale:
     """Map lo..hi to start..stop in pixels, linearly or by logarithm."""
 
     lo: float
@@ -59,7 +59,7 @@ def log_ticks(lo: float, hi: float) -> list[float]:
     return [v for d in decades for m in steps if lo * 0.999 <= (v := float(m * 10.0**d)) <= hi * 1.001]
 
 
-def thinned(values: Sequence[float], scale: Scale, gap: float) -> list[float]:
+def thinned(values: Sequence[float], scale: AxisScale, gap: float) -> list[float]:
     """Drop values that would stand closer than `gap` pixels to the next kept one; the last always stays."""
     kept: list[float] = []
     for value in reversed(values):

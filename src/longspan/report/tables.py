@@ -22,8 +22,8 @@ from longspan.core.intervals import (
     paired_difference,
     score_interval,
 )
-from longspan.report.load import RecordFile, Run, load_run
-from longspan.report.samples import COUNT_TASKS, GRID_TASKS, LENGTH_TASKS, PplSample, Sample
+from longspan.report.load import LoadedRun, RecordFile, load_run
+from longspan.report.samples import COUNT_TASKS, GRID_TASKS, LENGTH_TASKS, PplSample, ScoredSample
 
 RULER_SUBTASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -44,7 +44,7 @@ class Tally:
     no_answer: Counter[str] = field(default_factory=Counter)
     """Scored samples whose answer is empty, by why that is; they count as wrong."""
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: ScoredSample) -> None:
         """Count one sample."""
         if sample.score is None:
             self.reasons[sample.unscored or "no score"] += 1
@@ -90,7 +90,7 @@ class Grid:
 
     lengths: list[int] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
-    cells: dict[tuple[RowKey, int], list[Sample]] = field(default_factory=dict)
+    cells: dict[tuple[RowKey, int], list[ScoredSample]] = field(default_factory=dict)
     tallies: dict[tuple[RowKey, int], Tally] = field(default_factory=dict)
     by_length: dict[int, Tally] = field(default_factory=dict)
     by_row: dict[RowKey, Tally] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class Grid:
         return tally_of(s for (_, n), samples in self.cells.items() if n <= length for s in samples)
 
 
-def score_grid(samples: Iterable[Sample], row_of: Callable[[Sample], RowKey | None]) -> Grid:
+def score_grid(samples: Iterable[ScoredSample], row_of: Callable[[ScoredSample], RowKey | None]) -> Grid:
     """Group samples by (row, length)."""
     grid = Grid()
     for sample in samples:
@@ -143,7 +143,7 @@ def score_grid(samples: Iterable[Sample], row_of: Callable[[Sample], RowKey | No
     return grid
 
 
-def needle_grid(samples: Iterable[Sample]) -> Grid:
+def needle_grid(samples: Iterable[ScoredSample]) -> Grid:
     """Group samples by needle depth and length."""
     return score_grid(samples, lambda sample: sample.depth)
 
@@ -185,7 +185,7 @@ class Difference:
         return self.after - self.before
 
 
-def difference(before: Sequence[Sample], after: Sequence[Sample]) -> Difference | None:
+def difference(before: Sequence[ScoredSample], after: Sequence[ScoredSample]) -> Difference | None:
     """Compare scores of one data set, paired by `subtask` and `sample` where both sides have these.
 
     Paired samples alone are compared when there are any. None when one side has no score.
@@ -213,7 +213,7 @@ def difference(before: Sequence[Sample], after: Sequence[Sample]) -> Difference 
     return Difference(first_mean, second_mean, interval, 0)
 
 
-def _by_question(samples: Sequence[Sample]) -> dict[tuple[str, str, str], float]:
+def _by_question(samples: Sequence[ScoredSample]) -> dict[tuple[str, str, str], float]:
     """Return scores by question, of those questions that stand once; a sample without a number cannot be paired."""
     keys = Counter((s.subtask, s.sample, s.metric) for s in samples)
     return {
@@ -309,12 +309,12 @@ class Tables:
     """By task and label: needle tasks and passkey by depth, ruler by subtask, topics and lines in one row."""
     distractors: dict[str, dict[int, Grid]] = field(default_factory=dict)
     """By label and number of distractors."""
-    scores: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
+    scores: dict[str, dict[str, list[ScoredSample]]] = field(default_factory=dict)
     """By task and label: longqa, harness and every task that has no grid."""
     ppl: dict[str, PplTable] = field(default_factory=dict)
 
 
-_ROW_OF: Mapping[str, Callable[[Sample], RowKey | None]] = {
+_ROW_OF: Mapping[str, Callable[[ScoredSample], RowKey | None]] = {
     **{task: lambda sample: sample.depth for task in GRID_TASKS},
     **{task: lambda sample: "all" for task in COUNT_TASKS},
     "ruler": lambda sample: sample.subtask or None,
@@ -323,8 +323,8 @@ _ROW_OF: Mapping[str, Callable[[Sample], RowKey | None]] = {
 
 def tabulate(records: Iterable[RecordFile]) -> Tables:
     """Pool the samples of every label; needles among other needles are kept apart from single ones."""
-    pooled: dict[str, dict[str, list[Sample]]] = {}
-    distractors: dict[str, dict[int, list[Sample]]] = {}
+    pooled: dict[str, dict[str, list[ScoredSample]]] = {}
+    distractors: dict[str, dict[int, list[ScoredSample]]] = {}
     ppl: dict[str, list[PplSample]] = {}
     for file in records:
         if file.task == "ppl":
@@ -355,7 +355,7 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
     return tables
 
 
-def _at_median_length(samples: Sequence[Sample]) -> list[Sample]:
+def _at_median_length(samples: Sequence[ScoredSample]) -> list[ScoredSample]:
     """Give all samples of one number of topics or lines one length, their median."""
     lengths: dict[int | None, list[int]] = defaultdict(list)
     for sample in samples:
@@ -374,15 +374,15 @@ def ruler_order(subtask: str) -> tuple[int, str]:
     return (RULER_SUBTASKS.index(subtask) if known else len(RULER_SUBTASKS), subtask)
 
 
-def by_group(samples: Iterable[Sample], *fields: str) -> dict[tuple[str, ...], list[Sample]]:
+def by_group(samples: Iterable[ScoredSample], *fields: str) -> dict[tuple[str, ...], list[ScoredSample]]:
     """Group samples by the text of `fields` (dataset, subtask, metric, ...), in order of the names."""
-    groups: dict[tuple[str, ...], list[Sample]] = {}
+    groups: dict[tuple[str, ...], list[ScoredSample]] = {}
     for sample in samples:
         groups.setdefault(tuple(str(getattr(sample, name)) for name in fields), []).append(sample)
     return dict(sorted(groups.items()))
 
 
-def tally_of(samples: Iterable[Sample]) -> Tally:
+def tally_of(samples: Iterable[ScoredSample]) -> Tally:
     """Count samples."""
     tally = Tally()
     for sample in samples:
@@ -390,7 +390,7 @@ def tally_of(samples: Iterable[Sample]) -> Tally:
     return tally
 
 
-def summarise(run: str | Path | Run) -> dict[str, Any]:
+def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     """Return the numbers of a run as JSON: {"needle": {label: ...}, "ppl": {label: ...}, "needle_distractors": ...}.
 
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
@@ -407,7 +407,7 @@ def summarise(run: str | Path | Run) -> dict[str, Any]:
     Raises:
         DataError: see `load_run`.
     """
-    run = run if isinstance(run, Run) else load_run(run)
+    run = run if isinstance(run, LoadedRun) else load_run(run)
     tables = tabulate(run.records)
     further = {
         task: {label: _grid_summary(grid, task) for label, grid in grids.items()}

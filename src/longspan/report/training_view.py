@@ -20,15 +20,15 @@ from longspan.report.charts import (
     length_text,
     number_axis,
 )
-from longspan.report.load import Run
+from longspan.report.load import LoadedRun
 from longspan.report.svg import linear_ticks
 from longspan.report.view import (
     NARROW,
     WIDE,
-    Cell,
     Chart,
     Section,
     Table,
+    TableCell,
     decimal,
     line_view,
     percent,
@@ -37,7 +37,7 @@ from longspan.report.view import (
 SMOOTH_POINTS, RAW_POINTS = 120, 400
 
 
-def training_totals(runs: Sequence[Run]) -> dict[str, float]:
+def training_totals(runs: Sequence[LoadedRun]) -> dict[str, float]:
     """Return tokens, steps and, where logged, seconds of the first run that trained; empty without metrics."""
     metrics = next((run.metrics for run in runs if run.metrics), None)
     if metrics is None:
@@ -49,7 +49,7 @@ def training_totals(runs: Sequence[Run]) -> dict[str, float]:
     return totals
 
 
-def lengths_section(runs: Sequence[Run]) -> Section:
+def lengths_section(runs: Sequence[LoadedRun]) -> Section:
     """Return token shares by document length, per source, for every run that has length summaries."""
     section = Section("data", "Document lengths", "lengths", "Lengths")
     having = [run for run in runs if run.lengths]
@@ -63,7 +63,7 @@ def lengths_section(runs: Sequence[Run]) -> Section:
     return section
 
 
-def _lengths_view(run: Run, name: str) -> dict[str, Any]:
+def _lengths_view(run: LoadedRun, name: str) -> dict[str, Any]:
     summaries = sorted(run.lengths, key=lambda s: (s["name"] != "before", s["name"]))
     panels = _length_panels(summaries)
     # Four across when that leaves no lonely panel in the last row.
@@ -145,7 +145,7 @@ def _lengths_table(summaries: Sequence[dict[str, Any]]) -> Table:
         for q in ("p50", "p90", "p99", "max")
         if any(q in entry.get("quantiles", {}) for _, _, entry in entries)
     ]
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     previous = None
     for source, summary, entry in entries:
         numbers = [format_count(entry[key]) if key in entry else "\u2013" for key in ("documents", "tokens")]
@@ -154,8 +154,10 @@ def _lengths_table(summaries: Sequence[dict[str, Any]]) -> Table:
             for q in quantiles
         ]
         numbers += [percent(entry.get("share_above", {}).get(key)) for key in above]
-        first = Cell(source) if source != previous else Cell("", title=source)
-        rows.append([first, str(summary["name"]).replace("_", " "), *(Cell(text, "num") for text in numbers)])
+        first = TableCell(source) if source != previous else TableCell("", title=source)
+        rows.append(
+            [first, str(summary["name"]).replace("_", " "), *(TableCell(text, "num") for text in numbers)]
+        )
         previous = source
     columns = ["source", "", "documents", "tokens", *quantiles, *(f"> {_as_length(key)}" for key in above)]
     return Table(
@@ -173,7 +175,7 @@ def _as_length(key: str) -> str:
     return length_text(int(key)) if key.isdigit() else key
 
 
-def training_section(runs: Sequence[Run]) -> Section:
+def training_section(runs: Sequence[LoadedRun]) -> Section:
     """Return losses by source with the stage borders, the learning rate, and losses by position, for every run."""
     section = Section("training", "Training", "training")
     trained = [run for run in runs if run.metrics]
@@ -194,7 +196,7 @@ def training_section(runs: Sequence[Run]) -> Section:
     return section
 
 
-def _loss_charts(run: Run) -> Chart:
+def _loss_charts(run: LoadedRun) -> Chart:
     metrics = run.metrics
     steps = loss_points(metrics)
     sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
@@ -241,7 +243,7 @@ def _stack(charts: Sequence[LineChart], width: float, names: bool) -> Markup:
 
 
 def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> Table:
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | TableCell]] = []
     for start, end in _stage_spans(metrics):
         lines = metrics[start:end]
         tail = lines[-max(1, len(lines) // 10) :]
@@ -255,7 +257,7 @@ def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> T
             [
                 str(lines[0].get("stage", "")),
                 *(
-                    Cell(text, "num")
+                    TableCell(text, "num")
                     for text in (
                         length_text(lines[0]["context_length"])
                         if lines[0].get("context_length")
@@ -283,7 +285,7 @@ def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> T
     )
 
 
-def _divergence(run: Run) -> Chart | None:
+def _divergence(run: LoadedRun) -> Chart | None:
     """Return the divergence from a teacher; None for a run that had none."""
     points = _points(run.metrics, lambda line: line.get("kl"))
     if not points:
@@ -309,7 +311,7 @@ def _divergence(run: Run) -> Chart | None:
     )
 
 
-def _position_losses(run: Run) -> Chart | None:
+def _position_losses(run: LoadedRun) -> Chart | None:
     names = sorted(
         {name for line in run.metrics for name in (line.get("loss_by_position") or {})}, key=_bucket_start
     )

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from longspan.report.charts import LineChart, length_text, tally_size, tally_text
-from longspan.report.load import RecordFile, Run
+from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.palette import DASHES, step_of
 from longspan.report.tables import Tally
 
@@ -32,7 +32,7 @@ ZERO_SHOT = ("theta_only", "ntk", "pi", "yarn")
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One table cell: text, CSS class, and a longer text for hover; `key` names the samples that it opens."""
 
     text: str
@@ -43,11 +43,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells are plain text or Cell, the first column names the row."""
+    """A table; cells are plain text or TableCell, the first column names the row."""
 
     caption: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]]
+    rows: Sequence[Sequence[str | TableCell]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def order_of(label: str) -> tuple[int, str]:
     return (known.index(role) if role in known else len(known), f"{by_value}\0{label}")
 
 
-def merge_records(runs: Sequence[Run]) -> list[RecordFile]:
+def merge_records(runs: Sequence[LoadedRun]) -> list[RecordFile]:
     """Return all evaluations of all runs; labels that several runs have carry the names of their runs."""
     having = Counter(label for run in runs for label in {file.label for file in run.records})
     merged = [
@@ -171,15 +171,15 @@ def change(before: float, after: float) -> str:
     return f"{share:+.1%}".replace("-", "\u2212")
 
 
-def heat_cell(tally: Tally | None, *, name: str = "", key: str = "") -> Cell:
+def heat_cell(tally: Tally | None, *, name: str = "", key: str = "") -> TableCell:
     """Return an accuracy cell coloured by the sequential scale; `name` says for hover what it is."""
     if tally is None or tally_size(tally) == 0:
-        return Cell(MISSING, "num absent-cell")
+        return TableCell(MISSING, "num absent-cell")
     hint = f"{name}: {tally_text(tally)}" if name else tally_text(tally)
     if tally.mean is None:
-        return Cell("n/s", "num absent-cell", hint, key)
+        return TableCell("n/s", "num absent-cell", hint, key)
     step = step_of(tally.mean)
-    return Cell(percent(tally.mean), f"num heat-cell h{step} i{step}", hint, key)
+    return TableCell(percent(tally.mean), f"num heat-cell h{step} i{step}", hint, key)
 
 
 def interval_text(tally: Tally) -> str:

@@ -51,7 +51,7 @@ class ConversationConfig(Config):
     """Questions of a sample; None: all of its document."""
 
 
-class Sample(NamedTuple):
+class Conversation(NamedTuple):
     """One conversation."""
 
     turns: list[dict[str, str]]
@@ -91,7 +91,7 @@ class Composer:
         self._documents, self._seed = documents, seed
         self._template = load_prompt(CONVERSATION_PROMPT)
 
-    def compose(self, number: int, document: Mapping[str, Any], items: Sequence[Item]) -> Sample | None:
+    def compose(self, number: int, document: Mapping[str, Any], items: Sequence[Item]) -> Conversation | None:
         """Return the sample of document `number`, None (counted) where none of its questions fits.
 
         Encodes the document once or twice, and the sample on the Hugging Face engine once or more.
@@ -237,7 +237,7 @@ class Composer:
             used.append(record["id"])
         return _Context("".join(texts["before"]), whole, "".join(texts["after"]), used)
 
-    def _sample(self, text: str, context: _Context, items: Sequence[Item], limit: int) -> Sample | None:
+    def _sample(self, text: str, context: _Context, items: Sequence[Item], limit: int) -> Conversation | None:
         inside = [
             item for item in items if _inside(item, context.window) and not _is_ambiguous(item, context)
         ]
@@ -257,7 +257,7 @@ class Composer:
             inside, depths = [inside[place] for place in kept], [depths[place] for place in kept]
         turns = self._turns(whole, inside)
         length = len(self._chat.encode(turns).ids)
-        return Sample(turns, inside, depths, length, ruler.tokens, context.distractors)
+        return Conversation(turns, inside, depths, length, ruler.tokens, context.distractors)
 
 
 def _inside(item: Item, window: Span) -> bool:

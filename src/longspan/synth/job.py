@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydantic
 
-from longspan.api import Client, Estimate, Limits, Price, estimate
+from longspan.api import Client, CostEstimate, Limits, Price, estimate
 from longspan.core.config import Config
 from longspan.core.errors import DataError, RunError, UserError
 from longspan.core.files import read_json, write_json
@@ -41,7 +41,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments
 from longspan.synth.config import SetConfig
-from longspan.synth.conversation import Composer, ConversationConfig, Sample
+from longspan.synth.conversation import Composer, Conversation, ConversationConfig
 from longspan.synth.figure import draw_depths
 from longspan.synth.filters import NearDuplicates, content_words, knows
 from longspan.synth.items import Item, Rejected, Shown, read_reply
@@ -341,7 +341,7 @@ class SynthJob:
         self._questions.update(made.kinds)
         return {**document, "text": made.text}, made.items
 
-    def _record(self, document: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
+    def _record(self, document: Mapping[str, Any], sample: Conversation) -> dict[str, Any]:
         return {
             "conversations": sample.turns,
             "set": self._spec.name,
@@ -373,7 +373,7 @@ def estimate_job(
     used: UsedDocuments,
     price: Price | None,
     limits: Limits | None,
-) -> tuple[Selected, Estimate, Estimate]:
+) -> tuple[Selected, CostEstimate, CostEstimate]:
     """Return the documents and what asking about them, and the leak check, would take at most; writes nothing."""
     spec, tokenizer = settings.set, student.tokenizer
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ from longspan.core.files import atomic_dir, disk_errors, read_json, remove_lefto
 from longspan.core.log import get_logger
 from longspan.parallel.fsdp import own_part
 from longspan.parallel.launch import on_all_ranks, on_first_rank
-from longspan.train.shard_files import Part, PartFiles, Written, write_parts
+from longspan.train.shard_files import PartFiles, TensorPart, Written, write_parts
 
 VERSION = 2
 KINDS = ("model", "optimizer")
@@ -39,7 +39,7 @@ EXIT_SECONDS = 10.0
 """How long a failing run waits for a checkpoint that is being written."""
 
 
-class Progress(NamedTuple):
+class TrainProgress(NamedTuple):
     """Everything beside tensors that the next step depends on."""
 
     step: int
@@ -58,7 +58,7 @@ class Checkpoint(NamedTuple):
     """A whole checkpoint, verified; its tensors are read when they are asked for."""
 
     path: Path
-    progress: Progress
+    progress: TrainProgress
     model: PartFiles
     optimizer: PartFiles
 
@@ -105,7 +105,10 @@ class Checkpointer:
             self._thread.join(EXIT_SECONDS)
 
     def save(
-        self, progress: Progress, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+        self,
+        progress: TrainProgress,
+        model: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
     ) -> Saved | None:
         """Copy the tensors and begin to write `step-<n>`, once the checkpoint before it is written.
 
@@ -143,7 +146,7 @@ class Checkpointer:
         """Return the last checkpoint that was written here, its bytes not read again; None if there is none."""
         return None if self._last is None else _open(self._last, self._fingerprint, verify=False)
 
-    def _run(self, progress: Progress, parts: dict[str, dict[str, Part]], held: float) -> None:
+    def _run(self, progress: TrainProgress, parts: dict[str, dict[str, TensorPart]], held: float) -> None:
         started = time.monotonic()
         try:
             written = self._write(progress, parts)
@@ -153,7 +156,7 @@ class Checkpointer:
         self._saved = Saved(progress.step, held, time.monotonic() - started, written)
         self._last = self.folder / _name(progress.step)
 
-    def _write(self, progress: Progress, parts: dict[str, dict[str, Part]]) -> int:
+    def _write(self, progress: TrainProgress, parts: dict[str, dict[str, TensorPart]]) -> int:
         path = self.folder / _name(progress.step)
         with contextlib.ExitStack() as stack:
 
@@ -175,7 +178,9 @@ class Checkpointer:
             on_all_ranks(commit, group=self._group)
         return sum(written.bytes for written in files.values())
 
-    def _write_own(self, path: Path, aside: Path, parts: dict[str, dict[str, Part]]) -> dict[str, Written]:
+    def _write_own(
+        self, path: Path, aside: Path, parts: dict[str, dict[str, TensorPart]]
+    ) -> dict[str, Written]:
         names = {kind: f"{kind}-{self._rank:05d}-of-{self._world:05d}.safetensors" for kind in KINDS}
         with disk_errors(path):
             return {name: write_parts(aside / name, parts[kind]) for kind, name in names.items()}
@@ -276,7 +281,7 @@ def _open(path: Path, config_fingerprint: str | None, *, verify: bool = True) ->
         }
     except DataError as error:
         raise _Damaged(str(error)) from error
-    progress = Progress(**{name: head[name] for name in Progress._fields})
+    progress = TrainProgress(**{name: head[name] for name in TrainProgress._fields})
     return Checkpoint(path, progress, files["model"], files["optimizer"])
 
 
@@ -304,7 +309,7 @@ def _read_head(path: Path) -> dict[str, Any]:
         head = read_json(path / "state.json")
     except DataError as error:
         raise _Damaged(str(error)) from error
-    if not isinstance(head, dict) or not {*Progress._fields, "config", "files"} <= set(head):
+    if not isinstance(head, dict) or not {*TrainProgress._fields, "config", "files"} <= set(head):
         raise _Damaged("state.json lacks entries")
     if head.get("version") != VERSION:
         raise DataError(
@@ -316,14 +321,14 @@ def _read_head(path: Path) -> dict[str, Any]:
     return head
 
 
-def _copy_own_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+def _copy_own_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorPart]:
     """Return copies in host memory of what this rank has to write: of replicas, only the first writes."""
     parts = {}
     for name, tensor in tensors.items():
         own = own_part(tensor)
         if own.is_writer:
             copy = own.local.detach().to("cpu", copy=True)
-            parts[name] = Part(copy, tuple(tensor.shape), own.start)
+            parts[name] = TensorPart(copy, tuple(tensor.shape), own.start)
     return parts
 
 

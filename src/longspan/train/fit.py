@@ -15,12 +15,12 @@ from longspan.plan.models import shape_of
 from longspan.plan.training import LoraSettings, TrainingMemory, TrainingSettings, training_memory
 from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
 
-__all__ = ["Budget", "fit_memory", "machine_budget", "resolve_memory", "stage_memory", "step_settings"]
+__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "resolve_memory", "stage_memory", "step_settings"]
 
 TRAINED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
-class Budget(NamedTuple):
+class MemoryBudget(NamedTuple):
     """Bytes that a process may fill."""
 
     device: float
@@ -29,7 +29,7 @@ class Budget(NamedTuple):
     """False: the device is the host, and nothing can be sent away from it."""
 
 
-def machine_budget() -> Budget:
+def machine_budget() -> MemoryBudget:
     """Return the budget of this process: its GPU and its part of the host memory, or its part of the host alone."""
     import torch
 
@@ -37,8 +37,8 @@ def machine_budget() -> Budget:
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return Budget(float(total), host, True)
-    return Budget(host, 0.0, False)
+        return MemoryBudget(float(total), host, True)
+    return MemoryBudget(host, 0.0, False)
 
 
 def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> TrainingSettings:
@@ -103,7 +103,7 @@ def stage_memory(
 
 
 def fit_memory(
-    config: TrainConfig, hf_config: Mapping[str, Any], budget: Budget
+    config: TrainConfig, hf_config: Mapping[str, Any], budget: MemoryBudget
 ) -> tuple[MemoryConfig, Choice]:
     """Return `config.memory` with the cheapest settings with which every stage fits, and why.
 

@@ -73,7 +73,7 @@ class Timing(NamedTuple):
     """All steps of the run so far."""
 
 
-class Report:
+class StageReport:
     """Speaks for one stage, on the first rank. Numbers of speed are those of all ranks, memory is the first one's."""
 
     def __init__(

@@ -33,7 +33,7 @@ _DTYPES = {
 }
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """Rows `start` to `start + len(tensor)` of a tensor of shape `shape`; a scalar is one part."""
 
     tensor: torch.Tensor
@@ -48,7 +48,7 @@ class Written(NamedTuple):
     sha256: str
 
 
-def write_parts(path: Path, parts: Mapping[str, Part]) -> Written:
+def write_parts(path: Path, parts: Mapping[str, TensorPart]) -> Written:
     """Write parts, which are in host memory, to a safetensors file and hand it to the disk.
 
     Streamed and hashed in one pass, without a second copy in memory. Raises OSError when the disk refuses.

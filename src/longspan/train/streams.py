@@ -191,7 +191,7 @@ def _with_steps(stage: StageConfig, mixer: StreamMixer, sources: Mapping[str, Ro
     return stage.model_copy(update={"steps": low, "epochs": None, "max_epochs": max(1, math.ceil(epochs))})
 
 
-class _Planned(NamedTuple):
+class _PlannedStream(NamedTuple):
     rows: RowSource
     stores: list[TokenStore]
     mixture: MixturePlan
@@ -201,7 +201,7 @@ class _Planned(NamedTuple):
 
 def _planned(
     stream: StreamConfig, stage: StageConfig, data_root: Path, seed: int, where: str, tokenizer: str | None
-) -> _Planned:
+) -> _PlannedStream:
     """Return rows planned from token stores or records."""
     if stream.records is not None:
         parts = record_stores(
@@ -262,7 +262,7 @@ def _planned(
         left_out |= {"heads": heads, "overflow_tokens": beyond}
     left_out |= {"tail_tokens": sum(dropped.values()), "cut_chats": num_cut(plan, lengths, chats)}
     masked = bool(np.any(lengths.mask_offset[documents] != 0))
-    return _Planned(RowLoader(stores, plan), stores, mixture, masked, left_out)
+    return _PlannedStream(RowLoader(stores, plan), stores, mixture, masked, left_out)
 
 
 def _within_limits(

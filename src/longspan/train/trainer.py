@@ -41,7 +41,7 @@ from longspan.train.batch import collate, total_weight
 from longspan.train.checkpoint import (
     Checkpoint,
     Checkpointer,
-    Progress,
+    TrainProgress,
     load_latest,
     read_checkpoint,
 )
@@ -54,7 +54,7 @@ from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
-from longspan.train.report import METRICS, Report, StepResult, Timing, check_trained, rewind
+from longspan.train.report import METRICS, StageReport, StepResult, Timing, check_trained, rewind
 from longspan.train.rope_schedule import check_ropes, rope_notes
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.schedule import lr_factor
@@ -85,7 +85,7 @@ class TrainResult(NamedTuple):
     tokens: int
 
 
-class _Run(NamedTuple):
+class _RunContext(NamedTuple):
     """What all stages of a run share."""
 
     config: TrainConfig
@@ -150,7 +150,7 @@ def train(
                 folder.path / "checkpoints", config_fingerprint=fingerprint, keep=config.checkpoint.keep
             )
         )
-        run = _Run(
+        run = _RunContext(
             config, folder, root, spread, checkpointer, _validation(config, plans, root),
             stack.enter_context(
                 profiled(folder.path / "profile" if profile else None, rank=spread.mesh.rank)
@@ -159,7 +159,7 @@ def train(
         return _train_stages(run, plans, state)
 
 
-def _train_stages(run: _Run, plans: Sequence[StagePlan], state: Checkpoint | None) -> TrainResult:
+def _train_stages(run: _RunContext, plans: Sequence[StagePlan], state: Checkpoint | None) -> TrainResult:
     config, root = run.config, run.root
     models = _model_folders(config, run.folder)
     tokenizer = tokenizer_source(config, root)
@@ -286,7 +286,7 @@ class _Stage(NamedTuple):
     optimizers: list[torch.optim.Optimizer]
 
 
-def _ready(run: _Run, stage: StageConfig, state: Checkpoint | None, *, carry: bool) -> _Stage:
+def _ready(run: _RunContext, stage: StageConfig, state: Checkpoint | None, *, carry: bool) -> _Stage:
     """Return the stage's model with the weights so far; with the moments so far too if they `carry`."""
     config, spread = run.config, run.spread
     # Adapters stand beside frozen weights that no checkpoint holds, so each process reads the base.
@@ -323,11 +323,11 @@ def _ready(run: _Run, stage: StageConfig, state: Checkpoint | None, *, carry: bo
 
 
 def _train_stage(
-    run: _Run, plan: StagePlan, index: int, state: Checkpoint | None, seconds: float
+    run: _RunContext, plan: StagePlan, index: int, state: Checkpoint | None, seconds: float
 ) -> tuple[Checkpoint, float]:
     """Run the steps of one stage that `state` has not done; return its last checkpoint and seconds so far."""
     config, spread, stage = run.config, run.spread, plan.stage
-    done = state.progress if state is not None else Progress(0, 0, 0, 0, {})
+    done = state.progress if state is not None else TrainProgress(0, 0, 0, 0, {})
     resumed = state is not None and done.stage == index
     ready = _ready(run, stage, state, carry=resumed or stage.optimizer_state == "carry")
     if resumed and plan.mixer is not None:
@@ -337,7 +337,7 @@ def _train_stage(
     held = 0.0
     with contextlib.ExitStack() as stack:
         report = (
-            Report(
+            StageReport(
                 stack, run.folder, config, stage, ready.model,
                 step=step, stage_step=stage_step, device=spread.mesh.device, num_ranks=spread.mesh.world,
             )
@@ -350,7 +350,7 @@ def _train_stage(
             spread.beat(f"the checkpoint of step {step}")
             loader = plan.mixer.state(stage_step * stage.rows_per_step) if plan.mixer is not None else {}
             before = run.checkpointer.save(
-                Progress(step, index, stage_step, tokens, loader),
+                TrainProgress(step, index, stage_step, tokens, loader),
                 own_tensors(ready.model),
                 optimizer_tensors(ready.optimizers),
             )

@@ -27,7 +27,7 @@ from longspan.train.objectives import ModelWithLoss
 from longspan.train.spread import Spread
 
 
-class Windows(NamedTuple):
+class ValidationRows(NamedTuple):
     """Rows of one name and length."""
 
     name: str
@@ -38,7 +38,7 @@ class Windows(NamedTuple):
 class ValidationPlan(NamedTuple):
     """What is measured each time."""
 
-    windows: list[Windows]
+    windows: list[ValidationRows]
     tokenizers: dict[str, Path]
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
 
@@ -50,7 +50,7 @@ def plan_validation(config: ValidationConfig, *, data_root: Path, seed: int) -> 
         DataError: a store is missing or damaged.
         ConfigError: a store has no document that long.
     """
-    chosen: list[Windows] = []
+    chosen: list[ValidationRows] = []
     tokenizers: dict[str, Path] = {}
     for name, paths in config.stores.items():
         stores = open_stores(data_root / path for path in ((paths,) if isinstance(paths, str) else paths))
@@ -73,7 +73,7 @@ def plan_validation(config: ValidationConfig, *, data_root: Path, seed: int) -> 
             order = rng(seed, "validation", name, length).permutation(len(long))[: config.windows]
             picked = [long[at] for at in sorted(order)]
             rows = [_window(stores[at], document, length, name, bos=begin[at]) for at, document in picked]
-            chosen.append(Windows(name, length, rows))
+            chosen.append(ValidationRows(name, length, rows))
     return ValidationPlan(chosen, tokenizers)
 
 

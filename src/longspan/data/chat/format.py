@@ -41,7 +41,7 @@ from longspan.data.chat.messages import (
     as_messages,
     is_learnt,
 )
-from longspan.data.chat.points import Pointer, Reading, read
+from longspan.data.chat.points import MarkedText, Pointer, read
 from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
@@ -182,7 +182,7 @@ class ChatFormat:
         ]
         return give(self._template, turns, found), learnt
 
-    def _read(self, given: Given) -> Reading:
+    def _read(self, given: Given) -> MarkedText:
         """Return the text with the places of what each turn says, as many of them as can be shown.
 
         Raises:
@@ -213,10 +213,10 @@ class ChatFormat:
 
     def _pointed(
         self, messages: list[Message], variables: Mapping[str, Any], text: str, *, others: bool, calls: bool
-    ) -> Reading | None:
+    ) -> MarkedText | None:
         """Return the reading of a text with points in it; None where they change it."""
 
-        def attempt(outside: Collection[int]) -> Reading | None:
+        def attempt(outside: Collection[int]) -> MarkedText | None:
             pointed, leaves = self._pointer.point(messages, others=others, calls=calls, outside=outside)
             try:
                 found = read(self._template.render(pointed, variables, marks=True), leaves)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longspan.data.chat.messages import CALLS, MessagesError
-from longspan.data.chat.points import THOUGHT, Block, Point, Reading
+from longspan.data.chat.points import THOUGHT, GenerationBlock, MarkedText, Point
 
 
 class Turn(NamedTuple):
@@ -28,7 +28,7 @@ class Ends(NamedTuple):
     """How it begins: the generation prompt; "" where that is not known."""
 
 
-def block_spans(reading: Reading, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+def block_spans(reading: MarkedText, turns: Sequence[Turn]) -> list[tuple[int, int]]:
     """Return the blocks of learnt turns, as characters of the text.
 
     Raises:
@@ -57,7 +57,7 @@ def block_spans(reading: Reading, turns: Sequence[Turn]) -> list[tuple[int, int]
     return kept
 
 
-def _turns_of(block: Block, reading: Reading, turns: Sequence[Turn]) -> set[int]:
+def _turns_of(block: GenerationBlock, reading: MarkedText, turns: Sequence[Turn]) -> set[int]:
     """Return the answers that a block belongs to: those with words in it, else the one that it stands beside."""
 
     def turn_of(point: Point | None) -> int | None:
@@ -73,7 +73,7 @@ def _turns_of(block: Block, reading: Reading, turns: Sequence[Turn]) -> set[int]
 
 
 def answer_spans(
-    reading: Reading, turns: Sequence[Turn], ends: Ends, special: re.Pattern[str], tags: re.Pattern[str]
+    reading: MarkedText, turns: Sequence[Turn], ends: Ends, special: re.Pattern[str], tags: re.Pattern[str]
 ) -> list[tuple[int, int]]:
     """Return where the learnt answers stand, each with the token that ends it, as characters of the text.
 
@@ -102,13 +102,13 @@ def answer_spans(
     return spans
 
 
-def _sees_all(reading: Reading, turns: Sequence[Turn]) -> bool:
+def _sees_all(reading: MarkedText, turns: Sequence[Turn]) -> bool:
     """Say whether the other turns have points too, so that between two points stands the template's text alone."""
     return any(not turns[leaf.turn].answers for leaf in reading.leaves)
 
 
 def _start(
-    reading: Reading, before: int, first: int, ends: Ends, tags: re.Pattern[str], *, sees_all: bool
+    reading: MarkedText, before: int, first: int, ends: Ends, tags: re.Pattern[str], *, sees_all: bool
 ) -> int:
     """Return where the model would have to begin to write: behind the generation prompt, where that can be found."""
     point = reading.points[first]

@@ -49,7 +49,7 @@ class Point(NamedTuple):
     leaf: int
 
 
-class Block(NamedTuple):
+class GenerationBlock(NamedTuple):
     """What a `{% generation %}` block wrote: characters `start` to `end`."""
 
     first: int
@@ -59,12 +59,12 @@ class Block(NamedTuple):
     end: int
 
 
-class Reading(NamedTuple):
+class MarkedText(NamedTuple):
     """A rendered text without its marks, and where they were."""
 
     text: str
     points: list[Point]
-    blocks: list[Block]
+    blocks: list[GenerationBlock]
     leaves: list[Leaf]
 
     def counts(self) -> list[int]:
@@ -75,11 +75,11 @@ class Reading(NamedTuple):
         return counts
 
 
-def read(rendered: str, leaves: Sequence[Leaf]) -> Reading:
+def read(rendered: str, leaves: Sequence[Leaf]) -> MarkedText:
     """Take the marks out of a rendered text."""
     parts = _EVENT.split(rendered)
     points: list[Point] = []
-    blocks: list[Block] = []
+    blocks: list[GenerationBlock] = []
     opened: list[tuple[int, int]] = []
     place = 0
     for order, part in enumerate(parts):
@@ -91,10 +91,10 @@ def read(rendered: str, leaves: Sequence[Leaf]) -> Reading:
             first, start = opened.pop()
             # What an inner block writes is in the outer one.
             if not opened:
-                blocks.append(Block(first, order, start, place))
+                blocks.append(GenerationBlock(first, order, start, place))
         else:
             points.append(Point(order, place, int(part[1:-1])))
-    return Reading("".join(parts[0::2]), points, blocks, list(leaves))
+    return MarkedText("".join(parts[0::2]), points, blocks, list(leaves))
 
 
 def forms_of(text: str) -> tuple[str, ...]:

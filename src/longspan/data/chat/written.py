@@ -9,14 +9,14 @@ from typing import Any
 
 from longspan.data.chat.given import LISTS, Given, arguments_of
 from longspan.data.chat.messages import CALLS, NO_SPEECH, THOUGHTS, Message, MessagesError, strings_of
-from longspan.data.chat.points import THOUGHT, Reading, forms_of
+from longspan.data.chat.points import THOUGHT, MarkedText, forms_of
 from longspan.data.chat.template import Template
 
 OTHER = "choose a template that writes it with --chat-template, or take it out of the record"
 
 
 def check_written(
-    given: Given, reading: Reading, template: Template, *, special: re.Pattern[str]
+    given: Given, reading: MarkedText, template: Template, *, special: re.Pattern[str]
 ) -> Counter[str]:
     """Return notes of what the template leaves out of a conversation by its nature, with a number of turns: thoughts
     of earlier turns, keys that it does not know.
@@ -117,7 +117,7 @@ def _check_calls(turn: Message, counts: list[int] | None, where: str, text: str)
         raise MessagesError(f"the chat template does not write the tool calls of {where}", fix=OTHER)
 
 
-def _check_same(reading: Reading, special: re.Pattern[str], blocks: bool) -> None:
+def _check_same(reading: MarkedText, special: re.Pattern[str], blocks: bool) -> None:
     """Raise MessagesError where between the points of a text stands another one; with `blocks` it may, so long as it
     makes no special token of what was said."""
     opened: dict[int, int] = {}

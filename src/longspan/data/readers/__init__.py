@@ -24,11 +24,11 @@ from collections.abc import Iterator, Sequence
 from longspan.data.readers.base import (
     Document,
     Fields,
+    FilePart,
     InputFile,
-    Part,
-    Place,
     Reader,
     ReadReport,
+    RecordPlace,
 )
 from longspan.data.readers.grouping import Grouping, deal, read_bucket, read_grouped
 from longspan.data.readers.reading import (
@@ -86,7 +86,7 @@ def read_documents(
         yield from read_grouped(files, fields, grouping, strict=strict, report=report)
     else:
         for file in files:
-            yield from read_part(Part(file), fields, strict=strict, report=report)
+            yield from read_part(FilePart(file), fields, strict=strict, report=report)
     finish_reading(files, report)
 
 
@@ -95,12 +95,12 @@ __all__ = [
     "READERS",
     "Document",
     "Fields",
+    "FilePart",
     "Grouping",
     "InputFile",
-    "Part",
-    "Place",
     "ReadReport",
     "Reader",
+    "RecordPlace",
     "check_fields",
     "deal",
     "finish_reading",

@@ -16,7 +16,7 @@ LINE_EXTENSIONS = (".jsonl", ".ndjson")
 """Formats whose positions are byte offsets of lines."""
 
 
-class Place(NamedTuple):
+class RecordPlace(NamedTuple):
     """Where a record stands, written for people only when a message needs it."""
 
     path: str
@@ -56,9 +56,9 @@ class Document(NamedTuple):
     """Other fields of the record that belong to the conversation, such as `tools`; in `text` too."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RecordPlace:
         """Where the document stands, for messages: `str(place)` is `file:line` or `file: record n`."""
-        return Place(self.path, self.position, in_bytes=extension_of(self.path) in LINE_EXTENSIONS)
+        return RecordPlace(self.path, self.position, in_bytes=extension_of(self.path) in LINE_EXTENSIONS)
 
 
 class InputFile(NamedTuple):
@@ -74,7 +74,7 @@ class InputFile(NamedTuple):
     """Path below the input folder; the file's own name if it was given alone."""
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """A stretch of one file that is read by itself, in any process.
 
     The records of the parts of a file, one part after another, are the records of the file.
@@ -99,9 +99,9 @@ class RawRecord(NamedTuple):
     line: int | None = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RecordPlace:
         """Where the record stands, for messages."""
-        return Place(self.file.path, self.position, self.line, self.file.extension in LINE_EXTENSIONS)
+        return RecordPlace(self.file.path, self.position, self.line, self.file.extension in LINE_EXTENSIONS)
 
 
 class Fields(NamedTuple):
@@ -153,11 +153,11 @@ class MissingFieldError(SkippedRecordError):
 class Reader(NamedTuple):
     """A file format: how to cut a file into parts and a part into records, and how to parse one record."""
 
-    records: Callable[[Part, Sequence[str] | None], Iterator[RawRecord]]
+    records: Callable[[FilePart, Sequence[str] | None], Iterator[RawRecord]]
     """Yield the records of a part; only the fields named need to be read (None: all of them)."""
     parse: Callable[[RawRecord], dict[str, Any]]
     """Return the fields. Raise SkippedRecordError for a broken record."""
-    split: Callable[[InputFile, int], list[Part]]
+    split: Callable[[InputFile, int], list[FilePart]]
     """Cut a file into parts of about so many bytes; a function of the file alone."""
     one_text: bool = False
     """The file is one text, named by the folder it lies in; other files are containers of records."""
@@ -165,9 +165,9 @@ class Reader(NamedTuple):
     """Whether such files are also read with .gz, .zst and .bz2 at the end."""
 
 
-def whole_file(file: InputFile, part_bytes: int) -> list[Part]:
+def whole_file(file: InputFile, part_bytes: int) -> list[FilePart]:
     """Return the file as one part, for formats that can only be read from the start."""
-    return [Part(file, size=file.size)]
+    return [FilePart(file, size=file.size)]
 
 
 def parse_values(record: RawRecord) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class UTF8Values(dict[str, Any]):
 class Example(NamedTuple):
     """One thing that was left out."""
 
-    place: Place | str
+    place: RecordPlace | str
     reason: str
     kind: str = ""
     """The counter it belongs to."""
@@ -252,7 +252,7 @@ class ReadReport:
     ignored_names: list[str] = field(default_factory=list)
     """The first few ignored files."""
 
-    def skip(self, kind: str, place: Place | str, reason: str) -> None:
+    def skip(self, kind: str, place: RecordPlace | str, reason: str) -> None:
         """Count one record or file under `kind` and keep its place if few are kept yet, or none of its kind."""
         setattr(self, kind, getattr(self, kind) + 1)
         self._keep(Example(place, reason, kind))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import (
+    FilePart,
     InputFile,
     MissingFieldError,
-    Part,
     RawRecord,
     Reader,
     SkippedRecordError,
@@ -51,24 +51,24 @@ def _checked(path: str, kind: str) -> Iterator[None]:
         ) from None
 
 
-def split_row_groups(file: InputFile, part_bytes: int) -> list[Part]:
+def split_row_groups(file: InputFile, part_bytes: int) -> list[FilePart]:
     """Cut between row groups; reads the file's table of contents."""
     if _is_empty(file.path):
         return whole_file(file, part_bytes)
     with _parquet(file.path) as parquet:
         metadata = parquet.metadata
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
-    parts: list[Part] = []
+    parts: list[FilePart] = []
     start = held = 0
     for number, size in enumerate(sizes):
         held += size
         if held >= part_bytes or number + 1 == len(sizes):
-            parts.append(Part(file, start, number + 1, file.size * held // max(sum(sizes), 1)))
+            parts.append(FilePart(file, start, number + 1, file.size * held // max(sum(sizes), 1)))
             start, held = number + 1, 0
     return parts if len(parts) > 1 else whole_file(file, part_bytes)
 
 
-def read_parquet(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+def read_parquet(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the rows of some row groups; the position is the number of the row in the file, from 1."""
     path = part.file.path
     if _is_empty(path):
@@ -108,7 +108,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
                 yield parquet
 
 
-def split_batches(file: InputFile, part_bytes: int) -> list[Part]:
+def split_batches(file: InputFile, part_bytes: int) -> list[FilePart]:
     """Cut between record batches, as many in each part; a remote file stays whole."""
     if file.size <= part_bytes or is_remote(file.path):
         return whole_file(file, part_bytes)
@@ -118,10 +118,10 @@ def split_batches(file: InputFile, part_bytes: int) -> list[Part]:
     if num_parts == 1:
         return whole_file(file, part_bytes)
     size = file.size // num_parts
-    return [Part(file, start, stop, size) for start, stop in itertools.pairwise(borders)]
+    return [FilePart(file, start, stop, size) for start, stop in itertools.pairwise(borders)]
 
 
-def read_arrow(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+def read_arrow(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the rows of some record batches; the position is the number of the row in the file, from 1."""
     path, row = part.file.path, 0
     if _is_empty(path):
@@ -216,7 +216,7 @@ def _has(tree: dict[str, Any], name: str) -> bool:
     return True
 
 
-def _without(part: Part, missing: MissingFieldError) -> Iterator[RawRecord]:
+def _without(part: FilePart, missing: MissingFieldError) -> Iterator[RawRecord]:
     """Yield what stands for a file without a wanted column: once, with its first part."""
     if part.start == 0:
         yield RawRecord(part.file, 1, missing)

@@ -16,7 +16,7 @@ from itertools import chain
 
 from longspan.core.log import get_logger
 from longspan.data.readers.base import (
-    Part,
+    FilePart,
     RawRecord,
     Reader,
     SkippedRecordError,
@@ -41,7 +41,11 @@ Rows = Iterator[tuple[int, list[str] | _Broken]]
 
 
 def read_delimited(
-    part: Part, wanted: Sequence[str] | None, *, cut: Callable[[io.TextIOWrapper, str], Rows], newline: str
+    part: FilePart,
+    wanted: Sequence[str] | None,
+    *,
+    cut: Callable[[io.TextIOWrapper, str], Rows],
+    newline: str,
 ) -> Iterator[RawRecord]:
     """Yield the rows below the header; the position is the number of the row, from 1.
 

@@ -32,8 +32,8 @@ from longspan.core.log import printable
 from longspan.data.readers.base import (
     Document,
     Fields,
+    FilePart,
     InputFile,
-    Part,
     RawRecord,
     ReadReport,
     SkippedRecordError,
@@ -106,14 +106,22 @@ def read_grouped(
     with tempfile.TemporaryDirectory(prefix="longspan-group-") as scratch:
         folder, count = Path(scratch), NUM_BUCKETS
         with disk_errors(folder.parent):
-            deal(map(Part, files), fields, grouping, folder, num_buckets=count, strict=strict, report=report)
+            deal(
+                map(FilePart, files),
+                fields,
+                grouping,
+                folder,
+                num_buckets=count,
+                strict=strict,
+                report=report,
+            )
         report.documents = 0
         for number in range(count):
             yield from read_bucket([folder], number, grouping, num_buckets=count, report=report)
 
 
 def deal(
-    parts: Iterable[Part],
+    parts: Iterable[FilePart],
     fields: Fields,
     grouping: Grouping,
     folder: Path,
@@ -144,7 +152,7 @@ def deal(
 
 
 def _dealt(
-    parts: Iterable[Part],
+    parts: Iterable[FilePart],
     fields: Fields,
     grouping: Grouping,
     num_buckets: int,

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import (
+    FilePart,
     MissingFieldError,
-    Part,
     RawRecord,
     Reader,
     SkippedRecordError,
@@ -37,7 +37,7 @@ class _NoJsonError(Exception):
         self.record = record
 
 
-def read_json(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+def read_json(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the objects of a file; the position is the number of the object, from 1.
 
     A file without any object that has the wanted fields is left out and counted as one, also if it is not JSON:
@@ -51,7 +51,7 @@ def read_json(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     held: list[RawRecord] | None = []
     """What could not be used so far, as long as nothing could."""
     with open_input(file.path) as stream, reading(file.path):
-        values = _Values(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"))
+        values = _JsonValues(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape"))
         try:
             for number, value in enumerate(values, 1):
                 record = RawRecord(file, number, _usable(value, wanted or ()))
@@ -88,7 +88,7 @@ def _usable(value: Any, wanted: Sequence[str]) -> dict[str, Any] | SkippedRecord
     return value if missing is None else MissingFieldError(missing.reason, found=missing.found)
 
 
-class _Values:
+class _JsonValues:
     """The values of an array, or values one after another."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:

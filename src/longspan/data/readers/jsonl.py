@@ -9,8 +9,8 @@ from typing import IO, Any
 import orjson
 
 from longspan.data.readers.base import (
+    FilePart,
     InputFile,
-    Part,
     RawRecord,
     Reader,
     SkippedRecordError,
@@ -25,7 +25,7 @@ MAX_LINE_BYTES = 2 << 30
 """A longer line is counted as broken without being held in memory."""
 
 
-def split_by_bytes(file: InputFile, part_bytes: int) -> list[Part]:
+def split_by_bytes(file: InputFile, part_bytes: int) -> list[FilePart]:
     """Cut at multiples of `part_bytes`: a line belongs to the part that its first byte lies in.
 
     Reads at most the first bytes of the file.
@@ -35,12 +35,12 @@ def split_by_bytes(file: InputFile, part_bytes: int) -> list[Part]:
     starts = range(0, file.size, part_bytes)
     stops = [*starts[1:], None]
     return [
-        Part(file, start, stop, (stop or file.size) - start)
+        FilePart(file, start, stop, (stop or file.size) - start)
         for start, stop in zip(starts, stops, strict=True)
     ]
 
 
-def read_lines(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+def read_lines(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield every line that is not blank, with its byte offset as position."""
     file = part.file
     with open_input(file.path) as stream:
@@ -66,7 +66,7 @@ def read_lines(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
             number = None if number is None else number + 1
 
 
-def _find_line(stream: IO[bytes], part: Part) -> int | None:
+def _find_line(stream: IO[bytes], part: FilePart) -> int | None:
     """Move to the first line that starts in the part; return its offset, None if there is none."""
     if part.start == 0:
         return 0

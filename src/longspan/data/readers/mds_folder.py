@@ -7,9 +7,9 @@ from typing import Any
 
 from longspan.core.errors import DataError
 from longspan.data.readers.base import (
+    FilePart,
     InputFile,
     MissingFieldError,
-    Part,
     RawRecord,
     Reader,
     SkippedRecordError,
@@ -22,22 +22,22 @@ from longspan.data.store.directory import MDSDirectory
 from longspan.data.store.mds import Shard, ShardInfo
 
 
-def split_shards(file: InputFile, part_bytes: int) -> list[Part]:
+def split_shards(file: InputFile, part_bytes: int) -> list[FilePart]:
     """Cut between shards."""
     if is_remote(file.path):
         return whole_file(file, part_bytes)
     shards = MDSDirectory(file.path).shards
-    parts: list[Part] = []
+    parts: list[FilePart] = []
     start = held = 0
     for number, info in enumerate(shards):
         held += info.num_bytes
         if held >= part_bytes or number + 1 == len(shards):
-            parts.append(Part(file, start, number + 1, held))
+            parts.append(FilePart(file, start, number + 1, held))
             start, held = number + 1, 0
     return parts if len(parts) > 1 else whole_file(file, part_bytes)
 
 
-def read_mds(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+def read_mds(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the samples of some shards; the position is the number of the sample in the folder, from 1."""
     path = part.file.path
     if is_remote(path):

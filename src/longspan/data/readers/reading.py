@@ -14,14 +14,14 @@ from longspan.data.readers.base import (
     OF_FILES,
     Document,
     Fields,
+    FilePart,
     InputFile,
     MissingFieldError,
     OptionalField,
-    Part,
-    Place,
     RawRecord,
     Reader,
     ReadReport,
+    RecordPlace,
     SkippedRecordError,
     extension_of,
 )
@@ -72,7 +72,7 @@ def list_inputs(inputs: Sequence[str | os.PathLike[str]], *, report: ReadReport)
     return find_files(inputs, readers=READERS, report=report)
 
 
-def plan_parts(files: Iterable[InputFile], *, part_bytes: int = PART_BYTES) -> Iterator[Part]:
+def plan_parts(files: Iterable[InputFile], *, part_bytes: int = PART_BYTES) -> Iterator[FilePart]:
     """Cut files into parts of about `part_bytes` that are read independently, in canonical order.
 
     The cuts depend on the files and `part_bytes` alone. What `read_part` yields for all parts in turn is what
@@ -83,7 +83,9 @@ def plan_parts(files: Iterable[InputFile], *, part_bytes: int = PART_BYTES) -> I
         yield from READERS[file.extension].split(file, part_bytes)
 
 
-def read_part(part: Part, fields: Fields, *, strict: bool = False, report: ReadReport) -> Iterator[Document]:
+def read_part(
+    part: FilePart, fields: Fields, *, strict: bool = False, report: ReadReport
+) -> Iterator[Document]:
     """Yield the documents of one part, one record in memory at a time; what is left out counts in `report`.
 
     Raises:
@@ -96,8 +98,8 @@ def read_part(part: Part, fields: Fields, *, strict: bool = False, report: ReadR
 
 
 def read_values(
-    part: Part, names: Sequence[str], *, strict: bool = False, report: ReadReport
-) -> Iterator[tuple[Place, dict[str, Any]]]:
+    part: FilePart, names: Sequence[str], *, strict: bool = False, report: ReadReport
+) -> Iterator[tuple[RecordPlace, dict[str, Any]]]:
     """Yield place and values of the named fields (dots reach into objects) of every record of a part.
 
     For records that are not texts: conversations, lists of tokens. Those without such a field, and broken ones, are
@@ -120,7 +122,7 @@ def read_values(
 
 def read_objects(
     path: str | os.PathLike[str], *, strict: bool = False, report: ReadReport
-) -> Iterator[tuple[Place, dict[str, Any]]]:
+) -> Iterator[tuple[RecordPlace, dict[str, Any]]]:
     """Yield place and all fields of every record of one file; broken ones are skipped and counted.
 
     JSON lines, whatever its name, unless its ending is that of another format of records.
@@ -139,14 +141,14 @@ def read_objects(
         extension = sniff_json(name)
     elif extension == ".mds" or extension not in READERS or READERS[extension].one_text:
         extension = ".jsonl"
-    part = Part(InputFile(name, extension, "", 0))
+    part = FilePart(InputFile(name, extension, "", 0))
     for record in records_of(part, None, report=report):
         values = parse_values_of(record, strict=strict, report=report)
         if values is not None:
             yield record.place, values
 
 
-def records_of(part: Part, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:
+def records_of(part: FilePart, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:
     """Yield the records of a part unparsed; only the named fields need be read. Counts files in `report`."""
     empty = True
     for record in READERS[part.file.extension].records(part, names):
@@ -197,7 +199,7 @@ def parse_values_of(record: RawRecord, *, strict: bool, report: ReadReport) -> d
 def skip_record(record: RawRecord, error: SkippedRecordError, *, strict: bool, report: ReadReport) -> None:
     """Count a record, or a whole file, that cannot be used. Raises DataError instead if `strict`."""
     of_file = error.kind in OF_FILES
-    place: Place | str = record.file.path if of_file else record.place
+    place: RecordPlace | str = record.file.path if of_file else record.place
     if strict:
         mend = "leave the file out of the input" if of_file else "mend the record"
         raise DataError(
@@ -212,7 +214,7 @@ def check_fields(files: Sequence[InputFile], names: Sequence[str]) -> None:
     Raises:
         DataError: no record has them; the message names the place and fields of the first one.
     """
-    first: tuple[Place | str, MissingFieldError] | None = None
+    first: tuple[RecordPlace | str, MissingFieldError] | None = None
     for file in files:
         try:
             found = _look_for(file, names)
@@ -231,12 +233,12 @@ def check_fields(files: Sequence[InputFile], names: Sequence[str]) -> None:
 
 def _look_for(
     file: InputFile, names: Sequence[str]
-) -> tuple[Place | str, MissingFieldError] | Literal[True] | None:
+) -> tuple[RecordPlace | str, MissingFieldError] | Literal[True] | None:
     """Return True if a record at the head of a file has all fields, else where the first one lacks them."""
     reader = READERS[file.extension]
-    first: tuple[Place | str, MissingFieldError] | None = None
+    first: tuple[RecordPlace | str, MissingFieldError] | None = None
     # The iterators of readers are generators, which hold files open.
-    with closing(cast(Generator[RawRecord], reader.records(Part(file), names))) as records:
+    with closing(cast(Generator[RawRecord], reader.records(FilePart(file), names))) as records:
         for record in islice(records, PROBED_RECORDS):
             try:
                 values = reader.parse(record)

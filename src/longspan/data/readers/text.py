@@ -8,13 +8,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from longspan.core.errors import DataError
-from longspan.data.readers.base import Part, RawRecord, Reader, SkippedRecordError, whole_file
+from longspan.data.readers.base import FilePart, RawRecord, Reader, SkippedRecordError, whole_file
 from longspan.data.readers.fields import decode_utf8
 from longspan.data.readers.jsonl import UTF8_BOM
 from longspan.data.readers.opening import is_remote, open_input
 
 
-def read_whole(part: Part, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
+def read_whole(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:
     """Yield the whole file as record 1."""
     try:
         with open_input(part.file.path) as stream:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, disk_errors, read_json, remove_leftovers, write_json
-from longspan.data.readers import Place, ReadReport
+from longspan.data.readers import ReadReport, RecordPlace
 from longspan.data.readers.base import Example
 from longspan.data.store.assemble import ShardFolder, load_rows, save_rows
 from longspan.data.store.documents import DocumentColumns, DocumentWriter
@@ -113,7 +113,7 @@ def read_summary(file: Path, *, plan: str) -> PieceSummary:
             raise ValueError("written by another version")
         report = content.pop("report")
         examples = [
-            Example(Place(*place) if isinstance(place, list) else place, *rest)
+            Example(RecordPlace(*place) if isinstance(place, list) else place, *rest)
             for place, *rest in report.pop("examples")
         ]
         seen = {source: SourceCounts(*counts) for source, counts in content.pop("seen").items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
-from longspan.data.readers import InputFile, Part, plan_parts
+from longspan.data.readers import FilePart, InputFile, plan_parts
 from longspan.data.readers.opening import is_remote, open_raw
 
 UNIT_BYTES = 16 << 20
@@ -28,7 +28,7 @@ class Unit(NamedTuple):
     """Parts of files that one task reads, in canonical order."""
 
     number: int
-    parts: tuple[Part, ...]
+    parts: tuple[FilePart, ...]
 
     @property
     def size(self) -> int:
@@ -49,7 +49,7 @@ def unit_bytes_of(files: Sequence[InputFile], *, max_units: int = MAX_UNITS) -> 
 def cut_units(files: Iterable[InputFile], unit_bytes: int) -> list[Unit]:
     """Cut files, in the given order, into units of about `unit_bytes`."""
     units: list[Unit] = []
-    held: list[Part] = []
+    held: list[FilePart] = []
     size = 0
     for part in plan_parts(files, part_bytes=unit_bytes):
         if held and size + part.size > unit_bytes:

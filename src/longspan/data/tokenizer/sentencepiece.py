@@ -22,7 +22,7 @@ UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
-class Piece(NamedTuple):
+class VocabPiece(NamedTuple):
     """One entry of the vocabulary; its id is its place in the file."""
 
     text: str
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 class Model(NamedTuple):
     """What of a SentencePiece model decides ids."""
 
-    pieces: list[Piece]
+    pieces: list[VocabPiece]
     kind: int
     unknown: int
     roles: dict[str, int]
@@ -50,7 +50,7 @@ def read_model(data: bytes, *, where: Path) -> Model:
     Raises:
         DataError: it is not a SentencePiece model, or of a kind other than BPE and unigram.
     """
-    pieces: list[Piece] = []
+    pieces: list[VocabPiece] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
@@ -58,7 +58,7 @@ def read_model(data: bytes, *, where: Path) -> Model:
             if number == 1:
                 fields = dict(_fields(value))
                 score = struct.unpack("<f", fields.get(2, b"\0\0\0\0"))[0]
-                pieces.append(Piece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL)))
+                pieces.append(VocabPiece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL)))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
@@ -174,7 +174,7 @@ def _decoder(add_dummy_prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _added_token(number: int, piece: Piece) -> dict[str, Any]:
+def _added_token(number: int, piece: VocabPiece) -> dict[str, Any]:
     return {
         "id": number,
         "content": piece.text,

@@ -63,7 +63,7 @@ def open_sets(
     kinds = {"json_kv": JsonKV, "rag": Rag, "icl": Icl, "narrativeqa": NarrativeQA, "longqa": InfiniteQA}
     sets = []
     for name in names or known:
-        kind = kinds.get(name) or kinds.get(category) or Ruler
+        kind = kinds.get(name) or kinds.get(category) or HelmetRuler
         each = {**known[name], "name": name, "max_samples": settings["max_samples"]}
         sets.append(kind(root, category, each, length, tokenizer))
     return sets
@@ -147,7 +147,7 @@ class JsonKV(HelmetSet):
         return {**values, "demos": demos}, _texts(rows.field(place, "answer"))
 
 
-class Ruler(HelmetSet):
+class HelmetRuler(HelmetSet):
     """A task of RULER."""
 
     def _example(self, place: int) -> tuple[dict[str, str], list[str]]:

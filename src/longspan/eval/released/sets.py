@@ -167,7 +167,7 @@ class ReleasedTask:
     def _fit(self, form: PromptForm, rule: Rule, question: Question) -> tuple[Request, int]:
         """Return the request, cut to what benchmark and model allow, and how many tokens were taken out."""
         values = dict(question.values)
-        text, removed = question.template.format_map(_Values(values)), 0
+        text, removed = question.template.format_map(_PromptValues(values)), 0
         if rule.cut == "middle" and rule.max_length is not None:
             text, removed = cut_middle(text, form.tokenizer, rule.max_length)
         longest = self._longest(rule)
@@ -194,13 +194,13 @@ class ReleasedTask:
                 if not context:
                     break
                 values["context"] = context + rule.omitted
-                text = question.template.format_map(_Values(values))
+                text = question.template.format_map(_PromptValues(values))
             removed += cut
         raise DataError(
             "the question could not be cut to what the model reads", found=f"{excess} tokens too many"
         )
 
 
-class _Values(dict[str, str]):
+class _PromptValues(dict[str, str]):
     def __missing__(self, name: str) -> str:
         raise DataError(f"the prompt's template asks for {name!r}, which the example does not have")

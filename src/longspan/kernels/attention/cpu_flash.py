@@ -42,7 +42,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Piece(NamedTuple):
+class BandPiece(NamedTuple):
     """One kernel call of a band: query rows and keys as half-open ranges within the band."""
 
     rows: tuple[int, int]
@@ -126,9 +126,9 @@ class CpuFlashKernel:
         v: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        call: Call,
+        call: BandCall,
         scale: float,
-    ) -> Iterator[tuple[Piece, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    ) -> Iterator[tuple[BandPiece, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
         (q_len, k_len, _, _), q_starts, k_starts = call
         q_nhld, dout_nhld, out_nhld = (_segments(x, q_starts, q_len) for x in (q, dout, out))
         lse_nhl = _segments(lse[..., None], q_starts, q_len)[..., 0]
@@ -152,7 +152,7 @@ class CpuFlashKernel:
             )
 
     def _forward_call(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: BandCall, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         q_nhld = _segments(q, call.q_starts, call.geometry.q_len)
         k_nkmd = _segments(k, call.k_starts, call.geometry.k_len)
@@ -178,7 +178,7 @@ class CpuFlashKernel:
         return out, lse
 
 
-class Call(NamedTuple):
+class BandCall(NamedTuple):
     """Bands of one geometry that run together."""
 
     geometry: Geometry
@@ -186,7 +186,7 @@ class Call(NamedTuple):
     k_starts: list[int]
 
 
-def _calls(bands: Bands) -> list[Call]:
+def _calls(bands: Bands) -> list[BandCall]:
     calls = []
     for geometry, q_starts, k_starts in bands.groups():
         # Overlapping queries are merged one band at a time; a batch of them would overwrite itself.
@@ -194,11 +194,11 @@ def _calls(bands: Bands) -> list[Call]:
         size = len(q_starts) if together or _step(q_starts, geometry.q_len) else 1
         for first in range(0, len(q_starts), size):
             part = slice(first, first + size)
-            calls.append(Call(geometry, q_starts[part].tolist(), k_starts[part].tolist()))
+            calls.append(BandCall(geometry, q_starts[part].tolist(), k_starts[part].tolist()))
     return calls
 
 
-def _covers(calls: list[Call], *, num_rows: int, keys: bool = False) -> bool:
+def _covers(calls: list[BandCall], *, num_rows: int, keys: bool = False) -> bool:
     """True when the query (or key) segments of one call are the whole tensor in order: nothing has to be gathered."""
     if len(calls) != 1:
         return False
@@ -236,20 +236,20 @@ def _add_segments(total: torch.Tensor, part: torch.Tensor, starts: list[int], of
 
 
 @lru_cache(maxsize=4096)
-def _pieces(geometry: Geometry) -> tuple[Piece, ...]:
+def _pieces(geometry: Geometry) -> tuple[BandPiece, ...]:
     q_len, k_len, lo, hi = geometry
     if hi < NO_LIMIT:
         return _tiles(geometry)
     if lo <= -NO_LIMIT:
-        return (Piece((0, q_len), (0, k_len), False, None),)
+        return (BandPiece((0, q_len), (0, k_len), False, None),)
     # Trimmed bands have lo <= 0 here: row 0 sees keys 0 .. -lo. The first -lo keys are seen by every row;
     # what follows is causal from the top left, and rows below the triangle see all of it.
     seen_by_all = -lo
-    causal = Piece((0, q_len), (seen_by_all, k_len), True, None)
-    return (causal,) if seen_by_all == 0 else (Piece((0, q_len), (0, seen_by_all), False, None), causal)
+    causal = BandPiece((0, q_len), (seen_by_all, k_len), True, None)
+    return (causal,) if seen_by_all == 0 else (BandPiece((0, q_len), (0, seen_by_all), False, None), causal)
 
 
-def _tiles(geometry: Geometry) -> tuple[Piece, ...]:
+def _tiles(geometry: Geometry) -> tuple[BandPiece, ...]:
     q_len, k_len, lo, hi = geometry
     width = min(hi - max(lo, -k_len) + 1, k_len)
     rows = max(32, min(512, max(64, width), MASK_ELEMENTS // width))
@@ -261,11 +261,11 @@ def _tiles(geometry: Geometry) -> tuple[Piece, ...]:
         shift = start - first
         limits = (max(lo - shift, -NO_LIMIT), hi - shift)
         free = limits[0] <= -(last - first) and limits[1] >= stop - start - 1
-        tiles.append(Piece((start, stop), (first, last + 1), False, None if free else limits))
+        tiles.append(BandPiece((start, stop), (first, last + 1), False, None if free else limits))
     return tuple(tiles)
 
 
-def _mask(piece: Piece, dtype: torch.dtype) -> torch.Tensor | None:
+def _mask(piece: BandPiece, dtype: torch.dtype) -> torch.Tensor | None:
     if piece.diagonal is None:
         return None
     return _tile_mask(piece.rows[1] - piece.rows[0], piece.keys[1] - piece.keys[0], *piece.diagonal, dtype)

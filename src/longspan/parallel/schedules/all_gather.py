@@ -25,7 +25,7 @@ from longspan.kernels.attention import Bands
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
-    Call,
+    AttentionCall,
     Forward,
     Gradients,
     accumulation_dtype,
@@ -61,7 +61,7 @@ class AllGather:
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Accept any: heads stay where they are."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
         """Return out of this rank's queries; see `Schedule.forward`."""
         route = self._route(call, q.device)
         out = torch.empty_like(q)
@@ -76,7 +76,7 @@ class AllGather:
             out[:, queries], lse[:, queries] = part.to(q.dtype), part_lse
         return out, (q, k, v, out, lse)
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
         """Return dq, dk, dv of this rank's tokens; keys are gathered again."""
         q, k, v, out, lse = saved
         route = self._route(call, q.device)
@@ -107,7 +107,7 @@ class AllGather:
             _store(leaving.wait(), dk, dv, k.shape[1] - 1)
         return dq, dk, dv
 
-    def _route(self, call: Call, device: torch.device) -> _Route:
+    def _route(self, call: AttentionCall, device: torch.device) -> _Route:
         # Kept for the layers, and with its indices on the device: moving them there stops the host.
         routes = self._routes.setdefault(call.shards, {})
         key = call.window, device

@@ -20,13 +20,13 @@ from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.shards import SequenceShards
 
-__all__ = ["Call", "Partial", "Schedule", "block_backward", "block_forward", "sequence_attention"]
+__all__ = ["AttentionCall", "Partial", "Schedule", "block_backward", "block_forward", "sequence_attention"]
 
 Forward = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """Everything of one attention call but its tensors; the same on all ranks."""
 
     shards: SequenceShards
@@ -59,14 +59,14 @@ class Schedule(Protocol):
         """
         ...
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
         """Return out [T, H, D], in q's type, of this rank's queries over the whole sequence, and what backward needs.
 
         q is [T, H, D], k and v are [T, K, D]: this rank's tokens, contiguous.
         """
         ...
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
         """Return dq, dk, dv of this rank's tokens, in the types of q, k, v."""
         ...
 
@@ -113,7 +113,7 @@ def sequence_attention(
     check_layout(schedule, shards)
     schedule.check_heads(q.shape[1], k.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = Call(shards, window, scale, kernel or choose_kernel(q.device))
+    call = AttentionCall(shards, window, scale, kernel or choose_kernel(q.device))
     return _SequenceAttention.apply(q, k, v, schedule, call)
 
 
@@ -140,7 +140,7 @@ def check_layout(schedule: Schedule, shards: SequenceShards) -> None:
 class _SequenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Schedule, call: Call
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Schedule, call: AttentionCall
     ) -> torch.Tensor:
         out, saved = schedule.forward(q.contiguous(), k.contiguous(), v.contiguous(), call)
         ctx.save_for_backward(*saved)
@@ -155,7 +155,7 @@ class _SequenceAttention(torch.autograd.Function):
 
 
 def block_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, call: Call
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, call: AttentionCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (out, lse) of one block, `out` unrounded where the kernel computes in fp32 anyway."""
     if call.kernel.upcasts:
@@ -172,7 +172,7 @@ def block_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     bands: Bands,
-    call: Call,
+    call: AttentionCall,
 ) -> Gradients:
     """Return (dq, dk, dv) of one block, given the whole attention's out and lse; unrounded as in `block_forward`."""
     if call.kernel.upcasts:

@@ -24,7 +24,7 @@ from longspan.kernels.attention import Bands
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
-    Call,
+    AttentionCall,
     Forward,
     Gradients,
     Partial,
@@ -33,10 +33,10 @@ from longspan.parallel.schedules.base import (
     block_forward,
 )
 
-__all__ = ["Block", "DistFlash", "blocks_at"]
+__all__ = ["DistFlash", "WorkBlock", "blocks_at"]
 
 
-class Block(NamedTuple):
+class WorkBlock(NamedTuple):
     """One block of work: the queries of one rank, the keys of another, computed on one of the two."""
 
     q_rank: int
@@ -44,12 +44,12 @@ class Block(NamedTuple):
     worker: int
 
 
-def blocks_at(step: int, world: int) -> list[Block]:
+def blocks_at(step: int, world: int) -> list[WorkBlock]:
     """Return the blocks of a step, 1..world//2, at most one a worker; step 0 is every rank's own block."""
-    owned = [Block(rank, rank - step, rank) for rank in range(step, world)]
+    owned = [WorkBlock(rank, rank - step, rank) for rank in range(step, world)]
     if 2 * step == world:
         return owned
-    return owned + [Block(world - step + rank, rank, rank) for rank in range(step)]
+    return owned + [WorkBlock(world - step + rank, rank, rank) for rank in range(step)]
 
 
 class DistFlash:
@@ -70,7 +70,7 @@ class DistFlash:
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Accept any: heads stay where they are."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
         """Return out of this rank's queries; see `Schedule.forward`."""
         partial = Partial(q)
         owned, helped = [torch.stack((k, v))], [q]
@@ -105,7 +105,7 @@ class DistFlash:
         out = partial.out.to(q.dtype)
         return out, (q, k, v, out, partial.lse)
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
         """Return dq, dk, dv of this rank's tokens."""
         q, k, v, out, lse = saved
         dtype = accumulation_dtype(q)
@@ -148,7 +148,7 @@ class DistFlash:
                 total += buffer
         return dq.to(q.dtype), dkv_2TKD[0].to(k.dtype), dkv_2TKD[1].to(v.dtype)
 
-    def _steps(self, call: Call) -> list[list[Block]]:
+    def _steps(self, call: AttentionCall) -> list[list[WorkBlock]]:
         """Return the blocks of each step that some document crosses and that are this rank's business."""
         return [[]] + [
             [
@@ -159,18 +159,18 @@ class DistFlash:
             for step in range(1, self.world // 2 + 1)
         ]
 
-    def _bands(self, call: Call, block: Block) -> Bands:
+    def _bands(self, call: AttentionCall, block: WorkBlock) -> Bands:
         return call.shards.bands((block.q_rank,), (block.k_rank,), window=call.window)
 
-    def _mine(self, steps: list[list[Block]], step: int) -> Block | None:
+    def _mine(self, steps: list[list[WorkBlock]], step: int) -> WorkBlock | None:
         return next((block for block in steps[step] if block.worker == self.rank), None)
 
-    def _helped(self, steps: list[list[Block]], step: int) -> Block | None:
+    def _helped(self, steps: list[list[WorkBlock]], step: int) -> WorkBlock | None:
         """Return the block of this rank's queries that another computes."""
         return next((b for b in steps[step] if b.q_rank == self.rank and b.worker != self.rank), None)
 
     def _trade(
-        self, steps: list[list[Block]], step: int, owned: list[torch.Tensor], helped: list[torch.Tensor]
+        self, steps: list[list[WorkBlock]], step: int, owned: list[torch.Tensor], helped: list[torch.Tensor]
     ) -> _Inputs:
         """Start to bring what the blocks of `step` need: keys to those behind, queries to their helpers."""
         if step >= len(steps):
@@ -193,7 +193,7 @@ class DistFlash:
 
     def _gradients_at(
         self,
-        steps: list[list[Block]],
+        steps: list[list[WorkBlock]],
         step: int,
         sends: list[tuple[torch.Tensor, int]],
         dq: torch.Tensor,

@@ -19,7 +19,7 @@ from longspan.kernels.attention import Bands
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
-    Call,
+    AttentionCall,
     Forward,
     Gradients,
     Partial,
@@ -62,7 +62,7 @@ class Ring:
     def check_heads(self, num_heads: int, num_kv_heads: int) -> None:
         """Accept any: heads stay where they are."""
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
         """Return out of this place's queries; see `Schedule.forward`."""
         reach = call.shards.reach(self._places, window=call.window)
         partial = Partial(q)
@@ -77,7 +77,7 @@ class Ring:
         out = partial.out.to(q.dtype)
         return out, (q, k, v, out, partial.lse)
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
         """Return dq, dk, dv of this place's tokens.
 
         The gradient of a block starts at the first visitor, is passed on with the block, and comes home from
@@ -119,7 +119,7 @@ class Ring:
             own_2TKD += home_2TKD
         return dq.to(q.dtype), own_2TKD[0].to(k.dtype), own_2TKD[1].to(v.dtype)
 
-    def _bands(self, call: Call, step: int) -> Bands:
+    def _bands(self, call: AttentionCall, step: int) -> Bands:
         visitor = (self.place - step) % self.num_places
         return call.shards.bands(self._places[self.place], self._places[visitor], window=call.window)
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from longspan.core.errors import ArgumentError
 from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
-from longspan.parallel.schedules.base import Call, Forward, Gradients, accumulation_dtype
+from longspan.parallel.schedules.base import AttentionCall, Forward, Gradients, accumulation_dtype
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.shards import SequenceShards
 
@@ -103,7 +103,7 @@ class Ulysses:
         """
         head_share(num_heads, num_kv_heads, self.degree, 0)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> Forward:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
         """Return out of this rank's queries; see `Schedule.forward`."""
         shares = self._shares(q.shape[1], k.shape[1])
         mine, order = shares[self.channel.rank], self._order(call, q.device)
@@ -118,7 +118,7 @@ class Ulysses:
         # The shape of k's heads is not to be read off the expanded ones: keep it by an empty tensor.
         return out, (*saved, k.new_empty(0, k.shape[1]))
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call) -> Gradients:
+    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
         """Return dq, dk, dv of this rank's tokens."""
         *inner, kv_shape = saved
         num_heads, num_kv_heads = dout.shape[1], kv_shape.shape[1]
@@ -136,7 +136,7 @@ class Ulysses:
     def _shares(self, num_heads: int, num_kv_heads: int) -> list[HeadShare]:
         return [head_share(num_heads, num_kv_heads, self.degree, rank) for rank in range(self.degree)]
 
-    def _order(self, call: Call, device: torch.device) -> torch.Tensor | None:
+    def _order(self, call: AttentionCall, device: torch.device) -> torch.Tensor | None:
         """Return the permutation of the tokens of this place from rank after rank to the order of the bands."""
         start = self.ring.rank
         order = call.shards.order(tuple(range(start, start + self.degree)))
