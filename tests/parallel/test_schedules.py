@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import Bands, attention, merge
+from longspan.kernels.attention import Bands, attention, cuda_varlen, merge
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.parallel import certify
 from longspan.parallel.launch import spawn_local
@@ -39,25 +39,58 @@ def test_the_certificate_holds_on_two_and_four_ranks() -> None:
     assert len(growth) == 5 and max(growth.values()) <= certify.HALF_GROWTH_LIMIT
 
 
-def _small_certificate(rank: int) -> list[certify.CertifyResult]:
+def _small_certificate(rank: int, dtype: torch.dtype | None) -> list[certify.CertifyResult]:
     patch = pytest.MonkeyPatch()  # of this process, which ends with the function
     patch.setattr(certify, "HEADS", ((8, 2),))
     patch.setattr(certify, "LENGTHS", (61,))
     patch.setattr(certify, "HALF_LENGTH", 64)
+    if dtype is not None:
+        patch.setattr(certify, "_trained_dtype", lambda kernel: dtype)
     results, half = certify.certify_world(rank, [name for name in SCHEDULES if name != "none"])
     assert all(0 < error < 0.01 for by_seed in half.values() for error in by_seed), half
     return results
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_certificate_holds_through_the_cuda_kernel(world: int) -> None:
-    """Guards windows and documents on ranks as the flash operators of CUDA take them: rows were lost, or NaN."""
+@pytest.mark.parametrize(
+    ("world", "dtype"),
+    [(2, None), (2, torch.float32), pytest.param(4, torch.float32, marks=pytest.mark.slow)],
+)
+def test_the_certificate_holds_through_the_cuda_kernel(world: int, dtype: torch.dtype | None) -> None:
+    """Guards windows and documents on ranks as the flash operators of CUDA take them: rows were lost, or NaN.
+
+    By itself it is in bf16, the only type that the card has operators for: fp32 would prove the fallback instead.
+    """
     results = spawn_local(
-        in_process_with_flash, world, True, _small_certificate, timeout_seconds=PATIENCE_SECONDS
-    )[0]
+        in_process_with_flash,
+        world, dtype is not None, _small_certificate, dtype, timeout_seconds=PATIENCE_SECONDS,
+    )[0]  # fmt: skip
+    ran = [result for result in results if not result.reason]
+    assert {r.fast_dtype for r in ran} == {"bfloat16" if dtype is None else "float32"}
+    assert {r.cell.mask for r in ran} == {"causal", "documents", "window", "documents+window"}
     assert len({r.cell.schedule for r in results if r.passed}) == (len(SCHEDULES) - (2 if world == 2 else 1))
     failed = [result for result in results if result.passed is False]
     assert not failed, failed[:3]
+
+
+def _lost_by_the_flash_kernel(rank: int) -> set[str]:
+    """Return the masks of the cells that fail where the CUDA kernel takes one key less than its window."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(certify, "HEADS", ((2, 1),))
+    patch.setattr(certify, "LENGTHS", (61,))
+    make = cuda_varlen.launches
+    patch.setattr(cuda_varlen, "launches", lambda bands, **where: [
+        launch._replace(left=launch.left - (launch.left > 0)) for launch in make(bands, **where)
+    ])  # fmt: skip
+    results, _ = certify.certify_world(rank, ["ring"])
+    return {result.cell.mask for result in results if result.passed is False}
+
+
+def test_the_certificate_fails_a_wrong_flash_kernel() -> None:
+    """Guards the proof on CUDA: one that took the fallback, or limits as wide as a lost key, would find nothing."""
+    failed = spawn_local(
+        in_process_with_flash, 2, False, _lost_by_the_flash_kernel, timeout_seconds=PATIENCE_SECONDS
+    )[0]
+    assert failed == {"window", "documents+window"}
 
 
 def _rounding_merge(*parts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,6 +94,7 @@ def _print_json(results: list[CertifyResult], half: Half, growth: dict[str, floa
             "passed": result.passed,
             "reason": result.reason or None,
             "exact_error": plain(result.exact_error),
+            "fast_dtype": result.fast_dtype or None,
             "fast_forward_error": plain(result.fast_forward_error),
             "fast_gradient_error": plain(result.fast_gradient_error),
             "leaks": result.leaks,
@@ -105,12 +106,7 @@ def _print_json(results: list[CertifyResult], half: Half, growth: dict[str, floa
 
 
 def _print(results: list[CertifyResult], half: Half, growth: dict[str, float], passed: bool) -> None:
-    from longspan.parallel.certify import (
-        EXACT_LIMIT,
-        FAST_FORWARD_LIMIT,
-        FAST_GRADIENT_LIMIT,
-        HALF_GROWTH_LIMIT,
-    )
+    from longspan.parallel.certify import EXACT_LIMIT, FAST_LIMITS, HALF_GROWTH_LIMIT
 
     groups: dict[tuple[int, str, str, str], list[CertifyResult]] = defaultdict(list)
     for result in results:
@@ -136,13 +132,16 @@ def _print(results: list[CertifyResult], half: Half, growth: dict[str, float], p
                 format_bytes(max(cell.sent_bytes for cell in ran)) if ran else None,
             ]
         )
+    # One kernel, and so one type, for all cells that ran.
+    dtype = next((result.fast_dtype for result in results if result.fast_dtype), "float32")
     columns = (
-        "world", "schedule", "ring x ulysses", "layout", "passed", "failed", "n/a", "fp64 max", "fp32 out",
-        "fp32 gradients", "leaks", "sent, most",
+        "world", "schedule", "ring x ulysses", "layout", "passed", "failed", "n/a", "fp64 max", f"{dtype} out",
+        f"{dtype} gradients", "leaks", "sent, most",
     )  # fmt: skip
+    limits = FAST_LIMITS[dtype]
     title = (
-        f"against one device; limits: fp64 {EXACT_LIMIT:g}, fp32 {FAST_FORWARD_LIMIT:g} and "
-        f"{FAST_GRADIENT_LIMIT:g}, leaks 0"
+        f"against one device in fp64; limits: fp64 {EXACT_LIMIT:g}, {dtype} {limits.forward:g} and "
+        f"{limits.gradient:g}, leaks 0"
     )
     print_table(title, columns, rows)
     _print_impossible(results)
