@@ -26,9 +26,10 @@ import torch
 
 from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.job import annotation_folder, open_job
-from longspan.data.executor import LocalExecutor
-from longspan.data.loader import RowLoader
-from longspan.data.packing import PackConfig, PackPlan, plan_packing
+from longspan.data.jobs import LocalExecutor
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PackPlan, plan_packing
+from longspan.data.rows.loader import RowLoader
 from longspan.data.store import TokenStore, TokenStoreWriter
 from longspan.infer.packed import inference
 from longspan.infer.teacher import LocalTeacher, hidden_topk

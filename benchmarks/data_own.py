@@ -36,7 +36,7 @@ def made_up_lengths(count: int) -> np.ndarray:
 
 
 def made_up_table(count: int) -> Any:
-    from longspan.data.lengths import LengthTable
+    from longspan.data.store.lengths import LengthTable
 
     generator = np.random.default_rng(1)
     return LengthTable(
@@ -52,8 +52,9 @@ def made_up_table(count: int) -> Any:
 
 
 def best_fit(count: str) -> dict[str, Any]:
-    from longspan.data.best_fit import best_fit_decreasing
-    from longspan.data.packing import PackConfig, plan_packing
+    from longspan.data.plans.best_fit import best_fit_decreasing
+    from longspan.data.plans.pack_config import PackConfig
+    from longspan.data.plans.packing import plan_packing
 
     table = made_up_table(int(count))
     pieces = np.minimum(table.tokens, ROW)

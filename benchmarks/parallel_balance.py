@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.seeds import rng
-from longspan.data.packing import PackConfig, plan_packing
-from longspan.data.presets import PRESETS
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
+from longspan.data.plans.presets import PRESETS
 from longspan.data.store import TokenStore
 from longspan.parallel.balance import Balance, balance_of
 from longspan.parallel.shards import SequenceShards

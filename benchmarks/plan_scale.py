@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from longspan.core.units import format_bytes, parse_tokens
-from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureConfig, plan_mixture
-from longspan.data.packing import PackConfig, plan_packing
+from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
+from longspan.data.store.lengths import LengthTable
 
 SOURCES = {
     "C4": (0.35, 315),

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
         RunError,
         UserError,
     )
-    from longspan.data.lengths import LengthTable
-    from longspan.data.loader import RowLoader, StreamMixer
-    from longspan.data.mixture import MixtureConfig, plan_mixture
-    from longspan.data.packing import PackConfig, plan_packing
+    from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+    from longspan.data.plans.pack_config import PackConfig
+    from longspan.data.plans.packing import plan_packing
     from longspan.data.readers import read_documents
+    from longspan.data.rows.loader import RowLoader, StreamMixer
     from longspan.data.store import TokenStore
+    from longspan.data.store.lengths import LengthTable
     from longspan.data.tokenize import tokenize_corpus
     from longspan.data.tokenizer import load_tokenizer
     from longspan.models.documents import Documents
@@ -80,10 +81,11 @@ _HOMES = {
         "RunError",
         "UserError",
     ),
-    "longspan.data.lengths": ("LengthTable",),
-    "longspan.data.loader": ("RowLoader", "StreamMixer"),
-    "longspan.data.mixture": ("MixtureConfig", "plan_mixture"),
-    "longspan.data.packing": ("PackConfig", "plan_packing"),
+    "longspan.data.store.lengths": ("LengthTable",),
+    "longspan.data.rows.loader": ("RowLoader", "StreamMixer"),
+    "longspan.data.plans.mixture": ("MixtureConfig", "plan_mixture"),
+    "longspan.data.plans.pack_config": ("PackConfig",),
+    "longspan.data.plans.packing": ("plan_packing",),
     "longspan.data.readers": ("read_documents",),
     "longspan.data.store": ("TokenStore",),
     "longspan.data.tokenize": ("tokenize_corpus",),

@@ -2,9 +2,9 @@
 
 Read it from `run_quickstart` downwards; every step is a public piece that works the same at full size:
 
-    corpus      three sources from what every CPython carries, split by document (data/python_corpus.py)
+    corpus      three sources from what every CPython carries, split by document (data/texts/python_corpus.py)
     tokenizer   a small byte-level BPE                                          (data/tokenizer/)
-    recall      real text with planted facts, asked back                        (data/recall.py)
+    recall      real text with planted facts, asked back                        (data/texts/recall.py)
     tokenise    jsonl -> token stores and their length tables                   (data/tokenize/)
     pretrain    a Llama at 256 tokens                                           (train/trainer.py)
     extend      long documents upsampled, RoPE base raised, 2048 tokens         (train/trainer.py)
@@ -33,10 +33,10 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.core.units import format_count
-from longspan.data.facts import collect_keys
-from longspan.data.python_corpus import write_python_corpus
-from longspan.data.recall import RecallSet, RecallTexts, write_recall_corpus
 from longspan.data.store import TokenStore
+from longspan.data.texts.facts import collect_keys
+from longspan.data.texts.python_corpus import write_python_corpus
+from longspan.data.texts.recall import RecallSet, RecallTexts, write_recall_corpus
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.eval.documents import HeldOutDocument
@@ -57,7 +57,7 @@ class TokenizerConfig(Config):
 
 
 class RecallConfig(Config):
-    """One kind of training document with planted facts; see data/recall.py."""
+    """One kind of training document with planted facts; see data/texts/recall.py."""
 
     tokens: int | tuple[int, int]
     """Length, or (shortest, longest)."""
@@ -466,7 +466,7 @@ def _gather(work: Path, config: QuickstartConfig) -> None:
                 shifted["loss_by_source"] = {"recall-short" if k in short else k: v for k, v in by_source}
                 file.write(json.dumps(shifted) + "\n")
             before = {key: shifted[key] for key in before}
-    from longspan.data.mixture import plan_mixture
+    from longspan.data.plans.mixture import plan_mixture
 
     text = config.extend.stages[-1].streams["text"]
     store = TokenStore(work / str(text.store))

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from longspan.data.packing import PackConfig, plan_packing
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
 from longspan.data.store import Column, TokenStore
 from longspan.data.store.directory import MDSWriter
 from longspan.data.tokenize import tokenize_corpus

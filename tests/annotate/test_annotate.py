@@ -19,7 +19,13 @@ from longspan.annotate.merge import merge
 from longspan.annotate.run import annotate, estimate_job, shard_folder
 from longspan.annotate.sources import cepe_folder, open_source
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.data.annotations import (
+from longspan.data.jobs import ArrayJob
+from longspan.data.packed.materialize import materialize
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
+from longspan.data.rows.annotations import (
     Annotations,
     TaughtRows,
     read_annotation_manifest,
@@ -27,12 +33,7 @@ from longspan.data.annotations import (
     topk_columns,
     write_annotation_shard,
 )
-from longspan.data.executor import ArrayJob
-from longspan.data.loader import RowLoader
-from longspan.data.materialize import materialize
-from longspan.data.mixture import MixtureConfig, plan_mixture
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
+from longspan.data.rows.loader import RowLoader
 from longspan.data.store import MDSDirectory, TokenStore
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.models.lora import LoraConfig, apply_lora, save_adapter
@@ -555,7 +556,7 @@ def test_two_processes_share_the_teacher(inputs, taught, tmp_path):
 
 @pytest.mark.slow
 def test_several_workers_write_the_same_bytes(inputs, taught, tmp_path):
-    from longspan.data.executor import LocalExecutor
+    from longspan.data.jobs import LocalExecutor
 
     annotate(spec_of(inputs, inputs.plan), tmp_path / "out", executor=LocalExecutor(2))
     for piece in taught.manifest.pieces:

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from longspan.data.annotations import Annotations
+from longspan.data.rows.annotations import Annotations
 from longspan.data.store import MDSDirectory
 from longspan.models.hf import build_model, save_model
 

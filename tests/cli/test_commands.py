@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from longspan.data.mixture import MixturePlan
-from longspan.data.packing import PackPlan
+from longspan.data.plans.mixture import MixturePlan
+from longspan.data.plans.packing import PackPlan
 from tests.patience import PATIENCE_SECONDS
 
 TOKENIZE = "data tokenize texts --tokenizer tokenizer --out store"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longspan.data.packed_stores import PackedRows
+from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.store import TokenStore
 
 
@@ -104,7 +104,7 @@ def test_rows_are_written_and_looked_at(longspan, store: Path) -> None:
 
 def test_jobs_share_the_writing_of_rows(longspan, store: Path, monkeypatch) -> None:
     """The last job of an array makes the rows, the same as one job; another plan there is not written over."""
-    from longspan.data import materialize
+    from longspan.data.packed import materialize
 
     monkeypatch.setattr(materialize, "rows_folder", partial(materialize.rows_folder, piece_bytes=4096))
     pack = "data pack store --length 2048 --strategy split --split-lengths 2048,1024"

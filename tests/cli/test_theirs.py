@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan.data import mixture
-from longspan.data.packed_stores import PackedRows
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.plans import mixture
 from longspan.data.store import MDSDirectory, TokenStore
 from longspan.train.recipes import load_recipe
 from longspan.train.streams import plan_stage

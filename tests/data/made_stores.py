@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longspan.data.lengths import LengthTable
+from longspan.data.store.lengths import LengthTable
 
 
 def make_table(documents: Sequence[tuple[str, int]], keys: Sequence[int] | None = None) -> LengthTable:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError
-from longspan.data.best_fit import best_fit_decreasing
-from longspan.data.packing import PAD_DOCUMENT, PackConfig, plan_packing
+from longspan.data.plans.best_fit import best_fit_decreasing
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PAD_DOCUMENT, plan_packing
 from tests.data.made_stores import make_table
 
 

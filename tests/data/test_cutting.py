@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError
-from longspan.data.loader import RowLoader
-from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing, plan_split
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing, plan_split
+from longspan.data.rows.loader import RowLoader
 from tests.data.made_stores import MadeStore, make_table
 
 MOS, BOS, EOS, PAD = 60000, 60001, 60002, 60003

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.data.executor import ArrayJob, LocalExecutor, array_job, sbatch_script
+from longspan.data.jobs import ArrayJob, LocalExecutor, array_job, sbatch_script
 
 
 def square(unit: int) -> int:

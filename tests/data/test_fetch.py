@@ -16,9 +16,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from longspan.core.errors import DataError, LongspanError, RunError
-from longspan.data import fetch as module
-from longspan.data.fetch import fetch
+from longspan.data.readers import fetch as module
 from longspan.data.readers import read_documents
+from longspan.data.readers.fetch import fetch
 from tests.data.hub_stand_in import hub_at
 from tests.patience import PATIENCE_SECONDS
 

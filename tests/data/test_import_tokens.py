@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
-from longspan.data.cepe import write_cepe
-from longspan.data.convert import convert
-from longspan.data.import_tokens import import_tokens
-from longspan.data.materialize import materialize
-from longspan.data.row_formats import FORMATS
+from longspan.data.exchange.cepe import write_cepe
+from longspan.data.exchange.convert import convert
+from longspan.data.exchange.import_tokens import import_tokens
+from longspan.data.exchange.token_files import MEGATRON_MAGIC, read_datatrove, read_megatron
+from longspan.data.packed.materialize import materialize
+from longspan.data.packed.row_formats import FORMATS
 from longspan.data.store import Column, TokenStore
 from longspan.data.store.directory import MDSWriter
-from longspan.data.token_files import MEGATRON_MAGIC, read_datatrove, read_megatron
 from longspan.data.verify import verify
 from tests.data.test_materialize import TOKENIZER, make_plan, make_store
 from tests.data.test_stores import documents

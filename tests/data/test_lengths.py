@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longspan.core.columns import folder_kind
 from longspan.core.errors import DataError
-from longspan.data.columns import folder_kind
-from longspan.data.lengths import LengthTable, summary_rows
+from longspan.data.store.lengths import LengthTable, summary_rows
 from tests.data.made_stores import make_table
 
 

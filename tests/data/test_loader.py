@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.data.lengths import LengthTable
-from longspan.data.loader import PackedRow, RowLoader, StreamMixer
-from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
+from longspan.data.rows.loader import PackedRow, RowLoader, StreamMixer
+from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import MadeStore
 
 

@@ -18,16 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, DataError, RunError
-from longspan.data import materialize as materializing
-from longspan.data.executor import ArrayJob, LocalExecutor
-from longspan.data.job_lock import hold_share
-from longspan.data.lengths import LengthTable
-from longspan.data.loader import PackedRow, RowLoader, StreamMixer, balance, row_cost
-from longspan.data.materialize import materialize, read_rows_manifest, rows_folder
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
-from longspan.data.row_formats import FORMATS
+from longspan.data.jobs import ArrayJob, LocalExecutor
+from longspan.data.jobs.job_lock import hold_share
+from longspan.data.packed import materialize as materializing
+from longspan.data.packed.manifest import read_rows_manifest
+from longspan.data.packed.materialize import materialize, rows_folder
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.packed.row_formats import FORMATS
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
+from longspan.data.rows.loader import PackedRow, RowLoader, StreamMixer, balance, row_cost
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, TokenStoreWriter
+from longspan.data.store.lengths import LengthTable
 from tests.patience import PATIENCE_SECONDS
 
 TOKENIZER = SimpleNamespace(fingerprint="0" * 16, vocab_size=50_000, bos_id=1, eos_id=2, pad_id=3)
@@ -197,8 +199,8 @@ def test_ray_writes_the_same(tmp_path: Path) -> None:
     make_plan(tmp_path / "plan", [store], length=64)
     materialize(tmp_path / "plan", tmp_path / "one", piece_bytes=2000)
     program = (
-        "import sys; from longspan.data.executor import RayExecutor\n"
-        "from longspan.data.materialize import materialize\n"
+        "import sys; from longspan.data.jobs import RayExecutor\n"
+        "from longspan.data.packed.materialize import materialize\n"
         "materialize(sys.argv[1], sys.argv[2], executor=RayExecutor(num_workers=2), piece_bytes=2000)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "plan"), str(tmp_path / "ray")]
@@ -266,7 +268,7 @@ def test_a_run_killed_at_any_time_goes_on(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [500] * 1000)
     make_plan(tmp_path / "plan", [store], length=64)
     program = (
-        "import sys; from longspan.data.materialize import materialize\n"
+        "import sys; from longspan.data.packed.materialize import materialize\n"
         "if __name__ == '__main__': materialize(sys.argv[1], sys.argv[2], num_workers=2, piece_bytes=20000)"
     )
     (tmp_path / "program.py").write_text(program)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import DataError
-from longspan.data.packed_stores import PackedRows
+from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.store import Column, MDSDirectory, MDSWriter
 from longspan.data.store.mds import Shard, parse_index
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureConfig, MixturePlan, plan_mixture
+from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture
+from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import make_table
 
 QUICK = settings(max_examples=40, deadline=None)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.data import packing
-from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureConfig, plan_mixture
-from longspan.data.packing import PAD_DOCUMENT, PackConfig, PackPlan, plan_packing
+from longspan.data.plans import packing
+from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
+from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import make_table
 
 Span = tuple[int, int, int]

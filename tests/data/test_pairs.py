@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
-from longspan.data.cepe import write_cepe
-from longspan.data.job_lock import JobLock
-from longspan.data.pairs import PARTS, PairConfig, divide, plan_pairs, read_window, split_parts, write_pairs
+from longspan.data.exchange.cepe import write_cepe
+from longspan.data.exchange.token_documents import open_documents
+from longspan.data.jobs.job_lock import JobLock
+from longspan.data.pairs.windows import (
+    PARTS,
+    PairConfig,
+    divide,
+    plan_pairs,
+    read_window,
+    split_parts,
+    write_pairs,
+)
 from longspan.data.store import MDSDirectory, TokenStoreWriter
-from longspan.data.token_documents import open_documents
 
 
 class MadeDocuments:

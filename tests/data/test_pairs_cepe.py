@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import DataError
-from longspan.data.cepe import read_cepe, write_cepe
-from longspan.data.shuffling import permuted
+from longspan.core.shuffling import permuted
+from longspan.data.exchange.cepe import read_cepe, write_cepe
 
 
 def as_published(documents: list[list[int]]) -> bytes:

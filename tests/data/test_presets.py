@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError
-from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureConfig, plan_mixture
-from longspan.data.presets import PRESETS, load_preset
-from longspan.data.streams import Stream, parse_stream, row_weights, stream_settings
+from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.presets import PRESETS, load_preset
+from longspan.data.plans.shares import Stream, parse_stream, row_weights, stream_settings
+from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import make_table
 
 

@@ -17,9 +17,9 @@ import zstandard
 
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir
+from longspan.data.exchange.token_documents import find_token_files
 from longspan.data.readers import ReadReport, read_documents
 from longspan.data.store import Column, MDSWriter
-from longspan.data.token_documents import find_token_files
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import verify

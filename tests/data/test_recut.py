@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.data import row_index
-from longspan.data.convert import convert
-from longspan.data.loader import PackedRow, StreamMixer
-from longspan.data.packed_files import JsonlRows, ParquetRows
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PAD_DOCUMENT
-from longspan.data.recut import recut
+from longspan.data.exchange.convert import convert
+from longspan.data.packed import row_index
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.packed.recut import recut
+from longspan.data.packed.row_files import JsonlRows, ParquetRows
+from longspan.data.plans.packing import PAD_DOCUMENT
+from longspan.data.rows.loader import PackedRow, StreamMixer
+from longspan.data.rows.whole_rows import WholeRows
 from longspan.data.verify import verify
-from longspan.data.whole_rows import WholeRows
 from tests.data.hub_stand_in import hub_at
 from tests.data.published_rows import FORMS, chunk, publish
 from tests.data.test_materialize import TOKENIZER
@@ -154,7 +154,9 @@ def test_an_index_of_data_that_cannot_be_written_is_in_the_cache(
     PackedRows(folder)
     assert not (folder / ".longspan-rows").exists()
     assert len(list((tmp_path / "cache" / "longspan" / "rows").iterdir())) == 1
-    monkeypatch.setattr("longspan.data.packed_stores.make_index", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "longspan.data.packed.packed_rows.make_index", lambda *_, **__: pytest.fail("made again")
+    )
     assert PackedRows(folder).num_rows == 4
 
 

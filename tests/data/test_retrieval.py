@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.data.pairs import split_parts
-from longspan.data.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
+from longspan.data.exchange.token_documents import open_documents
+from longspan.data.pairs.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
+from longspan.data.pairs.windows import split_parts
 from longspan.data.store import TokenStoreWriter
-from longspan.data.token_documents import open_documents
 
 LENGTHS = [3, 6, 8, 9, 11, 40]
 CHUNK = 4

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.data.sentences import is_whole, place_between, sentence_around, sentence_borders
+from longspan.data.texts.sentences import is_whole, place_between, sentence_around, sentence_borders
 
 WRAPPED = """The lamp of the harbour stood on a tower that Dr. Ada Stone had built for the
 town, and it burned with oil. In the winter of 1893 a storm broke it, e.g. the

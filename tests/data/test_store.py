@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import DataError, RunError
-from longspan.data.lengths import LengthTable
 from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter, token_dtype
+from longspan.data.store.lengths import LengthTable
 from longspan.data.tokenizer import Tokenizer
 
 DOCUMENTS = [([1, 2, 3], "book", 11), ([4] * 300, "caf\u00e9", 12), ([299], "book", 13), ([5, 6], "web", 14)]

@@ -14,14 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.data.convert import convert
-from longspan.data.materialize import materialize
-from longspan.data.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
+from longspan.data.exchange.convert import convert
+from longspan.data.exchange.token_documents import StoreDocuments
+from longspan.data.exchange.whole_stores import (
+    import_mds,
+    merge_stores,
+    split_parts,
+    split_plans,
+    split_store,
+)
+from longspan.data.packed.materialize import materialize
+from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
 from longspan.data.readers import FilePart, ReadReport, list_inputs
 from longspan.data.readers.mds_folder import read_mds
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, open_stores
-from longspan.data.stores import import_mds, merge_stores, split_parts, split_plans, split_store
-from longspan.data.token_documents import StoreDocuments
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import VerifyReport, verify
@@ -93,7 +99,7 @@ def test_a_split_is_plans_of_the_same_parts(tmp_path: Path) -> None:
 
 def test_the_largest_hash_is_in_the_last_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hash that rounds up to 1 must not fall out of every part."""
-    monkeypatch.setattr("longspan.data.mixture.hashed", lambda keys, *words: keys)
+    monkeypatch.setattr("longspan.data.plans.mixture.hashed", lambda keys, *words: keys)
     keys = np.array([0, 2**63, 2**64 - 1], np.uint64)
     assert split_place(keys).tolist() == [0, 0.5, 1]
     assert split_parts(keys, [0.5, 0.5]).tolist() == [0, 1, 1]

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan.data.materialize import materialize
-from longspan.data.packed_stores import PackedRows
+from longspan.data.packed.materialize import materialize
+from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.store import MDSDirectory
 from tests.data.test_materialize import make_plan, make_store
 from tests.patience import PATIENCE_SECONDS

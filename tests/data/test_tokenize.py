@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.data.chat import ChatFormat
-from longspan.data.executor import ArrayJob, LocalExecutor
-from longspan.data.job_lock import JobLock
+from longspan.data.jobs import ArrayJob, LocalExecutor
+from longspan.data.jobs.job_lock import JobLock
 from longspan.data.tokenize import CorpusJob, document_key, encode, token_weights, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module
 from longspan.data.tokenizer import Tokenizer, engine, load_tokenizer
@@ -216,7 +216,7 @@ def test_changed_input_does_not_go_on(
 
 HOLDER = """
 import sys, time
-from longspan.data.job_lock import JobLock
+from longspan.data.jobs.job_lock import JobLock
 from pathlib import Path
 
 with JobLock(Path(sys.argv[1]), what="out"):

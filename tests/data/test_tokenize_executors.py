@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from longspan.core.errors import ArgumentError, DataError, RunError
-from longspan.data.executor import ArrayJob, LocalExecutor, array_job
-from longspan.data.job_lock import JobLock
-from longspan.data.mixture import MixtureConfig
+from longspan.data.jobs import ArrayJob, LocalExecutor, array_job
+from longspan.data.jobs.job_lock import JobLock
+from longspan.data.plans.mixture import MixtureConfig
 from longspan.data.readers import ReadReport, grouping, list_inputs, read_documents
 from longspan.data.tokenize import CorpusJob, groups, sampling, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module
@@ -253,7 +253,7 @@ def test_looking_at_a_lock_takes_nothing(tmp_path: Path) -> None:
 RAY = """
 import sys
 from longspan.data import load_tokenizer
-from longspan.data.executor import RayExecutor
+from longspan.data.jobs import RayExecutor
 from longspan.data.readers import grouping
 from longspan.data.tokenize import CorpusJob, sampling, units
 from tests.data.test_tokenize_executors import KINDS
@@ -287,7 +287,7 @@ def test_ray_makes_the_same_store(corpus: list[Path], tokenizer: Tokenizer, tmp_
 RAY_GPUS = """
 import json, os
 import ray
-from longspan.data.executor import RayExecutor
+from longspan.data.jobs import RayExecutor
 
 def visible(unit):
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ArgumentError
-from longspan.data.lengths import LengthTable
-from longspan.data.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.mixture import MixtureConfig, plan_mixture
 from longspan.data.store import TokenStore
+from longspan.data.store.lengths import LengthTable
 from longspan.data.tokenize import CorpusJob, sampling, tokenize_corpus, units
 from longspan.data.tokenize.sampling import SourceCounts, budgets, next_wave
 from longspan.data.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.data.exchange.token_documents import StoreDocuments
 from longspan.data.store import Column, MDSWriter, TokenStoreWriter
-from longspan.data.token_documents import StoreDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.ppl import PplTask, PplWindow, plan_windows

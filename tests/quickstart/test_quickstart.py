@@ -15,8 +15,8 @@ import torch
 
 from longspan.core.errors import ConfigError
 from longspan.core.records import read_jsonl
-from longspan.data.facts import collect_keys
-from longspan.data.python_corpus import SPLITS, python_documents, split_of
+from longspan.data.texts.facts import collect_keys
+from longspan.data.texts.python_corpus import SPLITS, python_documents, split_of
 from longspan.quickstart import QuickstartConfig, controls, load_config, run_quickstart
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.train.batch import IGNORE, averaged, collate, total_weight
 from longspan.train.loop_config import LossAverage
 

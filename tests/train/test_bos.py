@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from longspan.core.errors import ConfigError
 from longspan.data.chat import load_chat_format
-from longspan.data.framing import frame_settings, text_bos
-from longspan.data.packing import PAD_DOCUMENT
+from longspan.data.exchange.token_documents import StoreDocuments, open_documents
+from longspan.data.exchange.whole_stores import merge_stores
+from longspan.data.plans.framing import frame_settings, text_bos
+from longspan.data.plans.packing import PAD_DOCUMENT
 from longspan.data.store import TokenStore, TokenStoreWriter
-from longspan.data.stores import merge_stores
-from longspan.data.token_documents import StoreDocuments, open_documents
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import load_tokenizer
 from longspan.eval.ppl import PplTask, plan_windows

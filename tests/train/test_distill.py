@@ -18,9 +18,10 @@ from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.run import annotate
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.records import read_jsonl
-from longspan.data.annotations import Annotations, TaughtRows
-from longspan.data.loader import PackedRow, RowLoader, TeacherRow
-from longspan.data.packing import PackConfig, PackPlan, plan_packing
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import PackPlan, plan_packing
+from longspan.data.rows.annotations import Annotations, TaughtRows
+from longspan.data.rows.loader import PackedRow, RowLoader, TeacherRow
 from longspan.data.store import TokenStore
 from longspan.infer.perplexity import token_nll
 from longspan.kernels.distill import TeacherTopK, linear_distillation, reference_linear_distillation

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from longspan.core.errors import ConfigError, DataError, MissingDependencyError
 from longspan.core.records import read_jsonl
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.data.store import TokenStore
 from longspan.models.hf import load_model
 from longspan.parallel.launch import spawn_local

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.data.materialize import materialize
+from longspan.data.packed.materialize import materialize
 from longspan.data.tokenizer import train_bpe
 from longspan.train.config import StageConfig
 from longspan.train.left_out import left_out_words

@@ -19,7 +19,8 @@ from longspan.annotate.config import AnnotateConfig
 from longspan.annotate.run import annotate
 from longspan.core.records import read_jsonl
 from longspan.core.seeds import rng
-from longspan.data.packing import PackConfig, plan_packing
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
 from longspan.data.store import TokenStore
 from longspan.models.hf import build_model, save_model
 from longspan.train import trainer

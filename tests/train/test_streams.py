@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.data.materialize import materialize
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PackConfig, plan_packing
+from longspan.data.packed.materialize import materialize
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
 from longspan.data.store import TokenStore
 from longspan.models.hf import build_model
 from longspan.train.batch import collate, total_weight
@@ -51,8 +52,8 @@ def pack_plan(data_root: Path) -> Path:
 def test_a_plan_made_before_gives_its_rows(data_root: Path, pack_plan: Path) -> None:
     """A recipe that plans anew would ignore what `longspan data pack` printed and the user checked."""
     planned = plan_stage(stage(rows="plans/rows"), data_root=data_root, seed=0)
-    from longspan.data.loader import RowLoader
-    from longspan.data.packing import PackPlan
+    from longspan.data.plans.packing import PackPlan
+    from longspan.data.rows.loader import RowLoader
 
     loader = RowLoader([TokenStore(data_root / "plain")], PackPlan.load(pack_plan))
     assert first_rows(planned) == [loader.row(i).input_ids.tolist() for i in range(8)]

@@ -6,8 +6,7 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from longspan.core.config import Config
-from longspan.data.lengths import Length, TokenBudget
+from longspan.core.config import Config, Length, TokenBudget
 
 __all__ = ["AnnotateConfig", "PairWindows", "TeacherConfig"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from longspan.annotate.job import OpenJob
 from longspan.annotate.rounding import words_for_mass
 from longspan.annotate.sources import check_row
-from longspan.data.annotations import id_dtype
+from longspan.data.rows.annotations import id_dtype
 
 __all__ = ["AnnotateEstimate", "Option", "bytes_per_token", "estimate"]
 

@@ -29,7 +29,9 @@ from longspan.annotate.sources import (
 )
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import behind_link, read_json
-from longspan.data.annotations import (
+from longspan.data.jobs import ArrayJob
+from longspan.data.jobs.piece_folder import PieceFolder
+from longspan.data.rows.annotations import (
     FORMAT,
     AnnotationManifest,
     cepe_columns,
@@ -39,8 +41,6 @@ from longspan.data.annotations import (
     topk_columns,
     write_annotation_shard,
 )
-from longspan.data.executor import ArrayJob
-from longspan.data.piece_folder import PieceFolder
 from longspan.data.store import Column
 from longspan.data.store.token_store import MANIFEST
 from longspan.data.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, remove_leftovers
-from longspan.data.annotations import AnnotationManifest, read_annotation_manifest, seal_annotations
+from longspan.data.rows.annotations import AnnotationManifest, read_annotation_manifest, seal_annotations
 from longspan.data.store import MDSDirectory
 from longspan.data.store.token_store import MANIFEST
 

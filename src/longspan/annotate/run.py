@@ -15,7 +15,7 @@ from longspan.core.errors import ArgumentError
 from longspan.core.launched import launched
 from longspan.core.log import get_logger, setup_logging
 from longspan.core.units import format_bytes, format_count
-from longspan.data.executor import ArrayJob, Executor, LocalExecutor
+from longspan.data.jobs import ArrayJob, Executor, LocalExecutor
 from longspan.infer.teacher import SharedTeacher
 from longspan.parallel.launch import process_group, spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh

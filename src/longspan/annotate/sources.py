@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.annotate.config import PairWindows
+from longspan.core.columns import folder_kind
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json, sha256_bytes
-from longspan.data.annotations import Kind, row_digest
-from longspan.data.columns import folder_kind
-from longspan.data.framing import text_bos
-from longspan.data.loader import PackedRow, RowLoader
-from longspan.data.materialize import FORMAT as ROWS_FORMAT
-from longspan.data.materialize import read_rows_manifest
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import KIND as PACK_PLAN
-from longspan.data.packing import PAD_DOCUMENT, PackPlan
+from longspan.data.packed.manifest import FORMAT as ROWS_FORMAT
+from longspan.data.packed.manifest import read_rows_manifest
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.plans.framing import text_bos
+from longspan.data.plans.packing import KIND as PACK_PLAN
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan
+from longspan.data.rows.annotations import Kind, row_digest
+from longspan.data.rows.loader import PackedRow, RowLoader
 from longspan.data.store import MDSDirectory, TokenStore
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import FORMAT as STORE_FORMAT

@@ -23,7 +23,7 @@ from longspan.cli.output import Json, example, percent, print_json, print_table
 if TYPE_CHECKING:
     from longspan.annotate.config import AnnotateConfig
     from longspan.annotate.estimate import AnnotateEstimate
-    from longspan.data.executor import ArrayJob
+    from longspan.data.jobs import ArrayJob
 
 app = typer.Typer(
     help="Write beside a store what a teacher predicts after every token.",
@@ -131,7 +131,7 @@ def topk(
     from longspan.core.config import parse_yaml
     from longspan.core.errors import ArgumentError
     from longspan.core.launched import is_first
-    from longspan.data.executor import ArrayJob
+    from longspan.data.jobs import ArrayJob
 
     quiet_transformers()
     settings: dict[str, Any] = {
@@ -263,7 +263,7 @@ def _show_estimates(found: dict[str, AnnotateEstimate], as_json: bool) -> None:
 
 def _show(written: list[Path], as_json: bool) -> None:
     from longspan.core.units import format_bytes, format_count
-    from longspan.data.annotations import read_annotation_manifest
+    from longspan.data.rows.annotations import read_annotation_manifest
 
     manifests = {str(path): read_annotation_manifest(path) for path in written}
     if as_json:

@@ -51,7 +51,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write rows or documents in another format, or take token data of other tools over as a store."""
-    from longspan.data.convert import convert as write
+    from longspan.data.exchange.convert import convert as write
     from longspan.data.tokenizer import load_tokenizer
 
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -68,7 +68,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Make one store of several with the same tokenizer; shards are linked where the disk allows it."""
-    from longspan.data.stores import merge_stores
+    from longspan.data.exchange.whole_stores import merge_stores
 
     _show({str(out): merge_stores(stores, out).lengths}, as_json)
 
@@ -91,7 +91,7 @@ def split(
     Each part is a plan that `data pack` and `data mix` take in place of a store.
     """
     from longspan.core.errors import ArgumentError
-    from longspan.data.stores import split_plans, split_store
+    from longspan.data.exchange.whole_stores import split_plans, split_store
 
     parts = parse_weights(out.split(","), form="--out PART=SHARE,...")
     if not materialize:

@@ -52,7 +52,7 @@ def fetch(
 ) -> None:
     """Download a data set, a model or an adapter, skipping what is already here; stopped, the same command goes on."""
     from longspan.core.units import format_bytes
-    from longspan.data.fetch import fetch as fetch_files
+    from longspan.data.readers.fetch import fetch as fetch_files
 
     report = fetch_files(
         source,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 if TYPE_CHECKING:
-    from longspan.data.executor import ArrayJob, Executor
+    from longspan.data.jobs import ArrayJob, Executor
 
 
 class ExecutorName(StrEnum):
@@ -54,7 +54,7 @@ class Jobs(NamedTuple):
     def share(self) -> ArrayJob:
         """Return which job of how many this process is. Raises ArgumentError where the options do not say."""
         from longspan.core.errors import ArgumentError
-        from longspan.data.executor import ArrayJob, array_job
+        from longspan.data.jobs import ArrayJob, array_job
 
         if (self.num_jobs is None) != (self.job_id is None):
             raise ArgumentError("--num-jobs and --job-id are given together")
@@ -64,7 +64,7 @@ class Jobs(NamedTuple):
 
     def start(self, *, use_gpus: bool = False) -> Executor:
         """Return what runs the units of work, to be used in a `with` block; on Ray with a GPU each where asked."""
-        from longspan.data.executor import LocalExecutor, RayExecutor
+        from longspan.data.jobs import LocalExecutor, RayExecutor
 
         if self.executor is ExecutorName.ray:
             workers = self.workers if self.workers > 1 else None
@@ -74,7 +74,7 @@ class Jobs(NamedTuple):
     def print_sbatch(self, name: str) -> None:
         """Print the file that runs this very command line as jobs of an array."""
         from longspan.core.errors import ArgumentError
-        from longspan.data.executor import sbatch_script
+        from longspan.data.jobs import sbatch_script
 
         if self.num_jobs is None:
             raise ArgumentError("how many jobs shall share the work?", fix="give --num-jobs")

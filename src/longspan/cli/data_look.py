@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from longspan.data.loader import PackedRow, RowSource
+    from longspan.data.rows.loader import PackedRow, RowSource
     from longspan.data.tokenizer import Tokenizer
 
 LENGTHS_EXAMPLE = example("longspan data lengths store", "longspan data lengths store --plot lengths.png")
@@ -61,12 +61,12 @@ def peek(
     as_json: Json = False,
 ) -> None:
     """Show what is inside: a document, the sources of a mixture, a row with the borders of its documents."""
-    from longspan.data import mixture, packing
-    from longspan.data.columns import folder_kind
-    from longspan.data.loader import RowLoader
-    from longspan.data.packed_stores import PackedRows
+    from longspan.core.columns import folder_kind
+    from longspan.data.packed.manifest import is_token_store
+    from longspan.data.packed.packed_rows import PackedRows
+    from longspan.data.plans import mixture, packing
+    from longspan.data.rows.loader import RowLoader
     from longspan.data.store import TokenStore
-    from longspan.data.verify import is_token_store
 
     kind = folder_kind(path)
     if kind == mixture.KIND:

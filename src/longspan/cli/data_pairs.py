@@ -11,7 +11,7 @@ from longspan.cli.counts import count_option
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
-    from longspan.data.pairs import PairCount
+    from longspan.data.pairs.windows import PairCount
 
 PAIRS_EXAMPLE = example(
     "longspan data pairs store --mode ab --encoder 48 --decoder 16 --eval-samples 8 --train-samples 40 --out pairs"
@@ -74,7 +74,7 @@ def pairs(
 
     from longspan.cli.data_stores import parse_weights
     from longspan.core.errors import ArgumentError
-    from longspan.data.pairs import PairConfig, PairFormat, plan_pairs, write_pairs
+    from longspan.data.pairs.windows import PairConfig, PairFormat, plan_pairs, write_pairs
 
     if format not in get_args(PairFormat):
         raise ArgumentError("unknown --format", found=format, allowed=get_args(PairFormat))
@@ -140,8 +140,8 @@ def _open(inputs: list[Path], specials: str | None) -> Any:
     from typing import get_args
 
     from longspan.core.errors import ArgumentError
-    from longspan.data.token_documents import Specials as Known
-    from longspan.data.token_documents import open_documents
+    from longspan.data.exchange.token_documents import Specials as Known
+    from longspan.data.exchange.token_documents import open_documents
 
     if specials is not None and specials not in get_args(Known):
         raise ArgumentError("unknown --specials", found=specials, allowed=get_args(Known))
@@ -152,7 +152,7 @@ def _write_shard(
     settings: dict[str, Any], documents: Any, tokenizer: str, shard: int, seed: int, out: Path
 ) -> tuple[Path, list[PairCount]]:
     from longspan.core.errors import DataError
-    from longspan.data.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
+    from longspan.data.pairs.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
     from longspan.data.tokenizer import load_tokenizer
 
     spec = RetrievalConfig.from_dict(settings, where="the command line")

@@ -35,9 +35,9 @@ from longspan.cli.output import Json, Seed, example, percent, print_json, print_
 if TYPE_CHECKING:
     import numpy as np
 
-    from longspan.data.executor import ArrayJob, Executor
-    from longspan.data.lengths import LengthTable
-    from longspan.data.packing import PackPlan
+    from longspan.data.jobs import ArrayJob, Executor
+    from longspan.data.plans.packing import PackPlan
+    from longspan.data.store.lengths import LengthTable
 
 MIX_EXAMPLE = example("longspan data mix store --mode per_source --tokens 2000 --out mixture")
 PACK_EXAMPLE = example(
@@ -84,8 +84,8 @@ def mix(
 ) -> None:
     """Choose documents by length and source; writes a mixture plan."""
     from longspan.core.errors import ArgumentError
-    from longspan.data.mixture import MixtureConfig, plan_mixture
-    from longspan.data.streams import parse_stream, stream_settings
+    from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+    from longspan.data.plans.shares import parse_stream, stream_settings
 
     streams = [parse_stream(store) for store in stores]
     names, part = _part([stream.path for stream in streams])
@@ -203,8 +203,9 @@ def pack(
     Workers and jobs share the writing of --materialize; a plan alone is a matter of seconds.
     """
     from longspan.core.errors import ArgumentError
-    from longspan.data.framing import frame_words
-    from longspan.data.packing import PackConfig, plan_packing, plan_split
+    from longspan.data.plans.framing import frame_words
+    from longspan.data.plans.pack_config import PackConfig
+    from longspan.data.plans.packing import plan_packing, plan_split
     from longspan.data.store import TokenStore
 
     jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
@@ -273,7 +274,7 @@ def pack(
 
 def _frame(specials: str, paths: Sequence[str | Path]) -> dict[str, Any]:
     from longspan.core.errors import ArgumentError
-    from longspan.data.framing import Framing, frame_settings
+    from longspan.data.plans.framing import Framing, frame_settings
     from longspan.data.store import TokenStore
 
     if specials not in get_args(Framing):
@@ -297,9 +298,9 @@ def _whole(table: LengthTable, documents: np.ndarray, room: int) -> np.ndarray:
 
 def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
     """Return the stores to mix, and the part of them where a plan of `data split` is given."""
+    from longspan.core.columns import folder_kind
     from longspan.core.errors import ArgumentError
-    from longspan.data.columns import folder_kind
-    from longspan.data.mixture import KIND, MixtureConfig, MixturePlan
+    from longspan.data.plans.mixture import KIND, MixtureConfig, MixturePlan
 
     plans = [path for path in inputs if folder_kind(path) == KIND]
     if not plans:
@@ -317,8 +318,8 @@ def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
 def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], np.ndarray]:
     import numpy as np
 
-    from longspan.data.columns import folder_kind
-    from longspan.data.mixture import KIND, MixtureConfig, MixturePlan, plan_mixture
+    from longspan.core.columns import folder_kind
+    from longspan.data.plans.mixture import KIND, MixtureConfig, MixturePlan, plan_mixture
 
     if folder_kind(inputs[0]) == KIND:
         mixture = MixturePlan.load(inputs[0])
@@ -331,9 +332,9 @@ def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], n
 
 def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> None:
     """Save a plan; jobs of an array all make the same one, and the first saves it."""
+    from longspan.core.columns import folder_kind
     from longspan.core.errors import DataError, RunError
-    from longspan.data.columns import folder_kind
-    from longspan.data.packing import KIND, PackPlan
+    from longspan.data.plans.packing import KIND, PackPlan
 
     if share.count == 1:
         plan.save(place, stores=stores)
@@ -354,8 +355,8 @@ def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> No
 def _check_form(row_format: str, labels: str, *, written: bool) -> None:
     """Refuse a form of rows that there is not, or rows that nothing writes."""
     from longspan.core.errors import ArgumentError
-    from longspan.data.plan_rows import Labels
-    from longspan.data.row_formats import FORMATS
+    from longspan.data.packed.row_formats import FORMATS
+    from longspan.data.rows.plan_rows import Labels
 
     if row_format not in FORMATS:
         raise ArgumentError("unknown --format", found=row_format, allowed=FORMATS)
@@ -369,7 +370,7 @@ def _write(
     plan: Path, out: Path, form: tuple[str, str], executor: Executor, share: ArrayJob
 ) -> dict[str, int] | None:
     """Write rows; return how many pieces there are, and how many other jobs have yet to write, if any."""
-    from longspan.data.materialize import rows_folder
+    from longspan.data.packed.materialize import rows_folder
 
     row_format, labels = form
     work = rows_folder(plan, out, format=row_format, labels=labels)  # type: ignore[arg-type]
@@ -379,7 +380,7 @@ def _write(
 
 
 def _preset(name: str, table: LengthTable) -> dict[str, Any]:
-    from longspan.data.presets import load_preset
+    from longspan.data.plans.presets import load_preset
 
     preset = load_preset(name)
     return {
@@ -432,7 +433,7 @@ def print_mixture(title: str, report: Any) -> None:
 
 def _print_packing(title: str, plan: PackPlan) -> None:
     from longspan.core.units import format_count
-    from longspan.data.framing import frame_words
+    from longspan.data.plans.framing import frame_words
 
     report, spec = plan.report, plan.spec
     full = report.rows * spec.length

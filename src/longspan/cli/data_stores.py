@@ -14,8 +14,8 @@ from longspan.cli.output import print_lengths
 if TYPE_CHECKING:
     import numpy as np
 
-    from longspan.data.lengths import LengthTable
     from longspan.data.store import TokenStore
+    from longspan.data.store.lengths import LengthTable
     from longspan.data.tokenizer import Tokenizer
 
 PlanOut = Annotated[Path, typer.Option(help="Folder to write; a plan of the same kind there is replaced.")]
@@ -26,8 +26,8 @@ Plot = Annotated[Path | None, typer.Option(help="Picture to draw, a .png file.")
 def lengths_of(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
     """Return the joined length table of stores and their absolute paths, which plans remember."""
     from longspan.core.errors import DataError
-    from longspan.data.lengths import LengthTable
     from longspan.data.store import open_stores
+    from longspan.data.store.lengths import LengthTable
 
     stores = open_stores(paths)
     for store in stores[1:]:

@@ -21,8 +21,8 @@ from longspan.cli.data_jobs import (
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_lengths, print_table
 
 if TYPE_CHECKING:
-    from longspan.data.executor import ArrayJob
-    from longspan.data.mixture import MixtureConfig
+    from longspan.data.jobs import ArrayJob
+    from longspan.data.plans.mixture import MixtureConfig
     from longspan.data.tokenize import CorpusJob
 
 EXAMPLE = example("longspan data tokenize texts --tokenizer tokenizer --out store")
@@ -152,7 +152,7 @@ def tokenize(
 def _spec(mix: str | None, tokens: str | None) -> MixtureConfig | None:
     from longspan.core.config import apply_overrides, read_yaml
     from longspan.core.errors import ArgumentError
-    from longspan.data.mixture import MixtureConfig
+    from longspan.data.plans.mixture import MixtureConfig
 
     if mix is None:
         if tokens is not None:

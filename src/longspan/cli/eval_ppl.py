@@ -15,7 +15,7 @@ from longspan.cli.output import Json, Seed, example, print_json, print_table
 from longspan.core.log import log_once
 
 if TYPE_CHECKING:
-    from longspan.data.token_documents import TokenDocuments
+    from longspan.data.exchange.token_documents import TokenDocuments
     from longspan.eval.documents import HeldOutDocument
     from longspan.eval.ppl import PplTask
 

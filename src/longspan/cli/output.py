@@ -53,7 +53,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 def print_lengths(summary: dict[str, Any]) -> None:
     """Print a length summary: documents, tokens and lengths of each source."""
     from longspan.core.units import format_count
-    from longspan.data.lengths import SHARE_THRESHOLDS, summary_rows
+    from longspan.data.store.lengths import SHARE_THRESHOLDS, summary_rows
 
     above = {f"above_{limit}": f"above {limit // 1024}K" for limit in SHARE_THRESHOLDS}
     quantiles = ("p50", "p90", "p99", "max")

@@ -16,7 +16,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -24,8 +24,9 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from longspan.core.errors import ConfigError, UserError
+from longspan.core.errors import ArgumentError, ConfigError, UserError
 from longspan.core.files import atomic_write
+from longspan.core.units import parse_length, parse_tokens
 
 
 class _StrictSafeLoader(yaml.SafeLoader):
@@ -267,3 +268,23 @@ def _literals(model: type[pydantic.BaseModel]) -> set[Any]:
         if get_origin(field.annotation) is Literal
         for value in get_args(field.annotation)
     }
+
+
+def _parsed(parse: Callable[[str | int], int]) -> pydantic.BeforeValidator:
+    def convert(value: Any) -> Any:
+        if not isinstance(value, (str, int)):
+            return value
+        try:
+            return parse(value)
+        except ArgumentError as error:
+            raise ValueError(str(error)) from None
+
+    return pydantic.BeforeValidator(convert)
+
+
+Length = Annotated[int, _parsed(parse_length)]
+"""A length in tokens as a setting: `4096` or `128k`."""
+
+
+TokenBudget = Annotated[int, _parsed(parse_tokens)]
+"""A number of tokens as a setting: `100m`, `5B`."""

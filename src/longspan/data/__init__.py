@@ -9,30 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longspan.data.lengths import LengthTable
-    from longspan.data.loader import RowLoader, StreamMixer
-    from longspan.data.mixture import MixtureConfig, plan_mixture
-    from longspan.data.packing import PackConfig, plan_packing
+    from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+    from longspan.data.plans.pack_config import PackConfig
+    from longspan.data.plans.packing import plan_packing
     from longspan.data.readers import Document, ReadReport, read_documents
+    from longspan.data.rows.loader import RowLoader, StreamMixer
     from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
+    from longspan.data.store.lengths import LengthTable
     from longspan.data.tokenize import tokenize_corpus
     from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 _HOMES = {
     "Document": "readers",
-    "LengthTable": "lengths",
+    "LengthTable": "store.lengths",
     "MDSDirectory": "store",
-    "MixtureConfig": "mixture",
-    "PackConfig": "packing",
+    "MixtureConfig": "plans.mixture",
+    "PackConfig": "plans.pack_config",
     "ReadReport": "readers",
-    "RowLoader": "loader",
-    "StreamMixer": "loader",
+    "RowLoader": "rows.loader",
+    "StreamMixer": "rows.loader",
     "TokenStore": "store",
     "TokenStoreWriter": "store",
     "Tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",
-    "plan_mixture": "mixture",
-    "plan_packing": "packing",
+    "plan_mixture": "plans.mixture",
+    "plan_packing": "plans.packing",
     "read_documents": "readers",
     "tokenize_corpus": "tokenize",
     "train_bpe": "tokenizer",

@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longspan.core.columns import folder_kind
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json, sha256_file
 from longspan.core.progress import progress
-from longspan.data import mixture, packing
-from longspan.data.columns import folder_kind
-from longspan.data.lengths import LengthTable
-from longspan.data.loader import RowLoader
-from longspan.data.materialize import FORMAT, read_rows_manifest
-from longspan.data.mixture import MixturePlan
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import PackPlan
-from longspan.data.row_formats import id_sum
+from longspan.data.packed.manifest import is_token_store, read_rows_manifest
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.packed.row_formats import id_sum
+from longspan.data.plans import mixture, packing
+from longspan.data.plans.mixture import MixturePlan
+from longspan.data.plans.packing import PackPlan
+from longspan.data.rows.loader import RowLoader
 from longspan.data.store import MDSDirectory, TokenStore, read_manifest
 from longspan.data.store.directory import stay_inside
+from longspan.data.store.lengths import LengthTable
 from longspan.data.store.mds import INDEX, ShardInfo, parse_index
 from longspan.data.store.token_store import MANIFEST
 
@@ -91,15 +91,6 @@ def verify(path: str | Path, *, against: Sequence[str] = ()) -> VerifyReport:
             allowed="stores, rows, plans, MDS folders",
         ) from None
     return VerifyReport(str(path), "packed rows", _check_published(published, problems), problems.lines, None)
-
-
-def is_token_store(path: str | Path) -> bool:
-    """Whether a folder has the manifest of a token store, or one that is of nothing else."""
-    file = Path(path) / MANIFEST
-    if not file.is_file():
-        return False
-    content = read_json(file)
-    return not (isinstance(content, dict) and content.get("format") == FORMAT)
 
 
 class _Problems:

@@ -44,7 +44,7 @@ def default_documents() -> list[HeldOutDocument]:
     interpreter's version and are identified in the header of the records. A model trained on public text
     has seen them, which does not help it to find what was planted.
     """
-    from longspan.data.python_corpus import reference_documents
+    from longspan.data.texts.python_corpus import reference_documents
 
     return [
         HeldOutDocument(document.name, document.text, document.source) for document in reference_documents()

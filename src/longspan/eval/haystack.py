@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.errors import DataError
-from longspan.data.sentences import place_between
+from longspan.data.texts.sentences import place_between
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 

@@ -25,7 +25,7 @@ import numpy as np
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.intervals import EFFECTIVE_THRESHOLD, effective_context
 from longspan.core.seeds import rng
-from longspan.data.facts import collect_keys
+from longspan.data.texts.facts import collect_keys
 from longspan.eval.documents import HeldOutDocument, describe_documents
 from longspan.eval.haystack import Haystack, Window
 from longspan.eval.needle_config import NeedleConfig, fill

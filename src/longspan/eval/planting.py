@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longspan.core.errors import DataError
-from longspan.data.sentences import place_between
+from longspan.data.texts.sentences import place_between
 from longspan.eval.haystack import Window
 
 DEPTH_TOLERANCE = 0.02

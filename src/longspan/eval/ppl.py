@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.seeds import rng
-from longspan.data.token_documents import TokenDocuments
+from longspan.data.exchange.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument
 from longspan.eval.grid import lengths_from, refuse_repeats

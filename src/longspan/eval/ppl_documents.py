@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
+from longspan.data.exchange.token_documents import StoreDocuments, TokenDocuments, open_documents
 from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
-from longspan.data.token_documents import StoreDocuments, TokenDocuments, open_documents
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.documents import HeldOutDocument, describe_documents
 

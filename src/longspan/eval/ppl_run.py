@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.progress import Progress
-from longspan.data.token_documents import TokenDocuments
+from longspan.data.exchange.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import ppl
 from longspan.eval.documents import HeldOutDocument

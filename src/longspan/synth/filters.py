@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from itertools import pairwise
 
-from longspan.data.sentences import sentence_borders
+from longspan.data.texts.sentences import sentence_borders
 from longspan.synth.language import PROFILES
 from longspan.synth.sections import Span
 

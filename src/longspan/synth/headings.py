@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from longspan.data.sentences import is_whole
+from longspan.data.texts.sentences import is_whole
 from longspan.synth.sections import Span
 
 MAX_TITLE = 80

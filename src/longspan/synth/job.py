@@ -36,7 +36,7 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import rng
 from longspan.data.chat import ChatFormat
-from longspan.data.job_lock import JobLock
+from longspan.data.jobs.job_lock import JobLock
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments

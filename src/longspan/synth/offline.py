@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.core.seeds import rng
-from longspan.data.facts import Fact, collect_keys, draw_facts
-from longspan.data.sentences import is_whole, place_between, sentence_around
+from longspan.data.texts.facts import Fact, collect_keys, draw_facts
+from longspan.data.texts.sentences import is_whole, place_between, sentence_around
 from longspan.synth.depth import stratified
 from longspan.synth.headings import heading_pairs
 from longspan.synth.items import Item

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from longspan.data.sentences import sentence_borders
+from longspan.data.texts.sentences import sentence_borders
 from longspan.data.tokenizer import Tokenizer
 
 _PARAGRAPH, _SPACE = re.compile(r"\n\s*\n"), re.compile(r"\n|\s+")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.kernels.distill import TeacherTopK
 from longspan.models.documents import Documents
 from longspan.parallel.documents import ShardedDocuments

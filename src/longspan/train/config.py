@@ -19,9 +19,8 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from longspan.core.config import Config
+from longspan.core.config import Config, Length, TokenBudget
 from longspan.core.errors import ConfigError
-from longspan.data.lengths import Length, TokenBudget
 from longspan.models.lora_config import LoraConfig
 from longspan.parallel.layout import Layout
 from longspan.train.loop_config import (

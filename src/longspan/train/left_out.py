@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from longspan.core.log import get_logger
-from longspan.data.lengths import LengthTable
-from longspan.data.loader import Order, RowLoader, RowSource
-from longspan.data.packing import PAD_DOCUMENT, PackPlan
+from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan
+from longspan.data.rows.loader import Order, RowLoader, RowSource
+from longspan.data.store.lengths import LengthTable
 
 WORDS = {
     "short": "{} documents too short",

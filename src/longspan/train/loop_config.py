@@ -6,8 +6,7 @@ from typing import Literal, Self
 
 import pydantic
 
-from longspan.core.config import Config
-from longspan.data.lengths import Length
+from longspan.core.config import Config, Length
 
 LossAverage = Literal["tokens", "samples", "rows"]
 """What the loss of a step is a mean of."""

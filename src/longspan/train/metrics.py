@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from longspan.core.errors import DataError
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import ModelShape, shape_of
 from longspan.train.batch import IGNORE, Batch

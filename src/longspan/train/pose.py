@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from longspan.core.seeds import rng
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.train.config import PoseConfig
 
 __all__ = ["skip_positions"]

@@ -25,9 +25,9 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.core.units import parse_count
 from longspan.data.chat import load_chat_format
-from longspan.data.lengths import LengthTable
 from longspan.data.readers import ReadReport, read_objects
 from longspan.data.store import TokenStore
+from longspan.data.store.lengths import LengthTable
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer
 

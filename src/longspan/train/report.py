@@ -18,7 +18,7 @@ from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.rundir import RunDir
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.models.hf import rope_fingerprint
 from longspan.train.checkpoint import Saved
 from longspan.train.config import StageConfig, TrainConfig

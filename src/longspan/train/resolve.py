@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from longspan.core.errors import ConfigError
-from longspan.data.framing import frame_words
-from longspan.data.loader import RowSource
-from longspan.data.packing import PackPlan
+from longspan.data.plans.framing import frame_words
+from longspan.data.plans.packing import PackPlan
 from longspan.data.readers.hub import SCHEME as HUB
+from longspan.data.rows.loader import RowSource
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from longspan.core.errors import ConfigError
 from longspan.core.log import get_logger
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.kernels.longrope import PAPER, LongRopeResult, LongRopeSearch, attention_scaling, search_factors
 from longspan.kernels.rope import inv_freq
 from longspan.models.hf import load_model, rope_of, usable_device

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan.core.errors import ArgumentError, ConfigError
-from longspan.data.loader import PackedRow, balance
+from longspan.data.rows.loader import PackedRow, balance
 from longspan.models.documents import Documents
 from longspan.models.quantize import plain_parameters
 from longspan.parallel.documents import ShardedDocuments

@@ -6,10 +6,9 @@ from typing import Any, Literal, Self
 
 import pydantic
 
-from longspan.core.config import Config
-from longspan.data.framing import Framing
-from longspan.data.lengths import Length
-from longspan.data.mixture import MixtureConfig
+from longspan.core.config import Config, Length
+from longspan.data.plans.framing import Framing
+from longspan.data.plans.mixture import MixtureConfig
 
 
 class StreamConfig(Config):

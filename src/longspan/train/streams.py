@@ -9,22 +9,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from longspan.core.columns import folder_kind
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.log import get_logger
-from longspan.data.annotations import Annotations, TaughtRows
-from longspan.data.columns import folder_kind
-from longspan.data.framing import frame_settings
-from longspan.data.lengths import LengthTable
-from longspan.data.loader import Order, PackedRow, RowLoader, RowSource, StreamMixer
-from longspan.data.mixture import MixturePlan, plan_mixture
-from longspan.data.packed_stores import PackedRows
-from longspan.data.packing import KIND as PACK_PLAN
-from longspan.data.packing import PackConfig, PackPlan, plan_packing
+from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.packed.recut import HeadRows, Overflow, RecutRows, recut
+from longspan.data.plans.framing import frame_settings
+from longspan.data.plans.mixture import MixturePlan, plan_mixture
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import KIND as PACK_PLAN
+from longspan.data.plans.packing import PackPlan, plan_packing
 from longspan.data.readers.hub import SCHEME as HUB
-from longspan.data.recut import HeadRows, Overflow, RecutRows, recut
+from longspan.data.rows.annotations import Annotations, TaughtRows
+from longspan.data.rows.loader import Order, PackedRow, RowLoader, RowSource, StreamMixer
+from longspan.data.rows.unmasked import UnmaskedRows, UnmaskedStore
+from longspan.data.rows.whole_rows import WholeRows
 from longspan.data.store import TokenStore, open_stores
-from longspan.data.unmasked import UnmaskedRows, UnmaskedStore
-from longspan.data.whole_rows import WholeRows
+from longspan.data.store.lengths import LengthTable
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
 from longspan.train.config import StageConfig, TrainConfig

@@ -18,10 +18,11 @@ from longspan.core.files import atomic_dir, read_json, write_json
 from longspan.core.log import get_logger
 from longspan.core.seeds import rng
 from longspan.data.chat import load_chat_format
-from longspan.data.materialize import materialize
-from longspan.data.packing import PackConfig, plan_packing
-from longspan.data.python_corpus import python_documents
+from longspan.data.packed.materialize import materialize
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
 from longspan.data.store import TokenStore
+from longspan.data.texts.python_corpus import python_documents
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, train_bpe
 from longspan.models.hf import build_model, save_model

@@ -26,7 +26,7 @@ from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
-from longspan.data.loader import PackedRow
+from longspan.data.rows.loader import PackedRow
 from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
 from longspan.models.adapter_card import adapter_note

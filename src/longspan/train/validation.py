@@ -18,8 +18,8 @@ import torch
 from longspan.core.errors import ConfigError
 from longspan.core.heartbeat import beat
 from longspan.core.seeds import rng
-from longspan.data.framing import text_bos
-from longspan.data.loader import PackedRow
+from longspan.data.plans.framing import text_bos
+from longspan.data.rows.loader import PackedRow
 from longspan.data.store import TokenStore, open_stores
 from longspan.train.loop_config import ValidationConfig
 from longspan.train.metrics import LossBreakdown

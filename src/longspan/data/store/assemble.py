@@ -14,7 +14,7 @@ import numpy as np
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers
 from longspan.data.store.directory import MDSDirectory
-from longspan.data.store.documents import ROW, DocumentColumns, DocumentWriter, join_columns
+from longspan.data.store.document_columns import ROW, DocumentColumns, DocumentWriter, join_columns
 from longspan.data.store.mds import INDEX, VERSION
 from longspan.data.store.token_store import SHARD_BYTES, TokenizerIdentity, TokenStore, seal_store
 

@@ -23,9 +23,9 @@ import longspan
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
 from longspan.core.log import get_logger
-from longspan.data.lengths import LengthTable
 from longspan.data.store.directory import MDSDirectory
-from longspan.data.store.documents import DocumentColumns, DocumentWriter, token_dtype
+from longspan.data.store.document_columns import DocumentColumns, DocumentWriter, token_dtype
+from longspan.data.store.lengths import LengthTable
 from longspan.data.store.mds import INDEX, array_header
 
 MANIFEST = "longspan.json"

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from longspan.core.errors import ArgumentError, DataError, LongspanError
 from longspan.core.files import behind_link, disk_errors
 from longspan.core.log import get_logger
-from longspan.data.executor import ArrayJob, Executor, LocalExecutor
-from longspan.data.job_lock import BusyError, JobLock, hold_share, share_lock
-from longspan.data.mixture import MixtureConfig
+from longspan.data.jobs import ArrayJob, Executor, LocalExecutor
+from longspan.data.jobs.job_lock import BusyError, JobLock, hold_share, share_lock
+from longspan.data.plans.mixture import MixtureConfig
 from longspan.data.readers import (
     Fields,
     Grouping,

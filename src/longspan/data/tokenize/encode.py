@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from longspan.data.readers import Document, Fields, ReadReport, read_part
 from longspan.data.readers.base import SkippedRecordError
-from longspan.data.store.documents import token_dtype
+from longspan.data.store.document_columns import token_dtype
 from longspan.data.tokenize.groups import GroupUnit
 from longspan.data.tokenize.pieces import PIECE, PieceSummary, PieceWriter, piece_folder, read_summary
 from longspan.data.tokenize.sampling import Sampling, SourceCounts, add_counts

@@ -23,7 +23,7 @@ from longspan.core.files import atomic_dir, disk_errors, read_json, remove_lefto
 from longspan.data.readers import ReadReport, RecordPlace
 from longspan.data.readers.base import Example
 from longspan.data.store.assemble import ShardFolder, load_rows, save_rows
-from longspan.data.store.documents import DocumentColumns, DocumentWriter
+from longspan.data.store.document_columns import DocumentColumns, DocumentWriter
 from longspan.data.tokenize.sampling import SourceCounts
 
 FORMAT = "longspan piece of a token store 1"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from longspan.core.seeds import derive_seed
-from longspan.data.mixture import MixtureConfig, keep_coin, source_shares
+from longspan.data.plans.mixture import MixtureConfig, keep_coin, source_shares
 from longspan.data.readers import InputFile
 
 FIRST_WAVE = 16

@@ -10,7 +10,7 @@ from longspan.core.errors import DataError
 from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.core.units import format_count
-from longspan.data.executor import Executor
+from longspan.data.jobs import Executor
 from longspan.data.tokenize.groups import GroupUnit, dealt_path
 from longspan.data.tokenize.pieces import PIECE, PieceSummary, Workspace, read_summary
 from longspan.data.tokenize.units import Unit, file_identity

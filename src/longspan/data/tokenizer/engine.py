@@ -12,8 +12,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from longspan.core.files import read_json
-from longspan.data.tokenizer.cutting import CutRule
 from longspan.data.tokenizer.fast import FastEngine
+from longspan.data.tokenizer.safe_cuts import CutRule
 
 Backend = Literal["gigatoken", "hf"]
 ROLES = ("bos", "eos", "pad")
@@ -49,7 +49,7 @@ class Findings(NamedTuple):
 class Tokenizer:
     """A tokenizer, ready to encode; made by `load_tokenizer`. Adds no special tokens on its own.
 
-    A long text is encoded in pieces where that gives the same ids (see `cutting`). Pickled, it is the name of
+    A long text is encoded in pieces where that gives the same ids (see `safe_cuts`). Pickled, it is the name of
     its file and what was found out about it, loaded once in each process.
     """
 

@@ -27,7 +27,7 @@ import orjson
 import tokenizers
 from numpy.typing import NDArray
 
-from longspan.data.tokenizer.cutting import SPACE, alternatives, steps_of
+from longspan.data.tokenizer.safe_cuts import SPACE, alternatives, steps_of
 from longspan.data.tokenizer.tiktoken import byte_letters
 from longspan.data.tokenizer.young import Watch
 

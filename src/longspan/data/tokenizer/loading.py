@@ -22,11 +22,11 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json, sha256_bytes
 from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import sentencepiece, tiktoken
-from longspan.data.tokenizer.cutting import CutRule, cut_rule
 from longspan.data.tokenizer.engine import Backend, Findings, Tokenizer, encode_reference
 from longspan.data.tokenizer.fast import FastEngine, NotFastError, Recipe, check_merges, make_recipe
 from longspan.data.tokenizer.remembered import FoundOut, recall, remember
 from longspan.data.tokenizer.roles import CONFIGS, special_ids, with_named_special
+from longspan.data.tokenizer.safe_cuts import CutRule, cut_rule
 
 NO_IMPORT = "gigatoken cannot be imported"
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"

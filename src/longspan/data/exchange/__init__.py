@@ -1,0 +1,1 @@
+"""Token stores merged and split, taken over from other tools, and handed to them."""

@@ -1,0 +1,1 @@
+"""What CEPE trains on: windows of an encoder and a decoder, and the corpus for its retrieval."""

@@ -1,0 +1,1 @@
+"""What is trained on and where it stands: mixtures, packing, framing. Pure functions of the length table."""

@@ -1,0 +1,183 @@
+"""Cutting documents into pieces: where each piece starts and what it holds, over whole columns of documents.
+
+With rows of 8 tokens, `overlap` 2 and a token in front of continuations (M), a document of 15 tokens a to o
+that begins where 3 tokens of a row are left is cut into
+
+    ... a b c | M b c d e f g h | M g h i j k l m | M l m n o         repeated: b c, g h, l m
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from longspan.data.plans.pack_config import PackConfig
+
+
+class Pieces(NamedTuple):
+    """Pieces of the documents of a block, int64 columns; `document` counts within the block."""
+
+    document: np.ndarray
+    start: np.ndarray
+    """First framed token, behind the MOS."""
+    tokens: np.ndarray
+    """Framed tokens, the MOS and repeated ones included."""
+    repeated: np.ndarray
+
+
+class _Cuts(NamedTuple):
+    """How documents are cut: the first piece takes `first` tokens, the second `second`, others `other`."""
+
+    kept: np.ndarray
+    """Framed tokens that are placed."""
+    num_pieces: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    other: int
+    repeated: np.ndarray
+    """Tokens of the first piece that the second repeats."""
+
+
+def cut(spec: PackConfig, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
+    """Cut documents of `tokens` int64 [documents], none of them 0; count the own tokens that are left out.
+
+    `phase` is the number of tokens in the row that concat is filling.
+    """
+    framed = tokens + spec.num_bos + spec.num_eos
+    if spec.strategy == "split":
+        return _split(spec, tokens, framed, dropped)
+    if spec.overflow == "drop_tail":
+        heads = np.minimum(framed, spec.length)
+        dropped["overflow"] += _between(spec, tokens, heads, framed)
+        framed = heads
+    if spec.strategy == "concat":
+        room = spec.length - _phases(spec, framed, phase)
+    else:
+        room = np.full_like(framed, spec.length)
+    cuts = _cuts(spec, framed, room)
+    tail = _last(cuts)
+    short = (cuts.num_pieces > 1) & (tail < spec.min_tail)
+    cuts = _without_last(spec, tokens, cuts, np.where(short, tail, 0), dropped, "tail")
+    if spec.strategy != "concat" and spec.remainder == "drop":
+        last = _last(cuts)
+        again = np.where(cuts.num_pieces > 2, spec.overlap, cuts.repeated) + spec.num_mos
+        full = last + np.where(cuts.num_pieces > 1, again, 0) == spec.length
+        cuts = _without_last(spec, tokens, cuts, np.where(full, 0, last), dropped, "remainder")
+    return _pieces(spec, cuts)
+
+
+def own_tokens(
+    spec: PackConfig, tokens: np.ndarray, start: np.ndarray, count: np.ndarray, repeated: np.ndarray
+) -> np.ndarray:
+    """Return how many tokens of each span are the document's own and not repeated, int64 [spans].
+
+    Framed position p is token p - num_bos; `tokens` are the lengths of the spans' documents.
+    """
+    begin = start.astype(np.int64)
+    low = np.maximum(begin + repeated, spec.num_bos)
+    high = np.minimum(begin + count - spec.num_mos * (begin > 0), spec.num_bos + tokens.astype(np.int64))
+    return np.maximum(high - low, 0)
+
+
+def _phases(spec: PackConfig, framed: np.ndarray, phase: int) -> np.ndarray:
+    """Return how many tokens the row holds in which each document begins."""
+    length, least, overlap, mos = spec.length, spec.min_tail, spec.overlap, spec.num_mos
+    if least == 1 and not overlap and not mos:
+        return (phase + np.cumsum(framed) - framed) % length
+    # A dropped or repeated token moves all that follows, so this is a loop: 0.3 us a document.
+    phases = []
+    other = length - mos - overlap
+    for tokens in framed.tolist():
+        phases.append(phase)
+        room = length - phase
+        if tokens <= room:
+            phase = (phase + tokens) % length
+            continue
+        repeated = overlap if room > overlap else 0
+        second = length - mos - repeated
+        rest = tokens - room
+        if rest <= second:
+            new, again = rest, mos + repeated
+        else:
+            new, again = (rest - second - 1) % other + 1, mos + overlap
+        phase = 0 if new < least else (new + again) % length
+    return np.array(phases, np.int64)
+
+
+def _cuts(spec: PackConfig, framed: np.ndarray, room: np.ndarray) -> _Cuts:
+    first = np.minimum(framed, room)
+    repeated = np.where(first > spec.overlap, spec.overlap, 0)
+    second = spec.length - spec.num_mos - repeated
+    other = spec.length - spec.num_mos - spec.overlap
+    rest = framed - first
+    num_pieces = 1 + (rest > 0) + np.maximum(rest - second + other - 1, 0) // other
+    return _Cuts(framed, num_pieces, first, second, other, repeated)
+
+
+def _last(cuts: _Cuts) -> np.ndarray:
+    """Return the new tokens of the last piece of each document."""
+    before = cuts.first + cuts.second + (cuts.num_pieces - 3) * cuts.other
+    before = np.where(cuts.num_pieces == 2, cuts.first, before)
+    return cuts.kept - np.where(cuts.num_pieces < 2, 0, before)
+
+
+def _without_last(
+    spec: PackConfig,
+    tokens: np.ndarray,
+    cuts: _Cuts,
+    lost: np.ndarray,
+    dropped: dict[str, int],
+    reason: str,
+) -> _Cuts:
+    """Leave the last piece of some documents out: `lost` is its new tokens, 0 where it stays."""
+    if not lost.any():
+        return cuts
+    kept = cuts.kept - lost
+    dropped[reason] += _between(spec, tokens, kept, cuts.kept)
+    return cuts._replace(
+        kept=kept, num_pieces=cuts.num_pieces - (lost > 0), first=np.minimum(cuts.first, kept)
+    )
+
+
+def _pieces(spec: PackConfig, cuts: _Cuts) -> Pieces:
+    document = np.repeat(np.arange(len(cuts.kept)), cuts.num_pieces)
+    ordinal = np.arange(len(document)) - np.repeat(
+        np.cumsum(cuts.num_pieces) - cuts.num_pieces, cuts.num_pieces
+    )
+    later = np.maximum(ordinal - 1, 0) * cuts.other
+    ends = np.where(ordinal > 0, cuts.second[document], 0) + later + cuts.first[document]
+    end = np.minimum(ends, cuts.kept[document])
+    repeated = np.where(ordinal > 1, spec.overlap, np.where(ordinal > 0, cuts.repeated[document], 0))
+    begin = np.zeros_like(end)
+    begin[1:] = end[:-1]
+    start = np.where(ordinal > 0, begin - repeated, 0)
+    return Pieces(document, start, end - start + spec.num_mos * (ordinal > 0), repeated)
+
+
+def _split(spec: PackConfig, tokens: np.ndarray, framed: np.ndarray, dropped: dict[str, int]) -> Pieces:
+    """Cut documents into the longest listed pieces that fit; keep those of `piece_length`."""
+    mos = spec.num_mos
+    position = np.zeros_like(framed)
+    pieces = Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
+    for length in spec.split_lengths:
+        # The first piece of a document has no MOS, so it takes `mos` tokens more.
+        first = np.where(position == 0, mos, 0)
+        count = np.maximum(framed - position - first, 0) // (length - mos)
+        end = position + count * (length - mos) + first * (count > 0)
+        if length == spec.piece_length:
+            document = np.repeat(np.arange(len(framed)), count)
+            ordinal = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+            start = position[document] + ordinal * (length - mos) + first[document] * (ordinal > 0)
+            pieces = Pieces(document, start, np.full_like(start, length), np.zeros_like(start))
+        else:
+            dropped["other_lengths"] += _between(spec, tokens, position, end)
+        position = end
+    dropped["tail"] += _between(spec, tokens, position, framed)
+    return pieces
+
+
+def _between(spec: PackConfig, tokens: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:
+    """Return the documents' own tokens between two framed positions."""
+    own = np.minimum(high, spec.num_bos + tokens) - np.maximum(low, spec.num_bos)
+    return int(np.maximum(own, 0).sum())

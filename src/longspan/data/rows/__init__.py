@@ -1,0 +1,1 @@
+"""Rows as training reads them: through a plan, with their documents, weights and a teacher's predictions."""
