@@ -9,7 +9,8 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.longqa import LongQa, LongQaConfig, check_datasets, read_longqa, rule_for
+from longspan.eval.documents import TaskData
+from longspan.eval.longqa import LongQa, LongQaConfig, read_longqa, rule_for
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.scorers import SCORERS
@@ -165,9 +166,10 @@ def test_questions_on_one_document_stand_together(tmp_path: Path, tokenizer: Tok
 def test_first_samples_and_chosen_data_sets(data_file: Path, tokenizer: Tokenizer) -> None:
     task = make(data_file, tokenizer, datasets=["hotpotqa", "lcc"], samples=1)
     assert [planned.key for planned in task.plan()] == [("hotpotqa", 0), ("lcc", 0)]
-    data = read_longqa([data_file])
     with pytest.raises(ArgumentError, match="no such data set"):
-        check_datasets(["hotpot"], data)
+        LongQa.from_config(
+            LongQaConfig(datasets=("hotpot",)), TaskData((str(data_file),)), PromptForm(tokenizer)
+        )
 
 
 def test_lines_that_are_no_questions_are_left_out_by_name(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.eval_options import TextField, read_held_out
+from longspan.cli.eval_options import TextField
 from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, print_json
 
@@ -58,6 +58,7 @@ def ask(
     """
     from longspan.core.units import parse_length
     from longspan.eval.asking import compose, template_named
+    from longspan.eval.documents import read_held_out
     from longspan.eval.prompts import OWN_TEMPLATE
 
     model = model._replace(chat_template=model.chat_template or (OWN_TEMPLATE if chat else None))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.counts import count_option
-from longspan.cli.eval_options import Note, Out, RetryUnscored, average_name, read_held_out
+from longspan.cli.eval_options import Note, Out, RetryUnscored, average_name
 from longspan.cli.model_options import AskedModel, ModelOptions, PromptOptions, form_of, opened, takes_model
 from longspan.cli.output import Json, example, percent, print_json, print_table
 
@@ -236,6 +236,7 @@ def _task(release: str, part: str, options: dict[str, Any], form: PromptForm, li
 
 def _needle(options: dict[str, Any], form: PromptForm) -> Task:
     """Return the needle grid of the release's README on its essays."""
+    from longspan.eval.documents import read_held_out
     from longspan.eval.needle import NeedleTask
     from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.needle_presets import preset_named

@@ -16,7 +16,6 @@ from longspan.cli.eval_options import (
     TextField,
     TooLongOption,
     print_prompt,
-    read_held_out,
     shown_prompt,
     title_of,
 )
@@ -136,13 +135,10 @@ def needle(
     }
     given = _usual(model, preset, given) | {name: value for name, value in given.items() if value is not None}
     settings = _settings(preset, given, exact=exact)
-    from longspan.eval.documents import default_documents
+    from longspan.eval.documents import TaskData
 
     form = form_of(model, prompts)
-    if data:
-        documents = read_held_out(data, text_field=text_field, source_field=source_field)
-    else:
-        documents = default_documents()
+    documents = TaskData(tuple(data or ()), text_field, source_field).documents()
     make = _task_kind(multi_key)
     if dry_run:
         shortest = settings.model_copy(update={"lengths": (min(settings.lengths),)})

@@ -11,7 +11,6 @@ import typer
 from longspan.cli.output import percent, print_json
 
 if TYPE_CHECKING:
-    from longspan.eval.documents import HeldOutDocument
     from longspan.eval.task import Planned, Task
 
 Bos = Literal["auto", "always", "never"]
@@ -33,24 +32,6 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be asked, and one whole prompt; run nothing.")
 ]
 Note = Annotated[str | None, typer.Option(help="A remark for readers of the records.")]
-
-
-def read_held_out(
-    data: Sequence[str], *, text_field: str = "text", source_field: str | None = None
-) -> list[HeldOutDocument]:
-    """Return the documents, named by their content so that records do not depend on where the files stand.
-
-    They come in the order of their paths, and of their places in a file.
-    """
-    from longspan.core.files import sha256_bytes
-    from longspan.data.readers import read_documents
-    from longspan.eval.documents import HeldOutDocument
-
-    documents: dict[str, HeldOutDocument] = {}
-    for document in read_documents(data, text_field=text_field, source_field=source_field):
-        name = sha256_bytes(f"{document.source}\0{document.text}".encode())[:16]
-        documents.setdefault(name, HeldOutDocument(name, document.text, document.source))
-    return list(documents.values())
 
 
 def title_of(summary: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.counts import count_option
-from longspan.cli.eval_options import Bos, Note, Out, SourceField, TextField, read_held_out
+from longspan.cli.eval_options import Bos, Note, Out, SourceField, TextField
 from longspan.cli.model_options import ModelOptions, opened, takes_model
 from longspan.cli.output import Json, Seed, example, print_json, print_table
 from longspan.core.log import log_once
@@ -203,6 +203,7 @@ def _open(
     data: Sequence[str], text_field: str, source_field: str | None
 ) -> Sequence[HeldOutDocument] | TokenDocuments:
     from longspan.core.errors import DataError
+    from longspan.eval.documents import read_held_out
     from longspan.eval.ppl_documents import is_tokenised, open_tokenised
 
     tokenised = [is_tokenised(Path(each)) for each in data]

@@ -17,7 +17,6 @@ from longspan.cli.eval_options import (
     RetryUnscored,
     TooLongOption,
     average_name,
-    read_held_out,
     show_plan,
     title_of,
 )
@@ -70,11 +69,12 @@ def passkey(
 
     The first number of the answer counts.
     """
+    from longspan.eval.documents import TaskData
     from longspan.eval.passkey import Passkey, PasskeyConfig
 
     values = {"lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "seed": seed}
     settings = PasskeyConfig.from_dict(values, where="the command line")
-    task = Passkey(settings, form_of(model, prompts))
+    task = Passkey.from_config(settings, TaskData(), form_of(model, prompts))
     if dry_run:
         show_plan(task, as_json=as_json)
         return
@@ -112,6 +112,7 @@ def topics(
     as_json: Json = False,
 ) -> None:
     """Ask which topic a long talk began with, or for the number in one of many lines."""
+    from longspan.eval.documents import TaskData
     from longspan.eval.topics import Topics, TopicsConfig
 
     values: dict[str, Any] = {
@@ -123,7 +124,8 @@ def topics(
     }
     if counts is not None:
         values["counts"] = counts
-    task = Topics(TopicsConfig.from_dict(values, where="the command line"), form_of(model, prompts))
+    settings = TopicsConfig.from_dict(values, where="the command line")
+    task = Topics.from_config(settings, TaskData(), form_of(model, prompts))
     if dry_run:
         show_plan(task, as_json=as_json)
         return
@@ -177,23 +179,19 @@ def ruler(
     Samples are composed here, as long as stated, and kept: the same samples for the next model cost nothing.
     """
     from longspan.core.log import get_logger
-    from longspan.eval.documents import default_documents
-    from longspan.eval.ruler.cache import SampleCache
-    from longspan.eval.ruler.documents import read_qa
+    from longspan.eval.documents import TaskData
     from longspan.eval.ruler.task import Ruler, RulerConfig
 
     values: dict[str, Any] = {"lengths": lengths, "samples": samples, "release": release, "seed": seed}
     if subtasks is not None:
         values["subtasks"] = subtasks.split(",")
     settings = RulerConfig.from_dict(values, where="the command line")
-    documents = read_held_out(haystack) if haystack else default_documents()
-    task = Ruler(
-        settings,
-        form_of(model, prompts),
-        essay="\n\n".join(document.text for document in documents),
-        qa=[read_qa(path) for path in qa_data or ()],
-        cache=None if dry_run else SampleCache(cache or out / "ruler-samples"),
+    material = TaskData(
+        tuple(haystack or ()),
+        questions=tuple(qa_data or ()),
+        cache=None if dry_run else cache or out / "ruler-samples",
     )
+    task = Ruler.from_config(settings, material, form_of(model, prompts))
     for name, reason in task.left_out.items():
         get_logger("eval").warning("ruler: %s is left out: it %s", name, reason)
     if dry_run:
@@ -240,15 +238,16 @@ def longqa(
     With --max-length a longer prompt loses its middle; each record says how many tokens that were.
     """
     from longspan.core.units import parse_length
-    from longspan.eval.longqa import LongQa, LongQaConfig, check_datasets, read_longqa
+    from longspan.eval.documents import TaskData
+    from longspan.eval.longqa import LongQa, LongQaConfig
 
-    read = read_longqa(data, strict=strict)
     values: dict[str, Any] = {"samples": samples, "datasets": datasets.split(",") if datasets else []}
     if model.max_length is not None:
         values["max_length"] = parse_length(model.max_length)
     settings = LongQaConfig.from_dict(values, where="the command line")
-    check_datasets(settings.datasets, read)
-    task = LongQa(settings, form_of(model, prompts), read)
+    task = LongQa.from_config(
+        settings, TaskData(tuple(map(str, data)), strict=strict), form_of(model, prompts)
+    )
     if dry_run:
         show_plan(task, as_json=as_json)
         return

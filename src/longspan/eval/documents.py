@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
+from longspan.core.files import sha256_bytes
+from longspan.data.readers import read_documents
 
 
 class HeldOutDocument(NamedTuple):
@@ -15,6 +18,42 @@ class HeldOutDocument(NamedTuple):
     id: str
     text: str
     source: str = ""
+
+
+class TaskData(NamedTuple):
+    """What a task reads beside its settings; the records name it by its content, not by where it stands."""
+
+    paths: tuple[str, ...] = ()
+    """Files, folders, patterns of `--data`; none: the task's own default."""
+    text_field: str = "text"
+    source_field: str | None = None
+    """Field that names the source of a text; None: the place of the file does."""
+    questions: tuple[Path, ...] = ()
+    """Files of questions beside the documents, as two of RULER's subtasks have them."""
+    strict: bool = False
+    """Whether the first record that is none ends the reading; else these are left out and counted."""
+    cache: Path | None = None
+    """Folder of composed samples; None: they are composed each time."""
+
+    def documents(self) -> list[HeldOutDocument]:
+        """Return the texts, or the reference prose of Python where none are named. Raises DataError."""
+        if not self.paths:
+            return default_documents()
+        return read_held_out(self.paths, text_field=self.text_field, source_field=self.source_field)
+
+
+def read_held_out(
+    data: Sequence[str], *, text_field: str = "text", source_field: str | None = None
+) -> list[HeldOutDocument]:
+    """Return the documents, named by their content so that records do not depend on where the files stand.
+
+    They come in the order of their paths, and of their places in a file.
+    """
+    documents: dict[str, HeldOutDocument] = {}
+    for document in read_documents(data, text_field=text_field, source_field=source_field):
+        name = sha256_bytes(f"{document.source}\0{document.text}".encode())[:16]
+        documents.setdefault(name, HeldOutDocument(name, document.text, document.source))
+    return list(documents.values())
 
 
 def describe_documents(documents: Sequence[HeldOutDocument]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pydantic
 
@@ -25,6 +25,7 @@ from longspan.core.log import get_logger
 from longspan.data.readers import ReadReport, read_objects
 from longspan.data.readers.fields import printable
 from longspan.data.readers.opening import COMPRESSION
+from longspan.eval.documents import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by, means_of_means
@@ -114,6 +115,15 @@ class LongQa:
             scorer_named(self._metric(sample))
             if self._metric(sample).startswith("classification") and not sample.all_classes:
                 raise DataError(f"sample {sample.number} of {sample.dataset} names no all_classes")
+
+    @classmethod
+    def from_config(cls, config: LongQaConfig, data: TaskData, form: PromptForm) -> Self:
+        """Return the task on the questions of some files. Raises as `read_longqa`; ArgumentError: no such data set."""
+        read = read_longqa(data.paths, strict=data.strict)
+        known = {sample.dataset for sample in read.samples}
+        if unknown := [name for name in config.datasets if name not in known]:
+            raise ArgumentError("the files hold no such data set", found=unknown, allowed=sorted(known))
+        return cls(config, form, read)
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""
@@ -283,14 +293,6 @@ def rule_for(dataset: str) -> DatasetRule:
 def longbench_names() -> list[str]:
     """Return the names of LongBench's data sets."""
     return list(_rules()[0])
-
-
-def check_datasets(names: Sequence[str], data: LongQaData) -> None:
-    """Refuse names of data sets that the files do not hold. Raises ArgumentError."""
-    known = {sample.dataset for sample in data.samples}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ArgumentError("the files hold no such data set", found=unknown, allowed=sorted(known))
 
 
 @cache

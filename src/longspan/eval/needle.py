@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.core.intervals import EFFECTIVE_THRESHOLD, effective_context
 from longspan.core.seeds import rng
 from longspan.data.texts.facts import collect_keys
-from longspan.eval.documents import HeldOutDocument, describe_documents
+from longspan.eval.documents import HeldOutDocument, TaskData, describe_documents
 from longspan.eval.haystack import Haystack, Window
 from longspan.eval.needle_config import NeedleConfig, fill
 from longspan.eval.needle_originals import OriginalHaystack, Parts
@@ -349,6 +349,13 @@ class NeedleTask:
         self._original: OriginalHaystack | None = None
         if settings.original is not None:
             self._original = OriginalHaystack(documents, form.tokenizer, max(settings.lengths))
+
+    @classmethod
+    def from_config(cls, config: NeedleConfig, data: TaskData, form: PromptForm) -> Self:
+        """Return the task on some texts; those that come with Python are repeated as often as needed."""
+        if not data.paths:
+            config = config.model_copy(update={"repeat": True})
+        return cls(config, data.documents(), form)
 
     def params(self) -> dict[str, Any]:
         """Return the settings that determine the samples, for the header."""

@@ -8,11 +8,11 @@ is asked for. Its name and records are its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.documents import HeldOutDocument, TaskData
 from longspan.eval.needle import Context, Facts, NeedleComposer, plan_grid, summarise_grid
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
@@ -49,6 +49,13 @@ class MultiKeyTask:
         self.scorer = settings.scorer_name
         self._composer = NeedleComposer(settings, documents, form, num_needles=len(settings.depths))
         self._row: tuple[tuple[int, int], Context, list[Facts]] | None = None
+
+    @classmethod
+    def from_config(cls, config: NeedleConfig, data: TaskData, form: PromptForm) -> Self:
+        """Return the task on some texts; those that come with Python are repeated as often as needed."""
+        if not data.paths:
+            config = config.model_copy(update={"repeat": True})
+        return cls(config, data.documents(), form)
 
     def params(self) -> dict[str, Any]:
         """Return the settings that determine the samples, for the header."""

@@ -13,13 +13,14 @@ LongLoRA and others evaluate. Prompt and answer room together have the stated le
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import pydantic
 
 from longspan.core.config import Config
 from longspan.core.errors import DataError
 from longspan.core.seeds import rng
+from longspan.eval.documents import TaskData
 from longspan.eval.fitting import fit_units
 from longspan.eval.grid import depths_from, lengths_from, refuse_outside, refuse_repeats
 from longspan.eval.prompts import PromptForm
@@ -72,6 +73,11 @@ class Passkey:
         self.settings = settings
         self._form = form
         self._unit: tuple[int, float] | None = None
+
+    @classmethod
+    def from_config(cls, config: PasskeyConfig, data: TaskData, form: PromptForm) -> Self:
+        """Return the task; it reads nothing."""
+        return cls(config, form)
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""

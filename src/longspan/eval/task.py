@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
+from longspan.eval.documents import TaskData
+from longspan.eval.prompts import PromptForm
 from longspan.infer.requests import Request
 
 Mode = Literal["generate", "teacher_forced"]
@@ -62,4 +64,17 @@ class Task(Protocol):
 
     def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the task's own numbers from recorded samples."""
+        ...
+
+
+class FromConfig(Task, Protocol):
+    """A task that a command makes: one way for all of them (`eval.registry`)."""
+
+    @classmethod
+    def from_config(cls, config: Any, data: TaskData, form: PromptForm) -> Self:
+        """Return the task with its settings, a `config` of the entry's class.
+
+        Raises:
+            ConfigError, DataError: settings and data do not go together.
+        """
         ...

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pydantic
 
 from longspan.core.config import Config
 from longspan.core.seeds import rng
+from longspan.eval.documents import TaskData
 from longspan.eval.grid import refuse_repeats
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
@@ -128,6 +129,11 @@ class Topics:
         self.scorer = "contains" if settings.kind == "topics" else "first_number"
         self._form = form
         self._counted = f"num_{settings.kind}"
+
+    @classmethod
+    def from_config(cls, config: TopicsConfig, data: TaskData, form: PromptForm) -> Self:
+        """Return the task; it reads nothing."""
+        return cls(config, form)
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pydantic
@@ -17,12 +17,13 @@ from longspan.core.config import Config
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.seeds import rng
+from longspan.eval.documents import TaskData
 from longspan.eval.fitting import Fitted, fit_units
 from longspan.eval.grid import lengths_from, refuse_repeats
 from longspan.eval.prompts import PromptForm
 from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache, cache_key
-from longspan.eval.ruler.documents import QaData
+from longspan.eval.ruler.documents import QaData, read_qa
 from longspan.eval.ruler.subtasks import SUBTASKS, Release, Subtask
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by
@@ -117,6 +118,17 @@ class Ruler:
             "tokenizer": form.tokenizer.fingerprint,
             "form": {name: value for name, value in form.params().items() if name != "max_new_tokens"},
         }
+
+    @classmethod
+    def from_config(cls, config: RulerConfig, data: TaskData, form: PromptForm) -> Self:
+        """Return the task on some essays, and questions where files of these are named."""
+        return cls(
+            config,
+            form,
+            essay="\n\n".join(document.text for document in data.documents()),
+            qa=[read_qa(path) for path in data.questions],
+            cache=None if data.cache is None else SampleCache(data.cache),
+        )
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""

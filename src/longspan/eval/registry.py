@@ -1,0 +1,218 @@
+"""The evaluation tasks: what records call them, what they ask, and along which fields a report lays them out.
+
+A task of one's own is one file and one entry:
+
+    from longspan.eval.registry import Axes, TaskEntry, register
+
+    register(TaskEntry("kv_retrieval", "A value is asked for by its key.", config="mine:KvConfig", task="mine:Kv",
+                       axes=Axes(rows="depth", columns="length"), scorers=("contains",)))
+
+`task` is a class as `eval.task.Task` describes it, with a classmethod `from_config(config, data, form)`. An installed
+package registers without a call: an entry point of the group `longspan.tasks` whose object is the `TaskEntry`.
+
+Places are texts, "module:Class", and read when they are needed: this module is light to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+from longspan.core.errors import ArgumentError
+
+ENTRY_POINTS = "longspan.tasks"
+
+
+class Axes(NamedTuple):
+    """Fields of a sample that a grid of scores is laid out by."""
+
+    columns: str = "length"
+    """Usually the context length in tokens, by which there is an effective context."""
+    rows: str | None = None
+    """None: the columns alone."""
+
+
+class TaskEntry(NamedTuple):
+    """One evaluation task; the header of its records says all but the places."""
+
+    name: str
+    """As in the records: `Task.name`."""
+    title: str
+    """What is asked, in one sentence."""
+    config: str = ""
+    """Its settings, a `core.config.Config`: "module:Class". Empty: its command has options of its own."""
+    task: str = ""
+    """The task, "module:Class"; `eval.task.FromConfig` says how it is made."""
+    axes: Axes | None = None
+    """None: a table of scores by data set and metric."""
+    scorers: tuple[str, ...] = ()
+    """Names of `eval.scorers`, the usual one first."""
+    higher_is_better: bool = True
+    heading: str = ""
+    """Over its section of a report; empty: the name with a capital."""
+    short: str = ""
+    """Where room is short, in a table's head say; empty: the name."""
+    command: str = ""
+    """How `longspan eval` runs it, such as `needle --multi-key`; empty: its name."""
+    data: str = ""
+    """What `--data` names, for the help; empty: it reads no files."""
+
+    def described(self) -> dict[str, Any]:
+        """Return what the header of the records says of the task, so that a report needs no registry."""
+        words = self.name.replace("_", " ")
+        short = self.short or words
+        return {
+            "title": self.title,
+            "heading": self.heading or short[:1].upper() + short[1:],
+            "short": short,
+            "axes": None if self.axes is None else self.axes._asdict(),
+            "higher_is_better": self.higher_is_better,
+        }
+
+
+_GRID = Axes(rows="depth", columns="length")
+_NEEDLE = TaskEntry(
+    "needle",
+    "One fact is hidden at a given depth of a long context, then asked for.",
+    config="longspan.eval.needle_config:NeedleConfig",
+    task="longspan.eval.needle:NeedleTask",
+    axes=_GRID,
+    scorers=("teacher_forced", "contains", "string_match_all"),
+    heading="Needle in a haystack",
+    data="Haystack: files, folders, patterns; many times. Default: Python's reference prose.",
+)
+_TOPICS = TaskEntry(
+    "topics",
+    "Several topics are talked about one after the other, then one is asked for.",
+    config="longspan.eval.topics:TopicsConfig",
+    task="longspan.eval.topics:Topics",
+    axes=Axes(columns="num_topics"),
+    scorers=("contains",),
+)
+_BUILT_IN = (
+    _NEEDLE,
+    _NEEDLE._replace(
+        name="needle_distractors",
+        title="Other facts of the same form stand in the same context. Finding the only fact of its kind is easier "
+        "than finding the one asked for.",
+        heading="Needle with distractors",
+        short="distractors",
+        command="needle --num-distractors",
+    ),
+    _NEEDLE._replace(
+        name="needle_multi",
+        title="Several facts are hidden in one context, and all are asked for.",
+        heading="Several needles",
+        short="several needles",
+        command="needle --num-needles",
+    ),
+    _NEEDLE._replace(
+        name="needle_multikey",
+        title="One context holds a fact with its own key at every depth, and each is asked for. "
+        "It is harder than a single needle.",
+        task="longspan.eval.needle_multikey:MultiKeyTask",
+        heading="Needles with keys at every depth",
+        short="multi-key",
+        command="needle --multi-key",
+    ),
+    TaskEntry(
+        "passkey",
+        "A number is hidden in repeated filler text, then asked for.",
+        config="longspan.eval.passkey:PasskeyConfig",
+        task="longspan.eval.passkey:Passkey",
+        axes=_GRID,
+        scorers=("first_number",),
+    ),
+    _TOPICS,
+    _TOPICS._replace(
+        name="lines",
+        title="Many lines hold a number each, then that of one line is asked for.",
+        axes=Axes(columns="num_lines"),
+        scorers=("first_number",),
+        command="topics --kind lines",
+    ),
+    TaskEntry(
+        "ruler",
+        "RULER's 13 subtasks: needles of many kinds, variable tracking, frequent words, questions among documents.",
+        config="longspan.eval.ruler.task:RulerConfig",
+        task="longspan.eval.ruler.task:Ruler",
+        axes=Axes(rows="subtask", columns="length"),
+        scorers=("string_match_all", "string_match_part"),
+        heading="RULER",
+        short="RULER",
+        data="Essays: files, folders, patterns; many times. Default: Python's reference prose.",
+    ),
+    TaskEntry(
+        "ppl",
+        "Perplexity of unseen text by context length and position.",
+        higher_is_better=False,
+        heading="Perplexity",
+    ),
+    TaskEntry(
+        "longqa",
+        "Questions on documents from JSON lines, as LongBench asks and scores them.",
+        config="longspan.eval.longqa:LongQaConfig",
+        task="longspan.eval.longqa:LongQa",
+        scorers=("by_metric",),
+        heading="Long question answering",
+        data="JSON lines as LongBench's; many times.",
+    ),
+    TaskEntry(
+        "harness",
+        "Published benchmarks: lm-eval's LongBench, InfiniteBench, MMLU, BABILong; long-llm, HELMET.",
+        scorers=("by_metric",),
+        heading="Benchmarks",
+    ),
+)
+_REGISTERED: dict[str, TaskEntry] = {entry.name: entry for entry in _BUILT_IN}
+
+
+def register(entry: TaskEntry) -> None:
+    """Add a task. Raises ArgumentError: another one has its name, or a place is not "module:Class"."""
+    for place in (entry.config, entry.task):
+        module, colon, name = place.partition(":")
+        if place and not (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+            raise ArgumentError(
+                f"the task {entry.name} is at no place", found=repr(place), allowed="module:Class"
+            )
+    known = _REGISTERED.get(entry.name)
+    if known is not None and known != entry:
+        raise ArgumentError(
+            "there is a task of this name already", found=repr(entry.name), fix="give it another"
+        )
+    _REGISTERED[entry.name] = entry
+
+
+def entries() -> Mapping[str, TaskEntry]:
+    """Return every task by name: ours, those registered, and those of installed packages."""
+    _register_installed()
+    return dict(_REGISTERED)
+
+
+def entry_of(name: str) -> TaskEntry | None:
+    """Return the entry of a task, None for one that nobody registered."""
+    if name not in _REGISTERED:
+        _register_installed()
+    return _REGISTERED.get(name)
+
+
+def loaded(place: str) -> Any:
+    """Return what stands at "module:Class"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+@cache
+def _register_installed() -> None:
+    for point in entry_points(group=ENTRY_POINTS):
+        entry = point.load()
+        if not isinstance(entry, TaskEntry):
+            raise ArgumentError(
+                f"the entry point {point.name} of {ENTRY_POINTS} is no task",
+                found=type(entry).__name__,
+                allowed="a TaskEntry",
+            )
+        register(entry)
