@@ -159,7 +159,7 @@ def recipe(
                 "batch_tokens": sizes.rows_per_step * sizes.row_tokens,
                 "micro_batch_tokens": rows_per_micro_batch * sizes.row_tokens,
                 "lr": LR,
-                "schedule": {"kind": "constant"},
+                "lr_schedule": {"kind": "constant"},
                 "streams": {"text": {"rows": str(inputs.rows)}},
             }
         ],

@@ -48,7 +48,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "micro_batch_tokens": 16 * 3,
         "lr": 0.02,
         "adamw_lr": 0.004,
-        "schedule": {"kind": "constant", "warmup_steps": 2},
+        "lr_schedule": {"kind": "constant", "warmup_steps": 2},
         "rope": {"rope_type": "default", "rope_theta": 10000.0},
         "max_epochs": 10,
         "streams": {"text": {"store": "plain"}, "weighted": {"store": "weighted", "strategy": "intact"}},
@@ -60,7 +60,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "tokens": 48 * 2 * 6,
         "batch_tokens": 48 * 2,
         "micro_batch_tokens": None,
-        "schedule": {"kind": "cosine", "floor": 0.1},
+        "lr_schedule": {"kind": "cosine", "floor": 0.1},
         "rope": {"rope_type": "default", "rope_theta": 50000.0},
         "optimizer_state": "carry",
     }

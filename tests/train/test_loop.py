@@ -165,7 +165,7 @@ def test_a_profile_shows_the_operations_of_a_step(run: Path) -> None:
 
 def test_a_run_begins_with_weights_or_moments_of_another(run: Path, data_root: Path, tmp_path: Path) -> None:
     """The state of the other run must arrive, in the part that is asked for, and nothing of its counters."""
-    stage = {**recipe()["stages"][1], "optimizer_state": "fresh", "schedule": {"kind": "constant"}}
+    stage = {**recipe()["stages"][1], "optimizer_state": "fresh", "lr_schedule": {"kind": "constant"}}
     losses = {}
     for name, init in {
         "neither": None,
@@ -209,7 +209,7 @@ def test_settings_without_effect_are_refused() -> None:
         ({"kind": "constant", "floor": 0.0}, "floor has no effect"),
         ({"kind": "constant", "decay_fraction": 0.2}, "decay_fraction has no effect"),
     ):
-        stage = {**recipe()["stages"][0], "schedule": settings}
+        stage = {**recipe()["stages"][0], "lr_schedule": settings}
         with pytest.raises(ConfigError, match=words):
             TrainConfig.from_dict(recipe(stages=[stage]))
     for memory, words in (

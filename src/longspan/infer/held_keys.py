@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from longspan.kernels.attention import NO_LIMIT, Bands, choose_kernel, merge
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
-from longspan.parallel.schedules import Schedule
+from longspan.parallel.schedules import CpSchedule
 from longspan.parallel.schedules.base import accumulation_dtype
 from longspan.parallel.shards import SequenceShards
 
@@ -36,7 +36,7 @@ Kept = dict[int, tuple[torch.Tensor, torch.Tensor]]
 class KeepingDocuments(ShardedDocuments):
     """A table of documents that keeps the keys and values that it is shown."""
 
-    def __init__(self, shards: SequenceShards, schedule: Schedule) -> None:
+    def __init__(self, shards: SequenceShards, schedule: CpSchedule) -> None:
         super().__init__(shards, schedule)
         self.kept: Kept = {}
 

@@ -25,7 +25,7 @@ from longspan.models.documents import Documents
 from longspan.models.hf import hidden_states, lm_head_weight
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
-from longspan.parallel.schedules import Schedule, ScheduleName, build_schedule
+from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["LocalTeacher", "SharedTeacher", "Teacher", "TopK", "hidden_topk", "select_topk"]
@@ -112,7 +112,7 @@ class SharedTeacher:
 
     def __init__(self, model: PreTrainedModel, mesh: Mesh, schedule: ScheduleName = "ring") -> None:
         self.model, self._mesh = model, mesh
-        self._schedule: Schedule = build_schedule(
+        self._schedule: CpSchedule = build_schedule(
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
         )
         config = model.config.get_text_config(decoder=True)

@@ -14,7 +14,7 @@ from longspan.models.rope import varying_ropes
 from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh
-from longspan.parallel.schedules import Schedule, ScheduleName, build_schedule
+from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["SCHEDULE_ATTRIBUTE", "attach_schedule", "shard_batch", "window_of_all_layers"]
@@ -65,7 +65,7 @@ def shard_batch(
         ArgumentError: a model without a schedule, or whose RoPE depends on the length, a batch without tokens, a padded
             batch in disguise (borders that do not fit the tokens), labels of another shape, or no label at all.
     """
-    schedule: Schedule | None = getattr(model, SCHEDULE_ATTRIBUTE, None)
+    schedule: CpSchedule | None = getattr(model, SCHEDULE_ATTRIBUTE, None)
     if schedule is None:
         raise ArgumentError(
             f"this {type(model).__name__} has no schedule to spread rows by",

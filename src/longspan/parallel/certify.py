@@ -26,7 +26,7 @@ from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionKernel, Bands, attention, choose_kernel
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.parallel.layout import Layout
-from longspan.parallel.schedules import Schedule, ScheduleName, build_schedule, sequence_attention
+from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule, sequence_attention
 from longspan.parallel.shards import SequenceShards
 
 __all__ = [
@@ -151,7 +151,7 @@ def certify_world(
     return results, half
 
 
-def _schedules(name: ScheduleName, world: int, device_type: str) -> Iterator[tuple[str, Schedule]]:
+def _schedules(name: ScheduleName, world: int, device_type: str) -> Iterator[tuple[str, CpSchedule]]:
     """Yield the degrees and the schedule for every way to split the world that `name` allows."""
     if name == "none":
         raise ArgumentError("there is nothing to certify without sequence parallelism", found=name)
@@ -187,7 +187,7 @@ def _not_run(cell: CertifyCase, world: int, reason: str) -> CertifyResult:
     return CertifyResult(cell, world, reason, NOT_RUN, "", NOT_RUN, NOT_RUN, 0, 0)
 
 
-def _run(cell: CertifyCase, schedule: Schedule, device: torch.device) -> CertifyResult:
+def _run(cell: CertifyCase, schedule: CpSchedule, device: torch.device) -> CertifyResult:
     try:
         schedule.check_heads(cell.num_heads, cell.num_kv_heads)
     except ArgumentError as error:
@@ -238,7 +238,7 @@ def _leaks(
     whole: Tensors,
     fast: list[torch.Tensor],
     shards: SequenceShards,
-    schedule: Schedule,
+    schedule: CpSchedule,
     window: int | None,
     device: torch.device,
     kernel: AttentionKernel,
@@ -281,7 +281,7 @@ def _whole(whole: Tensors, shards: SequenceShards, window: int | None) -> list[t
 def _parallel(
     whole: Tensors,
     shards: SequenceShards,
-    schedule: Schedule,
+    schedule: CpSchedule,
     window: int | None,
     device: torch.device,
     dtype: torch.dtype,
@@ -295,7 +295,7 @@ def _parallel(
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
-def half_precision_error(schedule: Schedule, *, seed: int, device: torch.device) -> float:
+def half_precision_error(schedule: CpSchedule, *, seed: int, device: torch.device) -> float:
     """Return the RMS error of bf16 against fp64 of the same bf16 numbers, as a share of their RMS.
 
     One causal document of a fixed length, whatever the world, so that figures of several worlds compare; the
@@ -319,5 +319,5 @@ def half_growth(by_world: dict[int, list[float]]) -> float:
     return (sum(large) / len(large)) / (sum(small) / len(small))
 
 
-def _sent(schedule: Schedule) -> int:
+def _sent(schedule: CpSchedule) -> int:
     return sum(sum(channel.sent.values()) for channel in schedule.channels)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longspan.parallel.schedules.base import Schedule, check_layout, sequence_attention
+from longspan.parallel.schedules.base import CpSchedule, check_layout, sequence_attention
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["ShardedDocuments"]
@@ -26,7 +26,7 @@ class ShardedDocuments:
         ArgumentError: a layout or a number of ranks that the schedule does not work with.
     """
 
-    def __init__(self, shards: SequenceShards, schedule: Schedule) -> None:
+    def __init__(self, shards: SequenceShards, schedule: CpSchedule) -> None:
         check_layout(schedule, shards)
         self.shards, self.schedule = shards, schedule
 

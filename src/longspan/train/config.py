@@ -80,7 +80,7 @@ class OptimizerConfig(Config):
     """Gradients are scaled down to this global 2-norm; `.inf`: never."""
 
 
-class ScheduleConfig(Config):
+class LrScheduleConfig(Config):
     """Learning rate over a stage, as a factor of its peak."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
@@ -134,7 +134,8 @@ class StageConfig(Config):
     """Peak learning rate (Muon's, if the optimizer is Muon)."""
     adamw_lr: float | None = pydantic.Field(None, gt=0)
     """Peak rate of what AdamW trains beside Muon. None: `lr`."""
-    schedule: ScheduleConfig = ScheduleConfig()
+    lr_schedule: LrScheduleConfig = LrScheduleConfig()
+    """Warm-up and decay of the learning rate; `schedule` is an older name of this key."""
     rope: dict[str, Any] | None = None
     """transformers `rope_parameters` of this stage. None: as they are."""
     rope_falls_short: bool = False
@@ -216,6 +217,17 @@ class StageConfig(Config):
                 f"pose.target_length ({self.pose.target_length}) is not beyond the rows of {self.context_length}"
             )
         return self
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        older, newer = value.get("schedule"), value.get("lr_schedule", {})
+        if not isinstance(older, dict) or not isinstance(newer, dict):
+            return value
+        rest = {name: setting for name, setting in value.items() if name != "schedule"}
+        return {**rest, "lr_schedule": {**newer, **older}}
 
     def keeps_apart(self, stream: str) -> bool:
         """Whether the documents in the rows of a stream are kept apart."""

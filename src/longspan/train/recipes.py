@@ -145,8 +145,8 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
     else:
         # Small sources are seen again: there is not much text.
         changes |= {"steps": 0 if stage.steps == 0 else STEPS, "max_epochs": max(stage.max_epochs, 20)}
-    if stage.schedule.warmup_steps:
-        changes["schedule"] = stage.schedule.model_copy(update={"warmup_steps": 1})
+    if stage.lr_schedule.warmup_steps:
+        changes["lr_schedule"] = stage.lr_schedule.model_copy(update={"warmup_steps": 1})
     if stage.rope is not None and "original_max_position_embeddings" in stage.rope:
         original = stage.rope["original_max_position_embeddings"]
         changes["rope"] = {**stage.rope, "original_max_position_embeddings": max(1, original // SCALE)}

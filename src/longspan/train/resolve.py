@@ -26,10 +26,10 @@ from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
 from longspan.train.fit import step_settings
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
-from longspan.train.rope_schedule import check_stage_ropes, rope_notes, stage_rope_notes
 from longspan.train.runtime import on_gpu
 from longspan.train.spread import check_parallel, check_rows
 from longspan.train.stage_model import attention_sizes, model_config, rope_at
+from longspan.train.stage_rope import check_stage_ropes, rope_notes, stage_rope_notes
 from longspan.train.stream_config import StreamConfig
 from longspan.train.streams import StagePlan, plan_stage
 from longspan.train.trainer import adapter_notes, check_recipe, plan_run

@@ -23,7 +23,7 @@ from longspan.models.hf import load_model, rope_of, usable_device
 from longspan.train.batch import collate, total_weight
 from longspan.train.config import TrainConfig
 from longspan.train.objectives import ModelWithLoss
-from longspan.train.rope_schedule import own_context
+from longspan.train.stage_rope import own_context
 from longspan.train.streams import plan_stages, stage_rows
 
 __all__ = ["FoundRope", "score_factors", "search_rope"]

@@ -24,7 +24,7 @@ from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batch
 from longspan.parallel.schedules import ScheduleName, build_schedule, check_degrees
-from longspan.parallel.schedules.base import Schedule
+from longspan.parallel.schedules.base import CpSchedule
 from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.shards import SequenceShards
 from longspan.train.batch import Batch, collate, take
@@ -41,7 +41,7 @@ class Spread:
         layout: which tokens of a sequence it holds.
     """
 
-    def __init__(self, mesh: Mesh, schedule: Schedule, layout: Layout, watchdog: Watchdog | None) -> None:
+    def __init__(self, mesh: Mesh, schedule: CpSchedule, layout: Layout, watchdog: Watchdog | None) -> None:
         self.mesh, self.schedule, self.layout = mesh, schedule, layout
         self._watchdog = watchdog
         self._window: int | None = None
@@ -188,7 +188,7 @@ def _schedule_name(config: ParallelConfig) -> ScheduleName:
     return config.schedule or by_degrees[config.cp_ring > 1, config.cp_ulysses > 1]
 
 
-def _layout(config: ParallelConfig, schedule: Schedule) -> Layout:
+def _layout(config: ParallelConfig, schedule: CpSchedule) -> Layout:
     layout = config.layout or schedule.layouts[0]
     if layout not in schedule.layouts:
         raise ArgumentError(

@@ -49,15 +49,14 @@ from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.fit import resolve_memory
 from longspan.train.left_out import log_left_out
 from longspan.train.loop_config import DistillConfig
+from longspan.train.lr_schedule import lr_factor
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
 from longspan.train.report import METRICS, StageReport, StepResult, Timing, check_trained, rewind
-from longspan.train.rope_schedule import check_ropes, rope_notes
 from longspan.train.runtime import on_machine, prepare_blocks
-from longspan.train.schedule import lr_factor
 from longspan.train.spread import Spread, build_spread
 from longspan.train.stage_model import (
     attention_sizes,
@@ -69,6 +68,7 @@ from longspan.train.stage_model import (
     stage_model,
     tokenizer_source,
 )
+from longspan.train.stage_rope import check_ropes, rope_notes
 from longspan.train.streams import StagePlan, plan_stages, stage_rows
 from longspan.train.tracking import check_trackers
 from longspan.train.trained import STARTED
@@ -405,7 +405,7 @@ def _train_stage(
 
 def _set_rates(optimizers: Sequence[torch.optim.Optimizer], stage: StageConfig, stage_step: int) -> float:
     """Set the learning rates of a step; return the stage's."""
-    factor = lr_factor(stage.schedule, stage_step, stage.num_steps)
+    factor = lr_factor(stage.lr_schedule, stage_step, stage.num_steps)
     set_lr(optimizers, lr=factor * stage.lr, adamw_lr=factor * (stage.adamw_lr or stage.lr))
     return factor * stage.lr
 

@@ -8,12 +8,12 @@ import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
 from longspan.parallel.schedules.all_gather import AllGather
-from longspan.parallel.schedules.base import Schedule, sequence_attention
+from longspan.parallel.schedules.base import CpSchedule, sequence_attention
 from longspan.parallel.schedules.dist_flash import DistFlash
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.schedules.ulysses import Ulysses
 
-__all__ = ["SCHEDULES", "Schedule", "ScheduleName", "build_schedule", "check_degrees", "sequence_attention"]
+__all__ = ["SCHEDULES", "CpSchedule", "ScheduleName", "build_schedule", "check_degrees", "sequence_attention"]
 
 ScheduleName = Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
 SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
@@ -40,7 +40,7 @@ def build_schedule(
     *,
     ring_group: dist.ProcessGroup | None = None,
     ulysses_group: dist.ProcessGroup | None = None,
-) -> Schedule:
+) -> CpSchedule:
     """Return a schedule over groups that exist already; a group that is None has one rank.
 
     Args:

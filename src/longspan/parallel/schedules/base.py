@@ -20,7 +20,7 @@ from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.shards import SequenceShards
 
-__all__ = ["AttentionCall", "Partial", "Schedule", "block_backward", "block_forward", "sequence_attention"]
+__all__ = ["AttentionCall", "CpSchedule", "Partial", "block_backward", "block_forward", "sequence_attention"]
 
 Forward = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -35,8 +35,8 @@ class AttentionCall(NamedTuple):
     kernel: AttentionKernel
 
 
-class Schedule(Protocol):
-    """How the keys and values of a sequence reach the queries that see them.
+class CpSchedule(Protocol):
+    """A context-parallel schedule: how the keys and values of a sequence reach the queries that see them.
 
     Attributes:
         name: as in a recipe.
@@ -76,7 +76,7 @@ def sequence_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     shards: SequenceShards,
-    schedule: Schedule,
+    schedule: CpSchedule,
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -117,7 +117,7 @@ def sequence_attention(
     return _SequenceAttention.apply(q, k, v, schedule, call)
 
 
-def check_layout(schedule: Schedule, shards: SequenceShards) -> None:
+def check_layout(schedule: CpSchedule, shards: SequenceShards) -> None:
     """Refuse shards that the schedule does not work with.
 
     Raises:
@@ -140,7 +140,7 @@ def check_layout(schedule: Schedule, shards: SequenceShards) -> None:
 class _SequenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: Schedule, call: AttentionCall
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: CpSchedule, call: AttentionCall
     ) -> torch.Tensor:
         out, saved = schedule.forward(q.contiguous(), k.contiguous(), v.contiguous(), call)
         ctx.save_for_backward(*saved)

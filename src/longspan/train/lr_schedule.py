@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from longspan.train.config import ScheduleConfig
+from longspan.train.config import LrScheduleConfig
 
 
-def lr_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
+def lr_factor(schedule: LrScheduleConfig, step: int, num_steps: int) -> float:
     """Return the factor of the peak rate at `step` (0-based) of `num_steps`.
 
     Warm-up rises linearly and reaches 1 at step `warmup_steps`; the decay reaches `floor` at the last step.
