@@ -86,6 +86,31 @@ def test_datatools(place: Path, done) -> None:
     )
     for name, golden in GOLDEN["datatools"]["pack split"].items():
         assert theirs.digest(packed(f"pieces/{name}")) == golden, name
+    done(
+        "data pack stores/book --strategy split --split-lengths 64,32,8 --length 64 --overflow drop_tail "
+        "--specials both --out first --materialize heads"
+    )
+    for name, golden in GOLDEN["datatools"]["pack intact split bos eos"].items():
+        assert theirs.digest(packed(f"heads/{name}-64")) == golden, name
+
+
+def test_datatools_llama3_model(place: Path, done) -> None:
+    """Ids of texts, and ids and masks of conversations, by the tokenizer that datatools carries along."""
+    theirs.write_ranks(place / "tokenizer.model")
+    write(place / "chats.jsonl", [{"messages": each} for each in theirs.conversations()])
+    done("data tokenize books.jsonl --tokenizer tokenizer.model#llama-3 --out stores/book")
+    store = TokenStore("stores/book")
+    assert (
+        theirs.digest(store.tokens(n).tolist() for n in range(len(store)))
+        == GOLDEN["datatools"]["llama3.model ids"]
+    )
+    done(
+        "data tokenize chats.jsonl --messages-field messages --chat-template llama-3 "
+        "--tokenizer tokenizer.model#llama-3 --out stores/chat"
+    )
+    chats = TokenStore("stores/chat")
+    found = ([chats.tokens(n).tolist(), chats.mask(n).tolist()] for n in range(len(chats)))
+    assert theirs.digest(found) == GOLDEN["datatools"]["llama3.model chats"]
 
 
 def test_datatools_overlap(place: Path, done) -> None:
@@ -99,6 +124,16 @@ def test_datatools_overlap(place: Path, done) -> None:
             f"--materialize {out}"
         )
         assert theirs.digest(packed(out)) == GOLDEN["datatools"][f"pack overlap one document{golden}"]
+    done("data tokenize books.jsonl --tokenizer tokenizer --out stores/book")
+    for specials, golden in (("none", "pack overlap"), ("both", "pack overlap bos eos")):
+        done(
+            f"data pack stores/book --length 64 --overlap 8 --overlap-across --specials {specials} "
+            f"--out plans/{specials} --materialize {specials}"
+        )
+        rows = list(packed(specials))
+        assert theirs.digest(ids for ids, _ in rows) == GOLDEN["datatools"][golden]
+        # Theirs make one document of what is repeated and what follows it; here each stays its own.
+        assert all(row.weights.all() for row in map(PackedRows(specials).row, range(len(rows))))
 
 
 def test_slimpajama_packing(place: Path, done) -> None:

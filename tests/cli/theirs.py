@@ -8,6 +8,7 @@ They got the documents in the order of the files; on a corpus it is there a race
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ LENGTH = 64
 MAX_LENGTH = 120
 """Where longllm_qlora cuts a text and leaves out a conversation; 81,920 there."""
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-WORDS = ("user", "assistant", "\u010a\u010a")
+WORDS = ("user", "assistant", "\u010a\u010a", "\u010a\u010a\u010a")
 """Single tokens, as in Llama 3: their masks count on it."""
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,6 +54,16 @@ def write_tokenizer(folder: Path) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": SPECIALS[1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def write_ranks(path: Path) -> Path:
+    """Write a rank file in the form of Llama 3's `tokenizer.model`: all bytes, and the words that are single tokens."""
+    words = [word.replace("\u010a", "\n").encode() for word in WORDS]
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += dict.fromkeys(word[:end] for word in words for end in range(2, len(word) + 1))
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    path.write_bytes(b"".join(lines))
+    return path
 
 
 def text(number: int, words: int) -> str:
@@ -92,6 +103,8 @@ def conversations() -> list[list[dict[str, str]]]:
         [{"role": "system", "content": "Be brief."}, *turns("Who?", "Ada", "Sure?", "Yes, she did.")],
         turns("Read this.", text(1, 60)),
         turns("What is in it?\n\nSay it.", "It says:\n\n1. one\n2. two "),
+        # The header's two line breaks and the answer's own are one token.
+        turns("Go on.", "\nSo it goes.\n"),
     ]
 
 

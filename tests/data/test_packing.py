@@ -173,6 +173,43 @@ def test_empty_input_gives_an_empty_plan(tmp_path: Path) -> None:
     assert pack([], length=4).num_rows == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 20), max_size=12),
+    length=st.integers(2, 9),
+    overlap=st.integers(1, 8),
+    remainder=st.sampled_from(["drop", "pad"]),
+    specials=st.sampled_from(["none", "both"]),
+)
+def test_rows_that_overlap_across_documents_follow_one_stream(
+    tokens: list[int], length: int, overlap: int, remainder: str, specials: str
+) -> None:
+    """A row that repeats too few or too many tokens, or a short last row that is lost or holds nothing new."""
+    overlap = min(overlap, length - 1)
+    plan = pack(tokens, length=length, overlap=overlap, overlap_across=True, remainder=remainder, specials=specials,
+                bos_id=1, eos_id=2, pad_id=0)  # fmt: skip
+    frame = 2 * (specials == "both")
+    stream = [(n, at) for n, size in enumerate(tokens) if size for at in range(size + frame)]
+    wanted, start = [], 0
+    while stream and (start == 0 or start + overlap < len(stream)):
+        wanted.append(stream[start : start + length])
+        start += length - overlap
+    if wanted and remainder == "drop" and len(wanted[-1]) < length:
+        wanted.pop()
+    found = [
+        [
+            (document, at)
+            for document, first, count in row
+            if document != PAD
+            for at in range(first, first + count)
+        ]
+        for row in rows_of(plan)
+    ]
+    assert found == wanted
+    assert plan.report.tokens_in == plan.report.tokens_packed + sum(plan.report.dropped.values())
+    assert plan.report.repeated_tokens == overlap * max(0, len(wanted) - 1)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 40), max_size=25),

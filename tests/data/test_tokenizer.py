@@ -235,6 +235,8 @@ def test_hub_name_fetches_the_tokenizer_files(tokenizer: Tokenizer, monkeypatch:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load_tokenizer("org/model").eos_id == 1
     assert ("org/model", "tokenizer_config.json") in asked
+    load_tokenizer("llama3")  # datatools' name for it
+    assert ("meta-llama/Meta-Llama-3-8B", "tokenizer.json") in asked
 
 
 def test_bad_training_settings(tmp_path: Path) -> None:

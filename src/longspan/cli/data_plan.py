@@ -159,6 +159,14 @@ def pack(
     overlap: Annotated[
         str, typer.Option(help="Tokens that the next piece of the same document repeats, without loss.")
     ] = "0",
+    overlap_across: Annotated[
+        bool,
+        typer.Option(
+            "--overlap-across",
+            help="Every row begins with the --overlap last tokens of the row before, whatever documents they are of, "
+            "and they are trained on again.",
+        ),
+    ] = False,
     remainder: Annotated[
         str | None,
         typer.Option(
@@ -231,6 +239,7 @@ def pack(
         "min_tail": min_tail,
         "overflow": "split" if overflow == "drop" else overflow,
         "overlap": overlap,
+        "overlap_across": overlap_across,
         "remainder": remainder or "drop",
         "by_source": by_source,
         "split_lengths": [] if split_lengths is None else split_lengths.split(","),

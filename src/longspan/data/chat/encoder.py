@@ -102,7 +102,8 @@ class MarkedEncoder:
         return "".join(written), found
 
     def encode(self, text: str, spans: Sequence[tuple[int, int]] = (), *, blocks: bool = False) -> ChatTokens:
-        """Encode a marked text; a token is learnt if any of its characters is inside a span.
+        """Encode a marked text; a token is learnt if any of its characters is inside a span, save white space that
+        begins before the span: it is the prompt's, and a model that is asked cannot write it.
 
         With `blocks` the spans are those of `{% generation %}` and borders are drawn as transformers draws them.
 
@@ -124,6 +125,9 @@ class MarkedEncoder:
                 learnt[start + 1 : end + 1] = 1
             before = np.cumsum(learnt)
             mask = before[np.maximum(ends, starts + 1)] > before[starts]
+            for start, _ in spans:
+                for token in np.flatnonzero((starts < start) & (start < ends)):
+                    mask[token] &= not text[starts[token] : ends[token]].isspace()
             # Some special tokens swallow white space around them, be it learnt or not: their own place decides.
             mask[marks] = learnt[np.array(places, np.int64) + 1] > 0
         ids[marks] = [self._id_of_mark[int(mark)] for mark in ids[marks]]

@@ -80,6 +80,35 @@ def own_tokens(
     return np.maximum(high - low, 0)
 
 
+def cut_across(spec: PackConfig, tokens: np.ndarray) -> tuple[Pieces, np.ndarray]:
+    """Cut documents into rows that begin with the last `overlap` tokens of the row before, whatever they are of.
+
+    With rows of 8 tokens and `overlap` 2, documents a to e and A to M stand in
+
+        a b c d e A B C | B C D E F G H I | H I J K L M
+
+    Returns the pieces, which stand in the order of the rows, and int64 [rows + 1] the pieces before each row. The last
+    row may be short, and may hold repeated tokens alone.
+    """
+    framed = tokens + spec.num_bos + spec.num_eos
+    ends = np.cumsum(framed)
+    total = int(ends[-1]) if len(ends) else 0
+    # A row is begun as soon as the one before it is full.
+    stop = total - spec.overlap + 1 if total >= spec.length else min(total, 1)
+    row_starts = np.arange(0, stop, spec.length - spec.overlap)
+    row_ends = np.minimum(row_starts + spec.length, total)
+    first = np.searchsorted(ends, row_starts, side="right")
+    counts = np.searchsorted(ends, row_ends, side="left") + 1 - first
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    row = np.repeat(np.arange(len(row_starts)), counts)
+    document = np.arange(len(row)) - np.repeat(offsets[:-1] - first, counts)
+    begin = ends[document] - framed[document]
+    start = np.maximum(row_starts[row] - begin, 0)
+    end = np.minimum(row_ends[row], ends[document]) - begin
+    again = np.minimum(row_starts[row] + spec.overlap * (row > 0) - begin, end)
+    return Pieces(document, start, end - start, np.maximum(again - start, 0)), offsets
+
+
 def _phases(spec: PackConfig, framed: np.ndarray, phase: int) -> np.ndarray:
     """Return how many tokens the row holds in which each document begins."""
     length, least, overlap, mos = spec.length, spec.min_tail, spec.overlap, spec.num_mos
@@ -156,7 +185,8 @@ def _pieces(spec: PackConfig, cuts: _Cuts) -> Pieces:
 
 
 def _split(spec: PackConfig, tokens: np.ndarray, framed: np.ndarray, dropped: dict[str, int]) -> Pieces:
-    """Cut documents into the longest listed pieces that fit; keep those of `piece_length`."""
+    """Cut documents into the longest listed pieces that fit (with overflow drop_tail the first alone); keep those of
+    `piece_length`."""
     mos = spec.num_mos
     position = np.zeros_like(framed)
     pieces = Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
@@ -164,6 +194,8 @@ def _split(spec: PackConfig, tokens: np.ndarray, framed: np.ndarray, dropped: di
         # The first piece of a document has no MOS, so it takes `mos` tokens more.
         first = np.where(position == 0, mos, 0)
         count = np.maximum(framed - position - first, 0) // (length - mos)
+        if spec.overflow == "drop_tail":
+            count = np.minimum(count, position == 0)
         end = position + count * (length - mos) + first * (count > 0)
         if length == spec.piece_length:
             document = np.repeat(np.arange(len(framed)), count)
@@ -173,6 +205,10 @@ def _split(spec: PackConfig, tokens: np.ndarray, framed: np.ndarray, dropped: di
         else:
             dropped["other_lengths"] += _between(spec, tokens, position, end)
         position = end
+    if spec.overflow == "drop_tail":
+        rest = np.where(position > 0, framed, 0)
+        dropped["overflow"] += _between(spec, tokens, np.minimum(position, rest), rest)
+        position = np.maximum(position, rest)
     dropped["tail"] += _between(spec, tokens, position, framed)
     return pieces
 

@@ -24,7 +24,7 @@ class PackConfig(Config):
     """The last piece of a cut document is dropped if it has fewer tokens than this. 1: never."""
     overflow: Literal["split", "drop_tail"] = "split"
     """What becomes of a document that, framed, is longer than a row: it goes on in another one, or only its first
-    `length` tokens are placed."""
+    `length` tokens are placed; with strategy split only its first piece."""
     remainder: Literal["drop", "pad", "drop_last"] = "drop"
     """What becomes of a row that is not full: dropped (and counted) or filled with padding of weight 0. `drop_last`,
     for concat: dropped, and so is a last row that is just full, which no token follows."""
@@ -43,6 +43,9 @@ class PackConfig(Config):
     overlap: Length = pydantic.Field(0, ge=0)
     """Tokens repeated, with weight 0, at the start of the next piece of the same document; a piece that is no
     longer than this (the little that a row had room for) is not repeated."""
+    overlap_across: bool = False
+    """For concat: every row begins with the last `overlap` tokens of the row before, whatever documents they are of,
+    and they are trained on again, as datatools' `pack --overlap` has it."""
     mos_id: int | None = pydantic.Field(None, ge=0)
     """Token in front of every piece that continues a document. None: nothing."""
     split_lengths: tuple[Length, ...] = ()
@@ -66,19 +69,26 @@ class PackConfig(Config):
             raise ValueError("remainder pad needs pad_id")
         if self.overlap + self.num_mos >= self.length:
             raise ValueError(f"overlap {self.overlap} leaves a row of {self.length} no room for new tokens")
+        if self.overlap_across and (
+            self.strategy != "concat" or not self.overlap or self.mos_id is not None or self.min_tail > 1
+            or self.overflow != "split" or self.remainder == "drop_last"
+        ):  # fmt: skip
+            raise ValueError(
+                "overlap_across needs strategy concat and overlap, without mos_id, min_tail, overflow drop_tail and "
+                "remainder drop_last"
+            )
         self._check_split()
-        if self.strategy == "split" and self.overflow != "split":
-            raise ValueError("overflow has no effect with strategy split, which cuts every document")
         return self
 
     def fingerprint(self) -> str:
         """Return 16 hex characters that change exactly when a setting changes.
 
-        Plans that were made before there was `overflow` keep theirs.
+        Plans that were made before there was `overflow` or `overlap_across` keep theirs.
         """
-        if self.overflow != "split":
-            return super().fingerprint()
-        values = {name: value for name, value in self.to_dict().items() if name != "overflow"}
+        later = {"overflow": "split", "overlap_across": False}
+        values = {
+            name: value for name, value in self.to_dict().items() if name not in later or value != later[name]
+        }
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 

@@ -31,7 +31,7 @@ from longspan.core.config import Config
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.data.plans.best_fit import best_fit_decreasing
-from longspan.data.plans.cutting import cut, own_tokens
+from longspan.data.plans.cutting import cut, cut_across, own_tokens
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.store.lengths import LengthTable
 
@@ -105,6 +105,11 @@ class PackPlan:
     def num_rows(self) -> int:
         """Return the number of rows."""
         return len(self.row_offsets) - 1
+
+    @property
+    def span_untrained(self) -> np.ndarray | None:
+        """Return `span_repeated` where repeated tokens have weight 0, else None."""
+        return None if self.spec.overlap_across else self.span_repeated
 
     def save(self, path: str | Path, *, stores: Sequence[str | Path] = ()) -> None:
         """Write the plan as a folder, whole or not at all; `stores` are remembered for whoever loads rows."""
@@ -249,6 +254,8 @@ def _place(
     spec: PackConfig, lengths: LengthTable, documents: np.ndarray, dropped: dict[str, int]
 ) -> _Columns:
     """Cut all documents, block by block, into unpadded rows; add the tokens dropped for each reason."""
+    if spec.overlap_across:
+        return _place_across(spec, lengths, documents, dropped)
     nothing = np.zeros(0, np.uint32)
     parts, ends = [(nothing, nothing, nothing, nothing)], [np.zeros(1, np.uint64)]
     flowing = spec.strategy in ("concat", "split")
@@ -273,6 +280,32 @@ def _place(
         return spans._replace(row_offsets=np.append(spans.row_offsets, np.uint64(num_spans)))
     if spec.remainder == "drop_last" and phase == 0 and len(spans.row_offsets) > 1:
         spans = spans._replace(row_offsets=spans.row_offsets[:-1])
+    return _full_rows(spec, lengths, spans, dropped)
+
+
+def _place_across(
+    spec: PackConfig, lengths: LengthTable, documents: np.ndarray, dropped: dict[str, int]
+) -> _Columns:
+    """Place all documents in rows that repeat the end of the row before; see `cut_across`."""
+    tokens = lengths.tokens[documents].astype(np.int64)
+    long_enough = tokens >= spec.min_length
+    dropped["short"] += int(tokens[~long_enough].sum())
+    kept = np.asarray(documents, np.uint32)[long_enough]
+    pieces, offsets = cut_across(spec, tokens[long_enough])
+    ends = offsets.astype(np.uint64)
+    num_rows = len(offsets) - 1
+    if num_rows:
+        last = slice(int(offsets[-2]), None)
+        short = int(pieces.tokens[last].sum()) < spec.length
+        new = int((pieces.tokens - pieces.repeated)[last].sum())
+        if short and (spec.remainder == "drop" or not new):
+            ends = ends[:-1]
+    columns = (kept[pieces.document], *(column.astype(np.uint32) for column in pieces[1:]))
+    return _full_rows(spec, lengths, _Columns._make([*columns, ends]), dropped)
+
+
+def _full_rows(spec: PackConfig, lengths: LengthTable, spans: _Columns, dropped: dict[str, int]) -> _Columns:
+    """Leave out the spans behind the last row and count their tokens."""
     full = int(spans.row_offsets[-1])
     own = own_tokens(spec, lengths.tokens[spans.span_document[full:]], *(c[full:] for c in spans[1:4]))
     dropped["remainder"] += int(own.sum())

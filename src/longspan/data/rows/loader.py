@@ -196,7 +196,7 @@ class RowLoader:
         spans = slice(int(plan.row_offsets[index]), int(plan.row_offsets[index + 1]))
         documents = np.array(plan.span_document[spans])
         starts = plan.span_start[spans]
-        repeated = None if plan.span_repeated is None else plan.span_repeated[spans]
+        repeated = None if plan.span_untrained is None else plan.span_untrained[spans]
         cu_seqlens = np.zeros(len(documents) + 1, np.int64)
         np.cumsum(plan.span_tokens[spans], out=cu_seqlens[1:])
         if cu_seqlens[-1] != self.length:

@@ -87,7 +87,7 @@ class PlanRows:
         self._views = lru_cache(maxsize=128)(self._map)
         pads = plan.spec.remainder == "pad"
         self.source_names = self.lengths.source_names + ((PAD_SOURCE,) if pads else ())
-        self.has_mask = plan.spec.overlap > 0 or any(store.has_mask for store in stores)
+        self.has_mask = plan.span_untrained is not None or any(store.has_mask for store in stores)
         """Whether rows have weights other than 0 for padding and 1 for all else."""
 
     def read(
@@ -185,7 +185,7 @@ class PlanRows:
         num_own = np.where(real, np.maximum(np.minimum(end - spec.num_bos, tokens) - low, 0), 0)
         at = ends - count - rows * spec.length
         own_at = at + spec.num_mos * (start > 0) + low + spec.num_bos - start
-        repeated = plan.span_repeated
+        repeated = plan.span_untrained
         spans = _Spans(
             document=document,
             start=start,

@@ -29,6 +29,8 @@ from longspan.data.tokenizer.roles import CONFIGS, special_ids, with_named_speci
 from longspan.data.tokenizer.safe_cuts import CutRule, cut_rule
 
 NO_IMPORT = "gigatoken cannot be imported"
+SHORT_NAMES = {"llama2": "meta-llama/Llama-2-7b-hf", "llama3": "meta-llama/Meta-Llama-3-8B"}
+"""Names of datatools, which holds copies of these tokenizers: the same ids."""
 JSON_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 
 # Texts on which engines are known to disagree; the tokenizer's own special tokens are added to them.
@@ -79,7 +81,8 @@ def load_tokenizer(name: str | os.PathLike[str], *, backend: Backend | None = No
 
     A file is a tokenizer.json, a SentencePiece model (`tokenizer.model`), or ranks of tiktoken, whose
     splitting is known by the file's name (`cl100k_base.tiktoken`) or given: `tokenizer.model#llama-3`, or an
-    expression after the `#`. A folder or hub name holds a tokenizer.json or else a tokenizer.model.
+    expression after the `#`. A folder or hub name holds a tokenizer.json or else a tokenizer.model. `llama2` and
+    `llama3` stand for the hub names of `SHORT_NAMES` where there is no such file.
 
     Args:
         backend: None takes gigatoken where it gives the same ids as the Hugging Face library.
@@ -236,7 +239,7 @@ def _find_file(name: str) -> tuple[Path, str]:
             fix="give a tokenizer.json, a SentencePiece .model, a .tiktoken file, a folder that holds one, "
             "or a name on the hub such as org/model",
         )
-    return _download(stem), pattern
+    return _download(SHORT_NAMES.get(stem, stem)), pattern
 
 
 def _download(name: str) -> Path:
