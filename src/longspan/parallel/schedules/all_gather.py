@@ -62,7 +62,7 @@ class AllGather:
         """Accept any: heads stay where they are."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
-        """Return out of this rank's queries; see `Schedule.forward`."""
+        """Return out of this rank's queries; see `CpSchedule.forward`."""
         route = self._route(call, q.device)
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q))

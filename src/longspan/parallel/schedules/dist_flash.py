@@ -71,7 +71,7 @@ class DistFlash:
         """Accept any: heads stay where they are."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
-        """Return out of this rank's queries; see `Schedule.forward`."""
+        """Return out of this rank's queries; see `CpSchedule.forward`."""
         partial = Partial(q)
         owned, helped = [torch.stack((k, v))], [q]
         steps = self._steps(call)

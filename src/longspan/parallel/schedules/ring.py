@@ -63,7 +63,7 @@ class Ring:
         """Accept any: heads stay where they are."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
-        """Return out of this place's queries; see `Schedule.forward`."""
+        """Return out of this place's queries; see `CpSchedule.forward`."""
         reach = call.shards.reach(self._places, window=call.window)
         partial = Partial(q)
         kv_2TKD: torch.Tensor | None = torch.stack((k, v))

@@ -104,7 +104,7 @@ class Ulysses:
         head_share(num_heads, num_kv_heads, self.degree, 0)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall) -> Forward:
-        """Return out of this rank's queries; see `Schedule.forward`."""
+        """Return out of this rank's queries; see `CpSchedule.forward`."""
         shares = self._shares(q.shape[1], k.shape[1])
         mine, order = shares[self.channel.rank], self._order(call, q.device)
         ranges = [(share.q_heads, share.kv_heads, share.kv_heads) for share in shares]
