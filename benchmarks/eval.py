@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data_measure import machine
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from longspan.eval.documents import HeldOutDocument, default_documents
+from longspan.eval.held_out import HeldOutDocument, default_documents
 from longspan.eval.needle import NeedleTask
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.needle_cost import grid_cost
@@ -290,7 +290,7 @@ def published() -> list[dict[str, Any]]:
 
 def ruler(setting: Setting) -> dict[str, Any]:
     """Compose RULER's samples, then take them from the cache; QA questions come from a made file."""
-    from longspan.eval.ruler.documents import read_qa
+    from longspan.eval.ruler.qa_documents import read_qa
 
     sizes = setting.sizes
     settings = RulerConfig.from_dict({"lengths": [sizes.ruler_length], "samples": sizes.ruler_samples})

@@ -39,7 +39,7 @@ from longspan.data.texts.python_corpus import write_python_corpus
 from longspan.data.texts.recall import RecallSet, RecallTexts, write_recall_corpus
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.ppl import PplTask
 from longspan.train.config import StageConfig, TrainConfig

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.data.tokenizer import load_tokenizer
-from longspan.eval.asking import compose, template_named
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.ask import compose, template_named
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.prompts import PromptForm
 from tests.api.fake_server import chunk, events, serving
 

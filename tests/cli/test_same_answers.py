@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.data.tokenizer import load_tokenizer, train_bpe
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.needle import NeedleTask
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm

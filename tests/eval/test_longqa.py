@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import TaskData
+from longspan.eval.held_out import TaskData
 from longspan.eval.longqa import LongQa, LongQaConfig, read_longqa, rule_for
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records

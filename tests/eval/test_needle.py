@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.data.tokenizer import Tokenizer, load_tokenizer
-from longspan.eval.documents import HeldOutDocument, default_documents, describe_documents
 from longspan.eval.haystack import Haystack
+from longspan.eval.held_out import HeldOutDocument, default_documents, describe_documents
 from longspan.eval.needle import NeedleTask, length_tolerance
 from longspan.eval.needle_config import NeedleConfig, fill
 from longspan.eval.needle_multikey import MultiKeyTask

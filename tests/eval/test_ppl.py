@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.ppl import PplTask, bucket_sums, perplexities, plan_windows
 
 Documents = list[HeldOutDocument]

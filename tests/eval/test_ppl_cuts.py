@@ -18,7 +18,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.exchange.token_documents import StoreDocuments
 from longspan.data.store import Column, MDSWriter, TokenStoreWriter
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.ppl import PplTask, PplWindow, plan_windows
 from longspan.eval.ppl_documents import MdsDocuments, is_tokenised, open_tokenised
 from longspan.eval.ppl_run import run_ppl

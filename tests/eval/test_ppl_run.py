@@ -13,7 +13,7 @@ import torch
 
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import ppl_run
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.ppl import PplTask
 from longspan.eval.records import read_records
 from longspan.infer.perplexity import token_nll

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.needle import NeedleTask
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.needle_cost import grid_cost

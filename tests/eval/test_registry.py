@@ -7,7 +7,7 @@ import pytest
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.eval import registry
-from longspan.eval.documents import TaskData
+from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.registry import Axes, TaskEntry, entries, entry_of, loaded, register
 from longspan.eval.scorers import SCORERS

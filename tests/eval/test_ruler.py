@@ -18,7 +18,7 @@ from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache
-from longspan.eval.ruler.documents import QaData, read_qa
+from longspan.eval.ruler.qa_documents import QaData, read_qa
 from longspan.eval.ruler.subtasks import SUBTASKS
 from longspan.eval.ruler.task import Ruler, RulerConfig
 from tests.eval.conftest import make_text

@@ -22,10 +22,10 @@ from transformers import (
 from longspan.core.errors import ArgumentError, RunError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer import memory, opening
+from longspan.infer.context_parallel import plan_trunks
 from longspan.infer.distributed import Member, join_ranks
 from longspan.infer.opening import ModelSource, load_source, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request, Watched
-from longspan.infer.spread import plan_trunks
 from tests.patience import PATIENCE_SECONDS
 
 

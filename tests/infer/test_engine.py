@@ -13,7 +13,7 @@ from longspan.infer.flops import ModelFlops, ladder, work_by_themselves, work_sh
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.plain import PlainAnswerer
 from longspan.models.hf import build_model
-from longspan.models.rope import varying_ropes
+from longspan.models.rotary import varying_ropes
 from tests.infer.engines import (
     MODELS,
     Bytes,

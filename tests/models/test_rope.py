@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longspan.kernels import rope
 from longspan.models.hf import build_model
-from longspan.models.rope import exact_angles, hold_frequencies, varying_ropes
+from longspan.models.rotary import exact_angles, hold_frequencies, varying_ropes
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 256, "intermediate_size": 32, "num_hidden_layers": 1,

@@ -27,7 +27,7 @@ from longspan.infer.perplexity import token_nll
 from longspan.kernels.distill import TeacherTopK, linear_distillation, reference_linear_distillation
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.hf import build_model, hidden_states, lm_head_weight, load_model
-from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 from longspan.train.batch import collate, take
 from longspan.train.config import TrainConfig

@@ -50,7 +50,7 @@ from longspan.models.identity import model_identity
 from longspan.models.lora_config import Quantization
 from longspan.models.places import tokenizer_folder, tokenizer_home
 from longspan.models.quantize import quantize
-from longspan.models.rope import hold_frequencies
+from longspan.models.rotary import hold_frequencies
 from longspan.parallel.mesh import Mesh
 
 __all__ = ["OpenJob", "annotation_folder", "open_job", "open_spec_source", "shard_range"]

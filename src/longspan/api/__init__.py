@@ -6,10 +6,10 @@ and go nowhere but into the header of a request. Needs the extra `api` (httpx) w
 
 from longspan.api.budget import CostEstimate, Price, SpendingLimits, estimate, price_of, read_prices
 from longspan.api.client import Client
+from longspan.api.client_report import ClientReport
 from longspan.api.endpoint import Endpoint
 from longspan.api.limits import Limits
 from longspan.api.messages import ChatRequest, ChatResult, Usage
-from longspan.api.report import ClientReport
 
 __all__ = [
     "ChatRequest",

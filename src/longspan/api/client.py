@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from longspan.api.anthropic_protocol import AnthropicProtocol
 from longspan.api.budget import Meter, SpendingLimits
 from longspan.api.cache import AnswerCache, request_key
+from longspan.api.client_report import ClientReport, Counts
 from longspan.api.clock import Clock
 from longspan.api.endpoint import Endpoint
 from longspan.api.failures import Retry
@@ -33,7 +34,6 @@ from longspan.api.limits import Limits, Throttle, usable
 from longspan.api.messages import ChatRequest, ChatResult, ParsedAnswer, Usage, estimate_tokens
 from longspan.api.openai_protocol import ChatProtocol, CompletionsProtocol
 from longspan.api.protocol import WireProtocol
-from longspan.api.report import ClientReport, Counts
 from longspan.api.transport import Transport
 from longspan.core.errors import LongspanError, RunError, UserError
 from longspan.core.log import get_logger

@@ -12,7 +12,7 @@ from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, ope
 from longspan.cli.output import Json, example, print_json
 
 if TYPE_CHECKING:
-    from longspan.eval.asking import Composed
+    from longspan.eval.ask import Composed
     from longspan.infer.requests import Answer, Answerer, Request
 
 EXAMPLE = example(
@@ -57,8 +57,8 @@ def ask(
     Without a context the question is all that is sent.
     """
     from longspan.core.units import parse_length
-    from longspan.eval.asking import compose, template_named
-    from longspan.eval.documents import read_held_out
+    from longspan.eval.ask import compose, template_named
+    from longspan.eval.held_out import read_held_out
     from longspan.eval.prompts import OWN_TEMPLATE
 
     model = model._replace(chat_template=model.chat_template or (OWN_TEMPLATE if chat else None))

@@ -236,7 +236,7 @@ def _task(release: str, part: str, options: dict[str, Any], form: PromptForm, li
 
 def _needle(options: dict[str, Any], form: PromptForm) -> Task:
     """Return the needle grid of the release's README on its essays."""
-    from longspan.eval.documents import read_held_out
+    from longspan.eval.held_out import read_held_out
     from longspan.eval.needle import NeedleTask
     from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.needle_presets import preset_named

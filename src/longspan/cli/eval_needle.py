@@ -135,7 +135,7 @@ def needle(
     }
     given = _usual(model, preset, given) | {name: value for name, value in given.items() if value is not None}
     settings = _settings(preset, given, exact=exact)
-    from longspan.eval.documents import TaskData
+    from longspan.eval.held_out import TaskData
 
     form = form_of(model, prompts)
     documents = TaskData(tuple(data or ()), text_field, source_field).documents()

@@ -16,7 +16,7 @@ from longspan.core.log import log_once
 
 if TYPE_CHECKING:
     from longspan.data.exchange.token_documents import TokenDocuments
-    from longspan.eval.documents import HeldOutDocument
+    from longspan.eval.held_out import HeldOutDocument
     from longspan.eval.ppl import PplTask
 
 EXAMPLE = example(
@@ -203,7 +203,7 @@ def _open(
     data: Sequence[str], text_field: str, source_field: str | None
 ) -> Sequence[HeldOutDocument] | TokenDocuments:
     from longspan.core.errors import DataError
-    from longspan.eval.documents import read_held_out
+    from longspan.eval.held_out import read_held_out
     from longspan.eval.ppl_documents import is_tokenised, open_tokenised
 
     tokenised = [is_tokenised(Path(each)) for each in data]

@@ -69,7 +69,7 @@ def passkey(
 
     The first number of the answer counts.
     """
-    from longspan.eval.documents import TaskData
+    from longspan.eval.held_out import TaskData
     from longspan.eval.passkey import Passkey, PasskeyConfig
 
     values = {"lengths": lengths, "depths": depths, "samples": samples, "digits": digits, "seed": seed}
@@ -112,7 +112,7 @@ def topics(
     as_json: Json = False,
 ) -> None:
     """Ask which topic a long talk began with, or for the number in one of many lines."""
-    from longspan.eval.documents import TaskData
+    from longspan.eval.held_out import TaskData
     from longspan.eval.topics import Topics, TopicsConfig
 
     values: dict[str, Any] = {
@@ -179,7 +179,7 @@ def ruler(
     Samples are composed here, as long as stated, and kept: the same samples for the next model cost nothing.
     """
     from longspan.core.log import get_logger
-    from longspan.eval.documents import TaskData
+    from longspan.eval.held_out import TaskData
     from longspan.eval.ruler.task import Ruler, RulerConfig
 
     values: dict[str, Any] = {"lengths": lengths, "samples": samples, "release": release, "seed": seed}
@@ -238,7 +238,7 @@ def longqa(
     With --max-length a longer prompt loses its middle; each record says how many tokens that were.
     """
     from longspan.core.units import parse_length
-    from longspan.eval.documents import TaskData
+    from longspan.eval.held_out import TaskData
     from longspan.eval.longqa import LongQa, LongQaConfig
 
     values: dict[str, Any] = {"samples": samples, "datasets": datasets.split(",") if datasets else []}

@@ -248,7 +248,7 @@ def _template_args(prompts: PromptOptions) -> dict[str, Any]:
 def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerConfig | None:
     """Return how the server is asked, with what it has to tell its chat template."""
     from longspan.core.errors import ArgumentError
-    from longspan.eval.thinking import template_variables
+    from longspan.eval.thinking_templates import template_variables
     from longspan.infer.opening import ServerConfig
 
     server = find_server(options)

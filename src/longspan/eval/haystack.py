@@ -16,7 +16,7 @@ import numpy as np
 from longspan.core.errors import DataError
 from longspan.data.texts.sentences import place_between
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 
 SEPARATOR = "\n\n"
 _START_CHARS = 500

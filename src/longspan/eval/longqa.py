@@ -25,7 +25,7 @@ from longspan.core.log import get_logger
 from longspan.data.readers import ReadReport, read_objects
 from longspan.data.readers.fields import printable
 from longspan.data.readers.opening import COMPRESSION
-from longspan.eval.documents import TaskData
+from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by, means_of_means

@@ -26,8 +26,8 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.core.intervals import EFFECTIVE_THRESHOLD, effective_context
 from longspan.core.seeds import rng
 from longspan.data.texts.facts import collect_keys
-from longspan.eval.documents import HeldOutDocument, TaskData, describe_documents
 from longspan.eval.haystack import Haystack, Window
+from longspan.eval.held_out import HeldOutDocument, TaskData, describe_documents
 from longspan.eval.needle_config import NeedleConfig, fill
 from longspan.eval.needle_originals import OriginalHaystack, Parts
 from longspan.eval.planting import Insertion, Planted, check_depth, plant

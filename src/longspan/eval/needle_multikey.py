@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
-from longspan.eval.documents import HeldOutDocument, TaskData
+from longspan.eval.held_out import HeldOutDocument, TaskData
 from longspan.eval.needle import Context, Facts, NeedleComposer, plan_grid, summarise_grid
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm

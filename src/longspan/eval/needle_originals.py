@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from longspan.core.errors import DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
 from longspan.eval.haystack import Window
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.needle_config import Original
 from longspan.eval.planting import Planted
 

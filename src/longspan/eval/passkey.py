@@ -20,9 +20,9 @@ import pydantic
 from longspan.core.config import Config
 from longspan.core.errors import DataError
 from longspan.core.seeds import rng
-from longspan.eval.documents import TaskData
 from longspan.eval.fitting import fit_units
 from longspan.eval.grid import depths_from, lengths_from, refuse_outside, refuse_repeats
+from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned

@@ -35,8 +35,8 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.core.seeds import rng
 from longspan.data.exchange.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument
 from longspan.eval.grid import lengths_from, refuse_repeats
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.ppl_documents import PplDocument, ppl_documents
 
 WINDOWING_VERSION = 1

@@ -17,7 +17,7 @@ from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.documents import HeldOutDocument, describe_documents
+from longspan.eval.held_out import HeldOutDocument, describe_documents
 
 ROWS = "indices"
 """Column of packed rows, which are not documents."""

@@ -13,7 +13,7 @@ from longspan.core.progress import Progress
 from longspan.data.exchange.token_documents import TokenDocuments
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import ppl
-from longspan.eval.documents import HeldOutDocument
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.ppl_documents import describe
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.runner import fill_records

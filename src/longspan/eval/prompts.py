@@ -19,7 +19,7 @@ from longspan.core.files import read_json
 from longspan.core.log import log_once
 from longspan.data.chat import ChatPrompt
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.thinking import ThinkingChat, ThinkingPolicy
+from longspan.eval.thinking_templates import ThinkingChat, ThinkingPolicy
 from longspan.infer.requests import Request, Thinking
 
 BosPolicy = Literal["auto", "always", "never"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from longspan.eval.documents import TaskData
+from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.infer.requests import Request
 

@@ -18,8 +18,8 @@ import pydantic
 
 from longspan.core.config import Config
 from longspan.core.seeds import rng
-from longspan.eval.documents import TaskData
 from longspan.eval.grid import refuse_repeats
+from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from longspan.kernels.attention import NO_LIMIT, Bands, choose_kernel, merge
-from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule
 from longspan.parallel.schedules.base import accumulation_dtype
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["Held", "HeldKeys", "KeepingDocuments", "Kept", "NextTokens", "held_rows"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from longspan.core.log import log_once
 from longspan.infer.packed import plan_batches
-from longspan.models.rope import hold_frequencies, varying_ropes
+from longspan.models.rotary import hold_frequencies, varying_ropes
 
 
 def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
 from longspan.data.tokenizer import Tokenizer
+from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.memory import available_memory, shared_memory
@@ -35,7 +36,6 @@ from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unkno
 from longspan.infer.remote import KINDS, open_remote
 from longspan.infer.replicas import Replica
 from longspan.infer.requests import Answer, Answerer, Request, Watched
-from longspan.infer.spread import SpreadModel
 from longspan.models.hf import load_model, rope_settings, usable_device
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh

@@ -23,9 +23,9 @@ from longspan.infer.packed import inference
 from longspan.kernels.loss import LOGITS_BUDGET_BYTES, cached_blocks, product
 from longspan.models.documents import Documents
 from longspan.models.hf import hidden_states, lm_head_weight
-from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["LocalTeacher", "SharedTeacher", "Teacher", "TopK", "hidden_topk", "select_topk"]

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import Bands, attention
 from longspan.models.documents import Documents
-from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.sharded_documents import ShardedDocuments
 
 __all__ = ["ATTENTION_NAME", "keep_out_of_compiler", "longspan_attention", "longspan_mask", "register"]
 

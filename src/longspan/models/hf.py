@@ -40,12 +40,12 @@ from longspan.models.hf_config import (
 from longspan.models.init import INITS, seeded
 from longspan.models.known_checkpoints import with_known_rope
 from longspan.models.places import adapter_base, adapter_folder
-from longspan.models.rope import depends_on_length, hold_frequencies
+from longspan.models.rotary import depends_on_length, hold_frequencies
 from longspan.models.sharding import attach_schedule
 from longspan.models.side_files import complete_folder
-from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName
+from longspan.parallel.sharded_documents import ShardedDocuments
 
 __all__ = [
     "Documents",

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
-from longspan.models.rope import varying_ropes
-from longspan.parallel.documents import ShardedDocuments
+from longspan.models.rotary import varying_ropes
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["SCHEDULE_ATTRIBUTE", "attach_schedule", "shard_batch", "window_of_all_layers"]

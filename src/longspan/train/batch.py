@@ -19,7 +19,7 @@ import torch
 from longspan.data.rows.loader import PackedRow
 from longspan.kernels.distill import TeacherTopK
 from longspan.models.documents import Documents
-from longspan.parallel.documents import ShardedDocuments
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.train.loop_config import LossAverage
 
 IGNORE = -100

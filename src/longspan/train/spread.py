@@ -18,7 +18,6 @@ from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.rows.loader import PackedRow, balance
 from longspan.models.documents import Documents
 from longspan.models.quantize import plain_parameters
-from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
@@ -26,6 +25,7 @@ from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batc
 from longspan.parallel.schedules import ScheduleName, build_schedule, check_degrees
 from longspan.parallel.schedules.base import CpSchedule
 from longspan.parallel.schedules.ulysses import head_share
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 from longspan.train.batch import Batch, collate, take
 from longspan.train.config import MemoryConfig, ParallelConfig, TrainConfig

@@ -2,7 +2,7 @@
 
 A stage has the frequencies of its context length (PoSE: of its target), fixed for every document, micro-batch, rank,
 validation and resumed run. A RoPE that does not depend on the length has them anyway; dynamic NTK and LongRoPE are
-held there (`models.rope.hold_frequencies`).
+held there (`models.rotary.hold_frequencies`).
 """
 
 from __future__ import annotations

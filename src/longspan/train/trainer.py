@@ -33,7 +33,7 @@ from longspan.models.adapter_card import adapter_note
 from longspan.models.families import refuse_quantized
 from longspan.models.hf import lm_head_weight, save_model
 from longspan.models.lora import check_lora, lora_notes, save_adapter
-from longspan.models.rope import EXACT_FROM, exact_angles, hold_frequencies
+from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.models.stand_in import check_forward
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, lost_ranks, on_all_ranks, on_first_rank, process_group
@@ -55,7 +55,6 @@ from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
-from longspan.train.report import METRICS, StageReport, StepResult, Timing, check_trained, rewind
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.spread import Spread, build_spread
 from longspan.train.stage_model import (
@@ -68,6 +67,7 @@ from longspan.train.stage_model import (
     stage_model,
     tokenizer_source,
 )
+from longspan.train.stage_report import METRICS, StageReport, StepResult, Timing, check_trained, rewind
 from longspan.train.stage_rope import check_ropes, rope_notes
 from longspan.train.streams import StagePlan, plan_stages, stage_rows
 from longspan.train.tracking import check_trackers

@@ -17,7 +17,7 @@ import numpy as np
 
 from longspan.core.errors import DataError
 from longspan.data.texts.sentences import has_own_stops, parted
-from longspan.eval.ruler.documents import QaData
+from longspan.eval.ruler.qa_documents import QaData
 from longspan.eval.ruler.subtasks import SUBTASKS, Release, Secret, Subtask
 from longspan.eval.word_lists import draw_compounds, word_list
 

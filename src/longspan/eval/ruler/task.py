@@ -17,13 +17,13 @@ from longspan.core.config import Config
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.seeds import rng
-from longspan.eval.documents import TaskData
 from longspan.eval.fitting import Fitted, fit_units
 from longspan.eval.grid import lengths_from, refuse_repeats
+from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache, cache_key
-from longspan.eval.ruler.documents import QaData, read_qa
+from longspan.eval.ruler.qa_documents import QaData, read_qa
 from longspan.eval.ruler.subtasks import SUBTASKS, Release, Subtask
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by

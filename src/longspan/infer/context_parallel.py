@@ -39,10 +39,10 @@ from longspan.kernels.attention import choose_kernel
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.hf import hidden_states, lm_head_weight
 from longspan.models.sharding import window_of_all_layers
-from longspan.parallel.documents import ShardedDocuments
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
 from longspan.parallel.schedules.base import accumulation_dtype
+from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
 IGNORE = -100

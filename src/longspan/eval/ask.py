@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.eval.documents import HeldOutDocument
 from longspan.eval.haystack import SEPARATOR, Window
+from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.needle_presets import PRESETS
 from longspan.eval.planting import Insertion, Planted, plant
 from longspan.eval.prompts import PromptForm
