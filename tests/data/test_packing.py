@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.plans import packing
+from longspan.data.plans.cutting import cut_to_rows
 from longspan.data.plans.mixture import MixtureConfig, plan_mixture
-from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.pack_config import STRATEGIES, PackConfig, Strategy
 from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
 from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import make_table
@@ -76,7 +77,7 @@ def test_a_last_row_that_is_just_full_is_dropped_on_request(tokens: list[int], r
     assert (report.rows, report.dropped["remainder"], report.tokens_packed) == (rows, left, 4 * rows)
     by_source = pack(tokens, length=4, remainder="drop_last", by_source=True).report
     assert by_source == report
-    with pytest.raises(ConfigError, match="drop_last has an effect with strategy concat only"):
+    with pytest.raises(ConfigError, match="goes with remainder drop or pad, not drop_last"):
         pack([3], length=4, strategy="intact", remainder="drop_last")
 
 
@@ -393,7 +394,7 @@ def test_documents_outside_the_table_are_refused() -> None:
         ({"length": 4, "specials": "bos"}, "needs bos_id"),
         ({"length": 4, "specials": "both", "bos_id": 1}, "needs eos_id"),
         ({"length": 4, "remainder": "pad"}, "needs pad_id"),
-        ({"length": 4, "strategy": "conact"}, "strategy"),
+        ({"length": 4, "strategy": "conact"}, "no strategy 'conact', but concat, intact, best_fit, split"),
         ({"length": 4, "min_tail": 5}, "longer than a row"),
         ({"length": 4, "min_lenght": 3}, "did you mean 'min_length'"),
     ],
@@ -407,3 +408,19 @@ def test_wrong_settings_are_explained(values: dict[str, object], message: str) -
 def test_lengths_take_units() -> None:
     """128k is 131072."""
     assert PackConfig.from_dict({"length": "128k"}).length == 131072
+
+
+def test_a_strategy_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy of one's own needed twelve places of the package changed."""
+
+    def two_by_two(tokens: np.ndarray, length: int) -> np.ndarray:
+        return np.arange(len(tokens)) // 2
+
+    monkeypatch.setitem(STRATEGIES, "pairs", Strategy(cut_to_rows, join=two_by_two, remainders=("pad",)))
+    spec = PackConfig.from_dict(
+        {"length": 8, "strategy": "pairs", "remainder": "pad", "pad_id": 0, "shuffle": False}
+    )
+    plan = plan_packing(spec, make_table([("a", 3), ("a", 2), ("a", 4)]), np.arange(3, dtype=np.uint32), 0)
+    assert plan.span_document.tolist() == [0, 1, PAD_DOCUMENT, 2, PAD_DOCUMENT]
+    assert plan.span_tokens.tolist() == [3, 2, 3, 4, 4]
+    assert plan.row_offsets.tolist() == [0, 3, 5]

@@ -250,7 +250,7 @@ def pack(
     spec = PackConfig.from_dict(settings, where="the command line")
     if overflow == "drop":
         documents = _whole(table, documents, spec.length - spec.num_bos - spec.num_eos)
-    if spec.strategy == "split":
+    if spec.split_lengths:
         plans = {
             f"{piece}-{spec.length}": plan for piece, plan in plan_split(spec, table, documents, seed).items()
         }
@@ -278,7 +278,7 @@ def pack(
                 if left is not None:
                     typer.echo(missing_words(share, left["pieces"], left["missing"], str(rows)))
     if as_json:
-        print_json(found[0] if spec.strategy != "split" else found)
+        print_json(found if spec.split_lengths else found[0])
 
 
 def _frame(specials: str, paths: Sequence[str | Path]) -> dict[str, Any]:

@@ -19,13 +19,12 @@ from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.packed.row_files import StoredRow
-from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.pack_config import STRATEGIES, PackConfig
 from longspan.data.plans.packing import plan_packing
 from longspan.data.rows.loader import PAD_SOURCE, PackedRow, RowLoader, RowsOver
 from longspan.data.store.lengths import LengthTable
 
 Overflow = Literal["split", "drop_tail"]
-Strategy = Literal["concat", "intact", "best_fit"]
 HELD_ROWS = 8
 """Stored rows that are kept while their documents are read."""
 SLOW_BLOCK = 64
@@ -93,12 +92,12 @@ class RecutRows(RowsOver):
         DataError: the spans of a row overlap or reach outside.
     """
 
-    def __init__(self, rows: PackedRows, *, length: int, strategy: Strategy = "concat") -> None:
-        documents = RowDocuments(rows)
+    def __init__(self, rows: PackedRows, *, length: int, strategy: str = "concat") -> None:
+        documents, flows = RowDocuments(rows), STRATEGIES[strategy].flows
         spec = PackConfig(
             length=length,
             strategy=strategy,
-            remainder="drop" if strategy == "concat" else "pad",
+            remainder="drop" if flows else "pad",
             pad_id=0,
             shuffle=False,
         )
@@ -112,9 +111,9 @@ class RecutRows(RowsOver):
         }
         """Documents that the new rows cut, and tokens that fill none."""
         first = documents.row_of[plan.span_document[plan.row_offsets[:-1].astype(np.int64)]]
-        self.blocks = _blocks_of(rows, first) if strategy == "concat" else np.zeros(0, np.int64)
+        self.blocks = _blocks_of(rows, first) if flows else np.zeros(0, np.int64)
         """See `PackedRows.blocks`."""
-        if strategy != "concat" and rows.blocks.max(initial=0) > SLOW_BLOCK:
+        if not flows and rows.blocks.max(initial=0) > SLOW_BLOCK:
             get_logger("data").warning(
                 "%s: a row of documents from everywhere reads %d stored rows for each: convert it to mds first",
                 rows.path, rows.blocks.max(),
@@ -174,7 +173,7 @@ class HeadRows:
 
 
 def recut(
-    rows: PackedRows, *, length: int, strategy: Strategy = "concat", overflow: Overflow = "split"
+    rows: PackedRows, *, length: int, strategy: str = "concat", overflow: Overflow = "split"
 ) -> RecutRows | HeadRows:
     """Return packed rows as rows of `length` tokens, and log what becomes of them.
 

@@ -12,18 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longspan.data.plans.pack_config import PackConfig
-
-
-class Pieces(NamedTuple):
-    """Pieces of the documents of a block, int64 columns; `document` counts within the block."""
-
-    document: np.ndarray
-    start: np.ndarray
-    """First framed token, behind the MOS."""
-    tokens: np.ndarray
-    """Framed tokens, the MOS and repeated ones included."""
-    repeated: np.ndarray
+from longspan.data.plans.pack_config import PackConfig, Pieces
 
 
 class _Cuts(NamedTuple):
@@ -39,32 +28,56 @@ class _Cuts(NamedTuple):
     """Tokens of the first piece that the second repeats."""
 
 
-def cut(spec: PackConfig, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
+def cut_where_rows_end(spec: PackConfig, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
     """Cut documents of `tokens` int64 [documents], none of them 0; count the own tokens that are left out.
 
-    `phase` is the number of tokens in the row that concat is filling.
+    Pieces fill rows one after another; `phase` is the number of tokens in the row that is being filled.
     """
-    framed = tokens + spec.num_bos + spec.num_eos
-    if spec.strategy == "split":
-        return _split(spec, tokens, framed, dropped)
-    if spec.overflow == "drop_tail":
-        heads = np.minimum(framed, spec.length)
-        dropped["overflow"] += _between(spec, tokens, heads, framed)
-        framed = heads
-    if spec.strategy == "concat":
-        room = spec.length - _phases(spec, framed, phase)
-    else:
-        room = np.full_like(framed, spec.length)
-    cuts = _cuts(spec, framed, room)
-    tail = _last(cuts)
-    short = (cuts.num_pieces > 1) & (tail < spec.min_tail)
-    cuts = _without_last(spec, tokens, cuts, np.where(short, tail, 0), dropped, "tail")
-    if spec.strategy != "concat" and spec.remainder == "drop":
+    framed = _framed(spec, tokens, dropped)
+    cuts = _cuts(spec, framed, spec.length - _phases(spec, framed, phase))
+    return _pieces(spec, _without_tails(spec, tokens, cuts, dropped))
+
+
+def cut_to_rows(spec: PackConfig, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
+    """Cut documents as above, each from the beginning of a row."""
+    framed = _framed(spec, tokens, dropped)
+    cuts = _without_tails(spec, tokens, _cuts(spec, framed, np.full_like(framed, spec.length)), dropped)
+    if spec.remainder == "drop":
         last = _last(cuts)
         again = np.where(cuts.num_pieces > 2, spec.overlap, cuts.repeated) + spec.num_mos
         full = last + np.where(cuts.num_pieces > 1, again, 0) == spec.length
         cuts = _without_last(spec, tokens, cuts, np.where(full, 0, last), dropped, "remainder")
     return _pieces(spec, cuts)
+
+
+def cut_to_lengths(spec: PackConfig, tokens: np.ndarray, phase: int, dropped: dict[str, int]) -> Pieces:
+    """Cut documents into the longest of `split_lengths` that fit (with overflow drop_tail the first piece alone); keep
+    those of `piece_length`."""
+    mos = spec.num_mos
+    framed = tokens + spec.num_bos + spec.num_eos
+    position = np.zeros_like(framed)
+    pieces = Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
+    for length in spec.split_lengths:
+        # The first piece of a document has no MOS, so it takes `mos` tokens more.
+        first = np.where(position == 0, mos, 0)
+        count = np.maximum(framed - position - first, 0) // (length - mos)
+        if spec.overflow == "drop_tail":
+            count = np.minimum(count, position == 0)
+        end = position + count * (length - mos) + first * (count > 0)
+        if length == spec.piece_length:
+            document = np.repeat(np.arange(len(framed)), count)
+            ordinal = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+            start = position[document] + ordinal * (length - mos) + first[document] * (ordinal > 0)
+            pieces = Pieces(document, start, np.full_like(start, length), np.zeros_like(start))
+        else:
+            dropped["other_lengths"] += _between(spec, tokens, position, end)
+        position = end
+    if spec.overflow == "drop_tail":
+        rest = np.where(position > 0, framed, 0)
+        dropped["overflow"] += _between(spec, tokens, np.minimum(position, rest), rest)
+        position = np.maximum(position, rest)
+    dropped["tail"] += _between(spec, tokens, position, framed)
+    return pieces
 
 
 def own_tokens(
@@ -109,6 +122,16 @@ def cut_across(spec: PackConfig, tokens: np.ndarray) -> tuple[Pieces, np.ndarray
     return Pieces(document, start, end - start, np.maximum(again - start, 0)), offsets
 
 
+def _framed(spec: PackConfig, tokens: np.ndarray, dropped: dict[str, int]) -> np.ndarray:
+    """Return the framed tokens of each document that are placed."""
+    framed = tokens + spec.num_bos + spec.num_eos
+    if spec.overflow == "drop_tail":
+        heads = np.minimum(framed, spec.length)
+        dropped["overflow"] += _between(spec, tokens, heads, framed)
+        return heads
+    return framed
+
+
 def _phases(spec: PackConfig, framed: np.ndarray, phase: int) -> np.ndarray:
     """Return how many tokens the row holds in which each document begins."""
     length, least, overlap, mos = spec.length, spec.min_tail, spec.overlap, spec.num_mos
@@ -151,6 +174,12 @@ def _last(cuts: _Cuts) -> np.ndarray:
     return cuts.kept - np.where(cuts.num_pieces < 2, 0, before)
 
 
+def _without_tails(spec: PackConfig, tokens: np.ndarray, cuts: _Cuts, dropped: dict[str, int]) -> _Cuts:
+    tail = _last(cuts)
+    short = (cuts.num_pieces > 1) & (tail < spec.min_tail)
+    return _without_last(spec, tokens, cuts, np.where(short, tail, 0), dropped, "tail")
+
+
 def _without_last(
     spec: PackConfig,
     tokens: np.ndarray,
@@ -182,35 +211,6 @@ def _pieces(spec: PackConfig, cuts: _Cuts) -> Pieces:
     begin[1:] = end[:-1]
     start = np.where(ordinal > 0, begin - repeated, 0)
     return Pieces(document, start, end - start + spec.num_mos * (ordinal > 0), repeated)
-
-
-def _split(spec: PackConfig, tokens: np.ndarray, framed: np.ndarray, dropped: dict[str, int]) -> Pieces:
-    """Cut documents into the longest listed pieces that fit (with overflow drop_tail the first alone); keep those of
-    `piece_length`."""
-    mos = spec.num_mos
-    position = np.zeros_like(framed)
-    pieces = Pieces(*(np.zeros(0, np.int64) for _ in range(4)))
-    for length in spec.split_lengths:
-        # The first piece of a document has no MOS, so it takes `mos` tokens more.
-        first = np.where(position == 0, mos, 0)
-        count = np.maximum(framed - position - first, 0) // (length - mos)
-        if spec.overflow == "drop_tail":
-            count = np.minimum(count, position == 0)
-        end = position + count * (length - mos) + first * (count > 0)
-        if length == spec.piece_length:
-            document = np.repeat(np.arange(len(framed)), count)
-            ordinal = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
-            start = position[document] + ordinal * (length - mos) + first[document] * (ordinal > 0)
-            pieces = Pieces(document, start, np.full_like(start, length), np.zeros_like(start))
-        else:
-            dropped["other_lengths"] += _between(spec, tokens, position, end)
-        position = end
-    if spec.overflow == "drop_tail":
-        rest = np.where(position > 0, framed, 0)
-        dropped["overflow"] += _between(spec, tokens, np.minimum(position, rest), rest)
-        position = np.maximum(position, rest)
-    dropped["tail"] += _between(spec, tokens, position, framed)
-    return pieces
 
 
 def _between(spec: PackConfig, tokens: np.ndarray, low: np.ndarray, high: np.ndarray) -> int:

@@ -4,11 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Self
 
+import numpy as np
 import pydantic
 
 from longspan.core.config import Config, Length
+
+
+class Pieces(NamedTuple):
+    """Pieces of the documents of a block, int64 columns; `document` counts within the block."""
+
+    document: np.ndarray
+    start: np.ndarray
+    """First framed token, behind the MOS."""
+    tokens: np.ndarray
+    """Framed tokens, the MOS and repeated ones included."""
+    repeated: np.ndarray
+
+
+class Strategy(NamedTuple):
+    """How documents become rows: an entry of STRATEGIES."""
+
+    cut: Callable[[PackConfig, np.ndarray, int, dict[str, int]], Pieces]
+    """Cuts documents into pieces of at most a row: settings, own tokens int64 [documents] (none 0), tokens in the row
+    that is being filled. What it leaves out it adds to the counts "tail", "remainder" ... of the last argument."""
+    flows: bool = False
+    """Pieces fill rows one after another. False: each begins a row."""
+    join: Callable[[np.ndarray, int], np.ndarray] | None = None
+    """Puts pieces of some rows together: their tokens int64 and the length of a row to the row of each. None: they stay
+    as they were cut."""
+    remainders: tuple[str, ...] = ("drop", "pad")
+    """What may become of rows that are not full."""
+    by_lengths: bool = False
+    """A plan holds pieces of one of `split_lengths`."""
+    overlaps_across: bool = False
+    """`overlap_across` may be asked for."""
+    check: Callable[[PackConfig], None] = lambda spec: None
+    """Raises ValueError for settings that contradict one another."""
+
+
+STRATEGIES: dict[str, Strategy] = {}
+"""By name. `strategies` enters ours, which importing this package does; others may be added."""
 
 
 class PackConfig(Config):
@@ -16,8 +54,8 @@ class PackConfig(Config):
 
     length: Length = pydantic.Field(ge=1, lt=2**32)
     """Tokens in a row, such as 128k."""
-    strategy: Literal["concat", "intact", "best_fit", "split"] = "concat"
-    """See the module's table."""
+    strategy: str = "concat"
+    """How documents become rows: concat, intact, best_fit or split; see `packing`."""
     min_length: Length = pydantic.Field(1, ge=1)
     """Documents with fewer tokens than this, specials not counted, are left out. 1: only empty ones."""
     min_tail: Length = pydantic.Field(1, ge=1)
@@ -61,23 +99,27 @@ class PackConfig(Config):
             raise ValueError(f"specials {self.specials} needs bos_id")
         if self.num_eos and self.eos_id is None:
             raise ValueError(f"specials {self.specials} needs eos_id")
-        if self.strategy == "best_fit" and self.remainder != "pad":
-            raise ValueError("best_fit leaves most rows a little short of full: it needs remainder pad")
-        if self.strategy != "concat" and self.remainder == "drop_last":
-            raise ValueError("remainder drop_last has an effect with strategy concat only")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"there is no strategy {self.strategy!r}, but {', '.join(STRATEGIES)}")
+        strategy = STRATEGIES[self.strategy]
+        if self.remainder not in strategy.remainders:
+            allowed = " or ".join(strategy.remainders)
+            raise ValueError(f"strategy {self.strategy} goes with remainder {allowed}, not {self.remainder}")
         if self.remainder == "pad" and self.pad_id is None:
             raise ValueError("remainder pad needs pad_id")
         if self.overlap + self.num_mos >= self.length:
             raise ValueError(f"overlap {self.overlap} leaves a row of {self.length} no room for new tokens")
         if self.overlap_across and (
-            self.strategy != "concat" or not self.overlap or self.mos_id is not None or self.min_tail > 1
+            not strategy.overlaps_across or not self.overlap or self.mos_id is not None or self.min_tail > 1
             or self.overflow != "split" or self.remainder == "drop_last"
         ):  # fmt: skip
             raise ValueError(
                 "overlap_across needs strategy concat and overlap, without mos_id, min_tail, overflow drop_tail and "
                 "remainder drop_last"
             )
-        self._check_split()
+        if not strategy.by_lengths and (self.split_lengths or self.piece_length is not None):
+            raise ValueError("split_lengths and piece_length have an effect with strategy split only")
+        strategy.check(self)
         return self
 
     def fingerprint(self) -> str:
@@ -91,23 +133,6 @@ class PackConfig(Config):
         }
         text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-
-    def _check_split(self) -> None:
-        if self.strategy != "split":
-            if self.split_lengths or self.piece_length is not None:
-                raise ValueError("split_lengths and piece_length have an effect with strategy split only")
-            return
-        lengths = self.split_lengths
-        if not lengths or list(lengths) != sorted(set(lengths), reverse=True):
-            raise ValueError("split needs split_lengths, longest first, such as [64k, 8k]")
-        if any(self.length % length for length in lengths):
-            raise ValueError(f"split_lengths {list(lengths)} do not all divide a row of {self.length}")
-        if self.overlap or self.min_tail > 1:
-            raise ValueError("split has no overlap and no min_tail: its shortest piece is the smallest tail")
-        if lengths[-1] <= self.num_mos:
-            raise ValueError("the shortest of split_lengths has no room for a token behind mos_id")
-        if self.piece_length is not None and self.piece_length not in lengths:
-            raise ValueError(f"piece_length {self.piece_length} is not one of split_lengths {list(lengths)}")
 
     @property
     def num_bos(self) -> int:

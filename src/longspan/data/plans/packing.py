@@ -19,7 +19,7 @@ context only, of weight 0. Pieces of two documents never overlap.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -30,9 +30,8 @@ from longspan.core.columns import load_columns, save_columns
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
-from longspan.data.plans.best_fit import best_fit_decreasing
-from longspan.data.plans.cutting import cut, cut_across, own_tokens
-from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.cutting import cut_across, own_tokens
+from longspan.data.plans.pack_config import STRATEGIES, PackConfig
 from longspan.data.store.lengths import LengthTable
 
 KIND = "pack-plan"
@@ -43,7 +42,7 @@ BLOCK = 2**20
 ROW_BLOCK = 2**18
 """Rows moved at a time while shuffling; bounds memory only."""
 WINDOW = 2**22
-"""Pieces that best_fit packs together."""
+"""Pieces that are joined to rows at a time."""
 
 _DTYPES: dict[str, type] = {
     "span_document": np.uint32,
@@ -160,7 +159,8 @@ def plan_packing(spec: PackConfig, lengths: LengthTable, documents: np.ndarray, 
     Raises:
         ArgumentError: a document number is not in the table, or strategy split is given no `piece_length`.
     """
-    if spec.strategy == "split" and spec.piece_length is None:
+    strategy = STRATEGIES[spec.strategy]
+    if strategy.by_lengths and spec.piece_length is None:
         raise ArgumentError(
             "a split plan holds pieces of one length", allowed=spec.split_lengths, fix="use plan_split"
         )
@@ -172,14 +172,14 @@ def plan_packing(spec: PackConfig, lengths: LengthTable, documents: np.ndarray, 
             fix="give the stores that the mixture was planned on",
         )
     parts, dropped = [], dict.fromkeys(("short", "tail", "remainder"), 0)
-    if spec.strategy == "split":
+    if strategy.by_lengths:
         dropped["other_lengths"] = 0
     if spec.overflow == "drop_tail":
         dropped["overflow"] = 0
     for group in _groups(spec, lengths, documents):
         columns = _place(spec, lengths, group, dropped)
-        if spec.strategy == "best_fit":
-            columns = _join_rows(columns, spec.length)
+        if strategy.join is not None:
+            columns = _join_rows(columns, spec.length, strategy.join)
         parts.append(_pad_rows(columns, spec.length) if spec.remainder == "pad" else columns)
     columns = _Columns.join(parts)
     if spec.shuffle:
@@ -258,7 +258,7 @@ def _place(
         return _place_across(spec, lengths, documents, dropped)
     nothing = np.zeros(0, np.uint32)
     parts, ends = [(nothing, nothing, nothing, nothing)], [np.zeros(1, np.uint64)]
-    flowing = spec.strategy in ("concat", "split")
+    strategy = STRATEGIES[spec.strategy]
     num_spans = phase = 0  # phase: tokens in the row that is being filled
     for first in range(0, len(documents), BLOCK):
         part = np.asarray(documents[first : first + BLOCK], np.uint32)
@@ -266,13 +266,12 @@ def _place(
         long_enough = tokens >= spec.min_length
         dropped["short"] += int(tokens[~long_enough].sum())
         part, tokens = part[long_enough], tokens[long_enough]
-        pieces = cut(spec, tokens, phase, dropped)
+        pieces = strategy.cut(spec, tokens, phase, dropped)
         filled = phase + np.cumsum(pieces.tokens)
-        if len(filled) and flowing:
+        if len(filled) and strategy.flows:
             phase = int(filled[-1]) % spec.length
-        ends.append(
-            (num_spans + 1 + np.flatnonzero((filled % spec.length == 0) | (not flowing))).astype(np.uint64)
-        )
+        full = (filled % spec.length == 0) | (not strategy.flows)
+        ends.append((num_spans + 1 + np.flatnonzero(full)).astype(np.uint64))
         parts.append((part[pieces.document], *(column.astype(np.uint32) for column in pieces[1:])))
         num_spans += len(pieces.document)
     spans = _Columns._make([*(np.concatenate(column) for column in zip(*parts)), np.concatenate(ends)])
@@ -306,14 +305,14 @@ def _place_across(
 
 def _full_rows(spec: PackConfig, lengths: LengthTable, spans: _Columns, dropped: dict[str, int]) -> _Columns:
     """Leave out the spans behind the last row and count their tokens."""
-    full = int(spans.row_offsets[-1])
-    own = own_tokens(spec, lengths.tokens[spans.span_document[full:]], *(c[full:] for c in spans[1:4]))
+    end = int(spans.row_offsets[-1])
+    own = own_tokens(spec, lengths.tokens[spans.span_document[end:]], *(c[end:] for c in spans[1:4]))
     dropped["remainder"] += int(own.sum())
-    return _Columns._make([*(column[:full] for column in spans[:4]), spans.row_offsets])
+    return _Columns._make([*(column[:end] for column in spans[:4]), spans.row_offsets])
 
 
-def _join_rows(columns: _Columns, length: int) -> _Columns:
-    """Put rows of one piece each together, best-fit-decreasing, within windows of WINDOW pieces.
+def _join_rows(columns: _Columns, length: int, join: Callable[[np.ndarray, int], np.ndarray]) -> _Columns:
+    """Put rows of one piece each together, within windows of WINDOW pieces.
 
     Pieces of a row keep their order. The window bounds time and memory; its last rows alone are not full.
     """
@@ -322,7 +321,7 @@ def _join_rows(columns: _Columns, length: int) -> _Columns:
     bins, num_bins = [], 0
     for first in range(0, len(columns.span_tokens), WINDOW):
         tokens = columns.span_tokens[first : first + WINDOW].astype(np.int64)
-        bins.append(num_bins + best_fit_decreasing(tokens, length))
+        bins.append(num_bins + join(tokens, length))
         num_bins = int(bins[-1].max()) + 1
     row = np.concatenate(bins)
     order = np.argsort(row, kind="stable")
