@@ -47,7 +47,7 @@ def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tm
         ("--data texts --data store --full", "some inputs are tokenised and some are texts"),
         ("--data texts --lengths 64 --stride 65", "a stride of 65 would skip tokens"),
         ("--data texts --lengths 64 --plot p.png --xmin 64 --xmax 8", "--xmin is not below --xmax"),
-        ("--data texts --lengths 64 --plot p.png --ymin -1", "--ymin is no limit of the figure"),
+        ("--data texts --lengths 64 --plot p.png --ymin -1", "--ymin is not a limit of the figure"),
     ],
 )
 def test_contradictions_are_named(longspan, model, line, message):

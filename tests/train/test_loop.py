@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_model_or_nowhere_is_named(
 ) -> None:
     """Half of the weights of another model would train without an error."""
     values = recipe(init_from={"path": str(tmp_path / "absent")})
-    with pytest.raises(DataError, match=r"absent is no checkpoint"):
+    with pytest.raises(DataError, match=r"absent is not a checkpoint"):
         train(TrainConfig.from_dict(values), tmp_path / "out", data_root=data_root)
     assert not (tmp_path / "out").exists()
     values = recipe(init_from={"path": str(run)})

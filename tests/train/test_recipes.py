@@ -159,7 +159,7 @@ def test_a_dry_run_looks_at_a_checkpoint_that_is_there_without_the_data(
     config = small(data_root, context_length=16).model_copy(update=begun)
     assert any("init_from" in note for note in resolve(config, "r", data_root=tmp_path).notes)
     (tmp_path / "before").mkdir()
-    with pytest.raises(DataError, match="is no checkpoint"):
+    with pytest.raises(DataError, match="is not a checkpoint"):
         resolve(config, "r", data_root=tmp_path)
 
 

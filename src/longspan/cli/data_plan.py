@@ -408,7 +408,7 @@ def _mos_id(mos: str, ids: dict[str, int | None]) -> int | None:
     known = ids.get(f"{mos}_id") if mos in ("bos", "eos") else int(mos) if mos.isdecimal() else None
     if known is None:
         raise ArgumentError(
-            "--mos is no token of the tokenizer", found=mos, allowed="none, bos, eos or an id"
+            "--mos is not a token of the tokenizer", found=mos, allowed="none, bos, eos or an id"
         )
     return known
 

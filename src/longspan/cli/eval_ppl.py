@@ -194,7 +194,9 @@ def _check_limits(low: str, least: float | None, high: str, most: float | None) 
 
     for name, value in ((low, least), (high, most)):
         if value is not None and not 0 < value < float("inf"):
-            raise ArgumentError(f"{name} is no limit of the figure", found=value, allowed="numbers above 0")
+            raise ArgumentError(
+                f"{name} is not a limit of the figure", found=value, allowed="numbers above 0"
+            )
     if least is not None and most is not None and least >= most:
         raise ArgumentError(f"{low} is not below {high}", found=f"{least:g} and {most:g}")
 

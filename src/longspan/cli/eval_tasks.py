@@ -224,7 +224,7 @@ def longqa(
         bool,
         typer.Option(
             "--strict",
-            help="Stop at the first record that is no question. Default: they are left out and counted.",
+            help="Stop at the first record that is not a question. Default: they are left out and counted.",
         ),
     ] = False,
     too_long: TooLongOption = "refuse",

@@ -275,7 +275,7 @@ def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerConfig 
 def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Iterator[AskedModel]:
     """Open the model that the options name, and close it in the end; `prompts`: how it is asked.
 
-    With several processes this returns in the first alone: the others do its bidding and end here.
+    With several processes this returns in the first alone: the others follow its commands and end here.
     """
     from longspan.core.units import parse_length
     from longspan.infer.opening import open_answerer
@@ -322,7 +322,7 @@ def _refuse_weights(options: ModelOptions) -> None:
     given = {"--rope": options.rope, "--rope-theta": options.rope_theta, "--dtype": options.dtype}
     named = [name for name, value in given.items() if value is not None]
     if named:
-        raise ArgumentError("how a server runs its model is its own affair", found=" ".join(named))
+        raise ArgumentError("how a model runs behind a server is decided there", found=" ".join(named))
 
 
 def find_source(options: ModelOptions) -> ModelSource:

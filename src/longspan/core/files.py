@@ -215,7 +215,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Hand every file below `folder` to the disk: a power cut must not leave empty files in place."""
+    """Flush every file below `folder` to the disk: a power cut must not leave empty files in place."""
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             if path.is_file() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""Signs of life from deep inside a step, for whoever watches the process: one step of long rows may take minutes."""
+"""Heartbeats from deep inside a step, for the watchdog of the process: one step of long rows may take minutes."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def effective_context(
 ) -> Effective:
     """Return the longest length at which, as at every shorter one, the lower 95 % bound exceeds `threshold`.
 
-    `by_length` is pooled over depths, subtasks and questions. A length without a score ends the way.
+    `by_length` is pooled over depths, subtasks and questions. A length without a score ends the search.
 
     >>> rows = {n: (wilson_interval(right, 40), 40) for n, right in {1024: 40, 2048: 39, 4096: 30}.items()}
     >>> effective_context(rows).length

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 PORTS = range(20000, 50000)
-"""Ports that jobs meet at, one by their number: two jobs on a node seldom meet."""
+"""Ports for the rendezvous, one of them by the job's number: two jobs on a node seldom collide."""
 
 
 class Launched(NamedTuple):
@@ -48,7 +48,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
 
 
 def is_first() -> bool:
-    """Return whether this process speaks for the run: rank 0, or the only one."""
+    """Return whether this process logs and writes for the run: rank 0, or the only one."""
     found = launched()
     return found is None or found.rank == 0
 

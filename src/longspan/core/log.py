@@ -29,7 +29,7 @@ def printable(name: str) -> str:
 
 
 def _with_printable_names(record: logging.LogRecord) -> bool:
-    """Let no name of a file that is not UTF-8 end whoever writes the message to a file or sends it on."""
+    """Make file names that are not UTF-8 printable, so that no handler fails on the message."""
     message = record.getMessage()
     if not message.isascii():
         record.msg, record.args = printable(message), None

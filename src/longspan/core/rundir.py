@@ -78,7 +78,7 @@ class RunDir:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and record its seconds, also when it fails; `phase_seconds` adds up all takes."""
+        """Time a phase and record its seconds, also when it fails; `phase_seconds` adds up all attempts."""
         started = time.monotonic()
         try:
             yield
@@ -86,7 +86,7 @@ class RunDir:
             self.event("phase", phase=name, seconds=round(time.monotonic() - started, 2))
 
     def phase_seconds(self) -> dict[str, float]:
-        """Return the seconds spent in each phase, over all takes of this run."""
+        """Return the seconds spent in each phase, over all attempts of this run."""
         totals: dict[str, float] = {}
         for record in read_jsonl(self.path / "events.jsonl"):
             if record.get("event") == "phase":
@@ -99,7 +99,7 @@ class RunDir:
         return (self.path / "COMPLETE").exists()
 
     def mark_complete(self) -> None:
-        """Say that the run reached its end; the last thing a run does."""
+        """Mark the run as complete; the last thing a run does."""
         with atomic_write(self.path / "COMPLETE", "w") as file:
             file.write(datetime.now(UTC).isoformat(timespec="seconds") + "\n")
 

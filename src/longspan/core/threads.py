@@ -6,9 +6,9 @@ import os
 from collections.abc import MutableMapping
 
 SPIN_TURNS = 10_000
-"""Turns of a waiting loop before a thread sleeps: tens of microseconds, longer than most waits between two loops."""
+"""Spins before a waiting thread sleeps: tens of microseconds, longer than most waits between two loops."""
 WAITING_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-"""A user who has set one of these has decided."""
+"""Where the user has set one of these, it stays."""
 
 
 def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:

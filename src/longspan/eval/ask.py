@@ -1,4 +1,4 @@
-"""One question on long texts, put together to be looked at: what `longspan ask` sends to a model.
+"""One question on long texts, composed and measured: what `longspan ask` sends to a model.
 
 context   the documents one after another, cut to the length that is asked for
 needle    a sentence put on a line of its own at a sentence border of the context

@@ -18,7 +18,7 @@ from longspan.core.units import parse_length
 
 
 def lengths_from(values: Any) -> Any:
-    """Read context lengths before validation; a value that is no text and no list is left to it."""
+    """Read context lengths before validation; a value that is neither text nor a list is left to it."""
     if isinstance(values, str):
         values = values.split(",")
     if not isinstance(values, list | tuple):
@@ -37,7 +37,7 @@ def lengths_from(values: Any) -> Any:
 
 
 def depths_from(values: Any) -> Any:
-    """Read depths before validation; a value that is no text and no list is left to it."""
+    """Read depths before validation; a value that is neither text nor a list is left to it."""
     if isinstance(values, str):
         values = values.split(",")
     if not isinstance(values, list | tuple):
@@ -93,6 +93,6 @@ def _depth(text: str) -> float:
         raise ValueError(f"{text!r} is not a depth, such as 0.5") from None
     if not 0.0 <= depth <= 1.0:
         raise ValueError(
-            f"{text.strip()} is no depth: these lie between 0 (start) and 1 (end of the haystack)"
+            f"{text.strip()} is not a depth: these lie between 0 (start) and 1 (end of the haystack)"
         )
     return depth

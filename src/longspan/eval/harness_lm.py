@@ -1,4 +1,4 @@
-"""What lm-eval asks of a model, answered by anything of ours that answers: local, several ranks, a server.
+"""lm-eval's requests, answered by any of our backends: this process, several ranks, a server.
 
     lm = HarnessLM(answerer, PromptForm(tokenizer))
     lm_eval.evaluate(lm, TaskManager().load(["mmlu"]))        # or eval.harness.run_harness, which resumes

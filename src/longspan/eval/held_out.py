@@ -77,7 +77,7 @@ def describe_documents(documents: Sequence[HeldOutDocument]) -> dict[str, Any]:
 
 
 def default_documents() -> list[HeldOutDocument]:
-    """Return the haystack of those who bring none: the reference prose that comes with every CPython.
+    """Return the default haystack: the reference prose that comes with every CPython.
 
     About 460 thousand characters on 79 topics, read on this machine; the exact texts follow the
     interpreter's version and are identified in the header of the records. A model trained on public text

@@ -69,7 +69,7 @@ class LongQaData(NamedTuple):
     sha256: dict[str, str]
     """Of each file, by name."""
     left_out: int = 0
-    """Records that are no questions."""
+    """Records that are not questions."""
 
 
 class LongQaConfig(Config):
@@ -215,7 +215,7 @@ def read_longqa(paths: Sequence[str | Path], *, strict: bool = False) -> LongQaD
     """Read records with context, input (or question), answers (or answer), and optional fields.
 
     JSON lines, or another format by its ending. `dataset` is the file's name where samples do not say; `metric` and
-    `all_classes` are optional. What is no question is left out, counted and named in a warning.
+    `all_classes` are optional. What is not a question is left out, counted and named in a warning.
 
     Raises:
         DataError: a file is missing or damaged, or none holds a question; (`strict`) a record is none.

@@ -174,7 +174,7 @@ class RecordsWriter:
 
 
 def _refuse_other_files(path: Path) -> None:
-    """Raise DataError for a file that is no records file, before its last line is taken for a torn one."""
+    """Raise DataError for a file that is not a records file, before its last line is taken for a torn one."""
     if not path.exists():
         return
     first = next(read_jsonl(path), None)

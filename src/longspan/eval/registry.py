@@ -1,6 +1,6 @@
 """The evaluation tasks: what records call them, what they ask, and along which fields a report lays them out.
 
-A task of one's own is one file and one entry:
+A task of your own is one file and one entry:
 
     from longspan.eval.registry import Axes, TaskEntry, register
 
@@ -211,7 +211,7 @@ def _register_installed() -> None:
         entry = point.load()
         if not isinstance(entry, TaskEntry):
             raise ArgumentError(
-                f"the entry point {point.name} of {ENTRY_POINTS} is no task",
+                f"the entry point {point.name} of {ENTRY_POINTS} is not a task",
                 found=type(entry).__name__,
                 allowed="a TaskEntry",
             )

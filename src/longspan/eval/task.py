@@ -1,4 +1,4 @@
-"""What every evaluation has in common: samples that are planned at once and composed when their turn comes.
+"""What every evaluation has in common: samples are planned at once and composed when their turn comes.
 
 plan()          all samples by key, nothing composed: what is recorded already is left out by key
 build(planned)  one prompt, with what is recorded of it; DataError: this sample is unscored, with that reason

@@ -99,7 +99,7 @@ class TopicsConfig(Config):
             return value
         parts = [part.strip() for part in value.split(",")]
         if not all(part.isdecimal() for part in parts):
-            raise ValueError("these are no counts, such as 5,10,20")
+            raise ValueError("these are not counts, such as 5,10,20")
         return [int(part) for part in parts]
 
     @pydantic.model_validator(mode="after")

@@ -95,7 +95,7 @@ class SpreadModel:
         self._share = Share(model, ranks=mesh.cp_size)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told, while a call answers, which share of its work is done; see `infer.requests.Watched`."""
+        """Report progress while a call answers: the share of its work that is done; see `infer.requests.Watched`."""
         self._share.on_share = on_share
         return True
 
@@ -152,7 +152,7 @@ class SpreadModel:
         return losses
 
     def close(self) -> None:
-        """Let go of nothing: model and groups are the caller's."""
+        """Do nothing: model and groups belong to the caller."""
 
     def _refuse(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer], None, list[int]]:
         """Answer requests that are too long with an error; return the indices of the others."""
@@ -343,7 +343,7 @@ class SpreadModel:
         )
 
     def _most_likely(self, hidden_BD: torch.Tensor) -> list[int]:
-        """Return the most likely next token of each sequence; -1 where the logits are no finite numbers."""
+        """Return the most likely next token of each sequence; -1 where the logits are not finite numbers."""
         logits_BV = torch.nn.functional.linear(hidden_BD, lm_head_weight(self._model)).float()
         highest_B, tokens_B = logits_BV.max(dim=-1)
         tokens_B = tokens_B.masked_fill(~highest_B.isfinite(), -1)

@@ -161,7 +161,7 @@ class Leader:
         yield from self._together("score", list(requests))
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told which share of a call's work is done, where this rank's part says so; see `Watched`."""
+        """Report progress: the share of a call's work that is done, where this rank's part says so; see `Watched`."""
         return isinstance(self._member, Watched) and self._member.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:

@@ -87,7 +87,7 @@ class Engine:
         batch_tokens: tokens of a forward pass at most; on a CPU no more than `CPU_PASS_TOKENS`.
         cache_tokens: tokens of branches whose keys are held at once; None = `CACHE_PASSES` full passes, fewer where
             memory is short.
-        available: tells the free bytes of a device; None is no limit. Of several ranks all have to hear the same.
+        available: tells the free bytes of a device; None: no limit. All ranks have to be told the same.
 
     Raises:
         ArgumentError: a model whose logits are more than a product with its output embedding.
@@ -104,7 +104,7 @@ class Engine:
         lm_head_weight(model)
         self.counters = Counters()
         self.on_share: Callable[[float], None] | None = None
-        """Is told, while a call of `run` reads and writes, which share of its work is done."""
+        """Called while `run` reads and writes, with the share of its work that is done."""
         self.model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
         self._available = available
         self._pass_tokens = batch_tokens
@@ -359,7 +359,7 @@ class _JobsRun:
         self._total = max(total, 1.0)
 
     def worked(self, operations: float) -> None:
-        """Tell how far the run has come."""
+        """Report how far the run has come."""
         self._work += operations
         if self._engine.on_share is not None:
             self._engine.on_share(min(1.0, self._work / self._total))

@@ -64,7 +64,7 @@ def generate_greedy(
                 ).logits
             start += input_1T.shape[1]
             highest_11, token_11 = logits_11V[:, -1].float().max(dim=-1, keepdim=True)
-            # The highest is no number where any is not, and may stand above tokens that the model rules out (-inf).
+            # The highest is NaN where any is, and may stand above tokens that the model rules out (-inf).
             if not bool(highest_11.isfinite()):
                 raise NotFiniteError(NOT_FINITE)
             input_1T = token_11

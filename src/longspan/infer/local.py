@@ -29,7 +29,7 @@ class LocalAnswerer:
         max_length: longer requests are answered with an error; None = no limit.
         batch_tokens: tokens in one forward pass.
         cache_tokens: tokens of branches whose keys are held at once; see `infer.engine.Engine`.
-        available: tells the free bytes of a device; of several ranks all have to hear the same.
+        available: tells the free bytes of a device; all ranks have to be told the same.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LocalAnswerer:
         self._on_share: Callable[[float], None] | None = None
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told, while a call answers, which share of its work is done; see `infer.requests.Watched`."""
+        """Report progress while a call answers: the share of its work that is done; see `infer.requests.Watched`."""
         self._on_share = on_share
         return True
 
@@ -80,7 +80,7 @@ class LocalAnswerer:
     def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
         """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes.
 
-        The pieces are the answer's text, but for bytes that are no text.
+        The pieces are the answer's text, but for bytes that are not text.
         """
         return next(answer for _, answer in self._generate([request], [on_text]))
 
@@ -119,7 +119,7 @@ class LocalAnswerer:
             )
 
     def close(self) -> None:
-        """Let go of nothing: the model is the caller's."""
+        """Do nothing: the model belongs to the caller."""
 
     def _generate(
         self, requests: Sequence[Request], listeners: Sequence[Callable[[str], None] | None]

@@ -158,7 +158,7 @@ def open_answerer(
     if remote is not None:
         if tp > 1 or cp > 1 or replicas > 1:
             raise ArgumentError(
-                "how a server runs its model is its own affair", found="--tp, --cp or --replicas"
+                "how a model runs behind a server is decided there", found="--tp, --cp or --replicas"
             )
         how = server or ServerConfig()
         return open_remote(
@@ -329,7 +329,7 @@ class ModelHere:
         return self.answerer.score(requests)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told which share of a call's work is done; see `infer.requests.Watched`."""
+        """Report progress: the share of a call's work that is done; see `infer.requests.Watched`."""
         return isinstance(self.answerer, Watched) and self.answerer.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
@@ -338,5 +338,5 @@ class ModelHere:
         return token_nll(self._model, windows, batch_tokens=self._batch_tokens)
 
     def close(self) -> None:
-        """Let go of nothing: the model is the caller's."""
+        """Do nothing: the model belongs to the caller."""
         self.answerer.close()

@@ -52,7 +52,7 @@ class PlainAnswerer:
         self._share = Share(model)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told, while a call answers, which share of its work is done; see `infer.requests.Watched`."""
+        """Report progress while a call answers: the share of its work that is done; see `infer.requests.Watched`."""
         self._share.on_share = on_share
         return True
 
@@ -107,7 +107,7 @@ class PlainAnswerer:
             yield index, scored(request, nll, argmax_ids, self._tokenizer, seconds=seconds)
 
     def close(self) -> None:
-        """Let go of nothing: the model is the caller's."""
+        """Do nothing: the model belongs to the caller."""
 
     def _work(self, request: Request, new_tokens: int) -> float:
         """Return the work of a request; one that is too long is none."""

@@ -220,7 +220,7 @@ class RemoteAnswerer:
         )
 
     def _compare_counts(self, request: Request, result: ChatResult) -> None:
-        """Say once that the server counts other tokens than we do: lengths are then not what they are said to be."""
+        """Warn once that the server counts other tokens than we do: lengths are then not what they are stated to be."""
         ours, theirs = self._count(request) or 0, result.usage.prompt_tokens
         if not ours or not theirs or result.usage.estimated or "tokens" in self._explained:
             return

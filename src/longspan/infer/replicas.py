@@ -59,7 +59,7 @@ class Replica:
         yield from self._gather(self._own("score", requests, shares))
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told which share of this replica's part is done, which is about that of all: parts are alike."""
+        """Report progress: the share of this replica's part that is done, about that of all as parts are alike."""
         return isinstance(self._member, Watched) and self._member.watch(on_share)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:

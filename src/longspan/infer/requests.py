@@ -108,7 +108,7 @@ class Answerer(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what it holds: processes, connections."""
+        """Release its processes and connections."""
         ...
 
 
@@ -122,7 +122,7 @@ class Watched(Protocol):
     """An answerer that says how far it has come between two answers."""
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Have told, while a call answers, which share of its work is done, from 0 to 1; None: no more.
+        """Report progress while a call answers: the share of its work that is done, 0 to 1; None: no more.
 
         Returns:
             Whether it will be told: what runs the requests may not say.

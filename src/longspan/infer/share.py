@@ -1,4 +1,4 @@
-"""How far a call has come, told layer by layer: a pass over a whole prompt may take minutes.
+"""Progress of a call, reported layer by layer: a pass over a whole prompt may take minutes.
 
 Work is reckoned in operations beforehand (`infer.flops`), and told as the share of it that is done.
 """
@@ -18,7 +18,7 @@ STEP_TOKENS = 32
 
 
 class Share:
-    """The share of a call's work that is done; `on_share` is told it whenever it grows.
+    """The share of a call's work that is done; `on_share` is called with it whenever it grows.
 
     Args:
         model: its config says what tokens cost, its layers when they have run.
@@ -32,7 +32,7 @@ class Share:
         self._done, self._total = 0.0, 1.0
 
     def begin(self, total: float) -> None:
-        """Begin a call that has so much to do, in operations."""
+        """Begin a call with this much work, in operations."""
         self._done, self._total = 0.0, max(total, 1.0)
 
     def reading(self, start: int, tokens: int) -> float:
@@ -45,11 +45,11 @@ class Share:
         return linear + (self._flops.reading(start, tokens) - linear) / self._ranks
 
     def steps(self, count: int) -> float:
-        """Return the operations that so many steps of decoding stand for."""
+        """Return the operations of that number of decoding steps."""
         return max(count, 0) * STEP_TOKENS * self._flops.per_token
 
     def done(self, operations: float) -> None:
-        """Tell that so much more is done."""
+        """Report that this much more is done."""
         self._done += operations
         if self.on_share is not None and operations > 0:
             self.on_share(min(1.0, self._done / self._total))

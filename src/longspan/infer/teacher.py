@@ -65,7 +65,7 @@ class Teacher(Protocol):
 
         Raises:
             ArgumentError: k is below 1 or beyond the vocabulary.
-            DataError: what it predicts is no number.
+            DataError: what it predicts is not a number.
         """
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ def _to_numpy(found: Sequence[torch.Tensor]) -> TopK:
     ids, logprobs, tail = found
     if bool(tail.isnan().any()) or bool(logprobs.isnan().any()):
         raise DataError(
-            "what the teacher predicts is no number",
+            "what the teacher predicts is not a number",
             found=f"NaN after {int(tail.isnan().sum())} of {len(tail)} tokens",
             fix="run it in bfloat16 or float32 (--model-dtype) if float16 overflows; else its weights are broken",
         )

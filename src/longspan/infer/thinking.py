@@ -86,7 +86,7 @@ _TURN_ENDS = (
     "</s>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-"""What ends turns and texts, left at the end of an answer where it is no stop token or a server shows it."""
+"""What ends turns and texts, left at the end of an answer where it is not a stop token or a server shows it."""
 _SMALL = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 _FOLDED = tuple(Marks(*(mark.translate(_SMALL) for mark in marks)) for marks in MARKS)
 """The marks as they stand in a text whose ASCII letters are small; the length of a text stays."""

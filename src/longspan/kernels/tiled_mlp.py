@@ -1,6 +1,6 @@
 """The MLP of a block over tiles of tokens: its intermediate [tokens, intermediate] never exists.
 
-An MLP treats every token alone, so its forward pass runs tile after tile and keeps only its input; the backward
+An MLP treats every token by itself, so its forward pass runs tile after tile and keeps only its input; the backward
 pass computes each tile again and takes its gradients. Memory beyond input, output and gradients is that of one
 tile: for 65,536 tokens and an intermediate size of 14,336 in bf16, a tile of 2,048 tokens replaces the 5.3 GiB of
 the three intermediates by 0.17 GiB. Cost: one more forward pass of the MLP, but none where the block is
@@ -120,7 +120,7 @@ def check_token_wise(mlp: torch.nn.Module) -> None:
             )
         if own and not isinstance(layer, (torch.nn.Linear, *NORMS, *CONTAINERS)):
             raise ArgumentError(
-                f"{name} is not known to treat every token alone, so it cannot run in tiles",
+                f"{name} is not known to treat every token by itself, so it cannot run in tiles",
                 found=f"{path or 'itself'} is a {kind} with parameters {', '.join(own)}",
                 allowed="MLPs of linear layers and activation functions; no mixture of experts",
                 fix="train this model without the tiled MLP",

@@ -18,7 +18,7 @@ library_name: peft
 # Adapter for long contexts
 
 It was trained beside `{base}` with another RoPE and context length than that folder may have. An adapter has no place
-for them: `PeftModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` take those of the base, without a word,
+for them: `PeftModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` take those of the base, silently,
 and the model then answers wrongly on long inputs. {how}
 
 `max_position_embeddings`: {context}, `rope_parameters`:

@@ -2,7 +2,7 @@
 
 `register()` adds two functions named "longspan": the attention itself, which gets the document table as the
 keyword `documents`, and a mask builder that builds nothing. What this attention cannot express is refused
-with a message, never dropped: transformers drops an unknown kernel's padding mask without a word.
+with a message, never dropped: transformers silently drops an unknown kernel's padding mask.
 
 Shape legend: B = batch, H = query heads, K = key/value heads, Q = query tokens, S = key tokens, D = head dim.
 """

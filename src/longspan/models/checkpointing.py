@@ -108,9 +108,7 @@ class HostOffload:
 
     def _pack(self, tensor: torch.Tensor) -> _Saved:
         if tensor.device.type == "cpu":
-            log_once(
-                "models.checkpointing", "activations are offloaded from host to host: a copy for nothing"
-            )
+            log_once("models.checkpointing", "activations are offloaded from host to host: a needless copy")
         self._settle()
         tensor = tensor.detach()
         saved = _Saved(tensor, self._latest)

@@ -79,12 +79,12 @@ def reading_quantized(config: PretrainedConfig, path: str | Path) -> Iterator[No
 
 
 def language_model(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """Return the causal language model inside one that reads images or sound too; the rest is left out, aloud.
+    """Return the causal language model inside one that reads images or sound too; the rest is left out, with a warning.
 
     A model of text alone is returned as it is. The parameters are shared, not copied.
 
     Raises:
-        ArgumentError: one whose language model is no causal model that transformers knows.
+        ArgumentError: one whose language model is not a causal model that transformers knows.
     """
     text = text_config(model.config)
     if text is model.config:

@@ -189,7 +189,7 @@ def own_config(path: str | Path, *, base: str | None = None, as_saved: bool = Fa
     """Return the config of a model in a folder or by hub name; of an adapter without one, that of its base.
 
     Where weights are known to work with another RoPE than their config says (`models.known_checkpoints`), that takes
-    its place, aloud, unless it is wanted `as_saved`. `base` replaces the one that the adapter names.
+    its place, with a message, unless it is wanted `as_saved`. `base` replaces the one that the adapter names.
 
     Raises:
         DataError: nothing says how the model is made.

@@ -17,7 +17,7 @@ def model_identity(
 ) -> dict[str, Any]:
     """Return path, fingerprint and RoPE of a model loaded from the folder or hub name `path`.
 
-    The fingerprint covers the bytes of the weight files (a hub name is taken at its word), those of an adapter's
+    The fingerprint covers the bytes of the weight files (a hub name is taken as given), those of an adapter's
     base by the fingerprint that it keeps, and the frequencies that the model really uses, so the same weights with
     another RoPE are another model. `shown_as` replaces the path in the record.
     """

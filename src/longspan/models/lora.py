@@ -307,7 +307,7 @@ def attach(model: PreTrainedModel, config: Any, tensors: Mapping[str, torch.Tens
 def base_fingerprint(origin: str | Path) -> str | None:
     """Return 16 hex characters for the weights in a local folder: names, sizes and both ends of each file.
 
-    Cost: 2 MiB read per file. None for a hub name, which is taken at its word.
+    Cost: 2 MiB read per file. None for a hub name, which is taken as given.
     """
     files = sorted(Path(origin).glob("*.safetensors"))
     if not files:
@@ -387,7 +387,7 @@ def _places(model: nn.Module, config: LoraConfig) -> _TargetLayers:
                 raise ConfigError(
                     f"lora.target_modules: no linear layer is called {word!r}",
                     allowed="all-linear, or of " + ", ".join(names),
-                    fix="what is no linear layer, such as an embedding, can be named in lora.trainable",
+                    fix="what is not a linear layer, such as an embedding, can be named in lora.trainable",
                 )
             targets += [name for name in found if name not in targets]
     return _TargetLayers(targets, _trainable(model, config, targets))

@@ -32,7 +32,7 @@ _NOT_THERE = (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError)
 
 
 def adapter_folder(path: str | Path) -> Path | None:
-    """Return the local folder of an adapter, fetched from the hub where `path` is a name; None: it is no adapter.
+    """Return the local folder of an adapter, fetched from the hub where `path` is a name; None: it is not an adapter.
 
     None, too, for a name that cannot be had: whoever loads it says so.
     """

@@ -121,9 +121,7 @@ class KeyValueCache:
             return tensor
         on_gpu = tensor.device.type == "cuda"
         if not on_gpu:
-            log_once(
-                "models.recurrent", "keys and values are offloaded from host to host: copies for nothing"
-            )
+            log_once("models.recurrent", "keys and values are offloaded from host to host: needless copies")
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu) if into is None else into
         with self._copying(tensor.device, behind_compute=True) as stream:
             host.copy_(tensor, non_blocking=True)

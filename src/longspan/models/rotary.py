@@ -99,7 +99,7 @@ def hold_frequencies(model: nn.Module, tokens: int) -> None:
 def exact_angles(model: nn.Module) -> int:
     """Let the rotary modules of a model compute cos and sin from fp64 angles; return how many do.
 
-    A module that lays out its angles otherwise than as two equal halves is left as it is. Twice is as once.
+    A module that lays out its angles otherwise than as two equal halves is left as it is. Calling it again is harmless.
     """
     count = 0
     for module in model.modules():

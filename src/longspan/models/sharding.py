@@ -1,4 +1,4 @@
-"""Sequence parallelism for people with their own loop: one batch in, this rank's part of it out."""
+"""Context parallelism in a training loop of your own: one batch in, this rank's part of it out."""
 
 from __future__ import annotations
 

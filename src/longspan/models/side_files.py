@@ -1,7 +1,7 @@
 """Files beside the weights of a model folder: tokenizer, settings of generation, names that older readers know.
 
 transformers 5 writes RoPE as `rope_parameters`. transformers 4, vLLM and the converters of llama.cpp read other names
-and take defaults, without a word, where they do not find them:
+and silently take defaults where they do not find them:
 
     rope_theta, partial_rotary_factor, rope_scaling      the settings of one RoPE, apart
     original_max_position_embeddings                     of LongRoPE, at the top; transformers 5 prefers it in Phi-3

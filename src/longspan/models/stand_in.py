@@ -52,7 +52,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a config with few weights: the same kinds of layers, heads of the same size."""
     small = copy.deepcopy(config)
     text = text_config(small)
-    # How weights are stored is no matter of their shape.
+    # How weights are stored does not change their shape.
     vars(small).pop("quantization_config", None)
     for name in getattr(small, "sub_configs", {}):
         part = getattr(small, name, None)

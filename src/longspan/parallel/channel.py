@@ -1,4 +1,4 @@
-"""What one rank says to the others of its group, counted.
+"""Communication of one rank with its group, with its bytes counted.
 
 A thin layer over torch.distributed: ranks are ranks of the group, every call adds the bytes this rank sends to
 other ranks to `Channel.sent`, and starts a transfer that is waited for later, so that it runs while a block is

@@ -89,7 +89,7 @@ class Peers:
             raise
 
     def failure(self, *, wait_seconds: float = 0.0) -> str | None:
-        """Return what the first peer that failed by itself said, waiting for one to say it; None: no peer has."""
+        """Return the message of the first peer that failed by itself, waiting for one; None: no peer has failed."""
         deadline = time.monotonic() + wait_seconds
         while not self._failures and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -115,7 +115,7 @@ class Peers:
         self._folder.cleanup()
 
     def _listen(self) -> None:
-        """Hear what peers say until one fails, and end this process if it does not notice that."""
+        """Read the messages of peers until one fails, and end this process if it does not notice that."""
         by_connection: dict[object, int] = {
             connection: rank for rank, (_, connection) in enumerate(self._ranks, start=1)
         }
@@ -130,9 +130,9 @@ class Peers:
                 try:
                     is_loss, message = self._ranks[rank - 1][1].recv()
                 except (EOFError, OSError):
-                    is_loss, message = False, "the process has ended without a word, as when memory is short"
+                    is_loss, message = False, "the process ended without a message, as when memory runs out"
                 if is_loss:
-                    # It lost another: what happened there is the news, if it comes.
+                    # It lost another process: the message of that one is the cause, if it comes.
                     lost[rank] = message
                     deadline = time.monotonic() + 5.0
                 else:

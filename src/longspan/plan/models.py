@@ -78,7 +78,7 @@ def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
     """Return the shape that a Hugging Face config (the dict of a `config.json`) describes.
 
     Raises:
-        DataError: sizes are missing, or the model is no dense decoder (mixtures of experts).
+        DataError: sizes are missing, or the model is not a dense decoder (mixtures of experts).
     """
     text = config.get("text_config") or config
     missing = [key for key in REQUIRED if not isinstance(text.get(key), int)]

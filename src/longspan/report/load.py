@@ -207,7 +207,7 @@ def _record_file(path: Path) -> RecordFile | None:
             )
         sample = parse_sample(task, line, where)
         key = _key(sample)
-        # A sample counted twice would shrink every interval without a word; one tried again has its last word.
+        # A sample counted twice would silently shrink every interval; of one tried again the last record counts.
         if key in samples and samples[key].unscored is None:
             raise DataError(
                 f"{where} repeats an earlier sample", found=f"id={sample.id!r}, length={sample.length}"

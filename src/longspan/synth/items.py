@@ -59,7 +59,7 @@ class Rejected(NamedTuple):
 
 
 class _RejectedError(Exception):
-    """This object is no item; the message is the reason."""
+    """This object is not an item; the message is the reason."""
 
 
 class Shown(NamedTuple):

@@ -51,7 +51,7 @@ def total_weight(rows: Sequence[PackedRow]) -> float:
     total = 0.0
     for row in rows:
         weights = np.ones(len(row.input_ids)) if row.weights is None else row.weights.astype(np.float64)
-        # The first token of a document is nobody's label.
+        # The first token of a document is never a label.
         total += float(weights.sum() - weights[row.cu_seqlens[:-1]].sum())
     return total
 
@@ -73,7 +73,7 @@ def _shares(row: PackedRow, over: LossAverage) -> np.ndarray:
     """Return the weights of a row, float32 [T], that sum to 1 over the labels of each document or of all."""
     weights = np.ones(len(row.input_ids)) if row.weights is None else row.weights.astype(np.float64)
     starts = row.cu_seqlens[:-1]
-    # The first token of a document is nobody's label, as in `total_weight`.
+    # The first token of a document is never a label, as in `total_weight`.
     weights[starts] = 0
     sums = np.add.reduceat(weights, starts)
     if over == "rows":

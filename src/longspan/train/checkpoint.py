@@ -194,7 +194,7 @@ class Checkpointer:
 def load_latest(folder: Path, *, config_fingerprint: str) -> Checkpoint | None:
     """Return the newest whole checkpoint, or None when there is none; all ranks call it and get the same one.
 
-    A damaged checkpoint is passed over, aloud, for the one before it.
+    A damaged checkpoint is skipped, with a warning, for the one before it.
 
     Raises:
         DataError: a checkpoint belongs to another recipe, or all are damaged.
@@ -233,7 +233,7 @@ def find_checkpoint(path: Path) -> Path:
     found = _checkpoints(path / "checkpoints") or [path]
     if not (found[-1] / "state.json").is_file():
         raise DataError(
-            f"{path} is no checkpoint",
+            f"{path} is not a checkpoint",
             found="no state.json and no checkpoints/" if path.is_dir() else "no such folder",
             fix="name a run folder or one of its checkpoints/step-*",
         )

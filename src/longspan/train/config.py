@@ -109,7 +109,7 @@ class PoseConfig(Config):
     """Training for a long context on short rows, with skipped positions (PoSE, arXiv:2309.10400)."""
 
     target_length: Length = pydantic.Field(ge=2)
-    """Context whose positions are practised."""
+    """Context whose positions are trained."""
     chunks: int = pydantic.Field(2, ge=2)
     """Pieces of each document between which positions are skipped."""
 
@@ -163,7 +163,7 @@ class StageConfig(Config):
     max_epochs: int = pydantic.Field(1, ge=1)
     """How often the rows of a stream may be seen; a stage that needs more is refused before it starts."""
     streams: dict[str, StreamConfig] = pydantic.Field(default_factory=dict)
-    """Where rows come from, by a name of one's own."""
+    """Sources of rows, by a name of your choice."""
     shares: Literal["weights", "rows"] = "weights"
     """Streams are drawn from by their weights, or by how many rows each has, so that all end together."""
 

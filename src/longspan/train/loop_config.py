@@ -1,4 +1,4 @@
-"""Settings of the loop around the steps: what it learns from and measures, whom it tells, how the machine is used."""
+"""Settings of the training loop: where it starts, what it measures, where metrics go, how the machine is used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DistillConfig(Config):
     weight: float = pydantic.Field(0.5, ge=0, le=1)
     """Share of the divergence from the teacher in the loss; the rest is the cross-entropy of the next token."""
     temperature: float = pydantic.Field(1.0, gt=0)
-    """Flattens both distributions before they are compared; the divergence is scaled by its square."""
+    """Temperature: flattens both distributions before they are compared; the divergence is scaled by its square."""
 
 
 class ValidationConfig(Config):
@@ -62,7 +62,7 @@ class WandbConfig(Config):
 
 
 class TrackingConfig(Config):
-    """Who is told beside `metrics.jsonl`, which is always written."""
+    """Where metrics go beside `metrics.jsonl`, which is always written."""
 
     tensorboard: bool = False
     """Write event files to `RUN/tensorboard`."""
@@ -75,6 +75,6 @@ class RuntimeConfig(Config):
     compile_blocks: bool = False
     """Compile each transformer block with torch.compile; attention stays as it is. The first step takes minutes."""
     empty_cache_every: int | None = pydantic.Field(None, ge=1)
-    """Optimizer steps after which memory that torch keeps on the GPU for reuse is given back. None: never."""
+    """Optimizer steps after which the cache of torch's GPU allocator is emptied. None: never."""
     expandable_segments: bool = True
     """Let torch grow its segments of GPU memory, so that rows of many lengths do not fragment it."""

@@ -1,4 +1,4 @@
-"""What a step says of itself: loss by source, position and document length; speed, FLOPs and memory."""
+"""What is recorded of a step: loss by source, position and document length; speed, FLOPs and memory."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def parse_records(entry: str) -> Records:
     """Return the parts of `path`, `path[5000]` or `path[:5000]`.
 
     Raises:
-        ConfigError: what stands in the brackets is no positive number.
+        ConfigError: what stands in the brackets is not a positive number.
     """
     match = _SAMPLED.fullmatch(entry)
     assert match is not None, "the pattern takes any text"

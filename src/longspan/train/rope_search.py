@@ -56,7 +56,7 @@ def search_rope(
         raise ConfigError("no such stage", found=stage_name, allowed=[each.name for each in config.stages])
     if config.model.path is None:
         raise ConfigError(
-            "a model from scratch has learnt no RoPE that factors could spare", fix="set model.path"
+            "a model from scratch has no trained RoPE for the factors to preserve", fix="set model.path"
         )
     root = Path(data_root) / config.data_root
     folder = root / config.model.path

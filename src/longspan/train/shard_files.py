@@ -88,7 +88,7 @@ class PartFiles:
     """Tensors by name, put together from the parts in several files; only the rows asked for are read.
 
     Raises:
-        DataError: a file is no such file.
+        DataError: a file is not of this kind.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: metrics.jsonl, validation.jsonl, events, the log, trackers, the bar."""
+"""What a run reports while it trains: metrics.jsonl, validation.jsonl, events, the log, trackers, the bar."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOST_STEPS = 10
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step says of itself; losses are None when it was skipped or had no labels."""
+    """What is recorded of one optimizer step; losses are None when it was skipped or had no labels."""
 
     loss: float | None
     grad_norm: float | None
@@ -74,7 +74,7 @@ class Timing(NamedTuple):
 
 
 class StageReport:
-    """Speaks for one stage, on the first rank. Numbers of speed are those of all ranks, memory is the first one's."""
+    """Reports on one stage, on the first rank. Numbers of speed are those of all ranks, memory is the first one's."""
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ def check_stage_ropes(
                 rotated = int(head_dim * stage.rope.get("partial_rotary_factor", partial))
                 rope_parameters({"rope_theta": 1.0, **stage.rope}, head_dim=rotated)
             used = own_rope if rope is None else rope
-            # With `rope_falls_short`, only what is no matter of length is checked.
+            # With `rope_falls_short`, only what does not depend on the length is checked.
             if used is not None and own_context and not stage.rope_falls_short:
                 check_reach(used, own_context=own_context, context=stage.reach)
         except ConfigError as error:

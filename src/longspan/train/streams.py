@@ -302,7 +302,7 @@ def _rows_have_masks(rows: RowSource, stores: list[TokenStore]) -> bool:
 
 
 def _rows_are_answers(rows: RowSource, stores: list[TokenStore]) -> bool:
-    """Whether the masks of packed rows say what an assistant wrote, and are no loss weights of texts."""
+    """Whether the masks of packed rows say what an assistant wrote, and are not loss weights of texts."""
     if isinstance(rows, PackedRows | RecutRows | HeadRows):
         return rows.mask_is == "answers"
     return any(_is_chat(store) and store.has_mask for store in stores)

@@ -1,4 +1,4 @@
-"""Metrics for other eyes: TensorBoard and Weights & Biases, beside metrics.jsonl, which is always written."""
+"""Metrics for external trackers, TensorBoard and Weights & Biases, beside metrics.jsonl, which is always written."""
 
 from __future__ import annotations
 

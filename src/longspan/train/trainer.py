@@ -95,7 +95,7 @@ class _RunContext(NamedTuple):
     checkpointer: Checkpointer
     validation: ValidationPlan | None
     after_step: Callable[[], None]
-    """Told after each step: the profiler."""
+    """Called after each step: the profiler."""
 
 
 def train(
@@ -105,7 +105,7 @@ def train(
 
     `data_root` is where relative store paths start. Writes `metrics.jsonl` (one line a step), `checkpoints/`
     and, for each finished stage, `stages/<name>/`: a Hugging Face folder. With several processes every one calls it,
-    all see the same folders, and the first one speaks. `profile` records some steps in `profile/`.
+    all see the same folders, and only the first one logs. `profile` records some steps in `profile/`.
 
     Raises:
         ConfigError, DataError: settings, stores or checkpoints do not fit; before the first step.
@@ -387,7 +387,7 @@ def _train_stage(
                 timing = Timing(took, waited, held, seconds)
                 report.write(result, rows, timing, step=step, stage_step=stage_step, tokens=tokens, lr=lr)
             run.after_step()
-            _give_back(config, step)
+            _empty_cache(config, step)
             last = stage_step == stage.num_steps
             if config.validation is not None and (last or step % config.validation.every_steps == 0):
                 measure()
@@ -410,7 +410,7 @@ def _set_rates(optimizers: Sequence[torch.optim.Optimizer], stage: StageConfig, 
     return factor * stage.lr
 
 
-def _give_back(config: TrainConfig, step: int) -> None:
+def _empty_cache(config: TrainConfig, step: int) -> None:
     every = config.runtime.empty_cache_every
     if every is not None and step % every == 0 and torch.cuda.is_available():
         torch.cuda.empty_cache()

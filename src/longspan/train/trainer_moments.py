@@ -53,7 +53,7 @@ def find_trainer_checkpoint(path: Path) -> Path | None:
 
 
 def check_init(config: TrainConfig, root: Path) -> None:
-    """Refuse an `init_from` that is no checkpoint, or one of a Trainer that cannot be gone on from, before work.
+    """Refuse an `init_from` that is not a checkpoint, or one of a Trainer that cannot be gone on from, before work.
 
     Raises:
         ConfigError: the recipe wants the weights of a Trainer's checkpoint, or has another optimizer.
@@ -143,7 +143,7 @@ def _parts(saved: Any, file: Path) -> tuple[dict[int, dict[str, Any]], list[dict
     groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(groups, list) or not state:
         raise DataError(
-            f"{file} is no state of an optimizer of torch",
+            f"{file} is not the state of a torch optimizer",
             found=", ".join(map(str, saved))[:100] if isinstance(saved, Mapping) else type(saved).__name__,
             allowed="state and param_groups; DeepSpeed's cannot be read",
         )

@@ -95,11 +95,11 @@ def validate(model: ModelWithLoss, plan: ValidationPlan, spread: Spread) -> list
             spread.beat(f"validation of {name} at {length} tokens")
             breakdown = _measure(model, rows, spread)
             total, labels = breakdown.total()
-            # A model that has fallen apart has no loss, and training decides for itself whether it goes on.
+            # A diverged model has no finite loss, and training decides for itself whether it goes on.
             loss = total / labels if labels and math.isfinite(total) else None
             records.append({
                 "name": name, "length": length, "windows": len(rows), "labels": labels, "loss": loss,
-                # A model that has fallen apart has a perplexity beyond any number that JSON knows.
+                # A diverged model has a perplexity beyond any number that JSON knows.
                 "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,
                 "loss_by_position": breakdown.by_position(), "seconds": round(time.monotonic() - started, 3),
             })  # fmt: skip
@@ -143,7 +143,7 @@ def _window(store: TokenStore, document: int, length: int, name: str, *, bos: in
         sources=np.zeros(1, np.uint16),
         source_names=(name,),
         continuation=np.zeros(1, bool),
-        # The first token of a window is nobody's label.
+        # The first token of a window is never a label.
         weights=np.ones(length, np.uint8)
         if mask is None
         else np.concatenate([np.zeros(len(frame), np.uint8), mask[: length - len(frame)]]),

@@ -122,7 +122,9 @@ def write_cepe_files(source: Path, out: Path, *, specials: Specials) -> None:
     documents = StoreDocuments([source], specials=specials)
     wrong = [name for name in documents.domains if "/" in name or name.startswith(".") or not name]
     if wrong:
-        raise ArgumentError("each source becomes a folder, and this is no name of one", found=repr(wrong[0]))
+        raise ArgumentError(
+            "each source becomes a folder, and this is not a valid name of one", found=repr(wrong[0])
+        )
     with atomic_dir(out) as folder, progress("write npy", total=len(documents.tokens), unit="docs") as bar:
 
         def ids_of(members: np.ndarray) -> Iterator[np.ndarray]:

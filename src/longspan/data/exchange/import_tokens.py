@@ -205,7 +205,7 @@ def _columns(folder: Path) -> Iterator[TokenDocument]:
             raise DataError(f"{folder / name}.npy cannot be read", found=str(error)) from None
         if column.ndim != 1 or column.dtype.kind not in kinds:
             raise DataError(
-                f"{folder / name}.npy is no such column", found=f"{column.dtype} {list(column.shape)}"
+                f"{folder / name}.npy is not such a column", found=f"{column.dtype} {list(column.shape)}"
             )
         return column
 

@@ -14,7 +14,7 @@ def array_job(environment: Mapping[str, str] | None = None) -> ArrayJob:
     """Return the job that SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT name; arrays may start at any number.
 
     Raises:
-        ArgumentError: this process is no job of an array.
+        ArgumentError: this process is not a job of an array.
     """
     environment = os.environ if environment is None else environment
     try:

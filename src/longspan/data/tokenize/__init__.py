@@ -1,7 +1,7 @@
 """Raw text to a token store, on any number of processes or machines, with the same bytes whatever they are.
 
 The input is cut into units by a rule that looks at the files alone. Whoever makes the piece of a unit reads,
-encodes and writes it without a word to anyone else; the pieces become the store without being copied.
+encodes and writes it without talking to the others; the pieces become the store without being copied.
 """
 
 from longspan.data.tokenize.corpus import CorpusJob, tokenize_corpus

@@ -184,7 +184,7 @@ def _load_reference(found: _Found) -> tokenizers.Tokenizer:
         reference = tokenizers.Tokenizer.from_buffer(orjson.dumps(found.content))
     except Exception as error:  # noqa: BLE001  the library raises bare Exception
         raise DataError(f"{found.path} is not a tokenizer that can be read", found=str(error)) from None
-    # Truncation or padding saved with a tokenizer would cut or fill documents without a word.
+    # Truncation or padding saved with a tokenizer would silently cut or fill documents.
     reference.no_truncation()
     reference.no_padding()
     reference.encode_special_tokens = True

@@ -25,7 +25,7 @@ class Rows(Sequence[dict[str, Any]]):
     """The rows of one file.
 
     Raises:
-        DataError: the file is not of a kind that is read here, or broken; or a row is no object.
+        DataError: the file is not of a kind that is read here, or broken; or a row is not an object.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,7 @@ class Rows(Sequence[dict[str, Any]]):
             content = _read_json(path)
             if not isinstance(content.get("data"), list):
                 raise DataError(
-                    f"{path} is no list of rows", allowed='a JSON list, JSON lines, or {"data": [...]}'
+                    f"{path} is not a list of rows", allowed='a JSON list, JSON lines, or {"data": [...]}'
                 )
             self._rows = content["data"]
         else:
@@ -60,7 +60,7 @@ class Rows(Sequence[dict[str, Any]]):
         number %= len(self)
         row = self._line(number) if self._rows is None else self._rows[number]
         if not isinstance(row, dict):
-            raise DataError(f"{self.path}: row {number + 1} is no object", found=type(row).__name__)
+            raise DataError(f"{self.path}: row {number + 1} is not an object", found=type(row).__name__)
         return row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

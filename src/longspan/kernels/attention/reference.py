@@ -1,4 +1,4 @@
-"""The judge: dense attention in plain torch, one boolean mask, every score held at once.
+"""The reference: dense attention in plain torch, one boolean mask, every score held at once.
 
 Slow and quadratic in memory on purpose: heads * queries * keys * 4 bytes for the scores. Every other kernel
 is tested against it; the fast kernels fall back to it only for what they cannot express.

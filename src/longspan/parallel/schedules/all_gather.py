@@ -1,10 +1,10 @@
 """All-gather attention: every rank collects the keys it needs, one key/value head at a time.
 
-The way of Llama 3 (arXiv:2407.21783, section 3.3.2): simple, at home with every mask, and cheap where keys are few
+The way of Llama 3 (arXiv:2407.21783, section 3.3.2): simple, works with every mask, and cheap where keys are few
 heads. Keys of the next head are on their way while one is computed, so two heads of the whole sequence are in
 memory, never all. Gradients of keys are summed over ranks in fp32 or better.
 
-Where documents are short most keys are nobody's business: if the ranks need clearly less than everything, each
+Where documents are short most keys are seen by no other rank: if the ranks need clearly less than everything, each
 is sent just the rows that its queries see (an all-to-all in place of the all-gather).
 
 Shape legend: T = tokens of this rank, N = tokens of the sequence, H = query heads, K = key/value heads,

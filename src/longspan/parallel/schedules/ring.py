@@ -1,4 +1,4 @@
-"""Ring attention: keys and values go round, each rank computes its queries against the visitor of the moment.
+"""Ring attention: keys and values go round, each rank computes its queries against the visiting block.
 
 At step t rank r holds the keys of rank r - t. While it computes on them the next ones are on their way: two
 buffers, one transfer in flight. A block goes only as far as some rank still has a query that sees one of its
