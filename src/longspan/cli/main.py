@@ -13,9 +13,11 @@ import time
 from collections.abc import Sequence
 from copy import copy
 from io import TextIOWrapper
+from itertools import dropwhile
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo
 
 from longspan import __version__
 from longspan.cli import (
@@ -81,26 +83,40 @@ app.command(epilog=doctor.EXAMPLE)(doctor.doctor)
 
 
 def only_named(group: typer.Typer, words: Sequence[str]) -> typer.Typer:
-    """Return a group without what the command line does not name: typer takes 2 ms to set up each command.
+    """Return a group without what the command line does not name: options are worked out for the one command alone.
 
-    Nothing is left out where the words name no command, so that help and suggestions know them all.
+    Where the words name no command, all stay, by name and first line: help and suggestions know them.
     """
+    words = list(dropwhile(lambda word: word.startswith("-"), words))
     groups = [each for each in group.registered_groups if words and each.name == words[0]]
     commands = [
         each
         for each in group.registered_commands
         if words and each.callback is not None and (each.name or each.callback.__name__) == words[0]
     ]
-    if not groups and not commands:
-        return group
     # Copies, because a process may run more than one command line.
     smaller = copy(group)
+    if not groups and not commands:
+        groups, commands = group.registered_groups, [_bare(each) for each in group.registered_commands]
     smaller.registered_commands = commands
     smaller.registered_groups = [copy(each) for each in groups]
     for each in smaller.registered_groups:
         if each.typer_instance is not None:
             each.typer_instance = only_named(each.typer_instance, words[1:])
     return smaller
+
+
+def _bare(command: CommandInfo) -> CommandInfo:
+    """Return a command without its options, which are read from settings that take time to import."""
+    bare = copy(command)
+
+    def nothing() -> None:
+        pass
+
+    assert command.callback is not None
+    nothing.__name__, nothing.__doc__ = command.callback.__name__, command.callback.__doc__
+    bare.callback = nothing
+    return bare
 
 
 OTHERS_WAIT_SECONDS = 3.0

@@ -76,12 +76,18 @@ class Config(pydantic.BaseModel):
     )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, where: str = "settings") -> Self:
-        """Validate a plain dict. Raises ConfigError naming the dotted key, the value and the nearest key."""
+    def from_dict(
+        cls, values: dict[str, Any], *, where: str = "settings", names: Mapping[str, str] | None = None
+    ) -> Self:
+        """Validate a plain dict. Raises ConfigError naming the dotted key, the value and the nearest key.
+
+        `names`: what the user calls keys, `{"num_needles": "--num-needles"}`, where that is not their dotted name.
+        """
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
-            raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(_explain(cls, error))) from None
+            lines = _explain(cls, error, names or {})
+            raise ConfigError(f"{where} is not valid:\n  " + "\n  ".join(lines)) from None
         except UserError as error:  # raised by a check of our own inside a model
             raise ConfigError(f"{where} is not valid:\n  {error}") from None
 
@@ -190,8 +196,12 @@ def _assign(node: Any, keys: list[str], value: Any, dotted: str) -> None:
             )
 
 
-def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> list[str]:
+def _explain(
+    model: type[pydantic.BaseModel], error: pydantic.ValidationError, names: Mapping[str, str]
+) -> list[str]:
     lines = []
+    # A check of several settings together names them in its words; those with a _ are no words of English.
+    words = {name: said for name, said in names.items() if "_" in name}
     items = error.errors(include_url=False)
     for item in items:
         # A list is too short without its wrong entries: they are what is wrong.
@@ -200,21 +210,31 @@ def _explain(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -
             other["loc"][: len(place)] == place != other["loc"] for other in items
         ):
             continue
-        dotted = ".".join(str(part) for part in item["loc"])
+        dotted = _named(".".join(str(part) for part in item["loc"]), names)
         if item["type"] == "extra_forbidden":
-            names = _field_names(model, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(names)}"
+            known = _field_names(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
             lines.append(f"{dotted}: there is no such setting; {hint}")
         elif item["type"] == "missing":
             lines.append(f"{dotted}: this setting is required")
         else:
             message = item["msg"].removeprefix("Value error, ").replace("\n", "\n  ")
+            message = re.sub(r"\w+", lambda word: words.get(word[0], word[0]), message)
             # A check of several settings together has the whole mapping as its input: too long to be of use.
             said = isinstance(item["input"], dict) or "found: " in message
             found = "" if said else f"; found: {item['input']!r}"
             lines.append((f"{dotted}: " if dotted else "") + message + found[:400])
     return lines
+
+
+def _named(dotted: str, names: Mapping[str, str]) -> str:
+    """Return what the user calls a key: `--server: limits.concurrency` for `server.limits.concurrency`."""
+    above = max((name for name in names if f"{dotted}.".startswith(f"{name}.")), key=len, default=None)
+    if above is None:
+        return dotted
+    below = dotted[len(above) + 1 :]
+    return f"{names[above]}: {below}" if below else names[above]
 
 
 def _field_names(model: type[pydantic.BaseModel], location: tuple[int | str, ...]) -> list[str]:

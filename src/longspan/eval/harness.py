@@ -45,6 +45,7 @@ def run_harness(
     limit: int | None = None,
     max_length: int | None = None,
     note: str | None = None,
+    used: Mapping[str, Any] | None = None,
     retry_unscored: bool = False,
 ) -> dict[str, Any]:
     """Ask lm-eval's tasks; write one record a question to `out`, return a summary.
@@ -74,6 +75,7 @@ def run_harness(
         label,
         model_info=answerer.identity,
         note=note,
+        used=used,
         tokenizer=form.tokenizer.fingerprint,
         seed=0,
         params={

@@ -43,6 +43,7 @@ def run_ppl(
     out: str | Path,
     model_info: Mapping[str, Any],
     note: str | None = None,
+    used: Mapping[str, Any] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     copies: int = 1,
 ) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def run_ppl(
         label,
         model_info=model_info,
         note=note,
+        used=used,
         tokenizer=tokenizer.fingerprint,
         seed=task.seed,
         params={

@@ -27,8 +27,8 @@ MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
 _PACKAGES = ("longspan", "torch", "transformers")
 _SHOWN = 60
 _HEADER_BEGINS = b'{"kind": "header"'
-# A remark, the date and the library versions are recorded but do not make it another evaluation.
-_NOT_IDENTITY = ("kind", "fingerprint", "note", "versions", "created")
+# A remark, what a command was told, the date and the versions are recorded but do not make it another evaluation.
+_NOT_IDENTITY = ("kind", "fingerprint", "note", "settings", "versions", "created")
 
 
 class EvalRecords(NamedTuple):
@@ -49,11 +49,12 @@ def make_header(
     seed: int,
     params: Mapping[str, Any],
     note: str | None = None,
+    used: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the header of an evaluation; `fingerprint` covers all that determines the outputs.
 
     `model_info` holds path, fingerprint, rope (the parameters in effect) and trained_length; `note` is a
-    remark for readers.
+    remark for readers, `used` the settings of the command that asked.
 
     Raises:
         ArgumentError: a key of `model_info` is missing.
@@ -73,6 +74,7 @@ def make_header(
     header = json.loads(json.dumps(header))  # tuples become lists, as they will when read back
     header["fingerprint"] = header_fingerprint(header)
     header["note"] = note
+    header["settings"] = None if used is None else dict(used)
     header["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
     header["created"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return header

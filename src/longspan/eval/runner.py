@@ -60,6 +60,7 @@ def run_task(
     label: str,
     out: str | Path,
     note: str | None = None,
+    used: Mapping[str, Any] | None = None,
     retry_unscored: bool = False,
     too_long: TooLong = "refuse",
 ) -> dict[str, Any]:
@@ -69,6 +70,7 @@ def run_task(
         tokenizer: what the task composes its prompts with; its fingerprint goes into the header.
         label: names the state of the model in reports: `before`, `after`, `theta_only`, ...
         note: a remark for readers, kept in the header.
+        used: the settings of the command, kept there too.
         retry_unscored: ask again for recorded samples that have no score.
         too_long: what to do where the plan holds samples longer than the model can read; `skip` records
             them as unscored.
@@ -88,6 +90,7 @@ def run_task(
         label,
         model_info=answerer.identity,
         note=note,
+        used=used,
         tokenizer=tokenizer.fingerprint,
         seed=int(params.get("seed", 0)),
         params={

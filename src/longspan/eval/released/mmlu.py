@@ -43,6 +43,7 @@ def run_mmlu(
     limit: int | None = None,
     subjects: Sequence[str] = (),
     note: str | None = None,
+    used: Mapping[str, Any] | None = None,
     retry_unscored: bool = False,
 ) -> dict[str, Any]:
     """Ask; write one record a question to `out`, return a summary.
@@ -68,6 +69,7 @@ def run_mmlu(
         label,
         model_info=answerer.identity,
         note=note,
+        used=used,
         tokenizer=form.tokenizer.fingerprint,
         seed=0,
         params={
