@@ -54,6 +54,10 @@ def test_shards_and_their_merge(longspan, rows):
         )
         assert outcome.code == 0, outcome.err
         assert f"taught-{shard}" in outcome.out and "would save" not in outcome.out
+    outcome = longspan("annotate topk --settings taught-1 --out again")  # what it wrote makes it again
+    assert outcome.code == 0, outcome.err
+    same = [(rows / folder / "longspan.json").read_text() for folder in ("taught-1", "again-1")]
+    assert same[0] == same[1]
     outcome = longspan("annotate merge taught-1 taught-0 --out taught --json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)["taught"]

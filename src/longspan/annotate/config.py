@@ -15,20 +15,20 @@ class TeacherConfig(Config):
     """Which model, and how it runs."""
 
     model: str
-    """Hugging Face folder, hub name, or folder of an adapter."""
+    """The teacher: Hugging Face folder, hub name, or folder of an adapter."""
     rope: dict[str, Any] | None = None
-    """RoPE in place of the model's own."""
+    """RoPE in place of the teacher's own, such as {rope_type: linear, factor: 8}."""
     context: Length | None = pydantic.Field(None, gt=0)
-    """Tokens that it may read. None: max_position_embeddings of its config. A RoPE that depends on the length is that
-    of so many tokens."""
+    """Tokens that the teacher may read, such as 128k. None: max_position_embeddings of its config. A RoPE that depends
+    on the length is that of so many tokens."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of its weights. None: as saved."""
+    """Type of the teacher's weights. None: as saved."""
     quantize: Literal["nf4"] | None = None
-    """Keep its linear layers in 4 bits."""
+    """Keep the teacher's linear layers in 4 bits."""
     cp: int = pydantic.Field(1, ge=1)
-    """Processes that share each row."""
+    """Processes that share each row (context parallelism); GPUs under torchrun."""
     schedule: Literal["ring", "striped", "dist_flash", "ulysses", "all_gather"] = "ring"
-    """How keys travel among them."""
+    """How keys travel among the processes of `cp`."""
     batch_tokens: TokenBudget = pydantic.Field(16_384, gt=0)
     """Tokens in one forward pass, at least one row."""
 
@@ -37,13 +37,13 @@ class PairWindows(Config):
     """CEPE's windows; see `sources.PairSource`."""
 
     encoder_tokens: Length = pydantic.Field(2048, ge=0)
-    """Last tokens of `prev_token_ids` that the teacher reads."""
+    """cepe: last tokens of prev_token_ids that the teacher reads."""
     decoder_tokens: Length = pydantic.Field(2048, gt=0)
-    """First tokens of `token_ids`, which are annotated."""
+    """cepe: first tokens of token_ids, which are annotated."""
     retrieval: str | None = None
-    """Store whose `retrieved_token_ids` are read instead of `prev_token_ids`."""
+    """cepe: folder like `data` whose retrieved_token_ids are read as the encoder's."""
     retrieval_k: int = pydantic.Field(8, ge=1)
-    """Passages of it."""
+    """cepe: passages of `retrieval`."""
 
 
 class AnnotateConfig(Config):
@@ -51,13 +51,14 @@ class AnnotateConfig(Config):
 
     teacher: TeacherConfig
     data: str
-    """Pack plan, packed rows or token store; of one domain's pairs where `pairs` is given."""
+    """Pack plan, packed rows or token store (each document by itself); for CEPE's windows the folder of one domain of
+    `data pairs`, or of several."""
     k: int = pydantic.Field(50, ge=1)
     """Words kept after each token."""
     mass: float | None = pydantic.Field(None, gt=0, le=1)
-    """Keep only as many words as hold this mass, at most k. None: k."""
+    """Keep only as many words as hold this mass, such as 0.99; at most `k`. None: always as many."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the logarithms."""
+    """Type of the logarithms."""
     pairs: PairWindows | None = None
     """Write CEPE's columns for CEPE's windows."""
     piece_tokens: TokenBudget = pydantic.Field(1 << 18, gt=0)

@@ -18,7 +18,8 @@ from longspan.cli.data_jobs import (
     Workers,
     missing_words,
 )
-from longspan.cli.output import Json, example, percent, print_json, print_table
+from longspan.cli.from_settings import Part, Used, from_settings, write_used
+from longspan.cli.output import Json, example, percent, print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
     from longspan.annotate.config import AnnotateConfig
@@ -39,70 +40,37 @@ TOPK_EXAMPLE = example(
 )
 MERGE_EXAMPLE = example("longspan annotate merge taught-0 taught-1 --out taught")
 
-Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "all_gather"]
+
+def _windows(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that --format cepe implies."""
+    return {"pairs": {}} if given["format"] == "cepe" else {}
 
 
-@app.command(epilog=TOPK_EXAMPLE)
+SETTINGS = Part(
+    "longspan.annotate.config:AnnotateConfig",
+    without=["piece_tokens"],
+    nested=["teacher", "pairs"],
+    # As everywhere, --dtype would be that of the weights.
+    names={"teacher.dtype": "--model-dtype", "dtype": "--log-dtype"},
+    old={"--dtype": "dtype"},
+    under=_windows,
+)
+
+
+@from_settings(settings=SETTINGS)
 def topk(
-    model: Annotated[
-        str, typer.Option(help="The teacher: Hugging Face folder, hub name, or folder of an adapter.")
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Pack plan, packed rows or token store (each document by itself); with --format cepe the folder of "
-            "one domain of `data pairs`, or of several."
-        ),
-    ],
+    settings: AnnotateConfig,
+    used: Used,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write; with --format cepe it is named as CEPE does unless it is given."),
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Words kept after each token.")] = 50,
-    mass: Annotated[
-        float | None,
-        typer.Option(help="Keep only as many words as hold this mass, such as 0.99; at most --k."),
-    ] = None,
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the logarithms.")] = "float16",
     format: Annotated[
         Literal["longspan", "cepe"],
         typer.Option(
             help="longspan: columns for `train`. cepe: target_prob and target_index of CEPE's windows."
         ),
     ] = "longspan",
-    encoder_tokens: Annotated[
-        str | None,
-        typer.Option(help="cepe: last tokens of prev_token_ids that the teacher reads. Default: 2048."),
-    ] = None,
-    decoder_tokens: Annotated[
-        str | None, typer.Option(help="cepe: first tokens of token_ids, which are annotated. Default: 2048.")
-    ] = None,
-    retrieval: Annotated[
-        Path | None,
-        typer.Option(help="cepe: folder like --data whose retrieved_token_ids are read as the encoder's."),
-    ] = None,
-    retrieval_k: Annotated[
-        int | None, typer.Option(min=1, help="cepe: passages of --retrieval. Default: 8.")
-    ] = None,
-    rope: Annotated[
-        str | None,
-        typer.Option(help="RoPE instead of the teacher's own, such as '{rope_type: linear, factor: 8}'."),
-    ] = None,
-    context: Annotated[
-        str | None, typer.Option(help="Tokens that the teacher reads, beyond what its config says; 128k say.")
-    ] = None,
-    model_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Type of the teacher's weights. Default: as saved."),
-    ] = None,
-    quantize: Annotated[
-        Literal["nf4"] | None, typer.Option(help="Keep the teacher's linear layers in 4 bits.")
-    ] = None,
-    cp: Annotated[int, typer.Option(min=1, help="Processes that share each row; GPUs under torchrun.")] = 1,
-    schedule: Annotated[Schedule, typer.Option(help="How keys travel among the --cp processes.")] = "ring",
-    batch_tokens: Annotated[
-        str, typer.Option(help="Tokens in one forward pass, at least one row.")
-    ] = "16384",
     num_shards: Annotated[
         int, typer.Option(min=1, help="Parts, each a folder OUT-0, OUT-1, ... that `annotate merge` joins.")
     ] = 1,
@@ -127,21 +95,11 @@ def topk(
         jobs.print_sbatch("annotate")
         return
     from longspan.annotate.run import shard_folder
-    from longspan.cli.output import quiet_transformers
-    from longspan.core.config import parse_yaml
     from longspan.core.errors import ArgumentError
     from longspan.core.launched import is_first
     from longspan.data.jobs import ArrayJob
 
     quiet_transformers()
-    settings: dict[str, Any] = {
-        "teacher": {
-            "model": model, "rope": parse_yaml(rope, where="--rope") if rope else None, "context": context,
-            "dtype": model_dtype, "quantize": quantize, "cp": cp, "schedule": schedule,
-            "batch_tokens": batch_tokens,
-        },
-        "data": str(data), "k": k, "mass": mass, "dtype": dtype,
-    }  # fmt: skip
     if shard >= num_shards:
         raise ArgumentError(
             "there is no such shard",
@@ -149,19 +107,15 @@ def topk(
             allowed=f"0 to {num_shards - 1} of --num-shards",
         )
     part = ArrayJob(shard, num_shards)
-    windows = {
-        "encoder_tokens": encoder_tokens, "decoder_tokens": decoder_tokens, "retrieval_k": retrieval_k,
-        "retrieval": None if retrieval is None else str(retrieval),
-    }  # fmt: skip
-    windows = {name: value for name, value in windows.items() if value is not None}
     if format == "cepe":
-        specs = _cepe_specs({**settings, "pairs": windows}, data, retrieval, out)
+        specs = _cepe_specs(settings, out)
     else:
-        if windows:
-            raise ArgumentError(f"--{next(iter(windows)).replace('_', '-')} is for --format cepe")
+        if settings.pairs is not None:
+            name = min(settings.pairs.model_fields_set).replace("_", "-")
+            raise ArgumentError(f"--{name} is for --format cepe")
         if out is None and not dry_run:
             raise ArgumentError("where shall the annotations go?", fix="give --out")
-        specs = {out or Path(): _spec(settings)}
+        specs = {out or Path(): settings}
     if dry_run:
         found = {str(path): _estimated(spec, part) for path, spec in specs.items()}
         if is_first():
@@ -171,10 +125,11 @@ def topk(
     complete = [path for path, spec in targets.items() if _annotate(spec, path, part, jobs)]
     # Under torchrun the first process speaks.
     if complete and is_first():
+        for path in complete:
+            write_used(used, path)
         _show(complete, as_json)
 
 
-@app.command(epilog=MERGE_EXAMPLE)
 def merge(
     shards: Annotated[list[Path], typer.Argument(help="Folders that `annotate topk --num-shards` made.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -187,31 +142,27 @@ def merge(
     _show([out], as_json)
 
 
-def _spec(settings: dict[str, Any]) -> AnnotateConfig:
-    from longspan.annotate.config import AnnotateConfig
-
-    return AnnotateConfig.from_dict(settings, where="the command line")
+app.command(epilog=TOPK_EXAMPLE)(topk)
+app.command(epilog=MERGE_EXAMPLE)(merge)
 
 
-def _cepe_specs(
-    settings: dict[str, Any], data: Path, retrieval: Path | None, out: Path | None
-) -> dict[Path, AnnotateConfig]:
+def _cepe_specs(settings: AnnotateConfig, out: Path | None) -> dict[Path, AnnotateConfig]:
     """Return the work of each domain by the folder it is written to.
 
     INPUT-logits-enc2048-dec2048-MODEL/DOMAIN, and RETRIEVAL-ret_k8-dec2048-MODEL/DOMAIN
     """
     from longspan.annotate.sources import cepe_folder, pair_domains
 
+    windows = settings.pairs
+    assert windows is not None
+    retrieved = {} if windows.retrieval is None else pair_domains(Path(windows.retrieval))
     specs = {}
-    for domain, pairs in pair_domains(data).items():
-        of_domain = {**settings, "data": str(pairs)}
-        if retrieval is not None:
-            found = pair_domains(retrieval).get(domain, retrieval / domain)
-            of_domain["pairs"] = {**settings["pairs"], "retrieval": str(found)}
-        spec = _spec(of_domain)
-        assert spec.pairs is not None
-        folder = out or cepe_folder(pairs, spec.pairs, spec.teacher.model)
-        specs[folder / domain] = spec
+    for domain, pairs in pair_domains(Path(settings.data)).items():
+        if windows.retrieval is not None:
+            found = str(retrieved.get(domain, Path(windows.retrieval) / domain))
+            windows = windows.model_copy(update={"retrieval": found})
+        folder = out or cepe_folder(pairs, windows, settings.teacher.model)
+        specs[folder / domain] = settings.model_copy(update={"data": str(pairs), "pairs": windows})
     return specs
 
 

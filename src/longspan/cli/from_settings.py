@@ -38,8 +38,8 @@ Used = dict[str, Any]
 """The settings that a command ran with, as a `--settings` file has them."""
 NOT_SETTINGS = ("out", "as_json", "dry_run", "print_sbatch")
 """Arguments that say where results go and what is shown of them."""
-WRITTEN = ("config.yaml", "longspan.json", "head.json", "manifest.json")
-"""Files of a folder that say which settings made it."""
+FILE = "settings.yaml"
+"""Name in a folder that a command wrote."""
 
 
 class Part(NamedTuple):
@@ -64,7 +64,7 @@ class Part(NamedTuple):
     def load(self) -> type[Config]:
         """Import the class."""
         module, _, name = self.config.partition(":")
-        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(import_module(module), name)
 
 
 class _Field(NamedTuple):
@@ -98,8 +98,14 @@ class FromSettings:
     @cached_property
     def own(self) -> dict[str, inspect.Parameter]:
         """The arguments that typer reads as they are."""
-        found = dict(inspect.signature(self.command, eval_str=True).parameters)
-        return {name: each for name, each in found.items() if name not in self.parts and name != "used"}
+        names = vars(
+            import_module(self.command.__module__)
+        )  # a part's type may be known to type checkers alone
+        return {
+            name: each.replace(annotation=eval(each.annotation, names))
+            for name, each in inspect.signature(self.command).parameters.items()
+            if name not in self.parts and name != "used"
+        }
 
     @cached_property
     def fields(self) -> dict[str, list[_Field]]:
@@ -109,7 +115,9 @@ class FromSettings:
     @property
     def __signature__(self) -> inspect.Signature:
         taken: dict[str, inspect.Parameter] = {}
-        words = {field.path: field.option for fields in self.fields.values() for field in fields}
+        words = {
+            field.path.rpartition(".")[2]: field.option for fields in self.fields.values() for field in fields
+        }
         for name in inspect.signature(self.command).parameters:
             if name in self.own:
                 taken[name] = self.own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -173,9 +181,11 @@ class FromSettings:
         inside = {name: value for name, value in values.items() if name in self._keys(part)}
         if part.under is not None:
             inside = _merged(part.under(values), inside)
-        missing = {field.path: field.option for fields in self.fields.values() for field in fields if field.required}
+        missing = {
+            each.path: each.option for fields in self.fields.values() for each in fields if each.required
+        }
         where = "the command line" if file is None else f"the command line with {file}"
-        return config.from_dict(inside, where=where, names=missing | shown)
+        return config.from_dict(inside, where=where, names={**missing, **shown})
 
     def _keys(self, part: Part) -> set[str]:
         """Return the fields of a part that a file sets: those without an option only where no other part has them."""
@@ -198,7 +208,14 @@ class FromSettings:
             keys = self._keys(self.parts[name])
             used |= {key: value for key, value in config.to_dict().items() if key in keys and key not in used}
         plain = {name: value for name, value in own.items() if name not in NOT_SETTINGS and value is not None}
-        return used | json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
+        return used | json.loads(json.dumps(plain, default=str))
+
+
+def write_used(used: Used, folder: Path) -> None:
+    """Write what a command ran with into the folder that it wrote."""
+    from longspan.core.config import write_yaml
+
+    write_yaml(folder / FILE, used)
 
 
 def _remember_file(context: typer.Context, file: Path | None) -> Path | None:
@@ -225,7 +242,7 @@ _SETTINGS = Annotated[
     Path | None,
     typer.Option(
         "--settings",
-        metavar="FILE",
+        metavar="<file>",
         is_eager=True,
         callback=_remember_file,
         help="YAML file of settings, named as these options are (with _ for -); options outrank it. A file or folder "
@@ -235,7 +252,7 @@ _SETTINGS = Annotated[
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read settings from YAML, or from what a command wrote: its folder, manifest or records.
+    """Read settings from YAML, or from what a command wrote: its folder or its records.
 
     Raises:
         ConfigError: the file holds none.
@@ -244,13 +261,12 @@ def _read(path: Path) -> dict[str, Any]:
     from longspan.core.errors import ConfigError
 
     if path.is_dir():
-        path = next((path / name for name in WRITTEN if (path / name).is_file()), path / WRITTEN[0])
-    if path.suffix not in (".json", ".jsonl"):
+        path = path / FILE
+    if path.suffix != ".jsonl":
         return read_yaml(path)
     try:
         with path.open(encoding="utf-8") as file:
-            written = json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
-        settings = written["settings"]
+            settings = json.loads(file.readline())["settings"]
     except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} does not say which settings it was made with", found=str(error)) from None
     return dict(settings)
@@ -395,13 +411,12 @@ def _metavar(info: FieldInfo) -> str:
         for value in get_args(each)
     ]
     if choices:
-        return f"[{'|'.join(map(str, choices))}]"
+        return f"<{'|'.join(map(str, choices))}>"
     if any(map(_is_mapping, _alternatives(info.annotation))):
-        return "YAML"
+        return "<yaml>"
     if _plain(info.annotation) is int and _reads_text(info):
-        return "TOKENS"
-    item = _items(info.annotation)
-    return {int: "NUMBER", float: "NUMBER", str: "TEXT", bool: "TEXT"}[_plain(item or info.annotation)]
+        return "<tokens>"
+    return f"<{_plain(_items(info.annotation) or info.annotation).__name__}>"
 
 
 def _help(field: _Field, words: Mapping[str, str]) -> str:

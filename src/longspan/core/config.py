@@ -104,13 +104,18 @@ class Config(pydantic.BaseModel):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write every setting, defaults included, atomically."""
-        with atomic_write(path, "w") as file:
-            yaml.dump(self.to_dict(), file, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True)
+        write_yaml(path, self.to_dict())
 
     def fingerprint(self) -> str:
         """Return 16 hex characters that change exactly when a setting changes."""
         text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def write_yaml(path: str | Path, values: dict[str, Any]) -> None:
+    """Write a YAML mapping that reads back as it is, atomically."""
+    with atomic_write(path, "w") as file:
+        yaml.dump(values, file, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
