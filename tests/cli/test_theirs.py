@@ -15,6 +15,7 @@ import pytest
 
 from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.plans import mixture
+from longspan.data.plans.mixture import MixturePlan
 from longspan.data.store import MDSDirectory, TokenStore
 from longspan.train.recipes import load_recipe
 from longspan.train.streams import plan_stage
@@ -156,6 +157,26 @@ def test_slimpajama_packing(place: Path, done) -> None:
         )
         == GOLDEN["slimpajama_packing"]
     )
+
+
+def test_slimpajama_mixture(place: Path, done) -> None:
+    """Which documents fill the budgets, with their lengths by characters: tokens would draw others."""
+    write(place / "large.jsonl", theirs.large_slimpajama())
+    done(
+        "data tokenize large.jsonl --tokenizer tokenizer --source-field meta.redpajama_set_name --out stores/s"
+    )
+    names = {
+        "per_source": "--preset slimpajama-per-source",
+        "upsample_code_arxiv_book": "--preset slimpajama-upsample-code-arxiv-book",
+        "global": "--mode global",
+    }
+    for name, golden in GOLDEN["slimpajama_mixture"].items():
+        mode, ratio = name.split()
+        mix = f"data mix stores/s {names[mode]} --tokens 1m --keep-short {ratio}"
+        done(f"{mix} --characters-per-token 3.68 --out {mode}{ratio}")
+        assert sorted(MixturePlan.load(f"{mode}{ratio}").documents.tolist()) == golden, name
+    done(f"{mix} --out tokens")
+    assert sorted(MixturePlan.load("tokens").documents.tolist()) != golden
 
 
 def test_cepe(place: Path, done) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from longspan.data.packed.materialize import materialize
 from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
 from longspan.data.readers import FilePart, ReadReport, list_inputs
 from longspan.data.readers.mds_folder import read_mds
-from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, open_stores
+from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, TokenStoreWriter, open_stores
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import VerifyReport, verify
@@ -61,6 +62,33 @@ def test_stores_of_two_tokenizers_are_not_merged(tmp_path: Path) -> None:
     make_store(tmp_path / "two", [5], vocab_size=60_000)
     with pytest.raises(DataError, match="different tokenizers"):
         merge_stores([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+
+
+def test_stores_that_begin_otherwise_are_not_merged(tmp_path: Path) -> None:
+    """The merged store would begin texts as whichever came first does; where one does not say, the other holds."""
+    for name, adds in (("yes", True), ("no", False), ("unknown", None)):
+        identity = SimpleNamespace(**vars(TOKENIZER), adds_bos=adds)
+        with TokenStoreWriter(tmp_path / name, config={}, tokenizer=identity) as writer:
+            writer.add(np.arange(5), source="a", key=1)
+    with pytest.raises(DataError, match=r"only some begin a text with BOS(.|\n)*no without"):
+        merge_stores([tmp_path / "yes", tmp_path / "no"], tmp_path / "merged")
+    merged = merge_stores([tmp_path / "unknown", tmp_path / "yes"], tmp_path / "merged")
+    assert merged.manifest.tokenizer["adds_bos"] is True
+
+
+def test_characters_go_along(tmp_path: Path) -> None:
+    """Counts of characters lost when a mask comes late or stores are joined; what has none is not counted as 0."""
+    with TokenStoreWriter(tmp_path / "one", config={}, tokenizer=TOKENIZER) as writer:
+        writer.add(np.arange(5), source="a", key=1, characters=20)
+        writer.add(np.arange(2), source="a", key=2, characters=70, mask=np.array([0, 1], np.uint8))
+    make_store(tmp_path / "two", [5])
+    merged = merge_stores([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+    assert merged.lengths.characters is not None
+    assert merged.lengths.characters.tolist() == [20, 70, 0]
+    spec = MixtureConfig(mode="global", keep_short=0, threshold=10, characters_per_token=3.5)
+    assert plan_mixture(spec, TokenStore(tmp_path / "one").lengths, 0).documents.tolist() == [1]
+    with pytest.raises(DataError, match="1 documents without a count"):
+        plan_mixture(spec, merged.lengths, 0)
 
 
 def test_a_split_keeps_every_document_once(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def mix(
         str | None,
         typer.Option(help="Published shares: slimpajama-per-source, prolong-64k, cepe-concat and others."),
     ] = None,
+    characters_per_token: Annotated[
+        float | None,
+        typer.Option(
+            help="Take documents for as long as their characters divided by this, such as 3.68. Default: their tokens."
+        ),
+    ] = None,
     max_repeat: Annotated[int, typer.Option(min=1, help="How often one document may be used.")] = 1,
     plot: Plot = None,
     seed: Seed = 0,
@@ -97,6 +103,7 @@ def mix(
         "threshold": threshold,
         "weights": parse_weights(weight or []) or None,
         "part": part,
+        "characters_per_token": characters_per_token,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     asked = stream_settings(streams)

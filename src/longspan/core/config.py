@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -74,6 +74,8 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+    ADDED_LATER: ClassVar[frozenset[str]] = frozenset()
+    """Settings that leave the fingerprint alone while they have their default: plans saved without them stay valid."""
 
     @classmethod
     def from_dict(
@@ -108,7 +110,11 @@ class Config(pydantic.BaseModel):
 
     def fingerprint(self) -> str:
         """Return 16 hex characters that change exactly when a setting changes."""
-        text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False)
+        later = {
+            name for name in self.ADDED_LATER if getattr(self, name) == type(self).model_fields[name].default
+        }
+        values = {name: value for name, value in self.to_dict().items() if name not in later}
+        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 

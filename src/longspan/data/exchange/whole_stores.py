@@ -65,7 +65,8 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
     A document that stands in two stores stands twice in the result.
 
     Raises:
-        DataError: the stores were made with different tokenizers, or something stands at `out`.
+        DataError: the stores were made with different tokenizers, of which one may begin texts with BOS and another
+            not, or something stands at `out`.
     """
     stores = open_stores(paths)
     identities = {_Identity.of(store) for store in stores}
@@ -76,6 +77,16 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> TokenStore:
             fix="tokenize them with the same tokenizer",
         )
     (identity,) = identities
+    begins = {store: store.manifest.tokenizer.get("adds_bos") for store in stores}
+    identity.adds_bos = next((each for each in begins.values() if each is not None), None)
+    if {True, False} <= set(begins.values()):
+        raise DataError(
+            "the tokenizers of the stores have the same ids, and only some begin a text with BOS",
+            found=", ".join(
+                f"{store.path} {'with' if each else 'without'}" for store, each in begins.items()
+            ),
+            fix="tokenize them with the same tokenizer; or give both to `data pack` with --specials",
+        )
     config = {"merged": [store.fingerprint for store in stores], **_conversations(stores)}
     counts = {"merged_stores": len(stores)}
     plain = all(store.manifest.dtype == token_dtype(identity.vocab_size).name for store in stores)
@@ -268,6 +279,8 @@ def _document_columns(store: TokenStore) -> DocumentColumns:
     rows = np.zeros(len(store), ROW)
     for name in ("source", "key", "shard", "offset", "mask_offset", "tokens"):
         rows[name] = getattr(store.lengths, name)
+    if store.lengths.characters is not None:
+        rows["characters"] = store.lengths.characters
     if store.has_mask:
         rows["mask_digest"] = [_mask_digest(store.mask(document)) for document in range(len(store))]
     return DocumentColumns(rows, store.lengths.source_names, store.has_mask)
@@ -284,12 +297,13 @@ def _own_columns(store: TokenStore) -> set[Column]:
 
 
 def _copy(store: TokenStore, document: int, writer: TokenStoreWriter) -> None:
-    mask = store.mask(document)
+    mask, characters = store.mask(document), store.lengths.characters
     writer.add(
         store.tokens(document),
         source=store.source(document),
         key=int(store.lengths.key[document]),
         mask=None if mask is None or bool((mask == 1).all()) else mask,
+        characters=0 if characters is None else int(characters[document]),
     )
 
 

@@ -39,6 +39,8 @@ BLOCK = 2**20
 class MixtureConfig(Config):
     """What to choose from a length table."""
 
+    ADDED_LATER = frozenset({"characters_per_token"})
+
     mode: Literal["none", "global", "per_source", "upsample", "proportions", "repeat"] = "per_source"
     """How sources and lengths are weighted; see the module's table."""
     tokens: TokenBudget | None = pydantic.Field(None, gt=0)
@@ -49,6 +51,9 @@ class MixtureConfig(Config):
     """Documents with fewer tokens than this are short."""
     weights: dict[str, float] = pydantic.Field(default_factory=dict)
     """Share of tokens per source for upsample and proportions, in any unit, normalised; uses for repeat."""
+    characters_per_token: float | None = pydantic.Field(None, gt=0)
+    """Take a document for as long as its characters divided by this, instead of its tokens, where lengths are compared
+    with threshold and budgets; 3.68 in slimpajama_packing.py. None: tokens."""
     max_repeat: int = pydantic.Field(1, ge=1)
     """How often one document may be used to fill the budget of its source. 1: never repeated. Mode repeat goes
     by its weights."""
@@ -185,7 +190,11 @@ def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> Mixtur
     if spec.group == "store":
         lengths = _by_store(lengths)
     candidates = _candidates(spec, lengths)
-    short = np.asarray(lengths.tokens) < spec.threshold
+    counted = lengths
+    ratio = spec.characters_per_token
+    if ratio is not None:
+        counted = _in_characters(lengths, candidates)
+    short = np.asarray(counted.tokens) < spec.threshold * (ratio or 1)
     kept = candidates & (~short | keep_coin(lengths.key, spec.keep_probability, seed))
     if not kept.any():
         raise DataError(
@@ -193,7 +202,15 @@ def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> Mixtur
             found=f"{int(candidates.sum())} documents before short ones were dropped",
             fix="raise keep_short, lower threshold, or choose other sources",
         )
-    taken, requested, budgets = _choose(spec, lengths, candidates, kept, seed)
+    asked = (
+        spec
+        if ratio is None or spec.tokens is None
+        else spec.model_copy(update={"tokens": round(spec.tokens * ratio)})
+    )
+    taken, requested, budgets = _choose(asked, counted, candidates, kept, seed)
+    if ratio is not None:
+        requested = requested if requested is None else round(requested / ratio)
+        budgets = {name: round(budget / ratio) for name, budget in budgets.items()}
     # Ties (equal keys) stay in store order: the sort is stable and groups are entered in that order.
     order = np.argsort(taken.place, kind="stable")
     counts = _Counts.of(lengths, candidates, kept, short, taken)
@@ -205,6 +222,19 @@ def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> Mixtur
         seed=seed,
         lengths_fingerprint=fingerprint,
     )
+
+
+def _in_characters(lengths: LengthTable, candidates: np.ndarray) -> LengthTable:
+    """Return the table with its characters in place of its tokens. Raises DataError where some are not known."""
+    characters = lengths.characters
+    unknown = int(np.count_nonzero(candidates if characters is None else candidates & (characters == 0)))
+    if characters is None or unknown:
+        raise DataError(
+            "characters_per_token needs the characters of each document",
+            found=f"{unknown} documents without a count: made by an earlier version, of conversations, or of tokens",
+            fix="tokenize the texts again, or leave it out",
+        )
+    return replace(lengths, tokens=characters)
 
 
 def _by_store(lengths: LengthTable) -> LengthTable:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Self
 
@@ -51,6 +49,8 @@ STRATEGIES: dict[str, Strategy] = {}
 
 class PackConfig(Config):
     """How documents are placed in rows."""
+
+    ADDED_LATER = frozenset({"overflow", "overlap_across"})
 
     length: Length = pydantic.Field(ge=1, lt=2**32)
     """Tokens in a row, such as 128k."""
@@ -121,18 +121,6 @@ class PackConfig(Config):
             raise ValueError("split_lengths and piece_length have an effect with strategy split only")
         strategy.check(self)
         return self
-
-    def fingerprint(self) -> str:
-        """Return 16 hex characters that change exactly when a setting changes.
-
-        Plans that were made before there was `overflow` or `overlap_across` keep theirs.
-        """
-        later = {"overflow": "split", "overlap_across": False}
-        values = {
-            name: value for name, value in self.to_dict().items() if name not in later or value != later[name]
-        }
-        text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
     @property
     def num_bos(self) -> int:

@@ -38,7 +38,7 @@ def assemble_store(
     """Make the store at `out` of the shards of `folders`, in order.
 
     Shards are hard links where the file system has them, else copies: no byte is written twice. Where some
-    folders have masks and others do not, the others are written anew with weights of 1. Needs 42 bytes of
+    folders have masks and others do not, the others are written anew with weights of 1. Needs 46 bytes of
     memory a document, twice.
 
     Raises:
@@ -86,9 +86,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _write_mask(folder: ShardFolder, aside: Path, vocab_size: int, shard_bytes: int) -> ShardFolder:
     aside.mkdir()
     writer = DocumentWriter(aside, vocab_size=vocab_size, shard_bytes=shard_bytes)
-    for key, sample in zip(folder.columns.rows["key"], MDSDirectory(folder.path)):
-        ids = sample["input_ids"]
-        writer.add(ids, source=sample["domain"], key=int(key), mask=np.ones(len(ids), np.uint8))
+    for row, sample in zip(folder.columns.rows, MDSDirectory(folder.path)):
+        ids, mask = sample["input_ids"], np.ones(len(sample["input_ids"]), np.uint8)
+        key, characters = int(row["key"]), int(row["characters"])
+        writer.add(ids, source=sample["domain"], key=key, mask=mask, characters=characters)
     return ShardFolder(aside, writer.finish())
 
 

@@ -30,12 +30,14 @@ ROW = np.dtype(
         ("mask_digest", "<u8"),
         ("shard", "<u4"),
         ("tokens", "<u4"),
+        ("characters", "<u4"),
         ("source", "<u2"),
     ]
 )
-"""One document: see `LengthTable`; mask_digest is BLAKE2b of the loss weights, 0 where all are 1."""
+"""One document: see `LengthTable`; mask_digest is BLAKE2b of the loss weights, 0 where all are 1; characters is 0
+where the text is not known."""
 
-_ROW = struct.Struct("<QQQQIIH")
+_ROW = struct.Struct("<QQQQIIIH")
 _TWO_SIZES, _THREE_SIZES = struct.Struct("<2I"), struct.Struct("<3I")
 
 
@@ -59,7 +61,10 @@ class DocumentColumns(NamedTuple):
             for name in ("source", "key", "shard", "offset", "mask_offset", "tokens")
         }
         position = np.arange(len(self.rows), dtype=np.uint32)
-        return LengthTable(source_names=self.source_names, position=position, **columns)
+        characters = np.ascontiguousarray(self.rows["characters"]) if self.rows["characters"].any() else None
+        return LengthTable(
+            source_names=self.source_names, position=position, characters=characters, **columns
+        )
 
     def fingerprint(self) -> str:
         """Return SHA-256 over key, token count and mask digest of every document."""
@@ -94,7 +99,7 @@ class SourceNumbers:
 class DocumentWriter:
     """Append documents to MDS shards in an existing folder; `finish` writes the index.
 
-    Holds one shard and 42 bytes a document in memory. Samples have a mask from the first mask on: what was
+    Holds one shard and 46 bytes a document in memory. Samples have a mask from the first mask on: what was
     written before is then written once more, with weights of 1.
     """
 
@@ -105,7 +110,15 @@ class DocumentWriter:
         self._sources = SourceNumbers()
         self._start(has_mask=False)
 
-    def add(self, ids: NDArray[Any], *, source: str, key: int, mask: NDArray[Any] | None = None) -> None:
+    def add(
+        self,
+        ids: NDArray[Any],
+        *,
+        source: str,
+        key: int,
+        mask: NDArray[Any] | None = None,
+        characters: int = 0,
+    ) -> None:
         """Append a document; see `TokenStoreWriter.add`. Raises DataError when ids or mask do not fit."""
         if (
             not len(ids)
@@ -125,7 +138,7 @@ class DocumentWriter:
             )
         if mask is not None and not self._has_mask:
             self._rewrite_with_mask()
-        self._append(ids.astype(self.dtype, copy=False), source, key, mask)
+        self._append(ids.astype(self.dtype, copy=False), source, key, mask, characters)
 
     def finish(self) -> DocumentColumns:
         """Write the last shard and the index."""
@@ -149,7 +162,9 @@ class DocumentWriter:
         self._writer = MDSWriter(self.folder, columns, size_limit=self._shard_bytes)
         self._rows = bytearray()
 
-    def _append(self, ids: NDArray[Any], source: str, key: int, mask: NDArray[Any] | None) -> None:
+    def _append(
+        self, ids: NDArray[Any], source: str, key: int, mask: NDArray[Any] | None, characters: int
+    ) -> None:
         # What `mds.encode_sample` would make, without its 20 us: sizes of the columns that have none of their
         # own (domain, input_ids, mask), then domain, input_ids, length, mask.
         number, domain = self._sources[source], source.encode()
@@ -170,18 +185,18 @@ class DocumentWriter:
         plain = mask is None or bool((mask == 1).all())
         digest = b"" if plain else hashlib.blake2b(np.ascontiguousarray(mask).data, digest_size=8).digest()
         mask_digest = int.from_bytes(digest, "little")
-        self._rows += _ROW.pack(key, offset, mask_offset, mask_digest, shard, len(ids), number)
+        self._rows += _ROW.pack(key, offset, mask_offset, mask_digest, shard, len(ids), characters, number)
 
     def _rewrite_with_mask(self) -> None:
-        keys = np.frombuffer(bytes(self._rows), ROW)["key"]
+        rows = np.frombuffer(bytes(self._rows), ROW)
         self._writer.finish()
         aside = self.folder / "without-mask"
         aside.mkdir()
         for file in [INDEX, *(info.basename for info in MDSDirectory(self.folder).shards)]:
             os.replace(self.folder / file, aside / file)
         self._start(has_mask=True)
-        for key, sample in zip(keys, MDSDirectory(aside)):
-            self._append(sample["input_ids"], sample["domain"], int(key), None)
+        for row, sample in zip(rows, MDSDirectory(aside)):
+            self._append(sample["input_ids"], sample["domain"], int(row["key"]), None, int(row["characters"]))
         shutil.rmtree(aside)
 
 

@@ -1,7 +1,7 @@
 """The length table: one row per document of a token store, without its tokens.
 
 Everything that decides which documents are trained on, and where they stand, reads this table alone:
-40 bytes a document, so 100 million documents are 4 GB on disk, memory-mapped.
+44 bytes a document, so 100 million documents are 4 GB on disk, memory-mapped.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _DTYPES: dict[str, type] = {
     "tokens": np.uint32,
     "position": np.uint32,
 }
+_OPTIONAL: dict[str, type] = {"characters": np.uint32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,8 @@ class LengthTable:
     """uint32 index of the document inside its store."""
     store: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint16))
     """uint16 index of the store; may be left out when there is only one."""
+    characters: np.ndarray | None = None
+    """uint32 characters of the text, 0 where it is not known. None: of no document known."""
 
     def __post_init__(self) -> None:
         rows = len(self.tokens)
@@ -67,8 +70,10 @@ class LengthTable:
         object.__setattr__(self, "source_names", tuple(self.source_names))
         if rows > MAX_DOCUMENTS:
             raise DataError("too many documents for one length table", found=rows, allowed=MAX_DOCUMENTS)
-        for name, dtype in _DTYPES.items():
+        for name, dtype in {**_DTYPES, **_OPTIONAL}.items():
             column = getattr(self, name)
+            if column is None and name in _OPTIONAL:
+                continue
             if column.dtype != dtype or column.shape != (rows,):
                 raise DataError(
                     f"the column {name} of a length table does not fit",
@@ -110,13 +115,14 @@ class LengthTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as a folder of columns, whole or not at all."""
-        columns = {name: getattr(self, name) for name in _DTYPES}
+        names = [*_DTYPES, *(name for name in _OPTIONAL if getattr(self, name) is not None)]
+        columns = {name: getattr(self, name) for name in names}
         save_columns(path, kind=KIND, head={"source_names": list(self.source_names)}, columns=columns)
 
     @classmethod
     def load(cls, path: str | Path, *, mmap: bool = True) -> Self:
         """Read a saved table. Raises DataError when it is incomplete or does not match its head."""
-        head, columns = load_columns(path, kind=KIND, dtypes=_DTYPES, mmap=mmap)
+        head, columns = load_columns(path, kind=KIND, dtypes=_DTYPES, optional=_OPTIONAL, mmap=mmap)
         names = head.get("source_names")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{path} does not name its sources", found=names)
@@ -141,10 +147,19 @@ class LengthTable:
             stores.append(table.store + np.uint16(first_store))
             first_store += table.num_stores
         plain = [name for name in _DTYPES if name not in ("source", "store")]
+        counts = [table.characters for table in tables]
+        characters = None
+        if any(count is not None for count in counts):
+            known = [
+                np.zeros(len(table), np.uint32) if count is None else count
+                for table, count in zip(tables, counts)
+            ]
+            characters = _join(known, np.uint32)
         return cls(
             source=_join(sources, np.uint16),
             store=_join(stores, np.uint16),
             source_names=names,
+            characters=characters,
             **{name: _join([getattr(table, name) for table in tables], _DTYPES[name]) for name in plain},
         )
 

@@ -149,7 +149,15 @@ class TokenStoreWriter:
                 raise error
             self._finish()
 
-    def add(self, ids: NDArray[Any], *, source: str, key: int, mask: NDArray[Any] | None = None) -> None:
+    def add(
+        self,
+        ids: NDArray[Any],
+        *,
+        source: str,
+        key: int,
+        mask: NDArray[Any] | None = None,
+        characters: int = 0,
+    ) -> None:
         """Append a document. The arrays are kept by reference until their shard is written.
 
         Args:
@@ -157,8 +165,9 @@ class TokenStoreWriter:
             source: name of the corpus part.
             key: 64-bit identity of the document.
             mask: uint8 loss weight of each token [tokens]; None: all 1.
+            characters: of its text; 0: not known.
         """
-        self._documents.add(ids, source=source, key=key, mask=mask)
+        self._documents.add(ids, source=source, key=key, mask=mask, characters=characters)
 
     def _finish(self) -> None:
         columns = self._documents.finish()

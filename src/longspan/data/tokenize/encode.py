@@ -117,7 +117,7 @@ class _Encoder:
         sampling = self._job.sampling
         if sampling is not None:
             add_counts(self.seen, [(document.source, SourceCounts(1, size))])
-            if not sampling.wants(document.source) or not sampling.may_take(key, size):
+            if not sampling.wants(document.source) or not sampling.may_take(key, size, len(document.text)):
                 return
         try:
             ids, mask = self._ids_and_mask(document, utf8)
@@ -127,11 +127,13 @@ class _Encoder:
         if not len(ids):
             self._skip(document, "empty_documents", "no token")
             return
+        characters = 0 if self._chat is not None else len(document.text)
         if sampling is not None:
-            if not sampling.takes(key, len(ids)):
+            length = sampling.length(len(ids), characters)
+            if not sampling.takes(key, length):
                 return
-            add_counts(self.seen, [(document.source, SourceCounts(0, 0, 1, len(ids)))])
-        writer.add(ids, source=document.source, key=key, mask=mask)
+            add_counts(self.seen, [(document.source, SourceCounts(0, 0, 1, round(length)))])
+        writer.add(ids, source=document.source, key=key, mask=mask, characters=characters)
 
     def _skip(self, document: Document, kind: str, reason: str) -> None:
         self.report.documents -= 1

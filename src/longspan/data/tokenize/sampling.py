@@ -79,8 +79,15 @@ class Sampling(NamedTuple):
             return True
         return bool(keep_coin(np.array([key], np.uint64), self.spec.keep_probability, self.seed)[0])
 
-    def may_take(self, key: int, size: int) -> bool:
+    def length(self, tokens: int, characters: int) -> float:
+        """Return how long a document counts, in tokens."""
+        ratio = self.spec.characters_per_token
+        return tokens if ratio is None else characters / ratio
+
+    def may_take(self, key: int, size: int, characters: int) -> bool:
         """Whether a document of so many bytes may be taken, before its tokens are known."""
+        if self.spec.characters_per_token is not None:
+            return self.takes(key, self.length(0, characters))
         tokens = size / self.bytes_per_token
         return tokens >= SURELY_SHORT * self.spec.threshold or self.takes(key, 0)
 
@@ -175,6 +182,8 @@ def mix_command(out: str, sampled: dict[str, Any]) -> list[str]:
     words = ["longspan", "data", "mix", out, "--mode", spec["mode"], "--tokens", str(spec["tokens"])]
     if spec["keep_short"] is not None:
         words += ["--keep-short", str(spec["keep_short"])]
+    if spec["characters_per_token"] is not None:
+        words += ["--characters-per-token", str(spec["characters_per_token"])]
     words += ["--threshold", str(spec["threshold"]), "--seed", str(sampled["seed"])]
     for name, weight in spec["weights"].items():
         words += ["--weight", f"{name}={weight:.6g}"]
