@@ -46,6 +46,14 @@ PACK_EXAMPLE = example(
 )
 
 
+CharactersPerToken = Annotated[
+    float | None,
+    typer.Option(
+        help="Take documents for as long as their characters divided by this, such as 3.68. Default: their tokens."
+    ),
+]
+
+
 def mix(
     stores: Annotated[
         list[str],
@@ -77,12 +85,7 @@ def mix(
         str | None,
         typer.Option(help="Published shares: slimpajama-per-source, prolong-64k, cepe-concat and others."),
     ] = None,
-    characters_per_token: Annotated[
-        float | None,
-        typer.Option(
-            help="Take documents for as long as their characters divided by this, such as 3.68. Default: their tokens."
-        ),
-    ] = None,
+    characters_per_token: CharactersPerToken = None,
     max_repeat: Annotated[int, typer.Option(min=1, help="How often one document may be used.")] = 1,
     plot: Plot = None,
     seed: Seed = 0,
