@@ -415,12 +415,13 @@ def _evaluate_variant(
     from longspan.eval.runner import run_task
     from longspan.infer.local import LocalAnswerer
     from longspan.infer.perplexity import token_nll
-    from longspan.models.hf import load_model, usable_device
+    from longspan.models.hf import evaluated_dtype, load_model, usable_device
     from longspan.models.identity import model_identity
 
     records = work / "records"
     longest = max(*needle.lengths, *(beyond.lengths if beyond else ()))
-    model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest)
+    dtype = evaluated_dtype(variant.path, usable_device())
+    model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest, dtype=dtype)
     model = model.to(usable_device()).eval()
     identity = {
         **model_identity(model, variant.path, shown_as=str(variant.path.relative_to(work))),

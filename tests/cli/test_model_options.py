@@ -66,6 +66,33 @@ def test_run_stage_and_checkpoint_are_the_same_model(longspan, run):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert all(model["rope"]["rope_theta"] == 5e5 for _, model in found)
     assert losses[0] != pytest.approx(measure(longspan, "base", "base")[0], rel=1e-6)
+    narrow, model = measure(longspan, checkpoint, "narrow", "--dtype", "bfloat16")
+    assert model["dtype"] == "bfloat16" and losses[0] != narrow == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_gpu_computes_in_bf16_unless_told(longspan, run, monkeypatch, caplog):
+    """Stages are saved in 32 bits, which no flash kernel takes: a model just trained was evaluated by the slow path."""
+    import torch
+    from transformers import PreTrainedModel
+
+    from longspan.cli.model_options import load_checkpoint
+    from longspan.infer.opening import ModelSource, load_source
+
+    monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: model)
+    cuda = torch.device("cuda")
+    checkpoint = str(sorted((run / "checkpoints").iterdir())[-1])
+    for source in (
+        ModelSource("base"), ModelSource(str(run / "stages" / "long")), ModelSource(checkpoint, load=load_checkpoint)
+    ):  # fmt: skip
+        caplog.clear()
+        for dtype in (None, "float32", "float16"):
+            model = load_source(source._replace(dtype=dtype), device=cuda)
+            kept = {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
+            assert kept == {getattr(torch, dtype or "bfloat16")}, (source, dtype)
+            assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
+            assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert [line for line in caplog.messages if "computed in bfloat16" in line]
+        assert load_source(source, device=torch.device("cpu")).dtype == torch.float32
 
 
 def test_base_of_the_rope_changes_and_nothing_else(longspan, run):
@@ -90,7 +117,7 @@ def test_base_of_the_rope_changes_and_nothing_else(longspan, run):
         ("--model base --tp 2 --cp 2", "either matrices or sequences"),
         ("--model base --max-length 32", "longer than the model is to be given"),
         ("--model base --chat-template llama-3", "the text itself"),
-        ("--model run/checkpoints/step-00000004 --rope-theta 2", "used as it was trained"),
+        ("--model run/checkpoints/step-00000004 --rope-theta 2", "the RoPE that it was trained with"),
         ("--model nowhere --label 'a b'", "part of a file name"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -323,3 +324,18 @@ def test_the_model_is_its_owners_between_two_answers() -> None:
     assert model.model.rotary_emb.rope_type == "dynamic"
     assert not torch.is_inference_mode_enabled()
     answers.close()
+
+
+def test_memory_of_attention_that_no_flash_kernel_takes() -> None:
+    """Keys in fp32 on CUDA, or heads of 512, were let through by the estimate and ended in the middle of a prompt."""
+    from transformers import LlamaConfig
+
+    from longspan.infer.memory import dense_bytes
+
+    def needed(head_dim: int, dtype: torch.dtype, device: str = "cuda") -> int:
+        config = LlamaConfig(num_attention_heads=4, num_key_value_heads=1, head_dim=head_dim)
+        model: Any = SimpleNamespace(device=torch.device(device), dtype=dtype, config=config)
+        return dense_bytes(model, 1 << 20)
+
+    assert needed(128, torch.bfloat16) == 0 == needed(512, torch.float32, "cpu")
+    assert needed(512, torch.bfloat16) - needed(128, torch.float32) == 4 * (512 - 128) * 4 << 20

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.live_bytes import LiveBytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ from longspan.kernels.attention import Bands, attention, choose_kernel, merge, t
 from longspan.kernels.attention.cpu_flash import CpuFlashKernel
 from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel
 from longspan.kernels.attention.reference import ReferenceKernel, dense_mask
-from longspan.kernels.attention.tiled import TiledKernel
+from longspan.kernels.attention.tiled import TiledKernel, tiled_bytes
 
 CPU = torch.device("cpu")
 
@@ -288,3 +289,18 @@ def test_the_dense_fallback_holds_no_square() -> None:
         out, lse = kernel.forward(q, k, v, bands, 0.3)
         kernel.backward(dout, q, k, v, out, lse, bands, 0.3)
     assert largest <= 600 * 4 * 16
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim", "tokens"), [(2, 16, 1024), (2, 16, 4096), (1, 512, 2048)])
+def test_the_estimate_of_tiles_is_what_is_alive(
+    kv_heads: int, head_dim: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation in fp32 on CUDA was refused too late: its memory was that of a flash kernel."""
+    monkeypatch.setattr(tiled, "TILE_BYTES", 1 << 20)
+    shapes = [(tokens, heads, head_dim) for heads in (4, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+    with LiveBytes() as counted:
+        out, lse = TiledKernel().forward(q, k, v, Bands.from_documents([0, tokens]), 0.2)
+    alive = counted.peak - out.nbytes - lse.nbytes
+    estimate = tiled_bytes(heads=4, kv_heads=kv_heads, head_dim=head_dim, keys=tokens)
+    assert 0.95 * alive < estimate < 1.3 * alive

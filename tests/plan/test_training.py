@@ -6,6 +6,7 @@ import pytest
 from benchmarks.plan import CASES, Case, measure
 
 from longspan.core.errors import ArgumentError
+from longspan.plan.block import BlockSettings, block_walk
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS, shape_of
 from longspan.plan.training import LoraSettings, TrainingSettings, training_memory
@@ -117,3 +118,22 @@ def test_limits_say_which_memory() -> None:
     assert fits.limit(gpu, 8) is None
     assert fits.limit(gpu._replace(memory=10e9), 8) == "device memory"
     assert fits.limit(gpu._replace(host_memory=1e9), 8) == "host memory"
+
+
+@pytest.mark.parametrize("change", [{"element_bytes": 4}, {"head_dim": 512}])
+def test_attention_without_a_flash_kernel_is_linear_in_memory_and_counted(change: dict[str, int]) -> None:
+    """fp32 or a head of 512 on CUDA is computed in tiles, whose scores the estimate left out."""
+    shape = LLAMA._replace(head_dim=change.get("head_dim", 128), hidden=512)
+
+    def peak(tokens: int, **changes: int) -> float:
+        return block_walk(shape, BlockSettings(tokens, tile_tokens=512, **changes)).backward
+
+    element_bytes = change.get("element_bytes", 2)
+    # Five times the scores of one tile of 256 MiB, where the flash kernel sums dq.
+    query = 2 * shape.heads * shape.head_dim * 4
+    assert (
+        peak(2, element_bytes=element_bytes)
+        > 5 << 28
+        > peak(2, element_bytes=element_bytes, cuda=False) + query
+    )
+    assert peak(1 << 17, element_bytes=element_bytes) < 8 * peak(1 << 14, element_bytes=element_bytes)

@@ -14,6 +14,7 @@ from longspan.plan.models import shape_of
 from longspan.plan.training import training_memory
 from longspan.train.config import TrainConfig
 from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, stage_memory, step_settings
+from longspan.train.runtime import on_gpu
 from longspan.train.trainer import train
 from tests.train.conftest import recipe as small_recipe
 
@@ -35,6 +36,24 @@ def recipe(**fields: Any) -> TrainConfig:
         ],
         **fields,
     })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "expected"),
+    [
+        ({}, {}, "bfloat16"),
+        ({"dtype": "float32"}, {}, "float32"),
+        ({}, {"compute_dtype": "float32"}, "float32"),
+        ({"dtype": "bfloat16"}, {}, "bfloat16"),
+    ],
+)
+def test_adapters_on_a_gpu_stand_beside_bf16_unless_told(
+    model: dict[str, Any], memory: dict[str, Any], expected: str
+) -> None:
+    """LoRA with the default type computed in fp32 on a GPU, and so without a flash kernel."""
+    config = recipe(model={"path": "base", **model}, memory=memory, lora={"rank": 4})
+    assert on_gpu(config).model.dtype == expected
+    assert on_gpu(on_gpu(config)) == on_gpu(config)
 
 
 def test_a_step_is_that_of_the_recipe() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from longspan.annotate.config import AnnotateConfig, TeacherConfig
@@ -45,7 +44,7 @@ from longspan.data.store import Column
 from longspan.data.store.token_store import MANIFEST
 from longspan.data.tokenizer import load_tokenizer
 from longspan.infer.teacher import LocalTeacher, SharedTeacher, Teacher, TopK, check_k
-from longspan.models.hf import load_model, usable_device
+from longspan.models.hf import evaluated_dtype, load_model, usable_device
 from longspan.models.identity import model_identity
 from longspan.models.lora_config import Quantization
 from longspan.models.places import tokenizer_folder, tokenizer_home
@@ -139,9 +138,10 @@ def open_job(spec: AnnotateConfig, *, mesh: Mesh | None = None) -> OpenJob:
     """
     source = open_spec_source(spec)
     config = spec.teacher
-    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    device = mesh.device if mesh is not None else usable_device()
+    dtype = evaluated_dtype(config.model, device, config.dtype)
     model = load_model(config.model, rope=config.rope, max_position_embeddings=config.context, dtype=dtype)
-    model = model.to(mesh.device if mesh is not None else usable_device()).eval()
+    model = model.to(device).eval()
     identity = {
         **model_identity(model, config.model),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -66,7 +66,9 @@ class ModelOptions(NamedTuple):
         str | None,
         typer.Option(help="Tokens of prompt and answer at most, such as 128k. Default: no limit."),
     ] = None
-    dtype: Annotated[DType | None, typer.Option(help="Type of the weights. Default: as saved.")] = None
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type of the weights. Default: as saved; on a GPU bfloat16.")
+    ] = None
     chat_template: Annotated[
         str | None,
         typer.Option(
@@ -337,12 +339,12 @@ def find_source(options: ModelOptions) -> ModelSource:
     rope = parse_yaml(options.rope, where="--rope") if options.rope else None
     if not _is_checkpoint(path):
         return ModelSource(path, rope, options.rope_theta, options.dtype)
-    if rope is not None or options.rope_theta is not None or options.dtype is not None:
+    if rope is not None or options.rope_theta is not None:
         raise ArgumentError(
-            f"{path} is a checkpoint, which is used as it was trained",
+            f"{path} is a checkpoint, which is asked with the RoPE that it was trained with",
             fix="write it as a model folder with `longspan export`, and change that",
         )
-    return ModelSource(path, load=load_checkpoint)
+    return ModelSource(path, dtype=options.dtype, load=load_checkpoint)
 
 
 def find_folder(model: str) -> str:
@@ -370,7 +372,7 @@ def load_checkpoint(source: ModelSource) -> PreTrainedModel:
     """Load a checkpoint of a training, which says itself how its model was made."""
     from longspan.train.trained import load_trained
 
-    return load_trained(source.path).model
+    return load_trained(source.path, dtype=source.dtype).model
 
 
 def _is_checkpoint(path: str) -> bool:

@@ -29,7 +29,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.held_keys import HeldKeys, KeepingDocuments, NextTokens, held_rows
 from longspan.infer.length_rope import alike, fixed_frequencies, plan_alike_batches
-from longspan.infer.memory import cache_bytes_per_token, pass_bytes, refuse_excess, shared_memory
+from longspan.infer.memory import cache_bytes_per_token, dense_bytes, pass_bytes, refuse_excess, shared_memory
 from longspan.infer.packed import boundaries, inference, plan_batches
 from longspan.infer.perplexity import check_windows
 from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, refuse_unknown_tokens, scored
@@ -337,7 +337,8 @@ class SpreadModel:
         refuse_excess(
             cache_tokens=tokens,
             cache_bytes=cache_bytes_per_token(self._model, upcasts=choose_kernel(device).upcasts),
-            activations=pass_bytes(self._model, max(-(-trunk // world), PASS_TOKENS) if trunk else tokens),
+            activations=pass_bytes(self._model, max(-(-trunk // world), PASS_TOKENS) if trunk else tokens)
+            + dense_bytes(self._model, tokens),
             available=shared_memory(device, self._mesh.cp_group),
             device=device,
         )

@@ -34,6 +34,7 @@ from longspan.infer.memory import (
     LOGIT_ROWS,
     available_memory,
     cache_bytes_per_token,
+    dense_bytes,
     memory_errors,
     pass_bytes,
     refuse_excess,
@@ -148,7 +149,7 @@ class Engine:
             return limit
         cache_bytes = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts)
         total = sum(len(strand.ids) for strand in run.tree.strands())
-        activations = pass_bytes(self.model, min(self._pass_tokens, total))
+        activations = pass_bytes(self.model, min(self._pass_tokens, total)) + dense_bytes(self.model, total)
         while True:
             held = run.most_held(limit)
             if held * cache_bytes + activations <= available:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from longspan.core.errors import RunError
 from longspan.core.units import format_bytes
 from longspan.kernels.attention import NO_LIMIT
+from longspan.kernels.attention.cuda_varlen import why_tiled
+from longspan.kernels.attention.tiled import tiled_bytes
 
 FIX = (
     "ask for shorter contexts, lower --batch-tokens, load the weights as --dtype bfloat16, or use more processes "
@@ -80,6 +82,17 @@ def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
     per_token = 4 * config.hidden_size * size + width * (4 * size + 8) + 3 * inner * size
     logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 8)
     return tokens * per_token + logits
+
+
+def dense_bytes(model: PreTrainedModel, keys: int) -> int:
+    """Return the bytes that attention needs over `keys` keys where no flash kernel takes the model; else 0."""
+    config = _text_config(model)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if model.device.type != "cuda" or why_tiled(model.dtype, head_dim) is None:
+        return 0
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return tiled_bytes(heads=heads, kv_heads=kv_heads, head_dim=head_dim, keys=keys)
 
 
 def refuse_excess(

@@ -36,7 +36,7 @@ from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unkno
 from longspan.infer.remote import KINDS, open_remote
 from longspan.infer.replicas import Replica
 from longspan.infer.requests import Answer, Answerer, Request, Watched
-from longspan.models.hf import load_model, rope_settings, usable_device
+from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.schedules import ScheduleName
@@ -75,9 +75,9 @@ class ModelSource(NamedTuple):
     rope_theta: float | None = None
     """Base of the frequencies in place of the config's, whatever else its RoPE is."""
     dtype: str | None = None
-    """Type of the weights, `bfloat16` say; None = as saved."""
+    """Type of the weights, `bfloat16` say; None = as saved, but bfloat16 on CUDA if that is wider."""
     load: Callable[[ModelSource], PreTrainedModel] | None = None
-    """Loads it in place of `models.hf.load_model`: a function of a module, so that it can be sent."""
+    """Loads it in place of `models.hf.load_model`, in `dtype`: a function of a module, so that it can be sent."""
 
 
 def provider(model: str) -> tuple[str, str] | None:
@@ -91,16 +91,20 @@ def load_source(source: ModelSource, *, device: torch.device | None = None, tp: 
 
     With `tp` ranks, all of which call this, each gets its share of every matrix.
     """
+    device = usable_device() if device is None else device
     if source.load is not None:
         if tp > 1:
             raise ArgumentError(f"{source.path} cannot be shared by --tp", fix="export it first, or use --cp")
+        if source.dtype is None and device.type == "cuda":
+            say_narrowed(source.path)
+            source = source._replace(dtype="bfloat16")
         model = source.load(source)
     else:
-        dtype = None if source.dtype is None else getattr(torch, source.dtype)
+        dtype = evaluated_dtype(source.path, device, source.dtype)
         rope = rope_settings(source.path, source.rope, source.rope_theta)
         model = load_model(source.path, rope=rope, dtype=dtype, tp=tp)
     if tp == 1:
-        model = model.to(usable_device() if device is None else device)
+        model = model.to(device)
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir
-from longspan.core.log import get_logger
+from longspan.core.log import get_logger, log_once
 from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
@@ -52,6 +52,7 @@ __all__ = [
     "build_model",
     "empty_model",
     "enable",
+    "evaluated_dtype",
     "hidden_states",
     "lm_head_weight",
     "load_base",
@@ -338,6 +339,29 @@ def _gather_head(model: PreTrainedModel) -> None:
 def usable_device() -> torch.device:
     """Return CUDA where torch can use it, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluated_dtype(path: str | Path, device: torch.device, asked: str | None = None) -> torch.dtype | None:
+    """Return the type to load the weights at `path` in when they are to be asked on `device`; None = as saved.
+
+    Training saves 32 bits, the flash kernels of CUDA take 16: there it is bfloat16 unless another type is asked for.
+    """
+    if asked is not None:
+        return getattr(torch, asked)  # type: ignore[no-any-return]
+    narrow = (torch.bfloat16, torch.float16)
+    if device.type != "cuda" or own_config(path, as_saved=True).dtype in narrow:
+        return None
+    say_narrowed(path)
+    return torch.bfloat16
+
+
+def say_narrowed(path: str | Path) -> None:
+    """Say once that weights are computed with in a narrower type than they are saved in."""
+    log_once(
+        "models",
+        f"{path}: computed in bfloat16, as trained on a GPU; another type (--dtype float32) takes dense attention, "
+        "many times slower",
+    )
 
 
 def save_model(

@@ -23,6 +23,10 @@ __all__ = ["LINEARS", "BlockSettings", "block_walk"]
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a block."""
+FLASH_HEAD_DIM = 256
+"""Largest head dimension of the flash kernels, which take 16 bits and multiples of 8."""
+TILE_BYTES = 1 << 28
+"""Of one tile's scores where no flash kernel takes the model (`kernels.attention.tiled`)."""
 SUM_BYTES = 4
 """Of an element of a sum: fp32."""
 
@@ -120,7 +124,10 @@ def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
     ops.append(Op((flat[0],), "q", query * b, scratch=2 * query * b))
     ops.append(Op((flat[1],), "k", key * b, scratch=2 * key * b))
     lse = ("lse", t * model.heads * SUM_BYTES)
-    if s.cuda:
+    if s.cuda and (b >= SUM_BYTES or model.head_dim % 8 or model.head_dim > FLASH_HEAD_DIM):
+        # In tiles: five copies of the scores of one; keys, values and their gradients in fp32, laid out for products.
+        scratch = 5.0 * max(TILE_BYTES, t * model.heads * SUM_BYTES) + 7 * 2 * key * SUM_BYTES
+    elif s.cuda:
         scratch = float(query * SUM_BYTES)
     else:
         # Everything once more in fp32 where it is narrow.

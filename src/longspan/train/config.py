@@ -49,7 +49,7 @@ class ModelConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the weights are kept. To train in bfloat16 leave this and set `memory.compute_dtype`, which on a
     GPU is bfloat16 by default. bfloat16 here loses updates below about 0.4 % of a weight, which at fine-tuning rates
-    is most of them; it is right for weights that are frozen beside adapters."""
+    is most of them; it is right for weights that are frozen beside adapters, and there the default on a GPU."""
 
     @pydantic.model_validator(mode="after")
     def _one_origin(self) -> Self:

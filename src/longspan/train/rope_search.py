@@ -19,7 +19,7 @@ from longspan.core.log import get_logger
 from longspan.data.rows.loader import PackedRow
 from longspan.kernels.longrope import PAPER, LongRopeResult, LongRopeSearch, attention_scaling, search_factors
 from longspan.kernels.rope import inv_freq
-from longspan.models.hf import load_model, rope_of, usable_device
+from longspan.models.hf import evaluated_dtype, load_model, rope_of, usable_device
 from longspan.train.batch import collate, total_weight
 from longspan.train.config import TrainConfig
 from longspan.train.objectives import ModelWithLoss
@@ -61,7 +61,8 @@ def search_rope(
     root = Path(data_root) / config.data_root
     folder = root / config.model.path
     path = str(folder) if folder.is_dir() else config.model.path
-    model = load_model(path, max_position_embeddings=stage.reach).to(usable_device()).eval()
+    dtype = evaluated_dtype(path, usable_device())
+    model = load_model(path, max_position_embeddings=stage.reach, dtype=dtype).to(usable_device()).eval()
     text = model.config.get_text_config(decoder=True)
     rope = rope_of(model.config) or {}
     if rope.get("rope_type", "default") != "default":

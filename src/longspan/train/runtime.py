@@ -19,8 +19,8 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 def on_machine(config: TrainConfig) -> TrainConfig:
     """Return the recipe with the type it computes in here, and set up the GPU's allocator if there is one.
 
-    On a GPU all weights are trained as fp32 master weights and computed with in bf16, unless the recipe says otherwise.
-    To be called before the GPU is used.
+    On a GPU all weights are trained as fp32 master weights and computed with in bf16, and adapters stand beside weights
+    in bf16, unless the recipe says otherwise. To be called before the GPU is used.
     """
     frozen = config.lora is not None
     if config.model.dtype == "bfloat16" and not frozen:
@@ -37,8 +37,16 @@ def on_machine(config: TrainConfig) -> TrainConfig:
 
 
 def on_gpu(config: TrainConfig) -> TrainConfig:
-    """Return the recipe with the type that it computes in on a GPU."""
-    if config.memory.compute_dtype is not None or config.lora is not None or config.model.dtype != "float32":
+    """Return the recipe with the type that it computes in on a GPU: bf16, which is what the flash kernels take."""
+    told = config.memory.compute_dtype is not None or config.model.dtype != "float32"
+    if config.lora is not None and not told and "dtype" not in config.model.model_fields_set:
+        # Frozen weights need no wider copy; adapters are fp32 whatever their base is.
+        log_once(
+            "train",
+            "frozen weights are kept and computed with in bfloat16; model.dtype: float32 keeps more",
+        )
+        return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    if told or config.lora is not None:
         return config
     return config.model_copy(
         update={"memory": config.memory.model_copy(update={"compute_dtype": "bfloat16"})}

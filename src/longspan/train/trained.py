@@ -28,11 +28,11 @@ class Trained(NamedTuple):
     """Model that the adapter was trained beside; None = all weights were trained."""
 
 
-def load_trained(checkpoint: str | Path, *, base: str | None = None) -> Trained:
+def load_trained(checkpoint: str | Path, *, base: str | None = None, dtype: str | None = None) -> Trained:
     """Return the model of a checkpoint in a run folder, with the RoPE of the stage that wrote it.
 
     `base` replaces the recipe's `model.path`, which is looked for where training found it, then from the working
-    directory.
+    directory. `dtype` is the type of the weights, of the base's beside an adapter; None = that of training.
 
     Raises:
         DataError: a damaged checkpoint, or no run folder around it.
@@ -48,6 +48,8 @@ def load_trained(checkpoint: str | Path, *, base: str | None = None) -> Trained:
         # A name is looked for below the root first.
         named = str(Path(base).resolve()) if Path(base).exists() else base
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": named})})
+    if dtype is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     found = read_checkpoint(path)
     model = stage_model(config, config.stages[found.progress.stage], found, root)
     return Trained(

@@ -28,7 +28,7 @@ from longspan.kernels.attention.bands import NO_LIMIT, Bands
 from longspan.kernels.attention.merging import merge
 from longspan.kernels.attention.tiled import TiledKernel
 
-__all__ = ["CudaVarlenKernel", "launches"]
+__all__ = ["CudaVarlenKernel", "launches", "why_tiled"]
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -126,6 +126,15 @@ def _by_window(bands: Bands) -> list[tuple[_Window, np.ndarray]]:
     return [(window, np.flatnonzero(np.isin(which, keys))) for window, keys in result]
 
 
+def why_tiled(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why the flash kernels do not take tensors; None if they do."""
+    if dtype not in DTYPES:
+        return f"{dtype} inputs; the flash kernels take bfloat16 and float16"
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return f"head dimension {head_dim}; the flash kernels take multiples of 8 up to {MAX_HEAD_DIM}"
+    return None
+
+
 class CudaVarlenKernel:
     """torch's variable-length flash attention over a table of bands."""
 
@@ -186,12 +195,8 @@ class CudaVarlenKernel:
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def _falls_back(self, q: torch.Tensor) -> bool:
-        head_dim = q.shape[-1]
-        if q.dtype not in DTYPES:
-            reason = f"{q.dtype} inputs; the flash kernels take bfloat16 and float16"
-        elif head_dim % 8 or head_dim > MAX_HEAD_DIM:
-            reason = f"head dimension {head_dim}; the flash kernels take multiples of 8 up to {MAX_HEAD_DIM}"
-        else:
+        reason = why_tiled(q.dtype, q.shape[-1])
+        if reason is None:
             return False
         log_once("kernels.attention", f"attention: tiled (dense, slow) because of {reason}")
         return True

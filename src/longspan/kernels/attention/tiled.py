@@ -14,10 +14,17 @@ import torch
 from longspan.kernels.attention.bands import Bands
 from longspan.kernels.attention.reference import ReferenceKernel
 
-__all__ = ["TiledKernel"]
+__all__ = ["TiledKernel", "tiled_bytes"]
 
 TILE_BYTES = 1 << 28
 """Of one tile's scores in fp32, of which three copies are held; at least one query is taken at a time."""
+
+
+def tiled_bytes(*, heads: int, kv_heads: int, head_dim: int, keys: int) -> int:
+    """Return the bytes of a forward pass beside what it is given: scores of a tile, its keys and values in fp32."""
+    item = torch.float32.itemsize
+    # Keys and values are cast up, and laid out for the product.
+    return 3 * max(TILE_BYTES, heads * keys * item) + 2 * 2 * kv_heads * head_dim * keys * item
 
 
 class TiledKernel:
