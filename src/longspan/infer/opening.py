@@ -92,13 +92,13 @@ def load_source(source: ModelSource, *, device: torch.device | None = None, tp: 
     With `tp` ranks, all of which call this, each gets its share of every matrix.
     """
     device = usable_device() if device is None else device
-    if source.load is not None:
+    if (load := source.load) is not None:
         if tp > 1:
             raise ArgumentError(f"{source.path} cannot be shared by --tp", fix="export it first, or use --cp")
         if source.dtype is None and device.type == "cuda":
             say_narrowed(source.path)
             source = source._replace(dtype="bfloat16")
-        model = source.load(source)
+        model = load(source)
     else:
         dtype = evaluated_dtype(source.path, device, source.dtype)
         rope = rope_settings(source.path, source.rope, source.rope_theta)

@@ -347,7 +347,7 @@ def evaluated_dtype(path: str | Path, device: torch.device, asked: str | None = 
     Training saves 32 bits, the flash kernels of CUDA take 16: there it is bfloat16 unless another type is asked for.
     """
     if asked is not None:
-        return getattr(torch, asked)  # type: ignore[no-any-return]
+        return getattr(torch, asked)
     narrow = (torch.bfloat16, torch.float16)
     if device.type != "cuda" or own_config(path, as_saved=True).dtype in narrow:
         return None
