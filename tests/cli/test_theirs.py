@@ -221,10 +221,13 @@ def test_longllm_qlora(place: Path) -> None:
         "micro_batch_tokens": theirs.MAX_LENGTH,
     }
     write(place / "chats.jsonl", [{"conversations": each} for each in theirs.conversations()])
-    chats = streams["conversations"].model_copy(
-        update={"records": ("chats.jsonl",), "max_document_tokens": theirs.MAX_LENGTH, "strategy": "intact"}
+    chats, texts = streams["conversations"], streams["redpajama"]
+    alone = {"max_length": theirs.MAX_LENGTH, "strategy": "intact"}
+    chats = chats.model_copy(
+        update={"records": ("chats.jsonl",), "pack": chats.pack.model_copy(update=alone)}
     )
-    texts = streams["redpajama"].model_copy(update={"records": ("books.jsonl",), "strategy": "intact"})
+    intact = texts.pack.model_copy(update={"strategy": "intact"})
+    texts = texts.model_copy(update={"records": ("books.jsonl",), "pack": intact})
     stage = recipe.stages[0].model_copy(
         update={**small, "streams": {"conversations": chats, "redpajama": texts}}
     )

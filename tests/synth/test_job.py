@@ -102,7 +102,7 @@ def test_all_sets_train_two_steps(settings_of, run, student, texts, tmp_path):
                     "synth": {
                         "records": [f"{name}/train.jsonl" for name in SETS],
                         "chat_template": "qwen",
-                        "strategy": "best_fit",
+                        "pack": {"strategy": "best_fit"},
                     }
                 },
             }

@@ -51,7 +51,10 @@ def recipe(**changes: Any) -> dict[str, Any]:
         "lr_schedule": {"kind": "constant", "warmup_steps": 2},
         "rope": {"rope_type": "default", "rope_theta": 10000.0},
         "max_epochs": 10,
-        "streams": {"text": {"store": "plain"}, "weighted": {"store": "weighted", "strategy": "intact"}},
+        "streams": {
+            "text": {"store": "plain"},
+            "weighted": {"store": "weighted", "pack": {"strategy": "intact"}},
+        },
     }
     second = {
         **first,

@@ -68,8 +68,9 @@ def stage(**stream: Any) -> Any:
     return TrainConfig.from_dict({**values, "stages": [first]}).stages[0]
 
 
-def documents_of(root: Path, **stream: Any) -> list[list[int]]:
-    source = plan_stage(stage(strategy="best_fit", **stream), data_root=root, seed=0).sources["text"]
+def documents_of(root: Path, store: str | list[str], specials: str = "auto") -> list[list[int]]:
+    pack = {"strategy": "best_fit", "specials": specials}
+    source = plan_stage(stage(store=store, pack=pack), data_root=root, seed=0).sources["text"]
     rows = [source.row(index) for index in range(min(40, source.num_rows))]
     return [
         row.input_ids[low:high].tolist()

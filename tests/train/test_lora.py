@@ -52,7 +52,10 @@ def adapted(base: Path, lora: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "lr": 0.01,
         "max_epochs": 50,
         "rope": {"rope_type": "default", "rope_theta": 50000.0},
-        "streams": {"text": {"store": "plain"}, "weighted": {"store": "weighted", "strategy": "intact"}},
+        "streams": {
+            "text": {"store": "plain"},
+            "weighted": {"store": "weighted", "pack": {"strategy": "intact"}},
+        },
     }
     return {
         **recipe(stages=[stage], optimizer={"name": "adamw"}, checkpoint={"every_steps": 2, "keep": 2}),

@@ -45,7 +45,7 @@ def spread_recipe(**changes: Any) -> dict[str, Any]:
         "max_epochs": 50,
         "streams": {
             "text": {"store": "plain"},
-            "weighted": {"store": "weighted", "strategy": "intact"},
+            "weighted": {"store": "weighted", "pack": {"strategy": "intact"}},
             "whole": {"store": "plain", "document_mask": False},
         },
     }

@@ -191,8 +191,8 @@ def test_tiny_keeps_the_structure() -> None:
             assert after.context_length == max(32, before.context_length // 1024)
             assert after.rows_per_step <= 4 and list(after.streams) == list(before.streams)
             for stream, small in zip(before.streams.values(), after.streams.values()):
-                assert (small.strategy, small.specials, small.weight) == (
-                    stream.strategy, stream.specials, stream.weight
+                assert (small.pack.strategy, small.pack.specials, small.weight) == (
+                    stream.pack.strategy, stream.pack.specials, stream.weight
                 )  # fmt: skip
                 assert (small.mixture.mode, small.mixture.weights) == (
                     stream.mixture.mode, stream.mixture.weights

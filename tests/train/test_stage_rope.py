@@ -52,7 +52,7 @@ def settings(model: Path, *stages: dict[str, Any], **changes: Any) -> dict[str, 
     """Three steps of three rows of short documents, each row a micro-batch."""
     base = {
         "context_length": LENGTH, "steps": 3, "batch_tokens": 3 * LENGTH, "micro_batch_tokens": LENGTH,
-        "lr": 1e-3, "streams": {"text": {"store": "plain", "strategy": "best_fit"}},
+        "lr": 1e-3, "streams": {"text": {"store": "plain", "pack": {"strategy": "best_fit"}}},
     }  # fmt: skip
     made = [{**base, "name": f"s{index}", **stage} for index, stage in enumerate(stages or [{}])]
     values = recipe(stages=made, optimizer={"name": "adamw"}, model={"path": str(model)})

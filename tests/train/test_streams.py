@@ -19,6 +19,7 @@ from longspan.models.hf import build_model
 from longspan.train.batch import collate, total_weight
 from longspan.train.config import StageConfig
 from longspan.train.objectives import ModelWithLoss
+from longspan.train.stream_config import StreamConfig
 from longspan.train.streams import plan_stage
 from tests.train.conftest import recipe
 
@@ -80,7 +81,9 @@ def test_special_tokens_frame_documents_when_asked(data_root: Path) -> None:
     bos = store.manifest.tokenizer["bos_id"]
     for specials, first in (("none", None), ("bos", bos)):
         plan = plan_stage(
-            stage(store="plain", specials=specials, strategy="intact"), data_root=data_root, seed=0
+            stage(store="plain", pack={"specials": specials, "strategy": "intact"}),
+            data_root=data_root,
+            seed=0,
         )
         starts = [row.input_ids[0] for row in plan.mixer.rows(0, 8) if not row.continuation[0]]
         assert starts and all((start == bos) == (first == bos) for start in starts)
@@ -91,13 +94,15 @@ def test_special_tokens_frame_documents_when_asked(data_root: Path) -> None:
     [
         ({"rows": "plans/rows", "store": "plain"}, "either a store or rows"),
         ({}, "either a store or rows"),
-        ({"rows": "plans/rows", "strategy": "intact"}, "no effect on a pack plan"),
-        ({"rows": "plans/rows", "specials": "bos"}, "specials has no effect"),
+        ({"rows": "plans/rows", "pack": {"strategy": "intact"}}, "no effect on a pack plan"),
+        ({"rows": "plans/rows", "pack": {"specials": "bos"}}, "specials has no effect"),
         (
-            {"rows": "plans/rows", "overflow": "drop_tail", "strategy": "best_fit"},
+            {"rows": "plans/rows", "pack": {"overflow": "drop_tail", "strategy": "best_fit"}},
             "first tokens of each of `rows`",
         ),
-        ({"rows": "plans/rows", "overflow": "drop"}, "`rows` have split or drop_tail"),
+        ({"rows": "plans/rows", "pack": {"overflow": "drop"}}, "`rows` have split or drop_tail"),
+        ({"store": "plain", "pack": {"strategy": "split", "split_lengths": [8]}}, "plan for each length"),
+        ({"store": "plain", "pack": {"min_length": 9, "max_length": 8}}, "no document is left"),
         ({"store": "plain", "loss_mask": True}, "has no masks"),
         ({"store": "plain", "begin_with_user": True}, "on records only"),
         ({"rows": "nowhere"}, "nowhere"),
@@ -153,7 +158,7 @@ def test_longer_rows_train_a_shorter_stage(data_root: Path, pack_plan: Path, mon
         == stored.row(0).input_ids.tolist()
     )
     assert plan.left_out["text"]["cut_documents"] > 0
-    heads = stage(rows="rows-of-16", shuffle=False, overflow="drop_tail").model_copy(
+    heads = stage(rows="rows-of-16", shuffle=False, pack={"overflow": "drop_tail"}).model_copy(
         update={"context_length": 12}
     )
     plan = plan_stage(heads, data_root=data_root, seed=0)
@@ -194,3 +199,22 @@ def test_a_stream_may_say_otherwise_than_its_stage(data_root: Path) -> None:
         StageConfig.from_dict(
             values | {"objective": "distill", "streams": {"a": {"store": "plain", "teacher": "x"}}}
         )
+
+
+def test_older_keys_of_a_stream_are_still_read(caplog: pytest.LogCaptureFixture) -> None:
+    """Recipes and settings of runs from before `pack` say the same keys beside the store, defaults included."""
+    older = {
+        "store": "plain", "strategy": "intact", "overflow": None, "specials": "bos", "min_document_tokens": 0,
+        "max_document_tokens": 80, "group_by_length": True,
+    }  # fmt: skip
+    pack = {"strategy": "intact", "specials": "bos", "max_length": 80, "group_by_length": True}
+    caplog.set_level("INFO")
+    assert StreamConfig.from_dict(older) == StreamConfig.from_dict({"store": "plain", "pack": pack})
+    assert (
+        "write `pack: {strategy: intact, specials: bos, max_length: 80, group_by_length: True}`"
+        in caplog.text
+    )
+    # An override of a recipe that has a `pack` already.
+    assert (
+        StreamConfig.from_dict({"store": "a", "pack": pack, "strategy": "concat"}).pack.strategy == "concat"
+    )

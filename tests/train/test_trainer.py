@@ -69,7 +69,7 @@ def test_a_mean_over_samples_is_that_of_one_conversation_a_batch(
 ) -> None:
     """The loss of a trainer whose batch is one conversation: four answer tokens weigh what a long text weighs."""
     settings = config()
-    streams = {"text": {"store": "plain", "strategy": "best_fit"}}
+    streams = {"text": {"store": "plain", "pack": {"strategy": "best_fit"}}}
     packed = config(stages=stages(1, streams=streams, batch_tokens=8 * 48)).stages[1]
     stage = packed.model_copy(update={"loss_average": "samples"})
     plan = plan_stage(stage, data_root=data_root, seed=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from longspan.data.jobs import ArrayJob, Executor
     from longspan.data.plans.packing import PackPlan
+    from longspan.data.plans.store_packing import Settled
     from longspan.data.store.lengths import LengthTable
 
 MIX_EXAMPLE = example("longspan data mix store --mode per_source --tokens 2000 --out mixture")
@@ -221,9 +221,10 @@ def pack(
     Workers and jobs share the writing of --materialize; a plan alone is a matter of seconds.
     """
     from longspan.core.errors import ArgumentError
+    from longspan.core.units import parse_length
     from longspan.data.plans.framing import frame_words
-    from longspan.data.plans.pack_config import PackConfig
     from longspan.data.plans.packing import plan_packing, plan_split
+    from longspan.data.plans.store_packing import StorePackConfig
     from longspan.data.store import TokenStore
 
     jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
@@ -235,31 +236,27 @@ def pack(
         return
     share = jobs.share()
     table, paths, documents = _documents(inputs, seed)
-    ids = special_ids(paths[0])
-    chats = strategy is None and any(TokenStore(path).manifest.config.get("chat") for path in paths)
-    if chats:
-        strategy, remainder = "best_fit", remainder or "pad"
-    overflow = overflow or ("drop" if chats else "split")
-    if overflow not in ("split", "drop_tail", "drop"):
-        raise ArgumentError("unknown --overflow", found=overflow, allowed="split, drop_tail or drop")
-    settings = {
-        "length": length,
-        "strategy": strategy or "concat",
+    given: dict[str, Any] = {
+        "strategy": strategy,
         "min_length": min_length,
         "min_tail": min_tail,
-        "overflow": "split" if overflow == "drop" else overflow,
+        "overflow": overflow,
         "overlap": overlap,
         "overlap_across": overlap_across,
-        "remainder": remainder or "drop",
+        "remainder": remainder,
         "by_source": by_source,
         "split_lengths": [] if split_lengths is None else split_lengths.split(","),
-        **ids,
-        **_frame(specials, paths),
-        "mos_id": _mos_id(mos, ids),
+        "specials": specials,
+        "mos": mos,
     }
-    spec = PackConfig.from_dict(settings, where="the command line")
-    if overflow == "drop":
-        documents = _whole(table, documents, spec.length - spec.num_bos - spec.num_eos)
+    settings = StorePackConfig.from_dict(given, where="the command line")
+    settled = settings.settle(
+        [TokenStore(path) for path in paths],
+        length=parse_length(length),
+        where="the plan",
+        ids=special_ids(paths[0]),
+    )
+    spec, documents = settled.pack, _whole(table, documents, settled)
     if spec.split_lengths:
         plans = {
             f"{piece}-{spec.length}": plan for piece, plan in plan_split(spec, table, documents, seed).items()
@@ -291,28 +288,18 @@ def pack(
         print_json(found if spec.split_lengths else found[0])
 
 
-def _frame(specials: str, paths: Sequence[str | Path]) -> dict[str, Any]:
-    from longspan.core.errors import ArgumentError
-    from longspan.data.plans.framing import Framing, frame_settings
-    from longspan.data.store import TokenStore
-
-    if specials not in get_args(Framing):
-        raise ArgumentError("unknown --specials", found=specials, allowed=get_args(Framing))
-    return frame_settings(specials, [TokenStore(path) for path in paths], where="the plan")  # type: ignore[arg-type]
-
-
-def _whole(table: LengthTable, documents: np.ndarray, room: int) -> np.ndarray:
-    """Return the documents that fit a row, and say how many do not."""
+def _whole(table: LengthTable, documents: np.ndarray, settled: Settled) -> np.ndarray:
+    """Return the documents that are not too long, and say how many are."""
     from longspan.core.log import get_logger
 
-    fits = table.tokens[documents] <= room
-    if not fits.all():
+    long = settled.too_long(table, documents)
+    if long.any():
         get_logger("data.pack").warning(
             "left out: %d documents longer than a row, %d tokens; --overflow split cuts them",
-            int((~fits).sum()),
-            int(table.tokens[documents[~fits]].sum()),
+            int(long.sum()),
+            int(table.tokens[documents[long]].sum()),
         )
-    return documents[fits]
+    return documents[~long]
 
 
 def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
@@ -408,19 +395,6 @@ def _preset(name: str, table: LengthTable) -> dict[str, Any]:
         "keep_short": preset.keep_short,
         "threshold": preset.threshold,
     }
-
-
-def _mos_id(mos: str, ids: dict[str, int | None]) -> int | None:
-    from longspan.core.errors import ArgumentError
-
-    if mos == "none":
-        return None
-    known = ids.get(f"{mos}_id") if mos in ("bos", "eos") else int(mos) if mos.isdecimal() else None
-    if known is None:
-        raise ArgumentError(
-            "--mos is not a token of the tokenizer", found=mos, allowed="none, bos, eos or an id"
-        )
-    return known
 
 
 def print_mixture(title: str, report: Any) -> None:

@@ -166,12 +166,15 @@ def _tiny_stream(stream: StreamConfig, step_tokens: int) -> StreamConfig:
         if stream.mixture.tokens is not None:
             # Some more than the stage reads: sources of small weight round up to whole documents.
             mixture |= {"tokens": 2 * STEPS * step_tokens, "max_repeat": max(4, stream.mixture.max_repeat)}
+        limits: dict[str, Any] = {}
+        if stream.pack.min_length > 1:
+            limits["min_length"] = _limit(stream.pack.min_length)
+        if stream.pack.max_length is not None:
+            limits["max_length"] = _limit(stream.pack.max_length)
         changes |= {
             "mixture": stream.mixture.model_copy(update=mixture),
-            "min_document_tokens": stream.min_document_tokens and _limit(stream.min_document_tokens),
+            "pack": stream.pack.model_copy(update=limits),
         }
-        if stream.max_document_tokens is not None:
-            changes["max_document_tokens"] = _limit(stream.max_document_tokens)
     return stream.model_copy(update=changes)
 
 

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import pydantic
 
-from longspan.core.config import Config, Length
-from longspan.data.plans.framing import Framing
+from longspan.core.config import Config
+from longspan.core.log import log_once
 from longspan.data.plans.mixture import MixtureConfig
+from longspan.data.plans.pack_config import STRATEGIES
+from longspan.data.plans.store_packing import StorePackConfig
+
+
+class StreamPackConfig(StorePackConfig):
+    """How the documents of a stream become rows of the stage's context length."""
+
+    group_by_length: bool = False
+    """Pack documents of like length together: in every stretch of the training order, long ones first."""
+
+    @pydantic.field_validator("strategy")
+    @classmethod
+    def _one_plan(cls, strategy: str | None) -> str | None:
+        if strategy in STRATEGIES and STRATEGIES[strategy].by_lengths:
+            raise ValueError(
+                f"{strategy} makes a plan for each length: make them with `longspan data pack`, as rows"
+            )
+        return strategy
+
+
+OLDER_KEYS = {
+    "strategy": "strategy",
+    "overflow": "overflow",
+    "specials": "specials",
+    "min_document_tokens": "min_length",
+    "max_document_tokens": "max_length",
+    "group_by_length": "group_by_length",
+}
+"""Keys of a stream in earlier releases, and where they are in its `pack`."""
 
 
 class StreamConfig(Config):
@@ -31,14 +60,10 @@ class StreamConfig(Config):
     chat_template: str | None = None
     """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
     mixture: MixtureConfig = MixtureConfig(mode="none")
-    strategy: Literal["concat", "intact", "best_fit"] | None = None
-    """How documents become rows of the stage's context length; those of longer `rows` too. None: concat; for
-    conversations, and with `objective: sft`, best_fit, and a conversation longer than a row is left out and counted:
-    no answer is learnt without its question."""
-    overflow: Literal["split", "drop_tail", "drop"] | None = None
-    """What becomes of a document longer than the stage's context length: it goes on in further rows (split), gives its
-    first tokens (drop_tail), or is left out (drop), each counted. None: split, but drop for conversations without a
-    `strategy`. Of `rows` each row is split, or gives its first tokens."""
+    """Which documents are read, how often."""
+    pack: StreamPackConfig = StreamPackConfig()
+    """How documents become rows of the stage's context length. `strategy` and `overflow` (split or drop_tail) also say
+    what becomes of longer `rows`. Without a `strategy`, `objective: sft` packs as for conversations."""
     loss_mask: bool | None = None
     """Whether only what a conversation's mask marks is learnt. None: as the stage says."""
     begin_with_user: bool = False
@@ -47,15 +72,6 @@ class StreamConfig(Config):
     """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
     document_mask: bool | None = None
     """Whether the documents of a row are kept apart. None: as the stage says."""
-    specials: Framing = "auto"
-    """Which special tokens of the store's tokenizer frame a document; a token store holds none. auto: BOS in front of
-    texts where the tokenizer adds it itself; conversations begin as their template has it."""
-    min_document_tokens: Length = pydantic.Field(0, ge=0)
-    """Shorter documents are left out."""
-    max_document_tokens: Length | None = pydantic.Field(None, ge=1)
-    """Longer documents are left out, and counted, instead of cut. None: they are cut."""
-    group_by_length: bool = False
-    """Pack documents of like length together: in every stretch of the training order, long ones first."""
     weight: float = pydantic.Field(1.0, gt=0)
     """Share of the rows, relative to the stage's other streams."""
 
@@ -64,22 +80,44 @@ class StreamConfig(Config):
     def _one_file(cls, records: Any) -> Any:
         return (records,) if isinstance(records, str) else records
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _older_keys(cls, values: Any) -> Any:
+        """Put the keys of earlier releases where they belong now, and say so where they say something."""
+        if not isinstance(values, dict) or not OLDER_KEYS.keys() & values.keys():
+            return values
+        pack = values.get("pack", {})
+        if not isinstance(pack, dict):
+            pack = pack.model_dump(exclude_unset=True)
+        moved = {new: values[old] for old, new in OLDER_KEYS.items() if values.get(old) is not None}
+        if moved.get("min_length") == 0:
+            moved["min_length"] = 1
+        defaults = StreamPackConfig.model_fields
+        if said := [name for name, value in moved.items() if value != defaults[name].default]:
+            words = ", ".join(f"{name}: {moved[name]}" for name in said)
+            log_once("train", f"a stream says how it is packed in its `pack` now: write `pack: {{{words}}}`")
+        rest = {name: value for name, value in values.items() if name not in OLDER_KEYS}
+        return {**rest, "pack": {**pack, **moved}}
+
     @pydantic.model_validator(mode="after")
     def _one_origin(self) -> Self:
         if sum(origin is not None for origin in (self.store, self.records, self.rows)) != 1:
             raise ValueError("a stream has either a store or rows, or records")
-        if self.max_document_tokens is not None and self.max_document_tokens < self.min_document_tokens:
-            raise ValueError("max_document_tokens is below min_document_tokens: no document is left")
-        planning = (
-            "mixture", "specials", "min_document_tokens", "max_document_tokens", "group_by_length"
-        )  # fmt: skip
         # By value: the settings of a run are written with all defaults, and read again.
-        changed = [name for name in planning if getattr(self, name) != type(self).model_fields[name].default]
+        pack = {
+            name: value for name, value in self.pack if value != type(self.pack).model_fields[name].default
+        }
+        changed = ["mixture"] if self.mixture != MixtureConfig(mode="none") else []
+        changed += [name for name in pack if name not in ("strategy", "overflow")]
         if self.rows is not None and changed:
             raise ValueError(f"{', '.join(changed)} has no effect on rows that are packed already")
-        if self.rows is not None and self.overflow == "drop":
+        if self.rows is not None and self.pack.overflow == "drop":
             raise ValueError("overflow: drop leaves out documents; `rows` have split or drop_tail")
-        if self.rows is not None and self.overflow == "drop_tail" and self.strategy not in (None, "concat"):
+        if (
+            self.rows is not None
+            and self.pack.overflow == "drop_tail"
+            and self.pack.strategy not in (None, "concat")
+        ):
             raise ValueError(
                 "overflow: drop_tail takes the first tokens of each of `rows`, with strategy concat"
             )

@@ -14,9 +14,7 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.core.log import get_logger
 from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.packed.recut import HeadRows, Overflow, RecutRows, recut
-from longspan.data.plans.framing import frame_settings
 from longspan.data.plans.mixture import MixturePlan, plan_mixture
-from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import KIND as PACK_PLAN
 from longspan.data.plans.packing import PackPlan, plan_packing
 from longspan.data.readers.hub import SCHEME as HUB
@@ -221,33 +219,29 @@ def _planned(
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
     chats = np.array([_is_chat(store) for store in stores])
-    frame = frame_settings(stream.specials, stores, where=where)
-    strategy = stream.strategy
-    limits = np.full(len(stores), np.iinfo(np.int64).max)
-    room = stage.context_length - {"none": 0, "both": 2}.get(frame["specials"], 1)
-    if stream.overflow == "drop":
-        limits[:] = room
-    if strategy is None:
-        strategy = "best_fit" if stage.objective == "sft" or chats.any() else "concat"
-        if stream.overflow is None:
-            limits[chats] = room
-    documents, left_out = _within_limits(stream, lengths, mixture.documents, limits)
-    if parts:
-        documents = draw_records(parts, lengths, documents, seed)
-    if stream.group_by_length:
-        documents = grouped_by_length(documents, lengths.tokens, stretch=50 * stage.rows_per_step)
-    spec = PackConfig(
+    pack = stream.pack
+    settled = pack.settle(
+        stores,
         length=stage.context_length,
-        strategy=strategy,
-        overflow="drop_tail" if stream.overflow == "drop_tail" else "split",
+        where=where,
+        ids={"pad_id": 0},
+        answers=stage.objective == "sft",
         # A document of its own row is shorter than the row: the rest is padding, which weighs nothing. A stage of so
         # many tokens reads full rows; an epoch reads all of its text.
-        remainder="drop" if strategy == "concat" and stage.epochs is None else "pad",
-        pad_id=0,
-        # Rows in an order of their own would undo the grouping.
-        shuffle=stream.shuffle and not stream.group_by_length,
-        **frame,
+        pads=lambda strategy: not strategy.flows or stage.epochs is not None,
     )
+    documents = mixture.documents
+    short = lengths.tokens[documents] < pack.min_length
+    long = settled.too_long(lengths, documents)
+    left_out = {"short": int(short.sum()), "long": int(long.sum())}
+    documents = documents[~(short | long)]
+    if parts:
+        documents = draw_records(parts, lengths, documents, seed)
+    if pack.group_by_length:
+        documents = grouped_by_length(documents, lengths.tokens, stretch=50 * stage.rows_per_step)
+    # Rows in an order of their own would undo the grouping. Those that are too short are out already.
+    shuffle = stream.shuffle and pack.shuffle and not pack.group_by_length
+    spec = settled.pack.model_copy(update={"shuffle": shuffle, "min_length": 1})
     plan = plan_packing(spec, lengths, documents, seed)
     if plan.num_rows == 0:
         raise ConfigError(
@@ -259,23 +253,11 @@ def _planned(
         )
     dropped = dict(plan.report.dropped)
     if beyond := dropped.pop("overflow", 0):
-        heads = int((lengths.tokens[documents] > room).sum())
+        heads = int((lengths.tokens[documents] > settled.room).sum())
         left_out |= {"heads": heads, "overflow_tokens": beyond}
     left_out |= {"tail_tokens": sum(dropped.values()), "cut_chats": num_cut(plan, lengths, chats)}
     masked = bool(np.any(lengths.mask_offset[documents] != 0))
     return _PlannedStream(RowLoader(stores, plan), stores, mixture, masked, left_out)
-
-
-def _within_limits(
-    stream: StreamConfig, lengths: LengthTable, documents: np.ndarray, limits: np.ndarray
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Return the documents that are neither too short nor too long, and how many are; `limits` int64 [stores]."""
-    tokens = lengths.tokens[documents]
-    short = tokens < max(1, stream.min_document_tokens)
-    long = tokens > limits[lengths.store[documents]]
-    if stream.max_document_tokens is not None:
-        long |= tokens > stream.max_document_tokens
-    return documents[~(short | long)], {"short": int(short.sum()), "long": int(long.sum())}
 
 
 def grouped_by_length(documents: np.ndarray, tokens: np.ndarray, *, stretch: int) -> np.ndarray:
@@ -331,7 +313,7 @@ def _packed(
         if folder_kind(path) == PACK_PLAN:
             return _plan_rows(stream, stage, path, data_root, where)
         rows = PackedRows(path)
-    again = stream.strategy not in (None, "concat") or stream.overflow == "drop_tail"
+    again = stream.pack.strategy not in (None, "concat") or stream.pack.overflow == "drop_tail"
     if rows.lengths_are(stage.context_length) and not again:
         return rows, []
     if rows.longest < stage.context_length:
@@ -343,12 +325,12 @@ def _packed(
             allowed=f"{stage.context_length}, the stage's context_length",
             fix="write them at that length with `longspan data pack`, and annotate those",
         )
-    strategy = stream.strategy or ("best_fit" if stage.objective == "sft" else "concat")
+    strategy = stream.pack.strategy or ("best_fit" if stage.objective == "sft" else "concat")
     return recut(rows, length=stage.context_length, strategy=strategy, overflow=_of_rows(stream)), []
 
 
 def _of_rows(stream: StreamConfig) -> Overflow:
-    return "drop_tail" if stream.overflow == "drop_tail" else "split"
+    return "drop_tail" if stream.pack.overflow == "drop_tail" else "split"
 
 
 def _plan_rows(
@@ -362,7 +344,7 @@ def _plan_rows(
         )
     if plan.spec.length != stage.context_length:
         raise _other_length(where, plan.spec.length, stage)
-    if stream.strategy not in (None, "concat") or stream.overflow == "drop_tail":
+    if stream.pack.strategy not in (None, "concat") or stream.pack.overflow == "drop_tail":
         raise ConfigError(f"{where}: strategy and overflow have no effect on a pack plan", found=str(path))
     return RowLoader(stores, plan), stores
 

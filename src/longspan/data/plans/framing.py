@@ -80,7 +80,7 @@ def _say_unknown(store: TokenStore) -> None:
         "data",
         f"{store.path}: the store does not say whether its tokenizer begins texts with BOS (token "
         f"{store.manifest.tokenizer['bos_id']}), so its documents are read without; older versions did not write it "
-        "down. Tokenize again, or set specials: bos, if the model was trained with it",
+        "down. Tokenize again, or pack with specials: bos, if the model was trained with it",
     )
 
 
