@@ -30,7 +30,7 @@ from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.plan.models import shape_of
 from longspan.plan.training import LoraSettings, TrainingSettings, training_memory
-from longspan.train.batch import IGNORE, Batch
+from longspan.train.batch import IGNORE_LABEL, Batch
 from longspan.train.config import OptimizerConfig
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers
@@ -149,7 +149,7 @@ def _step(root: ModelWithLoss, optimizers: list[Any], s: TrainingSettings, vocab
     ids = torch.arange(s.tokens) * 7919 % vocabulary
     documents = Documents.single(s.tokens)
     labels = ids.roll(-1)
-    labels[-1] = IGNORE
+    labels[-1] = IGNORE_LABEL
     batch = Batch(ids, labels, None, documents.positions(), torch.zeros_like(ids), ("text",), documents)
     if s.chunk_tokens is not None:
         recurrent_step(

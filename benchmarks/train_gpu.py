@@ -134,11 +134,11 @@ def _own_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def _batch(ids: torch.Tensor) -> Any:
     from longspan.models.documents import Documents
-    from longspan.train.batch import IGNORE, Batch
+    from longspan.train.batch import IGNORE_LABEL, Batch
 
     documents = Documents.single(len(ids))
     labels = ids.roll(-1)
-    labels[-1] = IGNORE
+    labels[-1] = IGNORE_LABEL
     return Batch(
         ids, labels, None, documents.positions(ids.device), torch.zeros_like(ids), ("text",), documents
     )

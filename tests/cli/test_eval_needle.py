@@ -75,7 +75,7 @@ def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
     [
         ("--depths 0,50,100", ["depths", "between 0 (start) and 1"]),
         ("--depths 0:1", ["depths", "start:end:count"]),
-        ("--depths 0:inf:3", ["depths", "inf is no depth"]),
+        ("--depths 0:inf:3", ["depths", "inf is not a depth"]),
         ("--lengths 0:1", ["lengths", "start:end:count, such as 1k:8k:8"]),
         ("--lengths 1k:8k:0", ["lengths", "count of values of 1 or more"]),
         ("--lengths 1k,1024", ["lengths", "1024 stands twice"]),
@@ -85,7 +85,7 @@ def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
         ("--model openai: --tokenizer tokenizer", ["no model is named", "openai:NAME"]),
         ("--model opnai:gpt", ["no such model", "opnai:gpt", "openai:NAME"]),
         ("--model model/config.json", ["is a file, not a model", "the folder that it lies in"]),
-        ("--model openai:x --tokenizer tokenizer --rope-theta 5e6", ["own affair", "--rope-theta"]),
+        ("--model openai:x --tokenizer tokenizer --rope-theta 5e6", ["is decided there", "--rope-theta"]),
         ("--rope linear", ["--rope does not hold settings", "'linear'"]),
         ("--lengths 20", ["no room for the planted facts", "20 tokens"]),
         ("--data texts --lengths 1M", ["haystack is too short", "--repeat-haystack"]),

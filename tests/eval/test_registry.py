@@ -67,7 +67,7 @@ def test_installed_packages_add_tasks(own, monkeypatch):
         return entries()
 
     assert "theirs" in installed(TaskEntry("theirs", "Theirs is asked."))
-    with pytest.raises(ArgumentError, match="is no task"):
+    with pytest.raises(ArgumentError, match="is not a task"):
         installed("theirs")
     monkeypatch.undo()
     registry._register_installed.cache_clear()

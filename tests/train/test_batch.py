@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from longspan.data.rows.loader import PackedRow
-from longspan.train.batch import IGNORE, averaged, collate, total_weight
+from longspan.train.batch import IGNORE_LABEL, averaged, collate, total_weight
 from longspan.train.loop_config import LossAverage
 
 
@@ -29,7 +29,7 @@ def row(
 def test_labels_never_cross_a_document_or_row_border() -> None:
     """The first token of the next document must not be learnt from the last of this one."""
     batch = collate([row([1, 2, 3, 4, 5], [0, 3, 5]), row([6, 7], [0, 2])])
-    assert batch.labels.tolist() == [2, 3, IGNORE, 5, IGNORE, 7, IGNORE]
+    assert batch.labels.tolist() == [2, 3, IGNORE_LABEL, 5, IGNORE_LABEL, 7, IGNORE_LABEL]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1]
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert batch.loss_weights is None
@@ -38,7 +38,7 @@ def test_labels_never_cross_a_document_or_row_border() -> None:
 def test_weights_belong_to_the_predicted_token_not_to_the_predicting_one() -> None:
     """A mask shifted by one trains the wrong tokens: here 3 is masked, so position 1 has no label."""
     batch = collate([row([1, 2, 3, 4], [0, 4], weights=[1, 1, 0, 9])])
-    assert batch.labels.tolist() == [2, IGNORE, 4, IGNORE]
+    assert batch.labels.tolist() == [2, IGNORE_LABEL, 4, IGNORE_LABEL]
     assert batch.loss_weights is not None
     assert batch.loss_weights.tolist() == [1.0, 0.0, 9.0, 0.0]
 
@@ -72,7 +72,7 @@ def test_samples_or_rows_weigh_the_same_whatever_their_tokens(
     assert used.tolist() == pytest.approx(expected)
     assert total_weight([averages]) == pytest.approx(sum(expected))
     labels = collate([averages]).labels.tolist()
-    assert labels == [2, 3, IGNORE, 5, 6, IGNORE, IGNORE, IGNORE]
+    assert labels == [2, 3, IGNORE_LABEL, 5, 6, IGNORE_LABEL, IGNORE_LABEL, IGNORE_LABEL]
 
 
 def test_sources_of_streams_that_number_them_differently_are_kept_apart() -> None:

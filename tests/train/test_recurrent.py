@@ -25,7 +25,7 @@ from longspan.models.recurrent import ChunkedRow, KeyValueCache
 from longspan.parallel.fsdp import full_tensor, shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
-from longspan.train.batch import IGNORE, Batch
+from longspan.train.batch import IGNORE_LABEL, Batch
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.recurrent import recurrent_step
 from tests.patience import PATIENCE_SECONDS
@@ -50,7 +50,7 @@ def batch_of(borders: list[int], *, weighted: bool = False, seed: int = 0) -> Ba
     ids = torch.randint(0, TINY["vocab_size"], (borders[-1],), generator=generator)
     documents = Documents.from_cu_seqlens(borders)
     labels = ids.roll(-1)
-    labels[torch.tensor(borders[1:]) - 1] = IGNORE
+    labels[torch.tensor(borders[1:]) - 1] = IGNORE_LABEL
     weights = torch.rand(borders[-1], generator=generator) if weighted else None
     zeros = torch.zeros(borders[-1], dtype=torch.long)
     return Batch(ids, labels, weights, documents.positions(), zeros, ("text",), documents)
@@ -182,7 +182,7 @@ def test_gradients_add_up_over_batches() -> None:
     """A step of several batches; each weighs by its tokens, and one without labels adds nothing."""
     model = model_of()
     batches = [batch_of(BORDERS), batch_of([0, 50], seed=1), batch_of([0, 40], seed=2)]
-    batches[2] = batches[2]._replace(labels=torch.full((40,), IGNORE))
+    batches[2] = batches[2]._replace(labels=torch.full((40,), IGNORE_LABEL))
     for batch in batches:
         at_once(model, batch, 240.0)
     truth = gradients(model)
@@ -195,7 +195,7 @@ def test_gradients_add_up_over_batches() -> None:
 def test_a_step_without_labels_changes_nothing() -> None:
     """Its weight is 0, and 0/0 would make every weight NaN."""
     model, batch = model_of(), batch_of(BORDERS)
-    batch = batch._replace(labels=torch.full_like(batch.labels, IGNORE))
+    batch = batch._replace(labels=torch.full_like(batch.labels, IGNORE_LABEL))
     result = recurrent_step(model, batch, chunk_tokens=32, weight=0.0)
     assert result.loss.item() == 0 and result.per_token_nll.shape == (203,)
     assert gradients(model) == {}

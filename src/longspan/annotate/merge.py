@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import atomic_dir, remove_leftovers
+from longspan.core.files import atomic_dir, link_file, remove_leftovers
 from longspan.data.rows.annotations import AnnotationManifest, read_annotation_manifest, seal_annotations
 from longspan.data.store import MDSDirectory
 from longspan.data.store.token_store import MANIFEST
@@ -51,7 +49,7 @@ def merge(parts: Sequence[str | Path], out: str | Path) -> AnnotationManifest:
     columns = MDSDirectory(found[0][1]).shards[0].columns
     with atomic_dir(out) as aside:
         for folder, old, new in zip(folders, pieces, whole.pieces):
-            _link(folder / old["file"], aside / new["file"])
+            link_file(folder / old["file"], aside / new["file"])
         seal_annotations(aside, columns, whole)
     return whole
 
@@ -101,10 +99,3 @@ def _missing(first: int, stop: int, wanted: AnnotationManifest) -> DataError:
         found=f"no shard with rows {first} to {stop} of {wanted.source_rows}",
         fix="make it with `longspan annotate topk --num-shards N --shard I`, or name it too",
     )
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

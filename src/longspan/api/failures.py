@@ -44,7 +44,7 @@ _STATUS_OF = {
     "request_too_large": 413,
     "rate_limit_error": 429,
 }
-# Providers quote a refused key with its middle blotted out; the rest is still nobody's business.
+# Providers quote a refused key with its middle blotted out; the rest is still not for logs.
 _KEY_LIKE = re.compile(r"\b(sk|pk|gsk)-[\w*-]{6,}")
 
 

@@ -107,7 +107,7 @@ def behind_link(path: str | os.PathLike[str]) -> Path:
 def atomic_dir(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a new directory beside `path`; flush and rename it to `path` on success, remove it on failure.
 
-    With `replace`, an existing directory at `path` gives way at the moment of the rename.
+    With `replace`, an existing directory at `path` is replaced at the moment of the rename.
 
     Raises:
         RunError: the disk refuses, or `path` already exists (and is not empty) and `replace` is false.
@@ -154,6 +154,14 @@ def remove_leftovers(folder: str | Path, name: str = "*") -> list[Path]:
         _remove(path)
         removed.append(path)
     return removed
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Hard-link `target` to `source`; copy it where the file system cannot link."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_json(path: str | Path, value: object) -> None:

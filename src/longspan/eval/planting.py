@@ -55,7 +55,7 @@ def plant(
 
     Insertions take room: with 40 tokens of others before it in a haystack of 100 tokens, depth 0.5 of all 140
     is depth 0.3 of the haystack. Each keeps its side of the others; where there is no room for all to stand
-    where they should, `exact` does and others give way.
+    where they should, `exact` does and others are moved.
     """
     haystack = window.head(haystack_tokens)
     order = sorted(range(len(insertions)), key=lambda index: insertions[index].depth)

@@ -36,16 +36,15 @@ from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, r
 from longspan.infer.requests import NOT_FINITE, Answer, Request
 from longspan.infer.share import Share
 from longspan.kernels.attention import choose_kernel
-from longspan.kernels.loss import linear_cross_entropy
+from longspan.kernels.loss import IGNORE_LABEL, linear_cross_entropy
 from longspan.models.hf import hidden_states, lm_head_weight
-from longspan.models.sharding import window_of_all_layers
+from longspan.models.hf_config import head_counts, window_of_all_layers
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
 from longspan.parallel.schedules.base import accumulation_dtype
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
-IGNORE = -100
 PASS_TOKENS = 2048
 """Ends of prompts are read by all ranks alike, so many tokens at a time."""
 
@@ -88,10 +87,8 @@ class SpreadModel:
         self._schedule = build_schedule(
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
         )
-        config = model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        self._schedule.check_heads(heads, getattr(config, "num_key_value_heads", None) or heads)
-        self._window = window_of_all_layers(model)
+        self._schedule.check_heads(*head_counts(model.config))
+        self._window = window_of_all_layers(model.config)
         self._share = Share(model, ranks=mesh.cp_size)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
@@ -206,12 +203,12 @@ class SpreadModel:
 
     def _losses(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         borders = boundaries(windows)
-        labels = np.full(borders[-1], IGNORE, dtype=np.int64)
+        labels = np.full(borders[-1], IGNORE_LABEL, dtype=np.int64)
         for ids, start, end in zip(windows, borders[:-1], borders[1:]):
             labels[start : end - 1] = ids[1:]
         with inference(self._model):
             hidden_TD, documents = self._read(windows)
-            local_T = documents.take(torch.from_numpy(labels), padding=IGNORE).to(hidden_TD.device)
+            local_T = documents.take(torch.from_numpy(labels), padding=IGNORE_LABEL).to(hidden_TD.device)
             nll_T = linear_cross_entropy(hidden_TD, lm_head_weight(self._model), local_T).per_token_nll
             nll_N = nll_T.new_zeros(documents.shards.num_padded, dtype=torch.float32)
             nll_N[torch.from_numpy(documents.indices).to(nll_N.device)] = nll_T.float()

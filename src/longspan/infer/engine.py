@@ -6,7 +6,7 @@
     decoding    one forward pass a step for all answers of a batch          (infer.kv)
 
 A subtree that is too large for a batch is opened: its trunk is read and kept, its branches go on in batches, and then
-the trunk is let go. So memory is that of the longest trunk and one batch. Logits exist at the positions that are
+the trunk is released. So memory is that of the longest trunk and one batch. Logits exist at the positions that are
 asked for.
 
 Shape legend: T = tokens of a pass, A = positions asked for, D = model width, V = vocabulary.

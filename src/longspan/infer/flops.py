@@ -32,15 +32,17 @@ class ModelFlops(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> ModelFlops:
         """Return the costs of a config of transformers with blocks like Llama's (grouped queries, gated MLP)."""
-        config = config.get_text_config(decoder=True)
-        heads, hidden, layers = config.num_attention_heads, config.hidden_size, config.num_hidden_layers
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        from longspan.models.hf_config import head_counts, head_dim, text_config  # keeps this module light
+
+        config = text_config(config)
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        heads, kv_heads = head_counts(config)
+        channels = head_dim(config)
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
-        attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+        attention = hidden * channels * (2 * heads + 2 * kv_heads)
         return cls(
             per_token=2.0 * layers * (attention + 3 * hidden * inner),
-            per_pair=4.0 * layers * heads * head_dim,
+            per_pair=4.0 * layers * heads * channels,
             per_logit_row=2.0 * hidden * config.vocab_size,
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from longspan.core.units import format_bytes
 from longspan.kernels.attention import NO_LIMIT
 from longspan.kernels.attention.cuda_varlen import why_tiled
 from longspan.kernels.attention.tiled import tiled_bytes
+from longspan.models.hf_config import head_counts, head_dim, text_config
 
 FIX = (
     "ask for shorter contexts, lower --batch-tokens, load the weights as --dtype bfloat16, or use more processes "
@@ -59,13 +59,11 @@ def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool) -> int:
 
     `upcasts`: the kernel keeps them in fp32 at least (`AttentionKernel.upcasts`).
     """
-    config = _text_config(model)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    _, kv_heads = head_counts(model.config)
     dtype = torch.promote_types(model.dtype, torch.float32) if upcasts else model.dtype
     ranks = getattr(model, "tp_size", None) or 1
-    return 2 * config.num_hidden_layers * max(1, kv_heads // ranks) * head_dim * dtype.itemsize
+    layers = text_config(model.config).num_hidden_layers
+    return 2 * layers * max(1, kv_heads // ranks) * head_dim(model.config) * dtype.itemsize
 
 
 def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -74,9 +72,8 @@ def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
     Residual stream, its normalised copy and the sum; queries, keys, values and output, partly in fp32; gate, up and
     their product.
     """
-    config = _text_config(model)
-    heads = config.num_attention_heads
-    width = (getattr(config, "head_dim", None) or config.hidden_size // heads) * heads
+    config = text_config(model.config)
+    width = head_dim(config) * head_counts(config)[0]
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     size = model.dtype.itemsize
     per_token = 4 * config.hidden_size * size + width * (4 * size + 8) + 3 * inner * size
@@ -136,7 +133,3 @@ def _used_up(device: torch.device, doing: str, error: BaseException) -> RunError
         allowed=None if free is None else f"{format_bytes(free)} are free now",
         fix=FIX,
     )
-
-
-def _text_config(model: PreTrainedModel) -> Any:
-    return model.config.get_text_config(decoder=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from longspan.core.errors import ArgumentError
 from longspan.infer.length_rope import fixed_frequencies, plan_alike_batches
 from longspan.infer.packed import boundaries, inference, packed_hidden_states
-from longspan.kernels.loss import linear_cross_entropy
+from longspan.kernels.loss import IGNORE_LABEL, linear_cross_entropy
 from longspan.models.hf import lm_head_weight
 
 
@@ -58,7 +58,7 @@ def check_windows(windows: Sequence[np.ndarray]) -> None:
 def _batch_nll(model: PreTrainedModel, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
     borders = boundaries(windows)
     hidden = packed_hidden_states(model, windows)
-    labels = np.full(borders[-1], -100, dtype=np.int64)
+    labels = np.full(borders[-1], IGNORE_LABEL, dtype=np.int64)
     for ids, start, end in zip(windows, borders[:-1], borders[1:]):
         labels[start : end - 1] = ids[1:]
     loss = linear_cross_entropy(

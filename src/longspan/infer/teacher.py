@@ -23,6 +23,7 @@ from longspan.infer.packed import inference
 from longspan.kernels.loss import LOGITS_BUDGET_BYTES, cached_blocks, product
 from longspan.models.documents import Documents
 from longspan.models.hf import hidden_states, lm_head_weight
+from longspan.models.hf_config import head_counts
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
@@ -115,9 +116,7 @@ class SharedTeacher:
         self._schedule: CpSchedule = build_schedule(
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
         )
-        config = model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        self._schedule.check_heads(heads, getattr(config, "num_key_value_heads", None) or heads)
+        self._schedule.check_heads(*head_counts(model.config))
 
     @property
     def vocab_size(self) -> int:

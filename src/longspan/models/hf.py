@@ -31,6 +31,7 @@ from longspan.models.documents import Documents
 from longspan.models.families import check_family, language_model, reading_quantized
 from longspan.models.hf_config import (
     changed_config,
+    head_counts,
     new_config,
     rope_by_layer_type,
     rope_meaning,
@@ -119,9 +120,7 @@ def enable(
             "a schedule needs a mesh and a mesh a schedule", found=f"schedule={schedule}, mesh={mesh}"
         )
     if schedule is not None and mesh is not None:
-        config = text_config(model.config)
-        num_heads = config.num_attention_heads
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        num_heads, num_kv_heads = head_counts(model.config)
         attach_schedule(model, schedule, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
     model.set_attn_implementation(ATTENTION_NAME)
     if context is not None:
@@ -315,9 +314,7 @@ def load_base(
 
 
 def _tensor_parallel(config: PretrainedConfig, ranks: int) -> DistributedConfig:
-    text = text_config(config)
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    heads, kv_heads = head_counts(config)
     if heads % ranks or kv_heads % ranks:
         raise ArgumentError(
             f"the heads of this model do not divide among {ranks} processes",

@@ -18,6 +18,8 @@ from longspan.kernels.rope import COMMON_KEYS, ROPE_TYPES, rope_parameters
 __all__ = [
     "changed_config",
     "checked_overrides",
+    "head_counts",
+    "head_dim",
     "longrope_scale",
     "new_config",
     "new_rope",
@@ -26,6 +28,7 @@ __all__ = [
     "rope_meaning",
     "rope_of_full",
     "text_config",
+    "window_of_all_layers",
 ]
 
 KNOWN_KEYS = COMMON_KEYS.union(
@@ -156,7 +159,7 @@ def new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any
         raise ConfigError(f"{config.model_type} has no RoPE to change")
     by_layer = rope_by_layer_type(current)
     try:
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        channels = head_dim(text)
     except AmbiguousGlobalPerLayerAttributeError:
         raise ConfigError(
             f"the layers of {config.model_type} have heads of different sizes",
@@ -167,7 +170,7 @@ def new_rope(config: PretrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any
         name: by_layer[key][name] for name in ("rope_theta", "partial_rotary_factor") if name in by_layer[key]
     }
     settings = inherited | dict(rope)
-    rotated = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+    rotated = int(channels * settings.get("partial_rotary_factor", 1.0))
     # What a family keeps beside its RoPE, such as a scale of the queries, stays.
     kept = {name: value for name, value in by_layer[key].items() if name not in KNOWN_KEYS}
     new = kept | rope_parameters(settings, head_dim=rotated)
@@ -224,3 +227,22 @@ def longrope_scale(parameters: Mapping[str, Any], context: int) -> float:
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of the language model inside one of several kinds; its own where there is one kind."""
     return config.get_text_config(decoder=True)
+
+
+def head_counts(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the numbers of query heads and of key/value heads."""
+    text = text_config(config)
+    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Return the channels of a head."""
+    text = text_config(config)
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def window_of_all_layers(config: PretrainedConfig) -> int | None:
+    """Return the sliding window in tokens if every layer has it, else None: `balanced` deals work by it."""
+    text = text_config(config)
+    kinds = set(getattr(text, "layer_types", None) or ["sliding_attention"])
+    return getattr(text, "sliding_window", None) if kinds == {"sliding_attention"} else None

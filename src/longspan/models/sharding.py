@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
+from longspan.kernels.loss import IGNORE_LABEL
+from longspan.models.hf_config import window_of_all_layers
 from longspan.models.rotary import varying_ropes
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh
@@ -17,10 +19,9 @@ from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
-__all__ = ["SCHEDULE_ATTRIBUTE", "attach_schedule", "shard_batch", "window_of_all_layers"]
+__all__ = ["SCHEDULE_ATTRIBUTE", "attach_schedule", "shard_batch"]
 
 SCHEDULE_ATTRIBUTE = "longspan_schedule"
-IGNORE = -100
 
 
 def attach_schedule(
@@ -98,17 +99,17 @@ def shard_batch(
                 fix="give the borders of all documents, from 0 to the number of tokens, padding included",
             )
     shards = SequenceShards(
-        layout or schedule.layouts[0], borders, schedule.world, window=window_of_all_layers(model)
+        layout or schedule.layouts[0], borders, schedule.world, window=window_of_all_layers(model.config)
     )
     documents = ShardedDocuments(shards, schedule)
-    shifted = torch.cat((targets[1:], targets.new_full((1,), IGNORE)))
+    shifted = torch.cat((targets[1:], targets.new_full((1,), IGNORE_LABEL)))
     # A document's last token predicts nothing.
     last = borders[1:][np.diff(borders) > 0] - 1
-    shifted[torch.from_numpy(last).to(shifted.device)] = IGNORE
-    num_labels = int((shifted != IGNORE).sum())
+    shifted[torch.from_numpy(last).to(shifted.device)] = IGNORE_LABEL
+    num_labels = int((shifted != IGNORE_LABEL).sum())
     if num_labels == 0:
         raise ArgumentError("a batch without a label trains nothing", found=f"{len(ids)} tokens")
-    local = documents.take(shifted, padding=IGNORE)[None]
+    local = documents.take(shifted, padding=IGNORE_LABEL)[None]
     return {
         "input_ids": documents.take(ids, padding=0)[None],
         "position_ids": documents.positions(ids.device)[None],
@@ -118,10 +119,3 @@ def shard_batch(
         "num_items_in_batch": num_labels,
         "use_cache": False,
     }
-
-
-def window_of_all_layers(model: PreTrainedModel) -> int | None:
-    """Return the sliding window, if every layer has it: `balanced` deals work by it."""
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    return getattr(config, "sliding_window", None) if kinds == {"sliding_attention"} else None

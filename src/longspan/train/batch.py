@@ -1,10 +1,11 @@
-"""From packed rows to tensors: the only place where data meets torch.
+"""From packed rows to tensors: where data of training meet torch.
 
-Labels are derived here and nowhere else: the label of a token is the next token of the same document. Rows are
-laid end to end; their borders are document borders, so a batch is one sequence with one document table.
+The label of a token is the next token of the same document; what a mask leaves out has none (the loss mask). In a loop
+of your own `models.sharding` makes labels, for windows of validation and perplexity `infer.perplexity`. Rows are laid
+end to end; their borders are document borders, so a batch is one sequence with one document table.
 
     ids        a b c | d e        cu_seqlens 0 3 5
-    labels     b c - | e -        (- is IGNORE)
+    labels     b c - | e -        (- is IGNORE_LABEL)
     positions  0 1 2 | 0 1
 """
 
@@ -18,11 +19,10 @@ import torch
 
 from longspan.data.rows.loader import PackedRow
 from longspan.kernels.distill import TeacherTopK
+from longspan.kernels.loss import IGNORE_LABEL
 from longspan.models.documents import Documents
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.train.loop_config import LossAverage
-
-IGNORE = -100
 
 
 class Batch(NamedTuple):
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor
     """int64 [N]."""
     labels: torch.Tensor
-    """int64 [N]; IGNORE where nothing is trained."""
+    """int64 [N]; IGNORE_LABEL where nothing is trained."""
     loss_weights: torch.Tensor | None
     """float32 [N], the weight of each label; None when every label weighs the same."""
     positions: torch.Tensor
@@ -100,10 +100,10 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
         )
     last = np.array(cu_seqlens[1:]) - 1
     labels = np.roll(ids, -1)
-    labels[last] = IGNORE
+    labels[last] = IGNORE_LABEL
     weights = _label_weights(rows, last)
     if weights is not None:
-        labels[weights == 0] = IGNORE
+        labels[weights == 0] = IGNORE_LABEL
         if np.isin(weights, (0, 1)).all():
             weights = None
     documents = Documents.from_cu_seqlens(cu_seqlens)
@@ -125,7 +125,7 @@ def take(batch: Batch, documents: ShardedDocuments, *, device: torch.device | st
     weights = batch.loss_weights
     return Batch(
         input_ids=documents.take(batch.input_ids, padding=0).to(device),
-        labels=documents.take(batch.labels, padding=IGNORE).to(device),
+        labels=documents.take(batch.labels, padding=IGNORE_LABEL).to(device),
         loss_weights=None if weights is None else documents.take(weights, padding=0).to(device),
         positions=documents.take(batch.positions, padding=0).to(device),
         sources=documents.take(batch.sources, padding=0).to(device),

@@ -144,7 +144,7 @@ class StageConfig(Config):
     pose: PoseConfig | None = None
     """Positions are skipped, so that short rows reach far ones. None: positions count on."""
     document_mask: bool = True
-    """Keep the documents of a row apart: none sees another, each begins at position 0, and its first token is nobody's
+    """Keep the documents of a row apart: none sees another, each begins at position 0, and its first token is never a
     label. false: attention, positions and labels run over the whole row. A stream may say otherwise."""
     objective: Literal["lm", "sft", "distill"] = "lm"
     """lm: every token; `loss_weights` that texts carry count, masks of conversations and of packed rows do not. sft:

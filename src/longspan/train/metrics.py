@@ -15,7 +15,7 @@ from longspan.core.errors import DataError
 from longspan.data.rows.loader import PackedRow
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import ModelShape, shape_of
-from longspan.train.batch import IGNORE, Batch
+from longspan.train.batch import IGNORE_LABEL, Batch
 
 FIRST_BUCKET = 128
 
@@ -35,9 +35,9 @@ class LossBreakdown:
         `kl` fp32 [N]: divergence from a teacher; tokens without one do not count in its mean.
         """
         if kl is not None and batch.teacher is not None:
-            taught = (batch.labels != IGNORE) & (batch.teacher.logprobs[:, 0] > -torch.inf)
+            taught = (batch.labels != IGNORE_LABEL) & (batch.teacher.logprobs[:, 0] > -torch.inf)
             _add(self._kl, {"kl": (float(kl[taught].double().sum()), int(taught.sum()))})
-        labelled = batch.labels != IGNORE
+        labelled = batch.labels != IGNORE_LABEL
         values = nll[labelled].double()
         self._count(self._by_source, batch.sources[labelled], values, list(batch.source_names))
         # Position p is the number of tokens the prediction of token p + 1 may look back on, less one.

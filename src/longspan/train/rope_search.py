@@ -20,6 +20,7 @@ from longspan.data.rows.loader import PackedRow
 from longspan.kernels.longrope import PAPER, LongRopeResult, LongRopeSearch, attention_scaling, search_factors
 from longspan.kernels.rope import inv_freq
 from longspan.models.hf import evaluated_dtype, load_model, rope_of, usable_device
+from longspan.models.hf_config import head_dim
 from longspan.train.batch import collate, total_weight
 from longspan.train.config import TrainConfig
 from longspan.train.objectives import ModelWithLoss
@@ -63,15 +64,11 @@ def search_rope(
     path = str(folder) if folder.is_dir() else config.model.path
     dtype = evaluated_dtype(path, usable_device())
     model = load_model(path, max_position_embeddings=stage.reach, dtype=dtype).to(usable_device()).eval()
-    text = model.config.get_text_config(decoder=True)
     rope = rope_of(model.config) or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError("LongRoPE is searched for a model with plain RoPE", found=rope)
     known = _own_context_at(path)
-    head_dim = int(
-        (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        * rope.get("partial_rotary_factor", 1.0)
-    )
+    rotated = int(head_dim(model.config) * rope.get("partial_rotary_factor", 1.0))
     only = config.model_copy(update={"stages": (stage,)})
     plan = plan_stages(only, root, tokenizer=lambda: root / (config.tokenizer or str(config.model.path)))[0]
     calibration = stage_rows(plan, 0, rows, seed=config.seed)
@@ -84,7 +81,7 @@ def search_rope(
     result = search_factors(
         score,
         theta=theta,
-        head_dim=head_dim,
+        head_dim=rotated,
         own_context=known,
         context=stage.reach,
         search=search,

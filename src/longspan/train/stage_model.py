@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import DataError
 from longspan.models.hf import build_model, empty_model, load_model, own_config
+from longspan.models.hf_config import head_counts, window_of_all_layers
 from longspan.models.lora import apply_lora, is_adapted
 from longspan.models.places import tokenizer_folder
 from longspan.parallel.fsdp import fill
@@ -137,11 +138,7 @@ class AttentionSizes(NamedTuple):
 def attention_sizes(config: TrainConfig, root: Path) -> AttentionSizes:
     """Return the sizes of the recipe's model."""
     text = model_config(config, root).get_text_config(decoder=True)
-    window = getattr(text, "sliding_window", None)
-    if set(getattr(text, "layer_types", None) or ["sliding_attention"]) != {"sliding_attention"}:
-        window = None
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return AttentionSizes(text.num_attention_heads, kv_heads, window)
+    return AttentionSizes(*head_counts(text), window_of_all_layers(text))
 
 
 def model_config(config: TrainConfig, root: Path) -> PretrainedConfig:

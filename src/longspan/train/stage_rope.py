@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from longspan.core.errors import ConfigError
 from longspan.kernels.rope import REACHING_TYPES, check_reach, rope_parameters
 from longspan.models.hf import rope_of
+from longspan.models.hf_config import head_dim
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.stage_model import rope_at
 
@@ -28,8 +29,7 @@ def check_ropes(config: TrainConfig, model: PretrainedConfig) -> None:
         ConfigError: as `check_stage_ropes`.
     """
     text = model.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    check_stage_ropes(config, own_context=own_context(text), head_dim=head_dim, own_rope=rope_of(model))
+    check_stage_ropes(config, own_context=own_context(text), head_dim=head_dim(text), own_rope=rope_of(model))
 
 
 def check_stage_ropes(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.core.errors import DataError
-from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers
+from longspan.core.files import atomic_dir, atomic_write, link_file, read_json, remove_leftovers
 from longspan.data.store.directory import MDSDirectory
 from longspan.data.store.document_columns import ROW, DocumentColumns, DocumentWriter, join_columns
 from longspan.data.store.mds import INDEX, VERSION
@@ -65,7 +64,7 @@ def assemble_store(
             columns.append(folder.columns)
             for entry in _entries(folder.path):
                 name = f"shard.{len(entries):05}.mds"
-                _link(folder.path / entry["raw_data"]["basename"], aside / name)
+                link_file(folder.path / entry["raw_data"]["basename"], aside / name)
                 entries.append({**entry, "raw_data": {**entry["raw_data"], "basename": name}})
             if with_mask.exists():
                 shutil.rmtree(with_mask)
@@ -91,13 +90,6 @@ def _write_mask(folder: ShardFolder, aside: Path, vocab_size: int, shard_bytes: 
         key, characters = int(row["key"]), int(row["characters"])
         writer.add(ids, source=sample["domain"], key=key, mask=mask, characters=characters)
     return ShardFolder(aside, writer.finish())
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def save_rows(path: Path, columns: DocumentColumns) -> None:

@@ -475,7 +475,7 @@ class CorpusJob:
 
 
 def _is_done(out: Path, config: Any) -> bool:
-    """Whether `out` holds the store of the very config that `config()` returns; an empty folder gives way.
+    """Whether `out` holds the store of the very config that `config()` returns; an empty folder is replaced.
 
     Raises:
         DataError: something else is there.
