@@ -433,7 +433,7 @@ def test_a_teacher_that_predicts_no_numbers_is_refused(inputs, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
     save_model(model, tmp_path / "broken")
-    with pytest.raises(DataError, match="no number"):
+    with pytest.raises(DataError, match="not a number"):
         annotate(spec_of(inputs, inputs.plan, teacher={"model": str(tmp_path / "broken")}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

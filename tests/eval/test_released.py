@@ -349,7 +349,7 @@ def test_rows_of_every_kind_of_file(tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist([{"a": 1}, {"a": 2}]), tmp_path / "t.parquet")
     assert list(find_rows(tmp_path, ["t*.parquet"], what="t")) == [{"a": 1}, {"a": 2}]
     (tmp_path / "bad.json").write_text('{"rows": [\n1]}')
-    with pytest.raises(DataError, match="no list of rows"):
+    with pytest.raises(DataError, match="not a list of rows"):
         Rows(tmp_path / "bad.json")
 
 

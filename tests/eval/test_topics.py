@@ -93,7 +93,7 @@ def test_malformed_settings_are_refused(values: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("counts", ["abc", "2,", "1:5:3", "-3"])
 def test_what_is_no_count_is_said_in_plain_words(counts: str) -> None:
-    with pytest.raises(ConfigError, match="no counts, such as 5,10,20"):
+    with pytest.raises(ConfigError, match="not counts, such as 5,10,20"):
         TopicsConfig.from_dict({"counts": counts})
 
 

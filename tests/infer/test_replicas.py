@@ -63,7 +63,7 @@ def test_a_killed_replica_ends_all_with_a_message(folder: Folder) -> None:
     source = ModelSource(folder.path, load=load_that_is_killed_on_rank_1)
     answerer = open_answerer(source, tokenizer=folder.tokenizer, replicas=2, batch_tokens=200)
     found = []
-    with pytest.raises(RunError, match=r"rank 1 of 2: the process has ended without a word"):
+    with pytest.raises(RunError, match=r"rank 1 of 2: the process ended without a message"):
         for index, _ in answerer.generate(requests()):
             found.append(index)
     assert len(found) < len(requests())

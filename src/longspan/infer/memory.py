@@ -83,13 +83,11 @@ def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 def dense_bytes(model: PreTrainedModel, keys: int) -> int:
     """Return the bytes that attention needs over `keys` keys where no flash kernel takes the model; else 0."""
-    config = _text_config(model)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if model.device.type != "cuda" or why_tiled(model.dtype, head_dim) is None:
+    heads, kv_heads = head_counts(model.config)
+    channels = head_dim(model.config)
+    if model.device.type != "cuda" or why_tiled(model.dtype, channels) is None:
         return 0
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return tiled_bytes(heads=heads, kv_heads=kv_heads, head_dim=head_dim, keys=keys)
+    return tiled_bytes(heads=heads, kv_heads=kv_heads, head_dim=channels, keys=keys)
 
 
 def refuse_excess(
