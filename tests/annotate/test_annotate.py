@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle  # noqa: TID251  what others write
 import shutil
 import signal
 from pathlib import Path
@@ -34,7 +35,7 @@ from longspan.data.rows.annotations import (
     write_annotation_shard,
 )
 from longspan.data.rows.loader import RowLoader
-from longspan.data.store import MDSDirectory, TokenStore
+from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.models.lora import LoraConfig, apply_lora, save_adapter
 from tests.annotate.conftest import MODEL, VOCABULARY, Inputs
@@ -354,6 +355,26 @@ def test_cepe_columns(inputs, plain, tmp_path):
         np.testing.assert_allclose(probs[:, :K], top.values, atol=1e-3)
         assert (index[:, 0] == top.indices[:, 0].numpy()).all()
         np.testing.assert_allclose(probs.astype(np.float64).sum(1), 1, atol=1e-3)
+
+
+def test_cepe_pickles(inputs, tmp_path):
+    """Windows as CEPE's own code writes them, int64 and pickled: on request, with the same result."""
+    columns = [Column("domain", "str"), Column("prev_token_ids", "bytes"), Column("token_ids", "bytes")]
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    writer = MDSWriter(folder, columns, size_limit=1 << 20)
+    for sample in MDSDirectory(inputs.pairs / "arxiv"):
+        arrays = {name: sample[name].astype(np.int64) for name in ("prev_token_ids", "token_ids")}
+        writer.write({"domain": "arxiv", **{name: pickle.dumps(array) for name, array in arrays.items()}})
+    writer.finish()
+    index = (folder / "index.json").read_text()
+    (folder / "index.json").write_text(index.replace('"bytes", "bytes"', '"pkl", "pkl"'))
+    with pytest.raises(DataError, match="--allow-pickle"):
+        annotate(spec_of(inputs, folder, pairs=PAIRS), tmp_path / "refused")
+    annotate(spec_of(inputs, folder, pairs={**PAIRS, "allow_pickle": True}), tmp_path / "out")
+    annotate(pairs_spec(inputs), tmp_path / "plain")
+    for found, wanted in zip(MDSDirectory(tmp_path / "out"), MDSDirectory(tmp_path / "plain")):
+        assert np.array_equal(found["target_prob"], wanted["target_prob"])
 
 
 def test_cepe_without_an_encoder(inputs, plain, tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import copy
 import gzip
 import hashlib
 import json
+import os
+import pickle  # noqa: TID251  what others write
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from hypothesis.extra import numpy as hnp
 from longspan.core.errors import DataError
 from longspan.data.store.directory import MDSDirectory, MDSWriter
 from longspan.data.store.mds import ARRAY_DTYPES, Column, Shard, encode_sample, parse_index
+from longspan.data.store.pickled import read_pickled
 
 TOKENS = (Column("domain", "str"), Column("input_ids", "ndarray:uint16"), Column("length", "int"))
 
@@ -132,13 +136,81 @@ def test_values_that_do_not_fit() -> None:
             Column("a", encoding).encode(value)
 
 
-@pytest.mark.parametrize(
-    "encoding", ["pkl", "jpeg", "ndarray:object", "ndarray:int", "ndarray:uint8:0", "str:1"]
-)
+@pytest.mark.parametrize("encoding", ["jpeg", "ndarray:object", "ndarray:int", "ndarray:uint8:0", "str:1"])
 def test_refused_encodings(encoding: str) -> None:
-    """Guards against running code from a data file, and against guessing unknown encodings."""
-    with pytest.raises(DataError, match="pickle can run any code" if encoding == "pkl" else "not supported"):
+    """Guards against guessing unknown encodings."""
+    with pytest.raises(DataError, match="not supported"):
         Column("a", encoding)
+
+
+def pickled_folder(folder: Path, *values: bytes) -> Path:
+    """Write an MDS folder with a pickled column, as mosaicml-streaming does for whatever it is given."""
+    write(folder, (Column("a", "bytes"),), [{"a": value} for value in values])
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["column_encodings"] = ["pkl"]
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickled_arrays_are_read_on_request(tmp_path: Path, protocol: int) -> None:
+    """Refused unless asked for; then what numpy itself would read, of every protocol and order."""
+    arrays = [
+        np.arange(300, dtype=np.int64),
+        np.arange(6, dtype=np.int32).reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(4, dtype=np.float16)[::2],
+        np.arange(4, dtype=">u2"),
+    ]
+    folder = pickled_folder(tmp_path, *(pickle.dumps(array, protocol) for array in arrays[:4]))
+    with pytest.raises(DataError, match=r"pickle can run any code(.|\n)*--allow-pickle"):
+        MDSDirectory(folder)
+    for found, array in zip(MDSDirectory(folder, allow_pickle=True), arrays):
+        assert np.array_equal(found["a"], array) and found["a"].dtype == array.dtype
+    with pytest.raises(ValueError, match="an array of"):
+        read_pickled(pickle.dumps(arrays[4], protocol), [np.dtype("<u2")])
+    with pytest.raises(DataError, match="nothing is written"):
+        Column("a", "pkl").encode(arrays[0])
+
+
+class Caller:
+    """Pickled, it is a call."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def test_pickles_run_nothing(tmp_path: Path) -> None:
+    """Calls, objects in arrays, damaged bytes and arrays that claim more than there is end in one message."""
+    mark = tmp_path / "ran"
+    array = pickle.dumps(np.arange(9))
+    hostile = [
+        pickle.dumps(Caller(os.mkdir, str(mark))),
+        pickle.dumps([np.arange(3), Caller(os.mkdir, str(mark))]),
+        pickle.dumps(np.array([Caller(os.mkdir, str(mark))], object)),
+        pickle.dumps(Caller(exec, f"import os; os.mkdir({str(mark)!r})")),
+        pickle.dumps({"a": 1}),
+        pickle.dumps([[1]]),
+        array.replace(b"K\x09\x85", b"K\xff\x85"),
+        b"cnumpy\ndtype\n(N}S'arguments'\nI1\ns\x86b.",
+        b"cos\nsystem\n(S'false'\ntR.",
+        b"",
+    ]
+    folder = pickled_folder(tmp_path / "folder", *hostile)
+    directory = MDSDirectory(folder, allow_pickle=True)
+    for number in range(len(hostile)):
+        with pytest.raises(DataError, match="is damaged"):
+            directory[number]
+    assert not mark.exists()
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        mutated = bytearray(array)
+        mutated[int(generator.integers(len(array)))] = int(generator.integers(256))
+        with contextlib.suppress(ValueError):
+            read_pickled(bytes(mutated), [np.dtype("<i8")])
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "..", ".", "", "a\\b", "a\0b", 5, None])

@@ -44,6 +44,8 @@ class PairWindows(Config):
     """cepe: folder like `data` whose retrieved_token_ids are read as the encoder's."""
     retrieval_k: int = pydantic.Field(8, ge=1)
     """cepe: passages of `retrieval`."""
+    allow_pickle: bool = False
+    """Read pickled columns too, as CEPE's own code writes them: plain arrays alone, and no code is run."""
 
 
 class AnnotateConfig(Config):

@@ -125,6 +125,7 @@ def open_spec_source(spec: AnnotateConfig) -> AnnotateSource:
         decoder_tokens=spec.pairs.decoder_tokens,
         retrieval=None if spec.pairs.retrieval is None else Path(spec.pairs.retrieval),
         retrieval_k=spec.pairs.retrieval_k,
+        allow_pickle=spec.pairs.allow_pickle,
     )
 
 

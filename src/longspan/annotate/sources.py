@@ -140,9 +140,12 @@ class PairSource:
         decoder_tokens: int,
         retrieval: Path | None = None,
         retrieval_k: int = 8,
+        allow_pickle: bool = False,
     ) -> None:
-        self._pairs = MDSDirectory(path)
-        self._retrieved = MDSDirectory(retrieval) if retrieval is not None else None
+        self._pairs = MDSDirectory(path, allow_pickle=allow_pickle)
+        self._retrieved = None
+        if retrieval is not None:
+            self._retrieved = MDSDirectory(retrieval, allow_pickle=allow_pickle)
         self._encoder, self._decoder, self._passages = encoder_tokens, decoder_tokens, retrieval_k
         _need_columns(path, self._pairs, {"token_ids"} if retrieval else {"token_ids", "prev_token_ids"})
         if retrieval is not None and self._retrieved is not None:

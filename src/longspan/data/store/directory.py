@@ -134,16 +134,20 @@ class MDSDirectory:
     Opening reads the index and the sizes of the files; a shard's header is checked when it is first touched.
     Shards that are there only compressed (zstd, gzip, bz2) are decompressed into memory.
 
+    Args:
+        allow_pickle: read `pkl` columns; see `pickled`.
+
     Raises:
         DataError: the index is missing or malformed, a shard is missing or has another size, or stands in a folder
             that is a link to outside.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
         self.path = Path(path)
         if not (self.path / INDEX).is_file():
             raise DataError(f"{self.path} is not an MDS directory", found=f"no {INDEX}")
-        self.shards = parse_index(read_json(self.path / INDEX), where=str(self.path / INDEX))
+        index = self.path / INDEX
+        self.shards = parse_index(read_json(index), where=str(index), allow_pickle=allow_pickle)
         stay_inside(self.path, [info.basename for info in self.shards])
         for info in self.shards:
             self._check_size(info)

@@ -11,7 +11,7 @@ u64 (code 0 to 3), then the values; `[5, 6, 7]` as uint16 is `04 03 | 05 00 06 0
 form.
 
 Nothing in a file is trusted: every name, size and offset is checked against the file before it is followed,
-and a `pkl` column, whose decoding runs code, is refused.
+and a `pkl` column is refused unless it is asked for; then arrays are read out of it, and no code is run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from longspan.core.errors import DataError
+from longspan.data.store.pickled import read_pickled
 
 VERSION = 2
 INDEX = "index.json"
@@ -63,19 +64,12 @@ class Column:
 
     def __post_init__(self) -> None:
         kind, _, rest = self.encoding.partition(":")
-        if kind == "pkl":
-            raise DataError(
-                f"column {self.name!r} is pickled, and reading a pickle can run any code",
-                found="pkl",
-                allowed="str, bytes, json, int, ndarray and number columns",
-                fix="convert the data where it was made to an ndarray column",
-            )
         if kind == "ndarray":
             dtype, _, shape = rest.partition(":")
             known = not dtype or (dtype in SCALARS and dtype != "int")
             if known and (not shape or all(part.isdecimal() and int(part) for part in shape.split(","))):
                 return
-        elif not rest and (kind in SCALARS or kind in ("str", "bytes", "json")):
+        elif not rest and (kind in SCALARS or kind in ("str", "bytes", "json", "pkl")):
             return
         raise DataError(
             f"column {self.name!r} has an encoding that is not supported",
@@ -119,6 +113,8 @@ class Column:
             return [value]
         if self.encoding == "json":
             return [json.dumps(value).encode("utf-8")]
+        if self.encoding == "pkl":
+            raise DataError(f"column {self.name!r} is pickled, and nothing is written so")
         if not self.is_array:
             assert self.dtype is not None
             return [self.dtype.type(value).tobytes()]
@@ -149,6 +145,8 @@ class Column:
                 return bytes(data)
             if self.encoding == "json":
                 return json.loads(bytes(data))
+            if self.encoding == "pkl":
+                return read_pickled(bytes(data), list(ARRAY_DTYPES.values()))
             if not self.is_array:
                 assert self.dtype is not None
                 return np.frombuffer(data, self.dtype)[0].item()
@@ -227,11 +225,12 @@ class ShardInfo:
     compression: str | None = None
 
 
-def parse_index(index: Any, *, where: str) -> list[ShardInfo]:
+def parse_index(index: Any, *, where: str, allow_pickle: bool = False) -> list[ShardInfo]:
     """Check the content of an `index.json` and return its shards.
 
     Raises:
-        DataError: any part is missing, of another type or version, or names a file that is not below the index.
+        DataError: any part is missing, of another type or version, names a file that is not below the index, or has a
+            `pkl` column without `allow_pickle`.
     """
     shards = index.get("shards") if isinstance(index, dict) else None
     if not isinstance(shards, list) or index.get("version") != VERSION:
@@ -244,6 +243,15 @@ def parse_index(index: Any, *, where: str) -> list[ShardInfo]:
             raise DataError(
                 f"{where}: shard {number} is malformed", found=f"{type(error).__name__}: {error}"
             ) from None
+    pickled = {column.name for info in infos for column in info.columns if column.encoding == "pkl"}
+    if pickled and not allow_pickle:
+        raise DataError(
+            f"{where}: column {min(pickled)!r} is pickled, and reading a pickle can run any code",
+            found="pkl",
+            allowed="str, bytes, json, int, ndarray and number columns",
+            fix="give --allow-pickle where a command has it: arrays are then read and nothing is run; or convert the "
+            "data where it was made to an ndarray column",
+        )
     names = [info.basename for info in infos]
     if len(set(names)) != len(names):
         raise DataError(f"{where} names a shard file twice")
