@@ -56,7 +56,7 @@ for _core in _CORES:
 
 
 # The one in C takes the numbers that a pickle gives its memo for sizes of memory.
-class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
+class _Reader(pickle._Unpickler):
     """Reads a pickle in which names stand for the records above."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -104,9 +104,10 @@ def _array(data: Any, dtype: Any, shape: Any, fortran: Any, dtypes: Sequence[np.
     if not isinstance(dtype, _ToldDtype) or not isinstance(data, (bytes, bytearray)):
         raise ValueError("an array of objects")
     code, order = str(dtype.arguments[0]), dtype.state[1] if dtype.state else "<"
-    kind = np.dtype(code).newbyteorder(order) if code[:1] in "iuf" and code[1:].isdecimal() else None
+    known = code[:1] in "iuf" and code[1:].isdecimal() and order in ("<", "|", "=")
+    kind = np.dtype(f"<{code}") if known else None
     sides = tuple(shape)
-    if kind not in dtypes or not all(type(side) is int and side >= 0 for side in sides):
+    if kind is None or kind not in dtypes or not all(type(side) is int and side >= 0 for side in sides):
         raise ValueError(f"an array of {code} {shape}")
     if math.prod(sides) * kind.itemsize != len(data):
         raise ValueError(f"{kind} {list(sides)} in {len(data)} bytes")
