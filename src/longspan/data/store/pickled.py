@@ -56,7 +56,7 @@ for _core in _CORES:
 
 
 # The one in C takes the numbers that a pickle gives its memo for sizes of memory.
-class _Reader(pickle._Unpickler):
+class _PickleReader(pickle._Unpickler):
     """Reads a pickle in which names stand for the records above."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -76,7 +76,7 @@ def read_pickled(data: bytes, dtypes: Sequence[np.dtype[Any]]) -> Any:
         ValueError: it holds anything else, or is damaged.
     """
     try:
-        value = _Reader(io.BytesIO(data)).load()
+        value = _PickleReader(io.BytesIO(data)).load()
         return _made(value, dtypes)
     except ValueError:
         raise
