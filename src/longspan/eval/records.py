@@ -1,6 +1,7 @@
 """Evaluation records: a header line, one line a sample, a footer line when nothing is missing.
 
-    {"kind": "header", "task": "needle", "label": "before", "fingerprint": "6a5f...", "model": {...}, ...}
+    {"kind": "header", "task": "needle", "label": "before", "fingerprint": "6a5f...", "model": {...},
+     "format": 2, "title": "One fact is ...", "axes": {"columns": "length", "rows": "depth"}, ...}
     {"kind": "sample", "id": "0c11...", "length": 2048, "depth": 0.5, "score": 1.0, "unscored": null, ...}
     {"kind": "footer", "samples": 150}
 
@@ -22,13 +23,17 @@ from typing import Any, NamedTuple
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_write
 from longspan.core.records import JsonlWriter, read_jsonl
+from longspan.eval.registry import entry_of
 
 MODEL_KEYS = ("path", "fingerprint", "rope", "trained_length")
 _PACKAGES = ("longspan", "torch", "transformers")
 _SHOWN = 60
 _HEADER_BEGINS = b'{"kind": "header"'
-# A remark, what a command was told, the date and the versions are recorded but do not make it another evaluation.
-_NOT_IDENTITY = ("kind", "fingerprint", "note", "settings", "versions", "created")
+HEADER_FORMAT = 2
+"""Since 2 a header says of the task what a report needs: title, axes, ... (`TaskEntry.described`)."""
+_DESCRIBES = ("format", "title", "heading", "short", "axes", "higher_is_better")
+# A remark, what a command was told, the date, the versions and how a report shows it do not make it another evaluation.
+_NOT_IDENTITY = ("kind", "fingerprint", "note", "settings", "versions", "created", *_DESCRIBES)
 
 
 class EvalRecords(NamedTuple):
@@ -50,11 +55,13 @@ def make_header(
     params: Mapping[str, Any],
     note: str | None = None,
     used: Mapping[str, Any] | None = None,
+    higher_is_better: bool | None = None,
 ) -> dict[str, Any]:
     """Return the header of an evaluation; `fingerprint` covers all that determines the outputs.
 
     `model_info` holds path, fingerprint, rope (the parameters in effect) and trained_length; `note` is a
-    remark for readers, `used` the settings of the command that asked.
+    remark for readers, `used` the settings of the command that asked; `higher_is_better` is that of the scorer, None
+    where the task says it.
 
     Raises:
         ArgumentError: a key of `model_info` is missing.
@@ -73,6 +80,10 @@ def make_header(
     }
     header = json.loads(json.dumps(header))  # tuples become lists, as they will when read back
     header["fingerprint"] = header_fingerprint(header)
+    entry = entry_of(task)
+    header |= {"format": HEADER_FORMAT, **(entry.described() if entry else {})}
+    if higher_is_better is not None:
+        header["higher_is_better"] = higher_is_better
     header["note"] = note
     header["settings"] = None if used is None else dict(used)
     header["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -51,6 +51,7 @@ class TaskEntry(NamedTuple):
     scorers: tuple[str, ...] = ()
     """Names of `eval.scorers`, the usual one first."""
     higher_is_better: bool = True
+    """Of the score; where a scorer gives it, the scorer says so."""
     heading: str = ""
     """Over its section of a report; empty: the name with a capital."""
     short: str = ""

@@ -35,7 +35,7 @@ def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]
     """
     rule = scorer_named(scorer)
     source = open_for_rescoring(records, out)
-    header = rescored_header(source.header, {"name": rule.name, "version": rule.version})
+    header = rescored_header(source.header, rule.named(), higher_is_better=rule.higher_is_better)
     new = [rescored(sample, header, rule) for sample in source.samples]  # all, or the file is not begun
     with RecordsWriter(out, header) as writer:
         for record in new:
@@ -71,12 +71,15 @@ def _thoughts_apart(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "output": spoken.answer, "thoughts": spoken.thoughts}
 
 
-def rescored_header(header: Mapping[str, Any], scorer: Mapping[str, Any]) -> dict[str, Any]:
+def rescored_header(
+    header: Mapping[str, Any], scorer: Mapping[str, Any], *, higher_is_better: bool = True
+) -> dict[str, Any]:
     """Return the header of the same evaluation by another scorer (name, version, whatever else it says)."""
     changed = {
         **header,
         "params": {**header["params"], "scorer": dict(scorer)},
         "rescored_from": header["fingerprint"],
+        "higher_is_better": higher_is_better,
     }
     changed["fingerprint"] = header_fingerprint(changed)
     return changed

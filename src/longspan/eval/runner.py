@@ -91,12 +91,13 @@ def run_task(
         model_info=answerer.identity,
         note=note,
         used=used,
+        higher_is_better=scorer.higher_is_better,
         tokenizer=tokenizer.fingerprint,
         seed=int(params.get("seed", 0)),
         params={
             **params,
             "mode": task.mode,
-            "scorer": {"name": scorer.name, "version": scorer.version},
+            "scorer": scorer.named(),
         },
     )
     samples = [_PendingSample(sample_id(header, *planned.key), planned) for planned in task.plan()]

@@ -1,7 +1,8 @@
 """Scorers: pure functions of the expected and the given text, named and versioned.
 
 The name and version stand in every records file, so a changed rule never mixes with older scores, and
-records can be scored again from their texts without running a model.
+records can be scored again from their texts without running a model. A metric is one function and one `Scorer` in
+`SCORERS`, which `eval list` and docs/evaluation.md show; a package of one's own adds its with `register_scorer`.
 
     scorer_named("rouge_1").score("a sunny day", "It was sunny.")        one expected text
     scorer_named("qa_f1").score(["Paris", "the capital"], output)        the best over several
@@ -34,6 +35,13 @@ class Scorer:
     name: str
     version: int
     rule: Rule
+    says: str = ""
+    """The rule in words."""
+    higher_is_better: bool = True
+
+    def named(self) -> dict[str, Any]:
+        """Return name and version, for the header of the records."""
+        return {"name": self.name, "version": self.version}
 
     def score(
         self, expected: str | Sequence[str], output: str, fields: Mapping[str, Any] = _NO_FIELDS
@@ -75,12 +83,12 @@ def _labelled(metric: Callable[[str, str], float], *, parsed_only: bool = False)
     return partial(helmet.best_of_both, metric, parsed_only=parsed_only)
 
 
-def _of_classes(name: str, metric: Callable[[str, str, Sequence[str]], float]) -> Scorer:
+def _of_classes(name: str, metric: Callable[[str, str, Sequence[str]], float], says: str) -> Scorer:
     def rule(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
         classes = _field(fields, "all_classes", scorer=name)
         return max(metric(each, output.strip(), classes) for each in expected)
 
-    return Scorer(name, 1, rule)
+    return Scorer(name, 1, rule, says)
 
 
 def _similar(metric: Callable[[str, str], float]) -> Rule:
@@ -110,63 +118,147 @@ def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
 SCORERS: dict[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
-        Scorer("exact_match", 1, _best(metrics.exact_match)),
-        # The text of the most likely tokens, one after each token of the answer, is the answer.
-        Scorer("teacher_forced", 1, _best(metrics.exact_match)),
-        Scorer("contains", 1, _best(metrics.contains)),
-        Scorer("first_number", 1, _best(metrics.first_number)),
-        Scorer("word_recall", 1, _best(metrics.word_recall)),
-        Scorer("word_recall_spaced", 1, _best(metrics.word_recall_spaced)),
-        Scorer("word_recall_repeated", 1, _best(partial(metrics.word_recall_spaced, repeated=True))),
-        # An output that begins with the letter of an option says the option.
-        Scorer("word_recall_choice", 1, _word_recall_choice),
-        Scorer("rouge_1", 1, _best(metrics.rouge_n)),
-        Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True))),
-        Scorer("rouge_l", 1, _best(metrics.rouge_l)),
-        Scorer("rouge_l_stemmed", 1, _best(partial(metrics.rouge_l, stemmed=True))),
-        Scorer("similarity", 2, _similar(longbench.similarity)),
-        Scorer("similarity_difflib", 1, _similar(longbench.similarity_difflib)),
-        # RULER: all parts are wanted, or any of several answers.
-        Scorer("string_match_all", 1, _share(metrics.ruler_part)),
-        Scorer("string_match_part", 1, _best(metrics.ruler_part)),
-        # LongBench.
-        Scorer("qa_f1", 1, _best(longbench.qa_f1)),
-        Scorer("qa_f1_zh", 1, _best(longbench.qa_f1_zh)),
-        Scorer("rouge_l_summary", 1, _best(longbench.rouge_l_summary)),
-        Scorer("rouge_l_summary_zh", 1, _best(longbench.rouge_l_summary_zh)),
-        _of_classes("classification", longbench.classification),
-        _of_classes("classification_closest", longbench.classification_closest),
-        Scorer("retrieval", 1, _best(longbench.retrieval)),
-        Scorer("count", 1, _best(longbench.count)),
-        Scorer("code_sim", 3, _best(longbench.code_similarity)),
+        Scorer("exact_match", 1, _best(metrics.exact_match), "the whole value, white space around it aside"),
+        Scorer(
+            "teacher_forced", 1, _best(metrics.exact_match), "the most likely tokens along the value spell it"
+        ),
+        Scorer("contains", 1, _best(metrics.contains), "the value stands in the answer, in any case"),
+        Scorer("first_number", 1, _best(metrics.first_number), "the first number of the answer is the value"),
+        Scorer(
+            "word_recall",
+            1,
+            _best(metrics.word_recall),
+            "share of the value's different words that the answer holds",
+        ),
+        Scorer(
+            "word_recall_spaced",
+            1,
+            _best(metrics.word_recall_spaced),
+            "the same of what stands between white space",
+        ),
+        Scorer(
+            "word_recall_repeated",
+            1,
+            _best(partial(metrics.word_recall_spaced, repeated=True)),
+            "the same, over all words",
+        ),
+        Scorer(
+            "word_recall_choice", 1, _word_recall_choice, "the same; an answer's first letter says an option"
+        ),
+        Scorer("rouge_1", 1, _best(metrics.rouge_n), "F-measure of words, as rouge-score's"),
+        Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True)), "the same of stems"),
+        Scorer(
+            "rouge_l", 1, _best(metrics.rouge_l), "F-measure of the longest common words, as rouge-score's"
+        ),
+        Scorer("rouge_l_stemmed", 1, _best(partial(metrics.rouge_l, stemmed=True)), "the same of stems"),
+        Scorer(
+            "similarity", 2, _similar(longbench.similarity), "how alike the texts are: 1 - edits / characters"
+        ),
+        Scorer("similarity_difflib", 1, _similar(longbench.similarity_difflib), "the same by difflib"),
+        Scorer("string_match_all", 1, _share(metrics.ruler_part), "RULER: share of the values in the answer"),
+        Scorer(
+            "string_match_part", 1, _best(metrics.ruler_part), "RULER: one of the values is in the answer"
+        ),
+        Scorer("qa_f1", 1, _best(longbench.qa_f1), "LongBench: F-measure of words"),
+        Scorer("qa_f1_zh", 1, _best(longbench.qa_f1_zh), "LongBench: the same of Chinese words"),
+        Scorer("rouge_l_summary", 1, _best(longbench.rouge_l_summary), "LongBench: rouge-l F as rouge's"),
+        Scorer(
+            "rouge_l_summary_zh",
+            1,
+            _best(longbench.rouge_l_summary_zh),
+            "LongBench: the same of Chinese words",
+        ),
+        _of_classes(
+            "classification",
+            longbench.classification,
+            "LongBench: 1 / classes named, if the right one is among them",
+        ),
+        _of_classes(
+            "classification_closest",
+            longbench.classification_closest,
+            "LongBench: the same, or the class most like the answer",
+        ),
+        Scorer(
+            "retrieval",
+            1,
+            _best(longbench.retrieval),
+            "LongBench: share of its numbers that are the paragraph's",
+        ),
+        Scorer("count", 1, _best(longbench.count), "LongBench: share of its numbers that are the count"),
+        Scorer(
+            "code_sim", 3, _best(longbench.code_similarity), "LongBench: how alike the first line of code is"
+        ),
         Scorer(
             "code_sim_difflib",
             1,
             _best(partial(longbench.code_similarity, alike=longbench.similarity_difflib)),
+            "LongBench: the same by difflib",
         ),
-        # InfiniteBench, beside qa_f1, rouge_l_summary and first_number.
-        Scorer("word_found", 2, _best(infinitebench.word_found)),
-        Scorer("name_found", 2, _best(infinitebench.name_found)),
-        Scorer("last_number", 1, _best(infinitebench.last_number)),
-        Scorer("first_decimal", 2, _best(infinitebench.first_decimal)),
-        Scorer("leading_numbers", 1, _all(infinitebench.leading_numbers)),
-        Scorer("function_chosen", 2, _all(infinitebench.function_chosen)),
-        Scorer("letter_chosen", 2, _all(infinitebench.letter_chosen)),
-        Scorer("character_f1", 1, _best(infinitebench.character_f1)),
-        # HELMET.
-        Scorer("helmet_exact_match", 1, _labelled(helmet.exact_match)),
-        Scorer("helmet_label_match", 1, _labelled(helmet.exact_match, parsed_only=True)),
-        Scorer("helmet_substring_exact_match", 1, _labelled(helmet.substring_exact_match)),
-        Scorer("helmet_f1", 1, _labelled(helmet.f1)),
-        Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1)),
-        Scorer("helmet_choice", 1, helmet.choice),
-        # The right one of several choices has the highest likelihood.
-        Scorer("accuracy", 1, _best(metrics.exact_match)),
-        # Each sample names its own.
-        Scorer("by_metric", 3, _by_metric),
+        Scorer(
+            "word_found",
+            2,
+            _best(infinitebench.word_found),
+            "InfiniteBench: the value is a word of the answer",
+        ),
+        Scorer(
+            "name_found", 2, _best(infinitebench.name_found), "InfiniteBench: the name stands in the answer"
+        ),
+        Scorer(
+            "last_number", 1, _best(infinitebench.last_number), "InfiniteBench: the last word is the number"
+        ),
+        Scorer(
+            "first_decimal",
+            2,
+            _best(infinitebench.first_decimal),
+            "InfiniteBench: the first number is the value",
+        ),
+        Scorer(
+            "leading_numbers",
+            1,
+            _all(infinitebench.leading_numbers),
+            "InfiniteBench: share of a list that is right from its start",
+        ),
+        Scorer(
+            "function_chosen", 2, _all(infinitebench.function_chosen), "InfiniteBench: the function is chosen"
+        ),
+        Scorer("letter_chosen", 2, _all(infinitebench.letter_chosen), "InfiniteBench: the letter is chosen"),
+        Scorer(
+            "character_f1", 1, _best(infinitebench.character_f1), "InfiniteBench: F-measure of characters"
+        ),
+        Scorer(
+            "helmet_exact_match",
+            1,
+            _labelled(helmet.exact_match),
+            "HELMET: the whole value, or behind its label",
+        ),
+        Scorer(
+            "helmet_label_match",
+            1,
+            _labelled(helmet.exact_match, parsed_only=True),
+            "HELMET: the whole value behind its label",
+        ),
+        Scorer(
+            "helmet_substring_exact_match",
+            1,
+            _labelled(helmet.substring_exact_match),
+            "HELMET: the value is in the answer",
+        ),
+        Scorer("helmet_f1", 1, _labelled(helmet.f1), "HELMET: F-measure of words"),
+        Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1), "HELMET: rouge-l F"),
+        Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
+        Scorer(
+            "accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"
+        ),
+        Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
     )
 }
 """Every scoring rule by name."""
+
+
+def register_scorer(scorer: Scorer) -> None:
+    """Add a rule. Raises ArgumentError: there is another one of its name."""
+    if SCORERS.setdefault(scorer.name, scorer) is not scorer:
+        raise ArgumentError("there is a scorer of this name already", found=repr(scorer.name))
 
 
 def scorer_named(name: str) -> Scorer:
