@@ -15,7 +15,7 @@ def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tm
     lines = [
         "--data texts --label texts --lengths 64,128 --truncate",
         "--data store --label store --lengths 64,128 --truncate --csv ppl.csv",
-        f"--data store --label sliding --lengths 128 --stride 96 --csv all.csv --plot ppl.png {limits}",
+        f"--data store --label sliding --lengths 128 --stride 96 --csv all.csv --plot ppl.svg {limits}",
     ]
     found = []
     for line in lines:
@@ -32,7 +32,7 @@ def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tm
         assert list(map(float, written[summary["label"]])) == pytest.approx(values, rel=1e-12)
     # A length at which a model was not measured is an empty cell.
     assert "\nsliding,," in (tmp_path / "all.csv").read_text()
-    assert (tmp_path / "ppl.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (tmp_path / "ppl.svg").read_text()
     header = json.loads((tmp_path / "run/records/ppl-sliding.jsonl").read_text().splitlines()[0])
     assert header["params"]["stride"] == 96
     assert header["params"]["first_token"] == "context only, no begin-of-text token"
@@ -81,3 +81,13 @@ def test_two_processes_write_the_records_of_one(longspan, model, tmp_path):
     assert [row["nll"] for row in two["by_length"]] == pytest.approx(
         [row["nll"] for row in one["by_length"]], rel=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "command", ["eval ppl --model model --data texts --lengths 64 --out run", "data lengths store"]
+)
+def test_a_picture_has_the_ending_of_its_format(longspan, command: str) -> None:
+    """--plot x.jpg wrote a PNG by that name; the ending is looked at before any work begins."""
+    outcome = longspan(f"{command} --plot x.jpg")
+    assert outcome.code == 2 and "a picture is of no such kind" in outcome.err
+    assert ".png, .svg, .pdf" in outcome.err

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"core"},
     "api": {"core"},
     "plan": {"core"},
-    "report": {"core"},
+    "report": {"core", "eval"},
     "synth": {"core", "data", "api"},
     "kernels": {"core"},
     "parallel": {"core", "kernels"},

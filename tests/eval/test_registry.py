@@ -50,6 +50,8 @@ def test_registering(own):
         register(TaskEntry("needle", "Another one."))
     with pytest.raises(ArgumentError, match="at no place"):
         register(TaskEntry("other", "One.", task="other.Task"))
+    with pytest.raises(ArgumentError, match="fields of every record"):
+        register(TaskEntry("other", "One.", axes=Axes(rows="kind")))
 
 
 def test_installed_packages_add_tasks(own, monkeypatch):

@@ -22,10 +22,11 @@ from longspan.report.charts import (
     number_axis,
 )
 from longspan.report.figures import _length_ticks
+from longspan.report.layouts import Layout
 from longspan.report.palette import LINES, _luminance, contrast, ink_on, sequential, step_of
 from longspan.report.samples import ScoredSample
 from longspan.report.svg import AxisScale, Canvas, linear_ticks, log_ticks, spread, thinned
-from longspan.report.tables import needle_grid
+from longspan.report.tables import score_grid
 
 PAGES = ("#fdfdfb", "#12151b")
 
@@ -88,13 +89,14 @@ def test_text_and_attributes_are_escaped() -> None:
 
 def sample(length: int, depth: float, score: float | None) -> ScoredSample:
     return ScoredSample(
-        f"{length}", length, depth, score=score, unscored=None if score is not None else "lost"
+        f"{length}", depth, length, score=score, unscored=None if score is not None else "lost"
     )
 
 
 def test_a_heat_map_tells_zero_missing_and_unscored_apart() -> None:
     """Guards against a missing cell painted like a zero."""
-    table = needle_grid([sample(128, 0.0, 0.0), sample(256, 1.0, None), sample(128, 1.0, 1.0)])
+    layout = Layout("needle", rows="depth", columns="length")
+    table = score_grid([sample(128, 0.0, 0.0), sample(256, 1.0, None), sample(128, 1.0, 1.0)], layout)
     root = ElementTree.fromstring(
         heat_map("x", table, 400, key="m", trained=[(128, "trained")], compact=False)
     )

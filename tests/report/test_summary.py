@@ -15,6 +15,7 @@ from longspan.core.errors import DataError
 from longspan.core.intervals import wilson_interval
 from longspan.eval.summaries import mean_score
 from longspan.report import summarise
+from longspan.report.layouts import Layout
 from longspan.report.load import load_run
 from longspan.report.samples import ScoredSample
 from longspan.report.tables import RULER_SUBTASKS, Grid, difference, ruler_effective, score_grid
@@ -226,14 +227,17 @@ def test_a_difference_is_taken_over_the_same_questions() -> None:
     assert difference([answered("law", 0, None)], after) is None
 
 
+RULER = Layout("ruler", rows="subtask", columns="length")
+
+
 def ruler_grid(score: float, subtasks: tuple[str, ...] = RULER_SUBTASKS) -> Grid:
     samples = [
-        ScoredSample(f"{name}-{length}-{n}", length=length, subtask=name, score=right)
+        ScoredSample(f"{name}-{length}-{n}", name, length, length, subtask=name, score=right)
         for name in subtasks
         for length, right in ((4096, 1.0), (8192, score))
         for n in range(2)
     ]
-    return score_grid(samples, lambda sample: sample.subtask)
+    return score_grid(samples, RULER)
 
 
 def test_ruler_has_its_own_effective_length() -> None:
@@ -254,7 +258,7 @@ def test_a_mean_of_13_subtasks_needs_13_at_each_length() -> None:
         s._replace(score=None, unscored="does not fit") if (s.subtask, s.length) == ("qa_2", 4096) else s
         for s in samples
     ]
-    grid = score_grid(lost, lambda sample: sample.subtask)
+    grid = score_grid(lost, RULER)
     assert grid.mean_of_rows(4096) is None and grid.mean_of_rows(8192) == pytest.approx(0.9)
     assert ruler_effective(grid) is None
     assert grid.total.reasons == {"does not fit": 2}

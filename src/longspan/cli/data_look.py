@@ -11,7 +11,6 @@ import typer
 
 from longspan.cli.data_plan import print_mixture
 from longspan.cli.data_stores import (
-    Plot,
     Stores,
     decode,
     lengths_of,
@@ -19,7 +18,7 @@ from longspan.cli.data_stores import (
     show_lengths,
     stores_of,
 )
-from longspan.cli.output import Json, example, print_json, print_table
+from longspan.cli.output import Json, Plot, example, print_json, print_table
 
 if TYPE_CHECKING:
     import numpy as np

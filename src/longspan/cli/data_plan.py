@@ -21,7 +21,6 @@ from longspan.cli.data_jobs import (
 )
 from longspan.cli.data_stores import (
     PlanOut,
-    Plot,
     check_lengths,
     lengths_of,
     parse_weights,
@@ -29,7 +28,7 @@ from longspan.cli.data_stores import (
     special_ids,
     stores_of,
 )
-from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
+from longspan.cli.output import Json, Plot, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 PlanOut = Annotated[Path, typer.Option(help="Folder to write; a plan of the same kind there is replaced.")]
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Token stores.")]
-Plot = Annotated[Path | None, typer.Option(help="Picture to draw, a .png file.")]
 
 
 def lengths_of(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
@@ -105,17 +104,9 @@ def parse_weights(given: Sequence[str], *, form: str = "--weight SOURCE=WEIGHT")
 def show_lengths(summaries: Sequence[dict[str, Any]], as_json: bool, plot: Path | None = None) -> None:
     """Draw length summaries into one picture, if asked; print them as tables, unless JSON is to follow."""
     if plot is not None:
-        _draw(summaries, plot)
+        from longspan.report.figures import lengths_figure, write_figure
+
+        write_figure(lengths_figure(summaries), plot)
     if not as_json:
         for summary in summaries:
             print_lengths(summary)
-
-
-def _draw(summaries: Sequence[dict[str, Any]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from longspan.core.files import atomic_write
-    from longspan.report.figures import lengths_figure
-
-    with atomic_write(path) as file:
-        FigureCanvasAgg(lengths_figure(summaries)).print_png(file, metadata={"Software": None})

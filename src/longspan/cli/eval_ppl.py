@@ -11,7 +11,7 @@ import typer
 from longspan.cli.counts import count_option
 from longspan.cli.eval_options import Bos, Note, Out, SourceField, TextField
 from longspan.cli.model_options import ModelOptions, opened, takes_model
-from longspan.cli.output import Json, Seed, example, print_json, print_table
+from longspan.cli.output import Json, Plot, Seed, example, print_json, print_table
 from longspan.core.log import log_once
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def ppl(
     csv: Annotated[
         Path | None, typer.Option(help="Write perplexity by length of all models in --out: a line each.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw all models in --out into a PNG file.")] = None,
+    plot: Plot = None,
     xmin: Annotated[float | None, typer.Option(help="Of the figure: shortest length.")] = None,
     xmax: Annotated[float | None, typer.Option(help="Of the figure: longest length.")] = None,
     ymin: Annotated[float | None, typer.Option(help="Of the figure: lowest perplexity.")] = None,
@@ -252,11 +252,8 @@ def _draw(
     y: tuple[float | None, float | None],
 ) -> None:
     """Draw perplexity by position and by length; the limits are those of lengths and perplexities."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    from longspan.core.files import atomic_write
     from longspan.report.evaluation import Evaluation
-    from longspan.report.figures import perplexity_figure
+    from longspan.report.figures import perplexity_figure, write_figure
     from longspan.report.load import load_run
 
     records = [file for file in load_run(out).records if file.task == "ppl"]
@@ -265,8 +262,7 @@ def _draw(
     by_length.set_xlim(*x)
     for axes in (by_position, by_length):
         axes.set_ylim(*y)
-    with atomic_write(path) as file:
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    write_figure(figure, path)
 
 
 def _decimal(value: float | None) -> str | None:

@@ -6,11 +6,29 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _checked_picture(path: Path | None) -> Path | None:
+    from longspan.core.errors import ArgumentError
+
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise ArgumentError("a picture is of no such kind", found=path.name, allowed=", ".join(PICTURES))
+    return path
+
+
+PICTURES = (".png", ".svg", ".pdf")
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        dir_okay=False, callback=_checked_picture, help="Picture to draw: a .png, .svg or .pdf file."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
 
 PIPE_WIDTH = 160

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from longspan.core.errors import ArgumentError
 
 ENTRY_POINTS = "longspan.tasks"
+_FIELDS = frozenset(("kind", "id", "output", "expected", "score", "unscored", "seconds", "cost"))
 
 
 class Axes(NamedTuple):
@@ -127,14 +128,6 @@ _BUILT_IN = (
         axes=_GRID,
         scorers=("first_number",),
     ),
-    _TOPICS,
-    _TOPICS._replace(
-        name="lines",
-        title="Many lines hold a number each, then that of one line is asked for.",
-        axes=Axes(columns="num_lines"),
-        scorers=("first_number",),
-        command="topics --kind lines",
-    ),
     TaskEntry(
         "ruler",
         "RULER's 13 subtasks: needles of many kinds, variable tracking, frequent words, questions among documents.",
@@ -145,6 +138,14 @@ _BUILT_IN = (
         heading="RULER",
         short="RULER",
         data="Essays: files, folders, patterns; many times. Default: Python's reference prose.",
+    ),
+    _TOPICS,
+    _TOPICS._replace(
+        name="lines",
+        title="Many lines hold a number each, then that of one line is asked for.",
+        axes=Axes(columns="num_lines"),
+        scorers=("first_number",),
+        command="topics --kind lines",
     ),
     TaskEntry(
         "ppl",
@@ -172,13 +173,20 @@ _REGISTERED: dict[str, TaskEntry] = {entry.name: entry for entry in _BUILT_IN}
 
 
 def register(entry: TaskEntry) -> None:
-    """Add a task. Raises ArgumentError: another one has its name, or a place is not "module:Class"."""
+    """Add a task.
+
+    Raises:
+        ArgumentError: another one has its name, a place is not "module:Class", or an axis has the name of a field that
+            every record has.
+    """
     for place in (entry.config, entry.task):
         module, colon, name = place.partition(":")
         if place and not (colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
             raise ArgumentError(
                 f"the task {entry.name} is at no place", found=repr(place), allowed="module:Class"
             )
+    if taken := sorted(set(entry.axes or ()) & _FIELDS):
+        raise ArgumentError(f"the axes of {entry.name} are fields of every record", found=", ".join(taken))
     known = _REGISTERED.get(entry.name)
     if known is not None and known != entry:
         raise ArgumentError(

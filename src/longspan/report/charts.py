@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from longspan.report.layouts import axis_words, length_text, value_text, value_words
 from longspan.report.palette import DASHES, step_of
 from longspan.report.svg import (
     CHAR_WIDTH,
@@ -128,18 +129,15 @@ def number_axis(values: Sequence[float], name: str, *, log: bool = False, zero: 
     return Axis(lo, hi, [(v, f"{v:,.10g}") for v in ticks], name, log)
 
 
-def length_text(tokens: float) -> str:
-    """Write a context length for people: 2,048 below 16k, then 32k, 128k, 1M where that is exact."""
-    tokens = int(tokens)
-    for unit, suffix in ((2**20, "M"), (2**10, "k")):
-        if tokens >= 16 * 1024 and tokens % unit == 0:
-            return f"{tokens // unit}{suffix}"
-    return f"{tokens:,}"
-
-
-def _short_length(tokens: int) -> str:
-    """Write 1,536 as 1.5k: for the narrow columns of small maps."""
-    return f"{tokens / 1024:g}k" if tokens >= 1024 and tokens % 256 == 0 else length_text(tokens)
+def place_axis(field: str | None, places: Sequence[float], *, air: float = 1.0) -> Axis | None:
+    """Return the axis of a layout's columns with one tick a place; None where these are words."""
+    if any(isinstance(place, str) for place in places):
+        return None
+    if field == "length":
+        return length_axis([int(place) for place in places], axis_words(field), air=air)
+    pad = (max(places) - min(places)) * 0.06 or 0.5
+    ticks = [(float(place), value_text(field, place)) for place in places]
+    return Axis(min(places) - pad, max(places) + pad, ticks, axis_words(field))
 
 
 def length_axis(lengths: Sequence[int], name: str, *, air: float = 1.0) -> Axis:
@@ -205,15 +203,18 @@ def heat_map(
     trained: Sequence[tuple[int, str]],
     compact: bool,
 ) -> str:
-    """Return depth x length cells with their percentages, a row of column means, and lines at trained lengths.
+    """Return a layout's cells with their percentages, a row of column means, and lines at trained lengths.
 
     `key` names the map in the page's sample data. `trained` holds (tokens, caption); the line stands after the
     last measured length that is not longer.
     """
     font = 11.0 if compact else 13.0
-    named = _short_length if compact else length_text
+    layout = table.layout
+    row_texts = [value_text(layout.rows, row) for row in table.rows]
+    texts = [value_text(layout.columns, place, compact=compact) for place in table.columns]
     left, top, right = (43.0, 20.0, 3.0) if compact else (64.0, 30.0, 6.0)
-    columns, rows = len(table.lengths), len(table.rows)
+    left = max(left, max(text_width(text, FONT) for text in row_texts) + 12)
+    columns, rows = len(table.columns), len(table.rows)
     cell_w = (width - left - right) / columns
     cell_h = min(max(cell_w * 0.62, 22.0), 30.0 if compact else 46.0)
     gap = 1.0 if compact else 1.5
@@ -221,12 +222,13 @@ def heat_map(
     bottom = mean_top + cell_h
     canvas = Canvas(width, bottom + (36 if not compact else 34))
     prints = cell_w >= font * 2.1
-    for row, depth in enumerate(table.rows):
+    for row, place in enumerate(table.rows):
         y = top + row * cell_h
-        canvas.text(left - 8, y + cell_h / 2 + font * 0.34, f"{depth:.0%}", cls="tick", text_anchor="end")
-        for column, length in enumerate(table.lengths):
-            tally = table.tallies.get((depth, length), Tally())
-            label = f"{name}, {length_text(length)} tokens, depth {depth:.0%}: {tally_text(tally)}"
+        canvas.text(left - 8, y + cell_h / 2 + font * 0.34, row_texts[row], cls="tick", text_anchor="end")
+        for column, other in enumerate(table.columns):
+            tally = table.tally(place, other)
+            where = f"{value_words(layout.columns, other)}, {value_words(layout.rows, place)}"
+            label = f"{name}, {where}: {tally_text(tally)}"
             cell = (
                 {"tabindex": -1, "role": "button", "data_cell": f"{key}/{row}/{column}"}
                 if tally_size(tally)
@@ -237,9 +239,9 @@ def heat_map(
             _cell(canvas, box, tally, font, prints)
             canvas.close()
     canvas.text(left - 8, mean_top + cell_h / 2 + font * 0.34, "mean", cls="tick", text_anchor="end")
-    for column, length in enumerate(table.lengths):
-        tally = table.by_length[length]
-        tip = f"{name}, {length_text(length)} tokens, all depths: {tally_text(tally)}"
+    for column, place in enumerate(table.columns):
+        tally = table.by_column[place]
+        tip = f"{name}, {value_words(layout.columns, place)}, all rows: {tally_text(tally)}"
         canvas.open(cls="cell mean", role="img", aria_label=tip, data_tip="")
         _cell(
             canvas,
@@ -250,17 +252,16 @@ def heat_map(
         )
         canvas.close()
     x = AxisScale(0, columns, left, left + columns * cell_w)
-    widest = max(text_width(named(v), font) for v in table.lengths) + 4
-    for place in thinned([float(n) for n in range(columns)], x, widest):
-        text = named(table.lengths[int(place)])
-        canvas.text(x(place + 0.5), bottom + 15, text, cls="tick", text_anchor="middle")
-    canvas.text(
-        x(columns / 2), bottom + 31, "context length in tokens", cls="axis-name", text_anchor="middle"
-    )
+    widest = max(text_width(text, font) for text in texts) + 4
+    for tick in thinned([float(n) for n in range(columns)], x, widest):
+        canvas.text(x(tick + 0.5), bottom + 15, texts[int(tick)], cls="tick", text_anchor="middle")
+    column_words, row_words = axis_words(layout.columns), axis_words(layout.rows)
+    canvas.text(x(columns / 2), bottom + 31, column_words, cls="axis-name", text_anchor="middle")
     if not compact:
-        canvas.text(2, 12, "needle depth", cls="axis-name")
+        canvas.text(2, 12, row_words, cls="axis-name")
     _trained_lines(canvas, table, trained, x, top, bottom, font)
-    return canvas.render(f"Needle accuracy by depth and length: {name}", role="group", cls="plot heat")
+    caption = f"{layout.capital} accuracy by {row_words} and {column_words}: {name}"
+    return canvas.render(caption, role="group", cls="plot heat")
 
 
 def tally_size(tally: Tally) -> int:
@@ -272,7 +273,7 @@ def tally_text(tally: Tally) -> str:
     """Say a tally in words: `7 of 8 correct (88%), 95% interval 53% to 98%`; a graded score has a mean instead."""
     if tally.mean is None:
         return f"{tally.unscored} not scored" if tally.unscored else "not measured"
-    if all(score in (0.0, 1.0) for score in tally.scores):
+    if tally.higher_is_better and all(score in (0.0, 1.0) for score in tally.scores):
         text = f"{tally.correct:g} of {tally.scored} correct ({tally.mean:.0%})"
     else:
         text = f"mean {tally.mean:.1%} of {tally.scored}"
@@ -286,11 +287,11 @@ def _cell(
     canvas: Canvas, box: tuple[float, float, float, float], tally: Tally, font: float, prints: bool
 ) -> None:
     x, y, width, height = box
-    if tally.mean is None:
+    if tally.mean is None or tally.goodness is None:
         canvas.rect(x + 0.5, y + 0.5, width - 1, height - 1, rx=2, cls="absent")
         text, ink = ("n/s" if tally.unscored else "\u2013"), "absent-ink"
     else:
-        step = step_of(tally.mean)
+        step = step_of(tally.goodness)
         canvas.rect(x, y, width, height, rx=2, cls=f"h{step}")
         text, ink = f"{tally.mean * 100:.0f}", f"i{step}"
     if prints:
@@ -311,7 +312,7 @@ def _trained_lines(
     font: float,
 ) -> None:
     for tokens, caption in trained:
-        column = sum(length <= tokens for length in table.lengths)
+        column = sum(length <= tokens for length in table.columns)
         if column == 0:
             continue
         place = min(x(column), canvas.width - 1.5)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from longspan.report.charts import (
-    length_text,
-)
 from longspan.report.evaluation import Evaluation
+from longspan.report.layouts import length_text
 from longspan.report.perplexity_view import ppl_measure
 from longspan.report.tables import (
     Grid,
     PplTable,
+    all_columns,
 )
 from longspan.report.view import (
     Section,
@@ -25,27 +24,29 @@ from longspan.report.view import (
 def controls_section(ev: Evaluation) -> Section:
     """Return the ablation runs beside before and after, with their notes."""
     section = Section("controls", "Controls", "controls")
-    ablations = [label for label in {**ev.needle, **ev.ppl} if label.startswith("ablate_")]
+    ablations = [label for label in {**ev.lead_grids, **ev.ppl} if label.startswith("ablate_")]
     if not ablations:
         section.missing.append("No control runs (labels that start with ablate_) were recorded.")
         return section
     section.intro = (
         "The same evaluation for runs that change one thing, so that the gain can be told from its causes."
     )
-    labels = [label for label in (ev.before, ev.after) if label in ev.needle] + ablations
-    lengths = sorted({n for label in labels if label in ev.needle for n in ev.needle[label].lengths})
+    labels = [label for label in (ev.before, ev.after) if label in ev.lead_grids] + ablations
+    controlled = {label: ev.lead_grids.get(label, Grid()) for label in labels}
+    lengths = all_columns(controlled.values())
     measure = ppl_measure(ev, labels)
-    controlled = {label: ev.needle.get(label, Grid()) for label in labels}
-    section.intro = " ".join(filter(None, (section.intro, ev.not_comparable("needle", controlled))))
+    if ev.lead is not None:
+        differ = ev.not_comparable(ev.lead.task, controlled)
+        section.intro = " ".join(filter(None, (section.intro, differ)))
     rows: list[list[str | TableCell]] = []
     for label in labels:
-        table, ppl = ev.needle.get(label, Grid()), ev.ppl.get(label, PplTable())
+        table, ppl = controlled[label], ev.ppl.get(label, PplTable())
         last = ppl.last()
         rows.append(
             [
                 TableCell(short_name(label), "reference" if label in (ev.before, ev.after) else ""),
                 TableCell(percent(table.total.mean), "num"),
-                *(heat_cell(table.by_length.get(n)) for n in lengths),
+                *(heat_cell(table.by_column.get(n)) for n in lengths),
                 TableCell(decimal(measure.of(last[1])) if last else "\u2013", "num"),
             ]
         )
@@ -54,7 +55,7 @@ def controls_section(ev: Evaluation) -> Section:
     if len(set(buckets)) == 1:
         where = f"{buckets[0][0]:,}\u2013{buckets[0][1]:,}"
     section.parts["table"] = Table(
-        f"Needle accuracy by length and {measure.name}",
+        f"{ev.lead.capital} accuracy by length and {measure.name}" if ev.lead else measure.title,
         ["run", "mean", *(length_text(n) for n in lengths), f"{measure.name}, {where}"],
         rows,
     )

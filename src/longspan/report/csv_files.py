@@ -10,7 +10,7 @@ from typing import Any
 from longspan.report.effective import effective_note
 from longspan.report.evaluation import Evaluation
 from longspan.report.headline import effective_grids
-from longspan.report.samples import COUNT_TASKS, GRID_TASKS
+from longspan.report.layouts import Layout
 from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import (
     Grid,
@@ -30,8 +30,8 @@ def csv_tables(ev: Evaluation) -> dict[str, str]:
     """Return name -> CSV text of everything that was measured."""
     tables = {}
     for task, grids in ev.grids.items():
-        row_name = "depth" if task in GRID_TASKS else "subtask"
-        tables[task] = count_csv(grids, task) if task in COUNT_TASKS else grid_csv(grids, row_name)
+        layout = ev.layouts[task]
+        tables[task] = grid_csv(grids, layout) if layout.rows else column_csv(grids, layout)
     if ev.distractors:
         tables["needle_distractors"] = _distractor_csv(ev)
     for task, by_label in ev.scores.items():
@@ -47,25 +47,31 @@ def csv_tables(ev: Evaluation) -> dict[str, str]:
     return {name: text for name, text in tables.items() if text.count("\n") > 1}
 
 
-def grid_csv(grids: Mapping[str, Grid], row_name: str) -> str:
+def grid_csv(grids: Mapping[str, Grid], layout: Layout) -> str:
     """Return one CSV line per label and cell; an empty mean is a cell without a scored sample."""
     rows = [
-        [label, length, row, *_counts(grid.tallies.get((row, length), Tally()))]
+        [label, column, row, *_counts(grid.tally(row, column))]
         for label, grid in grids.items()
         for row in grid.rows
-        for length in grid.lengths
+        for column in grid.columns
     ]
-    return _csv(["label", "length", row_name, *_COUNTS], rows)
+    return _csv(["label", _name(layout.columns), _name(layout.rows), *_COUNTS], rows)
 
 
-def count_csv(grids: Mapping[str, Grid], task: str) -> str:
-    """Return one CSV line per label and number of topics or lines."""
+def column_csv(grids: Mapping[str, Grid], layout: Layout) -> str:
+    """Return one CSV line per label and column, with the median length where lengths follow from the column."""
+    medians = any(grid.layout.columns != layout.columns for grid in grids.values())
     rows = [
-        [label, samples[0].num_parts, length, *_counts(grid.by_length[length])]
+        [label, *([samples[0].row] if medians else []), column, *_counts(grid.by_column[column])]
         for label, grid in grids.items()
-        for (_, length), samples in grid.cells.items()
+        for (_, column), samples in sorted(grid.cells.items())
     ]
-    return _csv(["label", task, "median_length", *_COUNTS], rows)
+    names = [_name(layout.columns), "median_length"] if medians else [_name(layout.columns)]
+    return _csv(["label", *names, *_COUNTS], rows)
+
+
+def _name(axis: str | None) -> str:
+    return (axis or "").removeprefix("num_")
 
 
 def ppl_csv(tables: Mapping[str, PplTable]) -> str:
@@ -92,11 +98,11 @@ def ppl_csv(tables: Mapping[str, PplTable]) -> str:
 
 def _distractor_csv(ev: Evaluation) -> str:
     rows = [
-        [label, count, length, depth, *_counts(grid.tallies.get((depth, length), Tally()))]
+        [label, count, length, depth, *_counts(grid.tally(depth, length))]
         for label, by_count in ev.distractors.items()
         for count, grid in by_count.items()
         for depth in grid.rows
-        for length in grid.lengths
+        for length in grid.columns
     ]
     return _csv(["label", "distractors", "length", "depth", *_COUNTS], rows)
 
@@ -109,7 +115,7 @@ def _effective_csv(ev: Evaluation) -> str:
             _blank(ev.trained_length(label)),
             _blank(grid.effective.length),
             _blank(ruler_effective(grid) if task == "ruler" else None),
-            grid.lengths[-1] if grid.lengths else "",
+            grid.columns[-1] if grid.columns else "",
             effective_note(grid),
         ]
         for task, grids in effective_grids(ev).items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longspan.report.charts import length_text
+from longspan.report.layouts import length_text
 from longspan.report.tables import Grid
 from longspan.report.view import unscored_text
 

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 from longspan.report.charts import Mark
 from longspan.report.comparison import differing, listed
+from longspan.report.layouts import Layout
 from longspan.report.load import RecordFile
-from longspan.report.samples import GRID_TASKS, ScoredSample
+from longspan.report.samples import ScoredSample
 from longspan.report.tables import Grid, PplTable, tabulate
 from longspan.report.view import order_of, role_of, short_name
 
 MOST_MARKS = 3
-
-
-_ROWS = {"ruler": "subtasks"}
-"""What one number of a length is the mean over, beside the tasks that have depths."""
 
 
 @dataclass
@@ -24,6 +21,7 @@ class Evaluation:
     """All evaluations of a report by task and label."""
 
     files: list[RecordFile]
+    layouts: dict[str, Layout]
     grids: dict[str, dict[str, Grid]]
     distractors: dict[str, dict[int, Grid]]
     scores: dict[str, dict[str, list[ScoredSample]]]
@@ -33,12 +31,28 @@ class Evaluation:
     def from_records(cls, records: Sequence[RecordFile]) -> Evaluation:
         """Group the samples of every record file."""
         tables = tabulate(records)
-        return cls(list(records), tables.grids, tables.distractors, tables.scores, tables.ppl)
+        return cls(list(records), tables.layouts, tables.grids, tables.distractors, tables.scores, tables.ppl)
 
     @property
-    def needle(self) -> dict[str, Grid]:
-        """Single needles by label."""
-        return self.grids.get("needle", {})
+    def lead(self) -> Layout | None:
+        """The task that the headline and the controls speak of: the first with a map by length."""
+        return next(
+            (self.layouts[task] for task in self.maps if self.layouts[task].columns == "length"), None
+        )
+
+    @property
+    def lead_grids(self) -> dict[str, Grid]:
+        """Those of the lead task by label."""
+        return self.grids[self.lead.task] if self.lead else {}
+
+    @property
+    def maps(self) -> list[str]:
+        """Tasks whose rows are numbers, which are drawn as maps."""
+        return [
+            task
+            for task, grids in self.grids.items()
+            if self.layouts[task].rows and all(grid.numbered for grid in grids.values())
+        ]
 
     @property
     def labels(self) -> list[str]:
@@ -96,11 +110,11 @@ class Evaluation:
         )
         found = set(differing(first, second)) if first and second else set()
         grids = self.grids.get(task, {})
-        shared = "depths" if task in GRID_TASKS else _ROWS.get(task)
-        if one in grids and two in grids and shared is not None:
+        if one in grids and two in grids and (axis := self.layouts[task].rows) is not None:
             # Depths and subtasks of a common length weigh alike only where both have them.
-            common = {n for n in grids[one].lengths if n in grids[two].lengths}
+            common = {n for n in grids[one].columns if n in grids[two].columns}
             rows = ({(row, n) for row, n in grids[label].cells if n in common} for label in (one, two))
+            shared = axis.removeprefix("num_").replace("_", " ").removesuffix("s") + "s"
             found |= {shared} if len({frozenset(each) for each in rows}) > 1 else set()
         return tuple(sorted(found))
 
@@ -129,9 +143,13 @@ class Evaluation:
         """Return the note that came with a label, from whichever task has one."""
         return next((f.note for f in self.files if f.label == label and f.note), None)
 
-    def main_labels(self, task: str = "needle") -> list[str]:
-        """Labels for a task's maps and curves: all but the controls."""
-        return [label for label in self.grids.get(task, {}) if not label.startswith("ablate_")]
+    def main_grids(self, task: str) -> dict[str, Grid]:
+        """Return a task's grids for maps and curves: all that hold something but the controls."""
+        return {
+            label: grid
+            for label, grid in self.grids.get(task, {}).items()
+            if grid.columns and not label.startswith("ablate_")
+        }
 
 
 def first_with_role(role: str, labels: Iterable[str]) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
@@ -18,15 +18,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from longspan.core.files import atomic_write
 from longspan.core.log import get_logger
-from longspan.report.charts import cut_name, length_text
+from longspan.report.charts import cut_name
 from longspan.report.evaluation import Evaluation
+from longspan.report.layouts import axis_words, length_text, value_text
 from longspan.report.load import LoadedRun
 from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
 from longspan.report.perplexity_view import ppl_measure
-from longspan.report.samples import GRID_TASKS
 from longspan.report.scores_view import DatasetDifference, dataset_differences
 from longspan.report.svg import AxisScale, thinned
-from longspan.report.tables import Grid
+from longspan.report.tables import Grid, all_columns
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
 from longspan.report.view import long_name, role_of, short_name
 
@@ -39,15 +39,17 @@ _MOST_TICKS = 10
 def write_figures(runs: Sequence[LoadedRun], evaluation: Evaluation, folder: Path) -> list[Path]:
     """Write the figures that the data allows into `folder`; return their paths."""
     figures: dict[str, Figure] = {}
-    for task, grids in evaluation.grids.items():
-        labels = [label for label in evaluation.main_labels(task) if grids[label].lengths]
-        if labels and task in GRID_TASKS:
-            figures[f"{task}_heatmaps"] = needle_figure({label: grids[label] for label in labels})
-        if labels:
-            figures[f"{task}_by_length"] = accuracy_figure(evaluation, task, labels)
+    for task in evaluation.grids:
+        if not (grids := evaluation.main_grids(task)):
+            continue
+        if task in evaluation.maps:
+            figures[f"{task}_heatmaps"] = map_figure(grids)
+        if (by := accuracy_figure(grids)) is not None:
+            axis = next(iter(grids.values())).layout.columns
+            figures[f"{task}_by_{axis}"] = by
     if evaluation.distractors:
-        hardest = {label: by[max(by)] for label, by in evaluation.distractors.items() if by[max(by)].lengths}
-        figures |= {"needle_distractors_heatmaps": needle_figure(hardest)} if hardest else {}
+        hardest = {label: by[max(by)] for label, by in evaluation.distractors.items() if by[max(by)].columns}
+        figures |= {"needle_distractors_heatmaps": map_figure(hardest)} if hardest else {}
     if any(table.by_length for table in evaluation.ppl.values()):
         figures["perplexity"] = perplexity_figure(evaluation)
     if differences := dataset_differences(evaluation):
@@ -60,12 +62,19 @@ def write_figures(runs: Sequence[LoadedRun], evaluation: Evaluation, folder: Pat
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{file_name(name)}.png")
-        with atomic_write(paths[-1]) as file, warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            # No metadata: the same records give the same bytes.
-            FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+            write_figure(figure, paths[-1])
         _say_missing(caught, paths[-1])
     return paths
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as the file's ending says: .png, .svg, .pdf; the same figure gives the same bytes."""
+    kind = path.suffix.lower().removeprefix(".")
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with atomic_write(path) as file, rc_context({"svg.hashsalt": "longspan"}):
+        figure.savefig(file, format=kind, metadata=undated)
 
 
 def _say_missing(caught: Sequence[warnings.WarningMessage], path: Path) -> None:
@@ -111,32 +120,36 @@ def difference_figure(rows: Sequence[DatasetDifference]) -> Figure:
     return figure
 
 
-def needle_figure(tables: dict[str, Grid]) -> Figure:
-    """Draw one heat map per label, depth down and length to the right."""
+def map_figure(tables: Mapping[str, Grid]) -> Figure:
+    """Draw one heat map per label, the layout's rows down and its columns to the right."""
+    layout = next(iter(tables.values())).layout
     columns = min(len(tables), 3)
     rows = -(-len(tables) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * rows), dpi=160, layout="constrained")
-    cmap = LinearSegmentedColormap.from_list("longspan", sequential()).with_extremes(bad="#ffffff")
+    steps = sequential() if layout.higher_is_better else sequential()[::-1]
+    cmap = LinearSegmentedColormap.from_list("longspan", steps).with_extremes(bad="#ffffff")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(tables) :]:
         axes.set_visible(False)
     norm = Normalize(0, 1)
     for axes, (label, table) in zip(grid.flat, tables.items()):
-        means = [
-            [t.mean if (t := table.tallies.get((d, n))) else None for n in table.lengths] for d in table.rows
-        ]
+        means = [[table.tally(row, column).mean for column in table.columns] for row in table.rows]
         axes.imshow(np.array(means, dtype=float), cmap=cmap, norm=norm, aspect="auto")
         for row, line in enumerate(means):
             for column, mean in enumerate(line):
                 text = "\u2013" if mean is None else f"{mean * 100:.0f}"
-                ink = _MUTED if mean is None else ink_on(sequential()[step_of(mean)])
-                if len(table.lengths) <= 12:
+                ink = _MUTED if mean is None else ink_on(steps[step_of(mean)])
+                if len(table.columns) <= 12:
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
         axes.set_title(_literal(cut_name(long_name(label), 48)), fontsize=10, color=_INK, loc="left")
-        axes.set_xticks(range(len(table.lengths)), [length_text(n) for n in table.lengths], fontsize=8)
-        axes.set_yticks(range(len(table.rows)), [f"{d:.0%}" for d in table.rows], fontsize=8)
+        for ticks, axis, places in (
+            (axes.set_xticks, layout.columns, table.columns),
+            (axes.set_yticks, layout.rows, table.rows),
+        ):
+            texts = [_literal(value_text(axis, place)) for place in places]
+            ticks(range(len(places)), texts, fontsize=8)
         axes.tick_params(which="both", length=0, labelcolor=_MUTED)
-        axes.set_xticks(np.arange(len(table.lengths) - 1) + 0.5, minor=True)
+        axes.set_xticks(np.arange(len(table.columns) - 1) + 0.5, minor=True)
         axes.set_yticks(np.arange(len(table.rows) - 1) + 0.5, minor=True)
         axes.grid(which="minor", color="white", lw=1.5)
         axes.spines[:].set_visible(False)
@@ -145,21 +158,22 @@ def needle_figure(tables: dict[str, Grid]) -> Figure:
     )
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, labelcolor=_MUTED, length=0)
-    figure.supxlabel("context length in tokens", fontsize=9, color=_MUTED)
-    figure.supylabel("needle depth", fontsize=9, color=_MUTED)
+    figure.supxlabel(_literal(axis_words(layout.columns)), fontsize=9, color=_MUTED)
+    figure.supylabel(_literal(axis_words(layout.rows)), fontsize=9, color=_MUTED)
     return figure
 
 
-def accuracy_figure(evaluation: Evaluation, task: str, labels: Sequence[str]) -> Figure:
-    """Draw accuracy by length with 95 % Wilson intervals."""
-    figure, axes = _plain("context length in tokens", f"{task.replace('_', ' ')} accuracy")
-    grids = evaluation.grids[task]
-    for position, label in enumerate(labels):
-        table = grids[label]
+def accuracy_figure(grids: Mapping[str, Grid]) -> Figure | None:
+    """Draw accuracy by column with 95 % Wilson intervals; None where columns are words."""
+    layout, columns = next(iter(grids.values())).layout, all_columns(grids.values())
+    if any(isinstance(column, str) for column in columns):
+        return None
+    figure, axes = _plain(_literal(axis_words(layout.columns)), _literal(f"{layout.short} accuracy"))
+    for position, (label, table) in enumerate(grids.items()):
         rows = [
             (n, t.mean, t.interval)
-            for n in table.lengths
-            if (t := table.by_length[n]).mean is not None and t.interval
+            for n in table.columns
+            if (t := table.by_column[n]).mean is not None and t.interval
         ]
         means = np.array([mean for _, mean, _ in rows], dtype=float)
         bounds = np.array([interval for _, _, interval in rows], dtype=float).reshape(-1, 2)
@@ -179,7 +193,10 @@ def accuracy_figure(evaluation: Evaluation, task: str, labels: Sequence[str]) ->
         )
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _length_ticks(axes, sorted({n for label in labels for n in grids[label].lengths}))
+    if layout.columns == "length":
+        _length_ticks(axes, columns)
+    else:
+        axes.set_xticks(columns)
     _legend(axes)
     return figure
 

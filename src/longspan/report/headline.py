@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from longspan.core.intervals import EFFECTIVE_THRESHOLD, samples_needed
 from longspan.core.units import format_count, format_seconds
-from longspan.report.charts import length_text
 from longspan.report.comparison import differ_text
 from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation, first_with_role
+from longspan.report.layouts import length_text
 from longspan.report.perplexity_view import ppl_measure
 from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import Grid, Tally
@@ -29,16 +29,6 @@ from longspan.report.view import (
 )
 
 Clause = list[tuple[str, bool]]
-_EFFECTIVE_TASKS = {
-    "needle": "needle",
-    "needle_distractors": "distractors",
-    "needle_multi": "several needles",
-    "needle_multikey": "multi-key",
-    "passkey": "passkey",
-    "topics": "topics",
-    "lines": "lines",
-    "ruler": "RULER",
-}
 _MOST_NAMED = 3
 
 
@@ -58,7 +48,7 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
             _tile("Context length, tokens", length_text(new), f"{factor} the original {length_text(old)}")
         )
     _effective_headline(ev, clauses, tiles)
-    _needle_headline(ev, clauses, tiles)
+    _lead_headline(ev, clauses, tiles)
     _ppl_headline(ev, clauses, tiles)
     _short_headline(ev, tiles)
     if training:
@@ -85,14 +75,13 @@ def _tile(name: str, value: str, note: str) -> dict[str, str]:
 
 def effective_grids(ev: Evaluation) -> dict[str, dict[str, Grid]]:
     """Return task -> label -> grid of everything that has an effective context; controls are left out."""
-    grids = {task: ev.grids[task] for task in _EFFECTIVE_TASKS if task in ev.grids}
-    if ev.distractors:
-        # The most distractors: the hardest of what was asked.
-        grids["needle_distractors"] = {label: by[max(by)] for label, by in ev.distractors.items()}
+    # The most distractors: the hardest of what was asked.
+    hardest = {label: by[max(by)] for label, by in ev.distractors.items()}
+    grids = {**ev.grids, **({"needle_distractors": hardest} if hardest else {})}
     return {
         task: {label: grid for label, grid in grids[task].items() if not label.startswith("ablate_")}
-        for task in _EFFECTIVE_TASKS
-        if task in grids
+        for task, layout in ev.layouts.items()
+        if layout.higher_is_better and task in grids and any(grid.by_length for grid in grids[task].values())
     }
 
 
@@ -103,7 +92,7 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
     task, by_label = next(iter(grids.items()))
     before, after = first_with_role("before", by_label), first_with_role("after", by_label)
     clause: Clause
-    what = f"Effective context, {_EFFECTIVE_TASKS[task]}"
+    what = f"Effective context, {ev.layouts[task].short}"
     rule = f"lower 95% bound above {EFFECTIVE_THRESHOLD:.0%}"
     if after:
         differ = differ_text(ev.differing(task, before, after)) if before else ""
@@ -112,8 +101,8 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
             notes.insert(1, f"before {_with_note(by_label[before])}")
         reached = effective_text(by_label[after])
         tiles.append(_tile(what, reached, "; ".join(filter(None, notes))))
-        if task != "needle":
-            clause = [(f"effective context, {_EFFECTIVE_TASKS[task]}, ", False)]
+        if ev.lead is None or task != ev.lead.task:
+            clause = [(f"effective context, {ev.layouts[task].short}, ", False)]
             clause += [(f"{effective_text(by_label[before])} {ARROW} ", True)] if before else []
             clauses.append([*clause, (reached, True), (f" tokens{_aside(differ)}", False)])
         return
@@ -140,27 +129,28 @@ def _aside(text: str) -> str:
     return f" ({text})" if text else ""
 
 
-def _needle_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:
-    names = first_with_role("before", ev.needle), first_with_role("after", ev.needle)
-    before, after = (ev.needle[name] if name else None for name in names)
-    main = after or before or next(iter(ev.needle.values()), None)
-    if main is None or not main.lengths:
+def _lead_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:
+    layout, grids = ev.lead, ev.lead_grids
+    names = first_with_role("before", grids), first_with_role("after", grids)
+    before, after = (grids[name] if name else None for name in names)
+    main = after or before or next(iter(grids.values()), None)
+    if layout is None or main is None or not main.columns:
         return
     target = max(
-        (n for n in main.lengths if ev.after_length is None or n <= ev.after_length), default=main.lengths[0]
+        (n for n in main.columns if ev.after_length is None or n <= ev.after_length), default=main.columns[0]
     )
-    tally = main.by_length[target]
-    first = before.by_length.get(target, Tally()) if before is not None and main is not before else Tally()
-    where = f"needle accuracy at {length_text(target)} tokens"
-    differ = ev.differing("needle", names[0], names[1]) if names[0] and names[1] else ()
+    tally = main.by_column[target]
+    first = before.by_column.get(target, Tally()) if before is not None and main is not before else Tally()
+    where = f"{layout.short} accuracy at {length_text(target)} tokens"
+    differ = ev.differing(layout.task, names[0], names[1]) if names[0] and names[1] else ()
     if first.mean is not None and tally.mean is not None:
         from_to = [(" to ", False), (percent(tally.mean), True), (_aside(differ_text(differ)), False)]
         clauses.append([(f"{where} from ", False), (percent(first.mean), True), *from_to])
     elif tally.mean is None:
         clauses.append([(f"{where} not measured: {unscored_text(tally)}", False)])
-    elif len(ev.needle) == 1 or after is not None:
+    elif len(grids) == 1 or after is not None:
         clauses.append([(f"{where} ", False), (percent(tally.mean), True)])
-    if after is None and len(ev.needle) > 1:
+    if after is None and len(grids) > 1:
         return
     notes = [f"before {percent(first.mean)}"] if first.mean is not None else []
     notes += [differ_text(differ)] if differ and first.mean is not None else []
@@ -170,16 +160,16 @@ def _needle_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str
         else f"95% interval {interval_text(tally)}, n = {tally.scored}"
     )
     value = "not measured" if tally.mean is None else percent(tally.mean)
-    tiles.append(_tile(f"Needle accuracy at {length_text(target)}", value, "; ".join(notes)))
+    tiles.append(_tile(f"{layout.capital} accuracy at {length_text(target)}", value, "; ".join(notes)))
     rivals = [
         (t.mean, label)
-        for label, grid in ev.needle.items()
-        if role_of(label) in ZERO_SHOT and (t := grid.by_length.get(target)) and t.mean is not None
+        for label, grid in grids.items()
+        if role_of(label) in ZERO_SHOT and (t := grid.by_column.get(target)) and t.mean is not None
     ]
     if rivals:
-        best, label = max(rivals)
+        best, label = (max if layout.higher_is_better else min)(rivals)
         reference = names[1] or names[0]
-        apart = ev.differing("needle", label, reference) if reference else ()
+        apart = ev.differing(layout.task, label, reference) if reference else ()
         note = f"{short_name(label)}, no training" + _aside(differ_text(apart))
         tiles.append(_tile(f"Best zero-shot at {length_text(target)}", percent(best), note))
 
@@ -239,7 +229,7 @@ def models_section(ev: Evaluation) -> Section:
         f"{samples_needed()} right answers of {samples_needed()} at a length are the fewest that show it."
     )
     differ = [
-        f"{_EFFECTIVE_TASKS[task]}: {words}"
+        f"{ev.layouts[task].short}: {words}"
         for task, by_label in grids.items()
         if (words := ev.not_comparable(task, by_label))
     ]
@@ -257,14 +247,14 @@ def models_section(ev: Evaluation) -> Section:
             [short_name(label), TableCell(length_text(trained) if trained else MISSING, "num"), *cells]
         )
     section.missing += [
-        f"Effective context, {_EFFECTIVE_TASKS[task]}, {short_name(label)}: {effective_text(grid)}: {note}."
+        f"Effective context, {ev.layouts[task].short}, {short_name(label)}: {effective_text(grid)}: {note}."
         for task, by_label in grids.items()
         for label, grid in by_label.items()
         if (note := effective_note(grid))
     ]
     section.parts["table"] = Table(
         "Effective context in tokens, by model and task",
-        ["model", "trained length", *(_EFFECTIVE_TASKS[task] for task in grids)],
+        ["model", "trained length", *(ev.layouts[task].short for task in grids)],
         rows,
     )
     return section
@@ -272,7 +262,7 @@ def models_section(ev: Evaluation) -> Section:
 
 def _measured(grid: Grid) -> str:
     note = effective_note(grid)
-    if not grid.lengths or not grid.total.scored:
+    if not grid.columns or not grid.total.scored:
         return note or "nothing was scored"
-    text = f"measured up to {length_text(grid.lengths[-1])} tokens, {grid.total.scored:,} samples"
+    text = f"measured up to {length_text(grid.columns[-1])} tokens, {grid.total.scored:,} samples"
     return f"{text}; {note}" if note else text

@@ -18,15 +18,15 @@ from longspan.report.controls_view import controls_section
 from longspan.report.csv_files import csv_tables
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.figures import file_name, write_figures
+from longspan.report.grids_view import grid_section
 from longspan.report.headline import headline, models_section
 from longspan.report.load import LoadedRun, RecordFile, load_runs
+from longspan.report.maps_view import map_section
 from longspan.report.method_view import cost_section, method_section, mixed_settings, two_models
-from longspan.report.needle_view import map_section
 from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
 from longspan.report.sample_data import SampleData
-from longspan.report.samples import COUNT_TASKS, DATASET_TASKS, GRID_TASKS
-from longspan.report.scores_view import count_section, delta_section, ruler_section, scores_section
+from longspan.report.scores_view import delta_section, scores_section
 from longspan.report.tables import summarise, tally_of
 from longspan.report.training_view import lengths_section, training_section, training_totals
 from longspan.report.view import merge_records, short_name, unscored_text
@@ -76,25 +76,22 @@ def render(runs: Sequence[LoadedRun], *, title: str | None = None) -> str:
     evaluation = Evaluation.from_records(records)
     sentence, tiles = headline(evaluation, training_totals(runs))
     data = SampleData()
-    maps = [map_section(evaluation, task, data) for task in GRID_TASKS]
-    others = [task for task in evaluation.scores if task not in DATASET_TASKS]
+    drawn = evaluation.maps + ["needle_distractors"] * bool(evaluation.distractors)
     sections = [
         models_section(evaluation),
-        *maps,
-        ruler_section(evaluation, data),
-        *(count_section(task, evaluation, data) for task in COUNT_TASKS),
+        *(map_section(evaluation, task, data) for task in evaluation.layouts if task in drawn),
+        *(grid_section(evaluation, task, data) for task in evaluation.grids if task not in drawn),
         ppl_section(evaluation),
         delta_section(evaluation),
-        scores_section("longqa", "Long question answering", evaluation, data),
-        scores_section("harness", "Benchmarks", evaluation, data),
-        *(scores_section(task, task, evaluation, data) for task in others),
+        *(scores_section(evaluation, task, data) for task in evaluation.scores),
         lengths_section(runs),
         training_section(runs),
         controls_section(evaluation),
         cost_section(records),
         method_section(runs, records),
     ]
-    missing = [line for section in sections for line in section.missing]
+    missing = [] if drawn else ["Needle accuracy was not measured: no records/needle-*.jsonl."]
+    missing += [line for section in sections for line in section.missing]
     missing += [*_unscored(records), *_unfinished(records), *_empty(runs)]
     missing += [*two_models(records), *mixed_settings(records)]
     environment = Environment(

@@ -15,6 +15,7 @@ from typing import Any
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json
 from longspan.core.records import read_jsonl
+from longspan.report.layouts import Layout, layout_of
 from longspan.report.samples import PplSample, ScoredSample, number, parse_sample, text
 
 
@@ -26,7 +27,7 @@ class RecordFile:
     """
 
     path: Path
-    task: str
+    layout: Layout
     label: str
     header: dict[str, Any]
     samples: tuple[Any, ...]
@@ -34,6 +35,11 @@ class RecordFile:
     complete: bool = True
     footer: dict[str, Any] = field(default_factory=dict)
     run: str = ""
+
+    @property
+    def task(self) -> str:
+        """Its name in the records."""
+        return self.layout.task
 
     @property
     def trained_length(self) -> int | None:
@@ -71,6 +77,12 @@ class RecordFile:
     def mode(self) -> str:
         """How answers were taken: generate, teacher_forced; empty where not recorded."""
         return str(self.header.get("params", {}).get("mode") or "")
+
+    @property
+    def scored_by(self) -> str:
+        """Scorer and mode in a line; a mode that is the scorer's name is said once."""
+        mode = "" if self.mode == self.scorer.partition(" ")[0] else self.mode
+        return ", ".join(filter(None, (self.scorer, mode)))
 
 
 @dataclass(frozen=True)
@@ -179,11 +191,10 @@ def _refuse_mixed_models(records: list[RecordFile]) -> None:
 
 def _record_file(path: Path) -> RecordFile | None:
     """Read one evaluation; None for a file that was killed before its header was whole."""
-    lines = _numbered(path)
-    first = next(lines, None)
-    if first is None:
+    lines = list(_numbered(path))
+    if not lines:
         return None
-    where, header = first
+    where, header = lines.pop(0)
     if header.get("kind") != "header":
         raise DataError(
             f"{where} is not a header line",
@@ -191,10 +202,11 @@ def _record_file(path: Path) -> RecordFile | None:
             allowed="header",
             fix="take this file out of records/, or evaluate again",
         )
-    task, label = text(header, "task", where), text(header, "label", where)
+    _, label = text(header, "task", where), text(header, "label", where)
     for name in ("model", "params"):
         if not isinstance(header.get(name, {}), dict):
             raise DataError(f"{where} field {name!r} is not an object", found=repr(header[name])[:80])
+    layout = layout_of(header, [line for _, line in lines], where)
     samples: dict[tuple[Any, ...], ScoredSample | PplSample] = {}
     footer: dict[str, Any] = {}
     for where, line in lines:
@@ -205,7 +217,7 @@ def _record_file(path: Path) -> RecordFile | None:
             raise DataError(
                 f"{where} is not a sample line", found=f"kind={line.get('kind')!r}", allowed="sample"
             )
-        sample = parse_sample(task, line, where)
+        sample = parse_sample(layout, line, where)
         key = _key(sample)
         # A sample counted twice would silently shrink every interval; of one tried again the last record counts.
         if key in samples and samples[key].unscored is None:
@@ -214,13 +226,13 @@ def _record_file(path: Path) -> RecordFile | None:
             )
         samples[key] = sample
     complete = footer.get("samples") == len(samples)
-    return RecordFile(path, task, label, header, tuple(samples.values()), complete, footer)
+    return RecordFile(path, layout, label, header, tuple(samples.values()), complete, footer)
 
 
 def _key(sample: ScoredSample | PplSample) -> tuple[Any, ...]:
     if isinstance(sample, PplSample):
         return (sample.id, sample.length)
-    return (*sample[:4], sample.dataset, sample.subtask, sample.metric)
+    return (*sample[:6], sample.dataset, sample.subtask, sample.metric)
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from longspan.core.units import format_count, format_seconds
-from longspan.report.charts import length_text
+from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun, RecordFile
-from longspan.report.needle_view import rope_words
+from longspan.report.maps_view import rope_words
 from longspan.report.samples import is_number
 from longspan.report.view import MISSING, Section, Table, TableCell, short_name
 

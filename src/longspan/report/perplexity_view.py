@@ -6,16 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from longspan.report.charts import (
-    Axis,
-    LineChart,
-    Series,
-    length_axis,
-    length_text,
-    number_axis,
-)
+from longspan.report.charts import Axis, LineChart, Series, length_axis, number_axis
 from longspan.report.comparison import differ_text, listed
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
+from longspan.report.layouts import length_text
 from longspan.report.palette import line_index
 from longspan.report.tables import Sums, bits_per_byte, perplexity
 from longspan.report.view import (

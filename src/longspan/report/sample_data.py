@@ -44,8 +44,10 @@ class SampleData:
     def add_grid(self, task: str, label: str, grid: Grid, rows: Sequence[str], columns: Sequence[str]) -> str:
         """Add all cells of a grid; return the key of its map."""
         key = self.add_map(task, label, rows, columns)
-        for (row, length), samples in grid.cells.items():
-            self.add_cell(key, grid.rows.index(row), grid.lengths.index(length), samples)
+        if not grid.layout.higher_is_better:
+            self._maps[key]["lower"] = True
+        for (row, column), samples in grid.cells.items():
+            self.add_cell(key, grid.rows.index(row), grid.columns.index(column), samples)
         return key
 
     def to_json(self) -> dict[str, Any]:
@@ -60,6 +62,8 @@ class SampleData:
         cells = {}
         for key, samples in self._cells.items():
             ordered = sorted(samples, key=lambda s: s.score if s.score is not None else 0.5)
+            if self._maps[key.partition("/")[0]].get("lower"):
+                ordered.reverse()
             rows = []
             for sample in ordered[:most]:
                 expected = "\n".join(_cut(text, EXPECTED_CHARS) for text in sample.expected)

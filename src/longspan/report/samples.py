@@ -1,6 +1,6 @@
 """One line of a record file as a typed sample, refused by file and line where a field makes no sense.
 
-Tasks that are known must have what their view is drawn from; of any other task what is there is taken.
+What its layout says must be there; of a task without one what is there is taken.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ import math
 from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
+from longspan.report.layouts import Layout
 
-GRID_TASKS = ("needle", "needle_distractors", "needle_multi", "needle_multikey", "passkey")
-"""Tasks with samples by length and depth."""
-COUNT_TASKS = ("topics", "lines")
-"""Tasks with samples by the number of topics or lines; their lengths follow from it and differ a little."""
-LENGTH_TASKS = ("ruler", *COUNT_TASKS)
-"""Tasks with samples by length and no depth."""
-DATASET_TASKS = ("longqa", "harness")
-"""Tasks with samples by data set and metric."""
+Place = float | int | str
+"""A value on an axis."""
 
 
 class ScoredSample(NamedTuple):
     """One question; `score` is None when it could not be scored, which is not a score of zero."""
 
     id: str
+    row: Place | None = None
+    column: Place | None = None
+    """Where the layout puts it; None: it could not be composed, or there are no such axes."""
     length: int | None = None
     depth: float | None = None
     sample: str = ""
@@ -39,8 +37,7 @@ class ScoredSample(NamedTuple):
     dataset: str = ""
     subtask: str = ""
     metric: str = ""
-    num_parts: int | None = None
-    """Topics or lines in the context."""
+    num_topics: int | None = None
     seconds: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -75,37 +72,26 @@ class PplSample(NamedTuple):
     seconds: float | None = None
 
 
-def parse_sample(task: str, line: dict[str, Any], where: str) -> ScoredSample | PplSample:
-    """Return the sample on one line of a record file of `task`.
+def parse_sample(layout: Layout, line: dict[str, Any], where: str) -> ScoredSample | PplSample:
+    """Return the sample on one line of a record file.
 
     Raises:
         DataError: a field is missing, of another type or out of range; `where` is named.
     """
-    if task == "ppl":
+    if layout.task == "ppl":
         return _ppl_sample(line, where)
-    known = task in (*GRID_TASKS, *LENGTH_TASKS, *DATASET_TASKS)
-    score, unscored = _score(line, where) if known else _any_score(line)
-    # What could not be composed has no length and no depth; it is counted all the same.
-    placed = score is not None
-    depth = _optional(line, "depth")
-    if depth is not None and not 0 <= depth <= 1:
-        raise DataError(f"{where} field 'depth' is out of range", found=repr(depth), allowed="0 to 1")
-    needs_length = task in (*GRID_TASKS, *LENGTH_TASKS)
-    if task in GRID_TASKS and placed:
-        depth = number(line, "depth", where)
-    length = line.get("length")
-    if (needs_length and placed) or length is not None:
-        length = count(line, "length", where, least=1)
-    if task in COUNT_TASKS:
-        count(line, f"num_{task}", where)
-    if task == "ruler" and placed:
-        text(line, "subtask", where)
-    if task in DATASET_TASKS:
-        text(line, "dataset", where)
+    score, unscored = _score(line, where) if layout.said else _any_score(line)
+    # What could not be composed may have no place; it is counted all the same.
+    row, column = (
+        _place(line, axis, where, needed=score is not None) for axis in (layout.rows, layout.columns)
+    )
+    length = None if line.get("length") is None else count(line, "length", where, least=1)
     return ScoredSample(
         id=text(line, "id", where),
+        row=row,
+        column=column,
         length=length,
-        depth=None if depth is None else round(depth, 4),
+        depth=_place(line, "depth", where, needed=False) if is_number(line.get("depth")) else None,
         sample=_words(line.get("sample")),
         score=score,
         unscored=unscored,
@@ -119,7 +105,7 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> ScoredSample | 
         dataset=_words(line.get("dataset")),
         subtask=_words(line.get("subtask")),
         metric=_words(line.get("metric")),
-        num_parts=_whole(line, "num_lines" if task == "lines" else "num_topics"),
+        num_topics=_whole(line, "num_topics"),
         seconds=_optional(line, "seconds"),
         prompt_tokens=_whole(line, "prompt_tokens"),
         completion_tokens=_whole(line, "completion_tokens"),
@@ -128,6 +114,21 @@ def parse_sample(task: str, line: dict[str, Any], where: str) -> ScoredSample | 
         thoughts=_words(line.get("thoughts")),
         no_answer=_words(line.get("no_answer")),
     )
+
+
+def _place(line: dict[str, Any], axis: str | None, where: str, *, needed: bool) -> Any:
+    """Return where a sample stands on an axis; None where it need not stand anywhere and does not."""
+    value = None if axis is None else line.get(axis)
+    if axis is None or (value in (None, "") and not needed):
+        return None
+    if axis == "length":
+        return count(line, axis, where, least=1)
+    if isinstance(value, str) and value and axis != "depth":
+        return value
+    place = round(number(line, axis, where), 4)
+    if axis == "depth" and not 0 <= place <= 1:
+        raise DataError(f"{where} field 'depth' is out of range", found=repr(place), allowed="0 to 1")
+    return int(place) if axis != "depth" and place == int(place) else place
 
 
 def _score(line: dict[str, Any], where: str) -> tuple[float | None, str | None]:

@@ -1,32 +1,24 @@
-"""Tables of scores without depths: RULER, topics, long question answering, benchmarks before and after, the rest."""
+"""Tables of scores by data set: long question answering, benchmarks before and after, whatever has no axes."""
 
 from __future__ import annotations
 
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
-from longspan.report.charts import Forest, ForestRow, length_text
+from longspan.report.charts import Forest, ForestRow
 from longspan.report.comparison import differ_text
-from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation
-from longspan.report.needle_view import accuracy_chart
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import ScoredSample
 from longspan.report.tables import (
-    RULER_SUBTASKS,
-    RULER_THRESHOLD,
     Difference,
-    Grid,
-    Tally,
     by_group,
     difference,
-    ruler_effective,
-    ruler_mean,
     tally_of,
 )
 from longspan.report.view import (
@@ -40,7 +32,6 @@ from longspan.report.view import (
     heat_cell,
     interval_text,
     lost_text,
-    percent,
     points,
     short_name,
     unscored_text,
@@ -49,167 +40,19 @@ from longspan.report.view import (
 MOST_GROUPS = 40
 
 
-def ruler_section(ev: Evaluation, data: SampleData) -> Section:
-    """Return the averages by length of every model, and for each model the subtasks by length."""
-    section = Section("ruler", "RULER", "grids")
-    grids = {label: grid for label, grid in ev.grids.get("ruler", {}).items() if grid.lengths}
-    if not grids:
-        return section
-    subtasks = {row for grid in grids.values() for row in grid.rows}
-    section.intro = " ".join(
-        filter(
-            None,
-            (
-                f"{len(subtasks & set(RULER_SUBTASKS))} of RULER's 13 subtasks, each weighted alike; no mean of "
-                "subtasks is given at a length where one of them has no score. Choose a cell to read its samples.",
-                ev.not_comparable("ruler", grids),
-            ),
-        )
-    )
-    lengths = sorted({n for grid in grids.values() for n in grid.lengths})
-    section.parts["wide"] = False
-    section.parts["average"] = Table(
-        "RULER: mean of the subtasks by length; effective lengths by our bound, and as published "
-        f"(mean of all 13 at least {RULER_THRESHOLD:.1%})",
-        ["", *(length_text(n) for n in lengths), "effective", "as published"],
-        [
-            [
-                short_name(label),
-                *(_average_cell(grid, n) for n in lengths),
-                TableCell(effective_text(grid), "num strong", effective_note(grid)),
-                _published_cell(grid),
-            ]
-            for label, grid in grids.items()
-        ],
-    )
-    section.missing += [
-        f"RULER, {short_name(label)}, {length_text(n)} tokens: {len(grid.means_of_rows(n))} of {len(grid.rows)} "
-        "subtasks are scored; their mean is not given."
-        for label, grid in grids.items()
-        for n in grid.lengths
-        if grid.mean_of_rows(n) is None
-    ]
-    section.parts["curve"] = accuracy_chart(ev, grids, what="RULER")
-    section.parts["tables"] = [
-        _grid_table("ruler", label, grid, data, "subtask") for label, grid in grids.items()
-    ]
-    return section
-
-
-def _average_cell(grid: Grid, length: int) -> TableCell:
-    cell, mean = heat_cell(grid.by_length.get(length, Tally())), grid.mean_of_rows(length)
-    if mean is not None:
-        return TableCell(f"{mean * 100:.1f}", cell.cls, cell.title)
-    scored = len(grid.means_of_rows(length))
-    return TableCell(
-        MISSING, "num absent-cell", f"{scored} of {len(grid.rows)} subtasks are scored at this length"
-    )
-
-
-def _published_cell(grid: Grid) -> TableCell:
-    """Return RULER's effective length, `< 4,096` where the shortest length is below its bound."""
-    effective = ruler_effective(grid)
-    if effective is not None:
-        return TableCell(length_text(effective), "num")
-    if ruler_mean(grid, grid.lengths[0]) is not None:
-        return TableCell(f"< {length_text(grid.lengths[0])}", "num")
-    scored = sum((subtask, grid.lengths[0]) in grid.tallies for subtask in RULER_SUBTASKS)
-    scored = min(scored, len(grid.means_of_rows(grid.lengths[0])))
-    return TableCell(
-        MISSING, "num", f"needs all 13 subtasks at each length, {scored} are scored at the shortest"
-    )
-
-
-_COUNT_WORDS = {
-    "topics": ("Topics", "Several topics are talked about one after the other, then one is asked for."),
-    "lines": ("Lines", "Many lines hold a number each, then that of one line is asked for."),
-}
-
-
-def count_section(task: str, ev: Evaluation, data: SampleData) -> Section:
-    """Return accuracy by the number of topics or lines; the length of a context follows from it."""
-    title, words = _COUNT_WORDS[task]
-    section = Section(task, title, "grids")
-    grids = {label: grid for label, grid in ev.grids.get(task, {}).items() if grid.lengths}
-    if not grids:
-        return section
-    section.intro = " ".join(
-        filter(None, (words, "Choose a cell to read its samples.", ev.not_comparable(task, grids)))
-    )
-    # The length of a context follows from its number of parts and the tokenizer: each model has lengths of its own.
-    own = {label: _lengths_by_count(grid) for label, grid in grids.items()}
-    counts = sorted({count for by_count in own.values() for count in by_count})
-    columns = [_count_column(count, [by[count] for by in own.values() if count in by]) for count in counts]
-    key = data.add_map(task, title, [], [])
-    rows: list[list[str | TableCell]] = []
-    for row, (label, grid) in enumerate(grids.items()):
-        cells = []
-        for column, count in enumerate(counts):
-            n = own[label].get(count, 0)
-            name = f"{short_name(label)}, {count} {task}, {length_text(n)} tokens"
-            opens = data.add_cell(key, row, column, grid.cells.get(("all", n), ()))
-            cells.append(heat_cell(grid.by_length.get(n), name=name, key=opens))
-        rows.append([short_name(label), *cells, TableCell(percent(grid.total.mean), "num strong")])
-    section.parts["average"] = None
-    section.parts["curve"] = accuracy_chart(ev, grids, what=title)
-    table = Table(f"Accuracy by the number of {task}; lengths are medians", [task, *columns, "all"], rows)
-    scored = sum(grid.total.scored for grid in grids.values())
-    lost = lost_text(tally_of(s for grid in grids.values() for group in grid.cells.values() for s in group))
-    aside = f"{scored:,} scored" + (f", {lost}" if lost else "")
-    section.parts["tables"] = [{"name": f"By number of {task}", "aside": aside, "table": table}]
-    section.parts["wide"] = True
-    return section
-
-
-def _lengths_by_count(grid: Grid) -> dict[int, int]:
-    """Return the median length of contexts by their number of topics or lines."""
-    return {samples[0].num_parts or 0: length for (_, length), samples in grid.cells.items()}
-
-
-def _count_column(count: int, lengths: Sequence[int]) -> str:
-    shortest, longest = length_text(min(lengths)), length_text(max(lengths))
-    return f"{count} ({shortest if shortest == longest else f'{shortest} to {longest}'} tokens)"
-
-
-def _grid_table(task: str, label: str, grid: Grid, data: SampleData, row_name: str) -> dict[str, Any]:
-    """Return one label's rows by length; every cell opens its samples."""
-    columns = [length_text(n) for n in grid.lengths]
-    key = data.add_grid(task, short_name(label), grid, [str(row) for row in grid.rows], columns)
-    rows: list[list[str | TableCell]] = []
-    for place, row in enumerate(grid.rows):
-        cells = []
-        for column, length in enumerate(grid.lengths):
-            name = f"{short_name(label)}, {row}, {length_text(length)} tokens"
-            opens = f"{key}/{place}/{column}" if (row, length) in grid.cells else ""
-            cells.append(heat_cell(grid.tallies.get((row, length)), name=name, key=opens))
-        rows.append([str(row), *cells, TableCell(percent(grid.by_row[row].mean), "num")])
-    rows.append(
-        [
-            TableCell("mean", "reference"),
-            *(_average_cell(grid, n) for n in grid.lengths),
-            TableCell(percent(grid.total.mean), "num strong"),
-        ]
-    )
-    lost = lost_text(grid.total)
-    return {
-        "name": short_name(label),
-        "aside": f"{grid.total.scored:,} scored" + (f", {lost}" if lost else ""),
-        "table": Table(f"{short_name(label)}: accuracy in percent", [row_name, *columns, "all"], rows),
-    }
-
-
-def scores_section(task: str, title: str, ev: Evaluation, data: SampleData) -> Section:
+def scores_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     """Return one row for every data set (with its subtasks, if they are few) and label: n, score, interval."""
+    title = ev.layouts[task].heading
     section = Section(re.sub(r"[^\w-]+", "_", task), title, "scores")
-    by_label = ev.scores.get(task, {})
+    by_label = ev.scores[task]
     samples = [sample for group in by_label.values() for sample in group]
     if not samples:
         return section
     fields = ["dataset", "subtask", "metric"]
     if not any(sample.dataset or sample.subtask for sample in samples):
         fields += ["depth", "length"]
-    elif any(sample.num_parts for sample in samples):
-        fields.insert(2, "num_parts")
+    elif any(sample.num_topics for sample in samples):
+        fields.insert(2, "num_topics")
     section.intro = ev.not_comparable(task, by_label)
     pooled = len(by_group(samples, *fields)) > MOST_GROUPS
     caption = f"{title}: scores by data set and model"
@@ -241,7 +84,7 @@ def _scores_table(
                 continue
             metric = name[fields.index("metric")]
             words = [
-                f"{part} topics" if field == "num_parts" else part
+                f"{part} topics" if field == "num_topics" else part
                 for field, part in zip(fields, name)
                 if field != "metric" and part not in ("", "None")
             ]

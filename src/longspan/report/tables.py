@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longspan.core.errors import DataError
 from longspan.core.intervals import (
     Effective,
     effective_context,
@@ -22,8 +23,9 @@ from longspan.core.intervals import (
     paired_difference,
     score_interval,
 )
+from longspan.report.layouts import Layout, layout_of
 from longspan.report.load import LoadedRun, RecordFile, load_run
-from longspan.report.samples import COUNT_TASKS, GRID_TASKS, LENGTH_TASKS, PplSample, ScoredSample
+from longspan.report.samples import Place, PplSample, ScoredSample
 
 RULER_SUBTASKS = (
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -38,6 +40,7 @@ RULER_THRESHOLD = 0.856
 class Tally:
     """Scores of a group of samples."""
 
+    higher_is_better: bool = True
     scores: list[float] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     """Samples without a score, by reason."""
@@ -74,6 +77,11 @@ class Tally:
         return self.correct / self.scored if self.scored else None
 
     @property
+    def goodness(self) -> float | None:
+        """Mean from worst (0) to best (1), for colours."""
+        return self.mean if self.mean is None or self.higher_is_better else 1 - self.mean
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the mean; None without a scored sample or with scores that are no shares."""
         if any(not 0 <= score <= 1 for score in self.scores):
@@ -81,19 +89,21 @@ class Tally:
         return score_interval(self.scores)
 
 
-RowKey = float | int | str
+ALL = "all"
+"""The row of a task that has columns alone."""
 
 
 @dataclass
 class Grid:
-    """One label's scores by row (needle depth or subtask) and by length, and in all: of all lengths."""
+    """One label's scores by the layout's rows (depth, subtask) and columns (length), and in all."""
 
-    lengths: list[int] = field(default_factory=list)
+    layout: Layout = field(default_factory=lambda: Layout("", columns="length"))
+    columns: list[Any] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
-    cells: dict[tuple[RowKey, int], list[ScoredSample]] = field(default_factory=dict)
-    tallies: dict[tuple[RowKey, int], Tally] = field(default_factory=dict)
-    by_length: dict[int, Tally] = field(default_factory=dict)
-    by_row: dict[RowKey, Tally] = field(default_factory=dict)
+    cells: dict[tuple[Place, Place], list[ScoredSample]] = field(default_factory=dict)
+    tallies: dict[tuple[Place, Place], Tally] = field(default_factory=dict)
+    by_column: dict[Place, Tally] = field(default_factory=dict)
+    by_row: dict[Place, Tally] = field(default_factory=dict)
     total: Tally = field(default_factory=Tally)
     unplaced: int = 0
     """Samples that could not be composed, so that they have no cell; they are unscored in `total`."""
@@ -104,48 +114,72 @@ class Grid:
         return max((len(samples) for samples in self.cells.values()), default=0)
 
     @property
+    def by_length(self) -> bool:
+        """Whether columns are context lengths, so that there is an effective one."""
+        return self.layout.columns == "length"
+
+    @property
+    def numbered(self) -> bool:
+        """Whether rows are numbers, which make a map; words make a table."""
+        return not any(isinstance(row, str) for row in self.rows)
+
+    @property
     def effective(self) -> Effective:
         """Longest length up to which the lower 95 % bound, pooled over rows, stays above the threshold."""
         return effective_context(
-            {length: (tally.interval, tally.scored) for length, tally in self.by_length.items()}
+            {int(length): (tally.interval, tally.scored) for length, tally in self.by_column.items()}
         )
 
-    def means_of_rows(self, length: int) -> list[float]:
-        """The rows' means at a length, of those that have one."""
-        means = (self.tallies.get((row, length), Tally()).mean for row in self.rows)
+    def tally(self, row: Place, column: Place) -> Tally:
+        """Return the tally of a cell, an empty one where nothing was measured."""
+        return self.tallies.get((row, column)) or Tally(self.layout.higher_is_better)
+
+    def means_of_rows(self, column: Place) -> list[float]:
+        """The rows' means in a column, of those that have one."""
+        means = (self.tally(row, column).mean for row in self.rows)
         return [mean for mean in means if mean is not None]
 
-    def mean_of_rows(self, length: int) -> float | None:
-        """Mean over the rows' means at a length: every subtask weighs alike. None where one of them has none."""
-        means = self.means_of_rows(length)
+    def mean_of_rows(self, column: Place) -> float | None:
+        """Mean over the rows' means in a column: every subtask weighs alike. None where one of them has none."""
+        means = self.means_of_rows(column)
         return math.fsum(means) / len(means) if means and len(means) == len(self.rows) else None
 
     def up_to(self, length: int) -> Tally:
         """Return the tally of the lengths that are not longer."""
-        return tally_of(s for (_, n), samples in self.cells.items() if n <= length for s in samples)
+        return tally_of(s for (_, n), samples in self.cells.items() if int(n) <= length for s in samples)
 
 
-def score_grid(samples: Iterable[ScoredSample], row_of: Callable[[ScoredSample], RowKey | None]) -> Grid:
-    """Group samples by (row, length)."""
-    grid = Grid()
+def score_grid(samples: Iterable[ScoredSample], layout: Layout) -> Grid:
+    """Group samples by (row, column)."""
+    grid, higher = Grid(layout), layout.higher_is_better
+    grid.total.higher_is_better = higher
     for sample in samples:
         grid.total.add(sample)
-        row = row_of(sample)
-        if row is None or sample.length is None:
+        row = ALL if layout.rows is None else sample.row
+        if row is None or sample.column is None:
             grid.unplaced += 1
             continue
-        grid.cells.setdefault((row, sample.length), []).append(sample)
-        grid.tallies.setdefault((row, sample.length), Tally()).add(sample)
-        grid.by_length.setdefault(sample.length, Tally()).add(sample)
-        grid.by_row.setdefault(row, Tally()).add(sample)
-    grid.lengths = sorted(grid.by_length)
-    grid.rows = sorted(grid.by_row)
+        cell = (row, sample.column)
+        grid.cells.setdefault(cell, []).append(sample)
+        grid.tallies.setdefault(cell, Tally(higher)).add(sample)
+        grid.by_column.setdefault(sample.column, Tally(higher)).add(sample)
+        grid.by_row.setdefault(row, Tally(higher)).add(sample)
+    grid.columns = sorted(grid.by_column, key=_place_order)
+    grid.rows = sorted(grid.by_row, key=_place_order)
     return grid
 
 
-def needle_grid(samples: Iterable[ScoredSample]) -> Grid:
-    """Group samples by needle depth and length."""
-    return score_grid(samples, lambda sample: sample.depth)
+def all_columns(grids: Iterable[Grid]) -> list[Any]:
+    """Return the columns that some of several grids have, in order."""
+    return sorted({column for grid in grids for column in grid.columns}, key=_place_order)
+
+
+def _place_order(place: Place) -> tuple[bool, float, str]:
+    """Sort key: numbers, the subtasks of RULER as published, other words."""
+    if not isinstance(place, str):
+        return (False, place, "")
+    known = place in RULER_SUBTASKS
+    return (True, RULER_SUBTASKS.index(place) if known else len(RULER_SUBTASKS), place)
 
 
 def ruler_effective(grid: Grid) -> int | None:
@@ -154,7 +188,7 @@ def ruler_effective(grid: Grid) -> int | None:
     None: not even the shortest reaches it, or a subtask has no score there.
     """
     reached = None
-    for length in grid.lengths:
+    for length in grid.columns:
         mean = ruler_mean(grid, length)
         if mean is None or mean < RULER_THRESHOLD:
             break
@@ -164,7 +198,7 @@ def ruler_effective(grid: Grid) -> int | None:
 
 def ruler_mean(grid: Grid, length: int) -> float | None:
     """Return the mean of all 13 subtasks at a length; None where one of them has no score."""
-    means = [grid.tallies.get((subtask, length), Tally()).mean for subtask in RULER_SUBTASKS]
+    means = [grid.tally(subtask, length).mean for subtask in RULER_SUBTASKS]
     known = [mean for mean in means if mean is not None]
     return math.fsum(known) / len(known) if len(known) == len(means) else None
 
@@ -200,10 +234,7 @@ def difference(before: Sequence[ScoredSample], after: Sequence[ScoredSample]) ->
             paired_difference([b - a for a, b in zip(first, second)]),
             len(common),
         )
-    tallies = Tally(), Tally()
-    for tally, samples in zip(tallies, (before, after)):
-        for sample in samples:
-            tally.add(sample)
+    tallies = tally_of(before), tally_of(after)
     first_mean, second_mean = tallies[0].mean, tallies[1].mean
     if first_mean is None or second_mean is None:
         return None
@@ -305,28 +336,29 @@ def bits_per_byte(sums: Sums) -> float | None:
 class Tables:
     """The tables of every label; files of one task and label are pooled."""
 
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    """By task, in the order of a report."""
     grids: dict[str, dict[str, Grid]] = field(default_factory=dict)
-    """By task and label: needle tasks and passkey by depth, ruler by subtask, topics and lines in one row."""
+    """By task and label, of tasks that have axes."""
     distractors: dict[str, dict[int, Grid]] = field(default_factory=dict)
     """By label and number of distractors."""
     scores: dict[str, dict[str, list[ScoredSample]]] = field(default_factory=dict)
-    """By task and label: longqa, harness and every task that has no grid."""
+    """By task and label, of tasks that have none."""
     ppl: dict[str, PplTable] = field(default_factory=dict)
 
 
-_ROW_OF: Mapping[str, Callable[[ScoredSample], RowKey | None]] = {
-    **{task: lambda sample: sample.depth for task in GRID_TASKS},
-    **{task: lambda sample: "all" for task in COUNT_TASKS},
-    "ruler": lambda sample: sample.subtask or None,
-}
-
-
 def tabulate(records: Iterable[RecordFile]) -> Tables:
-    """Pool the samples of every label; needles among other needles are kept apart from single ones."""
+    """Pool the samples of every label; needles among other needles are kept apart from single ones.
+
+    Raises:
+        DataError: files of one task have different axes.
+    """
     pooled: dict[str, dict[str, list[ScoredSample]]] = {}
     distractors: dict[str, dict[int, list[ScoredSample]]] = {}
     ppl: dict[str, list[PplSample]] = {}
+    layouts: dict[str, Layout] = {}
     for file in records:
+        _refuse_other_axes(file, layouts.setdefault(file.task, file.layout))
         if file.task == "ppl":
             ppl.setdefault(file.label, []).extend(file.samples)
             continue
@@ -336,42 +368,50 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
                 pooled.setdefault(file.task, {}).setdefault(file.label, []).append(sample)
             else:
                 distractors.setdefault(file.label, {}).setdefault(sample.distractors, []).append(sample)
-    tables = Tables(ppl={label: ppl_table(samples) for label, samples in ppl.items()})
-    for task, by_label in pooled.items():
-        if task in COUNT_TASKS:
-            by_label = {label: _at_median_length(samples) for label, samples in by_label.items()}
-        if task in (*GRID_TASKS, *LENGTH_TASKS):
-            tables.grids[task] = {
-                label: score_grid(samples, _ROW_OF[task]) for label, samples in by_label.items()
-            }
-        else:
+    if distractors and "needle_distractors" not in layouts:
+        layouts["needle_distractors"] = layout_of({"task": "needle_distractors"}, (), "")
+    layouts = dict(sorted(layouts.items(), key=lambda item: item[1].order))
+    tables = Tables(layouts, ppl={label: ppl_table(samples) for label, samples in ppl.items()})
+    for task in filter(pooled.__contains__, layouts):
+        layout, by_label = layouts[task], pooled[task]
+        if layout.columns is None:
             tables.scores[task] = by_label
-    for grid in tables.grids.get("ruler", {}).values():
-        grid.rows.sort(key=ruler_order)
+            continue
+        if layout.rows is None and layout.columns != "length" and _have_lengths(by_label.values()):
+            layout = layout._replace(columns="length")
+            by_label = {label: _at_median_length(samples) for label, samples in by_label.items()}
+        tables.grids[task] = {label: score_grid(samples, layout) for label, samples in by_label.items()}
     tables.distractors = {
-        label: {count: needle_grid(by_count[count]) for count in sorted(by_count)}
+        label: {n: score_grid(by_count[n], layouts["needle_distractors"]) for n in sorted(by_count)}
         for label, by_count in distractors.items()
     }
     return tables
 
 
+def _refuse_other_axes(file: RecordFile, layout: Layout) -> None:
+    if (file.layout.rows, file.layout.columns) != (layout.rows, layout.columns):
+        raise DataError(
+            f"{file.path} has other axes than a file of the same task",
+            found=f"{file.layout.rows} and {file.layout.columns}, {layout.rows} and {layout.columns}",
+            fix="evaluate again, or report them apart",
+        )
+
+
+def _have_lengths(groups: Iterable[Sequence[ScoredSample]]) -> bool:
+    return all(sample.length is not None for group in groups for sample in group if sample.score is not None)
+
+
 def _at_median_length(samples: Sequence[ScoredSample]) -> list[ScoredSample]:
-    """Give all samples of one number of topics or lines one length, their median."""
-    lengths: dict[int | None, list[int]] = defaultdict(list)
+    """Put all samples of one column (a number of topics, say) at one length, their median; `row` says the column."""
+    lengths: dict[Place | None, list[int]] = defaultdict(list)
     for sample in samples:
         if sample.length is not None:
-            lengths[sample.num_parts].append(sample.length)
-    median = {count: statistics.median_low(values) for count, values in lengths.items()}
+            lengths[sample.column].append(sample.length)
+    median = {column: statistics.median_low(values) for column, values in lengths.items()}
     return [
-        sample._replace(length=median.get(sample.num_parts), achieved_length=sample.length)
+        sample._replace(row=sample.column, column=median.get(sample.column), achieved_length=sample.length)
         for sample in samples
     ]
-
-
-def ruler_order(subtask: str) -> tuple[int, str]:
-    """Sort key: the published order, then unknown subtasks by name."""
-    known = subtask in RULER_SUBTASKS
-    return (RULER_SUBTASKS.index(subtask) if known else len(RULER_SUBTASKS), subtask)
 
 
 def by_group(samples: Iterable[ScoredSample], *fields: str) -> dict[tuple[str, ...], list[ScoredSample]]:
@@ -401,8 +441,9 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
-    Further tasks stand under their names when they were recorded: those by depth and length as needle, ruler,
-    topics and lines with `rows` in the place of depths, all others as {label: {"dataset/subtask/metric": {mean, ...}}}.
+    Further tasks stand under their names when they were recorded: those with axes as needle, with `rows` in the place
+    of depths and `columns` in that of lengths where they are others; all others as
+    {label: {"dataset/subtask/metric": {mean, ...}}}.
 
     Raises:
         DataError: see `load_run`.
@@ -410,7 +451,7 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     run = run if isinstance(run, LoadedRun) else load_run(run)
     tables = tabulate(run.records)
     further = {
-        task: {label: _grid_summary(grid, task) for label, grid in grids.items()}
+        task: {label: _grid_summary(grid) for label, grid in grids.items()}
         for task, grids in tables.grids.items()
     }
     scores = {
@@ -435,23 +476,26 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     }
 
 
-def _grid_summary(table: Grid, task: str) -> dict[str, Any]:
-    tallies = [[table.tallies.get((row, length), Tally()) for length in table.lengths] for row in table.rows]
-    return {
+def _grid_summary(table: Grid) -> dict[str, Any]:
+    tallies = [[table.tally(row, column) for column in table.columns] for row in table.rows]
+    columns = "length" if table.by_length else "column"
+    summary = {
         **_tally_summary(table.total),
-        "by_length": {str(length): table.by_length[length].mean for length in table.lengths},
-        "by_length_confidence": {
-            str(length): _listed(table.by_length[length].interval) for length in table.lengths
+        f"by_{columns}": {str(column): table.by_column[column].mean for column in table.columns},
+        f"by_{columns}_confidence": {
+            str(column): _listed(table.by_column[column].interval) for column in table.columns
         },
         "grid": [[tally.mean for tally in row] for row in tallies],
         "counts": [[tally.scored for tally in row] for row in tallies],
-        "lengths": table.lengths,
-        "depths" if task in GRID_TASKS else "rows": table.rows,
+        f"{columns}s": table.columns,
+        "depths" if table.layout.rows == "depth" else "rows": table.rows,
         "samples_per_cell": table.samples_per_cell,
-        "effective_context": table.effective.length,
-        "effective_text": table.effective.text,
-        "effective_note": table.effective.note,
     }
+    if table.by_length:
+        summary["effective_context"] = table.effective.length
+        summary["effective_text"] = table.effective.text
+        summary["effective_note"] = table.effective.note
+    return summary
 
 
 def _ppl_summary(table: PplTable) -> dict[str, Any]:
@@ -466,7 +510,7 @@ def _ppl_summary(table: PplTable) -> dict[str, Any]:
 
 
 def _distractor_summary(table: Grid) -> dict[str, Any]:
-    by_length = {str(length): table.by_length[length].mean for length in table.lengths}
+    by_length = {str(length): table.by_column[length].mean for length in table.columns}
     return {**_tally_summary(table.total), "by_length": by_length}
 
 

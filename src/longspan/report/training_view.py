@@ -10,16 +10,8 @@ import numpy as np
 from markupsafe import Markup
 
 from longspan.core.units import format_count
-from longspan.report.charts import (
-    Axis,
-    LengthHistogram,
-    LineChart,
-    Mark,
-    Series,
-    Shares,
-    length_text,
-    number_axis,
-)
+from longspan.report.charts import Axis, LengthHistogram, LineChart, Mark, Series, Shares, number_axis
+from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun
 from longspan.report.svg import linear_ticks
 from longspan.report.view import (

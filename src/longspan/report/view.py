@@ -10,7 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from longspan.report.charts import LineChart, length_text, tally_size, tally_text
+from longspan.report.charts import LineChart, tally_size, tally_text
+from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.palette import DASHES, step_of
 from longspan.report.tables import Tally
@@ -176,9 +177,9 @@ def heat_cell(tally: Tally | None, *, name: str = "", key: str = "") -> TableCel
     if tally is None or tally_size(tally) == 0:
         return TableCell(MISSING, "num absent-cell")
     hint = f"{name}: {tally_text(tally)}" if name else tally_text(tally)
-    if tally.mean is None:
+    if tally.mean is None or tally.goodness is None:
         return TableCell("n/s", "num absent-cell", hint, key)
-    step = step_of(tally.mean)
+    step = step_of(tally.goodness)
     return TableCell(percent(tally.mean), f"num heat-cell h{step} i{step}", hint, key)
 
 

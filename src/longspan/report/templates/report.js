@@ -21,8 +21,10 @@
     return { prompt, id, output: texts[output], score, unscored, length, depth, seconds, window, question, expected,
       finish: finish === null ? "" : texts[finish], thoughts: thoughts === null ? "" : texts[thoughts] };
   }
-  function verdict({ score, unscored }) {
+  function lower(key) { return data().maps[key.split("/")[0]].lower; }
+  function verdict({ score, unscored }, key) {
     if (score === null) return ["open", "not scored: " + unscored];
+    if (lower(key)) return ["open", "score " + +score.toFixed(3)];
     return score === 1 ? ["right", "correct"] : score === 0 ? ["wrong", "wrong"] : ["open", "score " + +score.toFixed(3)];
   }
   // Marks each expected answer where it stands in a text; null when none of them does.
@@ -62,7 +64,7 @@
     add("expected", sample.expected.replaceAll("\n", " | "));
     if (sample.thoughts) add("thoughts", sample.thoughts);
     add("answer", sample.output || "(empty)");
-    add("score", verdict(sample)[1]);
+    add("score", verdict(sample, mark.dataset.cell)[1]);
     tip.append(list);
     if (found[0] > 1) tip.append(element("div", "more", "1 of " + found[0] + " samples; click or press Enter for all"));
   }
@@ -114,7 +116,7 @@
     return map.rows.length ? [map.task, map.rows[row], map.columns[column], prompt].join("\n") : null;
   }
   function sampleItem(key, row) {
-    const sample = read(row), item = element("li"), line = element("div", "verdict"), [cls, word] = verdict(sample);
+    const sample = read(row), item = element("li"), line = element("div", "verdict"), [cls, word] = verdict(sample, key);
     line.append(element("b", cls, word), element("span", "", sample.id));
     if (sample.length !== null) line.append(element("span", "", sample.length.toLocaleString("en") + " tokens"));
     if (sample.depth !== null) line.append(element("span", "", "depth " + (100 * sample.depth).toFixed(1) + "%"));
@@ -128,7 +130,7 @@
     add("answer", sample.output || "(empty)");
     for (const [cell, other] of others(key, sample.prompt)) {
       const their = read(other);
-      add(data().maps[cell.split("/")[0]].label, (their.output || "(empty)") + " (" + verdict(their)[1] + ")");
+      add(data().maps[cell.split("/")[0]].label, (their.output || "(empty)") + " (" + verdict(their, cell)[1] + ")");
     }
     item.append(line, answers);
     if (sample.window) {
@@ -145,7 +147,7 @@
     hideTip();
     document.getElementById("samples-title").textContent = cell.getAttribute("aria-label");
     const count = rows.length < total ? rows.length + " of " + total : total;
-    const order = rows.some((row) => row[3] !== 1) ? ", wrong answers first" : "";
+    const order = lower(key) ? ", worst first" : rows.some((row) => row[3] !== 1) ? ", wrong answers first" : "";
     document.getElementById("samples-note").textContent = count + (total === 1 ? " sample" : " samples") + order;
     document.getElementById("samples-list").replaceChildren(...rows.map((row) => sampleItem(key, row)));
     dialog.showModal();

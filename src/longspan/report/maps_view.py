@@ -1,4 +1,4 @@
-"""The sections with heat maps, by needle depth and length: needles of all kinds and passkeys."""
+"""The sections with heat maps: tasks whose samples lie on two axes, the rows a number such as a depth."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from longspan.report.charts import Axis, LineChart, Series, heat_map, length_axis, length_text
+from longspan.report.charts import Axis, LineChart, Series, heat_map, place_axis
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
+from longspan.report.layouts import Layout, axis_words, length_text, value_text, value_words
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
-from longspan.report.tables import Grid, Tally
+from longspan.report.tables import Grid, Tally, all_columns
 from longspan.report.view import (
     HALF,
     NARROW,
@@ -39,59 +40,43 @@ ZERO_SHOT_WORDS = (
 )
 LARGE_MAPS = 6
 _CELL_WORDS = "A cell shows the share of correct answers in percent; choose a cell to read its samples."
-TITLES = {
-    "needle": (
-        "Needle in a haystack",
-        "One fact is hidden at a given depth of a long context, then asked for.",
-    ),
-    "needle_distractors": (
-        "Needle with distractors",
-        "Other facts of the same form stand in the same context. Finding the only fact of its kind is easier "
-        "than finding the one asked for.",
-    ),
-    "needle_multi": ("Several needles", "Several facts are hidden in one context, and all are asked for."),
-    "needle_multikey": (
-        "Needles with keys at every depth",
-        "One context holds a fact with its own key at every depth, and each is asked for. "
-        "It is harder than a single needle.",
-    ),
-    "passkey": ("Passkey", "A number is hidden in repeated filler text, then asked for."),
-}
-
-
-_NAV = {"needle": "Needle", "needle_distractors": "Distractors", "needle_multikey": "Multi-key"}
 
 
 def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     """Return a task's maps, its curves by length, and add the samples behind every cell to `data`."""
-    title, words = TITLES[task]
-    section = Section(task, title, "maps", _NAV.get(task, ""))
+    layout = ev.layouts[task]
+    section = Section(task, layout.heading, "maps", layout.capital)
     grids = _named_grids(ev, task)
-    labels = [label for label in grids if not label.startswith("ablate_") and grids[label].lengths]
+    labels = [label for label in grids if not label.startswith("ablate_") and grids[label].columns]
     if not labels:
-        if task == "needle":
-            section.missing.append("Needle accuracy was not measured: no records/needle-*.jsonl.")
         return section
+    scale = "" if layout.higher_is_better else "Lower is better."
     section.intro = " ".join(
-        filter(None, (words, _CELL_WORDS, ev.not_comparable(task, ev.grids.get(task, grids))))
+        filter(None, (layout.title, _CELL_WORDS, scale, ev.not_comparable(task, ev.grids.get(task, grids))))
     )
+    section.parts["lower"] = not layout.higher_is_better
     zero_shot = [label for label in labels if role_of(label) in ZERO_SHOT]
     main = [label for label in labels if label not in zero_shot] or labels
     large = _side_by_side(ev, main) if len(main) <= LARGE_MAPS else []
     small = [label for label in _side_by_side(ev, main) + zero_shot if label not in large]
     section.parts["large"] = [
-        _map_view(ev, task, label, grids, data, width=640 if len(large) == 1 else HALF) for label in large
+        _map_view(ev, layout, label, grids, data, width=640 if len(large) == 1 else HALF) for label in large
     ]
-    section.parts["small"] = [_map_view(ev, task, label, grids, data, width=None) for label in small]
+    section.parts["small"] = [_map_view(ev, layout, label, grids, data, width=None) for label in small]
     section.parts["zero_shot"] = ZERO_SHOT_WORDS if any(label in small for label in zero_shot) else ""
     shown = first_with_role("after", labels) or main[0]
-    section.parts["facts"] = _facts(grids, shown, labels, ev.trained_length(_base(ev, shown)))
-    section.parts["beyond"] = _beyond_note(ev, shown, grids[shown])
-    section.parts["curve"] = accuracy_chart(ev, {label: grids[label] for label in labels}, what=title)
-    if task == "needle" and first_with_role("after", labels) and not first_with_role("before", labels):
-        section.missing.append("Needle accuracy before training was not measured.")
-    if task == "needle" and first_with_role("before", labels) and not zero_shot:
-        section.missing.append("No zero-shot method (theta only, NTK, PI) was measured with needles.")
+    by_length = layout.columns == "length"
+    trained = ev.trained_length(_base(ev, shown)) if by_length else None
+    section.parts["facts"] = _facts(grids, shown, labels, trained)
+    section.parts["beyond"] = _beyond_note(grids[shown], trained)
+    section.parts["curve"] = accuracy_chart(
+        ev, {label: grids[label] for label in labels}, what=layout.heading
+    )
+    if ev.lead == layout:
+        if first_with_role("after", labels) and not first_with_role("before", labels):
+            section.missing.append(f"{layout.capital} accuracy before training was not measured.")
+        if first_with_role("before", labels) and not zero_shot:
+            section.missing.append("No zero-shot method (theta only, NTK, PI) was measured.")
     return section
 
 
@@ -123,7 +108,7 @@ def _side_by_side(ev: Evaluation, labels: Sequence[str]) -> list[str]:
 
 def _map_view(
     ev: Evaluation,
-    task: str,
+    layout: Layout,
     label: str,
     grids: Mapping[str, Grid],
     data: SampleData,
@@ -131,33 +116,34 @@ def _map_view(
     width: float | None,
 ) -> dict[str, Any]:
     """Draw one map, `width` pixels wide and again for narrow pages; small ones are drawn once."""
-    table, base = grids[label], _base(ev, label)
-    own, old = ev.trained_length(base), ev.before_length
+    table, base, task = grids[label], _base(ev, label), layout.task
+    own, old = (ev.trained_length(base), ev.before_length) if layout.columns == "length" else (None, None)
     lines = []
     if width and old and own and old != own:
         lines.append((old, f"before: {length_text(old)}"))
     if own:
         lines.append((own, f"trained: {length_text(own)}"))
     name = long_name(label)
-    columns = [length_text(n) for n in table.lengths]
-    key = data.add_grid(task, short_name(label), table, [percent(d) for d in table.rows], columns)
+    columns = [value_text(layout.columns, place) for place in table.columns]
+    rows = [value_text(layout.rows, place) for place in table.rows]
+    key = data.add_grid(task, short_name(label), table, rows, columns)
     files = [file for file in ev.files if file.label == base and file.task == task]
     mean = [percent(table.total.mean), interval_text(table.total)] if table.total.scored else ["not measured"]
     return {
         "name": name,
         "mean": ", ".join(filter(None, (*mean, lost_text(table.total)))),
         "detail": _rope_text(ev.rope(base)),
-        "scored_by": ", ".join(dict.fromkeys(s for f in files for s in (f.scorer, f.mode) if s)),
+        "scored_by": ", ".join(dict.fromkeys(filter(None, (file.scored_by for file in files)))),
         "svg": Markup(heat_map(name, table, width or 232, key=key, trained=lines, compact=not width)),
         "narrow": Markup(heat_map(name, table, NARROW, key=key, trained=lines, compact=True))
         if width
         else None,
         "table": Table(
-            f"{TITLES[task][0]}, {name}",
-            ["depth", *columns],
+            f"{layout.heading}, {name}",
+            [axis_words(layout.rows), *columns],
             [
-                [percent(d), *(heat_cell(table.tallies.get((d, n))) for n in table.lengths)]
-                for d in table.rows
+                [text, *(heat_cell(table.tally(row, column)) for column in table.columns)]
+                for text, row in zip(rows, table.rows)
             ],
         ),
     }
@@ -184,6 +170,8 @@ def _facts(
     grids: Mapping[str, Grid], main: str, labels: Sequence[str], trained: int | None
 ) -> list[tuple[str, str]]:
     table = grids[main]
+    layout = table.layout
+    pick, weakest = (min, "Weakest cell") if layout.higher_is_better else (max, "Worst cell")
     facts = [
         ("Samples", f"{table.total.scored:,} scored, {table.samples_per_cell} in a cell"),
         (
@@ -196,13 +184,11 @@ def _facts(
     if trained and inside.scored and inside.scored < table.total.scored:
         within = f"{percent(inside.mean)}, 95% interval {interval_text(inside)}, n = {inside.scored:,}"
         facts.append((f"Up to the trained {tokens_text(trained)}", within))
-    worst = min(
-        ((t.mean, length, depth) for (depth, length), t in table.tallies.items() if t.mean is not None),
-        default=None,
-    )
-    if worst is not None:
-        share, length, depth = worst
-        facts.append(("Weakest cell", f"{percent(share)} at {length_text(length)} tokens, depth {depth:.0%}"))
+    known = [(t.mean, column, row) for (row, column), t in table.tallies.items() if t.mean is not None]
+    if known:
+        share, column, row = pick(known)
+        where = f"{value_words(layout.columns, column)}, {value_words(layout.rows, row)}"
+        facts.append((weakest, f"{percent(share)} at {where}"))
     unscored, empty = Tally(), Counter[str]()
     for label in labels:
         unscored.reasons += grids[label].total.reasons
@@ -214,59 +200,62 @@ def _facts(
         ("Not scored", f"{unscored_text(unscored)}; never counted as wrong" if unscored.unscored else "none")
     )
     if len(labels) > 1:
-        shared = ("Samples", "Weakest cell", "Empty answers", "Not scored")
+        shared = ("Samples", weakest, "Empty answers", "Not scored")
         facts = [(name if name in shared else f"{name}, {short_name(main)}", text) for name, text in facts]
     return facts
 
 
-def _beyond_note(ev: Evaluation, label: str, table: Grid) -> str:
-    trained = ev.trained_length(_base(ev, label))
-    beyond = [length for length in table.lengths if trained and length > trained]
+def _beyond_note(table: Grid, trained: int | None) -> str:
+    beyond = [length for length in table.columns if trained and length > trained]
     if not beyond or trained is None:
         return ""
-    listed = ", ".join(f"{percent(table.by_length[n].mean)} at {length_text(n)}" for n in beyond)
+    listed = ", ".join(f"{percent(table.by_column[n].mean)} at {length_text(n)}" for n in beyond)
     return f"Beyond the trained {tokens_text(trained)}: {listed}. The model never saw these positions in training."
 
 
-def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> Chart:
-    """Return accuracy by length with 95 % intervals, one line per label."""
-    labels = list(grids)
-    lengths = sorted({length for grid in grids.values() for length in grid.lengths})
+def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> Chart | None:
+    """Return accuracy by column with 95 % intervals, one line per label; None where columns are words."""
+    axis = next(iter(grids.values())).layout.columns
+    places = all_columns(grids.values())
+    x = place_axis(axis, places, air=1.06)
+    if x is None:
+        return None
+    by = "context length" if axis == "length" else axis_words(axis)
     series = []
-    for position, label in enumerate(labels):
-        rows = [(n, grids[label].by_length[n]) for n in grids[label].lengths]
-        known = [(n, tally, tally.mean) for n, tally in rows if tally.mean is not None]
+    for position, (label, grid) in enumerate(grids.items()):
+        known = [(p, t, t.mean) for p in grid.columns if (t := grid.by_column[p]).mean is not None]
         tips = [
-            f"{short_name(label)}, {tokens_text(n)}: {percent(mean)}, {interval_text(t)}, n = {t.scored}"
-            for n, t, mean in known
+            f"{short_name(label)}, {value_words(axis, p)}: {percent(mean)}, {interval_text(t)}, n = {t.scored}"
+            for p, t, mean in known
         ]
-        points = [(float(n), mean) for n, _, mean in known]
+        points = [(float(p), mean) for p, _, mean in known]
         intervals = [t.interval for _, t, _ in known]
         color = line_index(label, position)
         strong = role_of(label) == "after"
         series.append(Series(short_name(label), color, points, intervals, tips, strong=strong))
+    every = "a length" if axis == "length" else "a column"
     chart = LineChart(
-        label=f"{what}: accuracy by context length with 95 percent intervals",
-        x=length_axis(lengths, "context length in tokens", air=1.06),
-        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], "accuracy, all samples of a length"),
+        label=f"{what}: accuracy by {by} with 95 percent intervals",
+        x=x,
+        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], f"accuracy, all samples of {every}"),
         series=series,
-        marks=trained_marks(ev, lengths),
+        marks=trained_marks(ev, places) if axis == "length" else (),
     )
     table = Table(
-        f"{what}: accuracy by context length",
-        ["", *(length_text(n) for n in lengths), "mean", "95% interval"],
+        f"{what}: accuracy by {by}",
+        ["", *(value_text(axis, p) for p in places), "mean", "95% interval"],
         [
             [
                 short_name(label),
-                *(heat_cell(grids[label].by_length.get(n)) for n in lengths),
-                TableCell(percent(grids[label].total.mean), "num"),
-                TableCell(interval_text(grids[label].total), "num"),
+                *(heat_cell(grid.by_column.get(p)) for p in places),
+                TableCell(percent(grid.total.mean), "num"),
+                TableCell(interval_text(grid.total), "num"),
             ]
-            for label in labels
+            for label, grid in grids.items()
         ],
     )
     note = (
-        "Whiskers: 95% intervals over all samples of a length, taken as independent (Wilson's for right or "
+        f"Whiskers: 95% intervals over all samples of {every}, taken as independent (Wilson's for right or "
         "wrong answers); lines are set a few pixels apart so that whiskers stay readable."
     )
-    return line_view(chart, title="Accuracy by context length", note=note, table=table)
+    return line_view(chart, title=f"Accuracy by {by}", note=note, table=table)
