@@ -185,7 +185,7 @@ def register(entry: TaskEntry) -> None:
             raise ArgumentError(
                 f"the task {entry.name} is at no place", found=repr(place), allowed="module:Class"
             )
-    if taken := sorted(set(entry.axes or ()) & _FIELDS):
+    if taken := sorted(_FIELDS.intersection(filter(None, entry.axes or ()))):
         raise ArgumentError(f"the axes of {entry.name} are fields of every record", found=", ".join(taken))
     known = _REGISTERED.get(entry.name)
     if known is not None and known != entry:
