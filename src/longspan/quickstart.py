@@ -41,7 +41,7 @@ from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.eval.held_out import HeldOutDocument
 from longspan.eval.needle_config import NeedleConfig
-from longspan.eval.ppl import PplTask
+from longspan.eval.ppl import PplConfig
 from longspan.train.config import StageConfig, TrainConfig
 
 Preset = Literal["small", "tiny"]
@@ -380,7 +380,7 @@ def _evaluate(
     )
     beyond = needle.model_copy(update={"lengths": (settings.beyond,)})
     harder = needle.model_copy(update={"num_distractors": settings.distractors})
-    ppl = PplTask(
+    ppl = PplConfig(
         lengths=settings.lengths, num_spans=settings.ppl_spans, seed=config.seed, split=settings.split
     )
     for variant in variants:
@@ -405,7 +405,7 @@ def _evaluate_variant(
     *,
     trained_length: int,
     needle: NeedleConfig,
-    ppl: PplTask,
+    ppl: PplConfig,
     beyond: NeedleConfig | None,
     harder: NeedleConfig | None,
 ) -> None:

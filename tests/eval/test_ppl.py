@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.held_out import HeldOutDocument
-from longspan.eval.ppl import PplTask, bucket_sums, perplexities, plan_windows
+from longspan.eval.ppl import PplConfig, bucket_sums, perplexities, plan_windows
 
 Documents = list[HeldOutDocument]
 
 
 def test_all_lengths_read_the_same_text(documents: Documents, tokenizer: Tokenizer) -> None:
     """Short windows from other documents than long ones would compare texts, not lengths."""
-    task = PplTask(lengths=(64, 256, 128), num_spans=3)
+    task = PplConfig(lengths=(64, 256, 128), num_spans=3)
     windows = plan_windows(task, documents, tokenizer).windows
     texts: dict[tuple[str, int], list[int]] = {}
     for window in windows:
@@ -31,7 +31,7 @@ def test_all_lengths_read_the_same_text(documents: Documents, tokenizer: Tokeniz
 def test_windows_are_parts_of_their_documents(documents: Documents, tokenizer: Tokenizer) -> None:
     """A window that ran over a document border would be harder than the text is."""
     tokens = {document.id: tokenizer.encode(document.text) for document in documents}
-    windows = plan_windows(PplTask(lengths=(100, 333), num_spans=4), documents, tokenizer).windows
+    windows = plan_windows(PplConfig(lengths=(100, 333), num_spans=4), documents, tokenizer).windows
     for window in windows:
         assert np.array_equal(
             window.ids, tokens[window.document][window.start : window.start + window.length]
@@ -44,7 +44,9 @@ def test_choice_of_spans_follows_the_seed(documents: Documents, tokenizer: Token
     """Two runs of one setting see the same text; another seed sees other text."""
 
     def places(seed: int) -> list[tuple[str, int]]:
-        windows = plan_windows(PplTask(lengths=(128,), num_spans=5, seed=seed), documents, tokenizer).windows
+        windows = plan_windows(
+            PplConfig(lengths=(128,), num_spans=5, seed=seed), documents, tokenizer
+        ).windows
         return [(window.document, window.start) for window in windows]
 
     assert places(1) == places(1) != places(2)
@@ -53,21 +55,21 @@ def test_choice_of_spans_follows_the_seed(documents: Documents, tokenizer: Token
 def test_source_without_long_documents_is_named(documents: Documents, tokenizer: Tokenizer) -> None:
     """A source that is left out silently looks like a source that was measured."""
     short = HeldOutDocument("short", "A line.\n", "chat")
-    windows = plan_windows(PplTask(lengths=(128, 256)), [*documents, short], tokenizer).windows
+    windows = plan_windows(PplConfig(lengths=(128, 256)), [*documents, short], tokenizer).windows
     reasons = [(window.length, window.reason) for window in windows if window.source == "chat"]
     found = len(tokenizer.encode(short.text))
     reason = f"no document of 256 tokens or more; the longest has {found}"
     assert reasons == [(128, reason), (256, reason)]
     with pytest.raises(DataError, match=r"no held-out document is as long.*\n.*longest has"):
-        plan_windows(PplTask(lengths=(100_000,)), documents, tokenizer)
+        plan_windows(PplConfig(lengths=(100_000,)), documents, tokenizer)
 
 
 def test_wrong_lengths_are_named() -> None:
     """A window of one token predicts nothing and would divide by zero."""
     with pytest.raises(ConfigError, match="at least 2 tokens"):
-        PplTask.from_dict({"lengths": [1, 256]})
+        PplConfig.from_dict({"lengths": [1, 256]})
     with pytest.raises(ConfigError, match="stands twice"):
-        PplTask.from_dict({"lengths": [256, 256]})
+        PplConfig.from_dict({"lengths": [256, 256]})
 
 
 def test_buckets_hold_the_position_they_say() -> None:

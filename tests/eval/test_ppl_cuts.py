@@ -19,7 +19,7 @@ from longspan.data.exchange.token_documents import StoreDocuments
 from longspan.data.store import Column, MDSWriter, TokenStoreWriter
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.held_out import HeldOutDocument
-from longspan.eval.ppl import PplTask, PplWindow, plan_windows
+from longspan.eval.ppl import PplConfig, PplWindow, plan_windows
 from longspan.eval.ppl_documents import MdsDocuments, is_tokenised, open_tokenised
 from longspan.eval.ppl_run import run_ppl
 from longspan.eval.records import read_records
@@ -53,7 +53,7 @@ class Words:
 
 
 def windows_of(sizes: list[int], words: Words | None = None, **task: Any) -> list[PplWindow]:
-    return plan_windows(PplTask(**task), Ids({"a": sizes}), words or Words()).windows  # type: ignore[arg-type]
+    return plan_windows(PplConfig(**task), Ids({"a": sizes}), words or Words()).windows  # type: ignore[arg-type]
 
 
 def measured(window: PplWindow) -> list[int]:
@@ -130,7 +130,7 @@ def test_bos_follows_the_tokenizer_unless_told(tokenizer: Tokenizer) -> None:
         (False, "always", BOS),
     ]:
         plan = plan_windows(
-            PplTask(lengths=(4,), bos=bos),  # type: ignore[arg-type]
+            PplConfig(lengths=(4,), bos=bos),  # type: ignore[arg-type]
             Ids({"a": [9]}),
             Words(adds_bos=adds),  # type: ignore[arg-type]
         )
@@ -149,14 +149,14 @@ def test_a_document_that_begins_with_bos_gets_no_second_one() -> None:
             return np.concatenate([ids[:1] * 0 + BOS, ids[1:]])[start:stop] if self.domain[document] else ids
 
     documents = Begun({"a": [4], "b": [7]})
-    plan = plan_windows(PplTask(cut="sliding", stride=4, lengths=(4,), bos="always"), documents, Words())  # type: ignore[arg-type]
+    plan = plan_windows(PplConfig(cut="sliding", stride=4, lengths=(4,), bos="always"), documents, Words())  # type: ignore[arg-type]
     assert [window.ids.tolist() for window in plan.windows] == [
         [BOS, 100, 101, 102],
         [BOS, 103],
         [BOS, 101, 102, 103],
         [BOS, 104, 105, 106],
     ]
-    never = plan_windows(PplTask(cut="full", bos="never"), documents, Words())  # type: ignore[arg-type]
+    never = plan_windows(PplConfig(cut="full", bos="never"), documents, Words())  # type: ignore[arg-type]
     assert never.windows[1].ids.tolist() == [BOS, *range(101, 107)]
 
 
@@ -174,7 +174,7 @@ def test_documents_are_filtered_and_drawn() -> None:
     first = windows_of(sizes, cut="full", num_documents=2, min_tokens=10, first=True, seed=7)
     assert [window.document[-1] for window in first] == ["1", "2"], "as others take the first so many"
     with pytest.raises(ConfigError, match="the first of how many"):
-        PplTask.from_dict({"cut": "full", "first": True})
+        PplConfig.from_dict({"cut": "full", "first": True})
     with pytest.raises(
         DataError, match=r"as many tokens as asked for\n.*longest has 80 tokens\n.*100 tokens"
     ):
@@ -194,12 +194,12 @@ def test_documents_are_filtered_and_drawn() -> None:
 def test_settings_that_contradict_each_other(wrong: dict[str, Any], message: str) -> None:
     """A stride that is ignored is a result under another name."""
     with pytest.raises(ConfigError, match=message):
-        PplTask.from_dict(wrong)
+        PplConfig.from_dict(wrong)
 
 
 def test_header_of_old_settings_is_as_it_was() -> None:
     """A run folder that an earlier version began goes on."""
-    assert PplTask(lengths=(4, 8)).params() == {
+    assert PplConfig(lengths=(4, 8)).params() == {
         "lengths": [4, 8],
         "num_spans": 16,
         "num_buckets": 16,
@@ -207,7 +207,7 @@ def test_header_of_old_settings_is_as_it_was() -> None:
         "split": "test",
     }
     assert (
-        PplTask(lengths=(8,), cut="sliding", stride=2).params().items()
+        PplConfig(lengths=(8,), cut="sliding", stride=2).params().items()
         >= {"cut": "sliding", "stride": 2}.items()
     )
 
@@ -246,7 +246,7 @@ def test_sliding_perplexity_equals_brute_force(
         HeldOutDocument(one.id, one.text[: 230 * (number + 1)], one.source)
         for number, one in enumerate(documents[:2])
     ]
-    task = PplTask(lengths=(length,), cut="sliding", stride=stride, bos=bos)  # type: ignore[arg-type]
+    task = PplConfig(lengths=(length,), cut="sliding", stride=stride, bos=bos)  # type: ignore[arg-type]
     measure = partial(token_nll, model, batch_tokens=300)
     summary = run_ppl(
         measure,
@@ -303,7 +303,7 @@ def test_tokenised_sets_give_what_their_texts_give(
     assert not is_tokenised(tmp_path)
     opened = [open_tokenised([tmp_path / "store"]), open_tokenised([tmp_path / "mds"])]
     assert [type(one) for one in opened] == [StoreDocuments, MdsDocuments]
-    task = PplTask(lengths=(64,), cut="truncate")
+    task = PplConfig(lengths=(64,), cut="truncate")
     summaries = [
         run_ppl(
             partial(token_nll, model, batch_tokens=4000),
@@ -329,4 +329,4 @@ def test_tokenised_sets_give_what_their_texts_give(
 def test_ids_of_another_tokenizer_are_refused() -> None:
     """Ids mean other words there, and the perplexity would look like that of a bad model."""
     with pytest.raises(DataError, match="another tokenizer"):
-        plan_windows(PplTask(lengths=(4,)), Ids({"a": [9]}, tokenizer="other"), Words())  # type: ignore[arg-type]
+        plan_windows(PplConfig(lengths=(4,)), Ids({"a": [9]}, tokenizer="other"), Words())  # type: ignore[arg-type]

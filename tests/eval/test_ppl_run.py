@@ -14,7 +14,7 @@ import torch
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import ppl_run
 from longspan.eval.held_out import HeldOutDocument
-from longspan.eval.ppl import PplTask
+from longspan.eval.ppl import PplConfig
 from longspan.eval.records import read_records
 from longspan.infer.perplexity import token_nll
 
@@ -32,7 +32,7 @@ def test_perplexity_equals_brute_force(
     records: Path,
 ) -> None:
     """Tokens times log-likelihood, from whole logits, one window at a time."""
-    task = PplTask(lengths=(64, 192), num_spans=2, num_buckets=6)
+    task = PplConfig(lengths=(64, 192), num_spans=2, num_buckets=6)
     settings: dict[str, Any] = {
         "documents": documents,
         "label": "before",
@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_text_that_is_measured(
 ) -> None:
     """Perplexities of two tokenizers are compared by bytes: characters that a bucket cuts count once."""
     text = "\u4ed6\u6765\u4e86\u3002 The ship \u00e9t\u00e9 came in. " * 40
-    task = PplTask(lengths=(64,), num_spans=4, num_buckets=8)
+    task = PplConfig(lengths=(64,), num_spans=4, num_buckets=8)
     ppl_run.run_ppl(
         lambda windows: [np.zeros(len(ids) - 1, np.float32) for ids in windows],
         tokenizer,
@@ -114,7 +114,7 @@ def test_ppl_goes_on_after_a_kill_and_names_what_it_lacks(
     """The same as for needles; a source without long documents stays in the counts."""
     short = HeldOutDocument("short", "A line.\n", "chat")
     settings: dict[str, Any] = {"documents": [*documents, short], "label": "after", "model_info": model_info}
-    task = PplTask(lengths=(64, 128), num_spans=1)
+    task = PplConfig(lengths=(64, 128), num_spans=1)
     measure = partial(token_nll, model, batch_tokens=500)
     summary = ppl_run.run_ppl(measure, tokenizer, task, out=records, **settings)
     assert (summary["samples"], summary["scored"]) == (8, 6)

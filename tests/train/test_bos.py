@@ -22,7 +22,7 @@ from longspan.data.plans.packing import PAD_DOCUMENT
 from longspan.data.store import TokenStore, TokenStoreWriter
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import load_tokenizer
-from longspan.eval.ppl import PplTask, plan_windows
+from longspan.eval.ppl import PplConfig, plan_windows
 from longspan.infer.perplexity import token_nll
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.train.config import TrainConfig
@@ -144,7 +144,7 @@ def test_validation_reads_what_perplexity_reads(root: Path, tmp_path: Path) -> N
     fields = {**recipe()["model"]["hf_config"], "max_position_embeddings": 64}
     save_model(build_model(fields, seed=0), tmp_path / "model")
     model = load_model(tmp_path / "model").eval()
-    task = PplTask(lengths=[length], num_spans=5)
+    task = PplConfig(lengths=[length], num_spans=5)
     windows = plan_windows(task, open_documents([tmp_path / "windows"], specials="none"), tokenizer).windows
     config = ValidationConfig(stores={"text": "windows"}, lengths=[length], windows=5)
     plan = plan_validation(config, data_root=tmp_path, seed=0)

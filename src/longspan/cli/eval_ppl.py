@@ -17,7 +17,7 @@ from longspan.core.log import log_once
 if TYPE_CHECKING:
     from longspan.data.exchange.token_documents import TokenDocuments
     from longspan.eval.held_out import HeldOutDocument
-    from longspan.eval.ppl import PplTask
+    from longspan.eval.ppl import PplConfig
 
 EXAMPLE = example(
     "longspan eval ppl --model model --data texts --lengths 64,256 --out run",
@@ -99,9 +99,9 @@ def ppl(
         "bos": bos,
         "seed": seed,
     }
-    from longspan.eval.ppl import PplTask
+    from longspan.eval.ppl import PplConfig
 
-    task = PplTask.from_dict(settings, where="the command line")
+    task = PplConfig.from_dict(settings, where="the command line")
     _check_limits("--xmin", xmin, "--xmax", xmax)
     _check_limits("--ymin", ymin, "--ymax", ymax)
     documents = _open(data, text_field, source_field)
@@ -128,7 +128,7 @@ def ppl(
 
 def _measure(
     model: ModelOptions,
-    task: PplTask,
+    task: PplConfig,
     documents: Sequence[HeldOutDocument] | TokenDocuments,
     out: Path,
     note: str | None,

@@ -46,7 +46,7 @@ Cut = Literal["spans", "sliding", "truncate", "full"]
 Bos = Literal["auto", "always", "never"]
 
 
-class PplTask(Config):
+class PplConfig(Config):
     """Settings of a perplexity evaluation."""
 
     lengths: tuple[int, ...] = ()
@@ -88,7 +88,7 @@ class PplTask(Config):
         return lengths
 
     @pydantic.model_validator(mode="after")
-    def _settings_fit_the_cut(self) -> PplTask:
+    def _settings_fit_the_cut(self) -> PplConfig:
         if (self.cut == "full") == bool(self.lengths):
             raise ValueError(
                 "whole documents have lengths of their own"
@@ -138,7 +138,7 @@ class WindowPlan(NamedTuple):
     """What becomes of the first token, for the header."""
 
 
-def bos_of(task: PplTask, tokenizer: Tokenizer) -> int | None:
+def bos_of(task: PplConfig, tokenizer: Tokenizer) -> int | None:
     """Return the begin-of-text token that windows begin with; None: without.
 
     Raises:
@@ -154,7 +154,7 @@ def bos_of(task: PplTask, tokenizer: Tokenizer) -> int | None:
 
 
 def plan_windows(
-    task: PplTask, documents: Sequence[HeldOutDocument] | TokenDocuments, tokenizer: Tokenizer
+    task: PplConfig, documents: Sequence[HeldOutDocument] | TokenDocuments, tokenizer: Tokenizer
 ) -> WindowPlan:
     """Choose the documents and cut them into windows of every length.
 
@@ -200,7 +200,7 @@ def plan_windows(
 class _Cutter:
     """Chooses documents of a source and cuts them; `frame` is 1 where a begin-of-text token is put in front."""
 
-    def __init__(self, task: PplTask, bos: int | None) -> None:
+    def __init__(self, task: PplConfig, bos: int | None) -> None:
         self._task, self._bos = task, bos
         self.frame = 0 if bos is None else 1
         # Without a token in front, the first token of the text is not predicted: at least two are needed.

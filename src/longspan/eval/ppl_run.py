@@ -36,7 +36,7 @@ class _PlannedText(NamedTuple):
 def run_ppl(
     measure: Measure,
     tokenizer: Tokenizer,
-    task: ppl.PplTask,
+    task: ppl.PplConfig,
     *,
     documents: Sequence[HeldOutDocument] | TokenDocuments,
     label: str,
