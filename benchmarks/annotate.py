@@ -32,10 +32,12 @@ from longspan.data.plans.packing import PackPlan, plan_packing
 from longspan.data.rows.loader import RowLoader
 from longspan.data.store import TokenStore, TokenStoreWriter
 from longspan.infer.packed import inference
-from longspan.infer.teacher import LocalTeacher, hidden_topk
+from longspan.infer.teacher import LocalTeacher
+from longspan.kernels.head import top_k
 from longspan.kernels.loss import LOGITS_BUDGET_BYTES, product
 from longspan.models.documents import Documents
-from longspan.models.hf import build_model, hidden_states, lm_head_weight, save_model
+from longspan.models.head import output_head
+from longspan.models.hf import build_model, hidden_states, save_model
 
 ROW = 1024
 ROWS = 4
@@ -85,7 +87,7 @@ def measure(*, hidden: int, layers: int, vocab: int, k: int, turns: int) -> dict
         model = teacher.model
         loader = RowLoader([TokenStore(root / "store")], PackPlan.load(root / "plan"))
         rows = [loader.row(index) for index in range(loader.num_rows)]
-        head = lm_head_weight(model)
+        head = output_head(model)
         number = iter(range(10_000))
 
         def states(row: Any) -> torch.Tensor:
@@ -113,7 +115,7 @@ def measure(*, hidden: int, layers: int, vocab: int, k: int, turns: int) -> dict
         def predictions() -> None:
             with inference(model):
                 for row in rows:
-                    hidden_topk(states(row), head, k)
+                    top_k(head, states(row), k)
 
         def whole_job() -> None:
             out = root / f"out-{next(number)}"

@@ -65,7 +65,8 @@ def measure(name: str, tokens: int, *, quick: bool) -> dict[str, float]:
     from longspan.kernels.loss import reference_linear_cross_entropy
     from longspan.kernels.tiled_mlp import enable_tiled_mlp
     from longspan.models.checkpointing import HostOffload, enable_checkpointing
-    from longspan.models.hf import Documents, build_model, hidden_states, lm_head_weight
+    from longspan.models.head import output_head
+    from longspan.models.hf import Documents, build_model, hidden_states
     from longspan.models.recurrent import KeyValueCache
     from longspan.train.batch import Batch
     from longspan.train.objectives import ModelWithLoss
@@ -95,7 +96,7 @@ def measure(name: str, tokens: int, *, quick: bool) -> dict[str, float]:
             return float(result.loss)
         if method.whole_logits:
             states = hidden_states(model, batch.input_ids, batch.documents)
-            result = reference_linear_cross_entropy(states, lm_head_weight(model), batch.labels)
+            result = reference_linear_cross_entropy(states, output_head(model), batch.labels)
         else:
             result = root(batch)
         (result.loss / len(batch.labels)).backward()

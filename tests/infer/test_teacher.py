@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
-from longspan.infer.teacher import LocalTeacher, SharedTeacher, hidden_topk, select_topk
+from longspan.infer.teacher import LocalTeacher, SharedTeacher
+from longspan.kernels.head import select_top_k, top_k
 from longspan.models.hf import build_model
 from longspan.parallel.mesh import MeshConfig, build_mesh
 
@@ -37,7 +38,7 @@ def test_selection_is_that_of_topk(words, share, rows, seed):
     """Words behind the last whole group, and a group with several of the likeliest, must not be missed."""
     k = max(1, round(share * min(words, 60)))
     logits = torch.randn(rows, words, generator=torch.Generator().manual_seed(seed))
-    values, ids = select_topk(logits, k)
+    values, ids = select_top_k(logits, k)
     torch.testing.assert_close(values, logits.topk(k, dim=1).values, rtol=0, atol=0)
     torch.testing.assert_close(logits.gather(1, ids), values, rtol=0, atol=0)
     assert all(len(set(row)) == k for row in ids.tolist())
@@ -45,7 +46,7 @@ def test_selection_is_that_of_topk(words, share, rows, seed):
 
 def test_selection_of_equal_words():
     """Ties at the border of the k: each word counts once."""
-    values, ids = select_topk(torch.zeros(2, 2048), 7)
+    values, ids = select_top_k(torch.zeros(2, 2048), 7)
     assert (values == 0).all() and all(len(set(row)) == 7 for row in ids.tolist())
 
 
@@ -54,7 +55,7 @@ def test_selection_of_equal_words():
 def test_equals_a_softmax_of_all_logits(k, chunk_tokens):
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(10, 8, generator=generator), torch.randn(97, 8, generator=generator)
-    ids, logprobs, tail = hidden_topk(hidden, head, k, chunk_tokens=chunk_tokens)
+    ids, logprobs, tail = top_k(head, hidden, k, chunk_tokens=chunk_tokens)
     wanted = (hidden @ head.T).log_softmax(1)
     torch.testing.assert_close(logprobs, wanted.topk(k, 1).values)
     torch.testing.assert_close(wanted.gather(1, ids), logprobs)
@@ -69,7 +70,7 @@ def test_equals_a_softmax_of_all_logits(k, chunk_tokens):
 def test_a_tiny_tail_is_not_lost():
     """1 - sum of the masses would be 0 or a rounding error where the tail is 1e-12."""
     head = torch.tensor([[27.6], [0.0], [0.0]])
-    _, _, tail = hidden_topk(torch.ones(1, 1), head, 2)
+    _, _, tail = top_k(head, torch.ones(1, 1), 2)
     assert tail.item() == pytest.approx(-27.6, rel=1e-5)
 
 
@@ -77,7 +78,7 @@ def test_half_precision_is_normalised_in_fp32():
     """A softmax in bf16 loses all words below 0.4 % of the mass."""
     generator = torch.Generator().manual_seed(1)
     hidden, head = torch.randn(4, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    _, logprobs, tail = hidden_topk(hidden.bfloat16(), head.bfloat16(), 5)
+    _, logprobs, tail = top_k(head.bfloat16(), hidden.bfloat16(), 5)
     wanted = (hidden.bfloat16().float() @ head.bfloat16().float().T).log_softmax(1).topk(5, 1).values
     torch.testing.assert_close(logprobs, wanted)
     assert logprobs.dtype == tail.dtype == torch.float32

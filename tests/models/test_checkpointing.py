@@ -13,7 +13,8 @@ from longspan.core.errors import ArgumentError
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models.checkpointing import HostOffload, enable_checkpointing
-from longspan.models.hf import Documents, build_model, hidden_states, lm_head_weight
+from longspan.models.head import output_head
+from longspan.models.hf import Documents, build_model, hidden_states
 from longspan.parallel.fsdp import full_tensor, shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
@@ -40,7 +41,7 @@ def tokens(seed: int) -> torch.Tensor:
 
 def loss_of(model: torch.nn.Module, seed: int = 0) -> torch.Tensor:
     states = hidden_states(model, tokens(seed), Documents.from_cu_seqlens(BORDERS))
-    return linear_cross_entropy(states, lm_head_weight(model), tokens(seed + 100), chunk_tokens=32).loss
+    return linear_cross_entropy(states, output_head(model), tokens(seed + 100), chunk_tokens=32).loss
 
 
 def projection(model: torch.nn.Module, seed: int) -> torch.Tensor:

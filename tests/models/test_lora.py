@@ -20,7 +20,8 @@ from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.documents import Documents
 from longspan.models.export import export_model
-from longspan.models.hf import build_model, hidden_states, lm_head_weight, load_model, save_model
+from longspan.models.head import output_head
+from longspan.models.hf import build_model, hidden_states, load_model, save_model
 from longspan.models.lora import LoraConfig, apply_lora, check_lora, load_adapter, lora_notes, save_adapter
 from longspan.models.lora_config import Quantization
 from longspan.models.quantize import dequantize, quantize, without_advice
@@ -40,7 +41,7 @@ def loss(model: PreTrainedModel) -> torch.Tensor:
     """Mean loss of two documents of 20 and 30 tokens."""
     ids = tokens(50)
     hidden = hidden_states(model, ids, Documents.from_cu_seqlens([0, 20, 50]))
-    return linear_cross_entropy(hidden, lm_head_weight(model), ids.roll(-1)).loss / 50
+    return linear_cross_entropy(hidden, output_head(model), ids.roll(-1)).loss / 50
 
 
 def steps(model: PreTrainedModel, count: int = 4) -> list[float]:

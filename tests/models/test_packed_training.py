@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from longspan.kernels.loss import linear_cross_entropy
-from longspan.models.hf import Documents, build_model, hidden_states, lm_head_weight
+from longspan.models.head import output_head
+from longspan.models.hf import Documents, build_model, hidden_states
 
 TINY = {
     "hidden_size": 48,
@@ -39,7 +40,7 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 def summed_loss(
     model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor, documents: Documents | None
 ) -> torch.Tensor:
-    return linear_cross_entropy(hidden_states(model, ids, documents), lm_head_weight(model), labels).loss
+    return linear_cross_entropy(hidden_states(model, ids, documents), output_head(model), labels).loss
 
 
 @pytest.mark.parametrize(("model_type", "fields"), FAMILIES)

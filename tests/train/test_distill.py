@@ -26,7 +26,8 @@ from longspan.data.store import TokenStore
 from longspan.infer.perplexity import token_nll
 from longspan.kernels.distill import TeacherTopK, linear_distillation, reference_linear_distillation
 from longspan.kernels.loss import linear_cross_entropy
-from longspan.models.hf import build_model, hidden_states, lm_head_weight, load_model
+from longspan.models.head import output_head
+from longspan.models.hf import build_model, hidden_states, load_model
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 from longspan.train.batch import collate, take
@@ -298,7 +299,7 @@ def test_ranks_that_share_a_row_read_their_own_columns(taught):
     model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=1.0))
     with torch.no_grad():
         wanted = model(whole)
-        head = lm_head_weight(model.model)
+        head = output_head(model.model)
         hidden = hidden_states(model.model, whole.input_ids, whole.documents)
         total, kl = 0.0, torch.zeros(len(whole.labels) + 8)
         for layout in ("zigzag", "striped"):

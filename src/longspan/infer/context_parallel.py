@@ -36,8 +36,10 @@ from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, r
 from longspan.infer.requests import NOT_FINITE, Answer, Request
 from longspan.infer.share import Share
 from longspan.kernels.attention import choose_kernel
-from longspan.kernels.loss import IGNORE_LABEL, linear_cross_entropy
-from longspan.models.hf import hidden_states, lm_head_weight
+from longspan.kernels.head import IGNORE_LABEL, predict
+from longspan.kernels.loss import linear_cross_entropy
+from longspan.models.head import output_head
+from longspan.models.hf import hidden_states
 from longspan.models.hf_config import head_counts, window_of_all_layers
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
@@ -209,7 +211,7 @@ class SpreadModel:
         with inference(self._model):
             hidden_TD, documents = self._read(windows)
             local_T = documents.take(torch.from_numpy(labels), padding=IGNORE_LABEL).to(hidden_TD.device)
-            nll_T = linear_cross_entropy(hidden_TD, lm_head_weight(self._model), local_T).per_token_nll
+            nll_T = linear_cross_entropy(hidden_TD, output_head(self._model), local_T).per_token_nll
             nll_N = nll_T.new_zeros(documents.shards.num_padded, dtype=torch.float32)
             nll_N[torch.from_numpy(documents.indices).to(nll_N.device)] = nll_T.float()
             dist.all_reduce(nll_N, group=self._mesh.cp_group)
@@ -226,13 +228,10 @@ class SpreadModel:
             hidden_AD, _ = self._begin(sequences, trunk, wanted=counts, room=None)
             if not self._is_lead:
                 return []
-            logits_AV = torch.nn.functional.linear(hidden_AD, lm_head_weight(self._model)).float()
-            labels_A1 = torch.from_numpy(np.concatenate(answers))[:, None]
-            log_probs_AV = torch.log_softmax(logits_AV, dim=-1)
-            nll = -log_probs_AV.gather(1, labels_A1.to(logits_AV.device))[:, 0].cpu().numpy()
-            argmax = logits_AV.argmax(dim=-1).cpu().numpy()
+            found = predict(output_head(self._model), hidden_AD, torch.from_numpy(np.concatenate(answers)))
+            assert found.nll is not None
         cuts = np.cumsum(counts)[:-1]
-        return list(zip(np.split(nll, cuts), np.split(argmax, cuts)))
+        return list(zip(np.split(found.nll.cpu().numpy(), cuts), np.split(found.ids.cpu().numpy(), cuts)))
 
     def _continue(
         self, prompts: list[NDArray[np.int64]], trunk: int, requests: Sequence[Request]
@@ -342,9 +341,8 @@ class SpreadModel:
 
     def _most_likely(self, hidden_BD: torch.Tensor) -> list[int]:
         """Return the most likely next token of each sequence; -1 where the logits are not finite numbers."""
-        logits_BV = torch.nn.functional.linear(hidden_BD, lm_head_weight(self._model)).float()
-        highest_B, tokens_B = logits_BV.max(dim=-1)
-        tokens_B = tokens_B.masked_fill(~highest_B.isfinite(), -1)
+        found = predict(output_head(self._model), hidden_BD)
+        tokens_B = found.ids.masked_fill(~found.highest.isfinite(), -1)
         # Said by one for all: ranks that disagreed over a tie would go different ways.
         dist.broadcast(tokens_B, group_src=0, group=self._mesh.cp_group)
         return tokens_B.tolist()

@@ -43,7 +43,8 @@ from longspan.infer.packed import inference
 from longspan.infer.prefix_tree import PrefixTree, Strand, build_tree
 from longspan.infer.share import STEP_TOKENS
 from longspan.kernels.attention import choose_kernel
-from longspan.models.hf import lm_head_weight
+from longspan.kernels.head import predict
+from longspan.models.head import output_head
 
 CPU_PASS_TOKENS = 2048
 """Tokens of a pass at most on a CPU: activations of more leave its cache, which makes 16,384 a fifth slower."""
@@ -91,7 +92,7 @@ class Engine:
         available: tells the free bytes of a device; None: no limit. All ranks have to be told the same.
 
     Raises:
-        ArgumentError: a model whose logits are more than a product with its output embedding.
+        ArgumentError: a model with layers behind its last hidden states; see `models.head`.
     """
 
     def __init__(
@@ -102,7 +103,6 @@ class Engine:
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
     ) -> None:
-        lm_head_weight(model)
         self.counters = Counters()
         self.on_share: Callable[[float], None] | None = None
         """Called while `run` reads and writes, with the share of its work that is done."""
@@ -111,7 +111,7 @@ class Engine:
         self._pass_tokens = batch_tokens
         if model.device.type == "cpu":
             self._pass_tokens = min(batch_tokens, CPU_PASS_TOKENS)
-        self._head = model.get_output_embeddings()
+        self._head = output_head(model)
         self._flops = ModelFlops.of(model.config)
         self.kernel = choose_kernel(model.device)
 
@@ -240,13 +240,12 @@ class Engine:
         documents.step(said)
         ids_T = np.array([run.progress[job].generated[-1] for job, _ in live], dtype=np.int64)
         before = documents.attention_flops
-        logits_TV = self._head(self._hidden(ids_T, documents)).float()
+        found = predict(self._head, self._hidden(ids_T, documents))
         self.counters.attention_flops += documents.attention_flops - before
         self.counters.logit_rows += len(live)
         self.counters.decoded_tokens += len(live)
-        highest, tokens = logits_TV.max(dim=-1)
         going_on = []
-        for (job, strand), token, value in zip(live, tokens.tolist(), highest.tolist()):
+        for (job, strand), token, value in zip(live, found.ids.tolist(), found.highest.tolist()):
             run.progress[job].finite &= bool(np.isfinite(value))
             if run.take(job, token):
                 going_on.append((job, strand))
@@ -267,17 +266,14 @@ class Engine:
         return states_1TD[0]
 
     def _predict(self, hidden_AD: torch.Tensor, run: _JobsRun, wanted: Sequence[_Wanted]) -> None:
-        logits_AV = self._head(hidden_AD).float()
         self.counters.logit_rows += len(wanted)
-        highest_A, argmax_A = (found.tolist() for found in logits_AV.max(dim=-1))
         targets = [run.targets(each) for each in wanted]
-        if any(target is not None for target in targets):
-            targets_A1 = torch.tensor([[target or 0] for target in targets], device=logits_AV.device)
-            log_probs_AV = torch.log_softmax(logits_AV, dim=-1)
-            nll = (-log_probs_AV.gather(1, targets_A1)[:, 0]).tolist()
-        else:
-            nll = [0.0] * len(wanted)
-        for each, value, token, loss in zip(wanted, highest_A, argmax_A, nll):
+        given = any(target is not None for target in targets)
+        found = predict(
+            self._head, hidden_AD, torch.tensor([target or 0 for target in targets]) if given else None
+        )
+        nll = [0.0] * len(wanted) if found.nll is None else found.nll.tolist()
+        for each, value, token, loss in zip(wanted, found.highest.tolist(), found.ids.tolist(), nll):
             progress = run.progress[each.job]
             progress.finite &= bool(np.isfinite(value))
             progress.argmax_ids[each.place] = token

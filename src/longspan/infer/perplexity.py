@@ -16,7 +16,7 @@ from longspan.core.errors import ArgumentError
 from longspan.infer.length_rope import fixed_frequencies, plan_alike_batches
 from longspan.infer.packed import boundaries, inference, packed_hidden_states
 from longspan.kernels.loss import IGNORE_LABEL, linear_cross_entropy
-from longspan.models.hf import lm_head_weight
+from longspan.models.head import output_head
 
 
 def token_nll(
@@ -61,10 +61,6 @@ def _batch_nll(model: PreTrainedModel, windows: Sequence[np.ndarray]) -> list[np
     labels = np.full(borders[-1], IGNORE_LABEL, dtype=np.int64)
     for ids, start, end in zip(windows, borders[:-1], borders[1:]):
         labels[start : end - 1] = ids[1:]
-    loss = linear_cross_entropy(
-        hidden,
-        lm_head_weight(model),
-        torch.from_numpy(labels).to(hidden.device),
-    )
+    loss = linear_cross_entropy(hidden, output_head(model), torch.from_numpy(labels).to(hidden.device))
     nll = loss.per_token_nll.float().cpu().numpy()
     return [nll[start : end - 1].copy() for start, end in itertools.pairwise(borders)]

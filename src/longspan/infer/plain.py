@@ -24,7 +24,8 @@ from longspan.infer.packed import inference, packed_hidden_states
 from longspan.infer.requests import NOT_FINITE, Answer, Request, before_stop
 from longspan.infer.share import Share
 from longspan.infer.thinking import split_thoughts
-from longspan.models.hf import lm_head_weight
+from longspan.kernels.head import predict
+from longspan.models.head import output_head
 
 
 class PlainAnswerer:
@@ -126,7 +127,7 @@ def teacher_forced(
     """Return what the model predicts at each position of an answer, given the prompt and the answer before it.
 
     Greedy generation gives the answer exactly when the most likely token is the right one at every position.
-    One forward pass; memory for logits is answer tokens x vocabulary.
+    One forward pass; logits exist for a chunk of the answer at a time.
 
     Returns:
         Negative log-likelihoods of the answer's tokens in nats, float32 `[answer]`, and the most likely tokens,
@@ -137,10 +138,9 @@ def teacher_forced(
     ids = np.concatenate([prompt_ids, answer_ids[:-1]])
     with fixed_frequencies(model, len(prompt_ids)), inference(model):
         hidden_AD = packed_hidden_states(model, [ids])[-len(answer_ids) :]
-        logits_AV = torch.nn.functional.linear(hidden_AD, lm_head_weight(model)).float()
-        target_A1 = torch.from_numpy(answer_ids.astype(np.int64))[:, None].to(logits_AV.device)
-        nll_A = -torch.log_softmax(logits_AV, dim=-1).gather(1, target_A1)[:, 0]
-        return nll_A.cpu().numpy(), logits_AV.argmax(dim=-1).cpu().numpy()
+        found = predict(output_head(model), hidden_AD, torch.from_numpy(answer_ids.astype(np.int64)))
+        assert found.nll is not None
+        return found.nll.cpu().numpy(), found.ids.cpu().numpy()
 
 
 def refuse_unknown_tokens(requests: Sequence[Request], vocabulary: int) -> None:

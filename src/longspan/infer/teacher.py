@@ -20,19 +20,19 @@ from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.infer.packed import inference
-from longspan.kernels.loss import LOGITS_BUDGET_BYTES, cached_blocks, product
+from longspan.kernels.head import top_k
 from longspan.models.documents import Documents
-from longspan.models.hf import hidden_states, lm_head_weight
+from longspan.models.head import output_head, vocab_size
+from longspan.models.hf import hidden_states
 from longspan.models.hf_config import head_counts
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
-__all__ = ["LocalTeacher", "SharedTeacher", "Teacher", "TopK", "hidden_topk", "select_topk"]
+__all__ = ["LocalTeacher", "SharedTeacher", "Teacher", "TopK"]
 
-# Shape suffixes: N = tokens whose prediction is asked for, C = tokens of a chunk, D = model width, V = vocabulary,
-# K = words kept, G = groups of words, M = words of a group.
+# Shape suffixes: T = tokens of a row, N = tokens whose prediction is asked for, D = model width, K = words kept.
 
 
 class TopK(NamedTuple):
@@ -82,7 +82,7 @@ class LocalTeacher:
     @property
     def vocab_size(self) -> int:
         """See `Teacher`."""
-        return lm_head_weight(self.model).shape[0]
+        return vocab_size(self.model)
 
     def topk(
         self, input_ids: np.ndarray, cu_seqlens: np.ndarray, *, k: int, places: np.ndarray | None = None
@@ -96,7 +96,7 @@ class LocalTeacher:
             hidden_ND = hidden_states(self.model, ids_T, documents)
             if places is not None:
                 hidden_ND = hidden_ND[torch.from_numpy(np.asarray(places, dtype=np.int64)).to(device)]
-            return _to_numpy(hidden_topk(hidden_ND, lm_head_weight(self.model), k))
+            return _to_numpy(top_k(output_head(self.model), hidden_ND, k))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -121,7 +121,7 @@ class SharedTeacher:
     @property
     def vocab_size(self) -> int:
         """See `Teacher`."""
-        return lm_head_weight(self.model).shape[0]
+        return vocab_size(self.model)
 
     def topk(
         self, input_ids: np.ndarray, cu_seqlens: np.ndarray, *, k: int, places: np.ndarray | None = None
@@ -163,7 +163,7 @@ class SharedTeacher:
             wanted = np.arange(len(input_ids)) if places is None else places
             mine = np.isin(documents.indices, wanted)
             hidden_ND = hidden_ND[torch.from_numpy(np.flatnonzero(mine)).to(device)]
-            found = _to_numpy(hidden_topk(hidden_ND, lm_head_weight(self.model), k))
+            found = _to_numpy(top_k(output_head(self.model), hidden_ND, k))
         return documents.indices[mine], found
 
 
@@ -171,73 +171,6 @@ def check_k(k: int, vocab_size: int) -> None:
     """Raise ArgumentError if so many words cannot be kept."""
     if not 1 <= k <= vocab_size:
         raise ArgumentError("so many words cannot be kept", found=f"k = {k}", allowed=f"1 to {vocab_size}")
-
-
-def hidden_topk(
-    hidden_ND: torch.Tensor, head_VD: torch.Tensor, k: int, *, chunk_tokens: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ids int64 [N, k], logprobs fp32 [N, k] and tail fp32 [N] of softmax(hidden head^T).
-
-    Products are fp32 on CPU, and summed in fp32 elsewhere. `chunk_tokens`: None = as many as fit 128 MiB of logits.
-    """
-    device, vocab_size = hidden_ND.device, head_VD.shape[0]
-    num_tokens = hidden_ND.shape[0]
-    if chunk_tokens is None:
-        chunk_tokens = max(16, LOGITS_BUDGET_BYTES // (4 * vocab_size))
-    chunk_tokens = max(1, min(chunk_tokens, num_tokens))
-    factor_dtype = torch.float32 if device.type == "cpu" else hidden_ND.dtype
-    head_DV = head_VD.to(factor_dtype).T
-    ids_NK = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
-    logprobs_NK = torch.empty(num_tokens, k, device=device)
-    tail_N = torch.empty(num_tokens, device=device)
-    buffer_CV = torch.empty(chunk_tokens, vocab_size, device=device)
-    for start in range(0, num_tokens, chunk_tokens):
-        hidden_CD = hidden_ND[start : start + chunk_tokens].to(factor_dtype)
-        logits_CV = product(hidden_CD, head_DV, out=buffer_CV[: len(hidden_CD)])
-        for part in cached_blocks(logits_CV):
-            block = slice(start + part.start, start + min(part.stop, len(logits_CV)))
-            ids_NK[block], logprobs_NK[block], tail_N[block] = _of_logits(logits_CV[part], k)
-    return ids_NK, logprobs_NK, tail_N
-
-
-def _of_logits(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return ids, logprobs and tail; the logits are overwritten."""
-    top_CK, ids_CK = select_topk(logits_CV, k)
-    top_CK = top_CK - top_CK[:, :1]
-    exp_CV = logits_CV.sub_(logits_CV.gather(1, ids_CK[:, :1])).exp_()
-    # Without the words kept, the sum is exactly the mass of the others, however small.
-    rest_C = exp_CV.scatter_(1, ids_CK, 0.0).sum(1)
-    log_sum_C = (rest_C + top_CK.exp().sum(1)).log()
-    return ids_CK, top_CK - log_sum_C[:, None], rest_C.log() - log_sum_C
-
-
-def select_topk(logits_CV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values and ids [C, k] of the k largest, falling: what `torch.topk` returns, but for ties.
-
-    On CPU that is slow over a whole vocabulary. The k largest lie in the k groups of words with the largest maxima,
-    and maxima of groups are found at the speed of memory: of 32,768 words in 1,024 groups, 1,600 are looked at.
-    """
-    num_words = logits_CV.shape[1]
-    size = _group_size(num_words, k)
-    if logits_CV.device.type != "cpu" or size < 2:
-        return logits_CV.topk(k, dim=1)
-    # Group g holds words g, g + G, g + 2 G, ...: so a maximum over groups runs along memory.
-    num_groups = num_words // size
-    grouped_CMG = logits_CV[:, : num_groups * size].unflatten(1, (size, num_groups))
-    _, groups_CK = grouped_CMG.amax(1).topk(k, dim=1, sorted=False)
-    step_M1 = torch.arange(0, num_groups * size, num_groups)[:, None]
-    places = (groups_CK[:, None, :] + step_M1).flatten(1)
-    if rest := num_words - num_groups * size:
-        behind = torch.arange(num_words - rest, num_words).expand(len(places), rest)
-        places = torch.cat((places, behind), 1)
-    values_CK, at_CK = logits_CV.gather(1, places).topk(k, dim=1)
-    return values_CK, places.gather(1, at_CK)
-
-
-def _group_size(num_words: int, k: int) -> int:
-    """Return how many words a group has: the power of two with the fewest values to look at, 1 = no groups."""
-    sizes = [2**power for power in range(12) if num_words // 2**power >= k]
-    return min(sizes, key=lambda size: num_words // size + k * size if size > 1 else num_words)
 
 
 def _to_numpy(found: Sequence[torch.Tensor]) -> TopK:

@@ -1,4 +1,4 @@
-"""Distillation through a linear layer without the logits of the sequence (Hinton et al. 2015, arXiv:1503.02531).
+"""Distillation through a model's head without the logits of the sequence (Hinton et al. 2015, arXiv:1503.02531).
 
 The teacher is known by its k likeliest words after each token and by the mass of all others, which is one bucket: the
 student's distribution is brought to the same k + 1 buckets, and the divergence of one from the other is
@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from longspan.core.errors import ArgumentError
+from longspan.kernels.head import IGNORE_LABEL, Head, as_head, cached_blocks
 from longspan.kernels.loss import (
-    IGNORE_LABEL,
     ChunkLosses,
     LossSum,
-    cached_blocks,
     check_linear_loss,
     chunked_linear_loss,
+    reference_logits,
 )
 
 __all__ = ["TeacherTopK", "linear_distillation", "reference_linear_distillation"]
@@ -42,7 +42,7 @@ class TeacherTopK(NamedTuple):
 
 def linear_distillation(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head | torch.Tensor,
     labels: torch.Tensor,
     teacher: TeacherTopK,
     *,
@@ -51,7 +51,7 @@ def linear_distillation(
     loss_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LossSum:
-    """Return the summed mix of divergence and cross-entropy of softmax(hidden weight^T), chunk by chunk.
+    """Return the summed mix of divergence and cross-entropy of the softmax of logits, chunk by chunk.
 
     Tokens without a label have no loss of either kind, so the weight of a step is that of its labels. Memory and cost
     are those of `kernels.loss.linear_cross_entropy`; the arguments that are not explained here are too.
@@ -64,7 +64,8 @@ def linear_distillation(
     Raises:
         ArgumentError: shapes that do not fit, words outside the vocabulary, or settings out of range.
     """
-    _check(hidden, weight, labels, teacher, distill_weight, temperature, loss_weights, chunk_tokens)
+    head = as_head(head)
+    _check(hidden, head, labels, teacher, distill_weight, temperature, loss_weights, chunk_tokens)
 
     def to_gradient(
         logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
@@ -83,13 +84,13 @@ def linear_distillation(
         return losses
 
     return chunked_linear_loss(
-        hidden, weight, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
+        hidden, head, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
     )
 
 
 def reference_linear_distillation(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head | torch.Tensor,
     labels: torch.Tensor,
     teacher: TeacherTopK,
     *,
@@ -99,9 +100,9 @@ def reference_linear_distillation(
     chunk_tokens: int | None = None,
 ) -> LossSum:
     """Return the same as `linear_distillation` from all logits at once, by autograd (the slow twin)."""
-    _check(hidden, weight, labels, teacher, distill_weight, temperature, loss_weights, chunk_tokens)
+    _check(hidden, as_head(head), labels, teacher, distill_weight, temperature, loss_weights, chunk_tokens)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logprobs_tv = torch.log_softmax(hidden.to(dtype) @ weight.to(dtype).T, dim=1)
+    logprobs_tv = torch.log_softmax(reference_logits(hidden, head), dim=1)
     nll = torch.nn.functional.nll_loss(logprobs_tv, labels, ignore_index=IGNORE_LABEL, reduction="none")
     kl = []
     for row, (ids, logprobs, tail) in zip(logprobs_tv, zip(*teacher)):
@@ -210,7 +211,7 @@ def _to_gradient(
 
 def _check(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     labels: torch.Tensor,
     teacher: TeacherTopK,
     distill_weight: float,
@@ -218,7 +219,7 @@ def _check(
     loss_weights: torch.Tensor | None,
     chunk_tokens: int | None,
 ) -> None:
-    check_linear_loss(hidden, weight, labels, loss_weights, chunk_tokens)
+    check_linear_loss(hidden, head, labels, loss_weights, chunk_tokens)
     ids, logprobs, tail = teacher
     fits = ids.ndim == 2 and ids.shape[1] > 0 and ids.shape == logprobs.shape
     if not fits or not ids.shape[:1] == tail.shape == labels.shape:
@@ -232,10 +233,10 @@ def _check(
     if not temperature > 0:
         raise ArgumentError("a temperature is above 0", found=temperature)
     known = ids[logprobs > -torch.inf]
-    if known.numel() and (int(known.min()) < 0 or int(known.max()) >= weight.shape[0]):
+    if known.numel() and (int(known.min()) < 0 or int(known.max()) >= head.vocab_size):
         raise ArgumentError(
             "the teacher knows words that the student does not",
             found=f"ids from {int(known.min())} to {int(known.max())}",
-            allowed=f"0 .. {weight.shape[0] - 1}",
+            allowed=f"0 .. {head.vocab_size - 1}",
             fix="annotate with a teacher that has the student's tokenizer",
         )

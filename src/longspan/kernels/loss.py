@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer without the logits of the sequence.
+"""Cross-entropy of a model's head (`kernels.head`) without the logits of the sequence.
 
 `linear_cross_entropy` walks over tokens in chunks: logits of one chunk, their loss, their gradient in the
 same buffer, two products, next chunk. Logits are computed once, and memory beyond inputs and gradients is
@@ -12,33 +12,24 @@ Shape legend: T = tokens, C = tokens of a chunk, V = vocabulary, D = model dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from longspan.core.errors import ArgumentError, RunError
+from longspan.kernels.head import IGNORE_LABEL, Head, as_head, cached_blocks, chunk_rows, product
 
 __all__ = [
     "IGNORE_LABEL",
     "ChunkLosses",
     "LossSum",
-    "cached_blocks",
     "check_linear_loss",
     "chunked_linear_loss",
     "linear_cross_entropy",
-    "product",
     "reference_linear_cross_entropy",
+    "reference_logits",
 ]
-
-IGNORE_LABEL = -100
-"""Label of a token that has no loss."""
-
-LOGITS_BUDGET_BYTES = 128 << 20
-"""Size of the one buffer of logits when `chunk_tokens` is not given."""
-
-CACHED_BYTES = 1 << 20
-"""Logits that a CPU core turns into their gradient at a time: what stays in its second-level cache between passes."""
 
 
 class LossSum(NamedTuple):
@@ -68,30 +59,31 @@ true, puts the gradient of the weighted loss in the place of the logits."""
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head | torch.Tensor,
     labels: torch.Tensor,
     *,
     loss_weights: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LossSum:
-    """Return the summed cross-entropy of softmax(hidden weight^T) against labels, chunk by chunk.
+    """Return the summed cross-entropy of the softmax of logits against labels, chunk by chunk.
 
     Args:
         hidden: [T, D], any float dtype.
-        weight: [V, D], the output embedding.
+        head: what makes logits of them; a tensor [V, D] is an output embedding with nothing behind it.
         labels: int64 [T], already shifted; -100 = no loss.
         loss_weights: [T], factor on each token's loss; None = 1. It gets no gradient.
         chunk_tokens: tokens per chunk; None = as many as fit 128 MiB of logits.
 
-    Gradients of `hidden` and `weight` are computed in the forward pass, when they are needed, and `weight`'s
-    is accumulated in fp32; cost 2*T*V*D FLOPs forward, 4*T*V*D more for both gradients. Products are fp32 on
+    Gradients of `hidden` and the head are computed in the forward pass, when they are needed, and the head's
+    are accumulated in fp32; cost 2*T*V*D FLOPs forward, 4*T*V*D more for both gradients. Products are fp32 on
     CPU whatever the dtype (bf16 products are about 20 times slower there) and fp32-accumulated on CUDA.
 
     Raises:
         ArgumentError: shapes that do not fit, or a label outside the vocabulary.
         RunError: `backward` is called twice on one result; the gradients are handed over, not kept.
     """
-    check_linear_loss(hidden, weight, labels, loss_weights, chunk_tokens)
+    head = as_head(head)
+    check_linear_loss(hidden, head, labels, loss_weights, chunk_tokens)
 
     def to_gradient(
         logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
@@ -100,13 +92,13 @@ def linear_cross_entropy(
         return ChunkLosses(nll_c, nll_c)
 
     return chunked_linear_loss(
-        hidden, weight, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
+        hidden, head, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
     )
 
 
 def chunked_linear_loss(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     labels: torch.Tensor,
     to_gradient: ToGradient,
     *,
@@ -114,21 +106,35 @@ def chunked_linear_loss(
     chunk_tokens: int | None,
 ) -> LossSum:
     """Return the sum of a loss that `to_gradient` finds in the logits of each chunk; see `linear_cross_entropy`."""
-    grad_hidden = torch.is_grad_enabled() and hidden.requires_grad
-    grad_weight = torch.is_grad_enabled() and weight.requires_grad
+    weight, bias = head.weight, head.bias
+    wanted = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    ]
     if chunk_tokens is None:
-        item = torch.promote_types(hidden.dtype, torch.float32).itemsize
-        chunk_tokens = max(16, LOGITS_BUDGET_BYTES // (item * weight.shape[0]))
+        # A cap needs a second copy of the chunk.
+        chunk_tokens = chunk_rows(head.vocab_size * (1 if head.softcap is None else 2), hidden.dtype)
     return LossSum(
         *_ChunkedLinearLoss.apply(
-            hidden, weight, labels, loss_weights, chunk_tokens, grad_hidden, grad_weight, to_gradient
+            hidden, weight, bias, head, labels, loss_weights, chunk_tokens, wanted, to_gradient
         )
     )
 
 
+def reference_logits(hidden: torch.Tensor, head: Head | torch.Tensor) -> torch.Tensor:
+    """Return all logits [T, V] in fp32 or better, by autograd (the slow twin of what goes in chunks)."""
+    head = as_head(head)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits_tv = hidden.to(dtype) @ head.weight.to(dtype).T
+    if head.bias is not None:
+        logits_tv = logits_tv + head.bias.to(dtype)
+    logits_tv = logits_tv * head.scale
+    return logits_tv if head.softcap is None else head.softcap * torch.tanh(logits_tv / head.softcap)
+
+
 def reference_linear_cross_entropy(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head | torch.Tensor,
     labels: torch.Tensor,
     *,
     loss_weights: torch.Tensor | None = None,
@@ -138,24 +144,23 @@ def reference_linear_cross_entropy(
 
     `chunk_tokens` is accepted for the shared signature and has no effect here.
     """
-    check_linear_loss(hidden, weight, labels, loss_weights, chunk_tokens)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits_tv = hidden.to(dtype) @ weight.to(dtype).T
+    check_linear_loss(hidden, as_head(head), labels, loss_weights, chunk_tokens)
+    logits_tv = reference_logits(hidden, head)
     nll = torch.nn.functional.cross_entropy(logits_tv, labels, ignore_index=IGNORE_LABEL, reduction="none")
-    weighted = nll if loss_weights is None else nll * loss_weights.to(dtype)
+    weighted = nll if loss_weights is None else nll * loss_weights.to(nll.dtype)
     # A weight of an ignored token may be anything: its nll is 0, and 0 * inf must not reach the sum.
     return LossSum(weighted.masked_fill(labels == IGNORE_LABEL, 0.0).sum(), nll.detach())
 
 
 def check_linear_loss(
     hidden: torch.Tensor,
-    weight: torch.Tensor,
+    head: Head,
     labels: torch.Tensor,
     loss_weights: torch.Tensor | None,
     chunk_tokens: int | None,
 ) -> None:
     """Raise ArgumentError for what `linear_cross_entropy` refuses."""
-    tokens = hidden.shape[:1]
+    weight, tokens = head.weight, hidden.shape[:1]
     fits = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == tokens
     if not fits or (loss_weights is not None and loss_weights.shape != tokens):
         raise ArgumentError(
@@ -184,11 +189,12 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        head: Head,
         labels: torch.Tensor,
         loss_weights: torch.Tensor | None,
         chunk_tokens: int,
-        grad_hidden: bool,
-        grad_weight: bool,
+        wanted: tuple[bool, bool, bool],
         to_gradient: ToGradient,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -199,39 +205,43 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         nll = torch.zeros(hidden.shape[0], dtype=dtype, device=device)
         kl: torch.Tensor | None = None
         total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else dtype, device=device)
-        dhidden = torch.zeros_like(hidden) if grad_hidden else None
         # Tokens without a label cost nothing: only the others are gathered into chunks.
         with_label = (labels != IGNORE_LABEL).nonzero().squeeze(1)
         chunk_tokens = min(chunk_tokens, max(1, with_label.numel()))
         # Products on CPU are faster into [D, V]; turning that round takes memory, which the buffer of logits frees.
         turned = device.type == "cpu" and weight.shape[1] <= chunk_tokens
         shape = tuple(reversed(weight.shape)) if turned else weight.shape
-        dweight = torch.zeros(shape, dtype=dtype, device=device) if grad_weight else None
+        dhidden = torch.zeros_like(hidden) if wanted[0] else None
+        dweight = torch.zeros(shape, dtype=dtype, device=device) if wanted[1] else None
+        dbias = torch.zeros(weight.shape[0], dtype=dtype, device=device) if wanted[2] else None
         # One buffer serves every chunk: with a fresh one, the last chunk would still be held beside it.
         buffer_cv = torch.empty(chunk_tokens, weight.shape[0], dtype=dtype, device=device)
         for index in with_label.split(chunk_tokens):
             hidden_cd = hidden[index].to(factor_dtype)
-            logits_cv = product(hidden_cd, weight_vd.T, out=buffer_cv[: len(index)])
+            logits_cv = head.finish_(product(hidden_cd, weight_vd.T, out=buffer_cv[: len(index)]))
+            capped_cv = logits_cv.clone() if head.softcap is not None and any(wanted) else None
             factor_c = None if loss_weights is None else loss_weights[index].to(dtype)
-            found = to_gradient(logits_cv, index, factor_c, grad_hidden or grad_weight)
+            found = to_gradient(logits_cv, index, factor_c, any(wanted))
             nll[index] = found.nll
             if found.kl is not None:
                 kl = torch.zeros_like(nll) if kl is None else kl
                 kl[index] = found.kl
             total += (found.loss if factor_c is None else found.loss * factor_c).sum(dtype=total.dtype)
-            if dhidden is None and dweight is None:
+            if not any(wanted):
                 continue
-            dlogits_cv = logits_cv.to(factor_dtype)
+            dlogits_cv = head.turn_back_(logits_cv, capped_cv).to(factor_dtype)
             if dhidden is not None:
                 dhidden[index] = (dlogits_cv @ weight_vd).to(hidden.dtype)
             if dweight is not None:
                 pair = (hidden_cd.T, dlogits_cv) if turned else (dlogits_cv.T, hidden_cd)
                 _add_product(dweight, *pair)
+            if dbias is not None:
+                dbias += logits_cv.sum(0)
         if dweight is not None and turned:
             del buffer_cv, logits_cv, dlogits_cv
             dweight = dweight.T.contiguous()
-        ctx.grads = (dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
+        ctx.grads = (dhidden, dweight, dbias)
+        ctx.head = weight.dtype, None if bias is None else bias.dtype
         loss = total.to(dtype)
         ctx.mark_non_differentiable(*(nll,) if kl is None else (nll, kl))
         return loss, nll, kl
@@ -242,14 +252,15 @@ class _ChunkedLinearLoss(torch.autograd.Function):
             raise RunError(
                 "backward ran twice through one linear_cross_entropy; its gradients were handed over"
             )
-        dhidden, dweight = ctx.grads
+        dhidden, *of_head = ctx.grads
         ctx.grads = None
         grad = grad_outputs[0]
         if dhidden is not None:
             dhidden = dhidden.mul_(grad.to(dhidden.dtype))
-        if dweight is not None:
-            dweight = dweight.mul_(grad).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None, None, None
+        dweight, dbias = (
+            None if part is None else part.mul_(grad).to(dtype) for part, dtype in zip(of_head, ctx.head)
+        )
+        return dhidden, dweight, dbias, None, None, None, None, None, None
 
 
 def _to_gradient(
@@ -270,21 +281,6 @@ def _to_gradient(
             exp_cv.mul_((block_factor_c / sum_c)[:, None])
             exp_cv.scatter_add_(1, block_label_c, -block_factor_c[:, None])
     return nll_c
-
-
-def cached_blocks(logits_cv: torch.Tensor) -> Iterator[slice]:
-    """Yield the rows of logits that stay in cache between passes over them: on a GPU all at once."""
-    rows = max(1, len(logits_cv))
-    if logits_cv.device.type == "cpu":
-        row_bytes = logits_cv.element_size() * logits_cv.shape[1]
-        rows = max(1, CACHED_BYTES * torch.get_num_threads() // row_bytes)
-    for start in range(0, len(logits_cv), rows):
-        yield slice(start, start + rows)
-
-
-def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-    """Write a @ b into `out` without rounding it to the dtype of the factors on the way."""
-    return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:

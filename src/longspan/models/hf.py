@@ -55,7 +55,6 @@ __all__ = [
     "enable",
     "evaluated_dtype",
     "hidden_states",
-    "lm_head_weight",
     "load_base",
     "load_model",
     "own_config",
@@ -70,13 +69,6 @@ __all__ = [
 
 # Layers that the document table reaches (chunked attention is refused where its mask would be built).
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Config fields by which a model changes its logits after the output embedding, with the value that does not.
-LOGIT_CHANGES = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "output_multiplier": 1.0,
-}
 
 
 def enable(
@@ -476,24 +468,6 @@ def hidden_states(
     if states is None:
         raise ArgumentError(f"{type(model).__name__} does not give its hidden states apart from its logits")
     return states.reshape(*input_ids.shape, -1)
-
-
-def lm_head_weight(model: PreTrainedModel) -> torch.Tensor:
-    """Return the output embedding [vocabulary, hidden]; logits are hidden_states @ weight.T.
-
-    Raises:
-        ArgumentError: a model whose logits are more than that product.
-    """
-    config = text_config(model.config)
-    for name, neutral in LOGIT_CHANGES.items():
-        if (value := getattr(config, name, neutral)) not in (neutral, None):
-            raise ArgumentError(
-                f"{type(model).__name__} changes its logits after the head", found=f"{name}={value}"
-            )
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise ArgumentError(f"{type(model).__name__} has a bias in its output embedding")
-    return head.weight
 
 
 def _construct(config: PretrainedConfig) -> PreTrainedModel:

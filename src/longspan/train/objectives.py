@@ -12,33 +12,35 @@ import torch
 from torch import nn
 
 from longspan.kernels.distill import linear_distillation
+from longspan.kernels.head import Head
 from longspan.kernels.loss import LossSum, linear_cross_entropy
 from longspan.models.documents import Documents
-from longspan.models.hf import hidden_states, lm_head_weight
+from longspan.models.head import output_head
+from longspan.models.hf import hidden_states
 from longspan.train.batch import Batch
 from longspan.train.loop_config import DistillConfig
 
 
-def next_token(batch: Batch, hidden_TD: torch.Tensor, head_VD: torch.Tensor) -> LossSum:
+def next_token(batch: Batch, hidden_TD: torch.Tensor, head: Head) -> LossSum:
     """Cross-entropy of the next token, weighted by the batch's loss weights.
 
-    `hidden_TD` [tokens, hidden], `head_VD` [vocabulary, hidden]. The mask column makes it supervised
+    `hidden_TD` [tokens, hidden]. The mask column makes it supervised
     fine-tuning: tokens of weight 0 are read but not learnt.
     """
-    return linear_cross_entropy(hidden_TD, head_VD, batch.labels, loss_weights=batch.loss_weights)
+    return linear_cross_entropy(hidden_TD, head, batch.labels, loss_weights=batch.loss_weights)
 
 
-def distill(batch: Batch, hidden_TD: torch.Tensor, head_VD: torch.Tensor, how: DistillConfig) -> LossSum:
+def distill(batch: Batch, hidden_TD: torch.Tensor, head: Head, how: DistillConfig) -> LossSum:
     """Divergence from the batch's teacher, mixed with the cross-entropy of the next token.
 
     Each token's mix weighs what its label weighs, so a step is divided as in `next_token`. Tokens without a teacher
     (the frame of a document, rows of another stream) and batches without one (validation) are those of `next_token`.
     """
     if batch.teacher is None:
-        return next_token(batch, hidden_TD, head_VD)
+        return next_token(batch, hidden_TD, head)
     return linear_distillation(
         hidden_TD,
-        head_VD,
+        head,
         batch.labels,
         batch.teacher,
         distill_weight=how.weight,
@@ -65,7 +67,7 @@ class ModelWithLoss(nn.Module):
         # A table for a row that is spread over ranks stands in for one of a whole row.
         documents = cast(Documents, batch.documents)
         hidden_TD = hidden_states(self.model, batch.input_ids, documents, position_ids=batch.positions)
-        head_VD = lm_head_weight(self.model)
+        head = output_head(self.model)
         if self.distill is not None:
-            return distill(batch, hidden_TD, head_VD, self.distill)
-        return next_token(batch, hidden_TD, head_VD)
+            return distill(batch, hidden_TD, head, self.distill)
+        return next_token(batch, hidden_TD, head)

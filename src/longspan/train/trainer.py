@@ -31,7 +31,8 @@ from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
 from longspan.models.adapter_card import adapter_note
 from longspan.models.families import refuse_quantized
-from longspan.models.hf import lm_head_weight, save_model
+from longspan.models.head import output_head, vocab_size
+from longspan.models.hf import save_model
 from longspan.models.lora import check_lora, lora_notes, save_adapter
 from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.models.stand_in import check_forward
@@ -214,7 +215,7 @@ def check_recipe(config: TrainConfig, root: Path) -> None:
     """Check the model, its forward pass, every stage's RoPE and the adapters; data are not looked at."""
     for stage in config.stages:
         model = empty_stage_model(config, stage, root)
-        lm_head_weight(model)
+        output_head(model)
     if config.model.path is not None:
         refuse_quantized(model_config(config, root), model_path(config, root), verb="trained")
     check_forward(model.config)
@@ -485,7 +486,7 @@ def _clip(model: nn.Module, max_grad_norm: float) -> float:
 
 def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
     """Refuse ids without an embedding, of which torch says no more than that an index is out of range."""
-    known = lm_head_weight(model).shape[0]
+    known = vocab_size(model)
     highest = max(int(row.input_ids.max()) for row in rows)
     if highest >= known:
         raise DataError(
