@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from longspan.core.errors import ArgumentError, ConfigError, RunError
 from longspan.core.heartbeat import beat, watched_by
 from longspan.parallel import launch
-from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group, spawn_local
+from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_first_rank, process_group, spawn_local
 from tests.patience import PATIENCE_SECONDS
 
 
@@ -111,8 +112,8 @@ class FakeEvent:
 
     ended = False
 
-    def record(self) -> None:
-        pass
+    def record(self, stream: object) -> None:
+        assert stream == "of card 3"
 
     def query(self) -> bool:
         return self.ended
@@ -129,6 +130,8 @@ def test_work_that_ends_on_the_gpu_is_progress(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of card {device}")
     monkeypatch.setattr(torch.cuda, "Event", made)
     monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: clock))
     dog = Watchdog(10.0)
@@ -143,6 +146,35 @@ def test_work_that_ends_on_the_gpu_is_progress(monkeypatch: pytest.MonkeyPatch) 
         dog._look_at_the_gpu()
         moved.append(dog._since)
     assert moved == [8.0, 16.0, 24.0, 24.0]
+
+
+def _wait_for_a_slow_disk(rank: int, folder: Path) -> int:
+    """Rank 0 writes until rank 1 has beaten, which by then does nothing but wait; return the beats of this rank."""
+    store, beats = dist.distributed_c10d._get_default_store(), []
+
+    def watcher() -> None:
+        beats.append(rank)
+        if rank == 1:
+            store.set("beaten", "yes")
+
+    def write() -> None:
+        (folder / "part").write_bytes(b"a model")
+        store.wait(["beaten"])
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(launch, "GROWTH_SECONDS", 0.02)
+    with watched_by(watcher), growing(folder):
+        dist.barrier()  # both have looked
+        on_first_rank(write, group=dist.new_group(backend="gloo", timeout=launch.PATIENCE))
+    return len(beats)
+
+
+def test_ranks_that_wait_for_what_is_written_are_not_stuck(tmp_path: Path) -> None:
+    """The end of a stage writes a whole model on one rank: longer than the timeout, and the others' watchdogs ended
+    them."""
+    (tmp_path / "stage").mkdir()
+    beats = spawn_local(_wait_for_a_slow_disk, 2, tmp_path, timeout_seconds=PATIENCE_SECONDS)
+    assert beats[1] > 0
 
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}

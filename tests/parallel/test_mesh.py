@@ -33,6 +33,13 @@ def describe(rank: int) -> dict[str, Any]:
     mesh = build_mesh(MeshConfig(dp_shard=2, tp=2), "cpu", timeout_seconds=PATIENCE_SECONDS)
     assert mesh.fsdp is not None
     found["tp"] = (members(mesh.tp_group), mesh.fsdp.mesh.tolist())
+    made: list[Any] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr(dist, "new_subgroups_by_enumeration", lambda *args, **_: made.append(args))
+    mesh = build_mesh(MeshConfig(cp_ring=4), "cpu", timeout_seconds=PATIENCE_SECONDS)
+    patch.undo()
+    assert mesh.fsdp is not None
+    found["one"] = (len(made), members(mesh.ring_group), members(mesh.cp_group), mesh.fsdp.mesh.tolist())
     return found
 
 
@@ -72,6 +79,8 @@ def test_groups_are_those_of_the_degrees() -> None:
         ([2, 3], [0, 2]),
         ([2, 3], [1, 3]),
     ]
+    # Ring, sequence and shard groups over the same ranks each had a communicator, with buffers on the device.
+    assert all(rank["one"] == (0, *[[0, 1, 2, 3]] * 3) for rank in ranks)
 
 
 def test_ranks_that_read_different_rows_are_named() -> None:

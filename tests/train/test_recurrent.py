@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,3 +350,18 @@ def test_composes_with_fsdp2() -> None:
     """Ranks gather parameters together: one whose documents need no first walk must not leave the other waiting."""
     for errors in spawn_local(sharded_errors, 2, timeout_seconds=PATIENCE_SECONDS):
         assert len(errors) > 20 and max(errors) <= 1e-5, errors
+
+
+def test_micro_batches_share_one_stream_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream for each micro-batch had an allocator pool each, whose memory no other stream gets back."""
+    made: list[Any] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    recurrent._stream.cache_clear()
+    for _ in range(3):
+        with KeyValueCache(offload=True)._copying(torch.device("cuda", 0), behind_compute=True) as found:
+            assert found is stream
+    recurrent._stream.cache_clear()
+    assert made == [torch.device("cuda", 0)]

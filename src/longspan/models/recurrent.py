@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,6 @@ class KeyValueCache:
         self.offload = offload
         self._kv: dict[tuple[int, int], torch.Tensor] = {}
         self._gradients: dict[tuple[int, int], torch.Tensor] = {}
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -143,16 +143,17 @@ class KeyValueCache:
         if device.type != "cuda":
             yield None
             return
-        stream = self._stream(device)
+        stream = _stream(device)
         if behind_compute:
             stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             yield stream
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all rows: the allocator keeps memory by stream, and gives none of it back to another."""
+    return torch.cuda.Stream(device)
 
 
 class ChunkedRow:

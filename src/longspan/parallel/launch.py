@@ -33,13 +33,15 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, LongspanError, RunError
-from longspan.core.heartbeat import watched_by
+from longspan.core.heartbeat import beat, watched_by
 from longspan.core.launched import Launched, is_first, launched
 from longspan.core.log import ROOT
 
 __all__ = [
+    "PATIENCE",
     "Watchdog",
     "collective_timeout",
+    "growing",
     "is_first_process",
     "lost_ranks",
     "on_all_ranks",
@@ -51,6 +53,12 @@ __all__ = [
 COLLECTIVE_SHARE = {"cpu": 0.9, "cuda": 1.2}
 """How long a collective waits, as a part of the timeout. A gloo collective that fails says what it waited for, so it
 comes before the watchdog; NCCL's own ends the process with a dump, so it comes after."""
+
+PATIENCE = timedelta(days=7)
+"""Of a group whose collectives the watchdog ends when nothing moves: writing may take longer than the timeout."""
+
+GROWTH_SECONDS = 1.0
+"""Between two looks at what is written."""
 
 EXIT_SECONDS = 20.0
 """What a failed process has to end by itself before it is ended: NCCL's clean-up may wait for dead ranks."""
@@ -172,8 +180,10 @@ def is_first_process() -> bool:
     return is_first()
 
 
-def on_first_rank(action: Callable[[], Result]) -> Result:
+def on_first_rank(action: Callable[[], Result], *, group: dist.ProcessGroup | None = None) -> Result:
     """Return what `action` returns on rank 0, on every rank; it runs there alone.
+
+    `group` is one of all ranks, by which they are told; None = the default one.
 
     Raises:
         LongspanError: what it raised, on every rank.
@@ -188,7 +198,7 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
         except LongspanError as error:
             failure = error
             told[1] = (type(error), str(error))
-    dist.broadcast_object_list(told, src=0)
+    dist.broadcast_object_list(told, src=0, group=group)
     if failure is not None:
         raise failure
     if told[1] is not None:
@@ -229,6 +239,37 @@ def on_all_ranks(action: Callable[[], Result], *, group: dist.ProcessGroup | Non
     return [value for value, _, _ in told]
 
 
+@contextlib.contextmanager
+def growing(folder: Path) -> Iterator[None]:
+    """Beat whenever the bytes below `folder` change, which this process or another one writes: so a wait is none."""
+    done = threading.Event()
+    before = _bytes_below(folder)
+
+    def look() -> None:
+        nonlocal before
+        while not done.wait(GROWTH_SECONDS):
+            if (now := _bytes_below(folder)) != before:
+                before = now
+                beat()
+
+    thread = threading.Thread(target=look, name="longspan-growing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # moved away in between
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
 class Watchdog:
     """Ends this process with a message when nothing has moved for the timeout.
 
@@ -245,6 +286,8 @@ class Watchdog:
         self._stop = threading.Event()
         self._since, self._doing = time.monotonic(), "starting"
         self._queued: deque[torch.cuda.Event] = deque()
+        # Other threads, which beat too, have another one.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._inside = contextlib.ExitStack()
         self._watched = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="longspan-watchdog", daemon=True)
@@ -269,7 +312,7 @@ class Watchdog:
         self._since = time.monotonic()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._queued.append(event)
 
     def _look_at_the_gpu(self) -> None:

@@ -30,7 +30,7 @@ from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, disk_errors, read_json, remove_leftovers, sha256_file, write_json
 from longspan.core.log import get_logger
 from longspan.parallel.fsdp import own_part
-from longspan.parallel.launch import on_all_ranks, on_first_rank
+from longspan.parallel.launch import PATIENCE, growing, on_all_ranks, on_first_rank
 from longspan.train.shard_files import PartFiles, TensorPart, Written, write_parts
 
 VERSION = 2
@@ -89,7 +89,7 @@ class Checkpointer:
         self._fingerprint, self._keep = config_fingerprint, keep
         self._rank = dist.get_rank() if several else 0
         self._world = dist.get_world_size() if several else 1
-        self._group = dist.new_group(backend="gloo") if several else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved: Saved | None = None
@@ -134,7 +134,8 @@ class Checkpointer:
             RunError: a rank could not write its part, on every rank.
         """
         if self._thread is not None:
-            self._thread.join()
+            with growing(self.folder):
+                self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
@@ -163,8 +164,8 @@ class Checkpointer:
             def begin() -> str:
                 return str(stack.enter_context(atomic_dir(path, replace=True))) if self._rank == 0 else ""
 
-            aside = Path(on_all_ranks(begin, group=self._group)[0])
-            shares = on_all_ranks(lambda: self._write_own(path, aside, parts), group=self._group)
+            aside = Path(on_all_ranks(begin, group=self.group)[0])
+            shares = on_all_ranks(lambda: self._write_own(path, aside, parts), group=self.group)
             files = {name: written for share in shares for name, written in share.items()}
 
             def commit() -> None:
@@ -175,7 +176,7 @@ class Checkpointer:
                     stack.close()
                     self._remove_old(path)
 
-            on_all_ranks(commit, group=self._group)
+            on_all_ranks(commit, group=self.group)
         return sum(written.bytes for written in files.values())
 
     def _write_own(

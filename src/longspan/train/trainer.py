@@ -37,7 +37,7 @@ from longspan.models.lora import check_lora, lora_notes, save_adapter
 from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.models.stand_in import check_forward
 from longspan.parallel.fsdp import full_tensor
-from longspan.parallel.launch import Watchdog, lost_ranks, on_all_ranks, on_first_rank, process_group
+from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_all_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
 from longspan.train.checkpoint import (
     Checkpoint,
@@ -163,26 +163,33 @@ def train(
 def _train_stages(run: _RunContext, plans: Sequence[StagePlan], state: Checkpoint | None) -> TrainResult:
     config, root = run.config, run.root
     models = _model_folders(config, run.folder)
-    tokenizer = tokenizer_source(config, root)
     done = state.progress.step if state else None
     seconds = on_first_rank(lambda: rewind(run.folder.path, done))
     for index, plan in enumerate(plans):
         if state is None or state.progress.stage <= index:
             state, seconds = _train_stage(run, plan, index, state, seconds)
             on_first_rank(partial(check_trained, run.folder.path, plan.stage.name))
-            if run.spread.is_first and not models[plan.stage.name].exists():
-                model = stage_model(config, plan.stage, state, root)
-                if config.lora is None:
-                    save_model(model, models[plan.stage.name], tokenizer=tokenizer)
-                else:
-                    base = model_path(config, root)
-                    save_adapter(model, models[plan.stage.name], base=base, tokenizer=tokenizer)
-                    get_logger("train").info("%s: %s", models[plan.stage.name], adapter_note(base))
-            # The others wait here: reading and writing a whole model takes its time.
-            on_first_rank(lambda: None)
+            write = partial(_write_stage, config, plan.stage, state, root, models[plan.stage.name])
+            with growing(run.folder.path / "stages"):
+                on_first_rank(write, group=run.checkpointer.group)
     assert state is not None
     on_first_rank(run.folder.mark_complete)
     return TrainResult(models, state.progress.step, state.progress.tokens)
+
+
+def _write_stage(
+    config: TrainConfig, stage: StageConfig, state: Checkpoint, root: Path, folder: Path
+) -> None:
+    if folder.exists():
+        return
+    model = stage_model(config, stage, state, root)
+    tokenizer = tokenizer_source(config, root)
+    if config.lora is None:
+        save_model(model, folder, tokenizer=tokenizer)
+    else:
+        base = model_path(config, root)
+        save_adapter(model, folder, base=base, tokenizer=tokenizer)
+        get_logger("train").info("%s: %s", folder, adapter_note(base))
 
 
 def _model_folders(config: TrainConfig, folder: RunDir) -> dict[str, Path]:
