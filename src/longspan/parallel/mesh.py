@@ -117,16 +117,18 @@ def build_mesh(config: MeshConfig, device: torch.device | str, *, timeout_second
     place = [int(coordinate) for coordinate in np.argwhere(grid == rank)[0]]
     timeout = timedelta(seconds=timeout_seconds)
 
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def group(*axes: int) -> dist.ProcessGroup:
         """One group for the same ranks: on CUDA each has a communicator, with buffers on the device."""
         axes = tuple(axis for axis in axes if config.degrees[axis] > 1)
         if prod(config.degrees[axis] for axis in axes) == world:
-            return dist.group.WORLD
-        if axes not in made:
-            made[axes] = _group_along(grid, axes, timeout)
-        return made[axes]
+            return everyone
+        if axes not in groups:
+            groups[axes] = _group_along(grid, axes, timeout)
+        return groups[axes]
 
     ring_group = group(2) if ring > 1 else None
     ulysses_group = group(3) if ulysses > 1 else None
