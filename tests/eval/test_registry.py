@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from longspan.core.config import Config
@@ -10,7 +12,7 @@ from longspan.eval import registry
 from longspan.eval.held_out import TaskData
 from longspan.eval.prompts import PromptForm
 from longspan.eval.registry import Axes, TaskEntry, entries, entry_of, loaded, register
-from longspan.eval.scorers import SCORERS
+from longspan.eval.scorers import SCORERS, Scorer, register_scorer, scorer_named
 
 SMALL = {"lengths": (4096,), "samples": 1}
 CONFIGS = {"needle_distractors": {"num_distractors": 1}, "lines": {"kind": "lines"}}
@@ -73,3 +75,40 @@ def test_installed_packages_add_tasks(own, monkeypatch):
         installed("theirs")
     monkeypatch.undo()
     registry._register_installed.cache_clear()
+
+
+def table(text: str, head: str) -> list[list[str]]:
+    """Return the cells of the table of a page that has this head."""
+    rows = text.partition(f"{head}\n")[2].partition("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_page_lists_every_task_and_scorer():
+    """A task or a rule that the docs do not name is found by nobody; one that is gone is looked for in vain."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    ours = [
+        [
+            f"`{entry.name}`",
+            f"`{entry.command or entry.name}`",
+            entry.title,
+            " x ".join(f"`{axis}`" for axis in (entry.axes.rows, entry.axes.columns) if axis)
+            if entry.axes
+            else "",
+        ]
+        for entry in registry._BUILT_IN
+    ]
+    assert table(page, "| Records | `longspan eval` | What is asked | Axes |") == ours
+    assert table(page, "| Scorer | |") == [[f"`{name}`", scorer.says] for name, scorer in SCORERS.items()]
+
+
+def test_scorers_are_added_once():
+    """A second rule of one name would give other scores under it."""
+    rule = Scorer("errors", 1, lambda expected, output, fields: 0.0, "counts", higher_is_better=False)
+    try:
+        register_scorer(rule)
+        register_scorer(rule)
+        assert scorer_named("errors") is rule
+        with pytest.raises(ArgumentError, match="of this name"):
+            register_scorer(Scorer("errors", 2, rule.rule))
+    finally:
+        del SCORERS["errors"]
