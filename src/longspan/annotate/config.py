@@ -28,7 +28,7 @@ class TeacherConfig(Config):
     cp: int = pydantic.Field(1, ge=1)
     """Processes that share each row (context parallelism); GPUs under torchrun."""
     schedule: Literal["ring", "striped", "dist_flash", "ulysses", "all_gather"] = "ring"
-    """How keys travel among the processes of `cp`."""
+    """Context-parallel schedule: how keys travel among the processes of `cp`."""
     batch_tokens: TokenBudget = pydantic.Field(16_384, gt=0)
     """Tokens in one forward pass, at least one row."""
 

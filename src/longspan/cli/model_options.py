@@ -76,8 +76,10 @@ class ModelOptions(NamedTuple):
             "Default: as plain text."
         ),
     ] = None
-    tp: Annotated[int, typer.Option(min=1, help="Processes that share each matrix.")] = 1
-    cp: Annotated[int, typer.Option(min=1, help="Processes that share each sequence.")] = 1
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism: processes that share each matrix.")] = 1
+    cp: Annotated[
+        int, typer.Option(min=1, help="Context parallelism: processes that share each sequence.")
+    ] = 1
     replicas: Annotated[
         int | None,
         typer.Option(
@@ -86,7 +88,9 @@ class ModelOptions(NamedTuple):
             "torchrun or srun has started processes for, else 1.",
         ),
     ] = None
-    schedule: Annotated[Schedule, typer.Option(help="How keys travel among the --cp processes.")] = "ring"
+    schedule: Annotated[
+        Schedule, typer.Option(help="Context-parallel schedule: how keys travel among the --cp processes.")
+    ] = "ring"
     batch_tokens: Annotated[
         int, count_option(help="Tokens in one forward pass, at least one sample.", min=1)
     ] = 16384

@@ -77,7 +77,7 @@ class OptimizerConfig(Config):
     momentum: float = pydantic.Field(0.95, ge=0, lt=1)
     """Muon's Nesterov momentum."""
     max_grad_norm: float = pydantic.Field(1.0, gt=0, allow_inf_nan=True)
-    """Gradients are scaled down to this global 2-norm; `.inf`: never."""
+    """Gradient clipping: gradients are scaled down to this global 2-norm; `.inf`: never."""
 
 
 class LrScheduleConfig(Config):
@@ -119,7 +119,7 @@ class StageConfig(Config):
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     context_length: Length = pydantic.Field(ge=2)
-    """Tokens in a row."""
+    """Tokens in a row, the sequence length."""
     tokens: TokenBudget | None = pydantic.Field(None, gt=0)
     """Length of the stage in tokens, rounded to whole steps; a stage has this, `steps` or `epochs`."""
     steps: int | None = pydantic.Field(None, ge=0)
@@ -127,9 +127,10 @@ class StageConfig(Config):
     epochs: float | None = pydantic.Field(None, gt=0)
     """Length of the stage in passes over the rows of the stream that ends first."""
     batch_tokens: TokenBudget = pydantic.Field(gt=0)
-    """Tokens in one optimizer step, rounded down to whole rows."""
+    """Tokens in one optimizer step (the global batch), rounded down to whole rows."""
     micro_batch_tokens: TokenBudget | None = pydantic.Field(None, gt=0)
-    """Tokens in one forward and backward pass; the rest of the step is accumulated. None: the whole step."""
+    """Tokens in one forward and backward pass of a data-parallel group; over the rest of the step gradients are
+    accumulated (gradient accumulation). None: the whole step at once."""
     lr: float = pydantic.Field(gt=0)
     """Peak learning rate (Muon's, if the optimizer is Muon)."""
     adamw_lr: float | None = pydantic.Field(None, gt=0)
@@ -144,14 +145,16 @@ class StageConfig(Config):
     pose: PoseConfig | None = None
     """Positions are skipped, so that short rows reach far ones. None: positions count on."""
     document_mask: bool = True
-    """Keep the documents of a row apart: none sees another, each begins at position 0, and its first token is never a
-    label. false: attention, positions and labels run over the whole row. A stream may say otherwise."""
+    """Intra-document masking: keep the documents of a row apart. None sees another, each begins at position 0, and its
+    first token is never a label. false: attention, positions and labels run over the whole row. A stream may say
+    otherwise."""
     objective: Literal["lm", "sft", "distill"] = "lm"
     """lm: every token; `loss_weights` that texts carry count, masks of conversations and of packed rows do not. sft:
     what the assistant wrote; a stream without masks is refused. distill: cross-entropy mixed with a teacher's
     predictions, by the mask where there is one; every stream names its `teacher`."""
     loss_mask: bool | None = None
-    """Whether only what a mask marks is learnt, or every token; a stream may say otherwise. None: as the objective."""
+    """Loss mask: whether only what a mask marks is learnt, or every token; a stream may say otherwise. None: as the
+    objective."""
     loss_average: LossAverage = "tokens"
     """What the loss of a step is a mean of. tokens: all trained tokens of the step count the same. samples: the mean
     of each document first, then of these, as a trainer with one conversation a batch does: four tokens of an answer
@@ -285,25 +288,27 @@ class CheckpointConfig(Config):
 
 
 class ParallelConfig(Config):
-    """The processes of a run; the degrees multiply to their number, which torchrun starts.
+    """Parallelism: the processes of a run. The degrees multiply to their number, which torchrun starts.
 
     A run can go on with other degrees than it began with: its data and their order stay the same.
     """
 
     dp_replicate: int = pydantic.Field(1, ge=1)
-    """Copies of the sharded model."""
+    """Data parallelism: copies of the sharded model (HSDP)."""
     dp_shard: int = pydantic.Field(1, ge=1)
-    """Processes that share the parameters and read different rows."""
+    """Sharded data parallelism: processes that share the parameters (FSDP2) and read different rows."""
     cp_ring: int = pydantic.Field(1, ge=1)
-    """Processes that share each sequence, keys and values going round."""
+    """Context parallelism: processes that share each sequence, keys and values going round (ring attention)."""
     cp_ulysses: int = pydantic.Field(1, ge=1)
-    """Processes that share each sequence, each computing some of the heads."""
+    """Context parallelism: processes that share each sequence, each computing some of the heads (Ulysses)."""
     tp: int = pydantic.Field(1, ge=1)
-    """Processes that share each matrix."""
+    """Tensor parallelism: processes that share each matrix; training refuses it above 1."""
     schedule: Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"] | None = None
-    """How keys and values reach the queries. None: what the cp degrees say: none, ring, ulysses or usp."""
+    """Context-parallel schedule: how keys and values reach the queries. None: what the cp degrees say: none, ring,
+    ulysses or usp."""
     layout: Layout | None = None
-    """Which tokens of a sequence each process holds. None: the schedule's own."""
+    """Load balancing of context parallelism: which tokens of a sequence each process holds. None: the schedule's
+    own."""
     timeout_seconds: float = pydantic.Field(600.0, gt=0)
     """A process that makes no progress for so long, or loses the others, ends with a message. Longer than a step."""
 
@@ -315,14 +320,15 @@ class MemoryConfig(Config):
     """Choose the cheapest of the settings below with which every stage fits this machine, and say why. The types stay
     as they are given: they change what is computed."""
     activation_checkpointing: Literal["none", "full", "offload"] = "none"
-    """Recompute each block in the backward pass from its input; `offload` keeps the inputs in host memory."""
+    """Activation (gradient) checkpointing: recompute each block in the backward pass from its input; `offload` keeps
+    the inputs in host memory."""
     tiled_mlp: TokenBudget | None = pydantic.Field(None, gt=0)
     """Tokens that an MLP computes at a time. None: all at once."""
     offload_parameters: bool = False
-    """Keep parameters, gradients and optimizer state in host memory."""
+    """CPU offloading: keep parameters, gradients and optimizer state in host memory."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the forward and backward pass beside master weights of `model.dtype`. None: `model.dtype`, but bfloat16
-    on a GPU where all weights are trained; set float32 to compute in that there."""
+    """Mixed precision: type of the forward and backward pass beside master weights of `model.dtype`. None:
+    `model.dtype`, but bfloat16 on a GPU where all weights are trained; set float32 to compute in that there."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which gradients are summed over processes."""
 

@@ -60,18 +60,19 @@ class StreamConfig(Config):
     chat_template: str | None = None
     """Template of the conversations in `records`: a shipped name or a Jinja file. None: the tokenizer's own."""
     mixture: MixtureConfig = MixtureConfig(mode="none")
-    """Which documents are read, how often."""
+    """Data mixture: which documents are read, how often; lengths may be upsampled."""
     pack: StreamPackConfig = StreamPackConfig()
-    """How documents become rows of the stage's context length. `strategy` and `overflow` (split or drop_tail) also say
-    what becomes of longer `rows`. Without a `strategy`, `objective: sft` packs as for conversations."""
+    """Sequence packing: how documents become rows of the stage's context length. `strategy` and `overflow` (split or
+    drop_tail) also say what becomes of longer `rows`. Without a `strategy`, `objective: sft` packs as for
+    conversations."""
     loss_mask: bool | None = None
-    """Whether only what a conversation's mask marks is learnt. None: as the stage says."""
+    """Loss mask: whether only what a conversation's mask marks is learnt. None: as the stage says."""
     begin_with_user: bool = False
     """Leave out the first turn of conversations in `records` that is not the user's, such as a system turn."""
     shuffle: bool = True
     """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
     document_mask: bool | None = None
-    """Whether the documents of a row are kept apart. None: as the stage says."""
+    """Intra-document masking: whether the documents of a row are kept apart. None: as the stage says."""
     weight: float = pydantic.Field(1.0, gt=0)
     """Share of the rows, relative to the stage's other streams."""
 
