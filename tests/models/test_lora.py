@@ -21,12 +21,12 @@ from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.documents import Documents
 from longspan.models.export import export_model
 from longspan.models.head import output_head
-from longspan.models.hf import build_model, hidden_states, load_model, save_model
-from longspan.models.lora import LoraConfig, apply_lora, check_lora, load_adapter, lora_notes, save_adapter
+from longspan.models.hf import build_model, empty_model, hidden_states, load_model, save_model
+from longspan.models.lora import LoraConfig, apply_lora, check_lora, load_adapter, save_adapter
 from longspan.models.lora_config import Quantization
 from longspan.models.quantize import dequantize, quantize, without_advice
 from longspan.train.config import TrainConfig
-from longspan.train.trainer import plan_run
+from longspan.train.run_plan import plan_run
 from tests.models.test_hf import TINY, tokens
 
 
@@ -175,7 +175,10 @@ def test_settings_that_name_nothing_are_refused(base: Path) -> None:
         ({"target_modules": ["q_proj"], "trainable": ["self_attn.q_proj"]}, ["not both", "layers.0"]),
     ]
     for settings, parts in cases:
-        for refuse in (lambda c: check_lora(base, c), lambda c: apply_lora(load_model(base), c, seed=0)):
+        for refuse in (
+            lambda c: check_lora(empty_model(base), c),
+            lambda c: apply_lora(load_model(base), c, seed=0),
+        ):
             with pytest.raises(ConfigError) as caught:
                 refuse(LoraConfig(**settings))  # type: ignore[no-untyped-call]
             for part in parts:
@@ -223,7 +226,7 @@ def test_packages_that_are_missing_are_named(base: Path, monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(MissingDependencyError, match=rf"longspan\[{extra}\]"):
-                check_lora(base, LoraConfig(**settings))
+                check_lora(empty_model(base), LoraConfig(**settings))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
@@ -250,7 +253,7 @@ def test_experts_that_adapters_do_not_reach_are_said_and_the_merged_model_is_exp
     fields = {**TINY, "model_type": "mixtral", "num_local_experts": 4}
     save_model(build_model(fields, seed=0), tmp_path / "base")
     config = LoraConfig(rank=2, quantize="nf4")
-    notes = lora_notes(tmp_path / "base", config)
+    notes = check_lora(empty_model(tmp_path / "base"), config)
     weights = {name: weight.numel() for name, weight in load_model(tmp_path / "base").named_parameters()}
     share = sum(count for name, count in weights.items() if "experts" in name) / sum(weights.values())
     assert (
@@ -262,7 +265,7 @@ def test_experts_that_adapters_do_not_reach_are_said_and_the_merged_model_is_exp
     report = export_model(load_model(tmp_path / "adapter"), tmp_path / "out")
     assert report.kind == "merged"
     save_model(build_model(TINY, seed=0), tmp_path / "dense")
-    assert lora_notes(tmp_path / "dense", config) == []
+    assert check_lora(empty_model(tmp_path / "dense"), config) == []
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "hqq", "torchao"])

@@ -17,8 +17,10 @@ from longspan.models.hf import build_model, hidden_states, load_model, save_mode
 from longspan.parallel.launch import spawn_local
 from longspan.train import trainer
 from longspan.train.config import TrainConfig
+from longspan.train.known_models import known_model
 from longspan.train.resolve import resolve
-from longspan.train.trainer import plan_run, train
+from longspan.train.run_plan import plan_run
+from longspan.train.trainer import train
 from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
@@ -161,9 +163,9 @@ def test_frozen_weights_keep_their_bits_and_memory_settings_change_nothing(
         values = adapted(base, lora, memory=saving, optimizer={"name": "adamw", "weight_decay": 0.0})
         train(TrainConfig.from_dict(values), tmp_path / name, data_root=data_root)
         assert losses(tmp_path / name) == pytest.approx(losses(alone[name]), abs=1e-5)
-        fresh, trained = (dict(model.named_parameters()) for model in (make_model(
-            TrainConfig.from_dict(values), TrainConfig.from_dict(values).stages[0], None, data_root
-        ), seen[0]))  # fmt: skip
+        config = TrainConfig.from_dict(values)
+        made = make_model(config, config.stages[0], None, known_model(config.model, data_root))
+        fresh, trained = (dict(model.named_parameters()) for model in (made, seen[0]))
         changed = {key for key in fresh if not torch.equal(fresh[key], trained[key])}
         assert changed == {key for key in fresh if fresh[key].requires_grad}
 

@@ -11,7 +11,7 @@ import pytest
 
 from longspan.core.errors import ConfigError, DataError
 from longspan.data.packed.materialize import materialize
-from longspan.data.tokenizer import train_bpe
+from longspan.data.tokenizer import load_tokenizer, train_bpe
 from longspan.train.config import StageConfig
 from longspan.train.left_out import left_out_words
 from longspan.train.record_files import Records, parse_records
@@ -41,7 +41,7 @@ def planned(root: Path, stream: dict[str, Any], **stage: Any) -> StagePlan:
         "streams": {"mine": {"strategy": "best_fit", **stream}}, **stage,
     }  # fmt: skip
     return plan_stage(
-        StageConfig.from_dict(settings), data_root=root, seed=5, tokenizer=str(root / "tokenizer")
+        StageConfig.from_dict(settings), data_root=root, seed=5, tokenizer=load_tokenizer(root / "tokenizer")
     )
 
 

@@ -15,9 +15,11 @@ from longspan.core.errors import ConfigError
 from longspan.core.records import read_jsonl
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.train.config import TrainConfig
+from longspan.train.known_models import known_model
 from longspan.train.resolve import resolve
+from longspan.train.run_plan import plan_run
 from longspan.train.stage_model import empty_stage_model, rope_at, stage_model
-from longspan.train.trainer import plan_run, train
+from longspan.train.trainer import train
 from tests.train.conftest import recipe
 
 LENGTH = 48
@@ -103,8 +105,8 @@ def test_nothing_but_the_context_length_decides_the_factors(
 def test_ranks_without_values_have_the_config_of_the_first(own: Path, kind: str) -> None:
     """A rank that does not know the length scales attention otherwise than the one that loads the weights."""
     config = TrainConfig.from_dict(settings(own / kind))
-    stage = config.stages[0]
-    first, other = stage_model(config, stage, None, own), empty_stage_model(config, stage, own)
+    stage, known = config.stages[0], known_model(config.model, own)
+    first, other = stage_model(config, stage, None, known), empty_stage_model(config, stage, known)
     assert first.config.to_dict() == other.config.to_dict()
     scales = [model.model.rotary_emb.attention_scaling for model in (first, other)]
     expected = AutoConfig.from_pretrained(
@@ -121,9 +123,10 @@ def test_a_length_that_the_rope_leaves_out_is_the_models_own() -> None:
     fields = {**recipe()["model"]["hf_config"], "rope_parameters": {**LONGROPE, "rope_theta": 1e4}}
     del fields["rope_parameters"]["original_max_position_embeddings"]
     config = TrainConfig.from_dict({**settings(Path("unused")), "model": {"hf_config": fields}})
+    known = known_model(config.model, Path())
     for model in (
-        stage_model(config, config.stages[0], None, Path()),
-        empty_stage_model(config, config.stages[0], Path()),
+        stage_model(config, config.stages[0], None, known),
+        empty_stage_model(config, config.stages[0], known),
     ):
         assert model.config.rope_parameters["original_max_position_embeddings"] == 16
         assert model.config.max_position_embeddings == LENGTH
@@ -161,7 +164,7 @@ def test_a_theta_stays_until_another_is_set(own: Path) -> None:
     config = TrainConfig.from_dict(settings(own / "default", *({"rope": rope} for rope in ropes), {}))
     found = [rope_at(config, stage) for stage in config.stages]
     assert found == [ropes[0], {**ropes[1], "rope_theta": 5e5}, {**ropes[1], "rope_theta": 5e5}]
-    model = stage_model(config, config.stages[2], None, own)
+    model = stage_model(config, config.stages[2], None, known_model(config.model, own))
     assert model.config.rope_parameters["rope_theta"] == 5e5
 
 

@@ -18,9 +18,10 @@ from longspan.data.tokenizer import train_bpe
 from longspan.models.hf import build_model, load_model, save_model
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, set_lr
+from longspan.train.run_plan import plan_run
 from longspan.train.streams import plan_stage, stage_rows
 from longspan.train.trained import STARTED
-from longspan.train.trainer import plan_run, train, train_step
+from longspan.train.trainer import train, train_step
 from tests.train.conftest import recipe
 
 
@@ -181,8 +182,8 @@ def test_a_misspelt_key_names_the_right_one() -> None:
 
 def test_the_plan_counts_rows_of_each_stream(data_root: Path) -> None:
     """Two streams of weight 1 share the rows of a stage."""
-    plans = plan_run(config(), data_root=data_root)
-    assert plans[0].rows_needed == {"text": 24, "weighted": 24}
+    plan = plan_run(config(), data_root=data_root)
+    assert plan.stages[0].rows_needed == {"text": 24, "weighted": 24}
 
 
 def test_a_rate_beside_muon_is_refused_where_there_is_no_muon() -> None:

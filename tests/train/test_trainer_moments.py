@@ -14,7 +14,8 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.models.lora import LoraConfig, apply_lora
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, set_lr
-from longspan.train.trainer import plan_run, train
+from longspan.train.run_plan import plan_run
+from longspan.train.trainer import train
 from longspan.train.trainer_moments import find_trainer_checkpoint, read_trainer_moments
 from tests.train.conftest import recipe
 

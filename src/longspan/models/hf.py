@@ -158,6 +158,7 @@ def empty_model(
     rope: Mapping[str, Any] | None = None,
     max_position_embeddings: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Return a model on the meta device: modules and shapes without values; nothing is read but its config.
 
@@ -171,7 +172,8 @@ def empty_model(
     if isinstance(origin, Mapping):
         config = new_config(origin, rope, max_position_embeddings)
     else:
-        config = own_config(origin, as_saved=rope is not None)
+        if config is None:
+            config = own_config(origin, as_saved=rope is not None)
         config = changed_config(config, rope=rope, context=max_position_embeddings, overrides=overrides)
     with torch.device("meta"):
         return enable(_construct(text_config(config)))
@@ -222,6 +224,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     overrides: Mapping[str, Any] | None = None,
     tp: int = 1,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub name, with longspan's attention.
 
@@ -235,6 +238,7 @@ def load_model(
         overrides: other fields of the config that replace those of the folder.
         tp: ranks that share each matrix by the model's own plan, for inference: all ranks of the run, each of
             which calls this. Each holds the whole output embedding.
+        config: what `own_config` has read already; not of an adapter.
 
     Raises:
         ArgumentError: heads that do not divide among the `tp` ranks, or an adapter with `tp`.
@@ -260,6 +264,7 @@ def load_model(
         dtype=dtype,
         overrides=overrides,
         tp=tp,
+        config=config,
     )
 
 

@@ -34,7 +34,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import atomic_dir, read_json, sha256_bytes, write_json
 from longspan.core.optional import require
 from longspan.models.adapter_card import adapter_card
-from longspan.models.hf import empty_model, load_base, own_config, reading_folder, rope_of
+from longspan.models.hf import load_base, own_config, reading_folder, rope_of
 from longspan.models.init import seeded
 from longspan.models.lora_config import LoraConfig, Quantization
 from longspan.models.places import ADAPTER_FILES, OLD_WEIGHTS, OWN_FILE, adapter_base, adapter_folder
@@ -60,7 +60,6 @@ __all__ = [
     "detach",
     "is_adapted",
     "load_adapter",
-    "lora_notes",
     "save_adapter",
 ]
 
@@ -82,8 +81,12 @@ def is_adapted(model: nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def check_lora(origin: str | Path, config: LoraConfig) -> None:
-    """Refuse settings that name no layer of the model at `origin`, or packages that are missing; no weight is read.
+def check_lora(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Refuse settings that name no layer of a model, or packages that are missing; no weight is looked at.
+
+    Returns:
+        What is to be said of the weights that get no adapter and are not quantised: the experts of a mixture are one
+        tensor a layer and no linear layers.
 
     Raises:
         ConfigError: a target that matches nothing; the message lists the linear layers there are.
@@ -92,27 +95,13 @@ def check_lora(origin: str | Path, config: LoraConfig) -> None:
     _peft()
     if config.quantize != "none":
         bitsandbytes()
-    _places(empty_model(origin), config)
-
-
-def lora_notes(origin: str | Path, config: LoraConfig) -> list[str]:
-    """Return what is to be said of the weights that get no adapter and are not quantised; no weight is read.
-
-    The experts of a mixture are one tensor a layer and no linear layers.
-    """
-    model = empty_model(origin)
     places = _places(model, config)
-    reached = linears(model).values()
-    of_layers = {id(weight) for layer in reached for weight in layer.parameters()}
-    embeddings = {
-        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer
-    }
+    # The weights of linear layers and embeddings have two dimensions.
     left = {
         name: weight.numel()
         for name, weight in model.named_parameters()
-        if weight.ndim > 2 and id(weight) not in of_layers | embeddings
-        and not any(name.startswith(f"{place}.") for place in places.trainable)
-    }  # fmt: skip
+        if weight.ndim > 2 and not any(name.startswith(f"{place}.") for place in places.trainable)
+    }
     if not left:
         return []
     share = sum(left.values()) / sum(weight.numel() for weight in model.parameters())

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from longspan.core.log import get_logger
 from longspan.models.lora_config import LoraConfig
 from longspan.plan.block import LINEARS
 from longspan.plan.choose import Choice, choose_memory
@@ -15,7 +14,7 @@ from longspan.plan.models import shape_of
 from longspan.plan.training import LoraSettings, TrainingMemory, TrainingSettings, training_memory
 from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
 
-__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "resolve_memory", "stage_memory", "step_settings"]
+__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "stage_memory", "step_settings"]
 
 TRAINED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -125,17 +124,3 @@ def fit_memory(
     fields = dict(choice.settings)
     fields["offload_chunk_cache"] = fields.pop("offload_cache")
     return config.memory.model_copy(update=fields), choice
-
-
-def resolve_memory(config: TrainConfig, hf_config: Mapping[str, Any]) -> TrainConfig:
-    """Return the recipe with the settings that `memory: auto` stands for on this machine, and log why.
-
-    Raises:
-        ArgumentError: nothing fits.
-    """
-    if not config.memory.auto:
-        return config
-    memory, choice = fit_memory(config, hf_config, machine_budget())
-    for line in choice.reasons():
-        get_logger("train").info(line)
-    return config.model_copy(update={"memory": memory})

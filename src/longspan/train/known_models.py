@@ -1,18 +1,21 @@
-"""What is known of a recipe's model without fetching it: its shape and its own context."""
+"""The model of a recipe before it is trained: its config, read once, or what its name says without fetching it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 from longspan.core.errors import DataError
-from longspan.core.files import read_json
+from longspan.models.hf import own_config, rope_of
+from longspan.models.hf_config import head_counts, new_config, window_of_all_layers
+from longspan.models.known_checkpoints import with_known_rope
+from longspan.models.places import adapter_folder
 from longspan.plan.models import MODELS, ModelShape, shape_of
 from longspan.train.config import ModelConfig
 
-__all__ = ["KnownModel", "known_model"]
+__all__ = ["AttentionSizes", "KnownModel", "known_model", "model_path"]
 
 OWN_CONTEXT = {
     "llama-2-7b": 4096,
@@ -25,44 +28,92 @@ OWN_CONTEXT = {
 """Positions of models by what their names contain; the last that fits counts."""
 
 
+class AttentionSizes(NamedTuple):
+    """What decides how a model's attention can be spread."""
+
+    heads: int
+    kv_heads: int
+    window: int | None
+    """Tokens of a sliding window that all layers have."""
+
+
 class KnownModel(NamedTuple):
     """A model that need not be on this machine."""
 
+    path: str | None
+    """Folder or hub name; None: it is made from scratch."""
+    config: PretrainedConfig | None
+    """As it was before training, with the RoPE that its weights are known to need; None: it is not at hand."""
+    as_saved: PretrainedConfig | None
+    """As its files have it; None, too, for an adapter and a model from scratch."""
     shape: ModelShape | None
+    """None: no dense decoder, which trains all the same and has no estimate, or a name that says nothing."""
     own_context: int | None
-    config: dict[str, Any] | None
-    """Its config.json, where that is at hand: in a folder or in the cache of the hub."""
+
+    @property
+    def sizes(self) -> AttentionSizes | None:
+        """What its attention can be spread by; None: not known."""
+        if self.config is None:
+            return None if self.shape is None else AttentionSizes(self.shape.heads, self.shape.kv_heads, None)
+        return AttentionSizes(*head_counts(self.config), window_of_all_layers(self.config))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes it the same model for a run that goes on: its sizes and its RoPE."""
+        assert self.config is not None
+        text = self.config.get_text_config(decoder=True)
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        return {name: getattr(text, name, None) for name in ("model_type", *names)} | {
+            "rope": rope_of(self.config)
+        }
 
 
-def known_model(model: ModelConfig, root: Path) -> KnownModel:
-    """Return what a config at hand, or else the model's name, says; nothing is fetched."""
-    config = _config_at_hand(model, root)
+def model_path(model: ModelConfig, root: Path) -> str | None:
+    """Return the model's folder below `root`, else the path as it is: a hub name, or from the working directory."""
+    if model.path is None:
+        return None
+    folder = root / model.path
+    return str(folder) if folder.is_dir() else model.path
+
+
+def known_model(model: ModelConfig, root: Path, *, fetch: bool = False) -> KnownModel:
+    """Return the model with its config; where that is not at hand and not to be fetched, what the name says.
+
+    Raises:
+        ConfigError, DataError: nothing says how the model is made.
+    """
+    path = model_path(model, root)
+    config = as_saved = None
+    if model.hf_config is not None:
+        config = new_config(model.hf_config, None)
+    elif path is not None and (fetch or _is_at_hand(path)):
+        if adapter_folder(path) is None:
+            as_saved = own_config(path, as_saved=True)
+            config = with_known_rope(as_saved, path)
+        else:
+            config = own_config(path)
     if config is not None:
         try:
-            shape = shape_of(config, "model")
+            shape = shape_of(config.to_dict() | model.config_overrides, "model")
         except DataError:
-            # No dense decoder: it trains all the same, and has no estimate.
             shape = None
-        text = config.get("text_config") or config
-        return KnownModel(shape, text.get("max_position_embeddings"), config)
+        text = config.get_text_config(decoder=True)
+        own_context = getattr(text, "max_position_embeddings", None)
+        return KnownModel(path, config, as_saved, shape, own_context)
     # meta-llama/Meta-Llama-3-8B-Instruct is a llama-3-8b.
-    name = str(model.path).lower().rsplit("/", 1)[-1].replace("_", "-")
+    name = str(path).lower().rsplit("/", 1)[-1].replace("_", "-")
     shapes = [shape for key, shape in MODELS.items() if key in name]
     lengths = [length for key, length in OWN_CONTEXT.items() if key in name]
-    return KnownModel(shapes[-1] if shapes else None, lengths[-1] if lengths else None, None)
+    return KnownModel(path, None, None, shapes[-1] if shapes else None, lengths[-1] if lengths else None)
 
 
-def _config_at_hand(model: ModelConfig, root: Path) -> dict[str, Any] | None:
-    if model.hf_config is not None:
-        return AutoConfig.for_model(**model.hf_config).to_dict()
-    for folder in (root / str(model.path), Path(str(model.path))):
-        if (folder / "config.json").is_file():
-            return dict(read_json(folder / "config.json")) | model.config_overrides
+def _is_at_hand(path: str) -> bool:
+    """Whether the config of a model is in its folder, or in the cache of the hub."""
+    if (Path(path) / "config.json").is_file():
+        return True
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(str(model.path), "config.json")
+        return isinstance(try_to_load_from_cache(path, "config.json"), str)
     except HFValidationError:
-        return None
-    return dict(read_json(cached)) | model.config_overrides if isinstance(cached, str) else None
+        return False

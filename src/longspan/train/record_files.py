@@ -29,7 +29,7 @@ from longspan.data.readers import ReadReport, read_objects
 from longspan.data.store import TokenStore
 from longspan.data.store.lengths import LengthTable
 from longspan.data.tokenize import tokenize_corpus
-from longspan.data.tokenizer import Tokenizer, load_tokenizer
+from longspan.data.tokenizer import Tokenizer
 
 __all__ = ["RecordStore", "Records", "draw_records", "parse_records", "record_stores"]
 
@@ -84,11 +84,14 @@ def record_stores(
     entries: Sequence[str],
     *,
     data_root: Path,
-    tokenizer: str | None,
+    tokenizer: Tokenizer | None,
     template: str | None,
     begin_with_user: bool = False,
+    opened: dict[Path, TokenStore],
 ) -> list[RecordStore]:
     """Return the token store of each entry, made now unless it is there; the same file may be named twice.
+
+    Those in `opened` are not opened again, and what is opened goes there.
 
     Raises:
         ConfigError: a wrong entry, or no tokenizer to make a store with.
@@ -97,15 +100,19 @@ def record_stores(
     parsed = [parse_records(entry) for entry in entries]
     if tokenizer is None:
         raise ConfigError("records need a tokenizer", fix="set the recipe's tokenizer")
-    encoder = load_tokenizer(tokenizer)
     return [
-        RecordStore(_store_of(each.path, data_root, encoder, template, begin_with_user), each)
+        RecordStore(_store_of(each.path, data_root, tokenizer, template, begin_with_user, opened), each)
         for each in parsed
     ]
 
 
 def _store_of(
-    path: str, data_root: Path, tokenizer: Tokenizer, template: str | None, begin_with_user: bool
+    path: str,
+    data_root: Path,
+    tokenizer: Tokenizer,
+    template: str | None,
+    begin_with_user: bool,
+    opened: dict[Path, TokenStore],
 ) -> TokenStore:
     # Only a prefix: a second one further on is part of the name.
     file = data_root / path.removeprefix(DATA_ROOT_PREFIX)
@@ -121,13 +128,12 @@ def _store_of(
     )
     identity = [str(file.resolve()), tokenizer.fingerprint, chat.fingerprint if chat else None]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-    return tokenize_corpus(
-        [str(file)],
-        tokenizer,
-        data_root / "stores" / f"{file.stem}-{name}",
-        messages_field=field if chat else None,
-        chat=chat,
-    )
+    place = data_root / "stores" / f"{file.stem}-{name}"
+    if place not in opened:
+        opened[place] = tokenize_corpus(
+            [str(file)], tokenizer, place, messages_field=field if chat else None, chat=chat
+        )
+    return opened[place]
 
 
 def _field_of(file: Path) -> str:

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longspan.core.errors import ConfigError
+from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.plans.framing import frame_words
 from longspan.data.plans.packing import PackPlan
-from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.rows.loader import RowSource
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
@@ -23,17 +22,12 @@ from longspan.plan.models import ModelShape
 from longspan.plan.scale import Degrees, layer_seconds
 from longspan.plan.training import WORKSPACE, training_memory
 from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
-from longspan.train.fit import step_settings
-from longspan.train.known_models import KnownModel, known_model
-from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
+from longspan.train.fit import MemoryBudget, machine_budget, step_settings
+from longspan.train.run_plan import plan_run
 from longspan.train.runtime import on_gpu
-from longspan.train.spread import check_parallel, check_rows
-from longspan.train.stage_model import attention_sizes, model_config, rope_at
-from longspan.train.stage_rope import check_stage_ropes, rope_notes, stage_rope_notes
+from longspan.train.stage_model import rope_at
 from longspan.train.stream_config import StreamConfig
-from longspan.train.streams import StagePlan, plan_stage
-from longspan.train.trainer import adapter_notes, check_recipe, plan_run
-from longspan.train.trainer_moments import check_init
+from longspan.train.streams import StagePlan
 
 __all__ = ["ResolvedRecipe", "ResolvedStage", "resolve"]
 
@@ -107,45 +101,38 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
         raise ConfigError("there is no estimate for this GPU", found=gpu, allowed=list(GPUS))
     here, device = _machine_gpu() if gpu is None else (GPUS[gpu], "")
     cuda = here is not None or torch.cuda.is_available()
-    root = data_root / config.data_root
-    check_rows(config)
-    model = known_model(config.model, root)
-    if model.config is not None:
-        sizes = attention_sizes(config, root)
-        check_parallel(config.parallel, sizes.heads, sizes.kv_heads)
-    elif model.shape is not None:
-        check_parallel(config.parallel, model.shape.heads, model.shape.kv_heads)
-    missing = sorted({path for stage in config.stages for path in _missing(stage, root)})
-    notes = []
+    plan = plan_run(on_gpu(config) if cuda else config, data_root=data_root, at_hand=True)
+    model, notes = plan.model, []
     if here is None:
         notes.append(f"there is no estimate of time for {device}: name a GPU with --gpu ({', '.join(GPUS)})")
     if model.config is None:
         notes.append(
             f"the model {config.model.path} is not on this machine: it is estimated by its name, and not checked"
         )
-    if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    if plan.missing:
+        shown = ", ".join(plan.missing[:3])
+        shown += f" and {len(plan.missing) - 3} more" if len(plan.missing) > 3 else ""
         notes.append(f"data are not on this machine: {shown}; shares are those of the recipe")
-    if model.config is not None:
-        notes += rope_notes(config, model_config(config, root))
-    elif model.own_context is not None:
-        notes += stage_rope_notes(config, max_positions=model.own_context)
-    plans: list[StagePlan | None]
-    if not missing and model.config is not None:
-        plans = list(plan_run(config, data_root=data_root))
-    else:
-        plans = _plan_what_is_there(config, model, root)
-        if config.init_from is not None and not (root / config.init_from.path).exists():
-            notes.append(f"init_from is not on this machine and is not checked: {config.init_from.path}")
-    if model.config is not None:
-        notes += adapter_notes(config, root)
-    typed = on_gpu(config) if cuda else config
-    stages = [
-        _stage(typed, plan.stage if plan else stage, plan, model.shape, here, cuda=cuda)
-        for stage, plan in zip(config.stages, plans)
-    ]
+    init = config.init_from
+    if init is not None and not (plan.root / init.path).exists():
+        notes.append(f"init_from is not on this machine and is not checked: {init.path}")
+    notes += plan.notes
     world = _world(config.parallel)
+    if config.memory.auto and model.shape is not None and model.config is not None:
+        try:
+            plan = plan.fitted(_budget(None if gpu is None else here, world))
+        except ArgumentError as error:
+            notes.append(f"memory: auto: {error}")
+        notes += plan.memory
+    stages = [_stage(plan.config, each, model.shape, here, cuda=cuda) for each in plan.stages]
     return ResolvedRecipe(stages, notes, world, _launch(command, world), model.shape, here, cuda)
+
+
+def _budget(gpu: Gpu | None, world: int) -> MemoryBudget:
+    """Return what a process may fill on a named GPU; None: on this machine."""
+    if gpu is None:
+        return machine_budget()
+    return MemoryBudget(gpu.memory, gpu.host_for_rank(world), True)
 
 
 def _machine_gpu() -> tuple[Gpu | None, str]:
@@ -156,41 +143,10 @@ def _machine_gpu() -> tuple[Gpu | None, str]:
     return next((gpu for key, gpu in GPUS.items() if key in name.lower()), None), f"this machine's {name}"
 
 
-def _plan_what_is_there(config: TrainConfig, model: KnownModel, root: Path) -> list[StagePlan | None]:
-    if model.config is not None:
-        check_recipe(config, root)
-        if config.init_from is not None and (root / config.init_from.path).exists():
-            check_init(config, root)
-    elif model.shape is not None and model.own_context is not None:
-        check_stage_ropes(config, own_context=model.own_context, head_dim=model.shape.head_dim)
-    plans: list[StagePlan | None] = []
-    for stage in config.stages:
-        # Records need the tokenizer, which stands beside the model.
-        at_hand = not _missing(stage, root) and not any(stream.records for stream in stage.streams.values())
-        plans.append(plan_stage(stage, data_root=root, seed=config.seed) if at_hand else None)
-    return plans
-
-
-def _missing(stage: StageConfig, root: Path) -> list[str]:
-    paths = []
-    for stream in stage.streams.values():
-        stores = (stream.store,) if isinstance(stream.store, str) else stream.store or ()
-        records = [parse_records(entry).path.removeprefix(DATA_ROOT_PREFIX) for entry in stream.records or ()]
-        teachers = (stream.teacher,) if isinstance(stream.teacher, str) else stream.teacher or ()
-        paths += [*stores, *records, *teachers, *([stream.rows] if stream.rows is not None else [])]
-    # A data set that is read where it is counts as missing: nothing is asked of the network here.
-    return [path for path in paths if path.startswith(HUB) or not (root / path).exists()]
-
-
 def _stage(
-    config: TrainConfig,
-    stage: StageConfig,
-    plan: StagePlan | None,
-    model: ModelShape | None,
-    gpu: Gpu | None,
-    *,
-    cuda: bool,
+    config: TrainConfig, plan: StagePlan, model: ModelShape | None, gpu: Gpu | None, *, cuda: bool
 ) -> ResolvedStage:
+    stage = plan.stage
     # Only data at hand tell how many steps an epoch is.
     steps = None if stage.epochs is not None else stage.num_steps
     tokens = None if steps is None else steps * stage.rows_per_step * stage.context_length
@@ -223,8 +179,8 @@ def _stage(
         None if stage.rope is None else rope_at(config, stage),
         stage.objective,
         stage.optimizer_state,
-        _streams(stage, plan),
-        _tokens_by_source(stage, plan, tokens),
+        _streams(plan),
+        _tokens_by_source(plan, tokens),
         memory,
         host,
         step_time,
@@ -232,9 +188,9 @@ def _stage(
     )
 
 
-def _streams(stage: StageConfig, plan: StagePlan | None) -> dict[str, dict[str, Any]]:
-    if plan is None:
-        return {name: {"documents": None, "rows": None, "rows_needed": None} for name in stage.streams}
+def _streams(plan: StagePlan) -> dict[str, dict[str, Any]]:
+    if plan.mixer is None:
+        return {name: {"documents": None, "rows": None, "rows_needed": None} for name in plan.stage.streams}
     return {
         name: {
             "documents": len(plan.mixtures[name].documents) if name in plan.mixtures else None,
@@ -253,17 +209,16 @@ def _frame(source: RowSource) -> dict[str, str]:
     return {"documents_begin": frame_words(plan.spec)} if isinstance(plan, PackPlan) else {}
 
 
-def _tokens_by_source(
-    stage: StageConfig, plan: StagePlan | None, tokens: int | None
-) -> dict[str, int | None]:
+def _tokens_by_source(plan: StagePlan, tokens: int | None) -> dict[str, int | None]:
     """Return the tokens of each source: of the plan where there is one, else by the recipe's weights."""
+    stage = plan.stage
     total = sum(stream.weight for stream in stage.streams.values())
     found: dict[str, int | None] = {}
     for name, stream in stage.streams.items():
         of_stream: float | None = None if tokens is None else tokens * stream.weight / total
         if stage.shares == "rows":
             of_stream = tokens if len(stage.streams) == 1 else None
-        if plan is not None:
+        if name in plan.rows_needed:
             of_stream = plan.rows_needed[name] * stage.context_length
         for source, share in _shares(name, stream, plan).items():
             key = source if source not in found else f"{name}/{source}"
@@ -271,8 +226,8 @@ def _tokens_by_source(
     return found
 
 
-def _shares(name: str, stream: StreamConfig, plan: StagePlan | None) -> Mapping[str, float]:
-    if plan is not None and name in plan.mixtures:
+def _shares(name: str, stream: StreamConfig, plan: StagePlan) -> Mapping[str, float]:
+    if name in plan.mixtures:
         sources = plan.mixtures[name].report.sources
         return {source: report.share_after for source, report in sources.items() if report.tokens}
     weights = stream.mixture.weights

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from longspan.core.errors import ConfigError
 from longspan.core.log import get_logger
@@ -23,7 +22,9 @@ from longspan.models.hf import evaluated_dtype, load_model, rope_of, usable_devi
 from longspan.models.hf_config import head_dim
 from longspan.train.batch import collate, total_weight
 from longspan.train.config import TrainConfig
+from longspan.train.known_models import known_model
 from longspan.train.objectives import ModelWithLoss
+from longspan.train.stage_model import tokenizer_source
 from longspan.train.stage_rope import own_context
 from longspan.train.streams import plan_stages, stage_rows
 
@@ -60,18 +61,20 @@ def search_rope(
             "a model from scratch has no trained RoPE for the factors to preserve", fix="set model.path"
         )
     root = Path(data_root) / config.data_root
-    folder = root / config.model.path
-    path = str(folder) if folder.is_dir() else config.model.path
-    dtype = evaluated_dtype(path, usable_device())
-    model = load_model(path, max_position_embeddings=stage.reach, dtype=dtype).to(usable_device()).eval()
+    origin = known_model(config.model, root, fetch=True)
+    assert origin.path is not None and origin.config is not None
+    dtype = evaluated_dtype(origin.path, usable_device())
+    model = load_model(origin.path, max_position_embeddings=stage.reach, dtype=dtype, config=origin.as_saved)
+    model = model.to(usable_device()).eval()
     rope = rope_of(model.config) or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError("LongRoPE is searched for a model with plain RoPE", found=rope)
-    known = _own_context_at(path)
+    known = own_context(origin.config.get_text_config(decoder=True))
     rotated = int(head_dim(model.config) * rope.get("partial_rotary_factor", 1.0))
-    only = config.model_copy(update={"stages": (stage,)})
-    plan = plan_stages(only, root, tokenizer=lambda: root / (config.tokenizer or str(config.model.path)))[0]
-    calibration = stage_rows(plan, 0, rows, seed=config.seed)
+    plans = plan_stages(
+        [stage], data_root=root, seed=config.seed, tokenizer=lambda: tokenizer_source(config, root)
+    )
+    calibration = stage_rows(plans[0], 0, rows, seed=config.seed)
     theta = float(rope["rope_theta"])
     scaling = attention_scaling(stage.reach / known, known)
 
@@ -93,11 +96,6 @@ def search_rope(
         ", ".join(f"{name} {value:.4f}" for name, value in result.started_at.items()),
     )  # fmt: skip
     return FoundRope(result.rope(theta=theta, own_context=known, context=stage.reach), result)
-
-
-def _own_context_at(path: str) -> int:
-    """Return the positions of the model at a path, as its own config says."""
-    return own_context(AutoConfig.from_pretrained(path).get_text_config(decoder=True))
 
 
 @torch.no_grad()

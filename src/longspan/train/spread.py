@@ -41,10 +41,17 @@ class Spread:
         layout: which tokens of a sequence it holds.
     """
 
-    def __init__(self, mesh: Mesh, schedule: CpSchedule, layout: Layout, watchdog: Watchdog | None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        schedule: CpSchedule,
+        layout: Layout,
+        *,
+        window: int | None,
+        watchdog: Watchdog | None,
+    ) -> None:
         self.mesh, self.schedule, self.layout = mesh, schedule, layout
-        self._watchdog = watchdog
-        self._window: int | None = None
+        self._window, self._watchdog = window, watchdog
         self._checked = False
 
     @property
@@ -56,19 +63,6 @@ class Spread:
         """Tell the watchdog that this process is alive."""
         if self._watchdog is not None:
             self._watchdog.beat(doing)
-
-    def check(
-        self, config: TrainConfig, num_heads: int, num_kv_heads: int, *, window: int | None = None
-    ) -> None:
-        """Refuse a recipe that cannot be spread like this; the layouts balance for a sliding `window` from here on.
-
-        Raises:
-            ArgumentError: heads that the schedule cannot share.
-            ConfigError: rows of a step that do not divide.
-        """
-        self.schedule.check_heads(num_heads, num_kv_heads)
-        self._window = window
-        check_rows(config)
 
     def shard(self, model: nn.Module, memory: MemoryConfig, *, from_first: bool = False) -> ModelWithLoss:
         """Shard the model over the mesh, in place, and return the module to run; without a mesh only the latter.
@@ -146,7 +140,7 @@ def check_parallel(config: ParallelConfig, heads: int, kv_heads: int) -> None:
     """Refuse degrees that a run would refuse, without its processes.
 
     Raises:
-        ArgumentError: as `build_spread` and `Spread.check`, but for the number of processes.
+        ArgumentError: as `build_spread`, but for the number of processes, and heads that the schedule cannot share.
     """
     _refuse_tp(config)
     name = _schedule_name(config)
@@ -155,8 +149,16 @@ def check_parallel(config: ParallelConfig, heads: int, kv_heads: int) -> None:
     head_share(heads, kv_heads, config.cp_ulysses, 0)
 
 
-def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watchdog | None = None) -> Spread:
+def build_spread(
+    config: ParallelConfig,
+    device: torch.device,
+    *,
+    window: int | None = None,
+    watchdog: Watchdog | None = None,
+) -> Spread:
     """Make the mesh and the schedule of a run; every process calls it once, at the start.
+
+    The layouts balance for a sliding `window` of so many tokens.
 
     Raises:
         ArgumentError: degrees that do not multiply to the number of processes, a schedule or layout that does not
@@ -175,7 +177,7 @@ def build_spread(config: ParallelConfig, device: torch.device, *, watchdog: Watc
     )
     name = _schedule_name(config)
     schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
-    return Spread(mesh, schedule, _layout(config, schedule), watchdog)
+    return Spread(mesh, schedule, _layout(config, schedule), window=window, watchdog=watchdog)
 
 
 def _schedule_name(config: ParallelConfig) -> ScheduleName:

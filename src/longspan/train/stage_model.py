@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import DataError
-from longspan.models.hf import build_model, empty_model, load_model, own_config
-from longspan.models.hf_config import head_counts, window_of_all_layers
+from longspan.models.hf import build_model, empty_model, load_model
 from longspan.models.lora import apply_lora, is_adapted
 from longspan.models.places import tokenizer_folder
 from longspan.parallel.fsdp import fill
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.known_models import KnownModel, model_path
 
 
 def stage_model(
-    config: TrainConfig, stage: StageConfig, state: Checkpoint | None, root: Path
+    config: TrainConfig, stage: StageConfig, state: Checkpoint | None, known: KnownModel
 ) -> PreTrainedModel:
-    """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin."""
-    dtype = getattr(torch, config.model.dtype)
-    rope = rope_at(config, stage)
-    if config.model.path is not None:
-        path = model_path(config, root)
+    """Return the model with the stage's RoPE; weights from `state`, else from the recipe's origin, `known`."""
+    rope, context = rope_at(config, stage), _context_at(config, stage)
+    if known.path is not None:
         model = load_model(
-            path,
+            known.path,
             rope=rope,
-            max_position_embeddings=_context_at(config, stage),
-            dtype=dtype,
+            max_position_embeddings=context,
+            dtype=getattr(torch, config.model.dtype),
             overrides=config.model.config_overrides,
+            config=_own(known, rope),
         )
     else:
         model = build_model(
             _fields(config),
             seed=config.seed,
             rope=rope,
-            max_position_embeddings=_context_at(config, stage),
+            max_position_embeddings=context,
             init=config.model.init,
         )
     if config.lora is not None:
@@ -50,14 +50,21 @@ def stage_model(
     return model.train()
 
 
-def empty_stage_model(config: TrainConfig, stage: StageConfig, root: Path) -> PreTrainedModel:
+def empty_stage_model(config: TrainConfig, stage: StageConfig, known: KnownModel) -> PreTrainedModel:
     """Return the same modules without values: the first process sends those when the model is sharded."""
+    rope = rope_at(config, stage)
     return empty_model(
-        _fields(config) if config.model.path is None else model_path(config, root),
-        rope=rope_at(config, stage),
+        _fields(config) if known.path is None else known.path,
+        rope=rope,
         max_position_embeddings=_context_at(config, stage),
         overrides=config.model.config_overrides,
+        config=_own(known, rope),
     ).train()
+
+
+def _own(known: KnownModel, rope: Mapping[str, Any] | None) -> PretrainedConfig | None:
+    """Return the config that a RoPE is written into; None: the model's files have to be asked."""
+    return known.config if rope is None and known.as_saved is not None else known.as_saved
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
@@ -71,18 +78,12 @@ def _context_at(config: TrainConfig, stage: StageConfig) -> int:
     return max(each.reach for each in config.stages[: config.stages.index(stage) + 1])
 
 
-def model_path(config: TrainConfig, root: Path) -> str:
-    """Return the model's folder below `root`, else the path as it is: a hub name, or from the working directory."""
-    assert config.model.path is not None
-    folder = root / config.model.path
-    return str(folder) if folder.is_dir() else config.model.path
-
-
 def tokenizer_source(config: TrainConfig, root: Path) -> Path | None:
     """Return the folder whose tokenizer files go into the model folders: the recipe's, or the model's own."""
     if config.tokenizer is not None:
         return root / config.tokenizer
-    return tokenizer_folder(model_path(config, root)) if config.model.path is not None else None
+    path = model_path(config.model, root)
+    return None if path is None else tokenizer_folder(path)
 
 
 def rope_at(config: TrainConfig, stage: StageConfig) -> dict | None:
@@ -124,25 +125,3 @@ def check_tensors(model: nn.Module, state: Checkpoint) -> None:
     if wrong or own.keys() != saved.keys():
         names = sorted(wrong | (own.keys() ^ saved.keys()))
         raise DataError(f"the checkpoint {state.path} does not fit the model", found=names[:4])
-
-
-class AttentionSizes(NamedTuple):
-    """What decides how a model's attention can be spread."""
-
-    heads: int
-    kv_heads: int
-    window: int | None
-    """Tokens of a sliding window that all layers have."""
-
-
-def attention_sizes(config: TrainConfig, root: Path) -> AttentionSizes:
-    """Return the sizes of the recipe's model."""
-    text = model_config(config, root).get_text_config(decoder=True)
-    return AttentionSizes(*head_counts(text), window_of_all_layers(text))
-
-
-def model_config(config: TrainConfig, root: Path) -> PretrainedConfig:
-    """Return the configuration of the recipe's model as it was before training."""
-    if config.model.hf_config is not None:
-        return AutoConfig.for_model(**config.model.hf_config)
-    return own_config(model_path(config, root))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +25,10 @@ from longspan.data.rows.unmasked import UnmaskedRows, UnmaskedStore
 from longspan.data.rows.whole_rows import WholeRows
 from longspan.data.store import TokenStore, open_stores
 from longspan.data.store.lengths import LengthTable
+from longspan.data.tokenizer import Tokenizer, load_tokenizer
 from longspan.parallel.launch import on_first_rank
 from longspan.train.batch import averaged
-from longspan.train.config import StageConfig, TrainConfig
+from longspan.train.config import StageConfig
 from longspan.train.left_out import left_out_words, num_cut, rest_of_epochs
 from longspan.train.pose import skip_positions
 from longspan.train.record_files import draw_records, record_stores
@@ -46,33 +48,50 @@ class StagePlan(NamedTuple):
     """Of the streams that are planned here and not packed before."""
     rows_needed: dict[str, int]
     """Rows that each stream will give."""
-    tokenizers: dict[str, Path]
+    tokenizers: dict[str, TokenStore]
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
     left_out: dict[str, dict[str, int]]
     """What each stream leaves out of its data: documents too "short" or too "long" ...; see the module of that name."""
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What the streams of a run read, by its place: each is opened once."""
+
+    stores: dict[Path, TokenStore] = field(default_factory=dict)
+    rows: dict[str, PackedRows] = field(default_factory=dict)
+
+
 def plan_stages(
-    config: TrainConfig, data_root: Path, *, tokenizer: Callable[[], Path | None]
+    stages: Sequence[StageConfig],
+    *,
+    data_root: Path,
+    seed: int,
+    tokenizer: Callable[[], Path | None],
+    opened: Opened | None = None,
 ) -> list[StagePlan]:
-    """Plan the data of all stages; every process of a run calls it, and one of them makes stores of records.
+    """Plan the data of stages; every process of a run calls it, and one of them makes stores of records.
 
     `tokenizer` finds the tokenizer of the recipe, where there are records.
     """
-    streams = [stream for stage in config.stages for stream in stage.streams.values()]
+    opened = Opened() if opened is None else opened
+    streams = [stream for stage in stages for stream in stage.streams.values()]
     path = tokenizer() if any(stream.records for stream in streams) else None
-    folder = None if path is None else str(path)
+    plans: list[StagePlan] = []
 
-    def plan() -> list[StagePlan]:
-        return [
-            plan_stage(stage, data_root=data_root, seed=config.seed, tokenizer=folder)
-            for stage in config.stages
-        ]
+    def plan() -> None:
+        encoder = None if path is None else load_tokenizer(path)
+        plans.extend(
+            plan_stage(stage, data_root=data_root, seed=seed, tokenizer=encoder, opened=opened)
+            for stage in stages
+        )
 
     if any(stream.records or stream.rows for stream in streams):
         # Planning makes stores and indexes; the other processes find them made.
-        on_first_rank(lambda: len(plan()))
-    return plan()
+        on_first_rank(plan)
+    if not plans:
+        plan()
+    return plans
 
 
 def stage_rows(plan: StagePlan, first: int, count: int, *, seed: int) -> list[PackedRow]:
@@ -87,16 +106,26 @@ def stage_rows(plan: StagePlan, first: int, count: int, *, seed: int) -> list[Pa
     ]
 
 
-def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str | None = None) -> StagePlan:
+def plan_stage(
+    stage: StageConfig,
+    *,
+    data_root: Path,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    opened: Opened | None = None,
+) -> StagePlan:
     """Plan every stream of a stage.
 
-    `tokenizer` is the folder or name of the one that tokenizes records.
+    Args:
+        tokenizer: tokenizes records.
+        opened: what is open already; what is opened goes there.
 
     Raises:
         DataError: a store, records, a plan or packed rows are missing or damaged.
         ConfigError: a stream has no full row, rows of another length or no mask to fine-tune by, or the stage needs
             more epochs than it allows.
     """
+    opened = Opened() if opened is None else opened
     sources: dict[str, RowSource] = {}
     mixtures: dict[str, MixturePlan] = {}
     left_out: dict[str, dict[str, int]] = {}
@@ -105,12 +134,12 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
     for name, stream in stage.streams.items():
         where = f"stage {stage.name!r}: stream {name!r}"
         if stream.rows is not None:
-            sources[name], behind = _packed(stream, stage, data_root, where)
+            sources[name], behind = _packed(stream, stage, data_root, where, opened)
             masked = _rows_have_masks(sources[name], behind)
             masks = _rows_are_answers(sources[name], behind)
             left_out[name] = getattr(sources[name], "left_out", {})
         else:
-            planned = _planned(stream, stage, data_root, seed, where, tokenizer)
+            planned = _planned(stream, stage, data_root, seed, where, tokenizer, opened)
             sources[name], behind, mixtures[name] = planned.rows, planned.stores, planned.mixture
             masked, left_out[name] = planned.masked, planned.left_out
             masks = any(_is_chat(store) and store.has_mask for store in behind)
@@ -131,7 +160,7 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
                 "set the stream's loss_mask to false",
             )
     if not sources:
-        return StagePlan(stage, None, {}, {}, {}, {}, {})
+        return unplanned(stage)
     weights: dict[str, float] = {name: stream.weight for name, stream in stage.streams.items()}
     if stage.shares == "rows":
         weights = {name: rows.num_rows for name, rows in sources.items()}
@@ -157,10 +186,15 @@ def plan_stage(stage: StageConfig, *, data_root: Path, seed: int, tokenizer: str
                 allowed=f"{stage.max_epochs} epochs (max_epochs)",
                 fix="lower the stage's tokens, add data, or raise max_epochs",
             )
-    tokenizers: dict[str, Path] = {}
+    tokenizers: dict[str, TokenStore] = {}
     for store in stores:
-        tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store.path)
+        tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store)
     return StagePlan(stage, mixer, sources, mixtures, needed, tokenizers, left_out)
+
+
+def unplanned(stage: StageConfig) -> StagePlan:
+    """Return the plan of a stage that reads no data, or whose data are not at hand."""
+    return StagePlan(stage, None, {}, {}, {}, {}, {})
 
 
 def _with_steps(stage: StageConfig, mixer: StreamMixer, sources: Mapping[str, RowSource]) -> StageConfig:
@@ -199,7 +233,13 @@ class _PlannedStream(NamedTuple):
 
 
 def _planned(
-    stream: StreamConfig, stage: StageConfig, data_root: Path, seed: int, where: str, tokenizer: str | None
+    stream: StreamConfig,
+    stage: StageConfig,
+    data_root: Path,
+    seed: int,
+    where: str,
+    tokenizer: Tokenizer | None,
+    opened: Opened,
 ) -> _PlannedStream:
     """Return rows planned from token stores or records."""
     if stream.records is not None:
@@ -209,13 +249,14 @@ def _planned(
             tokenizer=tokenizer,
             template=stream.chat_template,
             begin_with_user=stream.begin_with_user,
+            opened=opened.stores,
         )
         stores = [part.store for part in parts]
     else:
         paths = (stream.store,) if isinstance(stream.store, str) else stream.store
         assert paths is not None
         parts = []
-        stores = open_stores(data_root / path for path in paths)
+        stores = open_stores((data_root / path for path in paths), opened.stores)
     lengths = LengthTable.concatenate([store.lengths for store in stores])
     mixture = plan_mixture(stream.mixture, lengths, seed)
     chats = np.array([_is_chat(store) for store in stores])
@@ -302,17 +343,17 @@ def _unmasked(rows: RowSource, stores: list[TokenStore], where: str) -> RowSourc
 
 
 def _packed(
-    stream: StreamConfig, stage: StageConfig, data_root: Path, where: str
+    stream: StreamConfig, stage: StageConfig, data_root: Path, where: str, opened: Opened
 ) -> tuple[RowSource, list[TokenStore]]:
     """Return the rows of a pack plan, whose stores are looked for from here and from `data_root`, or packed rows."""
     assert stream.rows is not None
-    if stream.rows.startswith(HUB):
-        rows = PackedRows(stream.rows)
-    else:
-        path = data_root / stream.rows
-        if folder_kind(path) == PACK_PLAN:
-            return _plan_rows(stream, stage, path, data_root, where)
-        rows = PackedRows(path)
+    path = data_root / stream.rows
+    of_hub = stream.rows.startswith(HUB)
+    if not of_hub and folder_kind(path) == PACK_PLAN:
+        return _plan_rows(stream, stage, path, data_root, where, opened)
+    if stream.rows not in opened.rows:
+        opened.rows[stream.rows] = PackedRows(stream.rows if of_hub else path)
+    rows = opened.rows[stream.rows]
     again = stream.pack.strategy not in (None, "concat") or stream.pack.overflow == "drop_tail"
     if rows.lengths_are(stage.context_length) and not again:
         return rows, []
@@ -334,10 +375,11 @@ def _of_rows(stream: StreamConfig) -> Overflow:
 
 
 def _plan_rows(
-    stream: StreamConfig, stage: StageConfig, path: Path, data_root: Path, where: str
+    stream: StreamConfig, stage: StageConfig, path: Path, data_root: Path, where: str, opened: Opened
 ) -> tuple[RowSource, list[TokenStore]]:
     plan = PackPlan.load(path)
-    stores = [TokenStore(store if Path(store).exists() else data_root / store) for store in plan.stores]
+    places = [Path(store) if Path(store).exists() else data_root / store for store in plan.stores]
+    stores = open_stores(places, opened.stores)
     if not stores:
         raise DataError(
             f"{path} does not say which stores it was made from", fix="pack again with `longspan data pack`"

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from longspan.core.errors import ConfigError, DataError
+from longspan.core.errors import DataError
 from longspan.core.files import remove_leftovers
 from longspan.core.heartbeat import beat
 from longspan.core.log import get_logger
@@ -27,15 +27,11 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.rows.loader import PackedRow
-from longspan.data.store import TokenStore
-from longspan.data.tokenizer import load_tokenizer
 from longspan.models.adapter_card import adapter_note
-from longspan.models.families import refuse_quantized
-from longspan.models.head import output_head, vocab_size
+from longspan.models.head import vocab_size
 from longspan.models.hf import save_model
-from longspan.models.lora import check_lora, lora_notes, save_adapter
+from longspan.models.lora import save_adapter
 from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
-from longspan.models.stand_in import check_forward
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_all_ranks, on_first_rank, process_group
 from longspan.train.batch import collate, total_weight
@@ -47,7 +43,8 @@ from longspan.train.checkpoint import (
     read_checkpoint,
 )
 from longspan.train.config import StageConfig, TrainConfig
-from longspan.train.fit import resolve_memory
+from longspan.train.fit import machine_budget
+from longspan.train.known_models import known_model
 from longspan.train.left_out import log_left_out
 from longspan.train.loop_config import DistillConfig
 from longspan.train.lr_schedule import lr_factor
@@ -56,25 +53,23 @@ from longspan.train.objectives import ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
+from longspan.train.run_plan import RunPlan, plan_run
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.spread import Spread, build_spread
 from longspan.train.stage_model import (
-    attention_sizes,
     empty_stage_model,
     load_tensors,
-    model_config,
-    model_path,
     own_tensors,
     stage_model,
     tokenizer_source,
 )
 from longspan.train.stage_report import METRICS, StageReport, StepResult, Timing, check_trained, rewind
-from longspan.train.stage_rope import check_ropes, rope_notes
-from longspan.train.streams import StagePlan, plan_stages, stage_rows
-from longspan.train.tracking import check_trackers
-from longspan.train.trained import STARTED
-from longspan.train.trainer_moments import check_init, find_trainer_checkpoint, read_trainer_moments
-from longspan.train.validation import ValidationPlan, check_tokenizers, plan_validation, validate
+from longspan.train.streams import StagePlan, stage_rows
+from longspan.train.trained import STARTED, check_same_plan
+from longspan.train.trainer_moments import find_trainer_checkpoint, read_trainer_moments
+from longspan.train.validation import validate
+
+Made = TypeVar("Made")
 
 
 class TrainResult(NamedTuple):
@@ -89,12 +84,10 @@ class TrainResult(NamedTuple):
 class _RunContext(NamedTuple):
     """What all stages of a run share."""
 
-    config: TrainConfig
+    plan: RunPlan
     folder: RunDir
-    root: Path
     spread: Spread
     checkpointer: Checkpointer
-    validation: ValidationPlan | None
     after_step: Callable[[], None]
     """Called after each step: the profiler."""
 
@@ -125,51 +118,53 @@ def train(
         if several:
             stack.enter_context(lost_ranks("training"))
         watchdog = stack.enter_context(Watchdog(timeout)) if several else None
-        spread = build_spread(config.parallel, device, watchdog=watchdog)
+        model = _everywhere(lambda: known_model(config.model, root, fetch=True))
+        assert model.sizes is not None
+        window = model.sizes.window
+        spread = build_spread(config.parallel, device, window=window, watchdog=watchdog)
         # Planned first: a recipe with a mistake leaves no run folder that would refuse the mended one.
-        plans: list[StagePlan] = []
-        say = get_logger("train").warning if spread.is_first else None
-        on_all_ranks(lambda: plans.extend(plan_run(config, data_root=Path(data_root), say=say)))
-        # A stage that counts in epochs has its steps from here on.
-        config = config.model_copy(update={"stages": tuple(plan.stage for plan in plans)})
-        hf_config = model_config(config, root)
+        log = get_logger("train")
+        say = log.warning if spread.is_first else None
+        plan = _everywhere(lambda: plan_run(config, data_root=Path(data_root), model=model, say=say))
         if spread.is_first:
-            for plan in plans:
-                log_left_out(plan.stage.name, plan.left_out)
-        config = resolve_memory(config, hf_config.to_dict())
-        sizes = attention_sizes(config, root)
-        spread.check(config, sizes.heads, sizes.kv_heads, window=sizes.window)
+            for stage in plan.stages:
+                log_left_out(stage.stage.name, stage.left_out)
+        if config.memory.auto:
+            plan = plan.fitted(machine_budget())
+            for line in plan.memory:
+                log.info(line)
         folder = RunDir(out)
-        if on_first_rank(lambda: _open(config, folder, root)):
+        if on_first_rank(lambda: _open(plan, folder)):
             # Its checkpoints may have been removed to save space; without them it would be trained once more.
             last = list(read_jsonl(folder.path / METRICS))[-1]
-            return TrainResult(_model_folders(config, folder), last["step"], last["tokens"])
-        fingerprint = config.without_machine().fingerprint()
-        state = load_latest(folder.path / "checkpoints", config_fingerprint=fingerprint)
+            return TrainResult(_model_folders(plan.config, folder), last["step"], last["tokens"])
+        checkpoints, fingerprint = folder.path / "checkpoints", plan.config.without_machine().fingerprint()
+        state = load_latest(checkpoints, config_fingerprint=fingerprint)
+        keep = config.checkpoint.keep
         checkpointer = stack.enter_context(
-            Checkpointer(
-                folder.path / "checkpoints", config_fingerprint=fingerprint, keep=config.checkpoint.keep
-            )
+            Checkpointer(checkpoints, config_fingerprint=fingerprint, keep=keep)
         )
-        run = _RunContext(
-            config, folder, root, spread, checkpointer, _validation(config, plans, root),
-            stack.enter_context(
-                profiled(folder.path / "profile" if profile else None, rank=spread.mesh.rank)
-            ),
-        )  # fmt: skip
-        return _train_stages(run, plans, state)
+        profiler = profiled(folder.path / "profile" if profile else None, rank=spread.mesh.rank)
+        run = _RunContext(plan, folder, spread, checkpointer, stack.enter_context(profiler))
+        return _train_stages(run, state)
 
 
-def _train_stages(run: _RunContext, plans: Sequence[StagePlan], state: Checkpoint | None) -> TrainResult:
-    config, root = run.config, run.root
-    models = _model_folders(config, run.folder)
+def _everywhere(action: Callable[[], Made]) -> Made:
+    """Return what `action` makes on this rank; where it fails on one, all raise."""
+    made: list[Made] = []
+    on_all_ranks(lambda: made.append(action()))
+    return made[0]
+
+
+def _train_stages(run: _RunContext, state: Checkpoint | None) -> TrainResult:
+    models = _model_folders(run.plan.config, run.folder)
     done = state.progress.step if state else None
     seconds = on_first_rank(lambda: rewind(run.folder.path, done))
-    for index, plan in enumerate(plans):
+    for index, plan in enumerate(run.plan.stages):
         if state is None or state.progress.stage <= index:
             state, seconds = _train_stage(run, plan, index, state, seconds)
             on_first_rank(partial(check_trained, run.folder.path, plan.stage.name))
-            write = partial(_write_stage, config, plan.stage, state, root, models[plan.stage.name])
+            write = partial(_write_stage, run.plan, plan.stage, state, models[plan.stage.name])
             with growing(run.folder.path / "stages"):
                 on_first_rank(write, group=run.checkpointer.group)
     assert state is not None
@@ -177,17 +172,16 @@ def _train_stages(run: _RunContext, plans: Sequence[StagePlan], state: Checkpoin
     return TrainResult(models, state.progress.step, state.progress.tokens)
 
 
-def _write_stage(
-    config: TrainConfig, stage: StageConfig, state: Checkpoint, root: Path, folder: Path
-) -> None:
+def _write_stage(plan: RunPlan, stage: StageConfig, state: Checkpoint, folder: Path) -> None:
     if folder.exists():
         return
-    model = stage_model(config, stage, state, root)
-    tokenizer = tokenizer_source(config, root)
+    config, base = plan.config, plan.model.path
+    model = stage_model(config, stage, state, plan.model)
+    tokenizer = tokenizer_source(config, plan.root)
     if config.lora is None:
         save_model(model, folder, tokenizer=tokenizer)
     else:
-        base = model_path(config, root)
+        assert base is not None
         save_adapter(model, folder, base=base, tokenizer=tokenizer)
         get_logger("train").info("%s: %s", folder, adapter_note(base))
 
@@ -196,93 +190,21 @@ def _model_folders(config: TrainConfig, folder: RunDir) -> dict[str, Path]:
     return {stage.name: folder.path / "stages" / stage.name for stage in config.stages}
 
 
-def _validation(config: TrainConfig, plans: Sequence[StagePlan], root: Path) -> ValidationPlan | None:
-    if config.validation is None:
-        return None
-    plan = plan_validation(config.validation, data_root=root, seed=config.seed)
-    check_tokenizers(plan, {name: store for each in plans for name, store in each.tokenizers.items()})
-    return plan
-
-
-def _open(config: TrainConfig, run: RunDir, root: Path) -> bool:
+def _open(plan: RunPlan, run: RunDir) -> bool:
     """Make or take up the run folder; return whether the run in it is complete."""
+    config = plan.config
     RunDir.create(run.path, config.without_machine(), seed=config.seed)
+    check_same_plan(run.path, plan.identity())
     run.event(
         STARTED, **config.parallel.to_dict(), memory=config.memory.to_dict(),
-        checkpoint=config.checkpoint.to_dict(), data_root=str(root.resolve()),
+        checkpoint=config.checkpoint.to_dict(), data_root=str(plan.root.resolve()),
         micro_batch_tokens={stage.name: stage.micro_batch_tokens for stage in config.stages},
+        plan=plan.identity(),
     )  # fmt: skip
     if not run.is_complete:
         remove_leftovers(run.path / "stages")
         remove_leftovers(run.path / "checkpoints")
     return run.is_complete
-
-
-def check_recipe(config: TrainConfig, root: Path) -> None:
-    """Check the model, its forward pass, every stage's RoPE and the adapters; data are not looked at."""
-    for stage in config.stages:
-        model = empty_stage_model(config, stage, root)
-        output_head(model)
-    if config.model.path is not None:
-        refuse_quantized(model_config(config, root), model_path(config, root), verb="trained")
-    check_forward(model.config)
-    check_ropes(config, model_config(config, root))
-    if config.lora is not None:
-        check_lora(model_path(config, root), config.lora)
-
-
-def adapter_notes(config: TrainConfig, root: Path) -> list[str]:
-    """Return what is to be said of the weights that adapters do not reach."""
-    return [] if config.lora is None else lora_notes(model_path(config, root), config.lora)
-
-
-def plan_run(
-    config: TrainConfig, *, data_root: Path, say: Callable[[str], None] | None = None
-) -> list[StagePlan]:
-    """Check a recipe and plan its data; nothing is trained or written.
-
-    `say` is given what is to be said of the model, before any data are read: records may take hours.
-    """
-    root = data_root / config.data_root
-    check_recipe(config, root)
-    if say is not None:
-        for note in rope_notes(config, model_config(config, root)) + adapter_notes(config, root):
-            say(note)
-    check_trackers(config.tracking)
-    if config.init_from is not None:
-        check_init(config, root)
-    plans = plan_stages(config, root, tokenizer=lambda: tokenizer_source(config, root))
-    _check_tokenizers(config, plans, root)
-    _validation(config, plans, root)
-    return plans
-
-
-def _check_tokenizers(config: TrainConfig, plans: Sequence[StagePlan], root: Path) -> None:
-    """Refuse ids that mean different words in different stores, and a model folder without its tokenizer."""
-    made_by = {name: store for plan in plans for name, store in plan.tokenizers.items()}
-    if len(made_by) > 1:
-        raise DataError(
-            "the token stores were made with different tokenizers",
-            found="; ".join(f"{store}: {name}" for name, store in made_by.items()),
-            fix="tokenize all of them with the model's tokenizer",
-        )
-    known = model_config(config, root).get_text_config(decoder=True).vocab_size
-    for store in made_by.values():
-        if (size := TokenStore(store).vocab_size) > known:
-            # Not an error: of added tokens, as those of Gemma 3 for images, texts may hold none.
-            get_logger("train").warning(
-                "%s was made with a tokenizer of %d tokens, the model has %d: an id beyond them ends the run",
-                store, size, known,
-            )  # fmt: skip
-    if config.tokenizer is None:
-        return
-    if not (root / config.tokenizer).is_dir():
-        raise ConfigError("the tokenizer of the recipe is not a folder", found=str(root / config.tokenizer))
-    if made_by and load_tokenizer(root / config.tokenizer, backend="hf").fingerprint not in made_by:
-        get_logger("train").warning(
-            "the tokenizer in %s, which goes into the model folders, is not the one that made the token stores",
-            root / config.tokenizer,
-        )
 
 
 class _Stage(NamedTuple):
@@ -296,13 +218,13 @@ class _Stage(NamedTuple):
 
 def _ready(run: _RunContext, stage: StageConfig, state: Checkpoint | None, *, carry: bool) -> _Stage:
     """Return the stage's model with the weights so far; with the moments so far too if they `carry`."""
-    config, spread = run.config, run.spread
+    config, spread = run.plan.config, run.spread
     # Adapters stand beside frozen weights that no checkpoint holds, so each process reads the base.
     from_first = spread.mesh.world > 1 and config.lora is None
     if from_first and not spread.is_first:
-        model = empty_stage_model(config, stage, run.root)
+        model = empty_stage_model(config, stage, run.plan.model)
     else:
-        model = stage_model(config, stage, None, run.root)
+        model = stage_model(config, stage, None, run.plan.model)
     prepare_blocks(model, config)
     trained = spread.shard(model, config.memory, from_first=from_first)
     if stage.objective == "distill":
@@ -314,7 +236,7 @@ def _ready(run: _RunContext, stage: StageConfig, state: Checkpoint | None, *, ca
     optimizers = build_optimizers(model, config.optimizer)
     weights = moments = state
     if state is None and config.init_from is not None:
-        origin = run.root / config.init_from.path
+        origin = run.plan.root / config.init_from.path
         if (theirs := find_trainer_checkpoint(origin)) is not None:
             load_optimizer_tensors(optimizers, *read_trainer_moments(theirs, model, config))
         else:
@@ -334,7 +256,7 @@ def _train_stage(
     run: _RunContext, plan: StagePlan, index: int, state: Checkpoint | None, seconds: float
 ) -> tuple[Checkpoint, float]:
     """Run the steps of one stage that `state` has not done; return its last checkpoint and seconds so far."""
-    config, spread, stage = run.config, run.spread, plan.stage
+    config, spread, stage = run.plan.config, run.spread, plan.stage
     done = state.progress if state is not None else TrainProgress(0, 0, 0, 0, {})
     resumed = state is not None and done.stage == index
     ready = _ready(run, stage, state, carry=resumed or stage.optimizer_state == "carry")
@@ -367,8 +289,8 @@ def _train_stage(
             return time.monotonic() - started
 
         def measure() -> None:
-            if run.validation is not None:
-                records = validate(ready.trained, run.validation, spread)
+            if run.plan.validation is not None:
+                records = validate(ready.trained, run.plan.validation, spread)
                 if report is not None:
                     report.validated(records, step=step, tokens=tokens)
 

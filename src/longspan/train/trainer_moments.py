@@ -21,6 +21,7 @@ from longspan.models.lora import apply_lora
 from longspan.models.torch_file import read_torch_file
 from longspan.train.checkpoint import Checkpoint, read_checkpoint
 from longspan.train.config import TrainConfig
+from longspan.train.known_models import KnownModel
 from longspan.train.stage_model import check_tensors, empty_stage_model
 
 __all__ = ["TrainerMoments", "check_init", "find_trainer_checkpoint", "read_trainer_moments"]
@@ -52,7 +53,7 @@ def find_trainer_checkpoint(path: Path) -> Path | None:
     return folder if any(any(folder.glob(name)) for name in traces) else None
 
 
-def check_init(config: TrainConfig, root: Path) -> None:
+def check_init(config: TrainConfig, root: Path, known: KnownModel) -> None:
     """Refuse an `init_from` that is not a checkpoint, or one of a Trainer that cannot be gone on from, before work.
 
     Raises:
@@ -64,7 +65,7 @@ def check_init(config: TrainConfig, root: Path) -> None:
     folder = find_trainer_checkpoint(root / init.path)
     if folder is None:
         ours = read_checkpoint(root / init.path, verify=False)
-        model = _empty(config, root)
+        model = _empty(config, known)
         if init.weights:
             check_tensors(model, ours)
         if init.optimizer:
@@ -79,12 +80,12 @@ def check_init(config: TrainConfig, root: Path) -> None:
         raise ConfigError(
             f"the moments in {folder} are those of AdamW", found=config.optimizer.name, allowed="adamw"
         )
-    read_trainer_moments(folder, _empty(config, root), config)
+    read_trainer_moments(folder, _empty(config, known), config)
 
 
-def _empty(config: TrainConfig, root: Path) -> nn.Module:
+def _empty(config: TrainConfig, known: KnownModel) -> nn.Module:
     """Return the model of the first stage without values, with its adapter."""
-    model = empty_stage_model(config, config.stages[0], root)
+    model = empty_stage_model(config, config.stages[0], known)
     if config.lora is None:
         return model
     # Names and shapes alone count, and 4 bits change those of frozen weights only.

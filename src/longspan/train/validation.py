@@ -39,23 +39,28 @@ class ValidationPlan(NamedTuple):
     """What is measured each time."""
 
     windows: list[ValidationRows]
-    tokenizers: dict[str, Path]
+    tokenizers: dict[str, TokenStore]
     """Fingerprint of each tokenizer that made the stores, and one of its stores."""
 
 
-def plan_validation(config: ValidationConfig, *, data_root: Path, seed: int) -> ValidationPlan:
+def plan_validation(
+    config: ValidationConfig, *, data_root: Path, seed: int, opened: dict[Path, TokenStore] | None = None
+) -> ValidationPlan:
     """Choose the documents: for each name and length, `windows` of those that are long enough, drawn by `seed`.
+
+    `opened` is as for `open_stores`.
 
     Raises:
         DataError: a store is missing or damaged.
         ConfigError: a store has no document that long.
     """
     chosen: list[ValidationRows] = []
-    tokenizers: dict[str, Path] = {}
+    tokenizers: dict[str, TokenStore] = {}
     for name, paths in config.stores.items():
-        stores = open_stores(data_root / path for path in ((paths,) if isinstance(paths, str) else paths))
+        named = (paths,) if isinstance(paths, str) else paths
+        stores = open_stores((data_root / path for path in named), opened)
         for store in stores:
-            tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store.path)
+            tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store)
         begin = [text_bos(store) for store in stores]
         for length in config.lengths:
             long = [
@@ -122,13 +127,13 @@ def _measure(model: ModelWithLoss, rows: Sequence[PackedRow], spread: Spread) ->
     return spread.total(0.0, breakdown)[1]
 
 
-def check_tokenizers(plan: ValidationPlan, training: Mapping[str, Path]) -> None:
+def check_tokenizers(plan: ValidationPlan, training: Mapping[str, TokenStore]) -> None:
     """Refuse windows whose ids mean other words than those that are trained on."""
     strange = {name: store for name, store in plan.tokenizers.items() if training and name not in training}
     if strange:
         raise ConfigError(
             "validation reads a store that another tokenizer made than those of the stages",
-            found=", ".join(map(str, strange.values())),
+            found=", ".join(str(store.path) for store in strange.values()),
             fix="tokenize it with the tokenizer of the stages",
         )
 

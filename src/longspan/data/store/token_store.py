@@ -207,16 +207,25 @@ def seal_store(
     write_json(folder / MANIFEST, manifest._asdict())
 
 
-def open_stores(paths: Iterable[str | os.PathLike[str]]) -> list[TokenStore]:
-    """Open stores in the order given; says which of them are the same, by place or by content."""
-    stores = [TokenStore(Path(path)) for path in paths]
-    first: dict[str, TokenStore] = {}
-    for store in stores:
-        other = first.setdefault(store.fingerprint, store)
-        if other is not store:
+def open_stores(
+    paths: Iterable[str | os.PathLike[str]], opened: dict[Path, TokenStore] | None = None
+) -> list[TokenStore]:
+    """Open stores in the order given; says which of them are the same, by place or by content.
+
+    Those in `opened` are not read again, and what is read goes there.
+    """
+    opened = {} if opened is None else opened
+    stores = []
+    first: dict[str, Path] = {}
+    for path in map(Path, paths):
+        store = opened[path] = opened.get(path) or TokenStore(path)
+        if store.fingerprint in first:
             get_logger("data.store").warning(
-                "%s holds the same documents as %s: each of them counts again", store.path, other.path
-            )
+                "%s holds the same documents as %s: each of them counts again",
+                path, first[store.fingerprint],
+            )  # fmt: skip
+        first.setdefault(store.fingerprint, path)
+        stores.append(store)
     return stores
 
 
