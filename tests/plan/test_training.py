@@ -6,7 +6,7 @@ import pytest
 from benchmarks.plan import CASES, Case, measure
 
 from longspan.core.errors import ArgumentError
-from longspan.plan.block import BlockSettings, block_walk
+from longspan.plan.block import BlockSettings, block_walk, flash_backward_bytes
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS, shape_of
 from longspan.plan.training import LoraSettings, TrainingSettings, training_memory
@@ -61,7 +61,9 @@ def test_what_goes_to_the_host_leaves_the_device() -> None:
     )
     memory = training_memory(LLAMA, settings)
     assert memory.host == pytest.approx({
-        "parameters": LLAMA.parameters * 4 / 8,
+        # Pinned: q and o 8 MiB and k and v 2 MiB a rank as they are; 28 MiB of an MLP matrix take 32, 250.5 of the
+        # embeddings 256.
+        "parameters": (32 * (2 * 8 + 2 * 2 + 3 * 32) + 2 * 256) * 2**20,
         "optimizer state": LLAMA.parameters,
         "gradients": LLAMA.parameters * 4 / 8,
         "layer inputs": 32 * 65536 * 4096 * 2,
@@ -137,3 +139,33 @@ def test_attention_without_a_flash_kernel_is_linear_in_memory_and_counted(change
         > peak(2, element_bytes=element_bytes, cuda=False) + query
     )
     assert peak(1 << 17, element_bytes=element_bytes) < 8 * peak(1 << 14, element_bytes=element_bytes)
+
+
+def test_the_flash_backward_needs_more_than_its_gradients() -> None:
+    """Llama-3-8B at 131,072 local tokens: dk and dv of all 32 heads are 2 GiB; 8,192 documents 16 GiB of dq's sums."""
+    needed = {
+        name: flash_backward_bytes(LLAMA._replace(**shape), BlockSettings(131072, documents=documents)) / 2**30
+        for name, shape, documents in (
+            ("grouped", {}, 1), ("not grouped", {"kv_heads": 32}, 1), ("documents", {}, 8193),
+            ("80", {"head_dim": 80}, 1), ("96", {"head_dim": 96}, 1),
+        )
+    }  # fmt: skip
+    assert needed["grouped"] - needed["not grouped"] == 2
+    assert needed["documents"] - needed["grouped"] == 16
+    assert needed["96"] - needed["80"] == 2 * 131072 * 32 * 16 * 2 / 2**30
+    block = [
+        block_walk(LLAMA, BlockSettings(131072, documents=documents)).backward for documents in (1, 8193)
+    ]
+    assert block[1] - block[0] == 16 * 2**30
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    """An input of 640 MiB a block takes 1 GiB of the host, and a chunk of 12,288 tokens what 16,384 take."""
+    settings = TrainingSettings(
+        81920, compute_dtype="bfloat16", activation_checkpointing="offload", dp_shard=8
+    )
+    assert training_memory(LLAMA, settings).host == {"layer inputs": 32 * 2**30}
+    unpinned = training_memory(LLAMA, settings._replace(cuda=False))
+    assert unpinned.host == {"layer inputs": 32 * 640 * 2**20}
+    chunks = TrainingSettings(12288 * 5, dtype="bfloat16", chunk_tokens=12288, offload_cache=True)
+    assert training_memory(LLAMA, chunks).host["key/value cache"] == 4 * 16384 * (128 + 256) * 1024

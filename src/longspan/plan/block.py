@@ -19,12 +19,14 @@ from typing import NamedTuple
 from longspan.plan.models import ModelShape
 from longspan.plan.tape import Op, Walk, walk
 
-__all__ = ["LINEARS", "BlockSettings", "block_walk"]
+__all__ = ["LINEARS", "BlockSettings", "block_walk", "flash_backward_bytes"]
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a block."""
 FLASH_HEAD_DIM = 256
 """Largest head dimension of the flash kernels, which take 16 bits and multiples of 8."""
+DQ_ROWS = 128
+"""Rows of dq's sums that the flash kernel adds for each document."""
 TILE_BYTES = 1 << 28
 """Of one tile's scores where no flash kernel takes the model (`kernels.attention.tiled`)."""
 SUM_BYTES = 4
@@ -48,6 +50,8 @@ class BlockSettings(NamedTuple):
     """Linear layers that have one, if there are adapters."""
     dequantized: bool = False
     """A frozen linear layer makes its weight from 4 bits each time."""
+    documents: int = 1
+    """That these tokens are of."""
     cuda: bool = True
     """The kernel is the GPU's, which sums dq in fp32; that of the CPU computes everything in fp32."""
     attention_bytes: float = 0.0
@@ -128,7 +132,7 @@ def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
         # In tiles: five copies of the scores of one; keys, values and their gradients in fp32, laid out for products.
         scratch = 5.0 * max(TILE_BYTES, t * model.heads * SUM_BYTES) + 7 * 2 * key * SUM_BYTES
     elif s.cuda:
-        scratch = float(query * SUM_BYTES)
+        scratch = flash_backward_bytes(model, s)
     else:
         # Everything once more in fp32 where it is narrow.
         scratch = (4 * query + 4 * key) * SUM_BYTES if b < SUM_BYTES else 0.0
@@ -145,6 +149,18 @@ def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
     ops += _linear("o", "a", "o", t, width, model.hidden, s)
     ops.append(Op(("x", "o"), "middle", hidden * b, passes=True))
     return ops
+
+
+def flash_backward_bytes(model: ModelShape, s: BlockSettings) -> float:
+    """Return what FlashAttention-2 needs in its backward pass, beside what it returns.
+
+    dq in fp32, its heads rounded up, with 128 rows more for each document; dk and dv of every query head.
+    """
+    step = 32 if model.head_dim <= 128 else 64
+    rounded = -(-model.head_dim // step) * step
+    sums = (s.tokens + DQ_ROWS * s.documents) * model.heads * rounded * SUM_BYTES
+    shared = model.kv_heads < model.heads
+    return float(sums + shared * 2 * s.tokens * model.heads * model.head_dim * s.element_bytes)
 
 
 def _mlp_ops(model: ModelShape, s: BlockSettings, tokens: int) -> list[Op]:

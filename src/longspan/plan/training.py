@@ -17,6 +17,7 @@ libraries hold, `WORKSPACE`.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from longspan.core.errors import ArgumentError
@@ -77,6 +78,8 @@ class TrainingSettings(NamedTuple):
     lora: LoraSettings | None = None
     accumulates: bool = False
     """More than one micro-batch in a step."""
+    documents: int = 1
+    """Of a micro-batch; packed rows hold more than one each."""
     cuda: bool = True
     """False: as on a CPU, where attention and loss compute in fp32 and AdamW goes parameter by parameter."""
 
@@ -313,6 +316,7 @@ def _block(model: ModelShape, s: TrainingSettings, alive: int) -> Walk:
             lora_rank=None if s.lora is None else s.lora.rank,
             adapted=() if s.lora is None else s.lora.targets,
             dequantized=s.lora is not None and s.lora.quantized,
+            documents=s.documents,
             cuda=s.cuda,
             attention_bytes=attention,
         ),
@@ -326,7 +330,22 @@ def _resident(
     stays = {"parameters": weights.parameters, "optimizer state": weights.state}
     if not s.offload_parameters:
         return stays, {}
-    return {}, {**stays, "gradients": weights.gradients}
+    # Of the matrices: the rest is small.
+    sizes = (shape / s.shards * s.parameter_bytes for shape in _matrices(model))
+    pinned = sum(_pinned(size, s) - size for size in sizes) if s.lora is None else 0.0
+    return {}, {**stays, "parameters": weights.parameters + pinned, "gradients": weights.gradients}
+
+
+def _matrices(model: ModelShape) -> list[int]:
+    """Return the elements of every matrix."""
+    query, key = model.hidden * model.heads * model.head_dim, model.hidden * model.kv_heads * model.head_dim
+    layer = [query, key, key, query, *[model.hidden * model.intermediate] * 3]
+    return layer * model.layers + [model.vocab * model.hidden] * (1 if model.tied else 2)
+
+
+def _pinned(size: float, s: TrainingSettings) -> float:
+    """Return the bytes that a tensor takes on the host: torch rounds pinned memory up to a power of two."""
+    return float(1 << max(0, math.ceil(math.log2(size)))) if s.cuda and size else size
 
 
 def _kept(model: ModelShape, s: TrainingSettings, block: Walk, unit: float) -> tuple[float, float]:
@@ -336,15 +355,18 @@ def _kept(model: ModelShape, s: TrainingSettings, block: Walk, unit: float) -> t
     if s.activation_checkpointing == "full":
         return model.layers * unit, 0.0
     # The one in use and the one on its way.
-    on_host = model.layers * unit
+    on_host = model.layers * _pinned(unit, s)
     return min(2, model.layers) * unit, on_host
 
 
 def _cache(model: ModelShape, s: TrainingSettings, tokens: int, alive: int) -> float:
     if s.chunk_tokens is None or alive >= tokens:
         return 0.0
-    rows = tokens - alive
-    return 2 * rows * model.layers * model.kv_heads * model.head_dim * (s.compute_bytes + SUM_BYTES)
+    chunk = 2 * alive * model.kv_heads * model.head_dim
+    sizes = [float(chunk * item) for item in (s.compute_bytes, SUM_BYTES)]
+    if s.offload_cache:
+        sizes = [_pinned(size, s) for size in sizes]
+    return (tokens - alive) / alive * model.layers * sum(sizes)
 
 
 def _loss(model: ModelShape, s: TrainingSettings, alive: int, weights: _Weights) -> dict[str, float]:

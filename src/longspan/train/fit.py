@@ -73,6 +73,7 @@ def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
         offload_cache=memory.offload_chunk_cache,
         lora=lora,
         accumulates=rows > at_once,
+        documents=at_once,
         cuda=cuda,
     )
 
