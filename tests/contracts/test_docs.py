@@ -1,0 +1,60 @@
+"""Docs point to what is there: files that exist, and settings that have these names."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import longspan
+
+ROOT = Path(longspan.__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+
+
+def links_of(page: Path) -> list[tuple[str, Path]]:
+    """Return text and target of every link of a page to a file."""
+    found = LINK.findall(page.read_text(encoding="utf-8"))
+    return [(text, page.parent / target) for text, target in found if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    """A file that is renamed must not leave a page pointing to nothing."""
+    missing = [str(target) for _, target in links_of(page) if not target.exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_the_package_that_are_named_exist(page: Path) -> None:
+    """`eval/ppl.py` in running text is a signpost as well."""
+    rooms = "|".join(path.name for path in (ROOT / "src" / "longspan").iterdir() if path.is_dir())
+    named = re.findall(
+        rf"(?<![\w./-])((?:src/longspan/|tests/)?(?:{rooms})/[\w/]+\.(?:py|yaml))", page.read_text("utf-8")
+    )
+    missing = [
+        name for name in named if not any((ROOT / base / name).exists() for base in ("", "src/longspan"))
+    ]
+    assert not missing
+
+
+def test_settings_of_the_glossary_exist() -> None:
+    """A renamed field leaves a word of the glossary without its setting."""
+    settings = [
+        (text.strip("`"), target)
+        for text, target in links_of(ROOT / "docs" / "glossary.md")
+        if text[0] == "`"
+    ]
+    assert len(settings) > 15
+    for name, file in settings:
+        owner, field = name.split(".")
+        classes = {
+            node.name: node
+            for node in ast.parse(file.read_text("utf-8")).body
+            if isinstance(node, ast.ClassDef)
+        }
+        fields = {item.target.id for item in classes[owner].body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
+        assert field in fields, f"{name} is not in {file}"
