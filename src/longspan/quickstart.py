@@ -481,7 +481,7 @@ def _gather(work: Path, config: QuickstartConfig) -> None:
 def _results(run: RunDir, config: QuickstartConfig) -> dict[str, Any]:
     """Return the figures for machines, from the records alone; lengths past the trained one stand apart."""
     from longspan.report.load import load_run
-    from longspan.report.tables import summarise
+    from longspan.report.summary import summarise
 
     inside = set(config.evaluation.lengths)
     loaded = load_run(run.path)

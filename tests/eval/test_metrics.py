@@ -12,7 +12,6 @@ import pytest
 
 from longspan.eval.metrics import rouge_l, rouge_n
 from longspan.eval.metrics_longbench import classification, rouge_l_summary
-from longspan.eval.porter import stem
 from longspan.eval.scorers import SCORERS
 
 GOLDENS: dict[str, Any] = json.loads((Path(__file__).parent / "goldens" / "metrics.json").read_text())
@@ -86,28 +85,6 @@ def test_long_summary_is_scored() -> None:
     """The package rouge recurses once a word and gives 0 to a long answer."""
     sentence = " ".join(f"w{number}" for number in range(1500))
     assert rouge_l_summary(sentence, sentence) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        *(("caresses", "caress"), ("ponies", "poni"), ("ties", "tie"), ("cats", "cat"), ("agreed", "agre")),
-        *(("plastered", "plaster"), ("motoring", "motor"), ("hopping", "hop"), ("falling", "fall")),
-        *(("filing", "file"), ("happy", "happi"), ("enjoy", "enjoy"), ("relational", "relat")),
-        *(("normally", "normal"), ("geology", "geolog"), ("triplicate", "triplic"), ("adoption", "adopt")),
-        *(
-            ("probate", "probat"),
-            ("controll", "control"),
-            ("dying", "die"),
-            ("spied", "spi"),
-            ("died", "die"),
-        ),
-        *(("sky", "sky"), ("is", "is"), ("", ""), ("yyyy", "yyyi"), ("oed", "o"), ("ion", "ion")),
-    ],
-)
-def test_stems(word: str, expected: str) -> None:
-    """Examples of the paper and of NLTK's changes to it."""
-    assert stem(word) == expected
 
 
 @pytest.mark.skipif(not HAS_ROUGE, reason="the package rouge-score is not installed")

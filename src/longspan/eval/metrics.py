@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
-
-from longspan.eval.porter import stem
+from functools import lru_cache
+from typing import Any
 
 _WORD = re.compile(r"\w+")
 _ROUGE_WORD = re.compile(r"[a-z0-9]+")
@@ -71,6 +71,19 @@ def rouge_l(expected: str, output: str, *, stemmed: bool = False) -> float:
     left, right = (rouge_words(text, stemmed=stemmed) for text in (expected, output))
     table = common_lengths(left, right)
     return f_measure(table[-1][-1], len(left), len(right))
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> Any:
+    from nltk.stem.porter import PorterStemmer  # a second to import
+
+    return PorterStemmer()
+
+
+@lru_cache(maxsize=65536)
+def stem(word: str) -> str:
+    """Return the stem of a word in lower case, as published ROUGE scores have it: retriev of retrieved."""
+    return str(_stemmer().stem(word, to_lowercase=False))
 
 
 def rouge_words(text: str, *, stemmed: bool) -> list[str]:

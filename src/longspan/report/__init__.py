@@ -5,6 +5,6 @@ Everything shown is computed from the records of a run; nothing is measured, sco
 """
 
 from longspan.report.html import ReportResult, write_report
-from longspan.report.tables import summarise
+from longspan.report.summary import summarise
 
 __all__ = ["ReportResult", "summarise", "write_report"]

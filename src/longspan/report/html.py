@@ -27,7 +27,8 @@ from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
 from longspan.report.sample_data import SampleData
 from longspan.report.scores_view import delta_section, scores_section
-from longspan.report.tables import summarise, tally_of
+from longspan.report.summary import summarise
+from longspan.report.tables import tally_of
 from longspan.report.training_view import lengths_section, training_section, training_totals
 from longspan.report.view import merge_records, short_name, unscored_text
 
