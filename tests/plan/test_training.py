@@ -154,9 +154,10 @@ def test_the_flash_backward_needs_more_than_its_gradients() -> None:
     assert needed["documents"] - needed["grouped"] == 16
     assert needed["96"] - needed["80"] == 2 * 131072 * 32 * 16 * 2 / 2**30
     block = [
-        block_walk(LLAMA, BlockSettings(131072, documents=documents)).backward for documents in (1, 8193)
+        block_walk(LLAMA, BlockSettings(131072, documents=documents, tile_tokens=1024)).backward
+        for documents in (1, 8193)
     ]
-    assert block[1] - block[0] == 16 * 2**30
+    assert block[1] - block[0] > 8 * 2**30
 
 
 def test_pinned_memory_comes_in_powers_of_two() -> None:
