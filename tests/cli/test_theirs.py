@@ -6,6 +6,7 @@ See theirs.py for how their output was obtained.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.plans import mixture
 from longspan.data.plans.mixture import MixturePlan
-from longspan.data.store import MDSDirectory, TokenStore
+from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore
+from longspan.train.batch import IGNORE_LABEL, collate, total_weight
 from longspan.train.recipes import load_recipe
-from longspan.train.streams import plan_stage
+from longspan.train.streams import plan_stage, stage_rows
 from tests.cli import theirs
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "theirs.json").read_text())
@@ -179,6 +181,41 @@ def test_slimpajama_mixture(place: Path, done) -> None:
     assert sorted(MixturePlan.load("tokens").documents.tolist()) != golden
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("sft", {}), ("lm", {"objective": "lm"}), ("single", {"objective": "lm", "document_mask": False})],
+)
+def test_prolong_loss(tmp_path: Path, name: str, changes: dict) -> None:
+    """Which token is learnt after which of packed conversations, with and without `--apply_instruct_masks` and
+    `--single_seq`, and what `--token_scaled_loss` makes of their losses. Its divisor is a mean over all steps so far,
+    which in the first is that of the step."""
+    columns = {"indices": "ndarray:uint32", "input_ids": "ndarray:uint32", "mask": "ndarray:uint8"}
+    (tmp_path / "rows").mkdir()
+    writer = MDSWriter(tmp_path / "rows", [Column(*each) for each in columns.items()], size_limit=1 << 16)
+    for row in theirs.packed_chats():
+        writer.write(
+            {key: np.array(row[key], kind.removeprefix("ndarray:")) for key, kind in columns.items()}
+        )
+    writer.finish()
+    stage = load_recipe("prolong-sft").config.stages[0]
+    stream = stage.streams["ultrachat"].model_copy(update={"rows": "rows"})
+    small = {"context_length": 24, "batch_tokens": 72, "micro_batch_tokens": 24}
+    stage = stage.model_copy(
+        update={**small, "streams": {"ultrachat": stream}, "max_epochs": 9999, **changes}
+    )
+    rows = stage_rows(plan_stage(stage, data_root=tmp_path, seed=0), 0, 3, seed=0)
+    pairs, loss = [], 0.0
+    for row in rows:
+        batch = collate([row])
+        found = zip(batch.input_ids.tolist(), batch.labels.tolist())
+        pairs.append([[token, label] for token, label in found if label != IGNORE_LABEL])
+        for token, label in pairs[-1]:
+            logits = [theirs.logit(token, word) for word in range(31)]
+            loss += math.log(sum(map(math.exp, logits))) - logits[label]
+    assert theirs.digest(pairs) == GOLDEN["prolong"][name]["pairs"]
+    assert loss / total_weight(rows) == pytest.approx(GOLDEN["prolong"][name]["loss"], rel=1e-12)
+
+
 def test_cepe(place: Path, done) -> None:
     """Token files of `tokenize_files.py`, and windows and chunks that the samplers could draw."""
     done("data tokenize redpajama --tokenizer tokenizer --out stores/redpajama")
@@ -208,6 +245,27 @@ def test_cepe(place: Path, done) -> None:
         count = int(data[0])
         ours += [ids.tolist() for ids in np.split(data[1 + count :], np.cumsum(data[1 : 1 + count]))[:-1]]
     assert theirs.digest(ours) == by_them
+
+
+def test_cepe_concat(tmp_path: Path, done, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of `sample_mds_concat.py`: of a file's documents end to end, BOS and EOS kept, never of two files."""
+    monkeypatch.chdir(tmp_path)
+    Path("redpajama/arxiv").mkdir(parents=True)
+    theirs_all = set()
+    for number in range(100):
+        documents = theirs.token_file(number)
+        array = np.concatenate([[3], [len(ids) for ids in documents], *documents]).astype(np.int64)
+        np.save(f"redpajama/arxiv/{number:03}.npy", array)
+        stream = [token for ids in documents for token in ids]
+        theirs_all |= {tuple(stream[at : at + 12]) for at in range(0, len(stream) - 11, 4)}
+    assert theirs.digest(map(list, theirs_all)) == GOLDEN["cepe concat windows"]
+    done(
+        "data pairs redpajama --mode concat --weight arxiv=1 --encoder 8 --decoder 4 --eval-samples 5 "
+        "--train-samples 100 --format cepe --out concat"
+    )
+    samples = [*MDSDirectory("concat/test/arxiv"), *MDSDirectory("concat/train/arxiv")]
+    found = [(*sample["prev_token_ids"].tolist(), *sample["token_ids"].tolist()) for sample in samples]
+    assert len(found) == 105 and set(found) <= theirs_all
 
 
 def test_longllm_qlora(place: Path) -> None:

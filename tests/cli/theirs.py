@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,29 @@ def redpajama() -> dict[str, list[str]]:
         for shift, domain in ((0, "arxiv"), (3, "book"))
         for file in range(6)
     }
+
+
+def packed_chats() -> list[dict[str, Any]]:
+    """Return packed rows with masks, as ProLong's conversations: of one token, without an answer, and long."""
+    rows = []
+    for number, ends in enumerate(([9, 10, 24], [24], [3, 20, 24])):
+        ids = [(number * 5 + place * place) % 31 for place in range(24)]
+        mask = [int((place * 7 + number) % 5 > 1 and not (number == 2 and place < 3)) for place in range(24)]
+        rows.append({"input_ids": ids, "indices": list(pairwise([0, *ends])), "mask": mask})
+    return rows
+
+
+def logit(token: int, word: int) -> float:
+    """Return what a model that sees one token gives for the next."""
+    return math.sin(token * 31 + word * word)
+
+
+def token_file(number: int) -> list[list[int]]:
+    """Return documents of a token file of CEPE; below 100 files of a domain it is cut by documents here."""
+    return [
+        [1, *((number * 31 + n * n + document) % 97 + 3 for n in range(9 + document)), 2]
+        for document in range(3)
+    ]
 
 
 def conversations() -> list[list[dict[str, str]]]:
