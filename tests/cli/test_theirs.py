@@ -18,6 +18,10 @@ from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.plans import mixture
 from longspan.data.plans.mixture import MixturePlan
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore
+from longspan.data.tokenizer import load_tokenizer
+from longspan.eval.prompts import PromptForm
+from longspan.eval.released import longllm
+from longspan.eval.released.sets import ReleasedTask
 from longspan.train.batch import IGNORE_LABEL, collate, total_weight
 from longspan.train.recipes import load_recipe
 from longspan.train.streams import plan_stage, stage_rows
@@ -266,6 +270,18 @@ def test_cepe_concat(tmp_path: Path, done, monkeypatch: pytest.MonkeyPatch) -> N
     samples = [*MDSDirectory("concat/test/arxiv"), *MDSDirectory("concat/train/arxiv")]
     found = [(*sample["prev_token_ids"].tolist(), *sample["token_ids"].tolist()) for sample in samples]
     assert len(found) == 105 and set(found) <= theirs_all
+
+
+def test_longbench(place: Path) -> None:
+    """Prompts of the 14 sets as `main.eval_longbench` gives them to the model, whole and without their middle."""
+    for number, name in enumerate(GOLDEN["longbench"]):
+        write(place / "longbench" / f"{name}.jsonl", theirs.questions(number))
+    form = PromptForm(load_tokenizer("tokenizer"), chat_template="llama-3")
+    for name, golden in GOLDEN["longbench"].items():
+        sets = longllm.open_sets(place, "longbench", [name], max_length=theirs.LONGBENCH_LENGTH, exact=True)
+        task = ReleasedTask(sets, form)
+        prompts = [task.build(planned).request.prompt_ids for planned in task.plan()]
+        assert theirs.digest(np.asarray(ids).tolist() for ids in prompts) == golden, name
 
 
 def test_longllm_qlora(place: Path) -> None:

@@ -24,6 +24,8 @@ LENGTH = 64
 """Tokens of a row; theirs are 65,536 and 131,072."""
 MAX_LENGTH = 120
 """Where longllm_qlora cuts a text and leaves out a conversation; 81,920 there."""
+LONGBENCH_LENGTH = 1600
+"""Tokens of a prompt of LongBench; 31,500 there."""
 SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 WORDS = ("user", "assistant", "\u010a\u010a", "\u010a\u010a\u010a")
 """Single tokens, as in Llama 3: their masks count on it."""
@@ -142,6 +144,19 @@ def conversations() -> list[list[dict[str, str]]]:
         turns("What is in it?\n\nSay it.", "It says:\n\n1. one\n2. two "),
         # The header's two line breaks and the answer's own are one token.
         turns("Go on.", "\nSo it goes.\n"),
+    ]
+
+
+def questions(number: int) -> list[dict[str, Any]]:
+    """Return two questions of LongBench, of which the second has a long context."""
+    return [
+        {
+            "input": f"What is {NAMES[number % 10]}?",
+            "context": text(number, words),
+            "answers": ["it"],
+            "all_classes": ["it"],
+        }
+        for words in (5, 700)
     ]
 
 

@@ -60,7 +60,7 @@ def open_sets(
         subtasks: names of sets; none: those that `long-llm` runs; `all`: every one.
         max_length: tokens of a prompt at most, in place of the published limit.
         exact: of longbench, answers to questions end at the token of a new line, and all that is written counts; else
-            their first line does.
+            their first line does; and BOS counts among the tokens of a prompt that is cut.
 
     Raises:
         ArgumentError: there is no such set, or no exact form of the folder.
@@ -100,6 +100,7 @@ def _longbench_rules(settings: dict[str, Any], *, exact: bool) -> dict[str, Any]
             "chat": rule.chat,
             "postprocess": "first_line" if rule.first_line or (ends and not exact) else None,
             "newline_ends": ends and exact,
+            "counts_bos": exact,
             "category": rule.kind,
         }
     return rules
@@ -135,6 +136,7 @@ class LongLLMSet:
             settings.get("chat", True),
             max_length,
             category=settings.get("category"),
+            counts_bos=settings.get("counts_bos", False),
             newline_ends=settings.get("newline_ends", False),
         )
         places = [f"{folder}/{name}.jsonl", f"{folder}/{name}.json", f"{name}.jsonl", f"{name}.json"]
@@ -157,7 +159,8 @@ class LongLLMSet:
             "sha256": self._rows.sha256,
             "max_length": self.rule.max_length,
         }
-        return described | ({"newline_ends": True} if self.rule.newline_ends else {})
+        letters = {"counts_bos": self.rule.counts_bos, "newline_ends": self.rule.newline_ends}
+        return described | {name: True for name, holds in letters.items() if holds}
 
     def question(self, number: int, *, chat: bool) -> Question:
         """Return a question."""

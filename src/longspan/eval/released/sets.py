@@ -46,6 +46,8 @@ class Rule(NamedTuple):
     omitted: str = ""
     """What stands at the end of a context that was cut."""
     category: str | None = None
+    counts_bos: bool = False
+    """Whether a BOS counts among the tokens of a prompt that is cut."""
     newline_ends: bool = False
     """Whether the token of one new line ends an answer; one that is part of another token does not."""
 
@@ -169,7 +171,8 @@ class ReleasedTask:
         values = dict(question.values)
         text, removed = question.template.format_map(_PromptValues(values)), 0
         if rule.cut == "middle" and rule.max_length is not None:
-            text, removed = cut_middle(text, form.tokenizer, rule.max_length)
+            before = int(rule.counts_bos and form.tokenizer.adds_bos)
+            text, removed = cut_middle(text, form.tokenizer, rule.max_length, before=before)
         longest = self._longest(rule)
         for _ in range(_MAX_FITS):
             request = form.request(text, max_new_tokens=rule.max_new_tokens)
