@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longspan.cli.model_options import ModelOptions, find_tokenizer
+from longspan.cli.model_options import find_tokenizer
 from longspan.data.tokenizer import train_bpe
+from longspan.infer.config import AnswererConfig
 from longspan.models.hf import build_model, load_model, save_model
 from tests.hub_cache import publish, use_cache
 
@@ -101,7 +102,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_asked_with_another_theta_as_peft_answers(longspan, here, name):
     """A folder without config.json was no model, a hub name no adapter, and the base's tokenizer was not looked for."""
     question = " ".join(["Who built the bridge?"] * 12)
-    words = find_tokenizer(ModelOptions("base"))
+    words = find_tokenizer(AnswererConfig(model="base"))
     ids = torch.from_numpy(words.encode(question).astype("int64"))[None]
     outcome = longspan(
         ["ask", name, "--rope-theta", "200e6", "--question", question, "--max-new-tokens", "12", "--json"]

@@ -48,7 +48,7 @@ def here(folder, monkeypatch) -> Path:
 def test_the_needle_is_shown_where_it_lies(longspan, here):
     """People see that the sentence is in the text at all, which a length in tokens does not tell."""
     outcome = longspan(
-        f'ask model --context text.txt --needle "{NEEDLE}" --depth 0.5 --question "Which number?" '
+        f'ask model --data text.txt --needle "{NEEDLE}" --depth 0.5 --question "Which number?" '
         "--length 600 --max-new-tokens 5"
     )
     assert outcome.code == 0, outcome.err
@@ -62,7 +62,7 @@ def test_the_needle_is_shown_where_it_lies(longspan, here):
 
 
 def test_json_holds_the_same_and_nothing_else(longspan, here):
-    arguments = f'ask model --context text.txt --needle "{NEEDLE}" --depth 0 --question Q? --length 500 '
+    arguments = f'ask model --data text.txt --needle "{NEEDLE}" --depth 0 --question Q? --length 500 '
     found = json.loads(longspan(f"{arguments} --max-new-tokens 3 --json").out)
     assert found["needle"]["text"] == NEEDLE and found["needle"]["depth"] == 0.0
     assert 480 <= found["prompt_tokens"] <= 500
@@ -70,9 +70,7 @@ def test_json_holds_the_same_and_nothing_else(longspan, here):
     plain = json.loads(longspan("ask model --question Hello --max-new-tokens 2 --json").out)
     assert plain["needle"] is None and plain["prompt_tokens"] < 10
     # A context that asks for itself, as released question files hold it, is the whole prompt.
-    whole = json.loads(
-        longspan("ask model --context text.txt --prompt {context} --max-new-tokens 2 --json").out
-    )
+    whole = json.loads(longspan("ask model --data text.txt --prompt {context} --max-new-tokens 2 --json").out)
     assert whole["question"] is None and whole["context_tokens_removed"] == 0
 
 
@@ -101,17 +99,17 @@ def test_thoughts_of_a_server_that_are_all_there_is_are_said(longspan, here, par
 
 def test_mistakes_are_said(longspan, here):
     cases = {
-        f'ask model --question Q? --needle "{NEEDLE}"': "--context",
-        "ask model --question Q? --context text.txt --depth 1.5": "between 0",
-        "ask model --question Q? --context text.txt --length 10": "no room for a context",
-        "ask model --question Q? --context text.txt --prompt fu-2023": "fu-2024",
-        "ask model --question Q? --context text.txt --prompt 'only {question}'": "no place for the context",
-        "ask model --context text.txt": "a place for a question",
-        "ask model --question Q? --context text.txt --prompt '{context}'": "no place for the question",
+        f'ask model --question Q? --needle "{NEEDLE}"': "--data",
+        "ask model --question Q? --data text.txt --depth 1.5": "between 0",
+        "ask model --question Q? --data text.txt --length 10": "no room for a context",
+        "ask model --question Q? --data text.txt --prompt fu-2023": "fu-2024",
+        "ask model --question Q? --data text.txt --prompt 'only {question}'": "no place for the context",
+        "ask model --data text.txt": "a place for a question",
+        "ask model --question Q? --data text.txt --prompt '{context}'": "no place for the question",
         "ask model": "nothing is asked",
         "ask model --question Q? --chat": "chat template",
         "ask model --question ''": "the question is empty",
-        "ask model --question Q? --context text.txt --length 500 --max-length 400": "--max-new-tokens",
+        "ask model --question Q? --data text.txt --length 500 --max-length 400": "--max-new-tokens",
     }
     for arguments, said in cases.items():
         outcome = longspan(arguments)

@@ -38,7 +38,7 @@ def test_own_texts_and_modes(longspan, model, tmp_path):
     """A sentence of one's own, generated; several needles; a needle at every depth: records of their own."""
     lines = [
         "--needle 'The cat sleeps.' --question 'What does the cat do?' --answer sleeps --mode generate",
-        "--needles 2 --mode generate --distractors 1",
+        "--num-needles 2 --mode generate --num-distractors 1",
         "--multi-key --note 'all depths at once'",
         "--scorer rouge_l --mode generate --label rouge --chat-template qwen",
     ]
@@ -88,7 +88,7 @@ def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
         ("--model openai:x --tokenizer tokenizer --rope-theta 5e6", ["is decided there", "--rope-theta"]),
         ("--rope linear", ["--rope does not hold settings", "'linear'"]),
         ("--lengths 20", ["no room for the planted facts", "20 tokens"]),
-        ("--data texts --lengths 1M", ["haystack is too short", "--repeat-haystack"]),
+        ("--data texts --lengths 1M", ["haystack is too short", "--repeat"]),
         ("--max-length 300", ["longer than the model can read", "320 tokens", "--too-long skip"]),
         ("--bos always --tokenizer nobos", ["no BOS token", "--bos"]),
         ("--preset easy", ["preset", "easycontext"]),
@@ -118,7 +118,7 @@ def test_a_file_is_no_run_folder(longspan, model):
     """It was found when the model had been loaded, as a failure of the machine."""
     outcome = longspan(f"{GRID} --out model/config.json")
     assert outcome.code == 2 and "is a file" in outcome.err
-    outcome = longspan("eval ruler --model model --lengths 2k --cache model/config.json --out run")
+    outcome = longspan("eval ruler --model model --lengths 2k --sample-cache model/config.json --out run")
     assert outcome.code == 2 and "is a file" in outcome.err
 
 
@@ -219,7 +219,7 @@ def test_dry_runs_show_one_whole_prompt(longspan, model, line, parts):
             ["is to think before it", "--thinking off"],
         ),
         ("--model anthropic:m --tokenizer model --template-args '{a: 1}'", ["no variables", "--server"]),
-        ("--answer-prefix 'It is'", ["answer_prefix", "generated"]),
+        ("--answer-prefix 'It is'", ["--answer-prefix", "generated"]),
     ],
 )
 def test_mistakes_about_thinking_are_messages(longspan, model, monkeypatch, arguments, parts):

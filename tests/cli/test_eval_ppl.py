@@ -13,8 +13,8 @@ def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tm
     """The layout of the published CSV: lengths in the first line, then a line for each model."""
     limits = "--xmin 32 --xmax 300 --ymin 1 --ymax 1000"
     lines = [
-        "--data texts --label texts --lengths 64,128 --truncate",
-        "--data store --label store --lengths 64,128 --truncate --csv ppl.csv",
+        "--data texts --label texts --lengths 64,128 --cut truncate",
+        "--data store --label store --lengths 64,128 --cut truncate --csv ppl.csv",
         f"--data store --label sliding --lengths 128 --stride 96 --csv all.csv --plot ppl.svg {limits}",
     ]
     found = []
@@ -41,10 +41,10 @@ def test_texts_and_stores_give_the_same_numbers_in_one_table(longspan, model, tm
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--data texts --full --truncate", "one way at a time"),
-        ("--data texts --full --max-length 64", "leave longer ones out with --max-tokens 64"),
+        ("--data texts --full --truncate", "--truncate and --full set the same"),
+        ("--data texts --cut full --max-length 64", "leave longer ones out with --max-tokens 64"),
         ("--data texts", "windows need lengths (cut: spans)"),
-        ("--data texts --data store --full", "some inputs are tokenised and some are texts"),
+        ("--data texts --data store --cut full", "some inputs are tokenised and some are texts"),
         ("--data texts --lengths 64 --stride 65", "a stride of 65 would skip tokens"),
         ("--data texts --lengths 64 --plot p.png --xmin 64 --xmax 8", "--xmin is not below --xmax"),
         ("--data texts --lengths 64 --plot p.png --ymin -1", "--ymin is not a limit of the figure"),

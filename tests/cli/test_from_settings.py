@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from longspan.cli.from_settings import Commas, Part, Used, from_settings, write_used
-from longspan.core.config import Config, Length
+from longspan.cli.from_settings import Part, Used, from_settings, write_used
+from longspan.core.config import Commas, Config, Length
 from longspan.core.errors import ConfigError, UserError
 
 
@@ -94,8 +94,19 @@ def call(*words: str) -> Asked:
 def test_each_kind_of_field_is_read():
     """A text with a comma was cut in two, or a list of numbers taken for one."""
     found = call(
-        *("--length", "4k", "--num-facts", "2e1", "--depths", "0,0.5", "--depths", "1", "--source", "a, b"),
-        *("--source", "c", "--names", "x,y", "--names", "z", "--repeat", "--inner", "{per_minute: 3}"),
+        *(
+            "--length",
+            "4k",
+            "--num-facts",
+            "2e1",
+            "--depths",
+            "3",
+            "--depths",
+            "0,0.5, 1",
+            "--source",
+            "a, b",
+        ),
+        *("--source", "c", "--names", "x,y,z", "--repeat", "--inner", "{per_minute: 3}"),
     )
     assert (found.length, found.num_facts, found.depths) == (4096, 20, (0, 0.5, 1))
     assert (found.sources, found.names, found.repeat) == (("a, b", "c"), ("x", "y", "z"), True)

@@ -48,7 +48,9 @@ def run(longspan, store):
 
 def measure(longspan, model: Path | str, label: str, *more: str) -> tuple[float, dict]:
     """Return the loss of some text, and what the header says of the model."""
-    line = f"eval ppl --model {model} --data store --lengths 64 --spans 1 --out eval --json --label {label}"
+    line = (
+        f"eval ppl --model {model} --data store --lengths 64 --num-spans 1 --out eval --json --label {label}"
+    )
     outcome = longspan([*line.split(), *more])
     assert outcome.code == 0, outcome.err
     header = json.loads(Path(f"eval/records/ppl-{label}.jsonl").read_text().splitlines()[0])
@@ -131,19 +133,24 @@ def test_settings_that_do_not_go_together_are_named(longspan, run, line, message
 
 def test_a_chat_server_is_told_of_thinking_in_its_own_words():
     """What was said of the template went nowhere: the server applies its own."""
-    from longspan.cli.model_options import ModelOptions, PromptOptions, _told, form_of
+    from longspan.api import ServerConfig
+    from longspan.cli.model_options import _told, form_of
     from longspan.core.errors import ArgumentError
+    from longspan.eval.prompts import PromptConfig
+    from longspan.infer.config import AnswererConfig
 
-    server = "{extra: {chat_template_kwargs: {b: 2}}, continue_final_message: true}"
-    model = ModelOptions("openai:m", base_url="http://localhost:1/v1", server=server)
-    told = _told(model, PromptOptions(thinking="off", template_args="{a: 1}"))
+    extra = {"chat_template_kwargs": {"b": 2}}
+    server = ServerConfig(base_url="http://localhost:1/v1", extra=extra, continue_final_message=True)
+    model = AnswererConfig(model="openai:m", server=server)
+    told = _told(model, PromptConfig(thinking="off", template_args={"a": 1}))
     kwargs = {"a": 1, "enable_thinking": False, "thinking": False, "b": 2}
     assert told.extra == {"chat_template_kwargs": kwargs} and told.continue_final_message
-    assert _told(model, PromptOptions()).extra == {"chat_template_kwargs": {"b": 2}}
+    assert _told(model, PromptConfig()).extra == {"chat_template_kwargs": {"b": 2}}
     # A provider refuses fields that it does not know; a text that is continued is rendered here.
-    assert _told(ModelOptions("openai:m"), PromptOptions(thinking="on")) is None
-    assert _told(ModelOptions("completions:m"), PromptOptions(template_args="{a: 1}")) is None
+    own = AnswererConfig(model="openai:m")
+    assert _told(own, PromptConfig(thinking="on")) is None
+    assert _told(AnswererConfig(model="completions:m"), PromptConfig(template_args={"a": 1})) is None
     with pytest.raises(ArgumentError, match="takes no variables"):
-        _told(ModelOptions("openai:m"), PromptOptions(template_args="{a: 1}"))
+        _told(own, PromptConfig(template_args={"a": 1}))
     with pytest.raises(ArgumentError, match="has no tokenizer here"):
-        form_of(model, PromptOptions())
+        form_of(model, PromptConfig())

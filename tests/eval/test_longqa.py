@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.longqa import LongQa, LongQaConfig, read_longqa, rule_for
 from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
@@ -168,7 +168,7 @@ def test_first_samples_and_chosen_data_sets(data_file: Path, tokenizer: Tokenize
     assert [planned.key for planned in task.plan()] == [("hotpotqa", 0), ("lcc", 0)]
     with pytest.raises(ArgumentError, match="no such data set"):
         LongQa.from_config(
-            LongQaConfig(datasets=("hotpot",)), TaskData((str(data_file),)), PromptForm(tokenizer)
+            LongQaConfig(datasets=("hotpot",)), TaskDataConfig(paths=(str(data_file),)), PromptForm(tokenizer)
         )
 
 

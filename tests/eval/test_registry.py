@@ -9,7 +9,7 @@ import pytest
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.eval import registry
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.registry import Axes, TaskEntry, entries, entry_of, loaded, register
 from longspan.eval.scorers import SCORERS, Scorer, register_scorer, scorer_named
@@ -32,7 +32,7 @@ def test_every_task_is_made_in_one_way(tokenizer, name):
     config_class = loaded(entry.config)
     values = {key: value for key, value in SMALL.items() if key in config_class.model_fields}
     config = config_class.from_dict(values | CONFIGS.get(name, {}))
-    task = loaded(entry.task).from_config(config, TaskData(), PromptForm(tokenizer))
+    task = loaded(entry.task).from_config(config, TaskDataConfig(), PromptForm(tokenizer))
     assert issubclass(config_class, Config)
     assert task.name == name
     assert task.scorer in (*entry.scorers, "by_metric")

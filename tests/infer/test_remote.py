@@ -12,11 +12,11 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longspan.api import Client, Endpoint, Limits, SpendingLimits
+from longspan.api import Client, Endpoint, Limits, ServerConfig, SpendingLimits
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from longspan.data.tokenizer import load_tokenizer
 from longspan.infer.generate import generate_greedy
-from longspan.infer.opening import ServerConfig, open_answerer
+from longspan.infer.opening import open_answerer
 from longspan.infer.plain import teacher_forced
 from longspan.infer.remote import RemoteAnswerer, open_remote
 from longspan.infer.requests import Request
@@ -169,10 +169,10 @@ def test_a_stream_gives_the_text_as_it_comes():
 
 def test_the_identity_tells_endpoints_apart(monkeypatch):
     with serving([chat("x")]) as server:
-        answerer = open_remote("openai", "org/m", base_url=server.url, trained_length=4096)
+        answerer = open_remote("openai:org/m", ServerConfig(base_url=server.url, trained_length=4096))
         identity = answerer.identity
         answerer.close()
-        other = open_remote("completions", "org/m", base_url=server.url)
+        other = open_remote("completions:org/m", ServerConfig(base_url=server.url))
         assert other.identity["fingerprint"] != identity["fingerprint"]
         other.close()
     assert {
@@ -182,9 +182,9 @@ def test_the_identity_tells_endpoints_apart(monkeypatch):
         "address": server.url,
     }.items() <= identity.items()
     with pytest.raises(ArgumentError, match="completions, openai"):
-        open_remote("grpc", "m")
+        open_remote("grpc:m", ServerConfig())
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not set"):
-        open_remote("openai", "m")
+        open_remote("openai:m", ServerConfig())
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,9 @@ def test_a_real_server_gives_the_answers_of_the_same_model_here(folder, transfor
             ids = tokenizer.encode(render.format(prompt)).astype(np.int64)
             expected[index] = tokenizer.decode(generate_greedy(model, ids, max_new_tokens=8, push=(1).__eq__))
         for _ in range(2):
-            answerer = open_remote(
-                provider, str(folder), base_url=transformers_serve, cache=tmp_path / "answers.sqlite"
-            )
+            answers = str(tmp_path / "answers.sqlite")
+            how = ServerConfig(base_url=transformers_serve, cache=answers)
+            answerer = open_remote(f"{provider}:{folder}", how)
             answers = dict(answerer.generate(requests))
             pieces: list[str] = []
             streamed = answerer.generate_stream(Request(prompts[2], max_new_tokens=7), pieces.append)
@@ -367,7 +367,7 @@ def test_a_real_server_gives_the_answers_of_the_same_model_here(folder, transfor
 
 
 def test_a_real_server_has_no_such_model(folder, transformers_serve):
-    answerer = open_remote("openai", "no-such-model", base_url=transformers_serve)
+    answerer = open_remote("openai:no-such-model", ServerConfig(base_url=transformers_serve))
     with pytest.raises(UserError, match="no-such-model"):
         list(answerer.generate([Request(f"w{index}") for index in range(20)]))
     answerer.close()

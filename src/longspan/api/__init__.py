@@ -10,6 +10,7 @@ from longspan.api.client_report import ClientReport
 from longspan.api.endpoint import Endpoint
 from longspan.api.limits import Limits
 from longspan.api.messages import ChatRequest, ChatResult, Usage
+from longspan.api.server import RemoteModel, ServerConfig, chat_model, remote_model
 
 __all__ = [
     "ChatRequest",
@@ -20,9 +21,13 @@ __all__ = [
     "Endpoint",
     "Limits",
     "Price",
+    "RemoteModel",
+    "ServerConfig",
     "SpendingLimits",
     "Usage",
+    "chat_model",
     "estimate",
     "price_of",
     "read_prices",
+    "remote_model",
 ]

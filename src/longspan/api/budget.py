@@ -43,15 +43,23 @@ class SpendingLimits(Config):
     """Most requests that are begun; recorded answers and further attempts do not count."""
     price: Price | None = None
     """What `max_cost` and the report reckon with."""
+    prices: str | None = None
+    """YAML file of prices by model, `NAME: {input: 2.5, output: 10}`, where `price` is not given."""
 
     @pydantic.model_validator(mode="after")
     def _cost_needs_prices(self) -> SpendingLimits:
-        if self.max_cost is not None and self.price is None:
+        if self.max_cost is not None and self.price is None and self.prices is None:
             raise ConfigError(
                 "max_cost is set but there are no prices",
-                fix="give the prices of a million tokens (price: {input: ..., output: ...})",
+                fix="give the prices of a million tokens (price: {input: ..., output: ...}), or a file of prices",
             )
         return self
+
+    def priced(self, model: str) -> SpendingLimits:
+        """Return the limits with the prices of a model. Raises ConfigError: the file has none."""
+        if self.price is not None or self.prices is None:
+            return self
+        return self.model_copy(update={"price": price_of(model, self.prices)})
 
 
 class CostEstimate(NamedTuple):

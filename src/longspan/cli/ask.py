@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.eval_options import TextField
-from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
+from longspan.cli.eval_tasks import DATA, DATA_FIELDS
+from longspan.cli.from_settings import Part, from_settings
+from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
 from longspan.cli.output import Json, example, print_json
 
 if TYPE_CHECKING:
     from longspan.eval.ask import Composed
+    from longspan.eval.held_out import TaskDataConfig
+    from longspan.eval.prompts import PromptConfig
+    from longspan.infer.config import AnswererConfig
     from longspan.infer.requests import Answer, Answerer, Request
 
 EXAMPLE = example(
-    'longspan ask model --context texts --needle "The magic number of glacier is 48213." --depth 0.5 '
+    'longspan ask model --data texts --needle "The magic number of glacier is 48213." --depth 0.5 '
     '--question "What is the magic number of glacier?" --length 200 --max-new-tokens 8'
 )
 
@@ -24,23 +27,29 @@ ANSWER_TOKENS = 256
 """Room for an answer where nothing else is said."""
 
 
-@partial(takes_model, as_argument=True)
+@from_settings(
+    model=MODEL._replace(argument="model", without=["replicas"]),
+    prompts=PROMPTS,
+    texts=Part(
+        DATA,
+        without=DATA_FIELDS[2:],
+        names={"paths": "--data"},
+        help={"paths": "Texts to read first: files, folders, patterns; many times."},
+        old={"--context": "paths"},
+    ),
+)
 def ask(
-    model: ModelOptions,
-    prompts: PromptOptions,
+    model: AnswererConfig,
+    prompts: PromptConfig,
+    texts: TaskDataConfig,
     question: Annotated[
         str | None,
-        typer.Option(
-            help="What is asked; left out where the context holds it, with a --prompt of {context}."
-        ),
+        typer.Option(help="What is asked; left out where the texts hold it, with a --prompt of {context}."),
     ] = None,
-    context: Annotated[
-        list[str] | None, typer.Option(help="Texts to read first: files, folders, patterns; many times.")
-    ] = None,
-    needle: Annotated[str | None, typer.Option(help="A sentence to plant in the context.")] = None,
+    needle: Annotated[str | None, typer.Option(help="A sentence to plant in the texts.")] = None,
     depth: Annotated[float, typer.Option(help="Where it lies: 0 is the start, 1 the end.")] = 0.5,
     length: Annotated[
-        str | None, typer.Option(help="Tokens of the prompt at most, such as 80k; the context loses its end.")
+        str | None, typer.Option(help="Tokens of the prompt at most, such as 80k; the texts lose their end.")
     ] = None,
     prompt: Annotated[
         str,
@@ -49,22 +58,21 @@ def ask(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask as a chat, by the tokenizer's own template.")
     ] = False,
-    text_field: TextField = "text",
     as_json: Json = False,
 ) -> None:
     """Ask a question on texts; show where a planted sentence lies, and the answer as it comes.
 
-    Without a context the question is all that is sent.
+    Without texts the question is all that is sent.
     """
     from longspan.core.units import parse_length
     from longspan.eval.ask import compose, template_named
-    from longspan.eval.held_out import read_held_out
     from longspan.eval.prompts import OWN_TEMPLATE
 
-    model = model._replace(chat_template=model.chat_template or (OWN_TEMPLATE if chat else None))
+    if chat and model.chat_template is None:
+        model = model.model_copy(update={"chat_template": OWN_TEMPLATE})
     form = form_of(model, prompts)
     composed = compose(
-        read_held_out(context, text_field=text_field) if context else [],
+        texts.documents() if texts.paths else [],
         form,
         question=question,
         template=template_named(prompt),
@@ -84,11 +92,10 @@ def ask(
     typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s{_end_of(answer)}")
 
 
-def _refuse_too_long(model: ModelOptions, tokens: int) -> None:
+def _refuse_too_long(model: AnswererConfig, tokens: int) -> None:
     from longspan.core.errors import ArgumentError
-    from longspan.core.units import parse_length
 
-    most = None if model.max_length is None else parse_length(model.max_length)
+    most = model.max_length
     if most is not None and tokens > most:
         raise ArgumentError(
             "the prompt and its answer are longer than the model is to be given",

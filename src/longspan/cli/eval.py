@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import typer
 
-from longspan.cli import eval_harness, eval_needle, eval_ppl, eval_tasks
+from longspan.cli import eval_harness, eval_needle, eval_ppl, eval_rescore
+from longspan.cli.eval_tasks import command_of
 from longspan.cli.output import Json, example, print_json, print_table
+from longspan.eval.registry import TaskEntry, built_in, entries
 
 app = typer.Typer(help="Measure a model at each context length.", no_args_is_help=True, rich_markup_mode=None)
-
-app.command(epilog=eval_needle.EXAMPLE)(eval_needle.needle)
-app.command(epilog=eval_ppl.EXAMPLE)(eval_ppl.ppl)
-app.command(epilog=eval_tasks.PASSKEY_EXAMPLE)(eval_tasks.passkey)
-app.command(epilog=eval_tasks.TOPICS_EXAMPLE)(eval_tasks.topics)
-app.command(epilog=eval_tasks.RULER_EXAMPLE)(eval_tasks.ruler)
-app.command(epilog=eval_tasks.LONGQA_EXAMPLE)(eval_tasks.longqa)
-app.command(epilog=eval_harness.EXAMPLE)(eval_harness.harness)
-app.command(epilog=eval_tasks.RESCORE_EXAMPLE)(eval_tasks.rescore)
-
-TASKS: dict[str, str] = {
-    "needle": "a fact planted in unseen text, asked back, by context length and depth",
-    "needle_distractors": "the same among facts of the same form (needle --distractors)",
-    "needle_multi": "several facts asked for at once (needle --needles)",
-    "needle_multikey": "a fact at every depth of one context, each asked for (needle --multi-key)",
-    "ppl": "perplexity of unseen text by context length and position",
-    "passkey": "a number among a few sentences that are repeated over and over",
-    "topics": "the topic that a long talk began with",
-    "lines": "the number in one of many lines (topics --kind lines)",
-    "ruler": "RULER's 13 tasks: needles, variable tracking, frequent words, questions",
-    "longqa": "questions on documents from JSON lines, as LongBench asks and scores them",
-    "harness": "published benchmarks: lm-eval's LongBench, InfiniteBench, MMLU, BABILong; long-llm, HELMET",
+OWN = {
+    "needle": (eval_needle.EXAMPLE, eval_needle.needle),
+    "ppl": (eval_ppl.EXAMPLE, eval_ppl.ppl),
+    "harness": (eval_harness.EXAMPLE, eval_harness.harness),
 }
-"""What `longspan eval` measures, by the names that records have."""
+"""Tasks whose commands say more than a setting of the task."""
+
+
+def add_tasks(tasks: Mapping[str, TaskEntry]) -> None:
+    """Add the commands of tasks that have none yet."""
+    known = {each.callback.__name__ for each in app.registered_commands if each.callback is not None}
+    for name, entry in tasks.items():
+        if name in known or entry.command:
+            continue
+        lines = [
+            f"longspan eval {name} --model model {options} --out run".replace("  ", " ")
+            for options in entry.examples
+        ]
+        epilog, command = OWN.get(name) or (example(*lines), command_of(entry))
+        app.command(epilog=epilog)(command)
+
+
+def add_installed() -> None:
+    """Add the tasks that were registered, and those of installed packages, which takes a look at all of them."""
+    add_tasks(entries())
+
+
+add_tasks(built_in())
+app.command(epilog=eval_rescore.EXAMPLE)(eval_rescore.rescore)
 
 
 @app.command(name="list", epilog=example("longspan eval list"))
@@ -41,12 +50,14 @@ def list_(as_json: Json = False) -> None:
     from longspan.eval.needle_presets import PRESETS
     from longspan.eval.scorers import SCORERS
 
+    tasks = {name: entry.title for name, entry in entries().items()}
     presets = {name: NeedleConfig.from_dict(dict(values)) for name, values in PRESETS.items()}
     if as_json:
         listed = {name: settings.to_dict() for name, settings in presets.items()}
-        print_json({"tasks": TASKS, "presets": listed, "scorers": sorted(SCORERS)})
+        print_json({"tasks": tasks, "presets": listed, "scorers": sorted(SCORERS)})
         return
-    print_table("tasks", ("name", "what it measures"), list(TASKS.items()))
+    commands = [(name, entry.command or name, entry.title) for name, entry in entries().items()]
+    print_table("tasks", ("name", "longspan eval", "what it measures"), commands)
     rows = [
         [
             name,

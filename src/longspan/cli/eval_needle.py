@@ -2,98 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.counts import count_option
 from longspan.cli.eval_options import (
     Note,
     Out,
     RetryUnscored,
-    SourceField,
-    TextField,
     TooLongOption,
     print_prompt,
     shown_prompt,
     title_of,
 )
-from longspan.cli.model_options import ModelOptions, PromptOptions, form_of, opened, takes_model
+from longspan.cli.eval_tasks import data_part
+from longspan.cli.from_settings import Part, Used, from_settings
+from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
 from longspan.cli.output import Json, example, percent, print_json, print_table
 from longspan.core.log import log_once
+from longspan.eval.registry import built_in
 
 if TYPE_CHECKING:
+    from longspan.eval.held_out import TaskDataConfig
     from longspan.eval.needle_config import NeedleConfig
-    from longspan.eval.prompts import PromptForm
+    from longspan.eval.prompts import PromptConfig, PromptForm
     from longspan.eval.task import Task
+    from longspan.infer.config import AnswererConfig
 
 EXAMPLE = example(
     "longspan eval needle --model model --data texts --lengths 128,256 --samples 2 --out run",
     "longspan eval needle --model model --lengths 256,384 --depths 0:1:3 --samples 1 --multi-key --out run",
 )
 
-Mode = Literal["teacher_forced", "generate"]
-Order = Literal["random", "given"]
+
+def _usual(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what is usual where nothing is said: the preset; in a chat answers are generated, behind a beginning."""
+    from longspan.api import remote_model
+    from longspan.core.errors import ArgumentError
+    from longspan.core.log import get_logger
+    from longspan.eval.needle_config import CHAT
+    from longspan.eval.needle_presets import preset_named
+
+    preset, exact = given["preset"], given["exact"]
+    if exact and not preset:
+        raise ArgumentError(
+            "--exact says how a preset is meant", fix="name it with --preset, or leave --exact out"
+        )
+    values = dict(preset_named(preset, exact=exact)) if preset else {}
+    if "lengths" not in {*values, *given}:
+        raise ArgumentError(
+            "no context lengths are given", fix="name them with --lengths, or take a --preset"
+        )
+    remote = remote_model(given.get("model", ""))
+    if given.get("chat_template") is None and (remote is None or remote.provider == "completions"):
+        return values if remote is None or preset else {"mode": "generate"}
+    if given.get("mode") == "teacher_forced":
+        return values
+    own_words = preset or any(
+        given.get(name) for name in ("needle", "question", "answer", "num_needles", "prompt")
+    )
+    get_logger("eval").info(
+        "needle: in a chat answers are generated%s; --mode teacher_forced measures given ones",
+        "" if own_words else f", and begin with {CHAT['answer_prefix']!r}",
+    )
+    return {**values, "mode": CHAT["mode"]} if own_words else {**values, **CHAT}
 
 
-@takes_model
+SETTINGS = Part(
+    "longspan.eval.needle_config:NeedleConfig",
+    without=["max_new_tokens", "original", "key_split", "split"],
+    names={"distractors": "--distractor", "keys": "--key"},
+    old={
+        "--needles": "num_needles",
+        "--distractors": "num_distractors",
+        "--digits": "answer_digits",
+        "--repeat-haystack": "repeat",
+    },
+    under=_usual,
+)
+
+
+@from_settings(settings=SETTINGS, data=data_part(built_in()["needle"]), model=MODEL, prompts=PROMPTS)
 def needle(
-    model: ModelOptions,
-    prompts: PromptOptions,
+    settings: NeedleConfig,
+    data: TaskDataConfig,
+    model: AnswererConfig,
+    prompts: PromptConfig,
+    used: Used,
     out: Out,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Haystack: files, folders, patterns; many times. Default: Python's reference prose."
-        ),
-    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Settings of a published test; see `eval list`. Options outrank it.")
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="The preset to the letter: its cut, places, spelling and score.")
     ] = False,
-    lengths: Annotated[
-        str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k,32k or 1k:8k:8.")
-    ] = None,
-    depths: Annotated[
-        str | None, typer.Option(help="0: start of the text, 1: its end; such as 0,0.5,1 or 0:1:11.")
-    ] = None,
-    samples: Annotated[int | None, count_option(help="Samples of each length and depth.", min=1)] = None,
-    needles: Annotated[int | None, typer.Option(min=1, help="Needles in one context, all asked for.")] = None,
-    distractors: Annotated[
-        int | None, typer.Option(min=0, help="Other planted facts in the same text.")
-    ] = None,
     multi_key: Annotated[
         bool, typer.Option("--multi-key", help="A needle at every depth of one context, each asked for.")
-    ] = False,
-    needle: Annotated[str | None, typer.Option(help="Planted text; {key} and {number} are drawn.")] = None,
-    question: Annotated[str | None, typer.Option(help="What is asked at the end.")] = None,
-    answer: Annotated[str | None, typer.Option(help="The right answer.")] = None,
-    answer_prefix: Annotated[
-        str | None,
-        typer.Option(
-            help="How a generated answer begins: the assistant's words in a chat. Default: none; in a chat a sentence."
-        ),
-    ] = None,
-    distractor: Annotated[
-        list[str] | None, typer.Option(help="Text of a planted fact that is not asked for; many times.")
-    ] = None,
-    key: Annotated[list[str] | None, typer.Option(help="A word that may be {key}; many times.")] = None,
-    digits: Annotated[int | None, typer.Option(min=1, max=18, help="Digits of {number}.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The whole, with {context} and {question}.")] = None,
-    mode: Annotated[
-        Mode | None,
-        typer.Option(
-            help="Most likely tokens along the answer, or free ones. Default: free ones in a chat, else as the preset "
-            "says, or along the answer."
-        ),
-    ] = None,
-    scorer: Annotated[str | None, typer.Option(help="Scoring rule; see `eval list`.")] = None,
-    order: Annotated[Order | None, typer.Option(help="Order of the documents in a haystack.")] = None,
-    repeat_haystack: Annotated[
-        bool, typer.Option("--repeat-haystack", help="Repeat documents that are shorter than the context.")
     ] = False,
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
@@ -103,54 +107,28 @@ def needle(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the grid, its cost and one whole prompt; run nothing.")
     ] = False,
-    text_field: TextField = "text",
-    source_field: SourceField = None,
     note: Note = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Ask for facts planted in text that the model has not seen, at each length and depth.
 
     By default a sample is right when the model's first choices, token by token, spell the answer.
     """
-    given = {
-        "lengths": lengths,
-        "depths": depths,
-        "samples": samples,
-        "num_needles": needles,
-        "num_distractors": distractors,
-        "needle": needle,
-        "question": question,
-        "answer": answer,
-        "distractors": distractor,
-        "keys": key,
-        "answer_digits": digits,
-        "prompt": prompt,
-        "mode": mode,
-        "answer_prefix": answer_prefix,
-        "scorer": scorer,
-        "order": order,
-        "repeat": (repeat_haystack or not data) or None,
-        "seed": seed,
-    }
-    given = _usual(model, preset, given) | {name: value for name, value in given.items() if value is not None}
-    settings = _settings(preset, given, exact=exact)
-    from longspan.eval.held_out import TaskData
+    from longspan.eval.needle import NeedleTask, effective_of
+    from longspan.eval.needle_multikey import MultiKeyTask
+    from longspan.eval.runner import run_task
 
     form = form_of(model, prompts)
-    documents = TaskData(tuple(data or ()), text_field, source_field).documents()
-    make = _task_kind(multi_key)
+    make = MultiKeyTask.from_config if multi_key else NeedleTask.from_config
     if dry_run:
         shortest = settings.model_copy(update={"lengths": (min(settings.lengths),)})
-        example = make(shortest, documents, form)
+        example = make(shortest, data, form)
         shown = shown_prompt(example, example.plan())
         _show_grid(settings, form, shown, multi_key=multi_key, threshold=threshold, as_json=as_json)
         return
     if too_few := _too_few(settings, threshold):
         log_once("eval", too_few)
-    task = make(settings, documents, form)
-    from longspan.eval.runner import run_task
-
+    task: Task = make(settings, data, form)
     with opened(model, prompts) as asked:
         summary = run_task(
             task,
@@ -159,11 +137,10 @@ def needle(
             label=asked.label,
             out=asked.records(out, task.name),
             note=note,
+            used=used,
             retry_unscored=retry_unscored,
             too_long=too_long,
         )
-    from longspan.eval.needle import effective_of
-
     summary |= effective_of(summary["by_length"], threshold=threshold)
     if as_json:
         print_json(summary)
@@ -196,50 +173,6 @@ def print_grid(summary: dict[str, Any]) -> None:
 
 def _interval(interval: tuple[float, float] | None) -> str | None:
     return None if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}%"
-
-
-def _settings(preset: str | None, given: dict[str, Any], *, exact: bool) -> NeedleConfig:
-    from longspan.core.errors import ArgumentError
-    from longspan.eval.needle_config import NeedleConfig
-    from longspan.eval.needle_presets import preset_named
-
-    if exact and not preset:
-        raise ArgumentError(
-            "--exact says how a preset is meant", fix="name it with --preset, or leave --exact out"
-        )
-    values = {**(preset_named(preset, exact=exact) if preset else {}), **given}
-    if "lengths" not in values:
-        raise ArgumentError(
-            "no context lengths are given", fix="name them with --lengths, or take a --preset"
-        )
-    return NeedleConfig.from_dict(values, where="the command line")
-
-
-def _task_kind(multi_key: bool) -> Callable[..., Task]:
-    from longspan.eval.needle import NeedleTask
-    from longspan.eval.needle_multikey import MultiKeyTask
-
-    return MultiKeyTask if multi_key else NeedleTask
-
-
-def _usual(model: ModelOptions, preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that are usual where nothing is said: in a chat answers are generated, behind a beginning."""
-    from longspan.core.log import get_logger
-    from longspan.eval.needle_config import CHAT
-
-    if model.chat_template is None and not model.is_chat_server:
-        return {"mode": "generate"} if model.is_remote and preset is None else {}
-    if given["mode"] == "teacher_forced":
-        return {}
-    own_words = preset or any(
-        given[name] for name in ("needle", "question", "answer", "num_needles", "prompt")
-    )
-    usual = {"mode": CHAT["mode"]} if own_words else dict(CHAT)
-    get_logger("eval").info(
-        "needle: in a chat answers are generated%s; --mode teacher_forced measures given ones",
-        "" if own_words else f", and begin with {CHAT['answer_prefix']!r}",
-    )
-    return usual
 
 
 def _too_few(settings: NeedleConfig, threshold: float) -> str:

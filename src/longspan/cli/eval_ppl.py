@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.counts import count_option
-from longspan.cli.eval_options import Bos, Note, Out, SourceField, TextField
-from longspan.cli.model_options import ModelOptions, opened, takes_model
-from longspan.cli.output import Json, Plot, Seed, example, print_json, print_table
+from longspan.cli.eval_options import Note, Out
+from longspan.cli.eval_tasks import DATA, DATA_FIELDS
+from longspan.cli.from_settings import Part, Used, from_settings
+from longspan.cli.model_options import MODEL, opened
+from longspan.cli.output import Json, Plot, example, print_json, print_table
 from longspan.core.log import log_once
 
 if TYPE_CHECKING:
     from longspan.data.exchange.token_documents import TokenDocuments
-    from longspan.eval.held_out import HeldOutDocument
+    from longspan.eval.held_out import HeldOutDocument, TaskDataConfig
     from longspan.eval.ppl import PplConfig
+    from longspan.infer.config import AnswererConfig
 
 EXAMPLE = example(
     "longspan eval ppl --model model --data texts --lengths 64,256 --out run",
@@ -25,52 +27,39 @@ EXAMPLE = example(
 )
 
 
-@takes_model
+def _sliding(given: dict[str, Any]) -> dict[str, Any]:
+    """Return how documents are cut where a stride says it."""
+    return {} if given.get("stride") is None else {"cut": "sliding"}
+
+
+SETTINGS = Part(
+    "longspan.eval.ppl:PplConfig",
+    without=["split"],
+    old={
+        "--spans": "num_spans",
+        "--buckets": "num_buckets",
+        "--truncate": ("cut", "truncate"),
+        "--full": ("cut", "full"),
+    },
+    under=_sliding,
+)
+TEXTS = Part(
+    DATA,
+    without=DATA_FIELDS[3:],
+    names={"paths": "--data"},
+    help={
+        "paths": "Documents that training did not see: texts, or token stores and other tokenised sets; many times."
+    },
+)
+
+
+@from_settings(settings=SETTINGS, data=TEXTS, model=MODEL)
 def ppl(
-    model: ModelOptions,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="Documents that training did not see: texts, or token stores and other tokenised sets; many times."
-        ),
-    ],
+    settings: PplConfig,
+    data: TaskDataConfig,
+    model: AnswererConfig,
+    used: Used,
     out: Out,
-    lengths: Annotated[
-        str | None, typer.Option(help="Window lengths in tokens, such as 1k,4k,32k; none with --full.")
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Slide over whole documents, so many tokens further each time; all of them are measured.",
-        ),
-    ] = None,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Measure the first tokens of each document, up to each length.")
-    ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Measure each document as one window.")] = False,
-    spans: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Without these: spans of the longest length for each source, cut to each length."
-        ),
-    ] = 16,
-    num_documents: Annotated[
-        int | None, count_option(help="Documents of each source, drawn by the seed. Default: all.", min=1)
-    ] = None,
-    first: Annotated[
-        bool, typer.Option("--first", help="Take the first --num-documents of each source, not a draw.")
-    ] = False,
-    min_tokens: Annotated[int, count_option(help="Leave out shorter documents.")] = 0,
-    max_tokens: Annotated[int | None, count_option(help="Leave out longer documents.", min=1)] = None,
-    bos: Annotated[
-        Bos,
-        typer.Option(
-            help="Whether each window begins with the begin-of-text token, as one of its tokens. auto: as the "
-            "tokenizer itself would have it. Without, a first token is context only."
-        ),
-    ] = "auto",
-    buckets: Annotated[int, typer.Option(min=1, help="Points of the curve over positions.")] = 16,
     csv: Annotated[
         Path | None, typer.Option(help="Write perplexity by length of all models in --out: a line each.")
     ] = None,
@@ -79,33 +68,13 @@ def ppl(
     xmax: Annotated[float | None, typer.Option(help="Of the figure: longest length.")] = None,
     ymin: Annotated[float | None, typer.Option(help="Of the figure: lowest perplexity.")] = None,
     ymax: Annotated[float | None, typer.Option(help="Of the figure: highest perplexity.")] = None,
-    text_field: TextField = "text",
-    source_field: SourceField = None,
     note: Note = None,
-    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity of unseen text by context length and by position, each token weighted alike."""
-    settings = {
-        "lengths": lengths.split(",") if lengths else [],
-        "cut": _cut(stride=stride is not None, truncate=truncate, full=full),
-        "stride": stride,
-        "num_spans": spans,
-        "num_buckets": buckets,
-        "num_documents": num_documents,
-        "first": first,
-        "min_tokens": min_tokens,
-        "max_tokens": max_tokens,
-        "bos": bos,
-        "seed": seed,
-    }
-    from longspan.eval.ppl import PplConfig
-
-    task = PplConfig.from_dict(settings, where="the command line")
     _check_limits("--xmin", xmin, "--xmax", xmax)
     _check_limits("--ymin", ymin, "--ymax", ymax)
-    documents = _open(data, text_field, source_field)
-    summary = _measure(model, task, documents, out, note)
+    summary = _measure(model, settings, _open(data), out, note=note, used=used)
     if csv is not None:
         _write_csv(out, csv)
     if plot is not None:
@@ -127,11 +96,13 @@ def ppl(
 
 
 def _measure(
-    model: ModelOptions,
+    model: AnswererConfig,
     task: PplConfig,
     documents: Sequence[HeldOutDocument] | TokenDocuments,
     out: Path,
+    *,
     note: str | None,
+    used: Used,
 ) -> dict[str, Any]:
     from longspan.core.errors import ArgumentError
 
@@ -152,9 +123,9 @@ def _measure(
         most = asked.answerer.max_length
         if most is not None and not task.lengths:
             raise ArgumentError(
-                "--full measures each document as a whole",
+                "--cut full measures each document as a whole",
                 found=f"--max-length {most}",
-                fix=f"leave longer ones out with --max-tokens {most}, or cut them with --truncate",
+                fix=f"leave longer ones out with --max-tokens {most}, or cut them with --cut truncate",
             )
         if most is not None and max(task.lengths) > most:
             raise ArgumentError(
@@ -171,21 +142,10 @@ def _measure(
             out=asked.records(out, "ppl"),
             model_info=asked.answerer.identity,
             note=note,
+            used=used,
             batch_tokens=model.batch_tokens,
             copies=copies_of(asked.answerer),
         )
-
-
-def _cut(**given: bool) -> str:
-    """Return how documents are cut: what was asked for, else spans."""
-    from longspan.core.errors import ArgumentError
-
-    asked = [name for name, value in given.items() if value]
-    if len(asked) > 1:
-        raise ArgumentError(
-            "documents are cut in one way at a time", found=" ".join(f"--{name}" for name in asked)
-        )
-    return {"stride": "sliding"}.get(asked[0], asked[0]) if asked else "spans"
 
 
 def _check_limits(low: str, least: float | None, high: str, most: float | None) -> None:
@@ -201,19 +161,18 @@ def _check_limits(low: str, least: float | None, high: str, most: float | None) 
         raise ArgumentError(f"{low} is not below {high}", found=f"{least:g} and {most:g}")
 
 
-def _open(
-    data: Sequence[str], text_field: str, source_field: str | None
-) -> Sequence[HeldOutDocument] | TokenDocuments:
-    from longspan.core.errors import DataError
-    from longspan.eval.held_out import read_held_out
+def _open(data: TaskDataConfig) -> Sequence[HeldOutDocument] | TokenDocuments:
+    from longspan.core.errors import ArgumentError, DataError
     from longspan.eval.ppl_documents import is_tokenised, open_tokenised
 
-    tokenised = [is_tokenised(Path(each)) for each in data]
+    if not data.paths:
+        raise ArgumentError("perplexity is that of texts", fix="name them with --data")
+    tokenised = [is_tokenised(Path(each)) for each in data.paths]
     if all(tokenised):
-        return open_tokenised([Path(each) for each in data])
+        return open_tokenised([Path(each) for each in data.paths])
     if any(tokenised):
         raise DataError("some inputs are tokenised and some are texts", fix="give one kind at a time")
-    return read_held_out(data, text_field=text_field, source_field=source_field)
+    return data.documents()
 
 
 def _write_csv(out: Path, path: Path) -> None:

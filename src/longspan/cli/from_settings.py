@@ -6,8 +6,8 @@
 
 The argument `settings` is that Config, made of what was given: defaults < `Part.under` (a preset) < `--settings FILE`
 < options. Its module is imported when the command is called or its help is shown, no sooner. `num_needles` becomes
-`--num-needles`; a bool `--x/--no-x`; a tuple an option that is given many times, or once with commas unless its
-values are texts; a dict or a Config in a field YAML or the name of a YAML file. Arguments that are no `Part` stay
+`--num-needles`; a bool `--x/--no-x`; a tuple an option with commas, one of texts an option that is given many
+times; a dict or a Config in a field YAML or the name of a YAML file. Arguments that are no `Part` stay
 as typer has them, and may stand in the file too. `used`, where a command has it, is what to write into the output:
 all settings in effect, in the form of a `--settings` file.
 
@@ -51,8 +51,12 @@ class Part(NamedTuple):
     """Fields that no option is made of; a file may have them."""
     nested: Sequence[str] = ()
     """Fields that are a Config whose fields become options of this command."""
+    lifted: Sequence[str] = ()
+    """Fields of a Config inside, dotted, that have an option of their own."""
     names: Mapping[str, str] = {}
     """Options by field, `{"keys": "--key"}`, where they are not called as the field is."""
+    help: Mapping[str, str] = {}
+    """Help by field, where this command means more by it than the field says."""
     old: Mapping[str, str | tuple[str, Any]] = {}
     """Options of earlier releases: the field that they set (`limits.concurrency` of a Config inside), and what a flag
     sets it to where that is not true."""
@@ -75,6 +79,7 @@ class _Field(NamedTuple):
     option: str
     info: FieldInfo
     required: bool
+    help: str
 
     @property
     def name(self) -> str:
@@ -133,7 +138,7 @@ class FromSettings:
             paths = {field.path: field for field in self.fields[name]}
             for old, meant in part.old.items():
                 options.append(_old_option(old, meant, paths))
-        return inspect.Signature(sorted(options, key=lambda each: each.default is not each.empty))
+        return inspect.Signature(options)
 
     def __call__(self, **given: Any) -> None:
         file = given.pop("settings_file")
@@ -147,7 +152,9 @@ class FromSettings:
                     shown[field.path] = field.option
             for old in part.old:
                 if (value := given.get(_name(old))) is not None:
-                    shown[self._take_old(name, old, value, values)] = old
+                    path = self._take_old(name, old, value, values)
+                    _refuse_both(shown.get(path), old)
+                    shown[path] = old
         made = {
             name: self._make(part, values | {key: own[key] for key in own if key not in values}, shown, file)
             for name, part in self.parts.items()
@@ -209,6 +216,14 @@ class FromSettings:
             used |= {key: value for key, value in config.to_dict().items() if key in keys and key not in used}
         plain = {name: value for name, value in own.items() if name not in NOT_SETTINGS and value is not None}
         return used | json.loads(json.dumps(plain, default=str))
+
+
+def _refuse_both(one: str | None, other: str) -> None:
+    """Raise ArgumentError where two options set the same."""
+    if one is not None:
+        from longspan.core.errors import ArgumentError
+
+        raise ArgumentError(f"{one} and {other} set the same", fix="leave out one of them")
 
 
 def write_used(used: Used, folder: Path) -> None:
@@ -283,7 +298,12 @@ def _fields(part: Part, config: type[Config], prefix: str = "", optional: bool =
             yield from _fields(part, inner, f"{path}.", optional or not info.is_required())
         else:
             option = part.names.get(path, f"--{name.replace('_', '-')}")
-            yield _Field(path, option, info, info.is_required() and not optional)
+            words = part.help.get(path, info.description or "")
+            yield _Field(path, option, info, info.is_required() and not optional, words)
+    for path in () if prefix else part.lifted:
+        option = part.names.get(path, f"--{path.rpartition('.')[2].replace('_', '-')}")
+        info = _info_at(config, path)
+        yield _Field(path, option, info, False, info.description or "")
 
 
 def _info_at(config: type[Config], path: str) -> FieldInfo:
@@ -334,12 +354,8 @@ def _value(option: str, info: FieldInfo, given: Any) -> Any:
     from longspan.core.errors import ArgumentError, ConfigError
     from longspan.core.units import parse_count
 
-    item = _items(info.annotation)
-    if item is not None:
-        texts = [given] if isinstance(given, str) else given
-        if _plain(item) is not str or get_origin(item) is Literal or Commas in info.metadata:
-            texts = [part.strip() for text in texts for part in text.split(",")]
-        return texts
+    if _items(info.annotation) is not None:
+        return given if _is_repeated(info) else [part.strip() for part in given.split(",")]
     if any(map(_is_mapping, _alternatives(info.annotation))):
         if Path(given).is_file():
             return read_yaml(given)
@@ -354,6 +370,13 @@ def _value(option: str, info: FieldInfo, given: Any) -> Any:
     return given
 
 
+def _is_repeated(info: FieldInfo) -> bool:
+    """Whether an option is given once for each of its values: texts, which may hold commas."""
+    from longspan.core.config import Commas
+
+    return str in _alternatives(_items(info.annotation)) and Commas not in info.metadata
+
+
 def _reads_text(info: FieldInfo) -> bool:
     """Whether a field reads its text by itself: `128k` as a length."""
     import pydantic
@@ -361,10 +384,6 @@ def _reads_text(info: FieldInfo) -> bool:
     annotations = [info.annotation, *get_args(info.annotation)]
     inner = [each for annotation in annotations for each in getattr(annotation, "__metadata__", ())]
     return any(isinstance(each, pydantic.BeforeValidator) for each in [*info.metadata, *inner])
-
-
-class Commas:
-    """Marks a field of texts whose option is split at commas: `names: Annotated[tuple[str, ...], Commas]`."""
 
 
 def _option(field: _Field, words: Mapping[str, str], is_argument: bool = False) -> inspect.Parameter:
@@ -378,7 +397,7 @@ def _option(field: _Field, words: Mapping[str, str], is_argument: bool = False) 
         annotation = Annotated[bool | None, typer.Option(flag, help=help, show_default=False)]
     else:
         option = typer.Option(field.option, help=help, metavar=_metavar(field.info))
-        many = _items(field.info.annotation) is not None
+        many = _is_repeated(field.info)
         annotation = Annotated[list[str] | None, option] if many else Annotated[str | None, option]
     return _parameter(field.name, annotation)
 
@@ -388,7 +407,7 @@ def _old_option(old: str, meant: str | tuple[str, Any], fields: Mapping[str, _Fi
     if isinstance(meant, str) and meant in fields:
         info = fields[meant].info
         flag = _plain(info.annotation) is bool
-        if _items(info.annotation) is not None:
+        if _is_repeated(info):
             return _parameter(_name(old), Annotated[list[str] | None, typer.Option(old, hidden=True)])
     kind = bool if flag else str
     return _parameter(_name(old), Annotated[kind | None, typer.Option(old, hidden=True)])
@@ -421,7 +440,7 @@ def _metavar(info: FieldInfo) -> str:
 
 def _help(field: _Field, words: Mapping[str, str]) -> str:
     """Return the docstring of a field, worded for an option, with its default and limits."""
-    text = " ".join((field.info.description or "").split())
+    text = " ".join(field.help.split())
     text = re.sub(r"\bNone\s*[:=]\s*", "Default: ", text)
     text = re.sub(r"`(\w+)`", lambda match: words.get(match[1], match[0]), text)
     remarks = [remark for remark in (_default(field.info), _limits(field.info)) if remark]
@@ -432,12 +451,12 @@ def _help(field: _Field, words: Mapping[str, str]) -> str:
 
 def _default(info: FieldInfo) -> str:
     value = None if info.is_required() else info.get_default(call_default_factory=True)
-    if value in (None, "", (), {}, False) or _is_config(type(value)):
+    if value is None or value is False or value in ("", (), {}) or _is_config(type(value)):
         return ""
     if isinstance(value, tuple):
         value = ",".join(f"{each:g}" if isinstance(each, float) else str(each) for each in value)
     if value is True:
-        value = info.alias or "on"
+        value = "on"
     return f"default: {value}"
 
 
@@ -448,12 +467,13 @@ def _limits(info: FieldInfo) -> str:
     metadata = [*info.metadata]
     for each in get_args(info.annotation):
         metadata += getattr(each, "__metadata__", ())
+    whole = _plain(_items(info.annotation) or info.annotation) is int
     low = high = ""
     for each in metadata:
         if isinstance(each, Ge):
             low = f"{each.ge}<="
         elif isinstance(each, Gt):
-            low = f"{int(each.gt) + 1}<=" if _plain(info.annotation) is int else f"{each.gt}<"  # type: ignore[call-overload]
+            low = f"{int(each.gt) + 1}<=" if whole else f"{each.gt}<"  # type: ignore[call-overload]
         elif isinstance(each, Le):
             high = f"<={each.le}"
         elif isinstance(each, Lt):

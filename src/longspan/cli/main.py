@@ -126,6 +126,8 @@ INTERRUPTED = 130
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     bound_spinning()  # no command has imported torch yet
+    if "eval" in sys.argv[1:3]:
+        evaluation.add_installed()
     named = only_named(app, sys.argv[1:])
     if isinstance(sys.stdout, TextIOWrapper):
         # A file's name that is not UTF-8 is printed with an escape, as stderr has it; in JSON it is the right one.

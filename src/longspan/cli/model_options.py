@@ -1,156 +1,34 @@
-"""Options of all commands that ask a model, and what becomes of them.
+"""A model that commands ask: its settings, where it is found, and how it is opened.
 
-    @app.command()
-    @takes_model
-    def needle(model: ModelOptions, prompts: PromptOptions, data: Data, ...) -> None:
-        with opened(model, prompts) as asked:
-            asked.answerer.generate(...)
-
-`takes_model` puts the options below in place of the arguments `model` and `prompts`.
+@from_settings(settings=..., model=MODEL, prompts=PROMPTS)
+def command(settings: NeedleConfig, model: AnswererConfig, prompts: PromptConfig, ...) -> None:
+    with opened(model, prompts) as asked:
+        asked.answerer.generate(...)
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, NamedTuple
 
-import typer
-
-from longspan.cli.counts import count_option
+from longspan.cli.from_settings import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from longspan.api import ServerConfig
     from longspan.data.tokenizer import Tokenizer
-    from longspan.eval.prompts import PromptForm
-    from longspan.infer.opening import ModelSource, ServerConfig
+    from longspan.eval.prompts import PromptConfig, PromptForm
+    from longspan.infer.config import AnswererConfig
+    from longspan.infer.opening import ModelSource
     from longspan.infer.requests import Answerer
 
+MODEL = Part("longspan.infer.config:AnswererConfig", lifted=["server.base_url"])
+PROMPTS = Part("longspan.eval.prompts:PromptConfig")
 MODEL_KINDS = ("a folder", "a hub name", "openai:NAME", "completions:NAME", "anthropic:NAME")
-Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
-DType = Literal["float32", "bfloat16", "float16"]
-
-
-class ModelOptions(NamedTuple):
-    """What the command line says of a model."""
-
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Hugging Face folder or hub name, a folder of our training (run, stage, checkpoint, adapter), or "
-            "openai:NAME, completions:NAME, anthropic:NAME for a model behind a server.",
-        ),
-    ]
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Tokenizer. Default: the one in the model's folder, or of an adapter's base."),
-    ] = None
-    label: Annotated[
-        str | None, typer.Option(help="Name of the model in reports. Default: that of its folder.")
-    ] = None
-    rope: Annotated[
-        str | None,
-        typer.Option(
-            help="RoPE to use instead of the model's own, such as '{rope_type: linear, factor: 8}'."
-        ),
-    ] = None
-    rope_theta: Annotated[
-        float | None, typer.Option(help="Base of the RoPE instead of the model's own, such as 5e6.")
-    ] = None
-    max_length: Annotated[
-        str | None,
-        typer.Option(help="Tokens of prompt and answer at most, such as 128k. Default: no limit."),
-    ] = None
-    dtype: Annotated[
-        DType | None, typer.Option(help="Type of the weights. Default: as saved; on a GPU bfloat16.")
-    ] = None
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            help="Ask as in a chat: `own` for the tokenizer's template, or a shipped name or a Jinja file. "
-            "Default: as plain text."
-        ),
-    ] = None
-    tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism: processes that share each matrix.")] = 1
-    cp: Annotated[
-        int, typer.Option(min=1, help="Context parallelism: processes that share each sequence.")
-    ] = 1
-    replicas: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Copies of the model, each on a process (or on --cp), that share out the samples. Default: as many as "
-            "torchrun or srun has started processes for, else 1.",
-        ),
-    ] = None
-    schedule: Annotated[
-        Schedule, typer.Option(help="Context-parallel schedule: how keys travel among the --cp processes.")
-    ] = "ring"
-    batch_tokens: Annotated[
-        int, count_option(help="Tokens in one forward pass, at least one sample.", min=1)
-    ] = 16384
-    no_prefix_reuse: Annotated[
-        bool, typer.Option("--no-prefix-reuse", help="Read every prompt from its first token.")
-    ] = False
-    base_url: Annotated[
-        str | None, typer.Option(help="Address of the server, such as http://localhost:8000/v1.")
-    ] = None
-    server: Annotated[
-        str | None,
-        typer.Option(
-            help="How the server is asked, as YAML or a YAML file: trained_length, limits (concurrency, "
-            "tokens_per_minute ...), budget, cache, extra, continue_final_message, key_variable, api_version."
-        ),
-    ] = None
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether the model is behind a server."""
-        return self.model.startswith(("openai:", "completions:", "anthropic:"))
-
-    @property
-    def is_chat_server(self) -> bool:
-        """Whether that server puts every prompt into a chat."""
-        return self.model.startswith(("openai:", "anthropic:"))
-
-
-class PromptOptions(NamedTuple):
-    """What the command line says of prompts, and of the answers to them."""
-
-    bos: Annotated[
-        Literal["auto", "always", "never"],
-        typer.Option(
-            help="Whether prompts begin with BOS. auto: as the tokenizer itself would have it. What a chat template "
-            "writes stays."
-        ),
-    ] = "auto"
-    thinking: Annotated[
-        Literal["auto", "on", "off"],
-        typer.Option(
-            help="Whether a chat's model thinks before it answers. auto: as its template has it. Thoughts are never "
-            "scored."
-        ),
-    ] = "auto"
-    template_args: Annotated[
-        str | None,
-        typer.Option(
-            help="Variables of the chat template as YAML, such as '{enable_thinking: false}'; a chat server is sent "
-            "them as chat_template_kwargs."
-        ),
-    ] = None
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tokens of a generated answer, thoughts included. Default: what the task says, and 4,096 more for a "
-            "model that thinks.",
-        ),
-    ] = None
 
 
 class AskedModel(NamedTuple):
@@ -166,68 +44,16 @@ class AskedModel(NamedTuple):
         return out / "records" / f"{task}-{self.label}.jsonl"
 
 
-def takes_model(command: Callable[..., None], *, as_argument: bool = False) -> Callable[..., None]:
-    """Give a command the options of `ModelOptions` and `PromptOptions` in place of `model` and `prompts`.
-
-    `as_argument`: the model itself is the command's argument, not an option, and it is asked one thing, so that
-    there is nothing for replicas.
-    """
-    own = inspect.signature(command, eval_str=True).parameters
-    bundles: dict[str, Any] = {
-        name: kind for name, kind in (("model", ModelOptions), ("prompts", PromptOptions)) if name in own
-    }
-    options = [option for kind in bundles.values() for option in _options_of(kind)]
-    if as_argument:
-        said = options[0].annotation.__metadata__[0].help
-        options[0] = options[0].replace(annotation=Annotated[str, typer.Argument(help=said)])
-        options = [option for option in options if option.name != "replicas"]
-    rest = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in own.items()
-        if name not in bundles
-    ]
-
-    @functools.wraps(command)
-    def with_options(**given: Any) -> None:
-        made = {
-            name: kind(**{field: given.pop(field) for field in kind._fields if field in given})
-            for name, kind in bundles.items()
-        }
-        command(**made, **given)
-
-    del with_options.__wrapped__  # or typer would read the options of that
-    # What must be given comes first, then what is the command's own.
-    parameters = [options[0], *rest, *options[1:]]
-    parameters.sort(key=lambda each: each.default is not inspect.Parameter.empty)
-    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
-    return with_options
-
-
-def _options_of(kind: Any) -> list[inspect.Parameter]:
-    """Return the fields of a bundle of options as parameters of a command."""
-    fields = get_type_hints(kind, include_extras=True)
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=fields[name],
-            default=kind._field_defaults.get(name, inspect.Parameter.empty),
-        )
-        for name in kind._fields
-    ]
-
-
-def form_of(options: ModelOptions, prompts: PromptOptions) -> PromptForm:
+def form_of(options: AnswererConfig, prompts: PromptConfig) -> PromptForm:
     """Return how prompts are put to the model that is named."""
     from longspan.eval.prompts import PromptForm
 
-    server = find_server(options) if options.is_remote else None
+    server = options.server if options.is_remote else None
     return PromptForm(
         find_tokenizer(options),
         bos=prompts.bos,
         chat_template=options.chat_template,
-        template_args=_template_args(prompts),
+        template_args=prompts.template_args,
         thinking=prompts.thinking,
         max_new_tokens=prompts.max_new_tokens,
         chat_server=options.is_chat_server,
@@ -235,34 +61,18 @@ def form_of(options: ModelOptions, prompts: PromptOptions) -> PromptForm:
     )
 
 
-def _template_args(prompts: PromptOptions) -> dict[str, Any]:
-    from longspan.core.config import parse_yaml
-    from longspan.core.errors import ArgumentError
-
-    given = parse_yaml(prompts.template_args, where="--template-args") if prompts.template_args else {}
-    if not all(isinstance(name, str) and name.isidentifier() for name in given):
-        raise ArgumentError(
-            "--template-args holds no variables",
-            found=prompts.template_args,
-            allowed="names and values, such as '{enable_thinking: false}'",
-        )
-    if taken := sorted({"messages", "add_generation_prompt"} & set(given)):
-        raise ArgumentError("--template-args holds what longspan itself tells the template", found=taken)
-    return given
-
-
-def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerConfig | None:
+def _told(options: AnswererConfig, prompts: PromptConfig | None) -> ServerConfig | None:
     """Return how the server is asked, with what it has to tell its chat template."""
+    from longspan.api import ServerConfig
     from longspan.core.errors import ArgumentError
     from longspan.eval.thinking_templates import template_variables
-    from longspan.infer.opening import ServerConfig
 
-    server = find_server(options)
+    server = options.server
     if prompts is None or not options.is_chat_server:
         return server
     # The provider itself refuses fields that it does not know.
-    own = options.model.startswith("openai:") and options.base_url is not None
-    variables = template_variables(prompts.thinking if own else "auto", _template_args(prompts))
+    own = options.model.startswith("openai:") and server is not None and server.base_url
+    variables = template_variables(prompts.thinking if own else "auto", prompts.template_args)
     if not variables:
         return server
     if not own:
@@ -278,12 +88,11 @@ def _told(options: ModelOptions, prompts: PromptOptions | None) -> ServerConfig 
 
 
 @contextlib.contextmanager
-def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Iterator[AskedModel]:
+def opened(options: AnswererConfig, prompts: PromptConfig | None = None) -> Iterator[AskedModel]:
     """Open the model that the options name, and close it in the end; `prompts`: how it is asked.
 
     With several processes this returns in the first alone: the others follow its commands and end here.
     """
-    from longspan.core.units import parse_length
     from longspan.infer.opening import open_answerer
 
     tokenizer = find_tokenizer(options)
@@ -293,14 +102,13 @@ def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Itera
     answerer = open_answerer(
         options.model if options.is_remote else find_source(options),
         tokenizer=tokenizer,
-        max_length=None if options.max_length is None else parse_length(options.max_length),
+        max_length=options.max_length,
         tp=options.tp,
         cp=options.cp,
         replicas=replicas_of(options),
         schedule=options.schedule if options.cp > 1 else None,
-        prefix_reuse=not options.no_prefix_reuse,
+        prefix_reuse=options.prefix_reuse,
         batch_tokens=options.batch_tokens,
-        base_url=options.base_url,
         server=_told(options, prompts),
     )
     try:
@@ -309,7 +117,7 @@ def opened(options: ModelOptions, prompts: PromptOptions | None = None) -> Itera
         answerer.close()
 
 
-def replicas_of(options: ModelOptions) -> int:
+def replicas_of(options: AnswererConfig) -> int:
     """Return the copies of the model that are asked for, or that the processes which were started are enough for."""
     from longspan.core.launched import launched
 
@@ -321,7 +129,7 @@ def replicas_of(options: ModelOptions) -> int:
     return max(1, started.world // options.cp)
 
 
-def _refuse_weights(options: ModelOptions) -> None:
+def _refuse_weights(options: AnswererConfig) -> None:
     """Raise ArgumentError for what changes weights that are not here."""
     from longspan.core.errors import ArgumentError
 
@@ -331,19 +139,17 @@ def _refuse_weights(options: ModelOptions) -> None:
         raise ArgumentError("how a model runs behind a server is decided there", found=" ".join(named))
 
 
-def find_source(options: ModelOptions) -> ModelSource:
+def find_source(options: AnswererConfig) -> ModelSource:
     """Return where the weights come from, and what is changed about the model."""
     from longspan.cli.output import quiet_transformers
-    from longspan.core.config import parse_yaml
     from longspan.core.errors import ArgumentError
     from longspan.infer.opening import ModelSource
 
     quiet_transformers()
     path = find_folder(options.model)
-    rope = parse_yaml(options.rope, where="--rope") if options.rope else None
     if not _is_checkpoint(path):
-        return ModelSource(path, rope, options.rope_theta, options.dtype)
-    if rope is not None or options.rope_theta is not None:
+        return ModelSource(path, options.rope, options.rope_theta, options.dtype)
+    if options.rope is not None or options.rope_theta is not None:
         raise ArgumentError(
             f"{path} is a checkpoint, which is asked with the RoPE that it was trained with",
             fix="write it as a model folder with `longspan export`, and change that",
@@ -383,7 +189,7 @@ def _is_checkpoint(path: str) -> bool:
     return (Path(path) / "state.json").is_file()
 
 
-def find_tokenizer(options: ModelOptions) -> Tokenizer:
+def find_tokenizer(options: AnswererConfig) -> Tokenizer:
     """Return the tokenizer that is named, or that of the model's folder, or of an adapter's base.
 
     Raises:
@@ -428,19 +234,7 @@ def find_tokenizer(options: ModelOptions) -> Tokenizer:
     return load_tokenizer(home)
 
 
-def find_server(options: ModelOptions) -> ServerConfig | None:
-    """Return how the server is asked; None: nothing is said of it."""
-    if options.server is None:
-        return None
-    from longspan.core.config import parse_yaml
-    from longspan.infer.opening import ServerConfig
-
-    if Path(options.server).is_file():
-        return ServerConfig.from_yaml(options.server)
-    return ServerConfig.from_dict(parse_yaml(options.server, where="--server"), where="--server")
-
-
-def label_of(options: ModelOptions) -> str:
+def label_of(options: AnswererConfig) -> str:
     """Return the name of the model in reports.
 
     Raises:

@@ -313,6 +313,10 @@ def _parsed(parse: Callable[[str | int], int]) -> pydantic.BeforeValidator:
     return pydantic.BeforeValidator(convert)
 
 
+class Commas:
+    """Marks a field of texts whose option is split at commas: `names: Annotated[tuple[str, ...], Commas]`."""
+
+
 Length = Annotated[int, _parsed(parse_length)]
 """A length in tokens as a setting: `4096` or `128k`."""
 

@@ -91,10 +91,10 @@ def compose(
     if not documents:
         if question is None:
             raise ArgumentError(
-                "nothing is asked", fix="give a --question, or texts that hold one with --context"
+                "nothing is asked", fix="give a --question, or texts that hold one with --data"
             )
         if needle is not None:
-            raise ArgumentError("a needle is planted in a context", fix="give texts with --context")
+            raise ArgumentError("a needle is planted in a context", fix="give texts with --data")
         return Composed(question, form.count(question), 0, None)
     if "{context}" not in template:
         raise ArgumentError(

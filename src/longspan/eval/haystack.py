@@ -93,7 +93,7 @@ class Haystack:
             found=f"{counted:,} tokens in {len(self._texts):,} held-out documents",
             allowed=f"at least {num_tokens:,} tokens for the longest context",
             fix="give more held-out documents, leave out the longest lengths, or let them be repeated "
-            "(--repeat-haystack)",
+            "(--repeat)",
         )
 
     def _spans(self, order: list[int], generator: np.random.Generator) -> Iterator[tuple[int, int, int]]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pydantic
+
+from longspan.core.config import Config
 from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
 from longspan.data.readers import read_documents
@@ -20,20 +23,28 @@ class HeldOutDocument(NamedTuple):
     source: str = ""
 
 
-class TaskData(NamedTuple):
+class TaskDataConfig(Config):
     """What a task reads beside its settings; the records name it by its content, not by where it stands."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders, patterns of `--data`; none: the task's own default."""
+    """Files, folders, patterns; many times. Default: the task's own."""
     text_field: str = "text"
+    """Field of a JSON line that holds the text."""
     source_field: str | None = None
-    """Field that names the source of a text; None: the place of the file does."""
-    questions: tuple[Path, ...] = ()
-    """Files of questions beside the documents, as two of RULER's subtasks have them."""
+    """Field that names the source of a text. None: the place of the file does."""
+    questions: tuple[str, ...] = ()
+    """SQuAD's dev-v2.0.json (qa_1), HotpotQA's hotpot_dev_distractor_v1.json (qa_2)."""
     strict: bool = False
-    """Whether the first record that is none ends the reading; else these are left out and counted."""
-    cache: Path | None = None
-    """Folder of composed samples; None: they are composed each time."""
+    """Stop at the first record that is no question. Default: they are left out and counted."""
+    cache: str | None = None
+    """Folder of composed samples, which cost the next model nothing. None: in the run folder."""
+
+    @pydantic.field_validator("cache")
+    @classmethod
+    def _is_a_folder(cls, cache: str | None) -> str | None:
+        if cache is not None and Path(cache).is_file():
+            raise ValueError(f"{cache} is a file, not a folder")
+        return cache
 
     def documents(self) -> list[HeldOutDocument]:
         """Return the texts, or the reference prose of Python where none are named. Raises DataError."""

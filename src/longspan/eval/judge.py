@@ -44,7 +44,12 @@ _NOT_NOW = "failed"
 
 
 def judge_file(
-    records: str | Path, client: Client, out: str | Path, *, template: str = TEMPLATE
+    records: str | Path,
+    client: Client,
+    out: str | Path,
+    *,
+    template: str = TEMPLATE,
+    used: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the samples of `records` to `out` with the judge's scores; return a summary as `rescore` does.
 
@@ -57,7 +62,7 @@ def judge_file(
             same call asks for them again.
     """
     source = open_for_rescoring(records, out)
-    header = rescored_header(source.header, judge_scorer(client, template))
+    header = rescored_header(source.header, judge_scorer(client, template), used)
     ids = [sample_id(header, sample["id"]) for sample in source.samples]
     with RecordsWriter(out, header) as writer:
         missing = [

@@ -14,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import pydantic
 
-from longspan.core.config import Config, parse_yaml
+from longspan.core.config import Commas, Config, Length, parse_yaml
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes, sha256_file
 from longspan.core.log import get_logger
 from longspan.data.readers import ReadReport, read_objects
 from longspan.data.readers.fields import printable
 from longspan.data.readers.opening import COMPRESSION
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by, means_of_means
@@ -75,12 +75,13 @@ class LongQaData(NamedTuple):
 class LongQaConfig(Config):
     """Settings of an evaluation on local questions."""
 
-    datasets: tuple[str, ...] = ()
-    """Names; none: all that the files hold."""
+    datasets: Annotated[tuple[str, ...], Commas] = ()
+    """Names of data sets. Default: all that the files hold."""
     samples: pydantic.PositiveInt | None = None
     """The first so many of each data set; None: all."""
-    max_length: pydantic.PositiveInt | None = None
-    """Tokens of prompt and answer; a longer prompt is cut in the middle. None: nothing is cut."""
+    max_length: Length | None = None
+    """Tokens of prompt and answer, such as 128k; a longer prompt loses its middle, and its record says how many tokens
+    that were. None: nothing is cut."""
 
 
 class LongQa:
@@ -117,7 +118,7 @@ class LongQa:
                 raise DataError(f"sample {sample.number} of {sample.dataset} names no all_classes")
 
     @classmethod
-    def from_config(cls, config: LongQaConfig, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: LongQaConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on the questions of some files. Raises as `read_longqa`; ArgumentError: no such data set."""
         read = read_longqa(data.paths, strict=data.strict)
         known = {sample.dataset for sample in read.samples}

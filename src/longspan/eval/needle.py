@@ -27,7 +27,7 @@ from longspan.core.intervals import EFFECTIVE_THRESHOLD, effective_context
 from longspan.core.seeds import rng
 from longspan.data.texts.facts import collect_keys
 from longspan.eval.haystack import Haystack, Window
-from longspan.eval.held_out import HeldOutDocument, TaskData, describe_documents
+from longspan.eval.held_out import HeldOutDocument, TaskDataConfig, describe_documents
 from longspan.eval.needle_config import NeedleConfig, fill
 from longspan.eval.needle_originals import OriginalHaystack, Parts
 from longspan.eval.planting import Insertion, Planted, check_depth, plant
@@ -351,7 +351,7 @@ class NeedleTask:
             self._original = OriginalHaystack(documents, form.tokenizer, max(settings.lengths))
 
     @classmethod
-    def from_config(cls, config: NeedleConfig, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: NeedleConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on some texts; those that come with Python are repeated as often as needed."""
         if not data.paths:
             config = config.model_copy(update={"repeat": True})

@@ -33,46 +33,50 @@ class NeedleConfig(Config):
     """Settings of a needle evaluation: every length with every depth is a cell of `samples` samples."""
 
     lengths: tuple[pydantic.PositiveInt, ...]
-    """Context lengths in tokens, prompt and answer together; `4k` is read as 4096, `1k:8k:8` as 8 lengths."""
+    """Context lengths in tokens, prompt and answer together, such as 1k,4k,32k or 1k:8k:8."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the needle stands: 0 is the start of the haystack, 1 its end; `0:1:11` is read as 11 depths."""
+    """Where the needle stands: 0 is the start of the haystack, 1 its end; such as 0,0.5,1 or 0:1:11."""
     samples: pydantic.PositiveInt = 10
-    """Samples per cell; samples of one number share a haystack across all cells."""
+    """Samples of each length and depth; samples of one number share a haystack across all cells."""
     num_needles: pydantic.PositiveInt = 1
     """Needles in one context, all asked for; the first stands at the cell's depth, others anywhere."""
     num_distractors: pydantic.NonNegativeInt = 0
-    """Planted facts that are not asked for, at other depths."""
+    """Other planted facts in the same text, not asked for, at other depths."""
     needle: str = "The magic number of {key} is {number}."
-    """What is planted: `{key}` is a word, `{number}` a number, drawn for each sample."""
+    """Planted text; {key}, a word, and {number} are drawn for each sample."""
     question: str = "The magic number of {key} is"
-    """What is asked; with several needles `{key}` is all their keys."""
+    """What is asked at the end; with several needles {key} is all their keys."""
     answer: str = "{number}"
     """The right answer."""
     answer_prefix: str = ""
     """How a generated answer begins: words of the assistant in a chat, else the end of the prompt; no part of the
-    answer, and left out for a model that thinks."""
+    answer, and left out for a model that thinks. Default: none; in a chat a sentence."""
     distractors: tuple[str, ...] = ()
-    """Texts of the facts not asked for, in turn; none: the needle with another key and number."""
+    """Texts of the planted facts that are not asked for, in turn; many times. Default: the needle with another key and
+    number."""
     keys: tuple[str, ...] = ()
-    """Words that may be keys; none: words of the documents, those that the haystack lacks where it lacks some."""
+    """Words that may be {key}; many times. Default: words of the documents, those that the haystack lacks where it
+    lacks some."""
     answer_digits: int = pydantic.Field(default=5, ge=1, le=18)
-    """Digits of a number; none begins with 0."""
+    """Digits of {number}; it does not begin with 0."""
     prompt: str = "{context}\n{question}"
-    """How haystack and question are put."""
+    """The whole, with {context} and {question}."""
     mode: Mode = "teacher_forced"
-    """`teacher_forced`: the most likely tokens along the right answer; `generate`: what the model writes."""
+    """The most likely tokens along the right answer, or what the model writes. In a chat, and behind a server, the
+    latter is usual."""
     scorer: str | None = None
-    """Scoring rule; None: `teacher_forced`, or of generated answers `contains`, `string_match_all` for several."""
+    """Scoring rule; see `eval list`. None: teacher_forced, or of generated answers contains, string_match_all for
+    several."""
     max_new_tokens: pydantic.PositiveInt = 32
     """Tokens that a generated answer may have; the stated length holds room for them."""
     order: Order = "random"
-    """A haystack is cut out of documents in random order, or is the documents in the order given."""
+    """Order of the documents in a haystack: cut out of them at random, or as they are given."""
     repeat: bool = False
-    """Whether documents may be repeated where they are shorter than the longest context."""
+    """Repeat documents that are shorter than the longest context."""
     original: Original | None = None
     """Whose code's way of cutting the haystack and placing the needle is followed to the letter; None: ours."""
     seed: int = 0
-    """Seed of all random choices."""
+    """Seed of every random choice."""
     key_split: Literal["train", "validation", "test"] = "test"
     """Which share of the words may be keys; only `train` words are keys in training."""
     split: str = "test"

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
-from longspan.eval.held_out import HeldOutDocument, TaskData
+from longspan.eval.held_out import HeldOutDocument, TaskDataConfig
 from longspan.eval.needle import Context, Facts, NeedleComposer, plan_grid, summarise_grid
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
@@ -51,7 +51,7 @@ class MultiKeyTask:
         self._row: tuple[tuple[int, int], Context, list[Facts]] | None = None
 
     @classmethod
-    def from_config(cls, config: NeedleConfig, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: NeedleConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on some texts; those that come with Python are repeated as often as needed."""
         if not data.paths:
             config = config.model_copy(update={"repeat": True})

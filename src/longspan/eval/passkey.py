@@ -22,7 +22,7 @@ from longspan.core.errors import DataError
 from longspan.core.seeds import rng
 from longspan.eval.fitting import fit_units
 from longspan.eval.grid import depths_from, lengths_from, refuse_outside, refuse_repeats
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
@@ -46,15 +46,16 @@ FARTHEST = 0.2
 class PasskeyConfig(Config):
     """Settings of a passkey evaluation: every length with every depth is a cell of `samples` samples."""
 
-    lengths: tuple[pydantic.PositiveInt, ...]
-    """Context lengths in tokens, prompt and answer room together; `8192:131072:20` is LongLLM's."""
+    lengths: tuple[pydantic.PositiveInt, ...] = pydantic.Field("8192:131072:20", validate_default=True)
+    """Context lengths in tokens, prompt and answer room together. Default: 20 lengths, as LongLLM."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the key stands: 0 is the start of the noise, 1 its end."""
+    """Where the key stands: 0 is the start of the noise, 1 its end; such as 0,0.5,1 or 0:1:11."""
     samples: pydantic.PositiveInt = 10
-    """Samples per cell."""
+    """Samples of each length and depth."""
     digits: int = pydantic.Field(default=5, ge=1, le=18)
     """Digits of the key; it does not begin with 0."""
     seed: int = 0
+    """Seed of every random choice."""
 
     _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
     _read_depths = pydantic.field_validator("depths", mode="before")(depths_from)
@@ -75,7 +76,7 @@ class Passkey:
         self._unit: tuple[int, float] | None = None
 
     @classmethod
-    def from_config(cls, config: PasskeyConfig, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: PasskeyConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task; it reads nothing."""
         return cls(config, form)
 

@@ -50,30 +50,33 @@ class PplConfig(Config):
     """Settings of a perplexity evaluation."""
 
     lengths: tuple[int, ...] = ()
-    """Window lengths in tokens, each at least 2 (`4k` = 4096); none for `full`. The longest gives the curve by
-    position."""
+    """Window lengths in tokens, such as 1k,4k,32k; none where whole documents are measured. The longest gives the curve
+    by position."""
     num_spans: pydantic.PositiveInt = 16
-    """Of `spans`: spans of the longest length per source (fewer when the documents hold fewer)."""
+    """Of spans: so many of the longest length for each source (fewer when the documents hold fewer), cut to each
+    length."""
     num_buckets: pydantic.PositiveInt = 16
-    """Position buckets of equal width that the longest length is divided into."""
+    """Points of the curve over positions: buckets of equal width of the longest length."""
     seed: int = 0
     """Seed of the choice of documents and spans."""
     split: str = "test"
     """Name of the share of the documents that the windows are cut from."""
     cut: Cut = "spans"
-    """How documents are cut into windows; see the module."""
+    """How documents are cut into windows. spans: drawn from all. sliding: whole documents, by `stride`. truncate: the
+    first tokens of each, up to each length. full: each as one window."""
     stride: pydantic.PositiveInt | None = None
-    """Of `sliding`: tokens from one window to the next, at most the shortest length."""
+    """Slide over whole documents, so many tokens further each time, at most the shortest length."""
     num_documents: pydantic.PositiveInt | None = None
-    """Documents of each source, drawn by the seed; None = all."""
+    """Documents of each source, drawn by the seed. None: all."""
     first: bool = False
-    """Of `num_documents`: the first ones that are long enough, in the order of the data, instead of a draw."""
+    """Take the first `num_documents` that are long enough, in the order of the data, not a draw."""
     min_tokens: pydantic.NonNegativeInt = 0
-    """Documents with fewer tokens are left out."""
+    """Leave out shorter documents."""
     max_tokens: pydantic.PositiveInt | None = None
-    """Documents with more tokens are left out."""
+    """Leave out longer documents."""
     bos: Bos = "auto"
-    """Whether windows begin with the begin-of-text token; auto = where the tokenizer's own settings add it."""
+    """Whether each window begins with the begin-of-text token, as one of its tokens. auto: as the tokenizer itself
+    would have it. Without, a first token is context only."""
 
     _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
 

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 
+from longspan.core.config import Config
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json
 from longspan.core.log import log_once
@@ -28,6 +30,33 @@ OWN_TEMPLATE = "own"
 THOUGHT_TOKENS = 4096
 """Further room for the answers of a model that thinks, where nothing is said; RULER's own runs give as much."""
 _TAIL_CHARS = 256
+
+
+class PromptConfig(Config):
+    """How prompts are put, and answers to them got."""
+
+    bos: BosPolicy = "auto"
+    """Whether prompts begin with BOS. auto: as the tokenizer itself would have it. What a chat template writes
+    stays."""
+    thinking: ThinkingPolicy = "auto"
+    """Whether a chat's model thinks before it answers. auto: as its template has it. Thoughts are never scored."""
+    template_args: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}; a chat server is sent them as
+    chat_template_kwargs."""
+    max_new_tokens: pydantic.PositiveInt | None = None
+    """Tokens of a generated answer, thoughts included. None: what the task says, and 4,096 more for a model that
+    thinks."""
+
+    @pydantic.field_validator("template_args", mode="before")
+    @classmethod
+    def _are_variables(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if not all(isinstance(name, str) and name.isidentifier() for name in given):
+            raise ValueError("this holds no variables: names and values, such as {enable_thinking: false}")
+        if taken := sorted({"messages", "add_generation_prompt"} & set(given)):
+            raise ValueError(f"longspan itself tells the template its {' and '.join(taken)}")
+        return given
 
 
 class PromptForm:

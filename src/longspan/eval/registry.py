@@ -61,6 +61,10 @@ class TaskEntry(NamedTuple):
     """How `longspan eval` runs it, such as `needle --multi-key`; empty: its name."""
     data: str = ""
     """What `--data` names, for the help; empty: it reads no files."""
+    reads: tuple[str, ...] = ("paths", "text_field", "source_field")
+    """Fields of `held_out.TaskDataConfig` that it goes by, where it reads files."""
+    examples: tuple[str, ...] = ("",)
+    """Options of its command that can be run as they are, beside model and run folder."""
 
     def described(self) -> dict[str, Any]:
         """Return what the header of the records says of the task, so that a report needs no registry."""
@@ -93,6 +97,7 @@ _TOPICS = TaskEntry(
     task="longspan.eval.topics:Topics",
     axes=Axes(columns="num_topics"),
     scorers=("contains",),
+    examples=("--counts 2,3 --samples 1", "--kind lines --counts 4 --samples 1 --questions 2"),
 )
 _BUILT_IN = (
     _NEEDLE,
@@ -127,6 +132,7 @@ _BUILT_IN = (
         task="longspan.eval.passkey:Passkey",
         axes=_GRID,
         scorers=("first_number",),
+        examples=("--lengths 512,640 --depths 0,1 --samples 1",),
     ),
     TaskEntry(
         "ruler",
@@ -138,6 +144,10 @@ _BUILT_IN = (
         heading="RULER",
         short="RULER",
         data="Essays: files, folders, patterns; many times. Default: Python's reference prose.",
+        reads=("paths", "questions", "cache"),
+        examples=(
+            "--lengths 2k --subtasks niah_single_1,niah_multikey_2,vt --samples 1 --sample-cache cache",
+        ),
     ),
     _TOPICS,
     _TOPICS._replace(
@@ -161,6 +171,8 @@ _BUILT_IN = (
         scorers=("by_metric",),
         heading="Long question answering",
         data="JSON lines as LongBench's; many times.",
+        reads=("paths", "strict"),
+        examples=("--data questions.jsonl --samples 2",),
     ),
     TaskEntry(
         "harness",
@@ -193,6 +205,11 @@ def register(entry: TaskEntry) -> None:
             "there is a task of this name already", found=repr(entry.name), fix="give it another"
         )
     _REGISTERED[entry.name] = entry
+
+
+def built_in() -> Mapping[str, TaskEntry]:
+    """Return our own tasks by name."""
+    return {entry.name: entry for entry in _BUILT_IN}
 
 
 def entries() -> Mapping[str, TaskEntry]:

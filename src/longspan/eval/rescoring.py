@@ -11,17 +11,48 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from longspan.core.errors import ArgumentError, DataError
+import pydantic
+
+from longspan.api import ServerConfig
+from longspan.core.config import Config
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.eval.records import EvalRecords, RecordsWriter, header_fingerprint, read_records, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import count_no_answer, mean_score
 from longspan.infer.thinking import split_thoughts
 
 
-def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]:
+class RescoreConfig(Config):
+    """By which rule recorded answers are scored again."""
+
+    scorer: str
+    """Scoring rule (see `eval list`), or judge: a model rates 1-10."""
+    judge: str | None = None
+    """Model that judges: openai:NAME or anthropic:NAME, as in --model."""
+    criteria: Literal["answer", "kamradt"] = "answer"
+    """What the judge goes by: how much of the right answer is there, or the published criteria of Kamradt's needle
+    test."""
+    server: ServerConfig | None = None
+    """How the judge's server is asked, as YAML, a YAML file or its address."""
+
+    @pydantic.model_validator(mode="after")
+    def _rules_ask_nobody(self) -> RescoreConfig:
+        asked = self.judge is not None or self.server is not None or self.criteria != "answer"
+        if asked and self.scorer != "judge":
+            raise ConfigError(
+                "no judge is asked by this rule", found=f"--scorer {self.scorer}", fix="give --scorer judge"
+            )
+        return self
+
+
+def rescore(
+    records: str | Path, scorer: str, out: str | Path, *, used: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write `records` to `out` with the scores of another scorer; return a summary.
+
+    `used`: the settings of the command, for the header.
 
     Returns:
         task, label, scorer, records (the new path), samples, scored, unscored and no_answer (reason -> count), mean
@@ -35,7 +66,7 @@ def rescore(records: str | Path, scorer: str, out: str | Path) -> dict[str, Any]
     """
     rule = scorer_named(scorer)
     source = open_for_rescoring(records, out)
-    header = rescored_header(source.header, rule.named(), higher_is_better=rule.higher_is_better)
+    header = rescored_header(source.header, rule.named(), used, higher_is_better=rule.higher_is_better)
     new = [rescored(sample, header, rule) for sample in source.samples]  # all, or the file is not begun
     with RecordsWriter(out, header) as writer:
         for record in new:
@@ -72,7 +103,11 @@ def _thoughts_apart(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def rescored_header(
-    header: Mapping[str, Any], scorer: Mapping[str, Any], *, higher_is_better: bool = True
+    header: Mapping[str, Any],
+    scorer: Mapping[str, Any],
+    used: Mapping[str, Any] | None = None,
+    *,
+    higher_is_better: bool = True,
 ) -> dict[str, Any]:
     """Return the header of the same evaluation by another scorer (name, version, whatever else it says)."""
     changed = {
@@ -80,6 +115,7 @@ def rescored_header(
         "params": {**header["params"], "scorer": dict(scorer)},
         "rescored_from": header["fingerprint"],
         "higher_is_better": higher_is_better,
+        "settings": used,
     }
     changed["fingerprint"] = header_fingerprint(changed)
     return changed

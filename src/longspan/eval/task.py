@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.infer.requests import Request
 
@@ -71,7 +71,7 @@ class FromConfig(Task, Protocol):
     """A task that a command makes: one way for all of them (`eval.registry`)."""
 
     @classmethod
-    def from_config(cls, config: Any, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: Any, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task with its settings, a `config` of the entry's class.
 
         Raises:

@@ -19,7 +19,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.core.seeds import rng
 from longspan.eval.grid import refuse_repeats
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
 from longspan.eval.task import Built, Mode, Planned
@@ -81,9 +81,9 @@ class TopicsConfig(Config):
     """Settings of topic or line retrieval."""
 
     kind: Kind = "topics"
-    """`topics` of a talk, or numbered `lines`."""
+    """Topics of a talk, or numbered lines."""
     counts: tuple[pydantic.PositiveInt, ...] = ()
-    """Topics (at most 100) or lines in a record; none: LongChat's 5 to 70, 200 to 680."""
+    """Topics (at most 100) or lines in a record. Default: LongChat's 5 to 70; 200 to 680."""
     samples: pydantic.PositiveInt = 10
     """Records of each count."""
     questions: int = pydantic.Field(default=1, ge=1, le=len(_ORDINALS))
@@ -91,6 +91,7 @@ class TopicsConfig(Config):
     turns: pydantic.PositiveInt = 8
     """Questions and answers on one topic; 8 make about 400 tokens."""
     seed: int = 0
+    """Seed of every random choice."""
 
     @pydantic.field_validator("counts", mode="before")
     @classmethod
@@ -131,7 +132,7 @@ class Topics:
         self._counted = f"num_{settings.kind}"
 
     @classmethod
-    def from_config(cls, config: TopicsConfig, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: TopicsConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task; it reads nothing."""
         return cls(config, form)
 

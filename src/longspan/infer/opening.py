@@ -17,13 +17,11 @@ from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-import pydantic
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from longspan.api import Limits, SpendingLimits
-from longspan.core.config import Config
+from longspan.api import ServerConfig, remote_model
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
 from longspan.data.tokenizer import Tokenizer
@@ -33,7 +31,7 @@ from longspan.infer.local import LocalAnswerer
 from longspan.infer.memory import available_memory, shared_memory
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unknown_tokens
-from longspan.infer.remote import KINDS, open_remote
+from longspan.infer.remote import open_remote
 from longspan.infer.replicas import Replica
 from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
@@ -42,27 +40,6 @@ from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.schedules import ScheduleName
 
 BATCH_TOKENS = 16_384
-PROVIDERS = tuple(KINDS)
-
-
-class ServerConfig(Config):
-    """How a model behind a server is asked; see `api`."""
-
-    trained_length: pydantic.PositiveInt | None = None
-    """Tokens. Of the model, which its server does not say."""
-    key_variable: str | None = None
-    """Environment variable that holds the key, in place of the provider's own."""
-    api_version: str | None = None
-    """Of Azure or Anthropic."""
-    cache: str | None = None
-    """SQLite file of answers; what stands there is not asked again."""
-    extra: dict[str, Any] = pydantic.Field(default_factory=dict)
-    """Further fields of each request; a null leaves one out, `{temperature: null}` for reasoning models say."""
-    continue_final_message: bool = False
-    """Whether a chat may end in the beginning of the assistant's answer, which the server goes on with: vLLM and
-    SGLang do; others begin another turn."""
-    limits: Limits = Limits()
-    budget: SpendingLimits = SpendingLimits()
 
 
 class ModelSource(NamedTuple):
@@ -78,12 +55,6 @@ class ModelSource(NamedTuple):
     """Type of the weights, `bfloat16` say; None = as saved, but bfloat16 on CUDA if that is wider."""
     load: Callable[[ModelSource], PreTrainedModel] | None = None
     """Loads it in place of `models.hf.load_model`, in `dtype`: a function of a module, so that it can be sent."""
-
-
-def provider(model: str) -> tuple[str, str] | None:
-    """Return provider and name of `openai:NAME` and the like; None for a model to be run here."""
-    kind, colon, name = model.partition(":")
-    return (kind, name) if colon and kind in PROVIDERS else None
 
 
 def load_source(source: ModelSource, *, device: torch.device | None = None, tp: int = 1) -> PreTrainedModel:
@@ -158,26 +129,14 @@ def open_answerer(
         ArgumentError: settings that do not go together.
         RunError: another process failed.
     """
-    remote = provider(model) if isinstance(model, str) else None
-    if remote is not None:
+    if isinstance(model, str) and remote_model(model) is not None:
         if tp > 1 or cp > 1 or replicas > 1:
             raise ArgumentError(
                 "how a model runs behind a server is decided there", found="--tp, --cp or --replicas"
             )
-        how = server or ServerConfig()
-        return open_remote(
-            *remote,
-            base_url=base_url,
-            max_length=max_length,
-            trained_length=how.trained_length,
-            tokenizer=tokenizer,
-            key_variable=how.key_variable,
-            api_version=how.api_version,
-            limits=how.limits,
-            budget=how.budget,
-            cache=how.cache,
-            extra=how.extra,
-        )
+        given = {"base_url": base_url, "max_length": max_length}
+        how = (server or ServerConfig()).model_copy(update={k: v for k, v in given.items() if v is not None})
+        return open_remote(model, how, tokenizer=tokenizer)
     if base_url is not None or server is not None:
         raise ArgumentError(
             "an address is for models behind a server",

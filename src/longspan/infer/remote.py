@@ -11,22 +11,19 @@ them. Its own stop tokens end an answer; `stop_ids` are not sent.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from longspan.api import ChatRequest, ChatResult, Client, Endpoint, Limits, SpendingLimits
-from longspan.api.endpoint import Kind
+from longspan.api import ChatRequest, ChatResult, Client, Endpoint, ServerConfig, remote_model
+from longspan.api.server import KINDS
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.requests import Answer, Request, before_stop
 from longspan.infer.thinking import split_thoughts
 
-KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
-"""Protocol of each provider, the part of a model's name before the colon."""
 _TOKEN_ID = "token_id:"
 _COUNT_SHARE, _COUNT_RENDERED, _COUNT_TEMPLATE = 0.02, 16, 200
 """Share of a prompt's tokens, and tokens beside that, by which a server's count may differ before it is remarked on:
@@ -38,41 +35,18 @@ _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 _log = get_logger("infer")
 
 
-def open_remote(
-    provider: str,
-    model: str,
-    *,
-    base_url: str | None = None,
-    max_length: int | None = None,
-    trained_length: int | None = None,
-    tokenizer: Tokenizer | None = None,
-    key_variable: str | None = None,
-    api_version: str | None = None,
-    limits: Limits | None = None,
-    budget: SpendingLimits | None = None,
-    cache: str | Path | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> RemoteAnswerer:
-    """Return an answerer for a model behind a server; `api.Endpoint` and `api.Client` explain the settings.
+def open_remote(model: str, server: ServerConfig, *, tokenizer: Tokenizer | None = None) -> RemoteAnswerer:
+    """Return an answerer for `openai:NAME` and the like; `ServerConfig` says how its server is asked.
 
     Raises:
         ArgumentError: there is no such provider.
         ConfigError: the address or the key is wrong.
         MissingDependencyError: the extra `api` is not installed.
     """
-    if provider not in KINDS:
-        raise ArgumentError("there is no such provider", found=repr(provider), allowed=sorted(KINDS))
-    endpoint = Endpoint(
-        kind=KINDS[provider],
-        model=model,
-        base_url=base_url or "",
-        max_length=max_length,
-        key_variable=key_variable,
-        api_version=api_version,
-        extra=dict(extra or {}),
-    )
-    client = Client(endpoint, limits=limits, budget=budget, cache=cache)
-    return RemoteAnswerer(client, tokenizer=tokenizer, trained_length=trained_length)
+    remote = remote_model(model)
+    if remote is None:
+        raise ArgumentError("there is no such provider", found=repr(model), allowed=sorted(KINDS))
+    return RemoteAnswerer(remote.client(server), tokenizer=tokenizer, trained_length=server.trained_length)
 
 
 class RemoteAnswerer:

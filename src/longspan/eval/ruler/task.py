@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pydantic
 
-from longspan.core.config import Config
+from longspan.core.config import Commas, Config
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import sha256_bytes
+from longspan.core.log import get_logger
 from longspan.core.seeds import rng
 from longspan.eval.fitting import Fitted, fit_units
 from longspan.eval.grid import lengths_from, refuse_repeats
-from longspan.eval.held_out import TaskData
+from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.ruler import compose
 from longspan.eval.ruler.cache import CachedSample, SampleCache, cache_key
@@ -38,15 +39,18 @@ _FIRST_UNITS = 24
 class RulerConfig(Config):
     """Settings of RULER."""
 
-    lengths: tuple[pydantic.PositiveInt, ...]
-    """Context lengths in tokens, prompt and answer room together; the paper's are 4k to 128k."""
-    subtasks: tuple[str, ...] = ()
-    """Names such as `niah_single_1` and `vt`; none: all for which there is material."""
+    lengths: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
+        "4k,8k,16k,32k,64k,128k", validate_default=True
+    )
+    """Context lengths in tokens, prompt and answer room together, such as 1k,4k or 1k:8k:8."""
+    subtasks: Annotated[tuple[str, ...], Commas] = ()
+    """Names, such as niah_single_1,vt. Default: all for which there is material."""
     samples: pydantic.PositiveInt = 100
-    """Samples of each subtask at each length; the paper has 500."""
+    """Samples of each subtask and length; the paper has 500."""
     release: Release = "2024"
-    """Which of RULER's published generators is followed."""
+    """RULER's generators of the paper, or those of June 2025; they differ in vt, cwe and fwe."""
     seed: int = 0
+    """Seed of every random choice."""
 
     _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
     _no_repeats = pydantic.field_validator("lengths")(refuse_repeats)
@@ -120,15 +124,18 @@ class Ruler:
         }
 
     @classmethod
-    def from_config(cls, config: RulerConfig, data: TaskData, form: PromptForm) -> Self:
+    def from_config(cls, config: RulerConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on some essays, and questions where files of these are named."""
-        return cls(
+        task = cls(
             config,
             form,
             essay="\n\n".join(document.text for document in data.documents()),
             qa=[read_qa(path) for path in data.questions],
             cache=None if data.cache is None else SampleCache(data.cache),
         )
+        for name, reason in task.left_out.items():
+            get_logger("eval").warning("ruler: %s is left out: it %s", name, reason)
+        return task
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""

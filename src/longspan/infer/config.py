@@ -1,0 +1,60 @@
+"""Settings of a model that is asked: which one, what is changed about it, and how it runs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+
+from longspan.api import ServerConfig, remote_model
+from longspan.core.config import Config, Length
+
+Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
+
+
+class AnswererConfig(Config):
+    """The model that is asked, and how it runs."""
+
+    model: str
+    """Hugging Face folder or hub name, a folder of our training (run, stage, checkpoint, adapter), or openai:NAME,
+    completions:NAME, anthropic:NAME for a model behind a server."""
+    tokenizer: str | None = None
+    """Tokenizer. None: the one in the model's folder, or of an adapter's base."""
+    label: str | None = None
+    """Name of the model in reports. None: that of its folder."""
+    rope: dict[str, Any] | None = None
+    """RoPE to use instead of the model's own, such as {rope_type: linear, factor: 8}."""
+    rope_theta: float | None = None
+    """Base of the RoPE instead of the model's own, such as 5e6."""
+    max_length: Length | None = None
+    """Tokens of prompt and answer at most, such as 128k. None: no limit."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights. None: as saved; on a GPU bfloat16."""
+    chat_template: str | None = None
+    """Ask as in a chat: own, the tokenizer's template, or a shipped name or a Jinja file. None: as plain text."""
+    tp: pydantic.PositiveInt = 1
+    """Tensor parallelism: processes that share each matrix."""
+    cp: pydantic.PositiveInt = 1
+    """Context parallelism: processes that share each sequence."""
+    replicas: pydantic.PositiveInt | None = None
+    """Copies of the model, each on a process (or on `cp`), that share out the samples. None: as many as torchrun or
+    srun has started processes for, else 1."""
+    schedule: Schedule = "ring"
+    """Context-parallel schedule: how keys travel among the processes of `cp`."""
+    batch_tokens: pydantic.PositiveInt = 16384
+    """Tokens in one forward pass, at least one sample."""
+    prefix_reuse: bool = True
+    """Read what several prompts begin with once. Off: every prompt from its first token."""
+    server: ServerConfig | None = None
+    """How the server is asked, as YAML, a YAML file or its address: base_url, trained_length, limits (concurrency,
+    tokens_per_minute ...), budget, cache, extra, continue_final_message, key_variable, api_version."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the model is behind a server."""
+        return remote_model(self.model) is not None
+
+    @property
+    def is_chat_server(self) -> bool:
+        """Whether that server puts every prompt into a chat."""
+        return self.is_remote and not self.model.startswith("completions:")
