@@ -32,11 +32,14 @@ def test_pairs_and_their_retrieval_corpus(longspan, store):
     [
         ("pairs store --mode ab --out out", "nothing to write"),
         ("pairs store --mode abc --eval-samples 1 --out out", "concat"),
-        ("pairs store --mode ab --eval-samples 1 --format pickle --out out", "unknown --format"),
+        (
+            "pairs store --mode ab --eval-samples 1 --format pickle --out out",
+            "'pickle' is not one of 'mds', 'cepe'",
+        ),
         ("pairs store --mode ab --eval-samples 1 --encoder 0 --out out", "encoder"),
         ("pairs store --mode ab --eval-samples 1 --weight cc=1 --out out", "weights above 0 of texts"),
         ("pairs store --mode ab --retrieval-samples 1 --out out", "needs --tokenizer"),
-        ("pairs store --mode ab --eval-samples 1 --specials all --out out", "unknown --specials"),
+        ("pairs store --mode ab --eval-samples 1 --specials all --out out", "'all' is not one of 'none'"),
         ("pairs texts --mode ab --eval-samples 1 --out out", "no .npy token files"),
         ("retrieval store --tokenizer tokenizer --samples 5 --shard 100 --out out", "0 to 99"),
     ],

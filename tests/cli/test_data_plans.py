@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longspan.data.packed.packed_rows import PackedRows
+from longspan.data.plans.packing import PackPlan
 from longspan.data.store import TokenStore
 
 
@@ -178,3 +179,21 @@ def test_a_split_is_mixed_and_packed_without_a_copy(longspan, store: Path) -> No
         assert outcome.code == 2 and "data split" in outcome.err
     outcome = longspan("data split store store --out a=0.5,b=0.5 --materialize")
     assert outcome.code == 2 and "one store" in outcome.err
+
+
+def test_a_folder_says_how_it_was_made(longspan, store: Path) -> None:
+    """What a command wrote could not be made again without the command line."""
+    assert longspan("data mix store@1 --keep-short 0.5 --tokens 3k --seed 3 --out mixture").code == 0
+    assert longspan("data pack mixture --length 64 --specials both --by-source --seed 5 --out rows").code == 0
+    assert longspan("data mix --settings mixture --out mixture-again").code == 0
+    assert longspan("data pack --settings rows --workers 2 --out rows-again").code == 0
+    for name in ("mixture", "rows"):
+        files = [file.name for file in Path(name).iterdir()]
+        assert {"head.json", "settings.yaml"} <= set(files)
+        for file in files:
+            assert Path(f"{name}-again", file).read_bytes() == Path(name, file).read_bytes(), file
+    other = longspan("data pack --settings rows --length 32 --json --out other")
+    spec = PackPlan.load("other").spec
+    assert other.code == 0 and (spec.length, spec.by_source) == (32, True)
+    wrong = longspan("data pack --settings mixture --out wrong")
+    assert wrong.code == 2 and "no such setting" in wrong.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,7 @@ def test_sample_and_exact_mixture(longspan, store):
         ("--mix mode=per_source", "number of tokens"),
         ("--mix mode=nothing --tokens 5", "mode"),
         ("--mix mode=repeat,weights.texts=2 --tokens 5", "--mix"),
-        ("--order-by at", "--group-by"),
+        ("--order-by at", "give group_by"),
         ("--tokenizer tokenizer/none.model", "none.model"),
     ],
 )
@@ -80,3 +81,15 @@ def test_options_that_do_not_fit(longspan, store, options, words):
     """A setting without an effect, or one that cannot be, is one message."""
     outcome = longspan(f"{RUN} --out other {options}")
     assert outcome.code == 2 and words in outcome.err, outcome.err
+
+
+def test_a_store_says_how_it_was_made(longspan, store):
+    """The settings stand in the store, without the number of workers: its bytes do not tell who did the work."""
+    made = longspan(f"{RUN} --out first --mix mode=per_source,tokens=20k --seed 3 --workers 2")
+    assert made.code == 0, made.err
+    again = longspan("data tokenize --settings first --out again")
+    assert again.code == 0, again.err
+    for file in Path("first").rglob("*"):
+        if file.is_file():
+            assert Path("again", file.relative_to("first")).read_bytes() == file.read_bytes(), file
+    assert longspan("data verify first").code == 0

@@ -15,11 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ArgumentError, DataError, RunError
+from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.data.chat import ChatFormat
 from longspan.data.jobs import ArrayJob, LocalExecutor
 from longspan.data.jobs.job_lock import JobLock
-from longspan.data.tokenize import CorpusJob, document_key, encode, token_weights, tokenize_corpus, units
+from longspan.data.tokenize import (
+    CorpusJob,
+    TokenizeConfig,
+    document_key,
+    encode,
+    token_weights,
+    tokenize_corpus,
+    units,
+)
 from longspan.data.tokenize import corpus as corpus_module
 from longspan.data.tokenizer import Tokenizer, engine, load_tokenizer
 from tests.patience import PATIENCE_SECONDS
@@ -361,8 +369,8 @@ def test_conversations(
         tokenize_corpus([path], tokenizer, tmp_path / "strict", chat=chat, strict=True)
     with pytest.raises(DataError, match="other chat"):
         tokenize_corpus([path], tokenizer, tmp_path / "out", chat=ChatFormat(tokenizer, "{# #}" + template))
-    with pytest.raises(ArgumentError, match="chat format"):
-        tokenize_corpus([path], tokenizer, tmp_path / "out", messages_field="messages")
+    with pytest.raises(DataError, match="template"):
+        tokenize_corpus([path], tokenizer, tmp_path / "none", messages_field="messages")
 
 
 def test_groups(texts: list[str], write_jsonl: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -375,8 +383,12 @@ def test_groups(texts: list[str], write_jsonl: Write, tokenizer: Tokenizer, tmp_
     assert found == {"\n\n".join(texts[number] for number in (9 + r, 6 + r, 3 + r, r)) for r in range(3)}
     with pytest.raises(DataError, match="other group_by"):
         tokenize_corpus([folder], tokenizer, tmp_path / "out")
-    with pytest.raises(ArgumentError, match="--group-by"):
+    with pytest.raises(ConfigError, match="give group_by"):
         tokenize_corpus([folder], tokenizer, tmp_path / "out", order_by="at")
+    with pytest.raises(ConfigError, match="did you mean 'order_by'"):
+        tokenize_corpus([folder], tokenizer, tmp_path / "out", orderby="at")
+    config = TokenizeConfig(group_by="repo", order_by="at")
+    assert CorpusJob([folder], tokenizer, tmp_path / "out", config).finished() is not None
 
 
 def test_documents_without_tokens_are_counted(

@@ -21,7 +21,7 @@ from longspan.data.jobs import ArrayJob, LocalExecutor, array_job
 from longspan.data.jobs.job_lock import JobLock
 from longspan.data.plans.mixture import MixtureConfig
 from longspan.data.readers import ReadReport, grouping, list_inputs, read_documents
-from longspan.data.tokenize import CorpusJob, groups, sampling, tokenize_corpus, units
+from longspan.data.tokenize import CorpusJob, TokenizeConfig, groups, sampling, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module
 from longspan.data.tokenizer import Tokenizer
 from tests.data.test_tokenize import files_of
@@ -69,7 +69,7 @@ def test_workers_and_input_order_do_not_matter(
     found = []
     for pool in pools:
         files = random.Random(pool.num_workers).sample(corpus, len(corpus))
-        job = CorpusJob(files, tokenizer, tmp_path / f"out{pool.num_workers}", **KINDS[kind])
+        job = CorpusJob(files, tokenizer, tmp_path / f"out{pool.num_workers}", TokenizeConfig(**KINDS[kind]))
         assert job.num_units > 4
         store = job.run(pool)
         assert store is not None
@@ -88,7 +88,7 @@ def test_jobs_of_an_array_make_the_same_store(
     for place, index in enumerate(order):
         variables = {"SLURM_ARRAY_TASK_ID": str(index + 4), "SLURM_ARRAY_TASK_COUNT": "3"}
         share = array_job({**variables, "SLURM_ARRAY_TASK_MIN": "4"})
-        job = CorpusJob(corpus, tokenizer, tmp_path / "out", **KINDS[kind])
+        job = CorpusJob(corpus, tokenizer, tmp_path / "out", TokenizeConfig(**KINDS[kind]))
         if place == 2:
             with pytest.raises(DataError, match="pieces are missing"):
                 job.merge_only()
@@ -96,7 +96,7 @@ def test_jobs_of_an_array_make_the_same_store(
         assert (store is None) == (place < 2)
     assert store is not None and files_of(store.path) == files_of(one.path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "one", "out"]
-    again = CorpusJob(corpus, tokenizer, tmp_path / "out", **KINDS[kind])
+    again = CorpusJob(corpus, tokenizer, tmp_path / "out", TokenizeConfig(**KINDS[kind]))
     found = again.run_share(LocalExecutor(), ArrayJob(1, 3))
     assert found is not None and found.fingerprint == store.fingerprint
 
@@ -125,7 +125,7 @@ def test_jobs_wait_for_those_that_deal(
 
     monkeypatch.setattr(corpus_module, "deal_unit", deal)
     monkeypatch.setattr(corpus_module, "make_piece", make)
-    jobs = [CorpusJob(corpus, tokenizer, tmp_path / "out", **GROUPS) for _ in range(3)]
+    jobs = [CorpusJob(corpus, tokenizer, tmp_path / "out", TokenizeConfig(**GROUPS)) for _ in range(3)]
     threads = [
         threading.Thread(target=job.run_share, args=(LocalExecutor(), ArrayJob(index, 3)))
         for index, job in enumerate(jobs)
@@ -210,7 +210,7 @@ def test_killed_run_goes_on(
     )
     with pytest.raises(DataError, match="other order_by"):
         tokenize_corpus([folder], tokenizer, tmp_path / "out", group_by="repo")
-    job = CorpusJob([folder], tokenizer, tmp_path / "out", **GROUPS)
+    job = CorpusJob([folder], tokenizer, tmp_path / "out", TokenizeConfig(**GROUPS))
     store = job.run(LocalExecutor())
     first = 3  # of the fourth, killed as it ended, nothing counts
     inputs = len(units.cut_units(list_inputs([folder], report=ReadReport()), UNIT_BYTES))
@@ -227,12 +227,18 @@ def test_what_groups_leave_behind(corpus: list[Path], tokenizer: Tokenizer, tmp_
         tokenize_corpus(corpus, tokenizer, tmp_path / "out", group_by="folder")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
     with pytest.raises(ArgumentError, match="jobs of an array cannot sample"):
-        CorpusJob(corpus, tokenizer, tmp_path / "out", **GROUPS, **MIX).run(LocalExecutor(), ArrayJob(0, 2))
-    CorpusJob(corpus, tokenizer, tmp_path / "out", **GROUPS).run(LocalExecutor(), ArrayJob(0, 2))
+        CorpusJob(corpus, tokenizer, tmp_path / "out", TokenizeConfig(**GROUPS, **MIX)).run(
+            LocalExecutor(), ArrayJob(0, 2)
+        )
+    CorpusJob(corpus, tokenizer, tmp_path / "out", TokenizeConfig(**GROUPS)).run(
+        LocalExecutor(), ArrayJob(0, 2)
+    )
     path = corpus[0]
     path.write_text(path.read_text().replace("river", "RIVER"))
     with pytest.raises(DataError, match="made of other inputs"):
-        CorpusJob(corpus, tokenizer, tmp_path / "out", **GROUPS).run(LocalExecutor(), ArrayJob(0, 2))
+        CorpusJob(corpus, tokenizer, tmp_path / "out", TokenizeConfig(**GROUPS)).run(
+            LocalExecutor(), ArrayJob(0, 2)
+        )
 
 
 def test_looking_at_a_lock_takes_nothing(tmp_path: Path) -> None:
@@ -255,13 +261,14 @@ import sys
 from longspan.data import load_tokenizer
 from longspan.data.jobs import RayExecutor
 from longspan.data.readers import grouping
-from longspan.data.tokenize import CorpusJob, sampling, units
+from longspan.data.tokenize import CorpusJob, TokenizeConfig, sampling, units
 from tests.data.test_tokenize_executors import KINDS
 
 units.UNIT_BYTES, sampling.FIRST_WAVE, grouping.RUN_BYTES = 3000, 2, 1000
 with RayExecutor(num_workers=2) as executor:
     for kind, settings in KINDS.items():
-        CorpusJob([sys.argv[1]], load_tokenizer(sys.argv[2]), f"{sys.argv[3]}/ray {kind}", **settings).run(executor)
+        config = TokenizeConfig(**settings)
+        CorpusJob([sys.argv[1]], load_tokenizer(sys.argv[2]), f"{sys.argv[3]}/ray {kind}", config).run(executor)
 """
 
 

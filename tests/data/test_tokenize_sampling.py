@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longspan.core.errors import ArgumentError
+from longspan.core.errors import ConfigError
 from longspan.data.plans.mixture import MixtureConfig, plan_mixture
 from longspan.data.store import TokenStore
 from longspan.data.store.lengths import LengthTable
@@ -85,7 +85,7 @@ def test_unwanted_sources_are_not_tokenized(corpus: Path, tokenizer: Tokenizer, 
     assert set(store.lengths.source_names) == {"book", "wiki"}
     found = store.manifest.counts["sampling"]["sources"]
     assert (found["book"]["wanted"], found["wiki"]["wanted"], found["web"]["wanted"]) == (1500, 500, None)
-    with pytest.raises(ArgumentError, match="number of tokens"):
+    with pytest.raises(ConfigError, match="number of tokens"):
         sample(corpus, tokenizer, tmp_path / "x", MixtureConfig())
 
 

@@ -7,23 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longspan.cli.data_jobs import (
-    ExecutorName,
-    ExecutorOption,
-    JobId,
-    Jobs,
-    NumJobs,
-    PrintSbatch,
-    RayAddress,
-    Workers,
-    missing_words,
-)
-from longspan.cli.from_settings import Part, Used, from_settings, write_used
+from longspan.cli.data_jobs import JOBS, PrintSbatch, missing_words, write_settings
+from longspan.cli.from_settings import Part, Used, from_settings
 from longspan.cli.output import Json, example, percent, print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
     from longspan.annotate.config import AnnotateConfig
     from longspan.annotate.estimate import AnnotateEstimate
+    from longspan.cli.jobs_config import JobsConfig
     from longspan.data.jobs import ArrayJob
 
 app = typer.Typer(
@@ -57,9 +48,10 @@ SETTINGS = Part(
 )
 
 
-@from_settings(settings=SETTINGS)
+@from_settings(settings=SETTINGS, jobs=JOBS)
 def topk(
     settings: AnnotateConfig,
+    jobs: JobsConfig,
     used: Used,
     out: Annotated[
         Path | None,
@@ -75,11 +67,6 @@ def topk(
         int, typer.Option(min=1, help="Parts, each a folder OUT-0, OUT-1, ... that `annotate merge` joins.")
     ] = 1,
     shard: Annotated[int, typer.Option(min=0, help="Which of the parts to write, from 0.")] = 0,
-    workers: Workers = 1,
-    executor: ExecutorOption = ExecutorName.local,
-    num_jobs: NumJobs = None,
-    job_id: JobId = None,
-    ray_address: RayAddress = None,
     print_sbatch: PrintSbatch = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what it will take on disk and what would take less.")
@@ -90,7 +77,6 @@ def topk(
 
     Killed at any time, the same command goes on. `train` distils from it (objective: distill).
     """
-    jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
     if print_sbatch:
         jobs.print_sbatch("annotate")
         return
@@ -126,7 +112,7 @@ def topk(
     # Under torchrun the first process speaks.
     if complete and is_first():
         for path in complete:
-            write_used(used, path)
+            write_settings(used, path)
         _show(complete, as_json)
 
 
@@ -158,11 +144,12 @@ def _cepe_specs(settings: AnnotateConfig, out: Path | None) -> dict[Path, Annota
     retrieved = {} if windows.retrieval is None else pair_domains(Path(windows.retrieval))
     specs = {}
     for domain, pairs in pair_domains(Path(settings.data)).items():
+        of_domain = windows
         if windows.retrieval is not None:
             found = str(retrieved.get(domain, Path(windows.retrieval) / domain))
-            windows = windows.model_copy(update={"retrieval": found})
-        folder = out or cepe_folder(pairs, windows, settings.teacher.model)
-        specs[folder / domain] = settings.model_copy(update={"data": str(pairs), "pairs": windows})
+            of_domain = windows.model_copy(update={"retrieval": found})
+        folder = out or cepe_folder(pairs, of_domain, settings.teacher.model)
+        specs[folder / domain] = settings.model_copy(update={"data": str(pairs), "pairs": of_domain})
     return specs
 
 
@@ -172,12 +159,12 @@ def _estimated(spec: AnnotateConfig, part: ArrayJob) -> AnnotateEstimate:
     return estimate_job(spec, shard=part)
 
 
-def _annotate(spec: AnnotateConfig, out: Path, part: ArrayJob, jobs: Jobs) -> bool:
+def _annotate(spec: AnnotateConfig, out: Path, part: ArrayJob, jobs: JobsConfig) -> bool:
     """Write one folder; return whether it is complete, and say so if other jobs have not ended."""
     from longspan.annotate.run import annotate
 
     share = jobs.share()
-    alone = jobs.executor is not ExecutorName.ray and jobs.workers == 1
+    alone = jobs.executor != "ray" and jobs.workers == 1
     done = annotate(spec, out, shard=part, executor=None if alone else jobs.start(use_gpus=True), share=share)
     if done.missing:
         typer.echo(missing_words(share, done.pieces, done.missing, str(out)))

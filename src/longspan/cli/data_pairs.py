@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from longspan.cli.counts import count_option
+from longspan.cli.from_settings import Part, Used, from_settings, write_used
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
-    from longspan.data.pairs.windows import PairCount
+    from longspan.data.exchange.token_documents import TokenDocuments
+    from longspan.data.pairs.retrieval import RetrievalConfig
+    from longspan.data.pairs.windows import PairConfig, PairCount
 
 PAIRS_EXAMPLE = example(
     "longspan data pairs store --mode ab --encoder 48 --decoder 16 --eval-samples 8 --train-samples 40 --out pairs"
@@ -25,33 +28,25 @@ Inputs = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write; what is complete there is kept.")]
-Weight = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="DOMAIN=WEIGHT; may be given many times. Default: CEPE's shares if it knows all domains, else equal."
-    ),
-]
 Specials = Annotated[
-    str | None,
-    typer.Option(help="none, bos, eos or both: what frames the documents of a store. Default: both."),
+    Literal["none", "bos", "eos", "both"] | None,
+    typer.Option(help="What frames the documents of a store. Default: both."),
 ]
 NumShards = Annotated[int, typer.Option(min=1, help="Shards of the retrieval corpus.")]
 Shard = Annotated[int, typer.Option(min=0, help="Shard of the retrieval corpus to write, from 0.")]
 
 
+@from_settings(
+    settings=Part(
+        "longspan.data.pairs.windows:PairConfig",
+        names={"test": "--eval-samples", "train": "--train-samples", "weights": "--weight"},
+    )
+)
 def pairs(
     inputs: Inputs,
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="ab: windows inside long documents. concat: windows of documents one after another."
-        ),
-    ],
+    settings: PairConfig,
+    used: Used,
     out: Out,
-    encoder: Annotated[str, typer.Option(help="Tokens before the decoder's, such as 4k.")] = "4096",
-    decoder: Annotated[str, typer.Option(help="Tokens of the decoder.")] = "4096",
-    eval_samples: Annotated[int, count_option(help="Pairs for evaluation; 0: none.")] = 0,
-    train_samples: Annotated[int, count_option(help="Pairs for training; 0: none.")] = 0,
     retrieval_samples: Annotated[
         int, count_option(help="Chunks of the shard of the retrieval corpus; 0: none.")
     ] = 0,
@@ -60,106 +55,77 @@ def pairs(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer that turns ids into text; for the retrieval corpus.")
     ] = None,
-    weight: Weight = None,
     specials: Specials = None,
     format: Annotated[
-        str,
+        Literal["mds", "cepe"],
         typer.Option(help="mds: the ids in the dtype of the store. cepe: as CEPE's code reads them, int64."),
     ] = "mds",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Cut documents into pairs of an encoder and a decoder window, split into test, train and retrieval."""
-    from typing import get_args
-
-    from longspan.cli.data_stores import parse_weights
     from longspan.core.errors import ArgumentError
-    from longspan.data.pairs.windows import PairConfig, PairFormat, plan_pairs, write_pairs
+    from longspan.data.exchange.token_documents import open_documents
+    from longspan.data.pairs.retrieval import RetrievalConfig
+    from longspan.data.pairs.windows import plan_pairs, write_pairs
 
-    if format not in get_args(PairFormat):
-        raise ArgumentError("unknown --format", found=format, allowed=get_args(PairFormat))
-    if not (eval_samples or train_samples or retrieval_samples):
+    if not (settings.test or settings.train or retrieval_samples):
         raise ArgumentError(
             "nothing to write", fix="give --eval-samples, --train-samples or --retrieval-samples"
         )
     if retrieval_samples and tokenizer is None:
         raise ArgumentError("--retrieval-samples needs --tokenizer, which turns ids into text")
-    settings = {
-        "mode": mode,
-        "encoder": encoder,
-        "decoder": decoder,
-        "test": eval_samples,
-        "train": train_samples,
-        "weights": parse_weights(weight or []),
-    }
-    spec = PairConfig.from_dict(settings, where="the command line")
-    documents = _open(inputs, specials)
-    plan = plan_pairs(spec, documents, seed)
-    written = write_pairs(plan, documents, out, format="cepe" if format == "cepe" else "mds")
+    documents = open_documents(inputs, specials=specials)
+    plan = plan_pairs(settings, documents, seed)
+    written = write_pairs(plan, documents, out, format=format)
     counts = list(plan.counts)
     if retrieval_samples:
-        retrieval_settings = {
-            "samples": retrieval_samples,
-            "num_shards": num_shards,
-            "mode": mode,
-            "weights": spec.weights,
-        }
-        folder, of_shard = _write_shard(retrieval_settings, documents, str(tokenizer), shard, seed, out)
+        chunks = RetrievalConfig(
+            samples=retrieval_samples, num_shards=num_shards, mode=settings.mode, weights=settings.weights
+        )
+        folder, of_shard = _write_shard(chunks, documents, str(tokenizer), shard, seed, out)
         written.append(folder)
         counts += of_shard
+    write_used(used, out)
     _show(written, counts, as_json)
 
 
+@from_settings(
+    settings=Part(
+        "longspan.data.pairs.retrieval:RetrievalConfig", without=["mode"], names={"weights": "--weight"}
+    )
+)
 def retrieval(
     inputs: Inputs,
+    settings: RetrievalConfig,
+    used: Used,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer that turns ids into text.")],
-    samples: Annotated[int, count_option(help="Chunks of the shard, all domains together.", min=1)],
     out: Out,
     shard: Shard = 0,
-    num_shards: NumShards = 100,
-    chunk: Annotated[str, typer.Option(help="Tokens of a chunk, and at most of its neighbor.")] = "512",
-    weight: Weight = None,
     specials: Specials = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Write one shard of a retrieval corpus: chunks of text with what follows them, as JSON lines."""
-    from longspan.cli.data_stores import parse_weights
+    from longspan.data.exchange.token_documents import open_documents
 
-    settings = {
-        "samples": samples,
-        "num_shards": num_shards,
-        "chunk": chunk,
-        "weights": parse_weights(weight or []),
-    }
-    folder, counts = _write_shard(settings, _open(inputs, specials), tokenizer, shard, seed, out)
+    documents = open_documents(inputs, specials=specials)
+    folder, counts = _write_shard(settings, documents, tokenizer, shard, seed, out)
+    write_used(used, folder)
     _show([folder], counts, as_json)
 
 
-def _open(inputs: list[Path], specials: str | None) -> Any:
-    from typing import get_args
-
-    from longspan.core.errors import ArgumentError
-    from longspan.data.exchange.token_documents import Specials as Known
-    from longspan.data.exchange.token_documents import open_documents
-
-    if specials is not None and specials not in get_args(Known):
-        raise ArgumentError("unknown --specials", found=specials, allowed=get_args(Known))
-    return open_documents(inputs, specials=specials)  # type: ignore[arg-type]
-
-
 def _write_shard(
-    settings: dict[str, Any], documents: Any, tokenizer: str, shard: int, seed: int, out: Path
+    settings: RetrievalConfig, documents: TokenDocuments, tokenizer: str, shard: int, seed: int, out: Path
 ) -> tuple[Path, list[PairCount]]:
     from longspan.core.errors import DataError
-    from longspan.data.pairs.retrieval import RetrievalConfig, plan_retrieval, write_retrieval
+    from longspan.data.pairs.retrieval import plan_retrieval, write_retrieval
     from longspan.data.tokenizer import load_tokenizer
 
-    spec = RetrievalConfig.from_dict(settings, where="the command line")
     loaded = load_tokenizer(tokenizer)
     if documents.tokenizer not in (None, loaded.fingerprint):
         raise DataError(f"{tokenizer} is not the tokenizer that made the store")
-    plan = plan_retrieval(spec, documents, shard, seed)
+    plan = plan_retrieval(settings, documents, shard, seed)
     return write_retrieval(plan, documents, loaded, out), list(plan.counts)
 
 

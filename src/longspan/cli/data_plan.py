@@ -8,34 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from longspan.cli.data_jobs import (
-    ExecutorName,
-    ExecutorOption,
-    JobId,
-    Jobs,
-    NumJobs,
-    PrintSbatch,
-    RayAddress,
-    Workers,
-    missing_words,
-)
+from longspan.cli.data_jobs import JOBS, PrintSbatch, missing_words, write_settings
 from longspan.cli.data_stores import (
     PlanOut,
     check_lengths,
     lengths_of,
-    parse_weights,
     show_lengths,
     special_ids,
     stores_of,
 )
+from longspan.cli.from_settings import Part, Used, from_settings
 from longspan.cli.output import Json, Plot, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from longspan.cli.jobs_config import JobsConfig
     from longspan.data.jobs import ArrayJob, Executor
+    from longspan.data.plans.mixture import MixtureConfig
     from longspan.data.plans.packing import PackPlan
-    from longspan.data.plans.store_packing import Settled
+    from longspan.data.plans.store_packing import Settled, StorePackConfig
     from longspan.data.store.lengths import LengthTable
 
 MIX_EXAMPLE = example("longspan data mix store --mode per_source --tokens 2000 --out mixture")
@@ -53,6 +45,31 @@ CharactersPerToken = Annotated[
 ]
 
 
+def _mixed(given: dict[str, Any]) -> dict[str, Any]:
+    """Return what the stores' names, a part or a preset ask for."""
+    from longspan.core.errors import ArgumentError
+    from longspan.data.plans.shares import parse_stream, stream_settings
+
+    streams = [parse_stream(store) for store in given["stores"]]
+    paths, part = _part([stream.path for stream in streams])
+    asked = stream_settings(streams)
+    if given["preset"] is not None:
+        if asked:
+            raise ArgumentError("--preset has shares of its own", fix="name the stores without @ and #")
+        asked = _preset(given["preset"], paths)
+    elif asked and (clash := {"mode", "weights"} & set(given)):
+        raise ArgumentError("STORE@SHARE and STORE#USES say what is mixed", found=f"--{min(clash)} too")
+    return asked if part is None else {**asked, "part": part}
+
+
+@from_settings(
+    settings=Part(
+        "longspan.data.plans.mixture:MixtureConfig",
+        without=["group", "part"],
+        names={"weights": "--weight", "sources": "--source"},
+        under=_mixed,
+    )
+)
 def mix(
     stores: Annotated[
         list[str],
@@ -62,64 +79,25 @@ def mix(
         ),
     ],
     out: PlanOut,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            help="none: every document. global: short documents are kept with probability --keep-short. "
-            "per_source: the same, and every source keeps its share of the tokens. upsample: some sources "
-            "get a new --weight. proportions: only the sources with a --weight. repeat: sources with a "
-            "--weight are used so many times, the others once. Default: per_source, or what STORE@0.3, "
-            "STORE#2 and --preset ask for."
-        ),
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to choose, such as 5B.")] = None,
-    keep_short: Annotated[
-        float | None, typer.Option(help="Probability that a short document is kept.")
-    ] = None,
-    threshold: Annotated[
-        str | None, typer.Option(help="Documents with fewer tokens are short. Default: 4096.")
-    ] = None,
-    weight: Annotated[list[str] | None, typer.Option(help="SOURCE=WEIGHT; may be given many times.")] = None,
+    settings: MixtureConfig,
+    used: Used,
     preset: Annotated[
         str | None,
         typer.Option(help="Published shares: slimpajama-per-source, prolong-64k, cepe-concat and others."),
     ] = None,
-    characters_per_token: CharactersPerToken = None,
-    max_repeat: Annotated[int, typer.Option(min=1, help="How often one document may be used.")] = 1,
     plot: Plot = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Choose documents by length and source; writes a mixture plan."""
-    from longspan.core.errors import ArgumentError
-    from longspan.data.plans.mixture import MixtureConfig, plan_mixture
-    from longspan.data.plans.shares import parse_stream, stream_settings
+    from longspan.data.plans.mixture import plan_mixture
+    from longspan.data.plans.shares import parse_stream
 
-    streams = [parse_stream(store) for store in stores]
-    names, part = _part([stream.path for stream in streams])
-    table, paths = lengths_of(names)
-    given: dict[str, Any] = {
-        "mode": mode,
-        "tokens": tokens,
-        "keep_short": keep_short,
-        "threshold": threshold,
-        "weights": parse_weights(weight or []) or None,
-        "part": part,
-        "characters_per_token": characters_per_token,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
-    asked = stream_settings(streams)
-    if preset is not None:
-        if asked:
-            raise ArgumentError("--preset has shares of its own", fix="name the stores without @ and #")
-        asked = _preset(preset, table)
-    elif not asked:
-        asked = {"mode": "per_source"}
-    elif clash := {"mode", "weights"} & set(settings):
-        raise ArgumentError("STORE@SHARE and STORE#USES say what is mixed", found=f"--{min(clash)} too")
-    spec = MixtureConfig.from_dict({**asked, **settings, "max_repeat": max_repeat}, where="the command line")
-    plan = plan_mixture(spec, table, seed)
+    table, paths = lengths_of(_part([parse_stream(store).path for store in stores])[0])
+    plan = plan_mixture(settings, table, seed)
     plan.save(out, stores=paths)
+    # What names and presets asked for stands in the settings now.
+    write_settings({**used, "stores": paths, "preset": None}, out)
     before = table.summary("before", "before")
     after = table.summary("after", "after mixing", documents=plan.documents)
     show_lengths([before, after], as_json, plot)
@@ -134,6 +112,7 @@ def mix(
         print_mixture(str(out), plan.report)
 
 
+@from_settings(settings=Part("longspan.data.plans.store_packing:StorePackConfig"), jobs=JOBS)
 def pack(
     inputs: Annotated[
         list[Path],
@@ -141,58 +120,9 @@ def pack(
     ],
     length: Annotated[str, typer.Option(help="Tokens in a row, such as 128k.")],
     out: PlanOut,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            help="concat: documents follow one another and are cut at row ends. intact: a row holds one document. "
-            "best_fit: documents that fit a row are not cut, rows are padded. split: documents are cut into "
-            "pieces of --split-lengths, one plan for each length, as OUT/PIECE-LENGTH. Default: concat; for "
-            "conversations best_fit, without those that are longer than a row."
-        ),
-    ] = None,
-    split_lengths: Annotated[
-        str | None, typer.Option(help="For split: lengths of pieces, longest first, such as 64k,8k.")
-    ] = None,
-    by_source: Annotated[
-        bool, typer.Option("--by-source", help="A row holds documents of one source only.")
-    ] = False,
-    min_length: Annotated[str, typer.Option(help="Shorter documents are left out.")] = "1",
-    min_tail: Annotated[str, typer.Option(help="Shorter last pieces of cut documents are left out.")] = "1",
-    overflow: Annotated[
-        str | None,
-        typer.Option(
-            help="split, drop_tail or drop: a document longer than a row goes on in another one, keeps its first "
-            "tokens, or is left out. Default: split; for conversations drop."
-        ),
-    ] = None,
-    overlap: Annotated[
-        str, typer.Option(help="Tokens that the next piece of the same document repeats, without loss.")
-    ] = "0",
-    overlap_across: Annotated[
-        bool,
-        typer.Option(
-            "--overlap-across",
-            help="Every row begins with the --overlap last tokens of the row before, whatever documents they are of, "
-            "and they are trained on again.",
-        ),
-    ] = False,
-    remainder: Annotated[
-        str | None,
-        typer.Option(
-            help="drop or pad: what becomes of a row that is not full; drop_last drops a last row too that is just "
-            "full. Default: drop; for conversations pad."
-        ),
-    ] = None,
-    specials: Annotated[
-        str,
-        typer.Option(
-            help="auto, none, bos, eos or both: what frames a document. auto: BOS before texts, where the tokenizer "
-            "adds it itself."
-        ),
-    ] = "auto",
-    mos: Annotated[
-        str, typer.Option(help="none, bos, eos or an id: the token before a piece that continues a document.")
-    ] = "none",
+    settings: StorePackConfig,
+    jobs: JobsConfig,
+    used: Used,
     materialize: Annotated[
         Path | None, typer.Option(help="Folder to write the rows to as well, for other tools.")
     ] = None,
@@ -206,27 +136,18 @@ def pack(
             "BOS of the next document."
         ),
     ] = "document",
-    workers: Workers = 1,
-    executor: ExecutorOption = ExecutorName.local,
-    num_jobs: NumJobs = None,
-    job_id: JobId = None,
-    ray_address: RayAddress = None,
     print_sbatch: PrintSbatch = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Place documents in rows of one length; writes a pack plan, no tokens are copied unless asked.
 
-    Workers and jobs share the writing of --materialize; a plan alone is a matter of seconds.
+    Workers and jobs share the writing of --materialize; a plan alone is a matter of seconds. With strategy split there
+    is one plan for each of --split-lengths, as OUT/PIECE-LENGTH.
     """
     from longspan.core.errors import ArgumentError
-    from longspan.core.units import parse_length
     from longspan.data.plans.framing import frame_words
-    from longspan.data.plans.packing import plan_packing, plan_split
-    from longspan.data.plans.store_packing import StorePackConfig
-    from longspan.data.store import TokenStore
 
-    jobs = Jobs(executor, workers, num_jobs, job_id, ray_address)
     if materialize is None and (jobs.is_shared or print_sbatch):
         raise ArgumentError("there is nothing for jobs to share", fix="give --materialize")
     _check_form(row_format, labels, written=materialize is not None)
@@ -234,34 +155,7 @@ def pack(
         jobs.print_sbatch("longspan-pack")
         return
     share = jobs.share()
-    table, paths, documents = _documents(inputs, seed)
-    given: dict[str, Any] = {
-        "strategy": strategy,
-        "min_length": min_length,
-        "min_tail": min_tail,
-        "overflow": overflow,
-        "overlap": overlap,
-        "overlap_across": overlap_across,
-        "remainder": remainder,
-        "by_source": by_source,
-        "split_lengths": [] if split_lengths is None else split_lengths.split(","),
-        "specials": specials,
-        "mos": mos,
-    }
-    settings = StorePackConfig.from_dict(given, where="the command line")
-    settled = settings.settle(
-        [TokenStore(path) for path in paths],
-        length=parse_length(length),
-        where="the plan",
-        ids=special_ids(paths[0]),
-    )
-    spec, documents = settled.pack, _whole(table, documents, settled)
-    if spec.split_lengths:
-        plans = {
-            f"{piece}-{spec.length}": plan for piece, plan in plan_split(spec, table, documents, seed).items()
-        }
-    else:
-        plans = {"": plan_packing(spec, table, documents, seed)}
+    plans, paths = _packed(settings, inputs, length, seed)
     found = []
     with jobs.start() if materialize is not None else nullcontext() as running:
         for name, plan in plans.items():
@@ -283,8 +177,31 @@ def pack(
                 _print_packing(str(place), plan)
                 if left is not None:
                     typer.echo(missing_words(share, left["pieces"], left["missing"], str(rows)))
+    write_settings(used, out)
     if as_json:
-        print_json(found if spec.split_lengths else found[0])
+        print_json(found if settings.split_lengths else found[0])
+
+
+def _packed(
+    settings: StorePackConfig, inputs: list[Path], length: str, seed: int
+) -> tuple[dict[str, PackPlan], list[str]]:
+    """Return the plans by the folder inside OUT that each goes to, and the stores behind them."""
+    from longspan.core.units import parse_length
+    from longspan.data.plans.packing import plan_packing, plan_split
+    from longspan.data.store import TokenStore
+
+    table, paths, documents = _documents(inputs, seed)
+    settled = settings.settle(
+        [TokenStore(path) for path in paths],
+        length=parse_length(length),
+        where="the plan",
+        ids=special_ids(paths[0]),
+    )
+    spec, documents = settled.pack, _whole(table, documents, settled)
+    if not spec.split_lengths:
+        return {"": plan_packing(spec, table, documents, seed)}, paths
+    plans = plan_split(spec, table, documents, seed)
+    return {f"{piece}-{spec.length}": plan for piece, plan in plans.items()}, paths
 
 
 def _whole(table: LengthTable, documents: np.ndarray, settled: Settled) -> np.ndarray:
@@ -384,13 +301,15 @@ def _write(
     return {"pieces": work.num_pieces, "missing": work.missing()}
 
 
-def _preset(name: str, table: LengthTable) -> dict[str, Any]:
+def _preset(name: str, stores: list[str]) -> dict[str, Any]:
     from longspan.data.plans.presets import load_preset
+    from longspan.data.store import TokenStore
 
     preset = load_preset(name)
+    sources = dict.fromkeys(name for store in stores for name in TokenStore(store).lengths.source_names)
     return {
         "mode": "proportions",
-        "weights": preset.weights_for(table.source_names),
+        "weights": preset.weights_for(tuple(sources)),
         "keep_short": preset.keep_short,
         "threshold": preset.threshold,
     }

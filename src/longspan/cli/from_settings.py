@@ -7,8 +7,9 @@
 The argument `settings` is that Config, made of what was given: defaults < `Part.under` (a preset) < `--settings FILE`
 < options. Its module is imported when the command is called or its help is shown, no sooner. `num_needles` becomes
 `--num-needles`; a bool `--x/--no-x`; a tuple an option with commas, one of texts an option that is given many
-times; a dict or a Config in a field YAML or the name of a YAML file. Arguments that are no `Part` stay
-as typer has them, and may stand in the file too. `used`, where a command has it, is what to write into the output:
+times, and so are numbers by name, as `NAME=NUMBER`; any other dict and a Config in a field YAML, `a=1,b=2` or the name
+of a YAML file. Arguments that are no `Part` stay as typer has them, and may stand in the file too. `used`, where a
+command has it, is what to write into the output:
 all settings in effect, in the form of a `--settings` file.
 
 To convert a command: give it a `Part`, delete the options that the fields replace, move what their help said into the
@@ -350,18 +351,27 @@ def _plain(annotation: Any) -> type:
 
 def _value(option: str, info: FieldInfo, given: Any) -> Any:
     """Return what was given to an option as a Config takes it. Raises ConfigError or ArgumentError naming it."""
-    from longspan.core.config import parse_yaml, read_yaml
     from longspan.core.errors import ArgumentError, ConfigError
     from longspan.core.units import parse_count
 
     if _items(info.annotation) is not None:
         return given if _is_repeated(info) else [part.strip() for part in given.split(",")]
+    if _are_numbers(info):
+        numbers: dict[str, Any] = {}
+        for text in given:
+            if Path(text).is_file() or text.lstrip().startswith("{"):
+                numbers |= _value_of_mapping(option, text)
+                continue
+            # The last "=" separates: a name is free text.
+            name, _, number = text.rpartition("=")
+            if not name:
+                raise ArgumentError(
+                    f"{option} is written NAME=NUMBER", found=repr(text), allowed="such as books=0.5"
+                )
+            numbers[name] = number
+        return numbers
     if any(map(_is_mapping, _alternatives(info.annotation))):
-        if Path(given).is_file():
-            return read_yaml(given)
-        if given.startswith(("http://", "https://")):
-            return given
-        return parse_yaml(given, where=option)
+        return _value_of_mapping(option, given)
     if _plain(info.annotation) is int and not _reads_text(info) and not re.fullmatch(r"-?\d+", str(given)):
         try:
             return parse_count(given)
@@ -371,10 +381,31 @@ def _value(option: str, info: FieldInfo, given: Any) -> Any:
 
 
 def _is_repeated(info: FieldInfo) -> bool:
-    """Whether an option is given once for each of its values: texts, which may hold commas."""
+    """Whether an option is given once for each of its values: texts, which may hold commas, and numbers by name."""
     from longspan.core.config import Commas
 
-    return str in _alternatives(_items(info.annotation)) and Commas not in info.metadata
+    texts = str in _alternatives(_items(info.annotation)) and Commas not in info.metadata
+    return texts or _are_numbers(info)
+
+
+def _value_of_mapping(option: str, given: str) -> Any:
+    """Read a file, YAML, or `a=1,b.c=2`."""
+    from longspan.core.config import apply_overrides, parse_yaml, read_yaml
+
+    if Path(given).is_file():
+        return read_yaml(given)
+    if given.startswith(("http://", "https://")):
+        return given
+    if re.match(r"[\w.]+=", given):
+        return apply_overrides({}, given.split(","))
+    return parse_yaml(given, where=option)
+
+
+def _are_numbers(info: FieldInfo) -> bool:
+    """Whether a field holds numbers by name, which are given one at a time."""
+    return any(
+        get_origin(each) is dict and get_args(each)[1] is float for each in _alternatives(info.annotation)
+    )
 
 
 def _reads_text(info: FieldInfo) -> bool:
@@ -431,6 +462,8 @@ def _metavar(info: FieldInfo) -> str:
     ]
     if choices:
         return f"<{'|'.join(map(str, choices))}>"
+    if _are_numbers(info):
+        return "<name=number>"
     if any(map(_is_mapping, _alternatives(info.annotation))):
         return "<yaml>"
     if _plain(info.annotation) is int and _reads_text(info):

@@ -57,7 +57,7 @@ class RetrievalConfig(Config):
     mode: Literal["ab", "concat"] = "concat"
     """Published shares to fall back on; see `weights`."""
     weights: dict[str, float] = pydantic.Field(default_factory=dict)
-    """Share of the chunks by domain; see `pairs.PairConfig.weights`."""
+    """Share of the chunks by domain, as of pairs."""
 
 
 class Chunks(NamedTuple):

@@ -67,7 +67,7 @@ class PairConfig(Config):
     mode: Literal["ab", "concat"]
     """ab: windows inside long documents. concat: windows of documents one after another."""
     encoder: Length = pydantic.Field(4096, gt=0)
-    """Tokens before the decoder's (P)."""
+    """Tokens before the decoder's (P), such as 4k."""
     decoder: Length = pydantic.Field(4096, gt=0)
     """Tokens of the decoder (D)."""
     test: int = pydantic.Field(0, ge=0)
@@ -75,8 +75,8 @@ class PairConfig(Config):
     train: int = pydantic.Field(0, ge=0)
     """Pairs for training; 0: none."""
     weights: dict[str, float] = pydantic.Field(default_factory=dict)
-    """Share of the pairs by domain, in any unit; a domain that is not named gets none. Empty: the published
-    shares (CEPE_SHARES) if every domain is one of those, else equal ones."""
+    """Share of the pairs by domain, in any unit; a domain that is not named gets none. Without any: CEPE's shares if
+    every domain is one of theirs, else equal ones."""
 
 
 class PairCount(NamedTuple):

@@ -42,7 +42,9 @@ class MixtureConfig(Config):
     ADDED_LATER = frozenset({"characters_per_token"})
 
     mode: Literal["none", "global", "per_source", "upsample", "proportions", "repeat"] = "per_source"
-    """How sources and lengths are weighted; see the module's table."""
+    """none: every document. global: short documents are kept with probability `keep_short`. per_source: the same, and
+    every source keeps its share of the tokens. upsample: some sources get new `weights`. proportions: only the sources
+    with `weights`. repeat: sources with `weights` are used so many times, the others once."""
     tokens: TokenBudget | None = pydantic.Field(None, gt=0)
     """Tokens to choose, such as 5B. None: all (none, global), else as many as the scarcest source allows."""
     keep_short: float | None = pydantic.Field(None, ge=0, le=1)
@@ -53,7 +55,7 @@ class MixtureConfig(Config):
     """Share of tokens per source for upsample and proportions, in any unit, normalised; uses for repeat."""
     characters_per_token: float | None = pydantic.Field(None, gt=0)
     """Take a document for as long as its characters divided by this, instead of its tokens, where lengths are compared
-    with threshold and budgets; 3.68 in slimpajama_packing.py. None: tokens."""
+    with `threshold` and budgets; 3.68 in slimpajama_packing.py. None: tokens."""
     max_repeat: int = pydantic.Field(1, ge=1)
     """How often one document may be used to fill the budget of its source. 1: never repeated. Mode repeat goes
     by its weights."""

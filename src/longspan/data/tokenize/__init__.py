@@ -6,5 +6,6 @@ encodes and writes it without talking to the others; the pieces become the store
 
 from longspan.data.tokenize.corpus import CorpusJob, tokenize_corpus
 from longspan.data.tokenize.encode import document_key, token_weights
+from longspan.data.tokenize.tokenize_config import TokenizeConfig
 
-__all__ = ["CorpusJob", "document_key", "token_weights", "tokenize_corpus"]
+__all__ = ["CorpusJob", "TokenizeConfig", "document_key", "token_weights", "tokenize_corpus"]

@@ -20,10 +20,8 @@ from longspan.core.files import behind_link, disk_errors
 from longspan.core.log import get_logger
 from longspan.data.jobs import ArrayJob, Executor, LocalExecutor
 from longspan.data.jobs.job_lock import BusyError, JobLock, hold_share, share_lock
-from longspan.data.plans.mixture import MixtureConfig
 from longspan.data.readers import (
     Fields,
-    Grouping,
     ReadReport,
     check_fields,
     finish_reading,
@@ -31,7 +29,7 @@ from longspan.data.readers import (
     read_part,
 )
 from longspan.data.store.assemble import ShardFolder, assemble_store
-from longspan.data.store.token_store import MANIFEST, SHARD_BYTES, TokenStore, read_manifest
+from longspan.data.store.token_store import MANIFEST, TokenStore, read_manifest
 from longspan.data.tokenize import sampling
 from longspan.data.tokenize.encode import PieceJob, make_piece
 from longspan.data.tokenize.groups import (
@@ -44,6 +42,7 @@ from longspan.data.tokenize.groups import (
     num_buckets_of,
 )
 from longspan.data.tokenize.pieces import Workspace
+from longspan.data.tokenize.tokenize_config import TokenizeConfig
 from longspan.data.tokenize.unit_pieces import UnitPieces
 from longspan.data.tokenize.units import (
     MAX_UNITS,
@@ -66,20 +65,12 @@ def tokenize_corpus(
     inputs: Sequence[str | os.PathLike[str]],
     tokenizer: Tokenizer,
     out: str | os.PathLike[str],
+    config: TokenizeConfig | None = None,
     *,
-    text_field: str = "text",
-    source_field: str | None = None,
-    group_by: str | None = None,
-    order_by: str | None = None,
-    header_field: str | None = None,
-    messages_field: str | None = None,
     chat: ChatFormat | None = None,
-    mix: MixtureConfig | None = None,
-    seed: int = 0,
     num_workers: int = 1,
     executor: Executor | None = None,
-    strict: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    **settings: Any,
 ) -> TokenStore:
     """Encode every document of `inputs` into a token store at `out`, in canonical order (path, position).
 
@@ -89,61 +80,27 @@ def tokenize_corpus(
 
     Args:
         inputs: files, folders, glob patterns or remote addresses; see `readers`.
-        text_field: field of a record that holds the text; dots reach into objects.
-        source_field: field that names the source; None: the file's place names it.
-        group_by: join the records with the same value of this field into one document; see
-            `readers.Grouping`. The texts then stand on the disk of `out` once more until the store is made.
-        order_by: field that orders the records of a group.
-        header_field: field with a file name, put as a comment above each record of a group.
-        messages_field: field that holds a conversation, for `chat`; None: "messages".
-        chat: encodes conversations instead of texts; the mask says what the assistant wrote.
-        mix: sample while reading until `mix.tokens` are there, by source; the exact mixture is made later, by
-            `plan_mixture` with the settings in the manifest. None: every document.
-        seed: of what `mix` draws.
+        config: how they are read and encoded. Its fields may also be given as keywords.
+        chat: encodes conversations; None: as `config` says.
         num_workers: processes that encode; 1 encodes in this process. Does not change the result.
         executor: runs the units instead of `num_workers` processes. Does not change the result.
-        strict: stop at the first record that cannot be used instead of skipping and counting it.
-        shard_bytes: size of the store's files; below 4 GiB.
 
     Raises:
+        ConfigError: settings that there are not, or that contradict one another.
         DataError: the inputs hold no document, nothing has a wanted field, or `out` holds something else.
         RunError: the disk is full, a worker died, or another job is at work on `out`; nothing is left at
             `out`, and finished pieces are kept beside it.
     """
     if num_workers < 1:
         raise ArgumentError("bad setting for tokenizing", found=f"num_workers={num_workers}", allowed=">= 1")
-    job = CorpusJob(
-        inputs,
-        tokenizer,
-        out,
-        text_field=text_field,
-        source_field=source_field,
-        group_by=group_by,
-        order_by=order_by,
-        header_field=header_field,
-        messages_field=messages_field,
-        chat=chat,
-        mix=mix,
-        seed=seed,
-        strict=strict,
-        shard_bytes=shard_bytes,
-    )
+    if settings:
+        given = {} if config is None else config.to_dict()
+        config = TokenizeConfig.from_dict({**given, **settings}, where="the settings of tokenize_corpus")
+    job = CorpusJob(inputs, tokenizer, out, config, chat=chat)
     with executor or LocalExecutor(num_workers) as running:
         store = job.run(running)
     assert store is not None, "the only job made all pieces"
     return store
-
-
-def _check_mix(mix: MixtureConfig) -> None:
-    """Refuse a mixture that cannot be sampled while documents are read."""
-    if mix.tokens is None:
-        raise ArgumentError("sampling while reading needs a number of tokens", fix="give --tokens")
-    if mix.mode == "repeat" or mix.group != "source":
-        raise ArgumentError(
-            "this mixture cannot be sampled while reading",
-            found=f"mode {mix.mode}, group {mix.group}",
-            allowed="modes none, global, per_source, upsample and proportions, by source",
-        )
 
 
 class CorpusJob:
@@ -154,38 +111,19 @@ class CorpusJob:
         inputs: Sequence[str | os.PathLike[str]],
         tokenizer: Tokenizer,
         out: str | os.PathLike[str],
+        config: TokenizeConfig | None = None,
         *,
-        text_field: str = "text",
-        source_field: str | None = None,
-        group_by: str | None = None,
-        order_by: str | None = None,
-        header_field: str | None = None,
-        messages_field: str | None = None,
         chat: ChatFormat | None = None,
-        mix: MixtureConfig | None = None,
-        seed: int = 0,
-        strict: bool = False,
-        shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        if not 1 <= shard_bytes < 1 << 32:
-            raise ArgumentError(
-                "bad setting for tokenizing", found=f"shard_bytes={shard_bytes}", allowed="1..4294967295"
-            )
-        if mix is not None:
-            _check_mix(mix)
-        if messages_field is not None and chat is None:
-            raise ArgumentError("conversations need a chat format", fix="give --chat-template")
-        self.out, self.tokenizer, self.mix, self.seed = behind_link(out), tokenizer, mix, seed
-        if chat is not None:
-            messages_field = messages_field or "messages"
+        config = TokenizeConfig() if config is None else config
+        chat = config.chat_format(tokenizer) if chat is None else chat
+        messages_field = None if chat is None else config.messages_field or "messages"
+        self.out, self.tokenizer, self.mix, self.seed = behind_link(out), tokenizer, config.mix, config.seed
         self._sample: list[int] | None = None
         self._report = ReadReport()
         self._files = list_inputs(inputs, report=self._report)
         self._settings: dict[str, Any] = {
-            "text_field": text_field,
-            "source_field": source_field,
-            "strict": strict,
-            "shard_bytes": shard_bytes,
+            **config.model_dump(include={"text_field", "source_field", "strict", "shard_bytes"}),
             "tokenizer": tokenizer.fingerprint,
         }
         if chat is not None:
@@ -194,14 +132,11 @@ class CorpusJob:
                 "variable_fields": list(chat.fields),
                 "chat": chat.fingerprint,
             }
-        if mix is not None:
-            self._settings |= {"mix": mix.to_dict(), "seed": seed}
-        grouping = None
-        if group_by is not None:
-            grouping = Grouping(group_by, order_by, header_field)
-            self._settings |= {"group_by": group_by, "order_by": order_by, "header_field": header_field}
-        elif order_by is not None or header_field is not None:
-            raise ArgumentError("only groups have an order and headers", fix="give --group-by")
+        if config.mix is not None:
+            self._settings |= {"mix": config.mix.to_dict(), "seed": config.seed}
+        grouping = config.grouping
+        if grouping is not None:
+            self._settings |= config.model_dump(include={"group_by", "order_by", "header_field"})
         unit_bytes = unit_bytes_of(self._files, max_units=MAX_UNITS if grouping is None else MAX_BUCKETS)
         units = cut_units(self._files, unit_bytes)
         plain = [plain_identity(file) for file in self._files]
@@ -212,9 +147,11 @@ class CorpusJob:
             folder=str(self._space.folder),
             plan=self._space.fingerprint,
             tokenizer=tokenizer,
-            fields=Fields(text_field, source_field, messages_field, () if chat is None else chat.fields),
-            strict=strict,
-            shard_bytes=shard_bytes,
+            fields=Fields(
+                config.text_field, config.source_field, messages_field, () if chat is None else chat.fields
+            ),
+            strict=config.strict,
+            shard_bytes=config.shard_bytes,
             chat_template=None if chat is None else chat.template,
             begin_with_user=chat is not None and chat.begin_with_user,
         )
@@ -229,7 +166,7 @@ class CorpusJob:
                 fields=self._job.fields,
                 grouping=grouping,
                 num_buckets=num_buckets_of(self._files, unit_bytes),
-                strict=strict,
+                strict=config.strict,
             )
             self._units = group_units(self._deal_job, units)
 
