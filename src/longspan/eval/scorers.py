@@ -20,7 +20,7 @@ from typing import Any
 from longspan.core.errors import ArgumentError
 from longspan.eval import metrics
 from longspan.eval import metrics_helmet as helmet
-from longspan.eval import metrics_infinitebench as infinitebench
+from longspan.eval import metrics_infinitebench as infinite
 from longspan.eval import metrics_longbench as longbench
 
 Rule = Callable[[Sequence[str], str, Mapping[str, Any]], float]
@@ -67,8 +67,8 @@ class Scorer:
             ) from None
 
 
-def _best(metric: Callable[[str, str], float]) -> Rule:
-    return lambda expected, output, fields: max(metric(each, output) for each in expected)
+def _best(metric: Callable[..., float], **given: Any) -> Rule:
+    return lambda expected, output, fields: max(metric(each, output, **given) for each in expected)
 
 
 def _share(metric: Callable[[str, str], float]) -> Rule:
@@ -115,143 +115,54 @@ def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
     return fields[name]
 
 
-SCORERS: dict[str, Scorer] = {
-    scorer.name: scorer
-    for scorer in (
-        Scorer("exact_match", 1, _best(metrics.exact_match), "the whole value, white space around it aside"),
-        Scorer(
-            "teacher_forced", 1, _best(metrics.exact_match), "the most likely tokens along the value spell it"
-        ),
-        Scorer("contains", 1, _best(metrics.contains), "the value stands in the answer, in any case"),
-        Scorer("first_number", 1, _best(metrics.first_number), "the first number of the answer is the value"),
-        Scorer(
-            "word_recall",
-            1,
-            _best(metrics.word_recall),
-            "share of the value's different words that the answer holds",
-        ),
-        Scorer(
-            "word_recall_spaced",
-            1,
-            _best(metrics.word_recall_spaced),
-            "the same of what stands between white space",
-        ),
-        Scorer(
-            "word_recall_repeated",
-            1,
-            _best(partial(metrics.word_recall_spaced, repeated=True)),
-            "the same, over all words",
-        ),
-        Scorer(
-            "word_recall_choice", 1, _word_recall_choice, "the same; an answer's first letter says an option"
-        ),
-        Scorer("rouge_1", 1, _best(metrics.rouge_n), "F-measure of words, as rouge-score's"),
-        Scorer("rouge_1_stemmed", 1, _best(partial(metrics.rouge_n, stemmed=True)), "the same of stems"),
-        Scorer(
-            "rouge_l", 1, _best(metrics.rouge_l), "F-measure of the longest common words, as rouge-score's"
-        ),
-        Scorer("rouge_l_stemmed", 1, _best(partial(metrics.rouge_l, stemmed=True)), "the same of stems"),
-        Scorer(
-            "similarity", 2, _similar(longbench.similarity), "how alike the texts are: 1 - edits / characters"
-        ),
-        Scorer("similarity_difflib", 1, _similar(longbench.similarity_difflib), "the same by difflib"),
-        Scorer("string_match_all", 1, _share(metrics.ruler_part), "RULER: share of the values in the answer"),
-        Scorer(
-            "string_match_part", 1, _best(metrics.ruler_part), "RULER: one of the values is in the answer"
-        ),
-        Scorer("qa_f1", 1, _best(longbench.qa_f1), "LongBench: F-measure of words"),
-        Scorer("qa_f1_zh", 1, _best(longbench.qa_f1_zh), "LongBench: the same of Chinese words"),
-        Scorer("rouge_l_summary", 1, _best(longbench.rouge_l_summary), "LongBench: rouge-l F as rouge's"),
-        Scorer(
-            "rouge_l_summary_zh",
-            1,
-            _best(longbench.rouge_l_summary_zh),
-            "LongBench: the same of Chinese words",
-        ),
-        _of_classes(
-            "classification",
-            longbench.classification,
-            "LongBench: 1 / classes named, if the right one is among them",
-        ),
-        _of_classes(
-            "classification_closest",
-            longbench.classification_closest,
-            "LongBench: the same, or the class most like the answer",
-        ),
-        Scorer(
-            "retrieval",
-            1,
-            _best(longbench.retrieval),
-            "LongBench: share of its numbers that are the paragraph's",
-        ),
-        Scorer("count", 1, _best(longbench.count), "LongBench: share of its numbers that are the count"),
-        Scorer(
-            "code_sim", 3, _best(longbench.code_similarity), "LongBench: how alike the first line of code is"
-        ),
-        Scorer(
-            "code_sim_difflib",
-            1,
-            _best(partial(longbench.code_similarity, alike=longbench.similarity_difflib)),
-            "LongBench: the same by difflib",
-        ),
-        Scorer(
-            "word_found",
-            2,
-            _best(infinitebench.word_found),
-            "InfiniteBench: the value is a word of the answer",
-        ),
-        Scorer(
-            "name_found", 2, _best(infinitebench.name_found), "InfiniteBench: the name stands in the answer"
-        ),
-        Scorer(
-            "last_number", 1, _best(infinitebench.last_number), "InfiniteBench: the last word is the number"
-        ),
-        Scorer(
-            "first_decimal",
-            2,
-            _best(infinitebench.first_decimal),
-            "InfiniteBench: the first number is the value",
-        ),
-        Scorer(
-            "leading_numbers",
-            1,
-            _all(infinitebench.leading_numbers),
-            "InfiniteBench: share of a list that is right from its start",
-        ),
-        Scorer(
-            "function_chosen", 2, _all(infinitebench.function_chosen), "InfiniteBench: the function is chosen"
-        ),
-        Scorer("letter_chosen", 2, _all(infinitebench.letter_chosen), "InfiniteBench: the letter is chosen"),
-        Scorer(
-            "character_f1", 1, _best(infinitebench.character_f1), "InfiniteBench: F-measure of characters"
-        ),
-        Scorer(
-            "helmet_exact_match",
-            1,
-            _labelled(helmet.exact_match),
-            "HELMET: the whole value, or behind its label",
-        ),
-        Scorer(
-            "helmet_label_match",
-            1,
-            _labelled(helmet.exact_match, parsed_only=True),
-            "HELMET: the whole value behind its label",
-        ),
-        Scorer(
-            "helmet_substring_exact_match",
-            1,
-            _labelled(helmet.substring_exact_match),
-            "HELMET: the value is in the answer",
-        ),
-        Scorer("helmet_f1", 1, _labelled(helmet.f1), "HELMET: F-measure of words"),
-        Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1), "HELMET: rouge-l F"),
-        Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
-        Scorer(
-            "accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"
-        ),
-        Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
-    )
-}
+# fmt: off
+_RULES = (
+    Scorer("exact_match", 1, _best(metrics.exact_match), "the whole value, white space around it aside"),
+    Scorer("teacher_forced", 1, _best(metrics.exact_match), "the most likely tokens along the value spell it"),
+    Scorer("contains", 1, _best(metrics.contains), "the value stands in the answer, in any case"),
+    Scorer("first_number", 1, _best(metrics.first_number), "the first number of the answer is the value"),
+    Scorer("word_recall", 1, _best(metrics.word_recall), "share of the value's words that the answer holds"),
+    Scorer("word_recall_spaced", 1, _best(metrics.word_recall_spaced), "the same of what white space parts"),
+    Scorer("word_recall_repeated", 1, _best(metrics.word_recall_spaced, repeated=True), "the same, over all words"),
+    Scorer("word_recall_choice", 1, _word_recall_choice, "the same; an answer's first letter says an option"),
+    Scorer("rouge_1", 1, _best(metrics.rouge_n), "F-measure of words, as rouge-score's"),
+    Scorer("rouge_1_stemmed", 1, _best(metrics.rouge_n, stemmed=True), "the same of stems"),
+    Scorer("rouge_l", 1, _best(metrics.rouge_l), "F-measure of the longest common words, as rouge-score's"),
+    Scorer("rouge_l_stemmed", 1, _best(metrics.rouge_l, stemmed=True), "the same of stems"),
+    Scorer("similarity", 2, _similar(longbench.similarity), "how alike the texts are: 1 - edits / characters"),
+    Scorer("similarity_difflib", 1, _similar(longbench.similarity_difflib), "the same by difflib"),
+    Scorer("string_match_all", 1, _share(metrics.ruler_part), "RULER: share of the values in the answer"),
+    Scorer("string_match_part", 1, _best(metrics.ruler_part), "RULER: one of the values is in the answer"),
+    Scorer("qa_f1", 1, _best(longbench.qa_f1), "LongBench: F-measure of words"),
+    Scorer("qa_f1_zh", 1, _best(longbench.qa_f1_zh), "LongBench: the same of Chinese words"),
+    Scorer("rouge_l_summary", 1, _best(longbench.rouge_l_summary), "LongBench: rouge-l F as rouge's"),
+    Scorer("rouge_l_summary_zh", 1, _best(longbench.rouge_l_summary_zh), "LongBench: the same of Chinese words"),
+    _of_classes("classification", longbench.classification, "LongBench: 1 / classes named if the right one is"),
+    _of_classes("classification_closest", longbench.classification_closest, "LongBench: or what is most like it"),
+    Scorer("retrieval", 1, _best(longbench.retrieval), "LongBench: share of its numbers that are the paragraph's"),
+    Scorer("count", 1, _best(longbench.count), "LongBench: share of its numbers that are the count"),
+    Scorer("code_sim", 3, _best(longbench.code_similarity), "LongBench: how alike the first line of code is"),
+    Scorer("code_sim_difflib", 1, _best(longbench.code_similarity, alike=longbench.similarity_difflib),
+           "LongBench: the same by difflib"),
+    Scorer("word_found", 2, _best(infinite.word_found), "InfiniteBench: the value is a word of the answer"),
+    Scorer("name_found", 2, _best(infinite.name_found), "InfiniteBench: the name stands in the answer"),
+    Scorer("last_number", 1, _best(infinite.last_number), "InfiniteBench: the last word is the number"),
+    Scorer("first_decimal", 2, _best(infinite.first_decimal), "InfiniteBench: the first number is the value"),
+    Scorer("leading_numbers", 1, _all(infinite.leading_numbers), "InfiniteBench: share right from the start"),
+    Scorer("function_chosen", 2, _all(infinite.function_chosen), "InfiniteBench: the function is chosen"),
+    Scorer("letter_chosen", 2, _all(infinite.letter_chosen), "InfiniteBench: the letter is chosen"),
+    Scorer("character_f1", 1, _best(infinite.character_f1), "InfiniteBench: F-measure of characters"),
+    Scorer("helmet_exact_match", 1, _labelled(helmet.exact_match), "HELMET: the whole value, or behind its label"),
+    Scorer("helmet_label_match", 1, _labelled(helmet.exact_match, parsed_only=True), "HELMET: behind its label"),
+    Scorer("helmet_substring_exact_match", 1, _labelled(helmet.substring_exact_match), "HELMET: it holds the value"),
+    Scorer("helmet_f1", 1, _labelled(helmet.f1), "HELMET: F-measure of words"),
+    Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1), "HELMET: rouge-l F"),
+    Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
+    Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
+    Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
+)
+# fmt: on
+SCORERS: dict[str, Scorer] = {scorer.name: scorer for scorer in _RULES}
 """Every scoring rule by name."""
 
 
