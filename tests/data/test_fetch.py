@@ -330,7 +330,7 @@ def test_options_reach_the_file_system(tmp_path: Path, monkeypatch: pytest.Monke
 
 KILLED = """
 import os, signal, sys
-from longspan.data import fetch
+from longspan.data.readers import fetch
 
 fetch.BLOCK_BYTES = 1000
 advance = fetch.progress

@@ -226,7 +226,7 @@ def test_formats_convert_into_each_other(tmp_path: Path, format: str) -> None:
 KILLED = """
 import sys, os, signal
 from pathlib import Path
-from longspan.data import materialize, row_formats
+from longspan.data.packed import materialize, row_formats
 written = row_formats.write_rows
 def write(folder, number, *args, **kwargs):
     if number == 3:

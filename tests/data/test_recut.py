@@ -274,5 +274,8 @@ def test_a_data_set_of_the_hub_is_read_where_it_is(tmp_path: Path, monkeypatch: 
         assert again.check_state(mixer.state(17)) == 17
         assert [row.input_ids.tolist() for row in again.rows(17, 23)] == order[17:]
         publish(tmp_path / "hub/datasets/org/lines", made, "jsonl")
-        with pytest.raises(DataError, match="longspan data fetch hf://org/lines"):
-            PackedRows("hf://org/lines")
+        lines = PackedRows("hf://org/lines")
+        assert [lines.row(n).input_ids.tolist() for n in (39, 0)] == [made[n]["input_ids"] for n in (39, 0)]
+        publish(tmp_path / "hub/datasets/org/saved", made, "saved")
+        with pytest.raises(DataError, match="longspan data fetch hf://org/saved"):
+            PackedRows("hf://org/saved")

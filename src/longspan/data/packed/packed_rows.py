@@ -3,7 +3,8 @@
     mds                   rows with `indices`: ProLong's packed data, and our own
     jsonl, parquet, arrow chunks with `input_ids` and `source` spans: the packed SlimPajama of Fu et al. 2024, and ours
     npy                   ours
-    hf://org/name         the parquet files of a data set of the hub, read there row group by row group
+    hf://org/name         a data set of the hub, read there: row groups of parquet files, or JSON lines, which are read
+                          through once for their places
 
 Such a row says which tokens belong together, and, if we wrote it, which documents they are. Tokens outside of
 `indices` are padding. Documents of others get numbers of their own, and a span that starts a row of a chunked
@@ -291,22 +292,27 @@ def _find(path: Path) -> _OnDisk:
 
 
 def _find_on_hub(address: str) -> _OnDisk:
-    """Return the parquet files that an address of the hub stands for."""
+    """Return the parquet files, or files of JSON lines, that an address of the hub stands for."""
     entries = sorted(expand_hub(address, is_data=lambda path: path.endswith(SUFFIXES)))
-    other = [entry.path for entry in entries if not entry.path.endswith(".parquet")]
+    other = [entry.path for entry in entries if not entry.path.endswith((".parquet", ".jsonl"))]
     if other or not entries:
         raise DataError(
             f"{address} cannot be read where it is",
             found=other[0] if other else "no files",
-            allowed="parquet files, of which parts can be read",
+            allowed="parquet files and JSON lines, of which parts can be read",
             fix=f"bring it here: longspan data fetch {address} --out DIR",
         )
     key: Key = [[entry.path, entry.size, 0] for entry in entries]
 
-    def opened(_: RowIndex | None) -> Sequence[RowFile]:
-        return [ParquetRows(entry.path) for entry in entries]
-
-    return _OnDisk(key, lambda: sha256_bytes(json.dumps(key).encode())[:16], opened, [], None, False)
+    paths = [entry.path for entry in entries]
+    return _OnDisk(
+        key,
+        lambda: sha256_bytes(json.dumps(key).encode())[:16],
+        lambda index: _open_files(paths, [], index),
+        [],
+        None,
+        False,
+    )
 
 
 def _mds(path: Path, names: list[str], fingerprint: str | None) -> _OnDisk:
@@ -325,16 +331,19 @@ def _mds(path: Path, names: list[str], fingerprint: str | None) -> _OnDisk:
     return _OnDisk(key, partial(_sampled, files), open_shards, names, fingerprint, is_ours)
 
 
-def _open_files(paths: Sequence[Path], names: Sequence[str], index: RowIndex | None) -> Sequence[RowFile]:
+def _open_files(
+    paths: Sequence[Path | str], names: Sequence[str], index: RowIndex | None
+) -> Sequence[RowFile]:
     opened: list[RowFile] = []
     first = 0
     for number, path in enumerate(paths):
-        if path.suffix == ".parquet":
+        suffix = os.path.splitext(path)[1]
+        if suffix == ".parquet":
             opened.append(ParquetRows(path))
-        elif path.suffix == ".arrow":
-            opened.append(ArrowRows(path))
-        elif path.suffix == ".npy":
-            opened.append(NpyRows(path, names))
+        elif suffix == ".arrow":
+            opened.append(ArrowRows(Path(path)))
+        elif suffix == ".npy":
+            opened.append(NpyRows(Path(path), names))
         elif index is None:
             opened.append(JsonlRows(path))
         else:

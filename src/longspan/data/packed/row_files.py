@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 
 from longspan.core.columns import NPY_ERRORS
 from longspan.core.errors import DataError
-from longspan.data.readers.opening import open_raw
+from longspan.data.readers.opening import open_raw, remote_filesystem
 from longspan.data.store import MDSDirectory
 
 HELD_BYTES = 2 << 30
@@ -149,33 +149,47 @@ class MdsRows:
 
 
 class JsonlRows:
-    """The rows of a file of JSON lines; `places` int64 [rows, 2] are the lines, else the file is scanned for them."""
+    """The rows of a file of JSON lines, here or (an address) elsewhere.
+
+    `places` int64 [rows, 2] are the lines, for which the file is else read through.
+    """
 
     blocks: Sequence[int] = ()
 
-    def __init__(self, path: Path, places: np.ndarray | None = None) -> None:
+    def __init__(self, path: Path | str, places: np.ndarray | None = None) -> None:
         self._path = path
         if places is not None:
             self.places = places
 
     @cached_property
-    def _data(self) -> Any:
+    def _read_bytes(self) -> Callable[[int, int], bytes]:
+        """Return what reads from one place to another, wherever another reader may be."""
+        if isinstance(self._path, str):
+            filesystem, inside = remote_filesystem(self._path)
+            return lambda low, high: filesystem.cat_file(inside, start=low, end=high)
         with open(self._path, "rb") as stream:
-            return (
-                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if self._path.stat().st_size else b""
-            )
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return lambda low, high: data[low:high]
 
-    @cached_property
-    def places(self) -> np.ndarray:
-        """Where each line starts and ends; empty lines are none."""
+    def _lines(self) -> Iterator[bytes]:
+        """Yield every line that is not empty, and remember where they are."""
         found, at = [], 0
-        with open(self._path, "rb") as stream:
+        with open_raw(os.fspath(self._path)) as stream:
             for line in stream:
                 end = at + len(line)
                 if not line.isspace():
                     found.append((at, end))
+                    yield line
                 at = end
-        return np.array(found, np.int64).reshape(-1, 2)
+        self.places = np.array(found, np.int64).reshape(-1, 2)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where each line starts and ends; empty lines are none."""
+        for _ in self._lines():
+            pass
+        found: np.ndarray = self.__dict__["places"]
+        return found
 
     @property
     def num_rows(self) -> int:
@@ -184,19 +198,18 @@ class JsonlRows:
 
     def read(self, row: int, /) -> StoredRow:
         """See `RowFile`."""
-        low, high = self.places[row].tolist()
-        return read_record(json.loads(self._data[low:high]))
+        return read_record(json.loads(self._read_bytes(*self.places[row].tolist())))
 
     def table(self) -> RowTable | None:
         """See `RowFile`: lists of ids are counted, not parsed."""
         rows = []
-        for number, (low, high) in enumerate(self.places.tolist()):
+        for data in self._lines():
             try:
-                line, length = _without_ids(self._data[low:high])
+                line, length = _without_ids(data)
                 rows.append((length, _spans_of(json.loads(line), length)))
             except (KeyError, TypeError, ValueError, AttributeError):
                 # Whatever is unusual about it, reading it as a whole says what.
-                found = self.read(number)
+                found = read_record(json.loads(data))
                 rows.append((len(found.ids), found.spans))
         return _table(rows, {})
 
