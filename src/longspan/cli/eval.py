@@ -31,7 +31,7 @@ def add_tasks(tasks: Mapping[str, TaskEntry]) -> None:
             for options in entry.examples
         ]
         epilog, command = OWN.get(name) or (example(*lines), command_of(entry))
-        app.command(epilog=epilog)(command)
+        app.command(name=name, epilog=epilog)(command)
 
 
 def add_installed() -> None:

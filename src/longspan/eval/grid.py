@@ -9,10 +9,12 @@ depths    0,0.5,1          start, middle and end of the haystack
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 
+from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.core.units import parse_length
 
@@ -96,3 +98,33 @@ def _depth(text: str) -> float:
             f"{text.strip()} is not a depth: these lie between 0 (start) and 1 (end of the haystack)"
         )
     return depth
+
+
+Lengths = Annotated[
+    tuple[pydantic.PositiveInt, ...],
+    pydantic.BeforeValidator(lengths_from),
+    pydantic.AfterValidator(refuse_repeats),
+]
+Depths = Annotated[
+    tuple[float, ...],
+    pydantic.BeforeValidator(depths_from),
+    pydantic.AfterValidator(refuse_repeats),
+    pydantic.AfterValidator(refuse_outside),
+]
+
+
+class GridConfig(Config):
+    """Settings of a grid: every length with every depth is a cell of `samples` samples."""
+
+    lengths: Lengths
+    """Context lengths in tokens, prompt and answer together, such as 1k,4k,32k or 1k:8k:8."""
+    depths: Depths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where in the context: 0 is its start, 1 its end; such as 0,0.5,1 or 0:1:11."""
+    samples: pydantic.PositiveInt = 10
+    """Samples of each length and depth."""
+    seed: int = 0
+    """Seed of every random choice."""
+
+    def cells(self) -> list[tuple[int, float]]:
+        """Return (length, depth) of every cell."""
+        return [(length, depth) for length in self.lengths for depth in self.depths]

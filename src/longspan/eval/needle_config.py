@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from longspan.core.config import Config
-from longspan.eval.grid import depths_from, lengths_from, refuse_outside, refuse_repeats
+from longspan.eval.grid import GridConfig
 from longspan.eval.scorers import SCORERS
 from longspan.eval.task import Mode
 
@@ -29,15 +28,9 @@ CHAT: Mapping[str, str] = MappingProxyType(
 """Settings for a chat, where nothing is said: a model that chats answers in a sentence, not with a bare number."""
 
 
-class NeedleConfig(Config):
-    """Settings of a needle evaluation: every length with every depth is a cell of `samples` samples."""
+class NeedleConfig(GridConfig):
+    """Settings of a needle evaluation; samples of one number share a haystack across all cells."""
 
-    lengths: tuple[pydantic.PositiveInt, ...]
-    """Context lengths in tokens, prompt and answer together, such as 1k,4k,32k or 1k:8k:8."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the needle stands: 0 is the start of the haystack, 1 its end; such as 0,0.5,1 or 0:1:11."""
-    samples: pydantic.PositiveInt = 10
-    """Samples of each length and depth; samples of one number share a haystack across all cells."""
     num_needles: pydantic.PositiveInt = 1
     """Needles in one context, all asked for; the first stands at the cell's depth, others anywhere."""
     num_distractors: pydantic.NonNegativeInt = 0
@@ -75,17 +68,10 @@ class NeedleConfig(Config):
     """Repeat documents that are shorter than the longest context."""
     original: Original | None = None
     """Whose code's way of cutting the haystack and placing the needle is followed to the letter; None: ours."""
-    seed: int = 0
-    """Seed of every random choice."""
     key_split: Literal["train", "validation", "test"] = "test"
     """Which share of the words may be keys; only `train` words are keys in training."""
     split: str = "test"
     """Name of the share of the documents that the haystacks are cut from."""
-
-    _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
-    _read_depths = pydantic.field_validator("depths", mode="before")(depths_from)
-    _no_repeats = pydantic.field_validator("lengths", "depths")(refuse_repeats)
-    _fractions = pydantic.field_validator("depths")(refuse_outside)
 
     @property
     def scorer_name(self) -> str:
@@ -164,10 +150,6 @@ class NeedleConfig(Config):
         if self.mode != "generate":
             raise ValueError("a test to the letter of its original has answers generated (`mode: generate`)")
         return self
-
-    def cells(self) -> list[tuple[int, float]]:
-        """Return (length, depth) of every cell."""
-        return [(length, depth) for length in self.lengths for depth in self.depths]
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that determine prompts, for the header; mode and scorer stand there by themselves."""

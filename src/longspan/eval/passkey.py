@@ -12,24 +12,16 @@ LongLoRA and others evaluate. Prompt and answer room together have the stated le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
-
 import pydantic
 
-from longspan.core.config import Config
 from longspan.core.errors import DataError
 from longspan.core.seeds import rng
 from longspan.eval.fitting import fit_units
-from longspan.eval.grid import depths_from, lengths_from, refuse_outside, refuse_repeats
-from longspan.eval.held_out import TaskDataConfig
+from longspan.eval.grid import GridConfig, Lengths
 from longspan.eval.prompts import PromptForm
-from longspan.eval.summaries import mean_by
-from longspan.eval.task import Built, Mode, Planned
+from longspan.eval.task import Built, Planned, PromptTask
 from longspan.infer.requests import Request
 
-PROMPT_VERSION = 1
-"""Raised whenever the same settings would compose another prompt."""
 ANSWER_TOKENS = 32
 INTRODUCTION = (
     "There is an important piece of information hidden inside a lot of irrelevant text. Find it and memorize "
@@ -43,51 +35,25 @@ FARTHEST = 0.2
 """How far off its depth the key may stand: with fewer than 3 lines of noise some depths have no place."""
 
 
-class PasskeyConfig(Config):
-    """Settings of a passkey evaluation: every length with every depth is a cell of `samples` samples."""
+class PasskeyConfig(GridConfig):
+    """Settings of a passkey evaluation."""
 
-    lengths: tuple[pydantic.PositiveInt, ...] = pydantic.Field("8192:131072:20", validate_default=True)
+    lengths: Lengths = pydantic.Field("8192:131072:20", validate_default=True)
     """Context lengths in tokens, prompt and answer room together. Default: 20 lengths, as LongLLM."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the key stands: 0 is the start of the noise, 1 its end; such as 0,0.5,1 or 0:1:11."""
-    samples: pydantic.PositiveInt = 10
-    """Samples of each length and depth."""
     digits: int = pydantic.Field(default=5, ge=1, le=18)
     """Digits of the key; it does not begin with 0."""
-    seed: int = 0
-    """Seed of every random choice."""
-
-    _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
-    _read_depths = pydantic.field_validator("depths", mode="before")(depths_from)
-    _no_repeats = pydantic.field_validator("lengths", "depths")(refuse_repeats)
-    _fractions = pydantic.field_validator("depths")(refuse_outside)
 
 
-class Passkey:
-    """The task; each sample is a pure function of settings, tokenizer and its key."""
+class Passkey(PromptTask[PasskeyConfig]):
+    """The task."""
 
     name = "passkey"
-    mode: Mode = "generate"
     scorer = "first_number"
+    answer_tokens = ANSWER_TOKENS
 
     def __init__(self, settings: PasskeyConfig, form: PromptForm) -> None:
-        self.settings = settings
-        self._form = form
+        super().__init__(settings, form)
         self._unit: tuple[int, float] | None = None
-
-    @classmethod
-    def from_config(cls, config: PasskeyConfig, data: TaskDataConfig, form: PromptForm) -> Self:
-        """Return the task; it reads nothing."""
-        return cls(config, form)
-
-    def params(self) -> dict[str, Any]:
-        """Return what determines the samples."""
-        return {
-            **self.settings.to_dict(),
-            **self._form.params(),
-            "prompt_version": PROMPT_VERSION,
-            "max_new_tokens": self._form.room(ANSWER_TOKENS),
-        }
 
     def plan(self) -> list[Planned]:
         """Return all samples; those of one length share the noise before the key."""
@@ -98,8 +64,7 @@ class Passkey:
                 f"passkey-{length}",
                 {"length": length, "depth": depth, "sample": sample},
             )
-            for length in self.settings.lengths
-            for depth in self.settings.depths
+            for length, depth in self.settings.cells()
             for sample in range(self.settings.samples)
         ]
 
@@ -139,10 +104,6 @@ class Passkey:
             "achieved_depth": round(before / found.units, 6),
         }
         return Built(request, fields, key)
-
-    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `cells`: the mean score of each length and depth."""
-        return {"cells": mean_by(samples, "length", "depth")}
 
     def _sizes(self) -> tuple[int, float]:
         """Return the tokens of a prompt without noise, and those of one unit of noise."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
+from longspan.core.config import Config
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
+from longspan.eval.registry import entry_of
+from longspan.eval.summaries import mean_by
 from longspan.infer.requests import Request
 
 Mode = Literal["generate", "teacher_forced"]
@@ -78,3 +81,45 @@ class FromConfig(Task, Protocol):
             ConfigError, DataError: settings and data do not go together.
         """
         ...
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class PromptTask(Generic[ConfigT]):
+    """What tasks have in common that compose their prompts from settings alone, and let answers be written.
+
+    One of them says its name, scorer and room for an answer, and has `plan` and `build`: each sample is a pure function
+    of settings, tokenizer and its key.
+    """
+
+    name: str
+    mode: Mode = "generate"
+    scorer: str
+    answer_tokens: int
+    prompt_version = 1
+    """Raised whenever the same settings would compose another prompt."""
+
+    def __init__(self, settings: ConfigT, form: PromptForm) -> None:
+        self.settings = settings
+        self._form = form
+
+    @classmethod
+    def from_config(cls, config: ConfigT, data: TaskDataConfig, form: PromptForm) -> Self:
+        """Return the task; it reads nothing."""
+        return cls(config, form)
+
+    def params(self) -> dict[str, Any]:
+        """Return what determines the samples."""
+        return {
+            **self.settings.to_dict(),
+            **self._form.params(),
+            "prompt_version": self.prompt_version,
+            "max_new_tokens": self._form.room(self.answer_tokens),
+        }
+
+    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `cells`: the mean score of each place on the axes of the registry's entry."""
+        entry = entry_of(self.name)
+        axes = None if entry is None else entry.axes
+        return {} if axes is None else {"cells": mean_by(samples, axes.columns, *filter(None, [axes.rows]))}

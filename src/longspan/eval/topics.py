@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -19,14 +19,11 @@ import pydantic
 from longspan.core.config import Config
 from longspan.core.seeds import rng
 from longspan.eval.grid import refuse_repeats
-from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.summaries import mean_by
-from longspan.eval.task import Built, Mode, Planned
+from longspan.eval.task import Built, Planned, PromptTask
 from longspan.eval.word_lists import draw_compounds, lists_fingerprint, word_list
 
-PROMPT_VERSION = 1
-"""Raised whenever the same settings would compose another prompt."""
 ANSWER_TOKENS = 50
 NUM_TOPICS = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70)
 NUM_LINES = (200, 300, 400, 500, 600, 680)
@@ -119,33 +116,20 @@ class TopicsConfig(Config):
         return self.counts or (NUM_TOPICS if self.kind == "topics" else NUM_LINES)
 
 
-class Topics:
-    """The task; each sample is a pure function of settings, tokenizer and its key."""
+class Topics(PromptTask[TopicsConfig]):
+    """The task."""
 
-    mode: Mode = "generate"
+    answer_tokens = ANSWER_TOKENS
 
     def __init__(self, settings: TopicsConfig, form: PromptForm) -> None:
-        self.settings = settings
-        self.name: str = settings.kind
+        super().__init__(settings, form)
+        self.name = settings.kind
         self.scorer = "contains" if settings.kind == "topics" else "first_number"
-        self._form = form
         self._counted = f"num_{settings.kind}"
-
-    @classmethod
-    def from_config(cls, config: TopicsConfig, data: TaskDataConfig, form: PromptForm) -> Self:
-        """Return the task; it reads nothing."""
-        return cls(config, form)
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""
-        return {
-            **self.settings.to_dict(),
-            "counts": list(self.settings.in_effect),
-            **self._form.params(),
-            "lists": lists_fingerprint(),
-            "prompt_version": PROMPT_VERSION,
-            "max_new_tokens": self._form.room(ANSWER_TOKENS),
-        }
+        return {**super().params(), "counts": list(self.settings.in_effect), "lists": lists_fingerprint()}
 
     def plan(self) -> list[Planned]:
         """Return all samples; the questions on one record share all before the question."""

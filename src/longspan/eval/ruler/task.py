@@ -19,7 +19,7 @@ from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.core.seeds import rng
 from longspan.eval.fitting import Fitted, fit_units
-from longspan.eval.grid import lengths_from, refuse_repeats
+from longspan.eval.grid import Lengths, refuse_repeats
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.ruler import compose
@@ -39,9 +39,7 @@ _FIRST_UNITS = 24
 class RulerConfig(Config):
     """Settings of RULER."""
 
-    lengths: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
-        "4k,8k,16k,32k,64k,128k", validate_default=True
-    )
+    lengths: Lengths = pydantic.Field("4k,8k,16k,32k,64k,128k", validate_default=True)
     """Context lengths in tokens, prompt and answer room together, such as 1k,4k or 1k:8k:8."""
     subtasks: Annotated[tuple[str, ...], Commas] = ()
     """Names, such as niah_single_1,vt. Default: all for which there is material."""
@@ -51,9 +49,6 @@ class RulerConfig(Config):
     """RULER's generators of the paper, or those of June 2025; they differ in vt, cwe and fwe."""
     seed: int = 0
     """Seed of every random choice."""
-
-    _read_lengths = pydantic.field_validator("lengths", mode="before")(lengths_from)
-    _no_repeats = pydantic.field_validator("lengths")(refuse_repeats)
 
     @pydantic.field_validator("subtasks")
     @classmethod
