@@ -11,7 +11,7 @@ from tests.api.fake_server import error, serving
 from tests.synth.writer import Writer, document
 
 SMALL = "--min-tokens 100 --max-tokens 5000 --chat-template mistral --tokenizer tokenizer --length 4k"
-DETAIL = "--set one_detail_book --model openai:m"
+DETAIL = "--question-set one_detail_book --model openai:m"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_estimate_sends_nothing_and_needs_no_key(longspan, books):
     """Its requests are those that the job then makes."""
     (books / "prices.yaml").write_text("m: {input: 10, output: 30}\n")
     with serving(Writer()) as server:
-        line = f"synth qa books.jsonl --set one_detail_book --model openai:m --prices prices.yaml {SMALL} --out d"
+        line = f"synth qa books.jsonl {DETAIL} --prices prices.yaml {SMALL} --out d"
         told = longspan(line + " --dry-run --requests-per-minute 6")
         assert told.code == 0 and "nothing was sent" in told.out
         estimate = json.loads(longspan(line + " --dry-run --json").out)
@@ -70,7 +70,7 @@ def test_the_estimate_sends_nothing_and_needs_no_key(longspan, books):
 
 def test_a_budget_ends_with_a_message_and_what_it_did(longspan, books):
     with serving(Writer()) as server:
-        line = f"synth qa books.jsonl --set one_detail_book --model openai:m --base-url {server.url} {SMALL} --out d"
+        line = f"synth qa books.jsonl {DETAIL} --base-url {server.url} {SMALL} --out d"
         outcome = longspan(line + " --max-requests 2")
         assert outcome.code == 1
         assert "max_requests is reached" in outcome.err and "run the same command again" in outcome.err
@@ -81,16 +81,22 @@ def test_a_budget_ends_with_a_message_and_what_it_did(longspan, books):
     ("line", "said"),
     [
         ("--model openai:m", "which questions is not said"),
-        ("--set one_detail_books --model openai:m", "one_detail_book,"),
-        ("--set one_detail_book", "who writes the questions is not said"),
-        ("--set one_detail_book --model gpt-4o", "openai:NAME"),
-        ("--set one_detail_book --model openai:m", "OPENAI_API_KEY is not set"),
-        ("--set one_detail_book --model openai:m --max-cost 3 --base-url http://localhost:1/v1", "prices"),
-        ("--set one_detail_book --offline-templates", "asks no model"),
+        ("--question-set one_detail_books --model openai:m", "one_detail_book,"),
+        ("--question-set one_detail_book", "which model is asked is not said"),
+        ("--question-set one_detail_book --model gpt-4o", "openai:NAME"),
+        ("--question-set one_detail_book --model openai:m", "OPENAI_API_KEY is not set"),
+        (
+            "--question-set one_detail_book --model openai:m --max-cost 3 --base-url http://localhost:1/v1",
+            "prices",
+        ),
+        ("--question-set one_detail_book --offline-templates", "asks no model"),
         ("--offline-templates --model openai:m", "--model has no effect"),
-        ("--set paper_questions --model openai:m --questions 3", "has a fixed list"),
-        ("--set one_detail_book --model openai:m --extra '{a: '", "--extra"),
-        ("--set one_detail_book --model openai:m --base-url localhost:8000", "base_url is not an address"),
+        ("--question-set paper_questions --model openai:m --questions 3", "has a fixed list"),
+        ("--question-set one_detail_book --model openai:m --extra '{a: '", "--extra"),
+        (
+            "--question-set one_detail_book --model openai:m --base-url localhost:8000",
+            "base_url is not an address",
+        ),
     ],
 )
 def test_mistakes_are_one_message(longspan, books, line, said):
@@ -114,9 +120,7 @@ def test_all_replies_of_no_use_end_in_counts(longspan, books):
     with serving(
         lambda asked: Writer()(asked)._replace(body=b'{"choices":[{"message":{"content":"Hm."}}]}')
     ) as server:
-        outcome = longspan(
-            f"synth qa books.jsonl --set one_detail_book --model openai:m --base-url {server.url} {SMALL} --out d"
-        )
+        outcome = longspan(f"synth qa books.jsonl {DETAIL} --base-url {server.url} {SMALL} --out d")
     assert outcome.code == 1
     assert "0 samples came out of it" in outcome.err and "reply: no JSON" in outcome.err
 
@@ -128,3 +132,15 @@ def test_the_list_of_sets(longspan):
         assert shown in outcome.out
     names = [each["name"] for each in json.loads(longspan("synth list --json").out)]
     assert names == sorted(names) and len(names) == 7
+
+
+def test_what_a_job_wrote_makes_it_again(longspan, books):
+    """Old names of options fill the same settings, and the folder says all of them."""
+    line = f"synth qa books.jsonl --offline-templates {SMALL} --questions 2 --used a.sqlite --out d"
+    assert longspan(line).code == 0
+    outcome = longspan("synth qa --settings d --used b.sqlite --out e")
+    assert outcome.code == 0, outcome.err
+    assert (books / "d/train.jsonl").read_bytes() == (books / "e/train.jsonl").read_bytes()
+    told = longspan(f"synth qa books.jsonl {DETAIL} {SMALL} --concurrency 2 --window 9k --out f --dry-run")
+    assert told.code == 0 and "write --server '{limits: {concurrency: 2}}'" in told.err
+    assert "write --server '{max_length: 9k}'" in told.err

@@ -10,7 +10,7 @@ from longspan.api.budget import SpendingLimits
 from longspan.api.client import Client
 from longspan.api.endpoint import Endpoint, Kind
 from longspan.api.limits import Limits
-from longspan.core.config import Config
+from longspan.core.config import Config, Length
 from longspan.core.errors import ArgumentError
 
 KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
@@ -26,9 +26,9 @@ class ServerConfig(Config):
     """Environment variable that holds the key. None: the provider's own."""
     api_version: str | None = None
     """Of Azure or Anthropic."""
-    max_length: pydantic.PositiveInt | None = None
+    max_length: Length | None = pydantic.Field(None, ge=1)
     """Tokens that prompt and answer may have together; longer requests are not sent. None: the server says."""
-    trained_length: pydantic.PositiveInt | None = None
+    trained_length: Length | None = pydantic.Field(None, ge=1)
     """Tokens. Of the model, which its server does not say."""
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Further fields of each request; a null leaves one out, `{temperature: null}` for reasoning models say."""

@@ -85,7 +85,7 @@ class _Field(NamedTuple):
     @property
     def name(self) -> str:
         """What typer calls it."""
-        return self.option.removeprefix("--").replace("-", "_")
+        return self.option.removeprefix("--").replace("-", "_").lower()
 
 
 def from_settings(**parts: Part) -> Callable[[Callable[..., None]], FromSettings]:
@@ -298,7 +298,8 @@ def _fields(part: Part, config: type[Config], prefix: str = "", optional: bool =
             inner = next(each for each in _alternatives(info.annotation) if _is_config(each))
             yield from _fields(part, inner, f"{path}.", optional or not info.is_required())
         else:
-            option = part.names.get(path, f"--{name.replace('_', '-')}")
+            usual = name.upper() if path == part.argument else f"--{name.replace('_', '-')}"
+            option = part.names.get(path, usual)
             words = part.help.get(path, info.description or "")
             yield _Field(path, option, info, info.is_required() and not optional, words)
     for path in () if prefix else part.lifted:
@@ -421,8 +422,9 @@ def _option(field: _Field, words: Mapping[str, str], is_argument: bool = False) 
     """Return the option of a field; what is given is read by `_value`, and checked by the Config."""
     help = _help(field, words)
     if is_argument:
-        metavar = field.name.upper()
-        annotation: Any = Annotated[str | None, typer.Argument(metavar=metavar, help=help)]
+        argument = typer.Argument(metavar=field.option, help=help)
+        many = _is_repeated(field.info)
+        annotation: Any = Annotated[list[str] | None, argument] if many else Annotated[str | None, argument]
     elif _plain(field.info.annotation) is bool:
         flag = f"{field.option}/--no-{field.option.removeprefix('--')}"
         annotation = Annotated[bool | None, typer.Option(flag, help=help, show_default=False)]

@@ -6,8 +6,7 @@ become conversations at a length, with the evidence even over depth (`conversati
 """
 
 from longspan.synth.claims import UsedDocuments
-from longspan.synth.config import SetConfig, load_set, shipped_sets
-from longspan.synth.conversation import ConversationConfig
+from longspan.synth.config import ConversationConfig, SetConfig, load_set, shipped_sets
 from longspan.synth.job import Student, SynthConfig, SynthJob, estimate_job, require_samples
 
 __all__ = [

@@ -7,17 +7,20 @@ of documents and its limits in tokens; the prompts are our own. `paper_questions
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 
-from longspan.core.config import Config
-from longspan.core.errors import ConfigError
+from longspan.api import RemoteModel, ServerConfig, chat_model
+from longspan.core.config import Config, Length
+from longspan.core.errors import ArgumentError, ConfigError
 from longspan.synth.language import PROFILES
 from longspan.synth.templates import PromptTemplate, load_prompt, shipped, shipped_names
 
 Kind = Literal["one_detail", "multi_detail", "biography", "research_questions", "offline"]
 
+OFFLINE = "offline"
+"""The kind that asks no model, and the set of it that is shipped."""
 FIELDS_OF_KIND: dict[str, set[str]] = {
     "one_detail": {"about", "text", "count"},
     "multi_detail": {"about", "text", "count", "sections"},
@@ -45,8 +48,8 @@ class SetConfig(Config):
     """What the prompt calls the document."""
     language: str | None = "en"
     """Language that a document must be in (see `language`); None: any."""
-    min_tokens: pydantic.PositiveInt = 1
-    max_tokens: pydantic.PositiveInt | None = None
+    min_tokens: Length = pydantic.Field(1, ge=1)
+    max_tokens: Length | None = pydantic.Field(None, ge=1)
     """Length of a document by the student's tokenizer, both ends included."""
     documents: pydantic.PositiveInt | None = None
     """Documents to draw; None: all."""
@@ -97,6 +100,95 @@ class SetConfig(Config):
                 allowed=sorted(FIELDS_OF_KIND[self.kind]),
             )
         return template
+
+
+class ConversationConfig(Config):
+    """What a sample looks like."""
+
+    length: Length = pydantic.Field(81920, ge=1)
+    """Tokens of a sample at most, such as 64k, the chat template counted."""
+    distractors: pydantic.NonNegativeInt = 0
+    """Other documents around one that is shorter than `length`."""
+    max_questions: pydantic.PositiveInt | None = None
+    """Questions of a sample. None: all of its document."""
+
+
+class QaConfig(Config):
+    """A job as it is asked for: documents, questions, who writes them, and what the samples look like."""
+
+    inputs: tuple[str, ...]
+    """Documents: files, folders, patterns, addresses."""
+    tokenizer: str
+    """Tokenizer of the model that will be trained."""
+    chat_template: str | None = None
+    """Chat template of the model that will be trained. None: the tokenizer's own; else llama-2, llama-3, mistral, qwen
+    or a Jinja file."""
+    question_set: str | None = None
+    """Which questions: a name of `synth list`, or a YAML file like those."""
+    offline_templates: bool = False
+    """Ask no model: planted facts, repeated names, section titles."""
+    model: str | None = None
+    """Who writes the questions: openai:NAME or anthropic:NAME."""
+    server: ServerConfig | None = None
+    """How its server is asked, as YAML, a YAML file or its address: base_url, key_variable, max_length, limits
+    (concurrency, requests_per_minute, tokens_per_minute ...), budget (max_requests, max_cost, prices), cache, extra."""
+    sample: ConversationConfig = ConversationConfig()
+    """What a sample looks like."""
+    documents: pydantic.PositiveInt | None = None
+    """Documents to draw. None: as the set says."""
+    min_tokens: Length | None = None
+    """Shortest document, such as 32000. None: as the set says."""
+    max_tokens: Length | None = None
+    """Longest document. None: as the set says."""
+    language: str | None = None
+    """Language of the documents, such as en, or any. None: the set's."""
+    questions: pydantic.PositiveInt | None = None
+    """Questions of a request (offline: of a document). None: as the set says."""
+    leak_check: bool = True
+    """Ask every question without its document too, and drop it where that is enough."""
+    used: str | None = None
+    """File of documents in use. None: used.sqlite beside the output, for all sets there."""
+    text_field: str = "text"
+    """Field of the text in records."""
+    source_field: str | None = None
+    """Field of the source in records."""
+    seed: int = 0
+    """Seed of every random choice."""
+
+    def chosen_set(self) -> SetConfig:
+        """Return the set of questions, with what is changed about it. Raises ArgumentError, ConfigError."""
+        name = self.question_set or (OFFLINE if self.offline_templates else None)
+        if name is None:
+            raise ArgumentError(
+                "which questions is not said",
+                allowed=shipped_names("sets"),
+                fix="name a set with --question-set, or give --offline-templates",
+            )
+        found = load_set(name)
+        if self.offline_templates and found.kind != OFFLINE:
+            raise ArgumentError(f"--offline-templates asks no model, and the set {found.name} has to")
+        names = ("documents", "min_tokens", "max_tokens", "questions", "language")
+        values: dict[str, Any] = {key: getattr(self, key) for key in names if getattr(self, key) is not None}
+        if "questions" in values and found.fixed_questions:
+            raise ArgumentError(f"--questions does not apply: the set {found.name} has a fixed list")
+        if values.get("language") == "any":
+            values["language"] = None
+        if "min_tokens" in values and "max_tokens" not in values and found.max_tokens is not None:
+            # A lower bound above the set's upper one is meant as a change of both ends.
+            values["max_tokens"] = found.max_tokens if values["min_tokens"] <= found.max_tokens else None
+        return SetConfig.from_dict({**found.to_dict(), **values}, where=f"the set {found.name}")
+
+    def writer(self, chosen: SetConfig) -> RemoteModel | None:
+        """Return who is asked; None for a set that asks nobody. Raises ArgumentError."""
+        if chosen.kind != OFFLINE:
+            fix = None if self.model else "or give --offline-templates, which asks nobody"
+            return chat_model(self.model, option="--model", fix=fix)
+        given = {"--model": self.model, "--server": self.server}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ArgumentError(
+                f"{', '.join(unused)} has no effect: no model is asked for the set {chosen.name}"
+            )
+        return None
 
 
 def load_set(name: str) -> SetConfig:

@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pydantic
 
-from longspan.core.config import Config
 from longspan.core.errors import DataError
 from longspan.core.seeds import rng
 from longspan.data.chat import ChatFormat
 from longspan.data.tokenizer import Tokenizer
+from longspan.synth.config import ConversationConfig
 from longspan.synth.depth import DepthBalance, stratified
 from longspan.synth.items import Item
 from longspan.synth.sections import Span, TokenRuler
@@ -38,17 +37,6 @@ _KEEP = 0.75
 """A window keeps at least this share of the questions that the best one keeps."""
 _TRIES = 6
 _SLACK = 8
-
-
-class ConversationConfig(Config):
-    """What a sample looks like."""
-
-    length: pydantic.PositiveInt = 81920
-    """Tokens of a sample at most, the chat template counted."""
-    distractors: pydantic.NonNegativeInt = 0
-    """Other documents that may stand around a document which is shorter than the length."""
-    max_questions: pydantic.PositiveInt | None = None
-    """Questions of a sample; None: all of its document."""
 
 
 class Conversation(NamedTuple):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydantic
 
-from longspan.api import Client, CostEstimate, Limits, Price, estimate
+from longspan.api import Client, CostEstimate, Limits, Price, ServerConfig, estimate
 from longspan.core.config import Config
 from longspan.core.errors import DataError, RunError, UserError
 from longspan.core.files import read_json, write_json
@@ -40,8 +40,8 @@ from longspan.data.jobs.job_lock import JobLock
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments
-from longspan.synth.config import SetConfig
-from longspan.synth.conversation import Composer, Conversation, ConversationConfig
+from longspan.synth.config import ConversationConfig, QaConfig, SetConfig
+from longspan.synth.conversation import Composer, Conversation
 from longspan.synth.figure import draw_depths
 from longspan.synth.filters import NearDuplicates, content_words, knows
 from longspan.synth.items import Item, Rejected, Shown, read_reply
@@ -60,9 +60,13 @@ class SynthConfig(Config):
     """What decides the output of a job, beside what the model says."""
 
     set: SetConfig
+    """The questions."""
     inputs: tuple[str, ...]
+    """Where the documents are."""
     text_field: str = "text"
+    """Field of the text in records."""
     source_field: str | None = None
+    """Field of the source in records."""
     tokenizer: str
     """Fingerprint of the student's tokenizer."""
     chat_template: str
@@ -72,9 +76,25 @@ class SynthConfig(Config):
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Further fields of every request."""
     sample: ConversationConfig = ConversationConfig()
+    """What a sample looks like."""
     leak_check: bool = True
     """Whether every question is also asked without its document."""
     seed: int = 0
+    """Seed of every random choice."""
+
+    @classmethod
+    def of(cls, asked: QaConfig, chosen: SetConfig, student: Student) -> SynthConfig:
+        """Return the part of what was asked for that decides the output."""
+        shared = ("inputs", "text_field", "source_field", "sample", "leak_check", "seed")
+        server = asked.server or ServerConfig()
+        return cls(
+            set=chosen,
+            tokenizer=student.tokenizer.fingerprint,
+            chat_template=student.chat.fingerprint,
+            model=asked.model,
+            extra=server.extra,
+            **{name: getattr(asked, name) for name in shared},
+        )
 
 
 class Student(NamedTuple):
