@@ -237,9 +237,7 @@ class NeedleComposer:
             request = self.form.request(prompt, answer=answers[0])
         else:
             request = self.form.request(
-                prompt,
-                answer_prefix=self.answer_prefix(facts),
-                max_new_tokens=self.settings.max_new_tokens,
+                prompt, answer_prefix=self.answer_prefix(facts), max_new_tokens=self.settings.max_new_tokens
             )
         assert request.prompt_ids is not None
         generated = self.form.within(self.settings.max_new_tokens)
@@ -337,18 +335,23 @@ class NeedleTask:
     def __init__(
         self, settings: NeedleConfig, documents: Sequence[HeldOutDocument], form: PromptForm
     ) -> None:
-        self.settings = settings
-        self.mode: Mode = settings.mode
-        self.scorer = settings.scorer_name
+        self._prepare(settings, documents, form, settings.num_needles)
         self.name = "needle"
         if settings.num_needles > 1:
             self.name = "needle_multi"
         elif settings.num_distractors:
             self.name = "needle_distractors"
-        self._composer = NeedleComposer(settings, documents, form, num_needles=settings.num_needles)
         self._original: OriginalHaystack | None = None
         if settings.original is not None:
             self._original = OriginalHaystack(documents, form.tokenizer, max(settings.lengths))
+
+    def _prepare(
+        self, settings: NeedleConfig, documents: Sequence[HeldOutDocument], form: PromptForm, num_needles: int
+    ) -> None:
+        self.settings = settings
+        self.mode: Mode = settings.mode
+        self.scorer = settings.scorer_name
+        self._composer = NeedleComposer(settings, documents, form, num_needles=num_needles)
 
     @classmethod
     def from_config(cls, config: NeedleConfig, data: TaskDataConfig, form: PromptForm) -> Self:
@@ -385,13 +388,7 @@ class NeedleTask:
             for index, (each, place) in enumerate(zip(distractors, depths[len(others) :]))
         ]
         asked = [needle, *others]
-        context = composer.context(
-            sample,
-            length,
-            insertions,
-            asked=asked,
-            exact=0,
-        )
+        context = composer.context(sample, length, insertions, asked=asked, exact=0)
         return composer.built(context, 0, asked)
 
     def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -431,11 +428,7 @@ def plan_grid(settings: NeedleConfig, form: PromptForm) -> list[Planned]:
 def summarise_grid(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return means by cell and by length, and the effective context."""
     by_length = mean_by(samples, "length")
-    return {
-        "cells": mean_by(samples, "length", "depth"),
-        "by_length": by_length,
-        **effective_of(by_length),
-    }
+    return {"cells": mean_by(samples, "length", "depth"), "by_length": by_length, **effective_of(by_length)}
 
 
 def effective_of(

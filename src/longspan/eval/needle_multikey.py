@@ -7,26 +7,23 @@ is asked for. Its name and records are its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
 
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import rng
-from longspan.eval.held_out import HeldOutDocument, TaskDataConfig
-from longspan.eval.needle import Context, Facts, NeedleComposer, plan_grid, summarise_grid
+from longspan.eval.held_out import HeldOutDocument
+from longspan.eval.needle import Context, Facts, NeedleTask
 from longspan.eval.needle_config import NeedleConfig
 from longspan.eval.prompts import PromptForm
-from longspan.eval.task import Built, Mode, Planned
+from longspan.eval.task import Built, Planned
 
 
-class MultiKeyTask:
+class MultiKeyTask(NeedleTask):
     """The multi-key needle evaluation; arguments are those of `NeedleTask`.
 
     Raises:
         ConfigError: needles without a key, or several needles a question.
     """
-
-    name = "needle_multikey"
 
     def __init__(
         self, settings: NeedleConfig, documents: Sequence[HeldOutDocument], form: PromptForm
@@ -44,26 +41,9 @@ class MultiKeyTask:
             raise ConfigError(
                 "a test to the letter of its original has one needle", found="--multi-key with --exact"
             )
-        self.settings = settings
-        self.mode: Mode = settings.mode
-        self.scorer = settings.scorer_name
-        self._composer = NeedleComposer(settings, documents, form, num_needles=len(settings.depths))
+        self._prepare(settings, documents, form, len(settings.depths))
+        self.name = "needle_multikey"
         self._row: tuple[tuple[int, int], Context, list[Facts]] | None = None
-
-    @classmethod
-    def from_config(cls, config: NeedleConfig, data: TaskDataConfig, form: PromptForm) -> Self:
-        """Return the task on some texts; those that come with Python are repeated as often as needed."""
-        if not data.paths:
-            config = config.model_copy(update={"repeat": True})
-        return cls(config, data.documents(), form)
-
-    def params(self) -> dict[str, Any]:
-        """Return the settings that determine the samples, for the header."""
-        return self._composer.params()
-
-    def plan(self) -> list[Planned]:
-        """Return all samples; those of one context, and of one haystack, stand together."""
-        return plan_grid(self.settings, self._composer.form)
 
     def build(self, planned: Planned) -> Built:
         """Compose one sample, a pure function of the settings and its key. Raises DataError."""
@@ -71,10 +51,6 @@ class MultiKeyTask:
         context, needles = self._context(length, number)
         index = self.settings.depths.index(depth)
         return self._composer.built(context, index, [needles[index]])
-
-    def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return means by cell and by length, and the effective context."""
-        return summarise_grid(samples)
 
     def _context(self, length: int, number: int) -> tuple[Context, list[Facts]]:
         """Return the context that all depths share; the last one is kept."""
@@ -91,12 +67,6 @@ class MultiKeyTask:
             ]
             # The longest question decides how long the text can be that all of them share.
             longest = max(needles, key=lambda each: composer.count("", [each]))
-            context = composer.context(
-                sample,
-                length,
-                insertions,
-                asked=[longest],
-                exact=None,
-            )
+            context = composer.context(sample, length, insertions, asked=[longest], exact=None)
             self._row = (length, number), context, needles
         return self._row[1], self._row[2]

@@ -94,11 +94,7 @@ def run_task(
         higher_is_better=scorer.higher_is_better,
         tokenizer=tokenizer.fingerprint,
         seed=int(params.get("seed", 0)),
-        params={
-            **params,
-            "mode": task.mode,
-            "scorer": scorer.named(),
-        },
+        params={**params, "mode": task.mode, "scorer": scorer.named()},
     )
     samples = [_PendingSample(sample_id(header, *planned.key), planned) for planned in task.plan()]
     _check_ids(samples)

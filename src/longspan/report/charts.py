@@ -195,13 +195,7 @@ def _draw_series(canvas: Canvas, series: Series, x: AxisScale, y: AxisScale, *, 
 
 
 def heat_map(
-    name: str,
-    table: Grid,
-    width: float,
-    *,
-    key: str,
-    trained: Sequence[tuple[int, str]],
-    compact: bool,
+    name: str, table: Grid, width: float, *, key: str, trained: Sequence[tuple[int, str]], compact: bool
 ) -> str:
     """Return a layout's cells with their percentages, a row of column means, and lines at trained lengths.
 

@@ -5,20 +5,8 @@ from __future__ import annotations
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import length_text
 from longspan.report.perplexity_view import ppl_measure
-from longspan.report.tables import (
-    Grid,
-    PplTable,
-    all_columns,
-)
-from longspan.report.view import (
-    Section,
-    Table,
-    TableCell,
-    decimal,
-    heat_cell,
-    percent,
-    short_name,
-)
+from longspan.report.tables import Grid, PplTable, all_columns
+from longspan.report.view import Section, Table, TableCell, decimal, heat_cell, percent, short_name
 
 
 def controls_section(ev: Evaluation) -> Section:

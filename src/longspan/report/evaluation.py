@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longspan.report.charts import Mark
 from longspan.report.comparison import differing, listed
 from longspan.report.layouts import Layout
 from longspan.report.load import RecordFile
-from longspan.report.samples import ScoredSample
-from longspan.report.tables import Grid, PplTable, tabulate
+from longspan.report.tables import Grid, Tables, tabulate
 from longspan.report.view import order_of, role_of, short_name
 
 MOST_MARKS = 3
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Tables):
     """All evaluations of a report by task and label."""
 
-    files: list[RecordFile]
-    layouts: dict[str, Layout]
-    grids: dict[str, dict[str, Grid]]
-    distractors: dict[str, dict[int, Grid]]
-    scores: dict[str, dict[str, list[ScoredSample]]]
-    ppl: dict[str, PplTable]
+    files: list[RecordFile] = field(default_factory=list)
 
     @classmethod
     def from_records(cls, records: Sequence[RecordFile]) -> Evaluation:
         """Group the samples of every record file."""
-        tables = tabulate(records)
-        return cls(list(records), tables.layouts, tables.grids, tables.distractors, tables.scores, tables.ppl)
+        return cls(**vars(tabulate(records)), files=list(records))
 
     @property
     def lead(self) -> Layout | None:

@@ -21,16 +21,7 @@ from longspan.report.tables import (
     ruler_mean,
     tally_of,
 )
-from longspan.report.view import (
-    MISSING,
-    Section,
-    Table,
-    TableCell,
-    heat_cell,
-    lost_text,
-    percent,
-    short_name,
-)
+from longspan.report.view import MISSING, Section, Table, TableCell, heat_cell, lost_text, percent, short_name
 
 
 def grid_section(ev: Evaluation, task: str, data: SampleData) -> Section:

@@ -194,10 +194,7 @@ def _position_chart(ev: Evaluation, labels: Sequence[str], measure: PplMeasure) 
         f"{measure.title} by position",
         ["", *(f"{a:,}\u2013{b:,}" for a, b in buckets)],
         [
-            [
-                short_name(b),
-                *(_cell(measure, ev.ppl[b].by_position.get(k, Sums())) for k in buckets),
-            ]
+            [short_name(b), *(_cell(measure, ev.ppl[b].by_position.get(k, Sums())) for k in buckets)]
             for b in labels
         ],
     )
@@ -220,10 +217,7 @@ def _length_chart(ev: Evaluation, labels: Sequence[str], measure: PplMeasure) ->
         f"{measure.title} by window length",
         ["", *(length_text(n) for n in lengths)],
         [
-            [
-                short_name(b),
-                *(_cell(measure, ev.ppl[b].by_length.get(n, Sums())) for n in lengths),
-            ]
+            [short_name(b), *(_cell(measure, ev.ppl[b].by_length.get(n, Sums())) for n in lengths)]
             for b in labels
         ],
     )

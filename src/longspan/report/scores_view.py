@@ -15,12 +15,7 @@ from longspan.report.evaluation import Evaluation
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import ScoredSample
-from longspan.report.tables import (
-    Difference,
-    by_group,
-    difference,
-    tally_of,
-)
+from longspan.report.tables import Difference, by_group, difference, tally_of
 from longspan.report.view import (
     MISSING,
     NARROW,

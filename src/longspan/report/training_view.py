@@ -14,17 +14,7 @@ from longspan.report.charts import Axis, LengthHistogram, LineChart, Mark, Serie
 from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun
 from longspan.report.svg import linear_ticks
-from longspan.report.view import (
-    NARROW,
-    WIDE,
-    Chart,
-    Section,
-    Table,
-    TableCell,
-    decimal,
-    line_view,
-    percent,
-)
+from longspan.report.view import NARROW, WIDE, Chart, Section, Table, TableCell, decimal, line_view, percent
 
 SMOOTH_POINTS, RAW_POINTS = 120, 400
 
