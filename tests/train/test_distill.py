@@ -308,7 +308,7 @@ def test_ranks_that_share_a_row_read_their_own_columns(taught):
                 # Only `indices` and `take` of the table are asked for, so no other process is needed.
                 table = ShardedDocuments.__new__(ShardedDocuments)
                 table.shards, table.schedule = shards, SimpleNamespace(rank=rank)
-                part = take(whole, table, device="cpu")
+                part = take(whole, table)
                 found = distill(part, table.take(hidden, padding=0.0), head, DistillConfig(weight=1.0))
                 total += float(found.loss) / 2
                 kl[torch.from_numpy(table.indices)] = found.per_token_kl

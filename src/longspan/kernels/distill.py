@@ -49,6 +49,7 @@ def linear_distillation(
     distill_weight: float = 0.5,
     temperature: float = 1.0,
     loss_weights: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LossSum:
     """Return the summed mix of divergence and cross-entropy of the softmax of logits, chunk by chunk.
@@ -65,7 +66,10 @@ def linear_distillation(
         ArgumentError: shapes that do not fit, words outside the vocabulary, or settings out of range.
     """
     head = as_head(head)
-    _check(hidden, head, labels, teacher, distill_weight, temperature, loss_weights, chunk_tokens)
+    _check(
+        hidden, head, labels, teacher, distill_weight, temperature, loss_weights, chunk_tokens,
+        look=places is None,
+    )  # fmt: skip
 
     def to_gradient(
         logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
@@ -84,7 +88,7 @@ def linear_distillation(
         return losses
 
     return chunked_linear_loss(
-        hidden, head, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
+        hidden, head, labels, to_gradient, loss_weights=loss_weights, places=places, chunk_tokens=chunk_tokens
     )
 
 
@@ -218,8 +222,10 @@ def _check(
     temperature: float,
     loss_weights: torch.Tensor | None,
     chunk_tokens: int | None,
+    *,
+    look: bool = True,
 ) -> None:
-    check_linear_loss(hidden, head, labels, loss_weights, chunk_tokens)
+    check_linear_loss(hidden, head, labels, loss_weights, chunk_tokens, look=look)
     ids, logprobs, tail = teacher
     fits = ids.ndim == 2 and ids.shape[1] > 0 and ids.shape == logprobs.shape
     if not fits or not ids.shape[:1] == tail.shape == labels.shape:
@@ -232,6 +238,8 @@ def _check(
         raise ArgumentError("the weight of a teacher is a share", found=distill_weight, allowed="0 to 1")
     if not temperature > 0:
         raise ArgumentError("a temperature is above 0", found=temperature)
+    if not look:
+        return
     known = ids[logprobs > -torch.inf]
     if known.numel() and (int(known.min()) < 0 or int(known.max()) >= head.vocab_size):
         raise ArgumentError(

@@ -13,6 +13,7 @@ Shape legend: T = tokens, C = tokens of a chunk, V = vocabulary, D = model dimen
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,12 @@ __all__ = [
     "reference_linear_cross_entropy",
     "reference_logits",
 ]
+
+
+INTENSE_ROWS = 2048
+"""Of a chunk on an accelerator: the sum of the head's gradient is read and written once for each, 8 bytes a weight for
+4,096 operations, which is more than a GPU computes in that time."""
+SUM_BYTES = 4
 
 
 class LossSum(NamedTuple):
@@ -63,6 +70,7 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     *,
     loss_weights: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> LossSum:
     """Return the summed cross-entropy of the softmax of logits against labels, chunk by chunk.
@@ -72,7 +80,10 @@ def linear_cross_entropy(
         head: what makes logits of them; a tensor [V, D] is an output embedding with nothing behind it.
         labels: int64 [T], already shifted; -100 = no loss.
         loss_weights: [T], factor on each token's loss; None = 1. It gets no gradient.
-        chunk_tokens: tokens per chunk; None = as many as fit 128 MiB of logits.
+        places: int64 [L], which tokens have a label, from someone who knows that the labels are words of the head;
+            None = found and checked here, for which the host waits for the device.
+        chunk_tokens: tokens per chunk; None = as many as fit 128 MiB of logits, or on an accelerator the memory
+            that a gradient of the head computed beside its sum would take, up to `INTENSE_ROWS`.
 
     Gradients of `hidden` and the head are computed in the forward pass, when they are needed, and the head's
     are accumulated in fp32; cost 2*T*V*D FLOPs forward, 4*T*V*D more for both gradients. Products are fp32 on
@@ -83,7 +94,7 @@ def linear_cross_entropy(
         RunError: `backward` is called twice on one result; the gradients are handed over, not kept.
     """
     head = as_head(head)
-    check_linear_loss(hidden, head, labels, loss_weights, chunk_tokens)
+    check_linear_loss(hidden, head, labels, loss_weights, chunk_tokens, look=places is None)
 
     def to_gradient(
         logits_cv: torch.Tensor, index: torch.Tensor, factor_c: torch.Tensor | None, wanted: bool
@@ -92,7 +103,7 @@ def linear_cross_entropy(
         return ChunkLosses(nll_c, nll_c)
 
     return chunked_linear_loss(
-        hidden, head, labels, to_gradient, loss_weights=loss_weights, chunk_tokens=chunk_tokens
+        hidden, head, labels, to_gradient, loss_weights=loss_weights, places=places, chunk_tokens=chunk_tokens
     )
 
 
@@ -103,6 +114,7 @@ def chunked_linear_loss(
     to_gradient: ToGradient,
     *,
     loss_weights: torch.Tensor | None,
+    places: torch.Tensor | None = None,
     chunk_tokens: int | None,
 ) -> LossSum:
     """Return the sum of a loss that `to_gradient` finds in the logits of each chunk; see `linear_cross_entropy`."""
@@ -114,9 +126,13 @@ def chunked_linear_loss(
     if chunk_tokens is None:
         # A cap needs a second copy of the chunk.
         chunk_tokens = chunk_rows(head.vocab_size * (1 if head.softcap is None else 2), hidden.dtype)
+        if wanted[1] and sums_in_product(hidden.device, hidden.dtype):
+            chunk_tokens = max(chunk_tokens, intense_rows(hidden.shape[1], hidden.dtype))
+    if places is None:
+        places = (labels != IGNORE_LABEL).nonzero().squeeze(1)
     return LossSum(
         *_ChunkedLinearLoss.apply(
-            hidden, weight, bias, head, labels, loss_weights, chunk_tokens, wanted, to_gradient
+            hidden, weight, bias, head, places, loss_weights, chunk_tokens, wanted, to_gradient
         )
     )
 
@@ -158,8 +174,10 @@ def check_linear_loss(
     labels: torch.Tensor,
     loss_weights: torch.Tensor | None,
     chunk_tokens: int | None,
+    *,
+    look: bool = True,
 ) -> None:
-    """Raise ArgumentError for what `linear_cross_entropy` refuses."""
+    """Raise ArgumentError for what `linear_cross_entropy` refuses; `look`: at the labels themselves, too."""
     weight, tokens = head.weight, hidden.shape[:1]
     fits = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == tokens
     if not fits or (loss_weights is not None and loss_weights.shape != tokens):
@@ -172,7 +190,7 @@ def check_linear_loss(
         raise ArgumentError("labels must be int64", found=labels.dtype)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ArgumentError("chunk_tokens must be at least 1", found=chunk_tokens)
-    if labels.numel():
+    if look and labels.numel():
         valid = labels[labels != IGNORE_LABEL]
         if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= weight.shape[0]):
             raise ArgumentError(
@@ -191,7 +209,7 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         head: Head,
-        labels: torch.Tensor,
+        with_label: torch.Tensor,
         loss_weights: torch.Tensor | None,
         chunk_tokens: int,
         wanted: tuple[bool, bool, bool],
@@ -206,7 +224,6 @@ class _ChunkedLinearLoss(torch.autograd.Function):
         kl: torch.Tensor | None = None
         total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else dtype, device=device)
         # Tokens without a label cost nothing: only the others are gathered into chunks.
-        with_label = (labels != IGNORE_LABEL).nonzero().squeeze(1)
         chunk_tokens = min(chunk_tokens, max(1, with_label.numel()))
         # Products on CPU are faster into [D, V]; turning that round takes memory, which the buffer of logits frees.
         turned = device.type == "cpu" and weight.shape[1] <= chunk_tokens
@@ -283,8 +300,28 @@ def _to_gradient(
     return nll_c
 
 
+def intense_rows(hidden_size: int, dtype: torch.dtype) -> int:
+    """Return the rows of logits, with their copy in `dtype`, that fit the fp32 gradient of the head once more."""
+    return min(INTENSE_ROWS, hidden_size * SUM_BYTES // (SUM_BYTES + dtype.itemsize))
+
+
+@cache
+def sums_in_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds a product of 16-bit numbers to an fp32 sum in one operation on a device."""
+    if dtype.itemsize >= SUM_BYTES:
+        return False
+    total, factor = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except RuntimeError:  # torch has no such operation here
+        return False
+    return True
+
+
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif sums_in_product(total.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(a, b, out_dtype=total.dtype)

@@ -285,9 +285,9 @@ class _Weights:
             # Gathered updates of all shapes, then of one shape a stack and four more of its size.
             widest = 2 * model.layers * model.hidden * model.intermediate if s.lora is None else matrices
             scratch = matrices * SUM_BYTES + 5 * widest * SUM_BYTES
-        # The root of the second moment: of all parameters together on a GPU, of one after the other on a CPU.
+        # The root of the second moment, of one parameter after the other on a CPU; a GPU's operation holds nothing.
         largest = max(self.embeddings if s.lora is None else 0, model.hidden * model.intermediate)
-        roots = rest * self.trained_bytes if s.cuda else 2 * min(rest, largest) * self.trained_bytes
+        roots = 0.0 if s.cuda else 2 * min(rest, largest) * self.trained_bytes
         return state, 0.0 if s.offload_parameters else max(scratch, roots)
 
 

@@ -20,13 +20,14 @@ import torch
 from longspan.data.rows.loader import PackedRow
 from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL
+from longspan.kernels.transfers import to_device
 from longspan.models.documents import Documents
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.train.loop_config import LossAverage
 
 
 class Batch(NamedTuple):
-    """Several rows as one sequence of N tokens."""
+    """Several rows as one sequence of N tokens, made on the host; `to` has what a model computes with on its device."""
 
     input_ids: torch.Tensor
     """int64 [N]."""
@@ -44,6 +45,21 @@ class Batch(NamedTuple):
     """int64 [N], tokens that the token's document has in its row; None: they are not asked for."""
     teacher: TeacherTopK | None = None
     """What a teacher predicts after each token, ids int32 [N, K]; None where no row has one."""
+    places: torch.Tensor | None = None
+    """int64 [L], the tokens that have a label; None: not found yet."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return it on the device, without what only the host asks for; ids and labels are words of the model."""
+        places = (self.labels != IGNORE_LABEL).nonzero().squeeze(1)
+        teacher = self.teacher and TeacherTopK(*(to_device(column, device) for column in self.teacher))
+        return self._replace(
+            input_ids=to_device(self.input_ids, device),
+            labels=to_device(self.labels, device),
+            loss_weights=None if self.loss_weights is None else to_device(self.loss_weights, device),
+            positions=to_device(self.positions, device),
+            teacher=teacher,
+            places=to_device(places, device),
+        )
 
 
 def total_weight(rows: Sequence[PackedRow]) -> float:
@@ -82,8 +98,8 @@ def _shares(row: PackedRow, over: LossAverage) -> np.ndarray:
     return weights.astype(np.float32)
 
 
-def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") -> Batch:
-    """Lay `rows` end to end as tensors on `device`."""
+def collate(rows: Sequence[PackedRow]) -> Batch:
+    """Lay `rows` end to end as tensors on the host."""
     ids = np.concatenate([row.input_ids for row in rows])
     cu_seqlens = [0]
     sources: list[np.ndarray] = []
@@ -108,55 +124,53 @@ def collate(rows: Sequence[PackedRow], *, device: torch.device | str = "cpu") ->
             weights = None
     documents = Documents.from_cu_seqlens(cu_seqlens)
     return Batch(
-        input_ids=torch.from_numpy(ids).to(device),
-        labels=torch.from_numpy(labels).to(device),
-        loss_weights=None if weights is None else torch.from_numpy(weights).to(device),
-        positions=_positions(rows, documents, device),
-        sources=torch.from_numpy(np.concatenate(sources)).to(device),
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        loss_weights=None if weights is None else torch.from_numpy(weights),
+        positions=_positions(rows, documents),
+        sources=torch.from_numpy(np.concatenate(sources)),
         source_names=tuple(names),
         documents=documents,
-        lengths=torch.from_numpy(np.repeat(np.diff(cu_seqlens), np.diff(cu_seqlens))).to(device),
-        teacher=_teacher(rows, device),
+        lengths=torch.from_numpy(np.repeat(np.diff(cu_seqlens), np.diff(cu_seqlens))),
+        teacher=_teacher(rows),
     )
 
 
-def take(batch: Batch, documents: ShardedDocuments, *, device: torch.device | str) -> Batch:
+def take(batch: Batch, documents: ShardedDocuments) -> Batch:
     """Return the tokens of a batch that this rank holds; padding is token 0 without a label."""
     weights = batch.loss_weights
     return Batch(
-        input_ids=documents.take(batch.input_ids, padding=0).to(device),
-        labels=documents.take(batch.labels, padding=IGNORE_LABEL).to(device),
-        loss_weights=None if weights is None else documents.take(weights, padding=0).to(device),
-        positions=documents.take(batch.positions, padding=0).to(device),
-        sources=documents.take(batch.sources, padding=0).to(device),
+        input_ids=documents.take(batch.input_ids, padding=0),
+        labels=documents.take(batch.labels, padding=IGNORE_LABEL),
+        loss_weights=None if weights is None else documents.take(weights, padding=0),
+        positions=documents.take(batch.positions, padding=0),
+        sources=documents.take(batch.sources, padding=0),
         source_names=batch.source_names,
         documents=documents,
-        lengths=None if batch.lengths is None else documents.take(batch.lengths, padding=1).to(device),
+        lengths=None if batch.lengths is None else documents.take(batch.lengths, padding=1),
         # Padding, like every token without a label, needs no teacher.
         teacher=None
         if batch.teacher is None
         else TeacherTopK(
-            documents.take(batch.teacher.ids, padding=0).to(device),
-            documents.take(batch.teacher.logprobs, padding=-float("inf")).to(device),
-            documents.take(batch.teacher.tail, padding=0).to(device),
+            documents.take(batch.teacher.ids, padding=0),
+            documents.take(batch.teacher.logprobs, padding=-float("inf")),
+            documents.take(batch.teacher.tail, padding=0),
         ),
     )
 
 
-def _positions(rows: Sequence[PackedRow], documents: Documents, device: torch.device | str) -> torch.Tensor:
-    if all(row.positions is None for row in rows):
-        return documents.positions(device)
-    counted = documents.positions("cpu").numpy().copy()
+def _positions(rows: Sequence[PackedRow], documents: Documents) -> torch.Tensor:
+    counted = documents.positions().numpy()
     start = 0
     for row in rows:
         end = start + len(row.input_ids)
         if row.positions is not None:
             counted[start:end] = row.positions
         start = end
-    return torch.from_numpy(counted).to(device)
+    return torch.from_numpy(counted)
 
 
-def _teacher(rows: Sequence[PackedRow], device: torch.device | str) -> TeacherTopK | None:
+def _teacher(rows: Sequence[PackedRow]) -> TeacherTopK | None:
     """Lay the teacher's predictions end to end, as wide as the widest row's; a row without any has none of it."""
     width = max((row.teacher.ids.shape[1] for row in rows if row.teacher is not None), default=0)
     if not width:
@@ -172,7 +186,7 @@ def _teacher(rows: Sequence[PackedRow], device: torch.device | str) -> TeacherTo
             ids[start:end, :known], logprobs[start:end, :known] = row.teacher.ids, row.teacher.logprobs
             tail[start:end] = row.teacher.tail
         start = end
-    return TeacherTopK(*(torch.from_numpy(column).to(device) for column in (ids, logprobs, tail)))
+    return TeacherTopK(*(torch.from_numpy(column) for column in (ids, logprobs, tail)))
 
 
 def _label_weights(rows: Sequence[PackedRow], last: np.ndarray) -> np.ndarray | None:

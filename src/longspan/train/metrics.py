@@ -30,7 +30,7 @@ class LossBreakdown:
         self._kl: dict[str, tuple[float, int]] = {}
 
     def add(self, batch: Batch, nll: torch.Tensor, kl: torch.Tensor | None = None) -> None:
-        """Count a micro-batch; `nll` fp32 [N] is unweighted, tokens without label do not count.
+        """Count a micro-batch, all on the host; `nll` fp32 [N] is unweighted, tokens without label do not count.
 
         `kl` fp32 [N]: divergence from a teacher; tokens without one do not count in its mean.
         """

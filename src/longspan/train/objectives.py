@@ -27,7 +27,9 @@ def next_token(batch: Batch, hidden_TD: torch.Tensor, head: Head) -> LossSum:
     `hidden_TD` [tokens, hidden]. The mask column makes it supervised
     fine-tuning: tokens of weight 0 are read but not learnt.
     """
-    return linear_cross_entropy(hidden_TD, head, batch.labels, loss_weights=batch.loss_weights)
+    return linear_cross_entropy(
+        hidden_TD, head, batch.labels, loss_weights=batch.loss_weights, places=batch.places
+    )
 
 
 def distill(batch: Batch, hidden_TD: torch.Tensor, head: Head, how: DistillConfig) -> LossSum:
@@ -46,6 +48,7 @@ def distill(batch: Batch, hidden_TD: torch.Tensor, head: Head, how: DistillConfi
         distill_weight=how.weight,
         temperature=how.temperature,
         loss_weights=batch.loss_weights,
+        places=batch.places,
     )
 
 

@@ -117,9 +117,10 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         if entries
     ]
     if groups:
-        # One pass over memory instead of ten: on CPU, where parameters may be offloaded to, about five times as fast.
-        # Elsewhere torch's own choice, which takes all parameters together.
-        fused = True if all(parameter.device.type == "cpu" for _, parameter in decayed + plain) else None
+        # One pass over memory instead of ten, and nothing held beside it: on CPU, where parameters may be offloaded to,
+        # about five times as fast. Elsewhere torch's own choice.
+        places = {parameter.device.type for _, parameter in decayed + plain}
+        fused = True if places in ({"cpu"}, {"cuda"}) else None
         adamw = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
         optimizers.append(adamw)
     return optimizers
@@ -163,7 +164,9 @@ def load_optimizer_tensors(
         for key in by_name.pop(name, []):
             entry = key.rpartition("/")[2]
             if entry == "step":
-                value = read(key, 0, None)
+                # A fused optimizer counts where it computes.
+                fused = any(group.get("fused") for group in optimizer.param_groups)
+                value = read(key, 0, None).to(parameter.device if fused else "cpu")
             else:
                 dtype = read(key, 0, 0).dtype
                 value = torch.empty_like(parameter, dtype=dtype, requires_grad=False)

@@ -31,7 +31,13 @@ __all__ = ["recurrent_step"]
 
 
 def recurrent_step(
-    model: nn.Module, batch: Batch, *, chunk_tokens: int, weight: float, offload: bool = False
+    model: nn.Module,
+    batch: Batch,
+    *,
+    chunk_tokens: int,
+    weight: float,
+    offload: bool = False,
+    device: torch.device | None = None,
 ) -> LossSum:
     """Add the gradient of a batch's loss sum over `weight` to the parameters, chunk by chunk.
 
@@ -39,10 +45,11 @@ def recurrent_step(
 
     Args:
         model: a causal language model with longspan's attention, or what `Spread.shard` made of one.
-        batch: whole rows.
+        batch: whole rows, on the host.
         chunk_tokens: tokens that run at a time.
         weight: total weight of the labels of the optimizer step. 0 means that there is no label: nothing runs.
         offload: keep keys, values and their gradients in host memory.
+        device: where the model computes; None = the batch's.
 
     Returns:
         The loss sum, without a graph, and the loss of each token, [N].
@@ -58,7 +65,7 @@ def recurrent_step(
             fix="set parallel.cp_ring and parallel.cp_ulysses to 1, or leave chunk_tokens out",
         )
     row = ChunkedRow(batch.documents, chunk_tokens, offload=offload)
-    device = batch.input_ids.device
+    device = batch.input_ids.device if device is None else device
     losses: list[LossSum] = []
     if weight <= 0:
         return LossSum(torch.zeros((), device=device), torch.zeros(len(batch.labels), device=device))
@@ -71,11 +78,11 @@ def recurrent_step(
                 if row.is_read_later(index) or _others_wait():
                     beat()
                     with _own_randomness(seed + index, device):
-                        root(_part(batch, row, index, first_walk=True))
+                        root(_part(batch, row, index, first_walk=True).to(device))
         for index in reversed(range(len(row))):
             beat()
             with _own_randomness(seed + index, device):
-                result = root(_part(batch, row, index, first_walk=False))
+                result = root(_part(batch, row, index, first_walk=False).to(device))
             (result.loss / weight).backward()
             row.release(index)
             losses.append(result._replace(loss=result.loss.detach()))

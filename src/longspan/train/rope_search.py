@@ -111,7 +111,7 @@ def score_factors(
     frequencies = (plain / torch.tensor(factors, dtype=torch.float64)).float().to(device)
     with _frequencies(model, frequencies, scaling):
         root = ModelWithLoss(model)
-        losses = sum(float(root(collate([row], device=device)).loss) for row in rows)
+        losses = sum(float(root(collate([row]).to(device)).loss) for row in rows)
     return losses / max(total_weight(rows), 1.0)
 
 

@@ -93,13 +93,13 @@ class Spread:
         return [rows[index] for index in balance(costs, self.mesh.dp_size)[self.mesh.dp_rank]]
 
     def batch(self, rows: Sequence[PackedRow]) -> Batch:
-        """Return this process' tokens of a micro-batch.
+        """Return this process' tokens of a micro-batch, on the host.
 
         Raises:
             RunError: on the first batch, if another process that shares the sequence has another one.
         """
         if self.mesh.cp_size == 1:
-            return collate(rows, device=self.mesh.device)
+            return collate(rows)
         whole = collate(rows)
         assert isinstance(whole.documents, Documents)
         borders = whole.documents.cu_seqlens
@@ -107,7 +107,7 @@ class Spread:
             check_same_batch(self.mesh, [whole.input_ids.numpy(), whole.labels.numpy(), borders])
             self._checked = True
         shards = SequenceShards(self.layout, borders, self.mesh.cp_size, window=self._window)
-        return take(whole, ShardedDocuments(shards, self.schedule), device=self.mesh.device)
+        return take(whole, ShardedDocuments(shards, self.schedule))
 
     def total(self, loss_sum: float, breakdown: LossBreakdown) -> tuple[float, LossBreakdown]:
         """Return loss sum and breakdown over all processes, the same bits on each."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -27,6 +28,7 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.rows.loader import PackedRow
+from longspan.kernels.transfers import to_host
 from longspan.models.adapter_card import adapter_note
 from longspan.models.head import vocab_size
 from longspan.models.hf import save_model
@@ -34,7 +36,7 @@ from longspan.models.lora import save_adapter
 from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_all_ranks, on_first_rank, process_group
-from longspan.train.batch import collate, total_weight
+from longspan.train.batch import Batch, collate, total_weight
 from longspan.train.checkpoint import (
     Checkpoint,
     Checkpointer,
@@ -371,27 +373,38 @@ def train_step(
     trained = model if isinstance(model, ModelWithLoss) else ModelWithLoss(model)
     weight = total_weight(rows)
     _check_ids(trained.model, rows)
-    device = next(model.parameters()).device
-    breakdown = LossBreakdown()
-    loss_sum = 0.0
+    # Parameters may be on the host, and computed with elsewhere.
+    device = next(model.parameters()).device if spread is None else spread.mesh.device
+    losses: list[torch.Tensor] = []
+    told: list[tuple[Batch, torch.Tensor, torch.Tensor | None]] = []
     share = rows if spread is None else spread.rows(rows)
     for start in range(0, len(share), rows_per_micro_batch):
         beat()
         part = share[start : start + rows_per_micro_batch]
-        batch = collate(part, device=device) if spread is None else spread.batch(part)
+        batch = collate(part) if spread is None else spread.batch(part)
         if chunk_tokens is None:
-            result = trained(batch)
+            result = trained(batch.to(device))
             if weight > 0:
                 (result.loss / weight).backward()
         else:
             result = recurrent_step(
-                trained, batch, chunk_tokens=chunk_tokens, weight=weight, offload=offload_chunk_cache
-            )
-        loss_sum += float(result.loss.detach())
-        breakdown.add(batch, result.per_token_nll, result.per_token_kl)
+                trained, batch, chunk_tokens=chunk_tokens, weight=weight, offload=offload_chunk_cache,
+                device=device,
+            )  # fmt: skip
+        kl = result.per_token_kl
+        losses.append(result.loss.detach().double())
+        told.append((batch, to_host(result.per_token_nll), None if kl is None else to_host(kl)))
+    if weight > 0:
+        # Of gradients on the host it is there already.
+        losses.append(_clip(model, max_grad_norm).to(losses[0]))
+    # The one place of a step where the host waits for the device; by then all of `told` has arrived.
+    numbers = torch.stack(losses).tolist()
+    norm = numbers.pop() if weight > 0 else 0.0
+    loss_sum, breakdown = sum(numbers), LossBreakdown()
+    for each in told:
+        breakdown.add(*each)
     if spread is not None:
         loss_sum, breakdown = spread.total(loss_sum, breakdown)
-    norm = _clip(model, max_grad_norm) if weight > 0 else 0.0
     finite = math.isfinite(norm) and math.isfinite(loss_sum)
     if finite and weight > 0:
         for optimizer in optimizers:
@@ -408,15 +421,24 @@ def train_step(
     )
 
 
-def _clip(model: nn.Module, max_grad_norm: float) -> float:
+def _clip(model: nn.Module, max_grad_norm: float) -> torch.Tensor:
     """Scale the gradients down to `max_grad_norm`; return their norm over all processes."""
-    return float(full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
 
 
 def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
     """Refuse ids without an embedding, of which torch says no more than that an index is out of range."""
     known = vocab_size(model)
     highest = max(int(row.input_ids.max()) for row in rows)
+    taught = [row.teacher.ids[row.teacher.logprobs > -np.inf] for row in rows if row.teacher is not None]
+    for ids in taught:
+        if ids.size and not (ids.min() >= 0 and ids.max() < known):
+            raise DataError(
+                "the teacher knows words that the student does not",
+                found=f"ids from {ids.min()} to {ids.max()}",
+                allowed=f"0 to {known - 1}",
+                fix="annotate with a teacher that has the student's tokenizer",
+            )
     if highest >= known:
         raise DataError(
             "a token of the data lies outside the model's vocabulary",

@@ -121,9 +121,9 @@ def _measure(model: ModelWithLoss, rows: Sequence[PackedRow], spread: Spread) ->
     for turn in range(-(-len(rows) // spread.mesh.dp_size)):
         beat()
         batch = spread.batch([mine[turn] if turn < len(mine) else rows[0]])
-        nll = model(batch).per_token_nll
+        nll = model(batch.to(spread.mesh.device)).per_token_nll
         if turn < len(mine):
-            breakdown.add(batch, nll)
+            breakdown.add(batch, nll.cpu())
     return spread.total(0.0, breakdown)[1]
 
 

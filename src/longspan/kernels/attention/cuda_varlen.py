@@ -27,6 +27,7 @@ from longspan.core.log import log_once
 from longspan.kernels.attention.bands import NO_LIMIT, Bands
 from longspan.kernels.attention.merging import merge
 from longspan.kernels.attention.tiled import TiledKernel
+from longspan.kernels.transfers import to_device
 
 __all__ = ["CudaVarlenKernel", "launches", "why_tiled"]
 
@@ -273,8 +274,8 @@ def _rows(start: np.ndarray, length: np.ndarray, total: int, device: torch.devic
     rows = np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - before, length)
     if len(rows) == total and (rows == np.arange(total)).all():
         return None
-    return torch.from_numpy(rows).to(device)
+    return to_device(torch.from_numpy(rows), device)
 
 
 def _borders(length: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32)).to(device)
+    return to_device(torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32)), device)
