@@ -305,7 +305,7 @@ def test_longllm_qlora(place: Path) -> None:
     stage = recipe.stages[0].model_copy(
         update={**small, "streams": {"conversations": chats, "redpajama": texts}}
     )
-    plan = plan_stage(stage, data_root=place, seed=0, tokenizer=str(place / "tokenizer"))
+    plan = plan_stage(stage, data_root=place, seed=0, tokenizer=load_tokenizer(place / "tokenizer"))
     found = {}
     for name, rows in plan.sources.items():
         found[name] = []

@@ -1,9 +1,16 @@
 """Tiny data on which the code of the projects of docs/coming-from.md was run, and how its output is compared.
 
 `goldens/theirs.json` holds what their code made of it: the number of its rows and a digest of them. It was written
-once by calling their functions as published (datatools' `pack_fn`, Long-Context-Data-Engineering's `writer_process`,
-CEPE's `process` and `filter_length`, longllm_qlora's `Data._process_...`) on the texts below with the tokenizer below.
-They got the documents in the order of the files; on a corpus it is there a race of processes, or a shuffle.
+once by calling their functions as published, on the texts below with the tokenizer below:
+
+    datatools                       `pack_fn`; `Tokenizer.encode` and `ChatFormat.encode_dialog_prompt` of its Llama 3
+    Long-Context-Data-Engineering   `writer_process`; `main`, with lists in place of processes and pipes
+    CEPE                            `process`, `filter_length`, `reshape`
+    ProLong                         `DataCollator`, `compute_loss` of model (with `logit` for logits) and trainer
+    longllm_qlora                   `Data._process_...`, `process_longbench`
+
+Packages they import and do not use there (datasets, streaming, simple_parsing, dask) were empty modules. They got the
+documents in the order of the files; on a corpus it is there a race of processes, or a shuffle.
 """
 
 from __future__ import annotations

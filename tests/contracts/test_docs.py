@@ -36,9 +36,24 @@ def test_files_of_the_package_that_are_named_exist(page: Path) -> None:
         rf"(?<![\w./-])((?:src/longspan/|tests/)?(?:{rooms})/[\w/]+\.(?:py|yaml))", page.read_text("utf-8")
     )
     missing = [
-        name for name in named if not any((ROOT / base / name).exists() for base in ("", "src/longspan"))
+        name
+        for name in named
+        if not any((ROOT / base / name).exists() for base in ("", "src/longspan", "tests"))
     ]
     assert not missing
+
+
+def test_the_tests_that_the_documentation_names_are_there() -> None:
+    """A claim that rests on a test of another name rests on nothing."""
+    text = (ROOT / "docs" / "line-by-line.md").read_text(encoding="utf-8")
+    named = re.findall(r"(\w+/test_\w+\.py|theirs)(?:::(test_\w+))?", text.replace("cli/test_theirs.py", ""))
+    for place, test in named:
+        path = ROOT / "tests" / place.replace("theirs", "cli/test_theirs.py")
+        assert path.is_file() and (not test or f"def {test}(" in path.read_text(encoding="utf-8")), (
+            place,
+            test,
+        )
+    assert len(named) > 100
 
 
 def test_settings_of_the_glossary_exist() -> None:
