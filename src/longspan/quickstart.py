@@ -87,6 +87,7 @@ class QuickstartConfig(Config):
     """The exact recipe of a run."""
 
     seed: int = 0
+    """Seed of every random choice."""
     corpus_chars: int | None = None
     """Characters per source; None takes all."""
     tokenizer: TokenizerConfig
