@@ -1,4 +1,4 @@
-"""The benchmark of sequence parallelism runs: every part, small."""
+"""The benchmark of context parallelism runs: every part, small."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_one_rank_is_plain_attention() -> None:
 
 def test_user_mistakes_are_named() -> None:
     """Guards the messages for an unknown schedule, a wrong layout, another world and foreign tensors."""
-    with pytest.raises(ArgumentError, match="unknown sequence-parallel schedule"):
+    with pytest.raises(ArgumentError, match="unknown context-parallel schedule"):
         build_schedule("zigzag")  # type: ignore[arg-type]
     q = torch.randn(4, 2, 8)
     with pytest.raises(ArgumentError, match="does not work with this layout"):

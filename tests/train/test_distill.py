@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -284,7 +285,7 @@ def test_the_loss_of_a_step_does_not_depend_on_micro_batches(taught):
     rows = rows_of(taught)
     rows[1] = rows[1]._replace(teacher=None)
     rows[2] = rows[2]._replace(teacher=TeacherRow(*(c[:, :3] if c.ndim == 2 else c for c in rows[2].teacher)))
-    model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=0.7))
+    model = ModelWithLoss(load_model(taught / "teacher"), partial(distill, how=DistillConfig(weight=0.7)))
     whole = model(collate(rows))
     parts = [model(collate(rows[start:end])) for start, end in ((0, 1), (1, 2), (2, 4))]
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
@@ -296,7 +297,7 @@ def test_ranks_that_share_a_row_read_their_own_columns(taught):
     """Labels and teacher taken by other indices would pair a token with the prediction after another."""
     rows = rows_of(taught, 2)
     whole = collate(rows)
-    model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=1.0))
+    model = ModelWithLoss(load_model(taught / "teacher"), partial(distill, how=DistillConfig(weight=1.0)))
     with torch.no_grad():
         wanted = model(whole)
         head = output_head(model.model)
@@ -321,7 +322,7 @@ def test_chunks_of_a_row_have_the_same_gradient(taught):
     batch = collate(rows_of(taught, 2))
     grads, losses = [], []
     for chunk in (None, 20):
-        model = ModelWithLoss(load_model(taught / "teacher"), DistillConfig(weight=0.5))
+        model = ModelWithLoss(load_model(taught / "teacher"), partial(distill, how=DistillConfig(weight=0.5)))
         if chunk is None:
             result = model(batch)
             (result.loss / 7).backward()

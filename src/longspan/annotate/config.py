@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from longspan.core.config import Config, Length, TokenBudget
+from longspan.parallel.schedule_table import ScheduleName
 
 __all__ = ["AnnotateConfig", "PairWindows", "TeacherConfig"]
 
@@ -27,7 +28,7 @@ class TeacherConfig(Config):
     """Keep the teacher's linear layers in 4 bits."""
     cp: int = pydantic.Field(1, ge=1)
     """Processes that share each row (context parallelism); GPUs under torchrun."""
-    schedule: Literal["ring", "striped", "dist_flash", "ulysses", "all_gather"] = "ring"
+    schedule: ScheduleName = "ring"
     """Context-parallel schedule: how keys travel among the processes of `cp`."""
     batch_tokens: TokenBudget = pydantic.Field(16_384, gt=0)
     """Tokens in one forward pass, at least one row."""

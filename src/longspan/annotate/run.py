@@ -19,6 +19,7 @@ from longspan.data.jobs import ArrayJob, Executor, LocalExecutor
 from longspan.infer.teacher import SharedTeacher
 from longspan.parallel.launch import process_group, spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
+from longspan.parallel.schedule_table import arranged
 
 __all__ = ["AnnotateOutcome", "annotate", "estimate_job", "shard_folder"]
 
@@ -117,11 +118,8 @@ def _shared(
     estimate_only: bool,
 ) -> AnnotateEstimate | AnnotateOutcome:
     """Be one of the processes that share a teacher; the first one writes."""
-    by_heads = spec.teacher.schedule == "ulysses"
-    degrees = MeshConfig(
-        cp_ring=1 if by_heads else spec.teacher.cp, cp_ulysses=spec.teacher.cp if by_heads else 1
-    )
-    mesh = build_mesh(degrees, device, timeout_seconds=WAIT_SECONDS)
+    ring, ulysses = arranged(spec.teacher.schedule, spec.teacher.cp)
+    mesh = build_mesh(MeshConfig(cp_ring=ring, cp_ulysses=ulysses), device, timeout_seconds=WAIT_SECONDS)
     job = open_job(spec, mesh=mesh)
     teacher = job.teacher
     assert isinstance(teacher, SharedTeacher)

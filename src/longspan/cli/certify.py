@@ -1,4 +1,4 @@
-"""`longspan doctor --certify`: run the certificate of sequence parallelism and show it."""
+"""`longspan doctor --certify`: run the certificate of context parallelism and show it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _names(schedules: str) -> list[Any]:
     names = known if schedules == "all" else [name.strip() for name in schedules.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise ArgumentError(
-            "unknown sequence-parallel schedule", found=", ".join(unknown), allowed="all, " + ", ".join(known)
+            "unknown context-parallel schedule", found=", ".join(unknown), allowed="all, " + ", ".join(known)
         )
     return names
 

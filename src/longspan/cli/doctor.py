@@ -34,7 +34,7 @@ def doctor(
         bool,
         typer.Option(
             "--certify",
-            help="Prove sequence parallelism instead: every schedule on every mask against one device.",
+            help="Prove context parallelism instead: every schedule on every mask against one device.",
         ),
     ] = False,
     schedule: Annotated[

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh
-from longspan.parallel.schedules import ScheduleName
+from longspan.parallel.schedule_table import ScheduleName, arranged
 
 BATCH_TOKENS = 16_384
 
@@ -226,13 +225,8 @@ def _available(replicas: int, device: torch.device) -> int | None:
 
 
 def _degrees(settings: _Settings) -> MeshConfig:
-    """Return how the processes of --cp are arranged: for usp as near to a square as they can be."""
-    ulysses = 1
-    if settings.schedule == "ulysses":
-        ulysses = settings.cp
-    elif settings.schedule == "usp":
-        ulysses = max(side for side in range(1, isqrt(settings.cp) + 1) if settings.cp % side == 0)
-    return MeshConfig(dp_replicate=settings.replicas, cp_ring=settings.cp // ulysses, cp_ulysses=ulysses)
+    ring, ulysses = arranged(settings.schedule, settings.cp)
+    return MeshConfig(dp_replicate=settings.replicas, cp_ring=ring, cp_ulysses=ulysses)
 
 
 class ModelHere:

@@ -84,7 +84,7 @@ def enable(
 
     Args:
         model: a causal language model.
-        schedule: sequence-parallel schedule by which `shard_batch` spreads rows for it; needs `mesh`.
+        schedule: context-parallel schedule by which `shard_batch` spreads rows for it; needs `mesh`.
         mesh: from `build_mesh`.
         context: of a model whose RoPE depends on the length (LongRoPE, dynamic NTK): the length whose frequencies it
             has from here on, for every document and batch. To be called when the model is where it runs. None: those

@@ -26,7 +26,13 @@ from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionKernel, Bands, attention, choose_kernel
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.parallel.layout import Layout
-from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule, sequence_attention
+from longspan.parallel.schedules import (
+    SCHEDULES,
+    CpSchedule,
+    ScheduleName,
+    build_schedule,
+    sequence_attention,
+)
 from longspan.parallel.shards import SequenceShards
 
 __all__ = [
@@ -154,10 +160,11 @@ def certify_world(
 def _schedules(name: ScheduleName, world: int, device_type: str) -> Iterator[tuple[str, CpSchedule]]:
     """Yield the degrees and the schedule for every way to split the world that `name` allows."""
     if name == "none":
-        raise ArgumentError("there is nothing to certify without sequence parallelism", found=name)
-    if name != "usp":
+        raise ArgumentError("there is nothing to certify without context parallelism", found=name)
+    entry = SCHEDULES[name]
+    if not (entry.rings and entry.trades_heads):
         group = dist.group.WORLD
-        on_ring = name != "ulysses"
+        on_ring = entry.rings
         yield (
             f"{world}x1" if on_ring else f"1x{world}",
             build_schedule(

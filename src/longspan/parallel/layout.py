@@ -85,7 +85,7 @@ def local_indices(
     Args:
         layout: see the module.
         total: tokens of the sequence; places from `total` on are padding.
-        rank, world: rank and size of the sequence-parallel group.
+        rank, world: rank and size of the context-parallel group.
         documents: cu_seqlens of the tokens, [documents + 1]; None = one document. Only `balanced` looks.
         window: sliding window of the attention, in tokens; None = none. Only `balanced` looks.
 

@@ -1,4 +1,4 @@
-"""The ranks of a run on a grid: data parallel x sequence parallel x tensor parallel, its groups made once.
+"""The ranks of a run on a grid: data parallel x context parallel x tensor parallel, its groups made once.
 
     rank = ((((replica * dp_shard + shard) * cp_ring + ring) * cp_ulysses + ulysses) * tp + tp_rank
 

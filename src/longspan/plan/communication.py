@@ -106,7 +106,7 @@ def bytes_sent(
         of_places = None if needed is None else _by_place(needed, ulysses_degree)
         return traded.plus(_ring(_inside(shape, ulysses_degree, place_rank), ring_degree, place, of_places))
     raise ArgumentError(
-        "unknown sequence-parallel schedule",
+        "unknown context-parallel schedule",
         found=schedule,
         allowed="none, ring, striped, dist_flash, ulysses, usp, all_gather",
     )

@@ -23,6 +23,7 @@ from longspan.core.config import Config, Length, TokenBudget
 from longspan.core.errors import ConfigError
 from longspan.models.lora_config import LoraConfig
 from longspan.parallel.layout import Layout
+from longspan.parallel.schedule_table import ScheduleName
 from longspan.train.loop_config import (
     DistillConfig,
     InitConfig,
@@ -303,7 +304,7 @@ class ParallelConfig(Config):
     """Context parallelism: processes that share each sequence, each computing some of the heads (Ulysses)."""
     tp: int = pydantic.Field(1, ge=1)
     """Tensor parallelism: processes that share each matrix; training refuses it above 1."""
-    schedule: Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"] | None = None
+    schedule: ScheduleName | None = None
     """Context-parallel schedule: how keys and values reach the queries. None: what the cp degrees say: none, ring,
     ulysses or usp."""
     layout: Layout | None = None

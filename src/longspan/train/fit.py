@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from longspan.models.lora_config import LoraConfig
+from longspan.parallel.schedule_table import SCHEDULES, schedule_of_degrees
 from longspan.plan.block import LINEARS
 from longspan.plan.choose import Choice, choose_memory
 from longspan.plan.models import shape_of
@@ -53,10 +54,10 @@ def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
             quantized=config.lora.quantization is not None,
             embeddings=any(name.endswith(TRAINED_EMBEDDINGS) for name in config.lora.trainable),
         )
-    spread = {(False, False): "none", (True, False): "ring", (False, True): "ulysses", (True, True): "usp"}
+    schedule = parallel.schedule or schedule_of_degrees(parallel.cp_ring, parallel.cp_ulysses)
     return TrainingSettings(
         at_once * stage.context_length,
-        schedule=parallel.schedule or spread[parallel.cp_ring > 1, parallel.cp_ulysses > 1],
+        schedule=SCHEDULES[schedule].planned_as or schedule,
         ring=parallel.cp_ring,
         ulysses=parallel.cp_ulysses,
         dp_shard=parallel.dp_shard,

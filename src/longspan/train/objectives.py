@@ -6,6 +6,8 @@ count by their tokens and not by their number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,7 +20,11 @@ from longspan.models.documents import Documents
 from longspan.models.head import output_head
 from longspan.models.hf import hidden_states
 from longspan.train.batch import Batch
+from longspan.train.config import StageConfig
 from longspan.train.loop_config import DistillConfig
+
+Loss = Callable[[Batch, torch.Tensor, Head], LossSum]
+"""From a batch and its last hidden states [tokens, hidden] to the loss sum."""
 
 
 def next_token(batch: Batch, hidden_TD: torch.Tensor, head: Head) -> LossSum:
@@ -52,6 +58,14 @@ def distill(batch: Batch, hidden_TD: torch.Tensor, head: Head, how: DistillConfi
     )
 
 
+OBJECTIVES: dict[str, Callable[[StageConfig], Loss]] = {
+    "lm": lambda stage: next_token,
+    "sft": lambda stage: next_token,
+    "distill": lambda stage: partial(distill, how=stage.distill or DistillConfig()),
+}
+"""What a stage minimises, by `StageConfig.objective`."""
+
+
 class ModelWithLoss(nn.Module):
     """A causal language model whose forward pass ends in its objective.
 
@@ -59,18 +73,14 @@ class ModelWithLoss(nn.Module):
     is called, where the loss needs it, and reduce its gradient with the others'.
     """
 
-    def __init__(self, model: nn.Module, distill: DistillConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss = next_token) -> None:
         super().__init__()
         self.model = model
-        self.distill = distill
-        """How it learns from a teacher; None: `next_token`."""
+        self.loss = loss
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss sum of a batch."""
         # A table for a row that is spread over ranks stands in for one of a whole row.
         documents = cast(Documents, batch.documents)
         hidden_TD = hidden_states(self.model, batch.input_ids, documents, position_ids=batch.positions)
-        head = output_head(self.model)
-        if self.distill is not None:
-            return distill(batch, hidden_TD, head, self.distill)
-        return next_token(batch, hidden_TD, head)
+        return self.loss(batch, hidden_TD, output_head(self.model))

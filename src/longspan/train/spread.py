@@ -22,7 +22,8 @@ from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batch
-from longspan.parallel.schedules import ScheduleName, build_schedule, check_degrees
+from longspan.parallel.schedule_table import schedule_of_degrees
+from longspan.parallel.schedules import build_schedule, check_degrees
 from longspan.parallel.schedules.base import CpSchedule
 from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.sharded_documents import ShardedDocuments
@@ -143,7 +144,7 @@ def check_parallel(config: ParallelConfig, heads: int, kv_heads: int) -> None:
         ArgumentError: as `build_spread`, but for the number of processes, and heads that the schedule cannot share.
     """
     _refuse_tp(config)
-    name = _schedule_name(config)
+    name = config.schedule or schedule_of_degrees(config.cp_ring, config.cp_ulysses)
     check_degrees(name, ring=config.cp_ring, ulysses=config.cp_ulysses)
     _layout(config, build_schedule(name))
     head_share(heads, kv_heads, config.cp_ulysses, 0)
@@ -175,19 +176,9 @@ def build_spread(
     mesh = build_mesh(
         degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds, device.type)
     )
-    name = _schedule_name(config)
+    name = config.schedule or schedule_of_degrees(config.cp_ring, config.cp_ulysses)
     schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
     return Spread(mesh, schedule, _layout(config, schedule), window=window, watchdog=watchdog)
-
-
-def _schedule_name(config: ParallelConfig) -> ScheduleName:
-    by_degrees: dict[tuple[bool, bool], ScheduleName] = {
-        (False, False): "none",
-        (True, False): "ring",
-        (False, True): "ulysses",
-        (True, True): "usp",
-    }
-    return config.schedule or by_degrees[config.cp_ring > 1, config.cp_ulysses > 1]
 
 
 def _layout(config: ParallelConfig, schedule: CpSchedule) -> Layout:

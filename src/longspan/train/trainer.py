@@ -48,10 +48,9 @@ from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.fit import machine_budget
 from longspan.train.known_models import known_model
 from longspan.train.left_out import log_left_out
-from longspan.train.loop_config import DistillConfig
 from longspan.train.lr_schedule import lr_factor
 from longspan.train.metrics import LossBreakdown
-from longspan.train.objectives import ModelWithLoss
+from longspan.train.objectives import OBJECTIVES, ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
@@ -229,8 +228,7 @@ def _ready(run: _RunContext, stage: StageConfig, state: Checkpoint | None, *, ca
         model = stage_model(config, stage, None, run.plan.model)
     prepare_blocks(model, config)
     trained = spread.shard(model, config.memory, from_first=from_first)
-    if stage.objective == "distill":
-        trained.distill = stage.distill or DistillConfig()
+    trained.loss = OBJECTIVES[stage.objective](stage)
     # Of a model that has values by now, on every process.
     hold_frequencies(model, stage.reach)
     if stage.reach > EXACT_FROM:
