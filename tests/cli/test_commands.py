@@ -137,7 +137,7 @@ def test_weights_are_read_up_to_the_last_equals_sign(longspan, store):
         ("data tokenize texts --tokenizer nowhere/at/all --out s", ["nowhere/at/all"]),
         ("data mix store --mode fast --out m", ["the command line is not valid", "mode", "per_source"]),
         ("data mix store --tokens 1,5B --out m", ["tokens", "1,5B"]),
-        ("data mix store --weight half --out m", ["SOURCE=WEIGHT", "half"]),
+        ("data mix store --weight half --out m", ["NAME=NUMBER", "half"]),
         ("data mix store --out texts", ["texts", "exists"]),
         ("data pack store --length 12q --out r", ["length", "12q", "128k"]),
         ("data peek store --index 9999", ["no such document", "9999"]),

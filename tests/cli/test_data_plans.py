@@ -195,5 +195,9 @@ def test_a_folder_says_how_it_was_made(longspan, store: Path) -> None:
     other = longspan("data pack --settings rows --length 32 --json --out other")
     spec = PackPlan.load("other").spec
     assert other.code == 0 and (spec.length, spec.by_source) == (32, True)
+    assert longspan("data convert rows --to mds --workers 2 --out mds").code == 0
+    assert longspan("data convert --settings mds --out mds-again").code == 0
+    assert Path("mds-again/settings.yaml").read_bytes() == Path("mds/settings.yaml").read_bytes()
+    assert longspan("data verify mds").code == 0
     wrong = longspan("data pack --settings mixture --out wrong")
     assert wrong.code == 2 and "no such setting" in wrong.err

@@ -27,7 +27,7 @@ from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.packed.row_formats import FORMATS
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
-from longspan.data.rows.loader import PackedRow, RowLoader, StreamMixer, balance, row_cost
+from longspan.data.rows.loader import PackedRow, RowLoader, StreamMixer, balance
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, TokenStoreWriter
 from longspan.data.store.lengths import LengthTable
 from tests.patience import PATIENCE_SECONDS
@@ -453,5 +453,3 @@ def test_a_step_is_balanced_by_hand() -> None:
     assert balance([9, 1, 8, 2], 2).tolist() == [[0, 1], [2, 3]]
     with pytest.raises(ArgumentError, match="do not divide"):
         balance([1, 2, 3], 2)
-    row = SimpleNamespace(cu_seqlens=np.array([0, 3, 5]))
-    assert row_cost(row) == 13

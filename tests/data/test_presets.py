@@ -10,7 +10,7 @@ import pytest
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.plans.mixture import MixtureConfig, plan_mixture
 from longspan.data.plans.presets import PRESETS, load_preset
-from longspan.data.plans.shares import Stream, parse_stream, row_weights, stream_settings
+from longspan.data.plans.shares import Stream, parse_stream, stream_settings
 from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import make_table
 
@@ -86,12 +86,6 @@ def test_streams_become_a_mixture() -> None:
     assert stream_settings([Stream("a"), Stream("b")]) == {}
     with pytest.raises(ArgumentError, match="every stream has a share"):
         stream_settings([Stream("a", proportion=0.5), Stream("b")])
-
-
-def test_streams_of_rows() -> None:
-    """Packed rows are mixed by weight: a share, or uses of all rows."""
-    assert row_weights([Stream("a", proportion=0.3), Stream("b", proportion=0.7)], [5, 9]) == [0.3, 0.7]
-    assert row_weights([Stream("a", repeat=2.0), Stream("b")], [5, 9]) == [10.0, 9.0]
 
 
 def test_repeat_takes_every_document_so_many_times() -> None:

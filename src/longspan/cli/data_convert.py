@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from longspan.cli.data_stores import Stores, lengths_of, parse_weights
+from longspan.cli.data_jobs import write_settings
+from longspan.cli.data_stores import Stores, lengths_of
+from longspan.cli.from_settings import Used, from_settings
 from longspan.cli.output import Json, example, print_json, print_table
 
 CONVERT_EXAMPLE = example(
@@ -23,6 +25,7 @@ SPLIT_EXAMPLE = example(
 )
 
 
+@from_settings()
 def convert(
     source: Annotated[
         Path,
@@ -40,6 +43,7 @@ def convert(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Place to write; nothing may stand there.")],
+    used: Used,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the ids, for --to store.")] = None,
     specials: Annotated[
         Literal["none", "bos", "eos", "both"] | None,
@@ -56,23 +60,30 @@ def convert(
 
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     kind = write(source, out, format=to, tokenizer=loaded, specials=specials, num_workers=workers)
+    if out.is_dir():
+        write_settings(used, out)
     if as_json:
         print_json({"out": str(out), "kind": kind, "format": to})
     else:
         typer.echo(f"{kind} written as {to}: {out}")
 
 
+@from_settings()
 def merge(
     stores: Stores,
     out: Annotated[Path, typer.Option(help="Token store to make.")],
+    used: Used,
     as_json: Json = False,
 ) -> None:
     """Make one store of several with the same tokenizer; shards are linked where the disk allows it."""
     from longspan.data.exchange.whole_stores import merge_stores
 
-    _show({str(out): merge_stores(stores, out).lengths}, as_json)
+    merged = merge_stores(stores, out)
+    write_settings(used, merged.path)
+    _show({str(out): merged.lengths}, as_json)
 
 
+@from_settings()
 def split(
     stores: Stores,
     out: Annotated[
@@ -81,6 +92,7 @@ def split(
             help="Parts and their shares, such as train=0.98,validation=0.01,test=0.01: plans to write."
         ),
     ],
+    used: Used,
     materialize: Annotated[
         bool, typer.Option("--materialize", help="Copy the documents into stores instead of writing plans.")
     ] = False,
@@ -93,12 +105,13 @@ def split(
     from longspan.core.errors import ArgumentError
     from longspan.data.exchange.whole_stores import split_plans, split_store
 
-    parts = parse_weights(out.split(","), form="--out PART=SHARE,...")
+    parts = _parts(out)
     if not materialize:
         table, paths = lengths_of(stores)
         plans = split_plans(table, parts)
         for name, plan in plans.items():
             plan.save(name, stores=paths)
+            write_settings(used, Path(name))
         rows = [(name, plan.report.documents, plan.report.tokens) for name, plan in plans.items()]
         _print(rows, "plan", as_json)
         return
@@ -108,7 +121,31 @@ def split(
             found=f"{len(stores)} stores",
             fix="merge them, or leave out --materialize",
         )
-    _show({name: part.lengths for name, part in split_store(stores[0], parts).items()}, as_json)
+    copied = split_store(stores[0], parts)
+    for store in copied.values():
+        write_settings(used, store.path)
+    _show({name: store.lengths for name, store in copied.items()}, as_json)
+
+
+def _parts(given: str) -> dict[str, float]:
+    """Read PART=SHARE,... Raises ArgumentError for what is not written so."""
+    from longspan.core.errors import ArgumentError
+
+    parts: dict[str, float] = {}
+    for item in given.split(","):
+        # The last "=" separates: a path may hold one.
+        name, _, share = item.rpartition("=")
+        try:
+            parts[name] = float(share)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ArgumentError(
+                "--out is written PART=SHARE,...",
+                found=repr(item),
+                allowed="such as train=0.9,validation=0.1",
+            )
+    return parts
 
 
 def _show(stores: dict, as_json: bool) -> None:

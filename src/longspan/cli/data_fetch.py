@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from longspan.cli.from_settings import from_settings
 from longspan.cli.output import Json, example, print_json, print_table
 
 EXAMPLE = example("longspan data fetch texts --include '*.txt' --out fetched")
 
 
+@from_settings()
 def fetch(
     source: Annotated[
         str,

@@ -37,14 +37,6 @@ PACK_EXAMPLE = example(
 )
 
 
-CharactersPerToken = Annotated[
-    float | None,
-    typer.Option(
-        help="Take documents for as long as their characters divided by this, such as 3.68. Default: their tokens."
-    ),
-]
-
-
 def _mixed(given: dict[str, Any]) -> dict[str, Any]:
     """Return what the stores' names, a part or a preset ask for."""
     from longspan.core.errors import ArgumentError

@@ -83,24 +83,6 @@ def decode(tokenizer: Tokenizer | None, ids: np.ndarray) -> str | None:
     return None if tokenizer is None else tokenizer.decode(ids.tolist())
 
 
-def parse_weights(given: Sequence[str], *, form: str = "--weight SOURCE=WEIGHT") -> dict[str, float]:
-    """Parse NAME=NUMBER. Raises ArgumentError, showing `form`, for what is not written so."""
-    from longspan.core.errors import ArgumentError
-
-    weights: dict[str, float] = {}
-    for item in given:
-        # The last "=" separates: the name of a source is free text.
-        name, _, number = item.rpartition("=")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            name = ""
-        if not name:
-            option, _, shape = form.partition(" ")
-            raise ArgumentError(f"{option} is written {shape}", found=repr(item), allowed="such as books=0.5")
-    return weights
-
-
 def show_lengths(summaries: Sequence[dict[str, Any]], as_json: bool, plot: Path | None = None) -> None:
     """Draw length summaries into one picture, if asked; print them as tables, unless JSON is to follow."""
     if plot is not None:

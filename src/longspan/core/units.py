@@ -1,7 +1,6 @@
 """Numbers with units, read and written the way people say them.
 
-Context lengths are binary (`128k` = 131072 tokens), token budgets are decimal (`5B` = 5,000,000,000),
-memory is binary (`80GiB`) or decimal (`80GB`).
+Context lengths are binary (`128k` = 131072 tokens), token budgets are decimal (`5B` = 5,000,000,000).
 """
 
 from __future__ import annotations
@@ -21,18 +20,6 @@ _NUMBER = re.compile(
 _LARGEST = 2**63 - 1  # what the int64 columns of plans and tables hold
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
-_BYTES = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 
 
 def parse_length(text: str | int) -> int:
@@ -48,11 +35,6 @@ def parse_tokens(text: str | int) -> int:
 def parse_count(text: str | int) -> int:
     """Parse a count of samples, documents or requests: `2000000`, `2e6`, `2M`."""
     return _parse(text, _DECIMAL, kind="count", examples="2000000, 2e6, 2M")
-
-
-def parse_bytes(text: str | int) -> int:
-    """Parse an amount of memory or storage: `80GiB`, `500MB`, `4096`."""
-    return _parse(text, _BYTES, kind="size in bytes", examples="80GiB, 500MB, 4096")
 
 
 def _parse(text: str | int, suffixes: dict[str, int], *, kind: str, examples: str) -> int:

@@ -58,12 +58,3 @@ def stream_settings(streams: Sequence[Stream]) -> dict[str, Any]:
         return {"mode": "proportions", "group": "store", "weights": {str(n): s for n, s in enumerate(shares)}}
     repeats = {str(n): stream.repeat for n, stream in enumerate(streams) if stream.repeat is not None}
     return {"mode": "repeat", "group": "store", "weights": repeats} if repeats else {}
-
-
-def row_weights(streams: Sequence[Stream], num_rows: Sequence[int]) -> list[float]:
-    """Return the weight of each stream of packed rows for `StreamMixer`: its share, or uses times rows."""
-    stream_settings(streams)
-    return [
-        stream.proportion if stream.proportion is not None else (stream.repeat or 1.0) * rows
-        for stream, rows in zip(streams, num_rows)
-    ]

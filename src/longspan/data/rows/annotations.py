@@ -44,7 +44,6 @@ SCHEMA = 1
 SIZE_LIMIT = 1 << 26
 
 Kind = Literal["rows", "documents", "pairs"]
-LogprobType = Literal["float16", "float32"]
 
 
 class AnnotationManifest(NamedTuple):

@@ -421,11 +421,6 @@ def _shuffled_blocks(blocks: np.ndarray, generator: np.random.Generator) -> np.n
     return np.concatenate(parts)
 
 
-def row_cost(row: PackedRow) -> int:
-    """Return what attention over a row costs, up to a factor: the sum of its documents' squared lengths."""
-    return int((np.diff(row.cu_seqlens).astype(np.int64) ** 2).sum())
-
-
 def balance(costs: Sequence[int] | np.ndarray, num_ranks: int) -> np.ndarray:
     """Deal the rows of one optimizer step to ranks so that they finish together; int64 [num_ranks, rows / num_ranks].
 

@@ -99,11 +99,6 @@ class Tokenizer:
             return True
         return self._reference.encode("a", add_special_tokens=True).ids[0] == self.bos_id
 
-    @property
-    def encodes_in_pieces(self) -> bool:
-        """Whether long texts are encoded in pieces; otherwise they need memory and time as a whole."""
-        return self._cuts is not None
-
     def encode(self, text: str, *, utf8: bytes | None = None) -> NDArray[np.uint32]:
         """Return the ids of a text [tokens]; `utf8` is the same text, for callers who have it anyway."""
         if self._fast is not None and utf8 is not None and len(text) <= PIECE_CHARACTERS["gigatoken"]:
