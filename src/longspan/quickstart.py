@@ -106,17 +106,28 @@ class QuickstartConfig(Config):
 
 
 def load_config(
-    preset: Preset = "small", *, seed: int = 0, ablate: bool = False, overrides: Sequence[str] = ()
+    preset: Preset | Path = "small",
+    *,
+    seed: int | None = None,
+    ablate: bool = False,
+    overrides: Sequence[str] = (),
 ) -> QuickstartConfig:
-    """Return the shipped recipe of a preset with a seed."""
-    from longspan.core.config import apply_overrides
+    """Return the shipped recipe of a preset, or that of a file, with a seed (None: the file's, else 0)."""
+    from longspan.core.config import apply_overrides, read_yaml
 
-    text = (importlib.resources.files("longspan") / "recipes" / RECIPES[preset]).read_text(encoding="utf-8")
-    values = apply_overrides(parse_yaml(text, where=RECIPES[preset]), overrides)
-    values.update(seed=seed, ablate=ablate)
+    if isinstance(preset, Path):
+        where, values = str(preset), read_yaml(preset)
+    else:
+        where = RECIPES[preset]
+        text = (importlib.resources.files("longspan") / "recipes" / where).read_text(encoding="utf-8")
+        values = parse_yaml(text, where=where)
+    values = apply_overrides(values, overrides)
+    values["ablate"] = ablate or values.get("ablate", False)
+    values["seed"] = values.get("seed", 0) if seed is None else seed
     for part in ("pretrain", "extend"):
-        values[part]["seed"] = seed
-    return QuickstartConfig.from_dict(values, where=RECIPES[preset])
+        if isinstance(values.get(part), dict):
+            values[part]["seed"] = values["seed"]
+    return QuickstartConfig.from_dict(values, where=where)
 
 
 def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:

@@ -53,9 +53,11 @@ def test_evaluated_keys_were_never_keys_in_training(documents: list) -> None:
 
 
 @pytest.mark.parametrize("preset", ["small", "tiny"])
-def test_the_shipped_recipes_are_valid_and_take_a_seed(preset: str) -> None:
+def test_the_shipped_recipes_are_valid_and_take_a_seed(preset: str, tmp_path: Path) -> None:
     """A seed that reaches only a part of the recipe makes runs that look independent and are not."""
     config = load_config(preset, seed=7)  # type: ignore[arg-type]
+    config.to_yaml(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
     assert config.seed == config.pretrain.seed == config.extend.seed == 7
     assert config.evaluation.split == "test"
     assert config.extend.stages[-1].context_length > config.pretrain.stages[-1].context_length

@@ -13,15 +13,9 @@ from longspan.cli.output import percent, print_json
 if TYPE_CHECKING:
     from longspan.eval.task import Planned, Task
 
-Bos = Literal["auto", "always", "never"]
 TooLong = Literal["refuse", "skip"]
 
-Lengths = Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k,32k or 1k:8k:8.")]
 Out = Annotated[Path, typer.Option(file_okay=False, help="Run folder; records go to its records/.")]
-TextField = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
-SourceField = Annotated[
-    str | None, typer.Option(help="Field that names the source. Default: the place of the file does.")
-]
 TooLongOption = Annotated[
     TooLong, typer.Option(help="Contexts over --max-length: an error, or samples recorded as unscored.")
 ]

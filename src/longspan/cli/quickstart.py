@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.output import Json, Seed, example, percent, print_json, print_table, quiet_transformers
+from longspan.cli.output import Json, example, percent, print_json, print_table, quiet_transformers
 
 EXAMPLE = example("longspan quickstart --preset tiny --out quickstart-run")
 
@@ -30,19 +30,23 @@ def quickstart(
             help="small: a model that learns it, some minutes. tiny: every step once, about a minute."
         ),
     ] = QuickstartPreset.small,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Train the controls too; takes several times as long.")
     ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE changes a setting of the recipe; many times.")
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--settings", help="A recipe in place of --preset, such as the config.yaml of a run."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Extend a small model's context on this machine, from raw text to a report, with nothing to download."""
     from longspan.quickstart import load_config, run_quickstart
 
-    config = load_config(preset.value, seed=seed, ablate=ablate, overrides=settings or [])
+    config = load_config(file or preset.value, seed=seed, ablate=ablate, overrides=settings or [])
     quiet_transformers()
     results = run_quickstart(out, config)
     if as_json:

@@ -111,6 +111,10 @@ def train(
     if search_rope is not None:
         _search_rope(config, root, scale, search_rope, as_json=as_json)
         return
+    _train(config, out, root, profile=profile, as_json=as_json)
+
+
+def _train(config: TrainConfig, out: Path, root: Path, *, profile: bool, as_json: bool) -> None:
     from longspan.parallel.launch import is_first_process
     from longspan.train import trainer
 
