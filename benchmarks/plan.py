@@ -20,6 +20,7 @@ from benchmarks.live_bytes import LiveBytes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from longspan.core.mesh_config import MeshConfig
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models import checkpointing
 from longspan.models.checkpointing import enable_checkpointing
@@ -29,7 +30,8 @@ from longspan.models.recurrent import KeyValueCache
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.plan.models import shape_of
-from longspan.plan.training import LoraSettings, TrainingSettings, training_memory
+from longspan.plan.training import training_memory
+from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 from longspan.train.batch import IGNORE_LABEL, Batch
 from longspan.train.config import OptimizerConfig
 from longspan.train.objectives import ModelWithLoss
@@ -54,13 +56,15 @@ class Case(NamedTuple):
     """A model and how it is trained."""
 
     name: str
-    settings: TrainingSettings
+    step: TrainingStep
     model: dict[str, Any]
     """A transformers configuration."""
 
 
 def _case(name: str, fields: dict[str, Any] | None = None, tokens: int = TOKENS, **settings: Any) -> Case:
-    return Case(name, TrainingSettings(tokens, cuda=False, **settings), {**MODEL, **(fields or {})})
+    memory = {name: settings.pop(name) for name in list(settings) if name in MemoryConfig.model_fields}
+    step = TrainingStep(tokens, cuda=False, memory=MemoryConfig(**memory), **settings)
+    return Case(name, step, {**MODEL, **(fields or {})})
 
 
 CASES = (
@@ -73,26 +77,31 @@ CASES = (
     _case("tied, vocabulary 8,000", {"vocab_size": 8000, "tie_word_embeddings": True}),
     _case("norms of heads", {"model_type": "qwen3", "head_dim": 32}),
     _case("bfloat16", dtype="bfloat16", activation_checkpointing="full"),
-    _case("LoRA", lora=LoraSettings(8)),
-    _case("LoRA of queries and values", lora=LoraSettings(8, targets=("q", "v"))),
+    _case("LoRA", lora=Adapters(8)),
+    _case("LoRA of queries and values", lora=Adapters(8, targets=("q", "v"))),
     _case(
         "LoRA of the MLP, bfloat16",
         {"num_hidden_layers": 8},
         dtype="bfloat16",
-        lora=LoraSettings(8, targets=("gate", "up", "down")),
+        lora=Adapters(8, targets=("gate", "up", "down")),
     ),
-    _case("LoRA, bfloat16", dtype="bfloat16", lora=LoraSettings(8)),
+    _case("LoRA, bfloat16", dtype="bfloat16", lora=Adapters(8)),
     _case(
         "LoRA, tied, vocabulary 8,000",
         {"vocab_size": 8000, "tie_word_embeddings": True},
-        lora=LoraSettings(8),
+        lora=Adapters(8),
     ),
-    _case("LoRA, again", lora=LoraSettings(8), activation_checkpointing="full"),
+    _case("LoRA, again", lora=Adapters(8), activation_checkpointing="full"),
     _case("Muon", tokens=256, optimizer="muon"),
     _case("chunks", chunk_tokens=128),
     _case("chunks, again, tiled", chunk_tokens=128, activation_checkpointing="full", tiled_mlp=64),
-    _case("chunks, keys on the host", chunk_tokens=128, offload_cache=True),
-    _case("2 ranks, bf16 beside fp32", dp_shard=2, compute_dtype="bfloat16", activation_checkpointing="full"),
+    _case("chunks, keys on the host", chunk_tokens=128, offload_chunk_cache=True),
+    _case(
+        "2 ranks, bf16 beside fp32",
+        parallel=MeshConfig(dp_shard=2),
+        compute_dtype="bfloat16",
+        activation_checkpointing="full",
+    ),
 )
 
 
@@ -114,28 +123,28 @@ class Counter(LiveBytes):
 
 def measure(case: Case) -> int:
     """Return the most bytes alive in the second optimizer step."""
-    if case.settings.shards > 1:
-        return max(spawn_local(_steps_sharded, case.settings.shards, case, timeout_seconds=200))
+    if case.step.parallel.shards > 1:
+        return max(spawn_local(_steps_sharded, case.step.parallel.shards, case, timeout_seconds=200))
     return _steps(case, mesh=None)
 
 
 def _steps_sharded(rank: int, case: Case) -> int:
-    return _steps(case, mesh=init_device_mesh("cpu", (case.settings.shards,)))
+    return _steps(case, mesh=init_device_mesh("cpu", (case.step.parallel.shards,)))
 
 
 def _steps(case: Case, mesh: Any) -> int:
-    s, fields = case.settings, case.model
+    s, fields = case.step, case.model
     with Counter() as counter, _host_memory(counter):
         model = build_model({**fields, "dtype": s.dtype}, seed=0).train()
         if s.lora is not None:
             names = tuple(f"{name}_proj" for name in s.lora.targets)
             apply_lora(model, LoraConfig(rank=s.lora.rank, target_modules=names), seed=0)
-        if s.tiled_mlp is not None:
-            enable_tiled_mlp(model, s.tiled_mlp)
-        enable_checkpointing(model, s.activation_checkpointing)
+        if s.memory.tiled_mlp is not None:
+            enable_tiled_mlp(model, s.memory.tiled_mlp)
+        enable_checkpointing(model, s.memory.activation_checkpointing)
         root = ModelWithLoss(model)
         if mesh is not None:
-            shard_model(root, mesh, compute_dtype=getattr(torch, s.compute_dtype or s.dtype))
+            shard_model(root, mesh, compute_dtype=getattr(torch, s.memory.compute_dtype or s.dtype))
             gc.collect()
         optimizers = build_optimizers(model, OptimizerConfig(name=s.optimizer))
         for step in range(2):
@@ -145,15 +154,19 @@ def _steps(case: Case, mesh: Any) -> int:
     return counter.peak
 
 
-def _step(root: ModelWithLoss, optimizers: list[Any], s: TrainingSettings, vocabulary: int) -> None:
+def _step(root: ModelWithLoss, optimizers: list[Any], s: TrainingStep, vocabulary: int) -> None:
     ids = torch.arange(s.tokens) * 7919 % vocabulary
     documents = Documents.single(s.tokens)
     labels = ids.roll(-1)
     labels[-1] = IGNORE_LABEL
     batch = Batch(ids, labels, None, documents.positions(), torch.zeros_like(ids), ("text",), documents)
-    if s.chunk_tokens is not None:
+    if s.memory.chunk_tokens is not None:
         recurrent_step(
-            root, batch, chunk_tokens=s.chunk_tokens, weight=1.0 * s.tokens, offload=s.offload_cache
+            root,
+            batch,
+            chunk_tokens=s.memory.chunk_tokens,
+            weight=1.0 * s.tokens,
+            offload=s.memory.offload_chunk_cache,
         )
     else:
         (root(batch).loss / s.tokens).backward()
@@ -197,7 +210,7 @@ def main() -> None:
     )
     for case in CASES:
         counted = measure(case)
-        memory = training_memory(shape_of(case.model), case.settings)
+        memory = training_memory(shape_of(case.model), case.step)
         print(
             f"| {case.name} | {counted / 1e6:.1f} | {memory.device / 1e6:.1f} | {memory.device / counted:.3f} "
             f"| {memory.moment} |",

@@ -96,5 +96,5 @@ def test_one_process_alone() -> None:
     assert (mesh.world, mesh.cp_size, mesh.dp_size, mesh.fsdp, mesh.is_first) == (1, 1, 1, None, True)
     with pytest.raises(ArgumentError, match=r"(?s)cp_ring 2.*= 4 processes.*torchrun --nproc-per-node 4"):
         build_mesh(MeshConfig(cp_ring=2, cp_ulysses=2), "cpu")
-    with pytest.raises(ArgumentError, match="at least 1"):
-        build_mesh(MeshConfig(tp=0), "cpu")
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        MeshConfig(tp=0)

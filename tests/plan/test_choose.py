@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 
 from longspan.core.errors import ArgumentError
+from longspan.core.mesh_config import MeshConfig
 from longspan.plan.choose import choose_memory
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS
 from longspan.plan.search import parse_gpus, search
-from longspan.plan.training import WORKSPACE, TrainingSettings
+from longspan.plan.training import WORKSPACE
+from longspan.plan.training_step import MemoryConfig, TrainingStep
 
 LLAMA = MODELS["llama-3-8b"]
-STEP = TrainingSettings(65536, dp_shard=8, compute_dtype="bfloat16")
+STEP = TrainingStep(65536, parallel=MeshConfig(dp_shard=8), memory=MemoryConfig(compute_dtype="bfloat16"))
 
 
 def test_less_memory_costs_more_time() -> None:
@@ -29,9 +31,9 @@ def test_less_memory_costs_more_time() -> None:
 def test_nothing_is_set_where_everything_fits() -> None:
     """Settings that cost nothing on paper still cost something."""
     choice = choose_memory(LLAMA, STEP, device_bytes=1e13)
-    assert choice.settings == {
+    assert choice.candidate.step.memory.chosen == {
         "activation_checkpointing": "none", "tiled_mlp": None, "offload_parameters": False,
-        "chunk_tokens": None, "offload_cache": False,
+        "chunk_tokens": None, "offload_chunk_cache": False,
     }  # fmt: skip
     assert choice.refused == [] and choice.reasons()[0].startswith("memory: none;")
 
@@ -52,11 +54,10 @@ def test_nothing_fits() -> None:
 
 def test_chunks_only_where_they_work() -> None:
     """A sequence that is spread over ranks cannot be walked in chunks."""
-    spread = TrainingSettings(65536, ring=8, schedule="ring", compute_dtype="bfloat16")
-    for settings, chunks in ((spread, True), (STEP, False)):
-        choice = choose_memory(LLAMA, settings, device_bytes=40e9, chunks=chunks)
-        tried = [choice.candidate, *(other for other, _ in choice.refused)]
-        assert all(other.settings.chunk_tokens is None for other in tried)
+    spread = STEP._replace(parallel=MeshConfig(cp_ring=8))
+    choice = choose_memory(LLAMA, spread, device_bytes=40e9)
+    tried = [choice.candidate, *(other for other, _ in choice.refused)]
+    assert all(other.step.memory.chunk_tokens is None for other in tried)
 
 
 def test_search_prefers_what_fits_and_is_fast() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from benchmarks.plan import CASES, Case, measure
 
 from longspan.core.errors import ArgumentError
-from longspan.plan.block import BlockSettings, block_walk, flash_backward_bytes
+from longspan.core.mesh_config import MeshConfig
+from longspan.plan.block import block_walk, flash_backward_bytes
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS, shape_of
-from longspan.plan.training import LoraSettings, TrainingSettings, training_memory
+from longspan.plan.training import training_memory
+from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
 LLAMA = MODELS["llama-3-8b"]
 DEFAULT = {
@@ -28,7 +32,7 @@ DEFAULT = {
 def test_estimate_is_within_a_tenth_of_what_is_alive(case: Case) -> None:
     """A tensor that the estimate forgets, or that a change of the training step keeps alive longer."""
     counted = measure(case)
-    assert training_memory(shape_of(case.model), case.settings).device == pytest.approx(counted, rel=0.1)
+    assert training_memory(shape_of(case.model), case.step).device == pytest.approx(counted, rel=0.1)
 
 
 def test_the_cases_are_there() -> None:
@@ -38,8 +42,10 @@ def test_the_cases_are_there() -> None:
 
 def test_parts_by_hand() -> None:
     """Llama-3-8B on 8 GPUs: 8.03e9 weights in fp32 with two moments; 32 block inputs of 16,384 x 4,096 in bf16."""
-    settings = TrainingSettings(
-        131072, ring=8, schedule="ring", compute_dtype="bfloat16", activation_checkpointing="full"
+    settings = TrainingStep(
+        131072,
+        parallel=MeshConfig(cp_ring=8),
+        memory=MemoryConfig(compute_dtype="bfloat16", activation_checkpointing="full"),
     )
     memory = training_memory(LLAMA, settings)
     parts = memory.moments["loss"]
@@ -52,12 +58,12 @@ def test_parts_by_hand() -> None:
 
 def test_what_goes_to_the_host_leaves_the_device() -> None:
     """An offload that is counted on neither side, or on both."""
-    settings = TrainingSettings(
+    settings = TrainingStep(
         65536,
-        dp_shard=8,
-        compute_dtype="bfloat16",
-        activation_checkpointing="offload",
-        offload_parameters=True,
+        parallel=MeshConfig(dp_shard=8),
+        memory=MemoryConfig(
+            compute_dtype="bfloat16", activation_checkpointing="offload", offload_parameters=True
+        ),
     )
     memory = training_memory(LLAMA, settings)
     assert memory.host == pytest.approx({
@@ -76,12 +82,12 @@ def test_the_cache_of_chunks_is_what_the_length_costs() -> None:
     sizes = [
         training_memory(
             LLAMA,
-            TrainingSettings(
+            TrainingStep(
                 tokens,
                 dtype="bfloat16",
-                chunk_tokens=8192,
-                activation_checkpointing="full",
-                offload_cache=True,
+                memory=MemoryConfig(
+                    chunk_tokens=8192, activation_checkpointing="full", offload_chunk_cache=True
+                ),
             ),
         )
         for tokens in (2**17, 2**18)
@@ -93,7 +99,7 @@ def test_the_cache_of_chunks_is_what_the_length_costs() -> None:
 
 def test_weights_in_four_bits() -> None:
     """QLoRA keeps a layer in 4.13 bits a weight; embeddings stay as they are."""
-    settings = TrainingSettings(8192, dtype="bfloat16", lora=LoraSettings(32, quantized=True))
+    settings = TrainingStep(8192, dtype="bfloat16", lora=Adapters(32, quantized=True))
     parameters = training_memory(LLAMA, settings).moments["optimizer"]["parameters"]
     adapters = 32 * 32 * (2 * 4096 + 2 * 4096 + 2 * (4096 + 1024) + 3 * (4096 + 14336)) * 4
     layers = 32 * LLAMA.layer_parameters * 4.127 / 8
@@ -103,9 +109,11 @@ def test_weights_in_four_bits() -> None:
 def test_wrong_settings_are_refused() -> None:
     """An estimate for what the trainer refuses."""
     with pytest.raises(ArgumentError, match="single matrices"):
-        training_memory(LLAMA, TrainingSettings(4096, tp=2))
+        training_memory(LLAMA, TrainingStep(4096, parallel=MeshConfig(tp=2)))
     with pytest.raises(ArgumentError, match="whole rows"):
-        training_memory(LLAMA, TrainingSettings(4096, ring=2, schedule="ring", chunk_tokens=1024))
+        training_memory(
+            LLAMA, TrainingStep(4096, parallel=MeshConfig(cp_ring=2), memory=MemoryConfig(chunk_tokens=1024))
+        )
 
 
 def test_limits_say_which_memory() -> None:
@@ -113,8 +121,10 @@ def test_limits_say_which_memory() -> None:
     gpu = GPUS["h100"]
     fits = training_memory(
         LLAMA,
-        TrainingSettings(
-            8192, dp_shard=8, compute_dtype="bfloat16", activation_checkpointing="offload", tiled_mlp=1024
+        TrainingStep(
+            8192,
+            parallel=MeshConfig(dp_shard=8),
+            memory=MemoryConfig(compute_dtype="bfloat16", activation_checkpointing="offload", tiled_mlp=1024),
         ),
     )
     assert fits.limit(gpu, 8) is None
@@ -122,29 +132,26 @@ def test_limits_say_which_memory() -> None:
     assert fits.limit(gpu._replace(host_memory=1e9), 8) == "host memory"
 
 
-@pytest.mark.parametrize("change", [{"element_bytes": 4}, {"head_dim": 512}])
-def test_attention_without_a_flash_kernel_is_linear_in_memory_and_counted(change: dict[str, int]) -> None:
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 128), ("bfloat16", 512)])
+def test_attention_without_a_flash_kernel_is_linear_in_memory_and_counted(dtype: Any, head_dim: int) -> None:
     """fp32 or a head of 512 on CUDA is computed in tiles, whose scores the estimate left out."""
-    shape = LLAMA._replace(head_dim=change.get("head_dim", 128), hidden=512)
+    shape = LLAMA._replace(head_dim=head_dim, hidden=512)
 
-    def peak(tokens: int, **changes: int) -> float:
-        return block_walk(shape, BlockSettings(tokens, tile_tokens=512, **changes)).backward
+    def peak(tokens: int, *, cuda: bool = True) -> float:
+        tiled = MemoryConfig(tiled_mlp=512)
+        return block_walk(shape, TrainingStep(tokens, dtype=dtype, memory=tiled, cuda=cuda)).backward
 
-    element_bytes = change.get("element_bytes", 2)
     # Five times the scores of one tile of 256 MiB, where the flash kernel sums dq.
     query = 2 * shape.heads * shape.head_dim * 4
-    assert (
-        peak(2, element_bytes=element_bytes)
-        > 5 << 28
-        > peak(2, element_bytes=element_bytes, cuda=False) + query
-    )
-    assert peak(1 << 17, element_bytes=element_bytes) < 8 * peak(1 << 14, element_bytes=element_bytes)
+    assert peak(2) > 5 << 28 > peak(2, cuda=False) + query
+    assert peak(1 << 17) < 8 * peak(1 << 14)
 
 
 def test_the_flash_backward_needs_more_than_its_gradients() -> None:
     """Llama-3-8B at 131,072 local tokens: dk and dv of all 32 heads are 2 GiB; 8,192 documents 16 GiB of dq's sums."""
+    step = TrainingStep(131072, dtype="bfloat16")
     needed = {
-        name: flash_backward_bytes(LLAMA._replace(**shape), BlockSettings(131072, documents=documents)) / 2**30
+        name: flash_backward_bytes(LLAMA._replace(**shape), step._replace(documents=documents)) / 2**30
         for name, shape, documents in (
             ("grouped", {}, 1), ("not grouped", {"kv_heads": 32}, 1), ("documents", {}, 8193),
             ("80", {"head_dim": 80}, 1), ("96", {"head_dim": 96}, 1),
@@ -153,20 +160,22 @@ def test_the_flash_backward_needs_more_than_its_gradients() -> None:
     assert needed["grouped"] - needed["not grouped"] == 2
     assert needed["documents"] - needed["grouped"] == 16
     assert needed["96"] - needed["80"] == 2 * 131072 * 32 * 16 * 2 / 2**30
-    block = [
-        block_walk(LLAMA, BlockSettings(131072, documents=documents, tile_tokens=1024)).backward
-        for documents in (1, 8193)
-    ]
+    step = step._replace(memory=MemoryConfig(tiled_mlp=1024))
+    block = [block_walk(LLAMA, step._replace(documents=documents)).backward for documents in (1, 8193)]
     assert block[1] - block[0] > 8 * 2**30
 
 
 def test_pinned_memory_comes_in_powers_of_two() -> None:
     """An input of 640 MiB a block takes 1 GiB of the host, and a chunk of 12,288 tokens what 16,384 take."""
-    settings = TrainingSettings(
-        81920, compute_dtype="bfloat16", activation_checkpointing="offload", dp_shard=8
+    settings = TrainingStep(
+        81920,
+        parallel=MeshConfig(dp_shard=8),
+        memory=MemoryConfig(compute_dtype="bfloat16", activation_checkpointing="offload"),
     )
     assert training_memory(LLAMA, settings).host == {"layer inputs": 32 * 2**30}
     unpinned = training_memory(LLAMA, settings._replace(cuda=False))
     assert unpinned.host == {"layer inputs": 32 * 640 * 2**20}
-    chunks = TrainingSettings(12288 * 5, dtype="bfloat16", chunk_tokens=12288, offload_cache=True)
+    chunks = TrainingStep(
+        12288 * 5, dtype="bfloat16", memory=MemoryConfig(chunk_tokens=12288, offload_chunk_cache=True)
+    )
     assert training_memory(LLAMA, chunks).host["key/value cache"] == 4 * 16384 * (128 + 256) * 1024

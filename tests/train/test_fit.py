@@ -9,11 +9,11 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.core.records import read_jsonl
-from longspan.plan.block import LINEARS
 from longspan.plan.models import shape_of
 from longspan.plan.training import training_memory
+from longspan.plan.training_step import LINEARS
 from longspan.train.config import TrainConfig
-from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, stage_memory, step_settings
+from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, stage_memory, training_step
 from longspan.train.runtime import on_gpu
 from longspan.train.trainer import train
 from tests.train.conftest import recipe as small_recipe
@@ -59,11 +59,12 @@ def test_adapters_on_a_gpu_stand_beside_bf16_unless_told(
 def test_a_step_is_that_of_the_recipe() -> None:
     """A micro-batch counted for all processes, or a schedule that the degrees do not mean."""
     config = recipe()
-    step = step_settings(config, config.stages[0], cuda=True)
-    assert (step.tokens, step.schedule, step.shards, step.accumulates) == (65536, "ring", 8, True)
-    assert step_settings(config, config.stages[1], cuda=True).tokens == 4096
+    step = training_step(config, config.stages[0], cuda=True)
+    found = (step.tokens, step.parallel.schedule_name, step.parallel.shards, step.accumulates)
+    assert found == (65536, "ring", 8, True)
+    assert training_step(config, config.stages[1], cuda=True).tokens == 4096
     alone = recipe(parallel={"dp_shard": 8})
-    assert not step_settings(alone, alone.stages[0], cuda=True).accumulates
+    assert not training_step(alone, alone.stages[0], cuda=True).accumulates
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_adapters_are_those_of_the_recipe(names: Any, adapted: tuple[str, ...]) 
     """Adapters of two layers counted as if all seven had one: half as much memory again as it takes."""
     model = {"path": "base", "dtype": "bfloat16"}
     config = recipe(model=model, lora={"rank": 16, "target_modules": names})
-    step = step_settings(config, config.stages[1], cuda=True)
+    step = training_step(config, config.stages[1], cuda=True)
     assert step.lora is not None and step.lora.targets == adapted
     every = step._replace(lora=step.lora._replace(targets=LINEARS))
     shape = shape_of(LLAMA)

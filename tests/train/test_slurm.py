@@ -8,14 +8,14 @@ import pytest
 
 from longspan.core.errors import ArgumentError
 from longspan.train.config import ParallelConfig
-from longspan.train.slurm import processes, sbatch_script
+from longspan.train.slurm import sbatch_script
 
 
 def test_a_run_of_sixteen_fills_two_nodes_and_the_file_is_bash() -> None:
     """One task too many a node starts torchrun twice; a word that is not quoted is a command."""
     parallel = ParallelConfig(dp_shard=2, cp_ring=8)
     command = ["train", "my recipe.yaml", "--set", "seed=1"]
-    script = sbatch_script(command, world=processes(parallel), per_node=8, name="long")
+    script = sbatch_script(command, world=parallel.world, per_node=8, name="long")
     for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8"):
         assert line in script.splitlines()
     assert "--nnodes=2 --nproc-per-node=8" in script

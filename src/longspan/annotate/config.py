@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from longspan.core.config import Config, Length, TokenBudget
-from longspan.parallel.schedule_table import ScheduleName
+from longspan.core.schedule_table import ScheduleName
 
 __all__ = ["AnnotateConfig", "PairWindows", "TeacherConfig"]
 

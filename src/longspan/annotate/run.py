@@ -19,7 +19,6 @@ from longspan.data.jobs import ArrayJob, Executor, LocalExecutor
 from longspan.infer.teacher import SharedTeacher
 from longspan.parallel.launch import process_group, spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
-from longspan.parallel.schedule_table import arranged
 
 __all__ = ["AnnotateOutcome", "annotate", "estimate_job", "shard_folder"]
 
@@ -118,8 +117,8 @@ def _shared(
     estimate_only: bool,
 ) -> AnnotateEstimate | AnnotateOutcome:
     """Be one of the processes that share a teacher; the first one writes."""
-    ring, ulysses = arranged(spec.teacher.schedule, spec.teacher.cp)
-    mesh = build_mesh(MeshConfig(cp_ring=ring, cp_ulysses=ulysses), device, timeout_seconds=WAIT_SECONDS)
+    degrees = MeshConfig.of_schedule(spec.teacher.schedule, spec.teacher.cp)
+    mesh = build_mesh(degrees, device, timeout_seconds=WAIT_SECONDS)
     job = open_job(spec, mesh=mesh)
     teacher = job.teacher
     assert isinstance(teacher, SharedTeacher)

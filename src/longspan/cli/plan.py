@@ -44,7 +44,7 @@ def plan(
     from longspan.core.errors import ArgumentError
     from longspan.core.units import parse_length, parse_tokens
     from longspan.plan.search import parse_gpus, search
-    from longspan.plan.training import LoraSettings
+    from longspan.plan.training_step import Adapters
 
     num_gpus, gpu = parse_gpus(gpus)
     if lora is not None and qlora is not None:
@@ -60,7 +60,7 @@ def plan(
         context=tokens,
         num_gpus=num_gpus,
         batch_tokens=parse_tokens(batch_tokens),
-        lora=None if rank is None else LoraSettings(rank, quantized=qlora is not None),
+        lora=None if rank is None else Adapters(rank, quantized=qlora is not None),
     )
     if as_json:
         print_json({
@@ -110,7 +110,7 @@ def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:
         rate = each.tokens / each.seconds
         rows.append([
             str(each.degrees),
-            each.candidate.settings.dp_shard,
+            each.candidate.step.parallel.dp_shard,
             each.candidate.describe(),
             format_seconds(each.seconds),
             format_count(rate),

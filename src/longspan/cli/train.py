@@ -131,7 +131,7 @@ def _train(config: TrainConfig, out: Path, root: Path, *, profile: bool, as_json
 
 def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
     """Print the file that runs this very command line."""
-    from longspan.train.slurm import processes, sbatch_script
+    from longspan.train.slurm import sbatch_script
 
     command, skip = [], False
     for word in sys.argv[1:]:
@@ -139,7 +139,7 @@ def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
         if not skip and option not in ("--print-sbatch", "--gpus-per-node"):
             command.append(word)
         skip = not skip and word == "--gpus-per-node"
-    world = processes(loaded.config.parallel)
+    world = loaded.config.parallel.world
     typer.echo(sbatch_script(command, world=world, per_node=gpus_per_node, name=loaded.name), nl=False)
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from longspan.api import ServerConfig, remote_model
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
+from longspan.core.schedule_table import ScheduleName
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
@@ -36,7 +37,6 @@ from longspan.infer.requests import Answer, Answerer, Request, Watched
 from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh
-from longspan.parallel.schedule_table import ScheduleName, arranged
 
 BATCH_TOKENS = 16_384
 
@@ -190,7 +190,13 @@ def _build(device: torch.device, settings: _Settings) -> Member:
 def _build_member(device: torch.device, settings: _Settings) -> Member:
     """Make this rank's part of its copy of a model."""
     mesh = (
-        build_mesh(_degrees(settings), device, timeout_seconds=TIMEOUT_SECONDS) if settings.cp > 1 else None
+        build_mesh(
+            MeshConfig.of_schedule(settings.schedule, settings.cp, dp_replicate=settings.replicas),
+            device,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        if settings.cp > 1
+        else None
     )
     model = load_source(settings.source, device=device, tp=settings.tp)
     shared: dict[str, Any] = {
@@ -222,11 +228,6 @@ def _available(replicas: int, device: torch.device) -> int | None:
     """Return the bytes that one of several replicas can have: on the CPU they share those of their machine."""
     free = available_memory(device)
     return free if free is None or device.type != "cpu" else free // replicas
-
-
-def _degrees(settings: _Settings) -> MeshConfig:
-    ring, ulysses = arranged(settings.schedule, settings.cp)
-    return MeshConfig(dp_replicate=settings.replicas, cp_ring=ring, cp_ulysses=ulysses)
 
 
 class ModelHere:

@@ -27,35 +27,11 @@ from numpy.typing import NDArray
 from torch.distributed.device_mesh import DeviceMesh
 
 from longspan.core.errors import ArgumentError, RunError
+from longspan.core.mesh_config import MeshConfig
 
 __all__ = ["Mesh", "MeshConfig", "build_mesh", "check_same_batch"]
 
 LAUNCH = "torchrun --nproc-per-node {world} -m longspan train RECIPE"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Degrees of parallelism; their product is the number of processes. See the module."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp_ring: int = 1
-    cp_ulysses: int = 1
-    tp: int = 1
-
-    @property
-    def degrees(self) -> tuple[int, ...]:
-        """The degrees, outermost first."""
-        return (self.dp_replicate, self.dp_shard, self.cp_ring, self.cp_ulysses, self.tp)
-
-    @property
-    def world(self) -> int:
-        """Processes that the mesh needs."""
-        return prod(self.degrees)
-
-    def __str__(self) -> str:
-        names = ("dp_replicate", "dp_shard", "cp_ring", "cp_ulysses", "tp")
-        return " x ".join(f"{name} {degree}" for name, degree in zip(names, self.degrees))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +77,7 @@ def build_mesh(config: MeshConfig, device: torch.device | str, *, timeout_second
         timeout_seconds: how long a collective of these groups waits for the others.
 
     Raises:
-        ArgumentError: the degrees do not multiply to the number of processes, or one is below 1.
+        ArgumentError: the degrees do not multiply to the number of processes.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     _check(config, world)
@@ -186,8 +162,6 @@ def check_same_batch(mesh: Mesh, arrays: Sequence[NDArray]) -> None:
 
 
 def _check(config: MeshConfig, world: int) -> None:
-    if min(config.degrees) < 1:
-        raise ArgumentError("a degree of parallelism is at least 1", found=str(config))
     if config.world == world:
         return
     if world == 1:

@@ -14,88 +14,64 @@ Shape legend: T = tokens, D = hidden, H = query heads, K = key/value heads, F = 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from longspan.plan.memory import SUM_BYTES
 from longspan.plan.models import ModelShape
 from longspan.plan.tape import Op, Walk, walk
+from longspan.plan.training_step import TrainingStep
 
-__all__ = ["LINEARS", "BlockSettings", "block_walk", "flash_backward_bytes"]
+__all__ = ["block_walk", "flash_backward_bytes"]
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear layers of a block."""
 FLASH_HEAD_DIM = 256
 """Largest head dimension of the flash kernels, which take 16 bits and multiples of 8."""
 DQ_ROWS = 128
 """Rows of dq's sums that the flash kernel adds for each document."""
 TILE_BYTES = 1 << 28
 """Of one tile's scores where no flash kernel takes the model (`kernels.attention.tiled`)."""
-SUM_BYTES = 4
-"""Of an element of a sum: fp32."""
 
 
-class BlockSettings(NamedTuple):
-    """What decides the operations of a block."""
+def block_walk(model: ModelShape, s: TrainingStep, *, attention_bytes: float = 0.0) -> Walk:
+    """Return what one block needs; in its backward pass everything has just been computed.
 
-    tokens: int
-    """Tokens that run through the block at once on this rank."""
-    element_bytes: int = 2
-    """Of an activation."""
-    tile_tokens: int | None = None
-    """Tokens of a tile of the MLP; None = all at once."""
-    trained: bool = True
-    """The block's own weights are trained."""
-    lora_rank: int | None = None
-    """Rank of adapters."""
-    adapted: tuple[str, ...] = LINEARS
-    """Linear layers that have one, if there are adapters."""
-    dequantized: bool = False
-    """A frozen linear layer makes its weight from 4 bits each time."""
-    documents: int = 1
-    """That these tokens are of."""
-    cuda: bool = True
-    """The kernel is the GPU's, which sums dq in fp32; that of the CPU computes everything in fp32."""
-    attention_bytes: float = 0.0
-    """What a schedule holds beside the layer's tensors, or the keys of one earlier chunk with gradients."""
+    Args:
+        s: its `tokens` are those that run through the block at once on this rank.
+        attention_bytes: what a schedule holds beside the layer's tensors, or the keys of one earlier chunk with
+            gradients.
+    """
+    hidden = s.tokens * model.hidden * s.compute_bytes
+    ops = _attention_ops(model, s, attention_bytes) + _mlp_ops(model, s, s.tokens)
+    ops.append(Op(("middle", "mlp"), "out", hidden, passes=True))
+    return walk(ops, {"x": hidden})
 
 
-def block_walk(model: ModelShape, settings: BlockSettings) -> Walk:
-    """Return what one block needs; in its backward pass everything has just been computed."""
-    ops = _attention_ops(model, settings) + _mlp_ops(model, settings, settings.tokens)
-    ops.append(
-        Op(("middle", "mlp"), "out", settings.tokens * model.hidden * settings.element_bytes, passes=True)
-    )
-    return walk(ops, {"x": settings.tokens * model.hidden * settings.element_bytes})
-
-
-def _norm(name: str, read: str, write: str, elements: float, s: BlockSettings) -> Op:
+def _norm(name: str, read: str, write: str, elements: float, s: TrainingStep) -> Op:
     """y = weight * (x32 * rsqrt(mean(x32^2))): the wide copies exist only where x is narrow."""
-    size, wide = elements * s.element_bytes, elements * SUM_BYTES
-    narrow = s.element_bytes < SUM_BYTES
+    size, wide = elements * s.compute_bytes, elements * SUM_BYTES
+    narrow = s.compute_bytes < SUM_BYTES
     extra = [(f"{name}.normed", size)]
     saves = [read]
     if narrow:
         extra.append((f"{name}.wide", wide))
         saves.append(f"{name}.wide")
-    if s.trained:
+    if s.lora is None:
         saves.append(f"{name}.normed")
     # Gradients of the square, of the mean and of the product, one after the other, in fp32.
     return Op((read,), write, size, tuple(saves), tuple(extra), scratch=3 * wide)
 
 
 def _linear(
-    name: str, read: str, write: str, rows: float, fan_in: int, fan_out: int, s: BlockSettings
+    name: str, read: str, write: str, rows: float, fan_in: int, fan_out: int, s: TrainingStep
 ) -> list[Op]:
-    size = rows * fan_out * s.element_bytes
-    weight = float(fan_in * fan_out * s.element_bytes)
-    scratch = weight if s.dequantized else 0.0
-    if s.lora_rank is None or name not in s.adapted:
-        saves = (read,) if s.trained else ()
-        return [Op((read,), write, size, saves, scratch=scratch, weights=weight if s.trained else 0.0)]
-    narrow = s.element_bytes < SUM_BYTES
-    inner = (f"{name}.inner", rows * s.lora_rank * SUM_BYTES)
+    size = rows * fan_out * s.compute_bytes
+    weight = float(fan_in * fan_out * s.compute_bytes)
+    scratch = weight if s.lora is not None and s.lora.quantized else 0.0
+    if s.lora is None or name not in s.lora.targets:
+        saves = (read,) if s.lora is None else ()
+        return [Op((read,), write, size, saves, scratch=scratch, weights=weight if s.lora is None else 0.0)]
+    narrow = s.compute_bytes < SUM_BYTES
+    inner = (f"{name}.inner", rows * s.lora.rank * SUM_BYTES)
     wide_in = (f"{name}.wide", rows * fan_in * SUM_BYTES)
     wide_out = rows * fan_out * SUM_BYTES
-    adapters = s.lora_rank * (fan_in + fan_out) * SUM_BYTES
+    adapters = s.lora.rank * (fan_in + fan_out) * SUM_BYTES
     return [
         Op(
             (read,),
@@ -110,8 +86,8 @@ def _linear(
     ]
 
 
-def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
-    t, b = s.tokens, s.element_bytes
+def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -> list[Op]:
+    t, b = s.tokens, s.compute_bytes
     hidden = t * model.hidden
     query, key = t * model.heads * model.head_dim, t * model.kv_heads * model.head_dim
     width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -143,7 +119,7 @@ def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
             query * b,
             ("q", "k", "v", "a", "lse"),
             (lse,),
-            scratch=scratch + s.attention_bytes,
+            scratch=scratch + attention_bytes,
         )
     )
     ops += _linear("o", "a", "o", t, width, model.hidden, s)
@@ -151,7 +127,7 @@ def _attention_ops(model: ModelShape, s: BlockSettings) -> list[Op]:
     return ops
 
 
-def flash_backward_bytes(model: ModelShape, s: BlockSettings) -> float:
+def flash_backward_bytes(model: ModelShape, s: TrainingStep) -> float:
     """Return what FlashAttention-2 needs in its backward pass, beside what it returns.
 
     dq in fp32, its heads rounded up, with 128 rows more for each document; dk and dv of every query head.
@@ -160,22 +136,24 @@ def flash_backward_bytes(model: ModelShape, s: BlockSettings) -> float:
     rounded = -(-model.head_dim // step) * step
     sums = (s.tokens + DQ_ROWS * s.documents) * model.heads * rounded * SUM_BYTES
     shared = model.kv_heads < model.heads
-    return float(sums + shared * 2 * s.tokens * model.heads * model.head_dim * s.element_bytes)
+    return float(sums + shared * 2 * s.tokens * model.heads * model.head_dim * s.compute_bytes)
 
 
-def _mlp_ops(model: ModelShape, s: BlockSettings, tokens: int) -> list[Op]:
+def _mlp_ops(model: ModelShape, s: TrainingStep, tokens: int) -> list[Op]:
     norm = _norm("norm2", "middle", "y2", tokens * model.hidden, s)
-    if s.tile_tokens is None or s.tile_tokens >= tokens:
+    if s.memory.tiled_mlp is None or s.memory.tiled_mlp >= tokens:
         return [norm, *_gated(model, s, tokens)]
-    tile = walk(_gated(model, s, s.tile_tokens), {"y2": s.tile_tokens * model.hidden * s.element_bytes})
+    tile = walk(
+        _gated(model, s, s.memory.tiled_mlp), {"y2": s.memory.tiled_mlp * model.hidden * s.compute_bytes}
+    )
     # A tile's gradients of the weights arrive together, beside their sums in fp32.
-    sums = tile.weights * SUM_BYTES / s.element_bytes
+    sums = tile.weights * SUM_BYTES / s.compute_bytes
     return [
         norm,
         Op(
             ("y2",),
             "mlp",
-            tokens * model.hidden * s.element_bytes,
+            tokens * model.hidden * s.compute_bytes,
             ("y2",),
             (("tile", tile.forward),),
             # Its own count adds them once more.
@@ -185,8 +163,8 @@ def _mlp_ops(model: ModelShape, s: BlockSettings, tokens: int) -> list[Op]:
     ]
 
 
-def _gated(model: ModelShape, s: BlockSettings, tokens: int) -> list[Op]:
-    inner = tokens * model.intermediate * s.element_bytes
+def _gated(model: ModelShape, s: TrainingStep, tokens: int) -> list[Op]:
+    inner = tokens * model.intermediate * s.compute_bytes
     hidden, wide = model.hidden, model.intermediate
     return [
         *_linear("gate", "y2", "gate", tokens, hidden, wide, s),

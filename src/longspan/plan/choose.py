@@ -18,9 +18,10 @@ from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import Degrees, LayerSeconds, layer_seconds
-from longspan.plan.training import WORKSPACE, TrainingMemory, TrainingSettings, training_memory
+from longspan.plan.training import WORKSPACE, TrainingMemory, training_memory
+from longspan.plan.training_step import TrainingStep
 
-__all__ = ["Candidate", "Choice", "candidates", "choose_memory", "memory_settings"]
+__all__ = ["Candidate", "Choice", "candidates", "choose_memory"]
 
 SMALLEST_CHUNK = 1024
 """Tokens of a chunk or a tile below which products are too small to be fast."""
@@ -30,23 +31,26 @@ LARGEST_TILE = 4096
 class Candidate(NamedTuple):
     """One combination."""
 
-    settings: TrainingSettings
+    step: TrainingStep
     memory: TrainingMemory
     seconds: float
     """Of an optimizer step of one micro-step."""
 
     @property
+    def used(self) -> dict[str, Any]:
+        """The settings that save memory, by their names in a recipe."""
+        chosen = self.step.memory.chosen
+        return {name: value for name, value in chosen.items() if value not in (None, False, "none")}
+
+    @property
     def effort(self) -> int:
         """How many settings are in use."""
-        return sum(value not in (None, False, "none") for value in memory_settings(self.settings).values())
+        return len(self.used)
 
     def describe(self) -> str:
         """Return the settings in words."""
-        used = {k: v for k, v in memory_settings(self.settings).items() if v not in (None, False, "none")}
-        return (
-            ", ".join(f"{name} {value}" if value is not True else name for name, value in used.items())
-            or "none"
-        )
+        words = (name if value is True else f"{name} {value}" for name, value in self.used.items())
+        return ", ".join(words) or "none"
 
 
 class Choice(NamedTuple):
@@ -57,11 +61,6 @@ class Choice(NamedTuple):
     """Share of time that they add to a step with none of them."""
     refused: list[tuple[Candidate, str]]
     """Cheaper combinations, cheapest first, and what each of them lacks."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Fields of a recipe's `memory`."""
-        return memory_settings(self.candidate.settings)
 
     def reasons(self) -> list[str]:
         """Return the choice and why it was made, a line each."""
@@ -74,26 +73,14 @@ class Choice(NamedTuple):
         return lines
 
 
-def memory_settings(settings: TrainingSettings) -> dict[str, Any]:
-    """Return what of the settings saves memory, by its name in a recipe."""
-    return {
-        "activation_checkpointing": settings.activation_checkpointing,
-        "tiled_mlp": settings.tiled_mlp,
-        "offload_parameters": settings.offload_parameters,
-        "chunk_tokens": settings.chunk_tokens,
-        "offload_cache": settings.offload_cache,
-    }
-
-
 def candidates(
     model: ModelShape,
-    settings: TrainingSettings,
+    step: TrainingStep,
     gpu: Gpu,
     layer: LayerSeconds,
     *,
     num_gpus: int,
     micro_steps: float = 1.0,
-    chunks: bool = True,
 ) -> list[Candidate]:
     """Return every combination of settings with its memory and time, fastest first; see `choose_memory`."""
     found = [
@@ -102,15 +89,16 @@ def candidates(
             training_memory(model, one),
             step_seconds(model, gpu, one, layer, num_gpus=num_gpus, micro_steps=micro_steps),
         )
-        for one in _combinations(settings, chunks=chunks)
+        for one in _combinations(step)
     ]
     return sorted(found, key=lambda each: (round(each.seconds, 9), each.effort, each.memory.device))
 
 
-def _combinations(s: TrainingSettings, *, chunks: bool) -> Iterator[TrainingSettings]:
-    own = -(-s.tokens // (s.ring * s.ulysses))
+def _combinations(s: TrainingStep) -> Iterator[TrainingStep]:
+    own = -(-s.tokens // (s.parallel.cp))
     walked: list[tuple[int | None, bool]] = [(None, False)]
-    if chunks and s.ring * s.ulysses == 1:
+    # A sequence that is spread over ranks cannot be walked in chunks.
+    if s.parallel.cp == 1:
         sizes = {s.tokens // parts for parts in (4, 16, 64)}
         walked += [
             (size, away)
@@ -124,43 +112,34 @@ def _combinations(s: TrainingSettings, *, chunks: bool) -> Iterator[TrainingSett
         for tiled in (None, tile) if tile < alive else (None,):
             for checkpointing in ("none", "full", "offload"):
                 for offload in (False, True):
-                    yield s._replace(
-                        activation_checkpointing=checkpointing,
-                        tiled_mlp=tiled,
-                        offload_parameters=offload,
-                        chunk_tokens=chunk,
-                        offload_cache=away,
-                    )
+                    chosen = {
+                        "activation_checkpointing": checkpointing,
+                        "tiled_mlp": tiled,
+                        "offload_parameters": offload,
+                        "chunk_tokens": chunk,
+                        "offload_chunk_cache": away,
+                    }
+                    yield s._replace(memory=s.memory.model_copy(update=chosen))
 
 
 def choose_memory(
-    model: ModelShape,
-    settings: TrainingSettings,
-    *,
-    device_bytes: float,
-    host_bytes: float | None = None,
-    gpu: Gpu = GPUS["h100"],
-    num_gpus: int | None = None,
-    chunks: bool = True,
+    model: ModelShape, step: TrainingStep, *, device_bytes: float, host_bytes: float | None = None
 ) -> Choice:
     """Return the cheapest settings of a recipe's `memory` with which a step fits.
 
     Args:
-        settings: the step; what of it saves memory is replaced.
-        device_bytes: memory of one GPU, all of it; `WORKSPACE` of it is left free if `settings.cuda`.
+        step: its `memory` is replaced, but for types.
+        device_bytes: memory of one GPU, all of it; `WORKSPACE` of it is left free if `step.cuda`.
         host_bytes: host memory of one rank; None = without limit.
-        gpu: whose speeds decide what is cheap; another one hardly changes the order.
-        num_gpus: all ranks; None = those of the degrees.
-        chunks: a row may be walked in chunks.
 
     Raises:
         ArgumentError: nothing fits; the message says what the smallest combination needs, and for what.
     """
-    world = settings.shards * settings.dp_replicate if num_gpus is None else num_gpus
-    degrees = Degrees(settings.schedule, settings.ring, settings.ulysses)
-    layer = layer_seconds(model, gpu, degrees, context=settings.tokens, num_gpus=world)
-    found = candidates(model, settings, gpu, layer, num_gpus=world, chunks=chunks)
-    free = device_bytes - (WORKSPACE if settings.cuda else 0.0)
+    # Another GPU hardly changes the order.
+    gpu, world = GPUS["h100"], step.parallel.world
+    layer = layer_seconds(model, gpu, Degrees.of(step.parallel), context=step.tokens, num_gpus=world)
+    found = candidates(model, step, gpu, layer, num_gpus=world)
+    free = device_bytes - (WORKSPACE if step.cuda else 0.0)
     refused: list[tuple[Candidate, str]] = []
     plain = min(each.seconds for each in found if each.effort == 0)
     for candidate in found:
@@ -171,7 +150,7 @@ def choose_memory(
     least = min(found, key=lambda each: each.memory.device)
     parts = sorted(least.memory.parts.items(), key=lambda part: -part[1])[:4]
     raise ArgumentError(
-        f"a step of {settings.tokens:,} tokens of {model.name} does not fit",
+        f"a step of {step.tokens:,} tokens of {model.name} does not fit",
         found=f"{format_bytes(least.memory.device)} on the device and {format_bytes(least.memory.host_bytes)} on the "
         f"host with {least.describe()}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts),
         allowed=f"{format_bytes(free)} on the device"

@@ -14,9 +14,10 @@ Beside the pass itself (`plan.scale`), per layer and micro-step:
 from __future__ import annotations
 
 from longspan.plan.hardware import Gpu
+from longspan.plan.memory import SUM_BYTES
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import HALF_ROWS, LINK_EFFICIENCY, LayerSeconds
-from longspan.plan.training import SUM_BYTES, TrainingSettings
+from longspan.plan.training_step import TrainingStep
 
 __all__ = ["step_seconds"]
 
@@ -31,7 +32,7 @@ DEVICE_BANDWIDTH = 2e12
 def step_seconds(
     model: ModelShape,
     gpu: Gpu,
-    settings: TrainingSettings,
+    s: TrainingStep,
     layer: LayerSeconds,
     *,
     num_gpus: int,
@@ -44,28 +45,33 @@ def step_seconds(
         num_gpus: all GPUs.
         micro_steps: passes of a rank in a step.
     """
-    s = settings
-    tokens = -(-s.tokens // (s.ring * s.ulysses))
+    tokens = -(-s.tokens // (s.parallel.cp))
     link = gpu.host_link * LINK_EFFICIENCY
-    chunks = 1 if s.chunk_tokens is None else max(1, -(-s.tokens // s.chunk_tokens))
+    chunks = 1 if s.memory.chunk_tokens is None else max(1, -(-s.tokens // s.memory.chunk_tokens))
     linear, attend, attend_back = layer.linear, layer.forward, layer.backward
-    if chunks > 1 and s.chunk_tokens is not None:
-        slower = (1 + HALF_ROWS / s.chunk_tokens) / (1 + HALF_ROWS / tokens)
+    if chunks > 1 and s.memory.chunk_tokens is not None:
+        slower = (1 + HALF_ROWS / s.memory.chunk_tokens) / (1 + HALF_ROWS / tokens)
         # Each part is added to the sum so far, which is read and written in fp32.
         merges = (chunks - 1) / 2 * tokens * model.heads * model.head_dim * 3 * SUM_BYTES / DEVICE_BANDWIDTH
         linear, attend, attend_back = linear * slower, attend * slower + merges, attend_back * slower + merges
     forward = linear + attend
     again = 0.0
-    if s.activation_checkpointing != "none":
+    if s.memory.activation_checkpointing != "none":
         again = forward
-    elif s.tiled_mlp is not None:
+    elif s.memory.tiled_mlp is not None:
         again = linear * 3 * model.hidden * model.intermediate / model.layer_parameters
     # With frozen weights the matrices have one product in the backward pass, not two.
     products = 2 if s.lora is None else 1
     backward = again + products * linear + attend_back
-    to_host = tokens * model.hidden * s.compute_bytes if s.activation_checkpointing == "offload" else 0.0
-    shard = model.layer_parameters / s.shards * s.parameter_bytes if s.offload_parameters else 0.0
-    cache = 2 * tokens * model.kv_heads * model.head_dim if s.offload_cache and chunks > 1 else 0.0
+    to_host = (
+        tokens * model.hidden * s.compute_bytes if s.memory.activation_checkpointing == "offload" else 0.0
+    )
+    shard = (
+        model.layer_parameters / s.parallel.shards * s.parameter_bytes if s.memory.offload_parameters else 0.0
+    )
+    cache = (
+        2 * tokens * model.kv_heads * model.head_dim if s.memory.offload_chunk_cache and chunks > 1 else 0.0
+    )
     # Chunk i reads i chunks before it: (chunks - 1) / 2 of the whole cache on average, forward and backward.
     walked = cache * (chunks - 1) / 2
     of_forward = max(
@@ -75,8 +81,8 @@ def step_seconds(
     of_backward = max(backward, layer.gather * chunks + layer.scatter * chunks, returned / link)
     first_walk = of_forward * (chunks - 1) / chunks
     micro_step = model.layers * (of_forward + first_walk + of_backward) + layer.head * 3
-    trained = model.parameters / s.shards if s.lora is None else 0.0
+    trained = model.parameters / s.parallel.shards if s.lora is None else 0.0
     bandwidth = DEVICE_BANDWIDTH
-    if s.offload_parameters:
+    if s.memory.offload_parameters:
         bandwidth = HOST_BANDWIDTH / min(num_gpus, gpu.per_node)
     return micro_steps * micro_step + trained * UPDATE_BYTES / bandwidth

@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from longspan.core.mesh_config import MeshConfig
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES, Memory, step_memory
@@ -65,6 +66,11 @@ class Degrees(NamedTuple):
     schedule: str
     ring: int
     ulysses: int
+
+    @classmethod
+    def of(cls, parallel: MeshConfig) -> Degrees:
+        """Return those of a recipe's `parallel`."""
+        return cls(parallel.planned_schedule, parallel.cp_ring, parallel.cp_ulysses)
 
     @property
     def world(self) -> int:

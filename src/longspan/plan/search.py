@@ -11,12 +11,14 @@ import re
 from typing import Any, NamedTuple
 
 from longspan.core.errors import ArgumentError
-from longspan.plan.choose import Candidate, candidates, memory_settings
+from longspan.core.mesh_config import MeshConfig
+from longspan.plan.choose import Candidate, candidates
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import Degrees, arrangements, layer_seconds
-from longspan.plan.training import WORKSPACE, LoraSettings, TrainingSettings
+from longspan.plan.training import WORKSPACE
+from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
 __all__ = ["MISSING", "Arrangement", "parse_gpus", "search"]
 
@@ -43,14 +45,7 @@ class Arrangement(NamedTuple):
 
     def parallel(self) -> dict[str, Any]:
         """Return the fields of a recipe's `parallel`."""
-        s = self.candidate.settings
-        return {
-            "dp_replicate": s.dp_replicate,
-            "dp_shard": s.dp_shard,
-            "cp_ring": s.ring,
-            "cp_ulysses": s.ulysses,
-            "schedule": s.schedule,
-        }
+        return self.candidate.step.parallel.model_dump(exclude={"tp"})
 
     def to_dict(self, num_gpus: int) -> dict[str, Any]:
         """Return it for JSON."""
@@ -65,7 +60,7 @@ class Arrangement(NamedTuple):
             "mfu": self.mfu,
             "bytes_sent_per_gpu": self.sent,
             "parallel": self.parallel(),
-            "memory": memory_settings(self.candidate.settings),
+            "memory": self.candidate.step.memory.chosen,
             "device_bytes": memory.device + WORKSPACE,
             "device_parts": {**memory.parts, "workspace": WORKSPACE},
             "peak_moment": memory.moment,
@@ -97,7 +92,7 @@ def search(
     context: int,
     num_gpus: int,
     batch_tokens: int,
-    lora: LoraSettings | None = None,
+    lora: Adapters | None = None,
 ) -> list[Arrangement]:
     """Return the best of every schedule, possible ones first and fastest first.
 
@@ -131,18 +126,17 @@ def _of(
     context: int,
     num_gpus: int,
     rows: int,
-    lora: LoraSettings | None,
+    lora: Adapters | None,
 ) -> list[Arrangement]:
     groups = num_gpus // degrees.world
     micro_steps = rows / groups
-    settings = TrainingSettings(
+    step = TrainingStep(
         context,
-        schedule=degrees.schedule,
-        ring=degrees.ring,
-        ulysses=degrees.ulysses,
-        dp_shard=groups,
+        parallel=MeshConfig(
+            dp_shard=groups, cp_ring=degrees.ring, cp_ulysses=degrees.ulysses, schedule=degrees.schedule
+        ),
         dtype="float32" if lora is None else "bfloat16",
-        compute_dtype="bfloat16",
+        memory=MemoryConfig(compute_dtype="bfloat16"),
         lora=lora,
         accumulates=micro_steps > 1,
     )
@@ -157,10 +151,10 @@ def _of(
             candidate.seconds,
             rows * context,
             flops / (candidate.seconds * num_gpus * gpu.flops),
-            micro_steps * _sent(model, candidate.settings, degrees, num_gpus),
+            micro_steps * _sent(model, candidate.step, degrees, num_gpus),
             candidate.memory.limit(gpu, num_gpus),
         )
-        for candidate in candidates(model, settings, gpu, layer, num_gpus=num_gpus, micro_steps=micro_steps)
+        for candidate in candidates(model, step, gpu, layer, num_gpus=num_gpus, micro_steps=micro_steps)
     ]
 
 
@@ -172,16 +166,16 @@ def _rank(found: Arrangement, gpu: Gpu, num_gpus: int) -> tuple[bool, float, int
     return True, lack, found.candidate.effort
 
 
-def _sent(model: ModelShape, s: TrainingSettings, degrees: Degrees, num_gpus: int) -> float:
+def _sent(model: ModelShape, s: TrainingStep, degrees: Degrees, num_gpus: int) -> float:
     """Return bytes that a GPU sends in one micro-step: attention of all layers, and FSDP's gathers and sums."""
     tokens = -(-s.tokens // degrees.world)
     shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, s.compute_bytes)
     forward, backward = bytes_sent(
-        s.schedule, shape, ring_degree=degrees.ring, ulysses_degree=degrees.ulysses
+        s.parallel.planned_schedule, shape, ring_degree=degrees.ring, ulysses_degree=degrees.ulysses
     )
-    again = s.activation_checkpointing != "none"
+    again = s.memory.activation_checkpointing != "none"
     attention = model.layers * (forward * (1 + again) + backward)
-    chunks = 1 if s.chunk_tokens is None else -(-s.tokens // s.chunk_tokens)
+    chunks = 1 if s.memory.chunk_tokens is None else -(-s.tokens // s.memory.chunk_tokens)
     share = (num_gpus - 1) / num_gpus
     # Gathered forward and backward, in a first walk over chunks too; gradients are summed in fp32.
     gathers = (2 if chunks == 1 else 3 * chunks - 1) * s.compute_bytes

@@ -18,90 +18,24 @@ libraries hold, `WORKSPACE`.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from longspan.core.errors import ArgumentError
-from longspan.plan.block import LINEARS, BlockSettings, block_walk
+from longspan.plan.block import block_walk
 from longspan.plan.hardware import Gpu
-from longspan.plan.memory import attention_buffers
+from longspan.plan.memory import SUM_BYTES, attention_buffers
 from longspan.plan.models import ModelShape
 from longspan.plan.tape import Walk
+from longspan.plan.training_step import TrainingStep, element_bytes
 
-__all__ = ["WORKSPACE", "LoraSettings", "TrainingMemory", "TrainingSettings", "training_memory"]
+__all__ = ["WORKSPACE", "TrainingMemory", "training_memory"]
 
-SUM_BYTES = 4
 NF4_BYTES = 4.127 / 8
 """Of a weight in 4 bits: blocks of 64 with a scale in 8 bits, and the scales of those."""
 LOGITS_BUDGET = 128 << 20
 """Bytes of the loss's one buffer of logits (kernels.loss)."""
 WORKSPACE = 2.5e9
 """CUDA context, NCCL buffers, library workspaces and fragmentation: not counted, an allowance."""
-
-
-class LoraSettings(NamedTuple):
-    """Adapters in the blocks; the weights themselves are frozen."""
-
-    rank: int
-    targets: tuple[str, ...] = LINEARS
-    """Linear layers that have one."""
-    quantized: bool = False
-    """Frozen linear layers are stored in 4 bits (QLoRA)."""
-    embeddings: bool = False
-    """The embedding is trained whole, in fp32, beside its frozen original."""
-
-
-class TrainingSettings(NamedTuple):
-    """One training step; names as in a recipe."""
-
-    tokens: int
-    """Tokens of a micro-batch, over all ranks that share the sequence."""
-    schedule: str = "none"
-    ring: int = 1
-    ulysses: int = 1
-    dp_shard: int = 1
-    dp_replicate: int = 1
-    tp: int = 1
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """`model.dtype`: of weights and optimizer state."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    activation_checkpointing: Literal["none", "full", "offload"] = "none"
-    tiled_mlp: int | None = None
-    loss_chunk: int | None = None
-    """Tokens whose logits exist at once; None = those of 128 MiB."""
-    offload_parameters: bool = False
-    chunk_tokens: int | None = None
-    """The row is walked in chunks of so many tokens."""
-    offload_cache: bool = False
-    """The keys, values and gradients that chunks leave to each other wait on the host."""
-    lora: LoraSettings | None = None
-    accumulates: bool = False
-    """More than one micro-batch in a step."""
-    documents: int = 1
-    """Of a micro-batch; packed rows hold more than one each."""
-    cuda: bool = True
-    """False: as on a CPU, where attention and loss compute in fp32 and AdamW goes parameter by parameter."""
-
-    @property
-    def shards(self) -> int:
-        """Ranks that the parameters are sharded over."""
-        return self.dp_shard * self.ring * self.ulysses
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the model runs under FSDP."""
-        return (
-            self.shards * self.dp_replicate > 1 or self.offload_parameters or self.compute_dtype is not None
-        )
-
-    @property
-    def parameter_bytes(self) -> int:
-        return _bytes(self.dtype)
-
-    @property
-    def compute_bytes(self) -> int:
-        return _bytes(self.compute_dtype or self.dtype)
 
 
 class TrainingMemory(NamedTuple):
@@ -138,21 +72,22 @@ class TrainingMemory(NamedTuple):
         return "host memory" if self.host_bytes > gpu.host_for_rank(num_gpus) else None
 
 
-def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMemory:
+def training_memory(model: ModelShape, s: TrainingStep) -> TrainingMemory:
     """Return the memory of one rank at the moments of a training step that is not the first.
 
     Raises:
         ArgumentError: settings that the trainer refuses: tensor parallelism, chunks of a sequence that is spread.
     """
-    s = settings
-    if s.tp != 1:
-        raise ArgumentError("training does not share single matrices", found=f"tp {s.tp}", allowed="1")
-    if s.chunk_tokens is not None and s.ring * s.ulysses > 1:
+    if s.parallel.tp != 1:
         raise ArgumentError(
-            "training in chunks needs whole rows", found=f"{s.ring * s.ulysses} ranks share a sequence"
+            "training does not share single matrices", found=f"tp {s.parallel.tp}", allowed="1"
         )
-    tokens = -(-s.tokens // (s.ring * s.ulysses))
-    alive = tokens if s.chunk_tokens is None else min(s.chunk_tokens, tokens)
+    if s.memory.chunk_tokens is not None and s.parallel.cp > 1:
+        raise ArgumentError(
+            "training in chunks needs whole rows", found=f"{s.parallel.cp} ranks share a sequence"
+        )
+    tokens = -(-s.tokens // (s.parallel.cp))
+    alive = tokens if s.memory.chunk_tokens is None else min(s.memory.chunk_tokens, tokens)
     weights = _Weights(model, s)
     block = _block(model, s, alive)
     resident, host = _resident(model, s, weights)
@@ -162,10 +97,10 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
         host["layer inputs"] = offloaded
     cache = _cache(model, s, tokens, alive)
     if cache:
-        (host if s.offload_cache else resident)["key/value cache"] = cache
+        (host if s.memory.offload_chunk_cache else resident)["key/value cache"] = cache
     gathered = weights.gathered()
     gradients = weights.device_gradients
-    in_chunks = s.chunk_tokens is not None and alive < tokens
+    in_chunks = s.memory.chunk_tokens is not None and alive < tokens
     before = gradients if s.accumulates or in_chunks else 0.0
     if in_chunks and not s.is_sharded:
         # Gradients of chunks are added in fp32 (train.recurrent).
@@ -175,7 +110,7 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
     # The gradient of a block's input or output, and tokens' ids, labels, positions, angles.
     small = tokens * 4 * 8 + alive * model.head_dim * 2 * s.compute_bytes
     norms = 2 * unit + (alive * model.hidden * SUM_BYTES if s.compute_bytes < SUM_BYTES else 0)
-    saves = s.activation_checkpointing == "none"
+    saves = s.memory.activation_checkpointing == "none"
     what_is_kept = "activations" if saves else "layer inputs"
     moments = {
         "forward": {
@@ -207,7 +142,7 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
             "batch": small,
         }
     if s.is_sharded and s.lora is None:
-        outside = weights.outside * (_bytes(s.reduce_dtype) + s.compute_bytes)
+        outside = weights.outside * (element_bytes(s.memory.reduce_dtype) + s.compute_bytes)
         moments["sum of the embeddings' gradients"] = {
             **resident,
             "gradients": gradients + outside,
@@ -224,7 +159,7 @@ def training_memory(model: ModelShape, settings: TrainingSettings) -> TrainingMe
 class _Weights:
     """Sizes of weights, gradients and optimizer state of one rank, in bytes."""
 
-    def __init__(self, model: ModelShape, s: TrainingSettings) -> None:
+    def __init__(self, model: ModelShape, s: TrainingStep) -> None:
         self.model, self.s = model, s
         self.embeddings = model.vocab * model.hidden
         self.layers = model.layers * model.layer_parameters
@@ -240,7 +175,7 @@ class _Weights:
                 "gate": wide, "up": wide, "down": wide,
             }  # fmt: skip
             self.adapters = lora.rank * sum(sides[name] for name in lora.targets)
-        share = 1 / s.shards
+        share = 1 / s.parallel.shards
         narrow = s.parameter_bytes
         trained_bytes = SUM_BYTES if lora is not None else narrow
         frozen_layer = NF4_BYTES if lora is not None and lora.quantized else narrow
@@ -251,13 +186,13 @@ class _Weights:
             self.parameters += (self.layers * frozen_layer + self.outside * narrow) * share
         self.gradients = self.trained * trained_bytes
         self.trained_bytes = trained_bytes
-        self.device_gradients = 0.0 if s.offload_parameters else self.gradients
+        self.device_gradients = 0.0 if s.memory.offload_parameters else self.gradients
         of_layer = model.layer_parameters if lora is None else self.adapters
-        self.layer_gradients = 0.0 if s.offload_parameters else of_layer * trained_bytes * share
+        self.layer_gradients = 0.0 if s.memory.offload_parameters else of_layer * trained_bytes * share
         head_bytes = s.compute_bytes if s.is_sharded else narrow
         self.head_gradient = 0.0 if lora is not None else float(self.embeddings * head_bytes)
         # Of the block before, on its way to the other ranks.
-        self.reduced = of_layer * _bytes(s.reduce_dtype) if s.is_sharded else 0.0
+        self.reduced = of_layer * element_bytes(s.memory.reduce_dtype) if s.is_sharded else 0.0
         self.state, self.optimizer_scratch = self._optimizer(share)
 
     def gathered(self) -> float:
@@ -270,7 +205,7 @@ class _Weights:
         if lora is not None:
             layer = model.layer_parameters * (NF4_BYTES if lora.quantized else s.compute_bytes)
             layer += self.adapters * s.compute_bytes
-        return (3 if s.shards > 1 else 1) * layer + self.outside * s.compute_bytes
+        return (3 if s.parallel.shards > 1 else 1) * layer + self.outside * s.compute_bytes
 
     def _optimizer(self, share: float) -> tuple[float, float]:
         """Return bytes of the state, and what a step needs inside itself."""
@@ -288,50 +223,36 @@ class _Weights:
         # The root of the second moment, of one parameter after the other on a CPU; a GPU's operation holds nothing.
         largest = max(self.embeddings if s.lora is None else 0, model.hidden * model.intermediate)
         roots = 0.0 if s.cuda else 2 * min(rest, largest) * self.trained_bytes
-        return state, 0.0 if s.offload_parameters else max(scratch, roots)
+        return state, 0.0 if s.memory.offload_parameters else max(scratch, roots)
 
 
-def _bytes(dtype: str) -> int:
-    return {"float32": 4, "bfloat16": 2}[dtype]
-
-
-def _block(model: ModelShape, s: TrainingSettings, alive: int) -> Walk:
+def _block(model: ModelShape, s: TrainingStep, alive: int) -> Walk:
     query, key = alive * model.heads * model.head_dim, alive * model.kv_heads * model.head_dim
-    if s.chunk_tokens is not None and alive < s.tokens:
+    if s.memory.chunk_tokens is not None and alive < s.tokens:
         # Sums of out and dq in fp32; keys and values of an earlier chunk, the next one, their gradients twice.
         attention = 2.0 * query * SUM_BYTES + 2 * key * (2 * s.compute_bytes + 3 * SUM_BYTES)
-    elif s.schedule == "none":
+    elif s.parallel.planned_schedule == "none":
         attention = 0.0
     else:
         attention = attention_buffers(
-            s.schedule, model, alive, ring_degree=s.ring, ulysses_degree=s.ulysses
-        ) - query * SUM_BYTES * (s.schedule != "all_gather")
-    return block_walk(
-        model,
-        BlockSettings(
-            tokens=alive,
-            element_bytes=s.compute_bytes,
-            tile_tokens=s.tiled_mlp,
-            trained=s.lora is None,
-            lora_rank=None if s.lora is None else s.lora.rank,
-            adapted=() if s.lora is None else s.lora.targets,
-            dequantized=s.lora is not None and s.lora.quantized,
-            documents=s.documents,
-            cuda=s.cuda,
-            attention_bytes=attention,
-        ),
-    )
+            s.parallel.planned_schedule,
+            model,
+            alive,
+            ring_degree=s.parallel.cp_ring,
+            ulysses_degree=s.parallel.cp_ulysses,
+        ) - query * SUM_BYTES * (s.parallel.planned_schedule != "all_gather")
+    return block_walk(model, s._replace(tokens=alive), attention_bytes=attention)
 
 
 def _resident(
-    model: ModelShape, s: TrainingSettings, weights: _Weights
+    model: ModelShape, s: TrainingStep, weights: _Weights
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what stays between steps, on the device and on the host."""
     stays = {"parameters": weights.parameters, "optimizer state": weights.state}
-    if not s.offload_parameters:
+    if not s.memory.offload_parameters:
         return stays, {}
     # Of the matrices: the rest is small.
-    sizes = (shape / s.shards * s.parameter_bytes for shape in _matrices(model))
+    sizes = (shape / s.parallel.shards * s.parameter_bytes for shape in _matrices(model))
     pinned = sum(_pinned(size, s) - size for size in sizes) if s.lora is None else 0.0
     return {}, {**stays, "parameters": weights.parameters + pinned, "gradients": weights.gradients}
 
@@ -343,36 +264,35 @@ def _matrices(model: ModelShape) -> list[int]:
     return layer * model.layers + [model.vocab * model.hidden] * (1 if model.tied else 2)
 
 
-def _pinned(size: float, s: TrainingSettings) -> float:
+def _pinned(size: float, s: TrainingStep) -> float:
     """Return the bytes that a tensor takes on the host: torch rounds pinned memory up to a power of two."""
     return float(1 << max(0, math.ceil(math.log2(size)))) if s.cuda and size else size
 
 
-def _kept(model: ModelShape, s: TrainingSettings, block: Walk, unit: float) -> tuple[float, float]:
+def _kept(model: ModelShape, s: TrainingStep, block: Walk, unit: float) -> tuple[float, float]:
     """Return what all blocks keep on the device between forward and backward, and on the host."""
-    if s.activation_checkpointing == "none":
+    if s.memory.activation_checkpointing == "none":
         return model.layers * block.saved, 0.0
-    if s.activation_checkpointing == "full":
+    if s.memory.activation_checkpointing == "full":
         return model.layers * unit, 0.0
     # The one in use and the one on its way.
     on_host = model.layers * _pinned(unit, s)
     return min(2, model.layers) * unit, on_host
 
 
-def _cache(model: ModelShape, s: TrainingSettings, tokens: int, alive: int) -> float:
-    if s.chunk_tokens is None or alive >= tokens:
+def _cache(model: ModelShape, s: TrainingStep, tokens: int, alive: int) -> float:
+    if s.memory.chunk_tokens is None or alive >= tokens:
         return 0.0
     chunk = 2 * alive * model.kv_heads * model.head_dim
     sizes = [float(chunk * item) for item in (s.compute_bytes, SUM_BYTES)]
-    if s.offload_cache:
+    if s.memory.offload_chunk_cache:
         sizes = [_pinned(size, s) for size in sizes]
     return (tokens - alive) / alive * model.layers * sum(sizes)
 
 
-def _loss(model: ModelShape, s: TrainingSettings, alive: int, weights: _Weights) -> dict[str, float]:
+def _loss(model: ModelShape, s: TrainingStep, alive: int, weights: _Weights) -> dict[str, float]:
     item = SUM_BYTES
-    chunk = s.loss_chunk or max(16, LOGITS_BUDGET // (item * model.vocab))
-    chunk = min(chunk, alive)
+    chunk = min(max(16, LOGITS_BUDGET // (item * model.vocab)), alive)
     logits = chunk * model.vocab * item
     narrow = s.compute_bytes < SUM_BYTES
     head = 0.0

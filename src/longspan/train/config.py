@@ -21,9 +21,10 @@ import pydantic
 
 from longspan.core.config import Config, Length, TokenBudget
 from longspan.core.errors import ConfigError
+from longspan.core.mesh_config import MeshConfig
 from longspan.models.lora_config import LoraConfig
 from longspan.parallel.layout import Layout
-from longspan.parallel.schedule_table import ScheduleName
+from longspan.plan.training_step import MemoryConfig
 from longspan.train.loop_config import (
     DistillConfig,
     InitConfig,
@@ -288,81 +289,17 @@ class CheckpointConfig(Config):
     """Newest checkpoints that stay."""
 
 
-class ParallelConfig(Config):
+class ParallelConfig(MeshConfig):
     """Parallelism: the processes of a run. The degrees multiply to their number, which torchrun starts.
 
     A run can go on with other degrees than it began with: its data and their order stay the same.
     """
 
-    dp_replicate: int = pydantic.Field(1, ge=1)
-    """Data parallelism: copies of the sharded model (HSDP)."""
-    dp_shard: int = pydantic.Field(1, ge=1)
-    """Sharded data parallelism: processes that share the parameters (FSDP2) and read different rows."""
-    cp_ring: int = pydantic.Field(1, ge=1)
-    """Context parallelism: processes that share each sequence, keys and values going round (ring attention)."""
-    cp_ulysses: int = pydantic.Field(1, ge=1)
-    """Context parallelism: processes that share each sequence, each computing some of the heads (Ulysses)."""
-    tp: int = pydantic.Field(1, ge=1)
-    """Tensor parallelism: processes that share each matrix; training refuses it above 1."""
-    schedule: ScheduleName | None = None
-    """Context-parallel schedule: how keys and values reach the queries. None: what the cp degrees say: none, ring,
-    ulysses or usp."""
     layout: Layout | None = None
     """Load balancing of context parallelism: which tokens of a sequence each process holds. None: the schedule's
     own."""
     timeout_seconds: float = pydantic.Field(600.0, gt=0)
     """A process that makes no progress for so long, or loses the others, ends with a message. Longer than a step."""
-
-
-class MemoryConfig(Config):
-    """What is spent to use less memory; `memory: auto` in a recipe is short for `memory: {auto: true}`."""
-
-    auto: bool = False
-    """Choose the cheapest of the settings below with which every stage fits this machine, and say why. The types stay
-    as they are given: they change what is computed."""
-    activation_checkpointing: Literal["none", "full", "offload"] = "none"
-    """Activation (gradient) checkpointing: recompute each block in the backward pass from its input; `offload` keeps
-    the inputs in host memory."""
-    tiled_mlp: TokenBudget | None = pydantic.Field(None, gt=0)
-    """Tokens that an MLP computes at a time. None: all at once."""
-    offload_parameters: bool = False
-    """CPU offloading: keep parameters, gradients and optimizer state in host memory."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Mixed precision: type of the forward and backward pass beside master weights of `model.dtype`. None:
-    `model.dtype`, but bfloat16 on a GPU where all weights are trained; set float32 to compute in that there."""
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which gradients are summed over processes."""
-
-    chunk_tokens: TokenBudget | None = pydantic.Field(None, gt=0)
-    """Walk each micro-batch in chunks of so many tokens, with the same gradients (train/recurrent.py): memory of a
-    chunk and of the keys and values. Not beside cp_ring or cp_ulysses. None: all at once."""
-    offload_chunk_cache: bool = False
-    """Keep those keys, values and their gradients in host memory."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        return {"auto": True} if value == "auto" else value
-
-    @pydantic.model_validator(mode="after")
-    def _nothing_chosen_twice(self) -> Self:
-        chosen = self.model_fields_set - {"auto", "compute_dtype", "reduce_dtype"}
-        if self.auto and chosen:
-            raise ValueError(
-                f"memory.auto chooses {', '.join(sorted(chosen))}: leave it out, or leave auto out"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _there_is_a_cache(self) -> Self:
-        if self.offload_chunk_cache and self.chunk_tokens is None:
-            raise ValueError("offload_chunk_cache has no effect without chunk_tokens")
-        return self
-
-    @property
-    def needs_sharding(self) -> bool:
-        """Whether a single process too has to run through FSDP."""
-        return self.offload_parameters or self.compute_dtype is not None
 
 
 class TrainConfig(Config):
@@ -404,7 +341,7 @@ class TrainConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _chunks_are_of_whole_rows(self) -> Self:
-        if self.memory.chunk_tokens is not None and self.parallel.cp_ring * self.parallel.cp_ulysses > 1:
+        if self.memory.chunk_tokens is not None and self.parallel.cp > 1:
             raise ValueError("memory.chunk_tokens walks whole rows: set parallel.cp_ring and cp_ulysses to 1")
         return self
 

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from longspan.models.lora_config import LoraConfig
-from longspan.parallel.schedule_table import SCHEDULES, schedule_of_degrees
-from longspan.plan.block import LINEARS
 from longspan.plan.choose import Choice, choose_memory
 from longspan.plan.models import shape_of
-from longspan.plan.training import LoraSettings, TrainingMemory, TrainingSettings, training_memory
-from longspan.train.config import MemoryConfig, StageConfig, TrainConfig
+from longspan.plan.training import TrainingMemory, training_memory
+from longspan.plan.training_step import LINEARS, Adapters, MemoryConfig, TrainingStep
+from longspan.train.config import StageConfig, TrainConfig
 
-__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "stage_memory", "step_settings"]
+__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "stage_memory", "training_step"]
 
 TRAINED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -41,37 +40,24 @@ def machine_budget() -> MemoryBudget:
     return MemoryBudget(host, 0.0, False)
 
 
-def step_settings(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> TrainingSettings:
+def training_step(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> TrainingStep:
     """Return a stage's step as `plan` describes it."""
-    parallel, memory = config.parallel, config.memory
-    rows = max(1, math.ceil(stage.rows_per_step / (parallel.dp_replicate * parallel.dp_shard)))
+    rows = max(1, math.ceil(stage.rows_per_step / config.parallel.dp))
     at_once = min(rows, stage.rows_per_micro_batch)
     lora = None
     if config.lora is not None:
-        lora = LoraSettings(
+        lora = Adapters(
             config.lora.rank,
             targets=_adapted(config.lora),
             quantized=config.lora.quantization is not None,
             embeddings=any(name.endswith(TRAINED_EMBEDDINGS) for name in config.lora.trainable),
         )
-    schedule = parallel.schedule or schedule_of_degrees(parallel.cp_ring, parallel.cp_ulysses)
-    return TrainingSettings(
+    return TrainingStep(
         at_once * stage.context_length,
-        schedule=SCHEDULES[schedule].planned_as or schedule,
-        ring=parallel.cp_ring,
-        ulysses=parallel.cp_ulysses,
-        dp_shard=parallel.dp_shard,
-        dp_replicate=parallel.dp_replicate,
-        tp=parallel.tp,
+        parallel=config.parallel,
         dtype=config.model.dtype,
-        compute_dtype=memory.compute_dtype,
-        reduce_dtype=memory.reduce_dtype,
+        memory=config.memory,
         optimizer=config.optimizer.name,
-        activation_checkpointing=memory.activation_checkpointing,
-        tiled_mlp=memory.tiled_mlp,
-        offload_parameters=memory.offload_parameters,
-        chunk_tokens=memory.chunk_tokens,
-        offload_cache=memory.offload_chunk_cache,
         lora=lora,
         accumulates=rows > at_once,
         documents=at_once,
@@ -100,7 +86,7 @@ def stage_memory(
     Args:
         hf_config: the model's configuration, as `config.json` has it.
     """
-    return training_memory(shape_of(hf_config), step_settings(config, stage, cuda=cuda))
+    return training_memory(shape_of(hf_config), training_step(config, stage, cuda=cuda))
 
 
 def fit_memory(
@@ -115,14 +101,7 @@ def fit_memory(
         ArgumentError: nothing fits.
     """
     shape = shape_of(hf_config)
-    steps = [step_settings(config, stage, cuda=budget.cuda) for stage in config.stages]
-    choice = choose_memory(
-        shape,
-        max(steps, key=lambda step: (step.tokens, step.accumulates)),
-        device_bytes=budget.device,
-        host_bytes=budget.host,
-        chunks=config.parallel.cp_ring * config.parallel.cp_ulysses == 1,
-    )
-    fields = dict(choice.settings)
-    fields["offload_chunk_cache"] = fields.pop("offload_cache")
-    return config.memory.model_copy(update=fields), choice
+    steps = [training_step(config, stage, cuda=budget.cuda) for stage in config.stages]
+    hardest = max(steps, key=lambda step: (step.tokens, step.accumulates))
+    choice = choose_memory(shape, hardest, device_bytes=budget.device, host_bytes=budget.host)
+    return choice.candidate.step.memory, choice

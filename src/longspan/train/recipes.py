@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 from longspan.core.config import apply_overrides, parse_yaml, read_yaml
 from longspan.core.errors import ConfigError
 from longspan.data.readers.hub import SCHEME as HUB
+from longspan.plan.training_step import MemoryConfig
 from longspan.train.config import (
     CheckpointConfig,
-    MemoryConfig,
     ModelConfig,
     ParallelConfig,
     StageConfig,

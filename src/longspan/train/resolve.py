@@ -22,7 +22,7 @@ from longspan.plan.models import ModelShape
 from longspan.plan.scale import Degrees, layer_seconds
 from longspan.plan.training import WORKSPACE, training_memory
 from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
-from longspan.train.fit import MemoryBudget, machine_budget, step_settings
+from longspan.train.fit import MemoryBudget, machine_budget, training_step
 from longspan.train.run_plan import plan_run
 from longspan.train.runtime import on_gpu
 from longspan.train.stage_model import rope_at
@@ -117,7 +117,7 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
     if init is not None and not (plan.root / init.path).exists():
         notes.append(f"init_from is not on this machine and is not checked: {init.path}")
     notes += plan.notes
-    world = _world(config.parallel)
+    world = config.parallel.world
     if config.memory.auto and model.shape is not None and model.config is not None:
         try:
             plan = plan.fitted(_budget(None if gpu is None else here, world))
@@ -152,22 +152,17 @@ def _stage(
     tokens = None if steps is None else steps * stage.rows_per_step * stage.context_length
     memory = host = step_time = seconds = None
     if model is not None and stage.steps != 0:
-        settings = step_settings(config, stage, cuda=cuda)
-        estimate = training_memory(model, settings)
+        step = training_step(config, stage, cuda=cuda)
+        estimate = training_memory(model, step)
         memory = {name: size for name, size in estimate.parts.items() if size}
         memory |= {"workspace": WORKSPACE} if cuda else {}
         host = estimate.host_bytes
     if model is not None and stage.steps != 0 and gpu is not None:
-        world = _world(config.parallel)
-        layer = layer_seconds(
-            model,
-            gpu,
-            Degrees(settings.schedule, settings.ring, settings.ulysses),
-            context=settings.tokens,
-            num_gpus=world,
-        )
+        world = config.parallel.world
+        degrees = Degrees.of(config.parallel)
+        layer = layer_seconds(model, gpu, degrees, context=step.tokens, num_gpus=world)
         micro = _micro_steps(config.parallel, stage)
-        step_time = step_seconds(model, gpu, settings, layer, num_gpus=world, micro_steps=micro)
+        step_time = step_seconds(model, gpu, step, layer, num_gpus=world, micro_steps=micro)
         seconds = None if steps is None else steps * step_time
     return ResolvedStage(
         stage.name,
@@ -237,12 +232,8 @@ def _shares(name: str, stream: StreamConfig, plan: StagePlan) -> Mapping[str, fl
 
 
 def _micro_steps(parallel: ParallelConfig, stage: StageConfig) -> float:
-    rows = stage.rows_per_step / (parallel.dp_replicate * parallel.dp_shard)
+    rows = stage.rows_per_step / parallel.dp
     return max(1.0, rows / stage.rows_per_micro_batch)
-
-
-def _world(parallel: ParallelConfig) -> int:
-    return parallel.dp_replicate * parallel.dp_shard * parallel.cp_ring * parallel.cp_ulysses * parallel.tp
 
 
 def _launch(command: str, world: int) -> str:

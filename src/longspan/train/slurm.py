@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Sequence
 
 from longspan.core.errors import ArgumentError
-from longspan.train.config import ParallelConfig
-
-
-def processes(config: ParallelConfig) -> int:
-    """Return the number of processes that the degrees multiply to."""
-    return math.prod((config.dp_replicate, config.dp_shard, config.cp_ring, config.cp_ulysses, config.tp))
 
 
 def sbatch_script(command: Sequence[str], *, world: int, per_node: int, name: str) -> str:

@@ -21,15 +21,15 @@ from longspan.models.quantize import plain_parameters
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
-from longspan.parallel.mesh import Mesh, MeshConfig, build_mesh, check_same_batch
-from longspan.parallel.schedule_table import schedule_of_degrees
+from longspan.parallel.mesh import Mesh, build_mesh, check_same_batch
 from longspan.parallel.schedules import build_schedule, check_degrees
 from longspan.parallel.schedules.base import CpSchedule
 from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
+from longspan.plan.training_step import MemoryConfig
 from longspan.train.batch import Batch, collate, take
-from longspan.train.config import MemoryConfig, ParallelConfig, TrainConfig
+from longspan.train.config import ParallelConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown
 from longspan.train.objectives import ModelWithLoss
 
@@ -127,7 +127,7 @@ class Spread:
 
 def check_rows(config: TrainConfig) -> None:
     """Refuse rows of a step that do not divide among the data-parallel processes. Raises ConfigError."""
-    ranks = config.parallel.dp_replicate * config.parallel.dp_shard
+    ranks = config.parallel.dp
     for stage in config.stages:
         if stage.rows_per_step % ranks:
             raise ConfigError(
@@ -144,7 +144,7 @@ def check_parallel(config: ParallelConfig, heads: int, kv_heads: int) -> None:
         ArgumentError: as `build_spread`, but for the number of processes, and heads that the schedule cannot share.
     """
     _refuse_tp(config)
-    name = config.schedule or schedule_of_degrees(config.cp_ring, config.cp_ulysses)
+    name = config.schedule_name
     check_degrees(name, ring=config.cp_ring, ulysses=config.cp_ulysses)
     _layout(config, build_schedule(name))
     head_share(heads, kv_heads, config.cp_ulysses, 0)
@@ -166,18 +166,11 @@ def build_spread(
             work with them.
     """
     _refuse_tp(config)
-    degrees = MeshConfig(
-        dp_replicate=config.dp_replicate,
-        dp_shard=config.dp_shard,
-        cp_ring=config.cp_ring,
-        cp_ulysses=config.cp_ulysses,
-        tp=config.tp,
+    timeout = collective_timeout(config.timeout_seconds, device.type)
+    mesh = build_mesh(config, device, timeout_seconds=timeout)
+    schedule = build_schedule(
+        config.schedule_name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
     )
-    mesh = build_mesh(
-        degrees, device, timeout_seconds=collective_timeout(config.timeout_seconds, device.type)
-    )
-    name = config.schedule or schedule_of_degrees(config.cp_ring, config.cp_ulysses)
-    schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
     return Spread(mesh, schedule, _layout(config, schedule), window=window, watchdog=watchdog)
 
 

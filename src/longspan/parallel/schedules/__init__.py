@@ -7,7 +7,7 @@ from importlib import import_module
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
-from longspan.parallel.schedule_table import SCHEDULES, ScheduleName
+from longspan.core.schedule_table import SCHEDULES, ScheduleName
 from longspan.parallel.schedules.base import CpSchedule, sequence_attention
 
 __all__ = ["SCHEDULES", "CpSchedule", "ScheduleName", "build_schedule", "check_degrees", "sequence_attention"]
