@@ -19,11 +19,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from longspan.api.anthropic_protocol import AnthropicProtocol
 from longspan.api.budget import Meter, SpendingLimits
 from longspan.api.cache import AnswerCache, request_key
 from longspan.api.client_report import ClientReport, Counts
@@ -32,19 +32,14 @@ from longspan.api.endpoint import Endpoint
 from longspan.api.failures import Retry
 from longspan.api.limits import Limits, Throttle, usable
 from longspan.api.messages import ChatRequest, ChatResult, ParsedAnswer, Usage, estimate_tokens
-from longspan.api.openai_protocol import ChatProtocol, CompletionsProtocol
 from longspan.api.protocol import WireProtocol
+from longspan.api.providers import PROVIDERS
 from longspan.api.transport import Transport
 from longspan.core.errors import LongspanError, RunError, UserError
 from longspan.core.log import get_logger
 
 _log = get_logger("api")
 _Id = TypeVar("_Id", bound=Hashable)
-_PROTOCOLS: dict[str, type[WireProtocol]] = {
-    "chat": ChatProtocol,
-    "completions": CompletionsProtocol,
-    "anthropic": AnthropicProtocol,
-}
 _NEVER_ANSWERED = 10
 """A job ends when this many requests were rejected, or failed, before or since any was answered."""
 _GRACE_SECONDS = 10.0
@@ -97,7 +92,8 @@ class Client:
         self.endpoint = endpoint
         self.limits = limits or Limits()
         self._clock = clock or Clock()
-        self._protocol = _PROTOCOLS[endpoint.kind]()
+        module, _, name = PROVIDERS[endpoint.kind].protocol.partition(":")
+        self._protocol: WireProtocol = getattr(import_module(f"longspan.api.{module}"), name)()
         self._transport = Transport(
             endpoint, self._protocol, connections=self.limits.concurrency, clock=self._clock
         )

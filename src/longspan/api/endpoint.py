@@ -10,29 +10,17 @@ Settings hold the name of the variable in which the key lies, never the key: the
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pydantic
 
+from longspan.api.providers import PROVIDERS, Kind
 from longspan.core.config import Config
 from longspan.core.errors import ConfigError
 from longspan.core.log import log_once
 
-Kind = Literal["chat", "completions", "anthropic"]
-
-_PROVIDERS: dict[str, str] = {
-    "chat": "https://api.openai.com/v1",
-    "completions": "https://api.openai.com/v1",
-    "anthropic": "https://api.anthropic.com/v1",
-}
-_PATHS: dict[str, str] = {
-    "chat": "/chat/completions",
-    "completions": "/completions",
-    "anthropic": "/messages",
-}
 _AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
-_ANTHROPIC_VERSION = "2023-06-01"
 
 
 class Key:
@@ -103,14 +91,14 @@ class Endpoint(Config):
                 allowed="scheme, host and path; Azure's version goes into api_version",
             )
         path = parts.path.rstrip("/")
-        for ending in _PATHS.values():
-            path = path.removesuffix(ending)
+        for provider in PROVIDERS.values():
+            path = path.removesuffix(provider.path)
         return urlunsplit((parts.scheme, parts.netloc, path, "", ""))
 
     @property
     def address(self) -> str:
         """The base address, without any secret."""
-        return self.base_url or _PROVIDERS[self.kind]
+        return self.base_url or PROVIDERS[self.kind].address
 
     @property
     def is_azure(self) -> bool:
@@ -122,7 +110,7 @@ class Endpoint(Config):
     def url(self) -> str:
         """Where requests are posted."""
         query = f"?api-version={self.api_version}" if self.is_azure and self.api_version else ""
-        return self.address + _PATHS[self.kind] + query
+        return self.address + PROVIDERS[self.kind].path + query
 
     @property
     def limit_field(self) -> str:
@@ -133,15 +121,13 @@ class Endpoint(Config):
     def headers(self, key: Key) -> dict[str, str]:
         """Return the headers of a request; they hold the key."""
         headers = {"content-type": "application/json"}
-        if self.kind == "anthropic":
-            headers["anthropic-version"] = self.api_version or _ANTHROPIC_VERSION
-        if key.reveal():
-            if self.kind == "anthropic":
-                headers["x-api-key"] = key.reveal()
-            elif self.is_azure:
-                headers["api-key"] = key.reveal()
-            else:
-                headers["authorization"] = f"Bearer {key.reveal()}"
+        provider = PROVIDERS[self.kind]
+        if provider.version is not None:
+            name, usual = provider.version
+            headers[name] = self.api_version or usual
+        if value := key.reveal():
+            name = "api-key" if self.is_azure else provider.key_header
+            headers[name] = f"Bearer {value}" if name == "authorization" else value
         return headers
 
     def read_key(self) -> Key:
@@ -167,6 +153,4 @@ class Endpoint(Config):
         return Key(value, variable)
 
     def _usual_variable(self) -> str:
-        if self.kind == "anthropic":
-            return "ANTHROPIC_API_KEY"
-        return "AZURE_OPENAI_API_KEY" if self.is_azure else "OPENAI_API_KEY"
+        return "AZURE_OPENAI_API_KEY" if self.is_azure else PROVIDERS[self.kind].key_variable

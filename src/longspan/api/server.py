@@ -8,13 +8,11 @@ import pydantic
 
 from longspan.api.budget import SpendingLimits
 from longspan.api.client import Client
-from longspan.api.endpoint import Endpoint, Kind
+from longspan.api.endpoint import Endpoint
 from longspan.api.limits import Limits
+from longspan.api.providers import KINDS
 from longspan.core.config import Config, Length
 from longspan.core.errors import ArgumentError
-
-KINDS: dict[str, Kind] = {"openai": "chat", "completions": "completions", "anthropic": "anthropic"}
-"""Protocol of each provider, the part of a model's name before the colon."""
 
 
 class ServerConfig(Config):

@@ -13,6 +13,7 @@ from longspan.api.events import EventDecoder
 from longspan.api.failures import Retry, judge_error_in_body, judge_failure
 from longspan.api.messages import ChatRequest, ParsedAnswer
 from longspan.api.protocol import ErrorInBodyError, MalformedError, WireProtocol, parse_json
+from longspan.api.providers import PROVIDERS
 from longspan.core.optional import require
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Transport:
 
     async def describe(self) -> str | None:
         """Return what the server says of the model behind the name, as JSON; None where it does not say."""
-        if self._endpoint.kind == "anthropic" or self._endpoint.is_azure:
+        if not PROVIDERS[self._endpoint.kind].lists_models or self._endpoint.is_azure:
             return None
         assert self._client is not None, "open() comes first"
         try:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 MODEL = Part("longspan.infer.config:AnswererConfig", lifted=["server.base_url"])
 PROMPTS = Part("longspan.eval.prompts:PromptConfig")
-MODEL_KINDS = ("a folder", "a hub name", "openai:NAME", "completions:NAME", "anthropic:NAME")
 
 
 class AskedModel(NamedTuple):
@@ -207,14 +206,14 @@ def find_tokenizer(options: AnswererConfig) -> Tokenizer:
             fix="name with --tokenizer one that counts its tokens, such as the hub name of the model",
         )
     if not options.model:
-        raise ArgumentError("no model is named", found=repr(options.model), allowed=MODEL_KINDS)
+        raise ArgumentError("no model is named", found=repr(options.model), allowed=_model_kinds())
     path = Path(find_folder(options.model))
     if path.is_file():
         raise ArgumentError(
-            f"{path} is a file, not a model", allowed=MODEL_KINDS, fix="name the folder that it lies in"
+            f"{path} is a file, not a model", allowed=_model_kinds(), fix="name the folder that it lies in"
         )
     if ":" in options.model and not path.exists():
-        raise ArgumentError("there is no such model", found=repr(options.model), allowed=MODEL_KINDS)
+        raise ArgumentError("there is no such model", found=repr(options.model), allowed=_model_kinds())
     if _is_checkpoint(str(path)):
         from longspan.train.config import TrainConfig
         from longspan.train.stage_model import tokenizer_source
@@ -244,7 +243,7 @@ def label_of(options: AnswererConfig) -> str:
 
     name = options.model.partition(":")[2] if options.is_remote else options.model
     if not name:
-        raise ArgumentError("no model is named", found=repr(options.model), allowed=MODEL_KINDS)
+        raise ArgumentError("no model is named", found=repr(options.model), allowed=_model_kinds())
     label = options.label or Path(name).absolute().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
         raise ArgumentError(
@@ -254,3 +253,9 @@ def label_of(options: AnswererConfig) -> str:
             fix="give one with --label",
         )
     return label
+
+
+def _model_kinds() -> tuple[str, ...]:
+    from longspan.api.providers import MODEL_NAMES
+
+    return ("a folder", "a hub name", *MODEL_NAMES)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from longspan.api import ServerConfig, remote_model
+from longspan.api.providers import MODEL_NAMES
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
 from longspan.core.schedule_table import ScheduleName
@@ -140,7 +141,7 @@ def open_answerer(
         raise ArgumentError(
             "an address is for models behind a server",
             found=model if isinstance(model, str) else model.path,
-            allowed="openai:NAME, completions:NAME, anthropic:NAME",
+            allowed=MODEL_NAMES,
         )
     if tokenizer is None:
         raise ArgumentError("a model that is run here needs its tokenizer")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from longspan.api import ChatRequest, ChatResult, Client, Endpoint, ServerConfig, remote_model
-from longspan.api.server import KINDS
+from longspan.api.providers import KINDS
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import Tokenizer
