@@ -1,10 +1,13 @@
-"""What all rooms' tests share: nothing of the user's own cache folder is read or written."""
+"""What all rooms' tests share: nothing of the user's own cache folder is read or written, and no hub is asked."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the package of the hub is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from longspan.core.errors import DataError
 from longspan.core.files import read_json
+from longspan.core.hub import look_for_hub
 from longspan.models.side_files import TOKENIZER_FILES
 
 __all__ = [
@@ -53,6 +54,7 @@ def adapter_on_hub(name: str) -> Path | None:
     if cached is not None and not isinstance(cached, str):
         # Known to have none.
         return None
+    look_for_hub()
     try:
         huggingface_hub.hf_hub_download(name, ADAPTER_FILES[0])
         wanted = [*ADAPTER_FILES, OLD_WEIGHTS, OWN_FILE, "config.json", *TOKENIZER_FILES]
@@ -96,6 +98,7 @@ def tokenizer_folder(path: str | Path) -> Path:
     """
     if Path(path).exists():
         return Path(path)
+    look_for_hub()
     try:
         return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(TOKENIZER_FILES)))
     except _NOT_THERE as error:

@@ -20,6 +20,7 @@ import tokenizers
 import longspan
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json, sha256_bytes
+from longspan.core.hub import look_for_hub
 from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import sentencepiece, tiktoken
 from longspan.data.tokenizer.engine import Backend, Findings, Tokenizer, encode_reference
@@ -246,6 +247,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    look_for_hub()
     try:
         try:
             path = Path(hf_hub_download(name, JSON_NAME))
