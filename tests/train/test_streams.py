@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from longspan.train.batch import collate, total_weight
 from longspan.train.config import StageConfig
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.stream_config import StreamConfig
-from longspan.train.streams import plan_stage
+from longspan.train.streams import plan_stage, rows_ahead
+from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
 
@@ -218,3 +220,22 @@ def test_older_keys_of_a_stream_are_still_read(caplog: pytest.LogCaptureFixture)
     assert (
         StreamConfig.from_dict({"store": "a", "pack": pack, "strategy": "concat"}).pack.strategy == "concat"
     )
+
+
+def test_the_rows_of_the_next_step_are_read_meanwhile() -> None:
+    """A step that waits for its rows leaves the device idle; a broken row must end its own step, not the one before."""
+    asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def read(step: int) -> list[Any]:
+        asked.put(step)
+        if step == 5:
+            raise DataError("a torn row")
+        return [step]
+
+    ahead = rows_ahead(read, range(3, 7))
+    assert next(ahead) == [3]
+    assert [asked.get(timeout=PATIENCE_SECONDS) for _ in range(2)] == [3, 4]  # asked for by nobody yet
+    assert next(ahead) == [4]
+    with pytest.raises(DataError, match="torn"):
+        next(ahead)
+    assert list(rows_ahead(read, range(2))) == [[0], [1]] and list(rows_ahead(read, range(0))) == []

@@ -34,6 +34,8 @@ NF4_BYTES = 4.127 / 8
 """Of a weight in 4 bits: blocks of 64 with a scale in 8 bits, and the scales of those."""
 LOGITS_BUDGET = 128 << 20
 """Bytes of the loss's one buffer of logits (kernels.loss)."""
+INTENSE_ROWS = 2048
+"""Its rows at most, where the head's gradient is summed in the product."""
 WORKSPACE = 2.5e9
 """CUDA context, NCCL buffers, library workspaces and fragmentation: not counted, an allowance."""
 
@@ -295,11 +297,16 @@ def _loss(model: ModelShape, s: TrainingStep, alive: int, weights: _Weights) -> 
     chunk = min(max(16, LOGITS_BUDGET // (item * model.vocab)), alive)
     logits = chunk * model.vocab * item
     narrow = s.compute_bytes < SUM_BYTES
+    chunk = max(16, LOGITS_BUDGET // (item * model.vocab))
+    if narrow and s.cuda and s.lora is None:
+        chunk = max(chunk, min(INTENSE_ROWS, model.hidden * item // (item + s.compute_bytes)))
+    chunk = min(s.loss_chunk or chunk, alive)
+    logits = chunk * model.vocab * item
     head = 0.0
     if s.lora is None:
         head = weights.embeddings * SUM_BYTES
-        if narrow:
-            # A product in fp32 before it is added, or the weight in fp32 on a CPU.
+        if narrow and not s.cuda:
+            # The weight in fp32.
             head += weights.embeddings * SUM_BYTES
     elif narrow and not s.cuda:
         head = weights.embeddings * SUM_BYTES

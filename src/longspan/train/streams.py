@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -104,6 +105,20 @@ def stage_rows(plan: StagePlan, first: int, count: int, *, seed: int) -> list[Pa
         skip_positions(row, pose, seed=seed, stage=plan.stage.name, number=first + index)
         for index, row in enumerate(rows)
     ]
+
+
+def rows_ahead(read: Callable[[int], list[PackedRow]], steps: range) -> Generator[list[PackedRow]]:
+    """Yield the rows of each step; those of the next one are read meanwhile.
+
+    `read` is a function of the step alone, so nothing is kept of what was read and not used.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="longspan-rows") as pool:
+        ahead = pool.submit(read, steps[0]) if steps else None
+        for step in steps:
+            assert ahead is not None
+            rows = ahead.result()
+            ahead = pool.submit(read, step + 1) if step + 1 in steps else None
+            yield rows
 
 
 def plan_stage(

@@ -65,7 +65,7 @@ from longspan.train.stage_model import (
     tokenizer_source,
 )
 from longspan.train.stage_report import METRICS, StageReport, StepResult, Timing, check_trained, rewind
-from longspan.train.streams import StagePlan, stage_rows
+from longspan.train.streams import StagePlan, rows_ahead, stage_rows
 from longspan.train.trained import STARTED, check_same_plan
 from longspan.train.trainer_moments import find_trainer_checkpoint, read_trainer_moments
 from longspan.train.validation import validate
@@ -296,10 +296,15 @@ def _train_stage(
 
         if step == 0:
             measure()
+
+        def read(number: int) -> list[PackedRow]:
+            return stage_rows(plan, number * stage.rows_per_step, stage.rows_per_step, seed=config.seed)
+
+        ahead = stack.enter_context(contextlib.closing(rows_ahead(read, range(stage_step, stage.num_steps))))
         while stage_step < stage.num_steps:
             started = time.monotonic()
             spread.beat(f"step {step + 1}")
-            rows = stage_rows(plan, stage_step * stage.rows_per_step, stage.rows_per_step, seed=config.seed)
+            rows = next(ahead)
             waited = time.monotonic() - started
             lr = _set_rates(ready.optimizers, stage, stage_step)
             # A model with dropout draws from a stream that is a function of the step, so there is no state.
