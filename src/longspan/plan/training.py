@@ -300,7 +300,7 @@ def _loss(model: ModelShape, s: TrainingStep, alive: int, weights: _Weights) -> 
     chunk = max(16, LOGITS_BUDGET // (item * model.vocab))
     if narrow and s.cuda and s.lora is None:
         chunk = max(chunk, min(INTENSE_ROWS, model.hidden * item // (item + s.compute_bytes)))
-    chunk = min(s.loss_chunk or chunk, alive)
+    chunk = min(chunk, alive)
     logits = chunk * model.vocab * item
     head = 0.0
     if s.lora is None:
