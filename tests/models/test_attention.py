@@ -131,8 +131,6 @@ def test_positions_and_bands_of_a_table() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"softcap": 30.0}, "soft-capped"),
-        ({"s_aux": torch.zeros(1)}, "attention sinks"),
         ({"dropout": 0.1}, "dropout"),
         ({"is_causal": False}, "not causal"),
         ({"output_attentions": True}, "probabilities"),

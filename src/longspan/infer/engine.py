@@ -44,7 +44,7 @@ from longspan.infer.prefix_tree import PrefixTree, Strand, build_tree
 from longspan.infer.share import STEP_TOKENS
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.head import predict
-from longspan.models.head import output_head
+from longspan.models.head import backbone, output_head
 
 CPU_PASS_TOKENS = 2048
 """Tokens of a pass at most on a CPU: activations of more leave its cache, which makes 16,384 a fifth slower."""
@@ -257,7 +257,7 @@ class Engine:
         self.counters.tokens += len(ids)
         self.counters.passes += 1
         # No document table but what stands in its place, as for a row in chunks.
-        states_1TD = self.model.base_model(
+        states_1TD = backbone(self.model)(
             input_ids=torch.from_numpy(ids).to(device)[None],
             position_ids=documents.positions(device)[None],
             documents=documents,

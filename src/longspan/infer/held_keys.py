@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from longspan.kernels.attention import NO_LIMIT, Bands, choose_kernel, merge
+from longspan.kernels.attention import NO_LIMIT, AttentionForm, Bands, choose_kernel, merge, with_sinks
+from longspan.kernels.attention.bands import oldest_seen
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule
 from longspan.parallel.schedules.base import accumulation_dtype
@@ -45,15 +46,14 @@ class KeepingDocuments(ShardedDocuments):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None = None,
-        scale: float | None = None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Return the attention of this rank's tokens; see `ShardedDocuments.attend`."""
         assert layer is not None
         self.kept[layer] = (k.contiguous(), v.contiguous())
-        return super().attend(q, k, v, window=window, scale=scale, layer=layer)
+        return super().attend(q, k, v, form, layer=layer)
 
 
 class Held(NamedTuple):
@@ -125,7 +125,7 @@ class NextTokens:
         self._keys, self._sequences, self._counts = keys, list(sequences), counts
         self._before = keys.after[self._sequences].copy()
         self._starts = np.cumsum(counts) - counts
-        self._bands: dict[int | None, tuple[Bands, Bands]] = {}
+        self._bands: dict[tuple[int | None, int | None], tuple[Bands, Bands]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -143,9 +143,8 @@ class NextTokens:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None,
-        scale: float | None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Return the attention [Q, H, D] of these tokens over all keys of their sequences."""
@@ -157,50 +156,54 @@ class NextTokens:
                 row = int(keys.offsets[sequence]) + before
                 for room, fresh in zip(new, (k, v)):
                     room[row : row + count] = fresh[start : start + count].to(room.dtype)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        kernel = keys.kernel if form.softcap is None else choose_kernel(q.device, softcap=form.softcap)
         dtype = accumulation_dtype(q)
         out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
-        for (held_k, held_v), bands in zip((keys.kept[layer], new), self._tables(window)):
+        for (held_k, held_v), bands in zip(
+            (keys.kept[layer], new), self._tables(form.window, form.attention_chunk)
+        ):
             if len(bands):
-                part = keys.kernel.forward(q.to(held_k.dtype), held_k, held_v, bands, scale)
+                part = kernel.forward(q.to(held_k.dtype), held_k, held_v, bands, form.factor(q))
                 out, lse = merge(out, lse, *part)
-        return self._over_ranks(out, lse).to(q.dtype)
+        out, _ = with_sinks(*self._over_ranks(out, lse), form.sinks)
+        return out.to(q.dtype)
 
-    def _over_ranks(self, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    def _over_ranks(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mine = torch.cat((out, lse[..., None]), dim=-1)
         parts = [torch.empty_like(mine) for _ in range(self._keys.mesh.cp_size)]
         dist.all_gather(parts, mine, group=self._keys.mesh.cp_group)
         out, lse = parts[0][..., :-1], parts[0][..., -1]
         for part in parts[1:]:
             out, lse = merge(out, lse, part[..., :-1], part[..., -1])
-        return out
+        return out, lse
 
     def _rows(self) -> list[tuple[int, int, int, int]]:
         """Return (sequence, first row of the pass, tokens, tokens after the prompt before them)."""
         columns = (self._starts, self._counts, self._before)
         return list(zip(self._sequences, *(column.tolist() for column in columns)))
 
-    def _tables(self, window: int | None) -> tuple[Bands, Bands]:
+    def _tables(self, window: int | None, attention_chunk: int | None) -> tuple[Bands, Bands]:
         """Return who sees what of the keys that were read together, and of those that came after, on this rank."""
-        if window not in self._bands:
-            self._bands[window] = (self._kept_bands(window), self._new_bands(window))
-        return self._bands[window]
+        reach = window, attention_chunk
+        if reach not in self._bands:
+            self._bands[reach] = (self._kept_bands(*reach), self._new_bands(*reach))
+        return self._bands[reach]
 
-    def _kept_bands(self, window: int | None) -> Bands:
+    def _kept_bands(self, window: int | None, attention_chunk: int | None) -> Bands:
         bands = []
         for sequence, start, count, before in self._rows():
             held = self._keys.held[sequence]
-            if window is None:
+            if window is None and attention_chunk is None:
                 bands.append((start, count, held.start, len(held.positions)))
                 continue
             # What this rank holds has gaps, so a window begins at another row for each token.
             for row in range(count):
                 position = int(self._keys.lengths[sequence]) + before + row
-                first = int(np.searchsorted(held.positions, position - window + 1))
+                first = int(np.searchsorted(held.positions, oldest_seen(position, window, attention_chunk)))
                 bands.append((start + row, 1, held.start + first, len(held.positions) - first))
         return Bands(*zip(*bands), lo=-NO_LIMIT)
 
-    def _new_bands(self, window: int | None) -> Bands:
+    def _new_bands(self, window: int | None, attention_chunk: int | None) -> Bands:
         own = [row for row in self._rows() if self._keys.owns(row[0])]
         # Token i of the pass is key before + i of its sequence's room.
         columns = [
@@ -209,6 +212,23 @@ class NextTokens:
         ]
         if not columns:
             return Bands([], [], [], [])
+        if attention_chunk is not None:
+            # A cut lies at another row for each token.
+            rows = [
+                self._of_token(sequence, start, before, row, window, attention_chunk)
+                for sequence, start, count, before in own
+                for row in range(count)
+            ]
+            return Bands(*zip(*rows), lo=-NO_LIMIT)
         *places, lo = zip(*columns)
         hi = None if window is None else [window - 1 + limit for limit in lo]
         return Bands(*places, lo=lo, hi=hi)
+
+    def _of_token(
+        self, sequence: int, start: int, before: int, row: int, window: int | None, attention_chunk: int
+    ) -> tuple[int, int, int, int]:
+        """Return which of the keys that came after one token sees."""
+        length = int(self._keys.lengths[sequence])
+        last = before + row
+        first = max(0, oldest_seen(length + last, window, attention_chunk) - length)
+        return start + row, 1, int(self._keys.offsets[sequence]) + first, last + 1 - first

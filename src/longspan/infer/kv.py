@@ -16,7 +16,7 @@ Shape legend: T = tokens of a pass, S = rows of a block, H = query heads, K = ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,16 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 from longspan.infer.prefix_tree import Strand
-from longspan.kernels.attention import NO_LIMIT, AttentionKernel, Bands, merge
+from longspan.kernels.attention import (
+    NO_LIMIT,
+    AttentionForm,
+    AttentionKernel,
+    Bands,
+    choose_kernel,
+    merge,
+    with_sinks,
+)
+from longspan.kernels.attention.bands import oldest_seen
 
 __all__ = ["DecodePass", "KernelCall", "KvBlock", "PrefillPass", "Segment", "StrandPlace", "attend_parts"]
 
@@ -125,6 +134,22 @@ def attend_parts(
     return joined
 
 
+_Reach = tuple[int | None, int | None]
+"""Window and chunk of a layer's attention, None where they hide nothing."""
+
+
+def _reach(form: AttentionForm, longest: int) -> _Reach:
+    window, chunk = (
+        None if limit is None or limit >= longest else limit for limit in (form.window, form.attention_chunk)
+    )
+    return window, chunk
+
+
+def _kernel_of(form: AttentionForm, q: torch.Tensor, kernel: AttentionKernel) -> AttentionKernel:
+    """Return the kernel of a layer: that of the pass, unless scores are capped."""
+    return kernel if form.softcap is None else choose_kernel(q.device, softcap=form.softcap)
+
+
 class PrefillPass:
     """Tokens of several strands in one forward pass, in place of a document table.
 
@@ -143,8 +168,8 @@ class PrefillPass:
         self._block = places[segments[0].strand].block
         self._rows = _as_rows([(places[s].row + first, last - first) for s, first, last in segments])
         self._longest = max(strand.start + last for strand, _, last in segments)
-        self._parts: dict[int | None, list[KernelCall]] = {}
-        self._pairs: dict[int | None, int] = {}
+        self._parts: dict[_Reach, list[KernelCall]] = {}
+        self._pairs: dict[_Reach, int] = {}
         self.attention_flops = 0
 
     @property
@@ -168,9 +193,8 @@ class PrefillPass:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None = None,
-        scale: float | None = None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Keep k, v [T, K, D] and return the attention of q [T, H, D] over all that its tokens see."""
@@ -178,34 +202,49 @@ class PrefillPass:
         if isinstance(self._rows, torch.Tensor):
             self._rows = self._rows.to(k.device)
         self._block.append(layer, self._rows, k, v)
-        if window is not None and window >= self._longest:
-            window = None
-        if window not in self._parts:
-            self._parts[window] = self.parts(window)
-            self._pairs[window] = sum(part.bands.num_pairs() for part in self._parts[window])
-        self.attention_flops += 4 * self._pairs[window] * q.shape[1] * q.shape[2]
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out, _ = attend_parts(q, self._parts[window], layer=layer, scale=scale, kernel=self._kernel)
-        return out.to(q.dtype)
+        reach = _reach(form, self._longest)
+        if reach not in self._parts:
+            self._parts[reach] = self.parts(*reach)
+            self._pairs[reach] = sum(part.bands.num_pairs() for part in self._parts[reach])
+        self.attention_flops += 4 * self._pairs[reach] * q.shape[1] * q.shape[2]
+        kernel = _kernel_of(form, q, self._kernel)
+        out, lse = attend_parts(q, self._parts[reach], layer=layer, scale=form.factor(q), kernel=kernel)
+        return with_sinks(out, lse, form.sinks)[0].to(q.dtype)
 
-    def parts(self, window: int | None) -> list[KernelCall]:
-        """Return the kernel calls of a layer with this window; the first covers every query."""
+    def parts(self, window: int | None, attention_chunk: int | None = None) -> list[KernelCall]:
+        """Return the kernel calls of a layer with such a window or chunks; the first covers every query."""
         own = _Table(self._block)
         above: dict[tuple[KvBlock, int], _Table] = {}
-        for (strand, first, last), offset in zip(self.segments, self.offsets.tolist()):
-            # Query i is the strand's token first + i; key j is its token j.
-            hi = NO_LIMIT if window is None else window - 1 - first
-            own.add(offset, last - first, self._places[strand].row, last, lo=-first, hi=hi)
+        for strand, first, last, offset in self._cut(attention_chunk):
+            # Query i is the strand's token first + i; key j is its token skipped + j.
+            oldest = oldest_seen(strand.start + first, None, attention_chunk)
+            skipped = max(0, oldest - strand.start)
+            hi = NO_LIMIT if window is None else window - 1 - first + skipped
+            row = self._places[strand].row + skipped
+            own.add(offset, last - first, row, last - skipped, lo=skipped - first, hi=hi)
             chain = list(strand.ancestors())
             for level, (ancestor, seen) in enumerate(reversed(chain)):
-                # Key j stands at ancestor.start + j, before every query.
-                ahead = strand.start + first - ancestor.start
+                # Key j stands at ancestor.start + skipped + j, before every query.
+                skipped = min(max(oldest - ancestor.start, 0), seen)
+                ahead = strand.start + first - ancestor.start - skipped
                 hi = NO_LIMIT if window is None else window - 1 - ahead
                 place = self._places[ancestor]
                 table = above.setdefault((place.block, level), _Table(place.block))
-                table.add(offset, last - first, place.row, seen, lo=-NO_LIMIT, hi=hi)
+                table.add(offset, last - first, place.row + skipped, seen - skipped, lo=-NO_LIMIT, hi=hi)
         tables = [own, *above.values()]
         return [part for table in tables for part in table.parts(self.num_tokens, self._kernel)]
+
+    def _cut(self, attention_chunk: int | None) -> Iterator[tuple[Strand, int, int, int]]:
+        """Yield (strand, first, last, row of the pass) of the segments, cut where chunks of attention begin."""
+        for (strand, first, last), offset in zip(self.segments, self.offsets.tolist()):
+            begin = first
+            while begin < last:
+                end = last
+                if attention_chunk is not None:
+                    cut = oldest_seen(strand.start + begin, None, attention_chunk) + attention_chunk
+                    end = min(last, cut - strand.start)
+                yield strand, begin, end, offset + begin - first
+                begin = end
 
 
 class DecodePass:
@@ -228,7 +267,7 @@ class DecodePass:
         self._start = np.array([strand.start for strand in strands], dtype=np.int64)
         self._own = np.array([len(strand.ids) for strand in strands], dtype=np.int64)
         self._above: dict[int, list[KernelCall]] = {}
-        self._now: dict[tuple[int | None, int], tuple[list[KernelCall], int]] = {}
+        self._now: dict[tuple[_Reach, int], tuple[list[KernelCall], int]] = {}
         self._rows: torch.Tensor | None = None
         self.attention_flops = 0
 
@@ -252,9 +291,8 @@ class DecodePass:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None = None,
-        scale: float | None = None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Keep k, v [T, K, D] and return the attention of q [T, H, D] over all that its tokens see."""
@@ -264,24 +302,30 @@ class DecodePass:
         self._block.append(layer, self._rows, k, v)
         num_tokens, num_heads, head_dim = q.shape
         groups = num_heads // k.shape[1]
-        if window is not None and window >= int((self._start + self._length).max()):
-            window = None
-        if (window, groups) not in self._now:
-            found = self._parts(window, groups)
-            self._now[window, groups] = found, sum(part.bands.num_pairs() for part in found)
-        parts, num_pairs = self._now[window, groups]
-        scale = head_dim**-0.5 if scale is None else scale
+        reach = _reach(form, int((self._start + self._length).max()))
+        if (reach, groups) not in self._now:
+            found = self._parts(reach, groups)
+            self._now[reach, groups] = found, sum(part.bands.num_pairs() for part in found)
+        parts, num_pairs = self._now[reach, groups]
+        kernel = _kernel_of(form, q, self._kernel)
         # [T, H, D] -> [T, K, G, D] -> [T, G, K, D] -> [T * G, K, D]
         folded = q.view(num_tokens, -1, groups, head_dim).transpose(1, 2).reshape(-1, k.shape[1], head_dim)
-        out, _ = attend_parts(folded, parts, layer=layer, scale=scale, kernel=self._kernel)
+        out, lse = attend_parts(folded, parts, layer=layer, scale=form.factor(q), kernel=kernel)
         self.attention_flops += 4 * num_pairs * folded.shape[1] * head_dim
-        unfolded = out.view(num_tokens, groups, -1, head_dim).transpose(1, 2)
-        return unfolded.reshape(q.shape).to(q.dtype)
+        unfolded = out.view(num_tokens, groups, -1, head_dim).transpose(1, 2).reshape(q.shape)
+        if form.sinks is not None:
+            lse = lse.view(num_tokens, groups, -1).transpose(1, 2).reshape(q.shape[:2])
+            unfolded, _ = with_sinks(unfolded, lse, form.sinks)
+        return unfolded.to(q.dtype)
 
-    def _parts(self, window: int | None, groups: int) -> list[KernelCall]:
+    def _oldest(self, reach: _Reach) -> NDArray[np.int64]:
+        """Return the first position that each token sees."""
+        positions = (self._start + self._length - 1).tolist()
+        return np.array([oldest_seen(position, *reach) for position in positions], dtype=np.int64)
+
+    def _parts(self, reach: _Reach, groups: int) -> list[KernelCall]:
         rows = self.num_tokens * groups
-        hidden = np.zeros_like(self._length) if window is None else self._length - window
-        first = np.maximum(hidden, 0)
+        first = np.maximum(self._oldest(reach) - self._start, 0)
         own = _Table(self._block)
         for index in range(self.num_tokens):
             own.add(
@@ -291,16 +335,15 @@ class DecodePass:
                 int(self._length[index] - first[index]),
             )
         parts = own.parts(rows, self._kernel)
-        if window is not None:
-            return parts + self._parts_above(window, groups)
+        if reach != (None, None):
+            return parts + self._parts_above(reach, groups)
         if groups not in self._above:
-            self._above[groups] = self._parts_above(window, groups)
+            self._above[groups] = self._parts_above(reach, groups)
         return parts + self._above[groups]
 
-    def _parts_above(self, window: int | None, groups: int) -> list[KernelCall]:
+    def _parts_above(self, reach: _Reach, groups: int) -> list[KernelCall]:
         tables: dict[tuple[KvBlock, int], _Table] = {}
-        for index, strand in enumerate(self.strands):
-            oldest = 0 if window is None else int(self._start[index] + self._length[index]) - window
+        for index, (strand, oldest) in enumerate(zip(self.strands, self._oldest(reach).tolist())):
             for level, (ancestor, seen) in enumerate(reversed(list(strand.ancestors()))):
                 place = self._places[ancestor]
                 skipped = min(max(oldest - ancestor.start, 0), seen)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longspan.infer.flops import ModelFlops
+from longspan.models.head import backbone
 
 STEP_TOKENS = 32
 """Reading so many tokens takes about as long as one step of decoding, which waits for memory."""
@@ -82,4 +83,4 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
-    return [model.base_model]
+    return [backbone(model)]

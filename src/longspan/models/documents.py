@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import Bands, attention
+from longspan.kernels.attention import AttentionForm, Bands, attention, choose_kernel, cut_documents
 
 __all__ = ["Documents"]
 
@@ -23,7 +23,7 @@ class Documents:
 
     def __init__(self, cu_seqlens: NDArray[np.int64]) -> None:
         self.cu_seqlens = cu_seqlens
-        self._bands: dict[int | None, Bands] = {}
+        self._bands: dict[tuple[int | None, int | None], Bands] = {}
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | NDArray[np.integer] | torch.Tensor) -> Documents:
@@ -64,22 +64,24 @@ class Documents:
         starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
         return torch.from_numpy(np.arange(self.num_tokens) - starts).to(device)
 
-    def bands(self, window: int | None = None) -> Bands:
-        """Return who sees whom, for full attention or a sliding window of `window` tokens."""
-        if window is not None and window >= np.diff(self.cu_seqlens).max():
-            window = None  # a window that no document fills is full attention
-        if window not in self._bands:
-            self._bands[window] = Bands.from_documents(self.cu_seqlens, window=window)
-        return self._bands[window]
+    def bands(self, window: int | None = None, attention_chunk: int | None = None) -> Bands:
+        """Return who sees whom, for full attention, a sliding window of `window` tokens or chunks of so many."""
+        longest = np.diff(self.cu_seqlens).max()
+        # A window that no document fills is full attention.
+        window = None if window is None or window >= longest else window
+        chunk = None if attention_chunk is None or attention_chunk >= longest else attention_chunk
+        if (window, chunk) not in self._bands:
+            borders = cut_documents(self.cu_seqlens, chunk)
+            self._bands[window, chunk] = Bands.from_documents(borders, window=window)
+        return self._bands[window, chunk]
 
     def attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None,
-        scale: float | None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Return the attention of q [tokens, heads, head_dim] over k, v of the same row.
@@ -88,4 +90,6 @@ class Documents:
         a row is spread over machines, or over time (which needs to know the `layer`), takes the place of this one
         by having the same method.
         """
-        return attention(q, k, v, self.bands(window), scale=scale)
+        bands = self.bands(form.window, form.attention_chunk)
+        kernel = choose_kernel(q.device, softcap=form.softcap)
+        return attention(q, k, v, bands, scale=form.scale, kernel=kernel, sinks=form.sinks)

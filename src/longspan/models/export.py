@@ -27,6 +27,7 @@ from longspan.core.files import atomic_dir, read_json, write_json
 from longspan.core.seeds import derive_seed
 from longspan.models.adapter_card import adapter_note
 from longspan.models.families import refuse_quantized
+from longspan.models.head import backbone
 from longspan.models.hf import without_bars
 from longspan.models.hf_config import rope_meaning
 from longspan.models.lora import adapter_config, attach, detach, is_adapted, save_adapter
@@ -296,7 +297,7 @@ def _overflow(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
         parameter.data = parameter.data.float()
     ids = _probe(model)
     with torch.no_grad():
-        for states in model.base_model(
+        for states in backbone(model)(
             input_ids=ids, use_cache=False, output_hidden_states=True
         ).hidden_states:
             largest = max(largest, float(states.abs().max()))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.log import log_once
+from longspan.models.head import backbone
 from longspan.models.hf_config import text_config
 
 __all__ = ["check_family", "language_model", "quantized_as", "reading_quantized", "refuse_quantized"]
@@ -92,11 +93,11 @@ def language_model(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     with torch.device("meta"):
         alone = AutoModelForCausalLM.from_config(text)
     inner = model.get_decoder()
-    if type(inner) is not type(alone.base_model):
+    if type(inner) is not type(backbone(alone)):
         raise ArgumentError(
             f"the language model in {type(model).__name__} cannot be taken alone",
             found=type(inner).__name__,
-            allowed=type(alone.base_model).__name__,
+            allowed=type(backbone(alone)).__name__,
         )
     setattr(alone, alone.base_model_prefix, inner)
     alone.set_output_embeddings(model.get_output_embeddings())

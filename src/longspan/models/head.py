@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.head import Head
 from longspan.models.hf_config import text_config
 
-__all__ = ["output_head", "vocab_size"]
+__all__ = ["backbone", "output_head", "vocab_size"]
 
 # Fields by which families scale their logits (or, which is the same, the hidden states before the product).
 FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -32,6 +33,13 @@ def output_head(model: PreTrainedModel) -> Head:
     return Head(last.weight, getattr(last, "bias", None), _scale(config), _softcap(config))
 
 
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """Return the layers before the head; itself where the model does not tell them apart."""
+    base: nn.Module = model.base_model
+    # Llama 4's is not where its class says.
+    return getattr(model, "model", model) if base is model else base
+
+
 def vocab_size(model: PreTrainedModel) -> int:
     """Return how many words have a logit."""
     return int(model.get_output_embeddings().weight.shape[0])
@@ -47,7 +55,7 @@ def _check_path(model: PreTrainedModel) -> None:
     others = [
         key
         for key, child in children.items()
-        if child is not last and child is not model.base_model and next(child.parameters(), None) is not None
+        if child is not last and child is not backbone(model) and next(child.parameters(), None) is not None
     ]
     if others or all(child is not last for child in children.values()):
         raise ArgumentError(

@@ -29,6 +29,7 @@ from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
 from longspan.models.families import check_family, language_model, reading_quantized
+from longspan.models.head import backbone
 from longspan.models.hf_config import (
     changed_config,
     head_counts,
@@ -466,7 +467,7 @@ def hidden_states(
             position_ids = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         else:
             position_ids = documents.positions(ids.device)
-    output = model.base_model(
+    output = backbone(model)(
         input_ids=ids, position_ids=position_ids.reshape(ids.shape), documents=documents, use_cache=False
     )
     states = getattr(output, "last_hidden_state", None)

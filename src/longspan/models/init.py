@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from longspan.core.errors import ConfigError
 from longspan.core.seeds import derive_seed
+from longspan.models.head import backbone
 
 __all__ = ["INITS", "seeded", "zero_residual"]
 
@@ -101,7 +102,7 @@ def _fan_in(model: PreTrainedModel, name: str, parameter: torch.Tensor) -> int:
 
 def _final_norm(model: PreTrainedModel) -> torch.Tensor:
     for name in FINAL_NORMS:
-        if (norm := getattr(model.base_model, name, None)) is not None:
+        if (norm := getattr(backbone(model), name, None)) is not None:
             return norm.weight
     raise ConfigError(f"{type(model).__name__} has no final norm by a known name", allowed=FINAL_NORMS)
 

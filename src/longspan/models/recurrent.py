@@ -31,11 +31,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
 from longspan.core.log import log_once
-from longspan.kernels.attention import NO_LIMIT, AttentionKernel, Bands, choose_kernel
+from longspan.kernels.attention import (
+    NO_LIMIT,
+    AttentionForm,
+    AttentionKernel,
+    Bands,
+    choose_kernel,
+    cut_documents,
+    sink_gradient,
+    with_sinks,
+)
 from longspan.models.documents import Documents
 from longspan.parallel.schedules.base import Partial, accumulation_dtype
 
@@ -174,6 +184,7 @@ class ChunkedRow:
         self.documents, self.chunk_tokens = documents, chunk_tokens
         self.cache = KeyValueCache(offload=offload)
         self._positions = documents.positions()
+        self._cuts: dict[int | None, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return math.ceil(self.documents.num_tokens / self.chunk_tokens)
@@ -183,29 +194,32 @@ class ChunkedRow:
         start = chunk * self.chunk_tokens
         return slice(start, min(start + self.chunk_tokens, self.documents.num_tokens))
 
-    def is_read_later(self, chunk: int) -> bool:
+    def is_read_later(self, chunk: int, attention_chunk: int | None = None) -> bool:
         """Whether a document goes on from this chunk into the next."""
-        return chunk + 1 < len(self) and self._document_at(self.span(chunk).stop)[0] < self.span(chunk).stop
+        stop = self.span(chunk).stop
+        return chunk + 1 < len(self) and self._document_at(stop, attention_chunk)[0] < stop
 
-    def kept(self, chunk: int, window: int | None) -> slice:
+    def kept(self, chunk: int, window: int | None, attention_chunk: int | None = None) -> slice:
         """Return the tokens of a chunk that later ones may see, as places in the row."""
         span = self.span(chunk)
-        if not self.is_read_later(chunk):
+        if not self.is_read_later(chunk, attention_chunk):
             return slice(span.stop, span.stop)
-        first = max(span.start, self._document_at(span.stop)[0])
+        first = max(span.start, self._document_at(span.stop, attention_chunk)[0])
         # The next token, at span.stop, sees itself and window - 1 tokens before it.
         return slice(first if window is None else max(first, span.stop - (window - 1)), span.stop)
 
-    def bands(self, chunk: int, window: int | None) -> tuple[Bands, list[tuple[int, Bands]]]:
+    def bands(
+        self, chunk: int, window: int | None, attention_chunk: int | None = None
+    ) -> tuple[Bands, list[tuple[int, Bands]]]:
         """Return who sees whom in a chunk, and for each earlier chunk that it sees something of, who sees what."""
         span = self.span(chunk)
-        borders = np.clip(self.documents.cu_seqlens, span.start, span.stop) - span.start
+        borders = np.clip(self._borders(attention_chunk), span.start, span.stop) - span.start
         own = Bands.from_documents(borders, window=window)
-        start, stop = self._document_at(span.start)
+        start, stop = self._document_at(span.start, attention_chunk)
         num_queries = min(stop, span.stop) - span.start
         earlier = []
         for before in range(start // self.chunk_tokens, chunk):
-            keys = self.kept(before, window)
+            keys = self.kept(before, window, attention_chunk)
             # Query i is at span.start + i, key j at keys.start + j: all are earlier, some too early for a window.
             distance = span.start - keys.start
             hi = NO_LIMIT if window is None else window - 1 - distance
@@ -225,9 +239,15 @@ class ChunkedRow:
         """Give up the keys of a chunk whose backward pass is done."""
         self.cache.release(chunk)
 
-    def _document_at(self, token: int) -> tuple[int, int]:
+    def _borders(self, attention_chunk: int | None) -> NDArray[np.int64]:
+        """Return the borders of documents as a layer with such chunks of attention sees them."""
+        if attention_chunk not in self._cuts:
+            self._cuts[attention_chunk] = cut_documents(self.documents.cu_seqlens, attention_chunk)
+        return self._cuts[attention_chunk]
+
+    def _document_at(self, token: int, attention_chunk: int | None = None) -> tuple[int, int]:
         """Return start and end of the document that holds a token."""
-        borders = self.documents.cu_seqlens
+        borders = self._borders(attention_chunk)
         index = int(np.searchsorted(borders, token, side="right")) - 1
         return int(borders[index]), int(borders[index + 1])
 
@@ -237,7 +257,7 @@ class ChunkDocuments:
 
     def __init__(self, row: ChunkedRow, index: int, *, write: bool) -> None:
         self.row, self.index, self.write = row, index, write
-        self._bands: dict[int | None, tuple[Bands, list[tuple[int, Bands]]]] = {}
+        self._bands: dict[tuple[int | None, int | None], tuple[Bands, list[tuple[int, Bands]]]] = {}
 
     def __repr__(self) -> str:
         return f"ChunkDocuments({self.index} of {len(self.row)})"
@@ -257,9 +277,8 @@ class ChunkDocuments:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None = None,
-        scale: float | None = None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Return the attention of the chunk's queries over its own keys and those of the chunks before.
@@ -272,18 +291,19 @@ class ChunkDocuments:
                 "this model does not number its attention layers, so their keys cannot be kept from chunk to chunk",
                 fix="train this model without chunks",
             )
-        if window not in self._bands:
-            self._bands[window] = self.row.bands(self.index, window)
+        reach = form.window, form.attention_chunk
+        if reach not in self._bands:
+            self._bands[reach] = self.row.bands(self.index, *reach)
         if self.write:
-            kept = self.row.kept(self.index, window)
+            kept = self.row.kept(self.index, *reach)
             if kept.start < kept.stop:
                 start = self.row.span(self.index).start
                 here = slice(kept.start - start, kept.stop - start)
                 self.row.cache.write(layer, self.index, k.detach()[here], v.detach()[here])
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        own, earlier = self._bands[window]
-        call = _Call(self.row.cache, layer, self.index, own, dict(earlier), scale, choose_kernel(q.device))
-        return _ChunkAttention.apply(q, k, v, call)
+        own, earlier = self._bands[reach]
+        kernel = choose_kernel(q.device, softcap=form.softcap)
+        call = _Call(self.row.cache, layer, self.index, own, dict(earlier), form.factor(q), kernel)
+        return _ChunkAttention.apply(q, k, v, form.sinks, call)
 
 
 class _Call(NamedTuple):
@@ -302,22 +322,30 @@ class _Call(NamedTuple):
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        call: _Call,
+    ) -> torch.Tensor:
         partial = Partial(q)
         queries, keys, values = call.widen(q, k, v)
         partial.add(*call.kernel.forward(queries, keys, values, call.own, call.scale))
         for chunk, kv_2SKD, _ in call.cache.walk(call.layer, list(call.earlier), q.device):
             keys, values = call.widen(*kv_2SKD)
             partial.add(*call.kernel.forward(queries, keys, values, call.earlier[chunk], call.scale))
-        out = partial.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, partial.lse)
+        out, lse = with_sinks(partial.out, partial.lse, sinks)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.call = call
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         call: _Call = ctx.call
         dtype = accumulation_dtype(q)
         wants_kv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -347,4 +375,5 @@ class _ChunkAttention(torch.autograd.Function):
             start = k.shape[0] - added_2SKD.shape[1]
             dk[start:] += added_2SKD[0]
             dv[start:] += added_2SKD[1]
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        dsinks = sink_gradient(grad_outputs[0], out, lse, sinks)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None

@@ -26,6 +26,7 @@ from longspan.models.init import seeded
 __all__ = ["check_forward", "small_config"]
 
 DOCUMENTS = (7, 5)
+REACH = 4
 WIDTH = 16
 VOCABULARY = 64
 TOLERANCE = 1e-2
@@ -70,6 +71,9 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
             continue
         if "intermediate_size" in name:
             changes[name] = min(value, WIDTH)
+        elif name in ("sliding_window", "attention_chunk_size"):
+            # Below the documents' lengths: one that a family does not hand to its attention shows.
+            changes[name] = min(value, REACH)
         elif name.startswith("vocab_size"):
             changes[name] = VOCABULARY
         elif name.endswith("_token_id") and value >= 0:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import AttentionKernel, Bands, attention, choose_kernel
+from longspan.kernels.attention import AttentionForm, AttentionKernel, Bands, attention, choose_kernel
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules import (
@@ -298,7 +298,7 @@ def _parallel(
     mine = torch.from_numpy(shards.indices(schedule.rank))
     q, k, v, dout = (x[mine].to(device, dtype) for x in whole)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = sequence_attention(q, k, v, shards, schedule, window=window, kernel=kernel)
+    out = sequence_attention(q, k, v, shards, schedule, AttentionForm(window=window), kernel=kernel)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 

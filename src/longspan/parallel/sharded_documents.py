@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from longspan.kernels.attention import AttentionForm
 from longspan.parallel.schedules.base import CpSchedule, check_layout, sequence_attention
 from longspan.parallel.shards import SequenceShards
 
@@ -62,10 +63,9 @@ class ShardedDocuments:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        form: AttentionForm,
         *,
-        window: int | None = None,
-        scale: float | None = None,
         layer: int | None = None,
     ) -> torch.Tensor:
         """Return the causal attention of this rank's tokens [num_tokens, heads, head_dim] over their documents."""
-        return sequence_attention(q, k, v, self.shards, self.schedule, window=window, scale=scale)
+        return sequence_attention(q, k, v, self.shards, self.schedule, form)

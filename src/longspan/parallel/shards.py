@@ -14,6 +14,7 @@ cut into long runs again; `order` is the permutation from rank after rank to tha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention.bands import Bands
+from longspan.kernels.attention.bands import Bands, cut_documents
 from longspan.parallel.layout import IntColumn, Layout, StridedRun, local_runs, padded_borders, padded_length
 
 __all__ = ["Ranks", "SequenceShards"]
@@ -62,6 +63,19 @@ class SequenceShards:
         self._order: dict[Ranks, NDArray[np.int64] | None] = {}
         self._bands: dict[tuple[Ranks, Ranks, int | None], Bands] = {}
         self._reach: dict[tuple[tuple[Ranks, ...], int | None], list[int]] = {}
+        self._cuts: dict[int, SequenceShards] = {}
+
+    def cut(self, attention_chunk: int | None) -> SequenceShards:
+        """Return the same tokens on the same ranks, with documents cut at multiples of so many; None = uncut."""
+        if attention_chunk is None or attention_chunk >= self._longest:
+            return self
+        if attention_chunk not in self._cuts:
+            found = copy.copy(self)
+            found.cu_seqlens = cut_documents(self.cu_seqlens, attention_chunk)
+            found._longest = attention_chunk
+            found._segments, found._bands, found._reach, found._cuts = {}, {}, {}, {}
+            self._cuts[attention_chunk] = found
+        return self._cuts[attention_chunk]
 
     def __repr__(self) -> str:
         return f"SequenceShards({self.layout}, {self.num_tokens} tokens over {self.world} ranks)"

@@ -7,7 +7,7 @@ kernels directly and joins the parts with `merge`. `attention` is the differenti
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,10 +16,11 @@ from longspan.core.log import log_once
 from longspan.kernels.attention.bands import Bands
 from longspan.kernels.attention.cpu_flash import CpuFlashKernel
 from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel
-from longspan.kernels.attention.merging import merge
+from longspan.kernels.attention.merging import merge, sink_gradient, with_sinks
 from longspan.kernels.attention.reference import ReferenceKernel
+from longspan.kernels.attention.tiled import TiledKernel
 
-__all__ = ["AttentionKernel", "attention", "check_shapes", "choose_kernel", "merge"]
+__all__ = ["AttentionForm", "AttentionKernel", "attention", "check_shapes", "choose_kernel", "merge"]
 
 
 class AttentionKernel(Protocol):
@@ -56,9 +57,34 @@ class AttentionKernel(Protocol):
         ...
 
 
-def choose_kernel(device: torch.device | str) -> AttentionKernel:
+class AttentionForm(NamedTuple):
+    """What a layer asks of attention beside its tensors: who sees whom in a document, and what becomes of scores."""
+
+    scale: float | None = None
+    """Factor on the scores; None = 1/sqrt(head dimension)."""
+    window: int | None = None
+    """A query sees that many keys, itself included; None = all before it."""
+    attention_chunk: int | None = None
+    """A document is cut at multiples of so many tokens, and no query sees beyond its cut; None = it is whole."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap)."""
+    sinks: torch.Tensor | None = None
+    """[H], scores of a key without a value that every query sees."""
+
+    def factor(self, q: torch.Tensor) -> float:
+        """Return the factor on the scores of queries [T, H, D]."""
+        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+def choose_kernel(device: torch.device | str, *, softcap: float | None = None) -> AttentionKernel:
     """Return the fastest usable kernel for a device; the log says once which one and why."""
-    return _choose(torch.device(device).type)
+    return _choose(torch.device(device).type) if softcap is None else _capping(softcap)
+
+
+@lru_cache(maxsize=8)
+def _capping(softcap: float) -> AttentionKernel:
+    log_once("kernels.attention", "attention: tiled (dense, slow) because no flash kernel caps scores")
+    return TiledKernel(softcap=softcap)
 
 
 @lru_cache(maxsize=8)
@@ -83,6 +109,7 @@ def attention(
     *,
     scale: float | None = None,
     kernel: AttentionKernel | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale) v over the visible pairs, differentiable in q, k and v.
 
@@ -92,6 +119,7 @@ def attention(
         bands: who sees whom.
         scale: factor on the scores; None = 1/sqrt(D).
         kernel: the kernel to use; None = `choose_kernel(q.device)`.
+        sinks: [H], see `AttentionForm`; differentiable too.
 
     Raises:
         ArgumentError: shapes that do not fit each other or the bands.
@@ -99,7 +127,7 @@ def attention(
     check_shapes(q, k, v)
     bands.check(num_queries=q.shape[0], num_keys=k.shape[0])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, bands, scale, kernel or choose_kernel(q.device))
+    return _Attention.apply(q, k, v, sinks, bands, scale, kernel or choose_kernel(q.device))
 
 
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -128,16 +156,18 @@ class _Attention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        sinks: torch.Tensor | None,
         bands: Bands,
         scale: float,
         kernel: AttentionKernel,
     ) -> torch.Tensor:
-        out, lse = kernel.forward(q, k, v, bands, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = with_sinks(*kernel.forward(q, k, v, bands, scale), sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.bands, ctx.scale, ctx.kernel = bands, scale, kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = ctx.kernel.backward(grad_outputs[0], *ctx.saved_tensors, ctx.bands, ctx.scale)
-        return (*grads, None, None, None)
+        *tensors, out, lse, sinks = ctx.saved_tensors
+        grads = ctx.kernel.backward(grad_outputs[0], *tensors, out, lse, ctx.bands, ctx.scale)
+        return (*grads, sink_gradient(grad_outputs[0], out, lse, sinks), None, None, None)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 
-__all__ = ["NO_LIMIT", "Bands", "Geometry"]
+__all__ = ["NO_LIMIT", "Bands", "Geometry", "cut_documents", "oldest_seen"]
 
 NO_LIMIT = 1 << 62
 """Value of `hi` (and, negated, of `lo`) that bounds nothing."""
@@ -151,6 +151,25 @@ class Bands:
                 for geometry, indices in sorted(found.items(), key=lambda item: (-item[0].q_len, item[0]))
             ]
         return self._groups
+
+
+def cut_documents(cu_seqlens: NDArray[np.int64], tokens: int | None) -> NDArray[np.int64]:
+    """Return the borders of documents that are cut at multiples of `tokens`; None = as they are.
+
+    Chunked attention is attention of such documents: [0, 5, 12] cut at 3 is [0, 3, 5, 8, 11, 12].
+    """
+    if tokens is None:
+        return cu_seqlens
+    pieces = -(-np.diff(cu_seqlens) // tokens)
+    within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = np.repeat(cu_seqlens[:-1], pieces) + tokens * within
+    return np.concatenate([starts, cu_seqlens[-1:]]).astype(np.int64)
+
+
+def oldest_seen(position: int, window: int | None, attention_chunk: int | None) -> int:
+    """Return the first position that a token sees."""
+    oldest = 0 if window is None else max(0, position - window + 1)
+    return oldest if attention_chunk is None else max(oldest, position // attention_chunk * attention_chunk)
 
 
 def _limit_column(

@@ -1,10 +1,10 @@
-"""Joining attention over disjoint sets of keys through the log-sum-exp of the scores."""
+"""Joining attention over disjoint sets of keys through the log-sum-exp of the scores; sinks, which are one key more."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["merge"]
+__all__ = ["merge", "sink_gradient", "with_sinks"]
 
 
 def merge(
@@ -34,3 +34,28 @@ def merge(
     return out_a.to(dtype) * (weight_a / share)[..., None] + out_b.to(dtype) * (weight_b / share)[
         ..., None
     ], lse
+
+
+def with_sinks(
+    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let each head give a part of its attention to a key without a value, whose score is `sinks` [H].
+
+    `out` [T, H, D] and `lse` [T, H] are those over all keys, so this comes last, once a query. With what it returns in
+    place of both, the backward pass of a kernel gives the gradients of queries, keys and values as they are.
+    """
+    if sinks is None:
+        return out, lse
+    sinks = sinks.to(lse.dtype)
+    share = torch.sigmoid(lse - sinks)
+    return (out * share[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+
+
+def sink_gradient(
+    dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the gradient of `sinks` [H], given `out` and `lse` with them: what they take of a score's softmax."""
+    if sinks is None:
+        return None
+    taken = torch.exp(sinks.to(lse.dtype) - lse)
+    return -((dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1) * taken).sum(0).to(sinks.dtype)

@@ -33,11 +33,15 @@ class ReferenceKernel:
     name = "reference"
     upcasts = True
 
+    def __init__(self, *, softcap: float | None = None) -> None:
+        self.softcap = softcap
+        """Scores s become softcap * tanh(s / softcap)."""
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [T, H, D] in q's dtype and lse [T, H]; a query that sees nothing gets 0 and -inf."""
-        scores_kgts = _scores(q, k, bands, scale)
+        scores_kgts, _ = self._scores(q, k, bands, scale)
         lse_kgt = scores_kgts.logsumexp(-1)
         probs_kgts = _probs(scores_kgts, lse_kgt)
         out = torch.einsum("kgts,skd->tkgd", probs_kgts, v.to(probs_kgts.dtype))
@@ -58,7 +62,7 @@ class ReferenceKernel:
 
         dS = P * (dP - delta), delta = rowsum(dout * out) (FlashAttention-2, arXiv:2307.08691, algorithm 2).
         """
-        scores_kgts = _scores(q, k, bands, scale)
+        scores_kgts, slope_kgts = self._scores(q, k, bands, scale)
         dtype = scores_kgts.dtype
         num_tokens, num_heads, head_dim = q.shape
         grouped = (num_tokens, k.shape[1], num_heads // k.shape[1], head_dim)
@@ -68,19 +72,28 @@ class ReferenceKernel:
         delta_kgt = (dout_tkgd * out.to(dtype).reshape(grouped)).sum(-1).permute(1, 2, 0)
         dprobs_kgts = torch.einsum("tkgd,skd->kgts", dout_tkgd, v.to(dtype))
         dscores_kgts = probs_kgts * (dprobs_kgts - delta_kgt[..., None]) * scale
+        if slope_kgts is not None:
+            dscores_kgts *= slope_kgts
         dq = torch.einsum("kgts,skd->tkgd", dscores_kgts, k.to(dtype)).reshape(q.shape)
         dk = torch.einsum("kgts,tkgd->skd", dscores_kgts, q.to(dtype).reshape(grouped))
         dv = torch.einsum("kgts,tkgd->skd", probs_kgts, dout_tkgd)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-
-def _scores(q: torch.Tensor, k: torch.Tensor, bands: Bands, scale: float) -> torch.Tensor:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    num_tokens, num_heads, head_dim = q.shape
-    q_tkgd = q.to(dtype).reshape(num_tokens, k.shape[1], num_heads // k.shape[1], head_dim)
-    scores_kgts = torch.einsum("tkgd,skd->kgts", q_tkgd, k.to(dtype)) * scale
-    mask = dense_mask(bands, num_queries=num_tokens, num_keys=k.shape[0], device=q.device)
-    return scores_kgts.masked_fill_(~mask, float("-inf"))
+    def _scores(
+        self, q: torch.Tensor, k: torch.Tensor, bands: Bands, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the scores, -inf where nothing is seen, and the slope of their cap where there is one."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        num_tokens, num_heads, head_dim = q.shape
+        q_tkgd = q.to(dtype).reshape(num_tokens, k.shape[1], num_heads // k.shape[1], head_dim)
+        scores_kgts = torch.einsum("tkgd,skd->kgts", q_tkgd, k.to(dtype)) * scale
+        slope_kgts = None
+        if self.softcap is not None:
+            scores_kgts.div_(self.softcap).tanh_()
+            slope_kgts = 1 - scores_kgts.square()
+            scores_kgts.mul_(self.softcap)
+        mask = dense_mask(bands, num_queries=num_tokens, num_keys=k.shape[0], device=q.device)
+        return scores_kgts.masked_fill_(~mask, float("-inf")), slope_kgts
 
 
 def _probs(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:

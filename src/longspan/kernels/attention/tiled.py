@@ -33,8 +33,8 @@ class TiledKernel:
     name = "tiled"
     upcasts = True
 
-    def __init__(self) -> None:
-        self._reference = ReferenceKernel()
+    def __init__(self, *, softcap: float | None = None) -> None:
+        self._reference = ReferenceKernel(softcap=softcap)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float

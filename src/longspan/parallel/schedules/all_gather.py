@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from longspan.kernels.attention import Bands
+from longspan.kernels.attention import Bands, with_sinks
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
+    AllGradients,
     AttentionCall,
     Forward,
-    Gradients,
     accumulation_dtype,
     block_backward,
     block_forward,
@@ -73,10 +73,14 @@ class AllGather:
                 coming = route.gather(_head(k, v, head + 1))
             queries = _queries(q, k, head)
             part, part_lse = block_forward(q[:, queries], kv_N2D[:, :1], kv_N2D[:, 1:], route.bands, call)
-            out[:, queries], lse[:, queries] = part.to(q.dtype), part_lse
+            sinks = None if call.sinks is None else call.sinks[queries]
+            part, lse[:, queries] = with_sinks(part, part_lse, sinks)
+            out[:, queries] = part.to(q.dtype)
         return out, (q, k, v, out, lse)
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
+    def backward(
+        self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall
+    ) -> AllGradients:
         """Return dq, dk, dv of this rank's tokens; keys are gathered again."""
         q, k, v, out, lse = saved
         route = self._route(call, q.device)
@@ -105,7 +109,7 @@ class AllGather:
             leaving = route.scatter(torch.cat((dk_part.to(dtype), dv_part.to(dtype)), dim=1))
         if leaving is not None:
             _store(leaving.wait(), dk, dv, k.shape[1] - 1)
-        return dq, dk, dv
+        return call.all_gradients(dout, out, lse, (dq, dk, dv))
 
     def _route(self, call: AttentionCall, device: torch.device) -> _Route:
         # Kept for the layers, and with its indices on the device: moving them there stops the host.

@@ -15,7 +15,16 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import AttentionKernel, Bands, check_shapes, choose_kernel, merge
+from longspan.kernels.attention import (
+    AttentionForm,
+    AttentionKernel,
+    Bands,
+    check_shapes,
+    choose_kernel,
+    merge,
+    sink_gradient,
+    with_sinks,
+)
 from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.shards import SequenceShards
@@ -24,6 +33,9 @@ __all__ = ["AttentionCall", "CpSchedule", "Partial", "block_backward", "block_fo
 
 Forward = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""dq, dk, dv."""
+AllGradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""dq, dk, dv, and that of the sinks where there are some: what this rank's queries, or heads, add to it."""
 
 
 class AttentionCall(NamedTuple):
@@ -33,6 +45,19 @@ class AttentionCall(NamedTuple):
     window: int | None
     scale: float
     kernel: AttentionKernel
+    sinks: torch.Tensor | None = None
+    """[H], of all heads that `forward` is given; see `kernels.attention.AttentionForm`."""
+
+    def finish(self, partial: Partial, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return out in q's type and lse, over all keys and the sinks."""
+        out, lse = with_sinks(partial.out, partial.lse, self.sinks)
+        return out.to(q.dtype), lse
+
+    def all_gradients(
+        self, dout: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grads: Gradients
+    ) -> AllGradients:
+        """Return dq, dk, dv and the gradient of the sinks; `out` and `lse` are those of `finish`."""
+        return *grads, sink_gradient(dout, out, lse, self.sinks)
 
 
 class CpSchedule(Protocol):
@@ -66,8 +91,10 @@ class CpSchedule(Protocol):
         """
         ...
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
-        """Return dq, dk, dv of this rank's tokens, in the types of q, k, v."""
+    def backward(
+        self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall
+    ) -> AllGradients:
+        """Return dq, dk, dv of this rank's tokens, in the types of q, k, v, and what they add to that of the sinks."""
         ...
 
 
@@ -77,12 +104,11 @@ def sequence_attention(
     v: torch.Tensor,
     shards: SequenceShards,
     schedule: CpSchedule,
+    form: AttentionForm | None = None,
     *,
-    window: int | None = None,
-    scale: float | None = None,
     kernel: AttentionKernel | None = None,
 ) -> torch.Tensor:
-    """Return this rank's rows of the attention over the whole sequence, differentiable in q, k and v.
+    """Return this rank's rows of the attention over the whole sequence, differentiable in q, k, v and sinks.
 
     All ranks of the schedule's group call it with their own tokens.
 
@@ -91,8 +117,8 @@ def sequence_attention(
         k, v: [T, K, D], H a multiple of K.
         shards: the sequence: layout, documents, ranks.
         schedule: how keys travel.
-        window: a query sees that many keys of its document, itself included; None = all before it.
-        scale: factor on the scores; None = 1/sqrt(D).
+        form: windows, sinks and the like; None = plain causal attention. The gradient of sinks is what this rank
+            adds to it: to be summed over the ranks, as that of every parameter.
         kernel: what computes a block; None = the device's.
 
     Raises:
@@ -112,9 +138,10 @@ def sequence_attention(
         )
     check_layout(schedule, shards)
     schedule.check_heads(q.shape[1], k.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = AttentionCall(shards, window, scale, kernel or choose_kernel(q.device))
-    return _SequenceAttention.apply(q, k, v, schedule, call)
+    form = form or AttentionForm()
+    kernel = kernel or choose_kernel(q.device, softcap=form.softcap)
+    call = AttentionCall(shards.cut(form.attention_chunk), form.window, form.factor(q), kernel)
+    return _SequenceAttention.apply(q, k, v, form.sinks, schedule, call)
 
 
 def check_layout(schedule: CpSchedule, shards: SequenceShards) -> None:
@@ -140,17 +167,27 @@ def check_layout(schedule: CpSchedule, shards: SequenceShards) -> None:
 class _SequenceAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, schedule: CpSchedule, call: AttentionCall
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        schedule: CpSchedule,
+        call: AttentionCall,
     ) -> torch.Tensor:
-        out, saved = schedule.forward(q.contiguous(), k.contiguous(), v.contiguous(), call)
-        ctx.save_for_backward(*saved)
+        out, saved = schedule.forward(
+            q.contiguous(), k.contiguous(), v.contiguous(), call._replace(sinks=sinks)
+        )
+        ctx.save_for_backward(sinks, *saved)
         ctx.schedule, ctx.call = schedule, call
         return out
 
     @staticmethod
     @once_differentiable  # a second derivative would miss what came from other ranks
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = ctx.schedule.backward(grad_outputs[0].contiguous(), ctx.saved_tensors, ctx.call)
+        sinks, *saved = ctx.saved_tensors
+        call = ctx.call._replace(sinks=sinks)
+        grads = ctx.schedule.backward(grad_outputs[0].contiguous(), tuple(saved), call)
         return (*grads, None, None)
 
 

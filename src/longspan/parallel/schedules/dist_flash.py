@@ -24,9 +24,9 @@ from longspan.kernels.attention import Bands
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
+    AllGradients,
     AttentionCall,
     Forward,
-    Gradients,
     Partial,
     accumulation_dtype,
     block_backward,
@@ -102,10 +102,12 @@ class DistFlash:
             returned.transfer.wait()
             if returned.buffers:
                 partial.add(*returned.buffers)
-        out = partial.out.to(q.dtype)
-        return out, (q, k, v, out, partial.lse)
+        out, lse = call.finish(partial, q)
+        return out, (q, k, v, out, lse)
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
+    def backward(
+        self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall
+    ) -> AllGradients:
         """Return dq, dk, dv of this rank's tokens."""
         q, k, v, out, lse = saved
         dtype = accumulation_dtype(q)
@@ -146,7 +148,8 @@ class DistFlash:
             for buffer in returned.buffers:
                 total = dq if buffer.shape == dq.shape else dkv_2TKD
                 total += buffer
-        return dq.to(q.dtype), dkv_2TKD[0].to(k.dtype), dkv_2TKD[1].to(v.dtype)
+        grads = dq.to(q.dtype), dkv_2TKD[0].to(k.dtype), dkv_2TKD[1].to(v.dtype)
+        return call.all_gradients(dout, out, lse, grads)
 
     def _steps(self, call: AttentionCall) -> list[list[WorkBlock]]:
         """Return the blocks of each step that some document crosses and that are this rank's business."""

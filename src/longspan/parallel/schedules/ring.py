@@ -19,9 +19,9 @@ from longspan.kernels.attention import Bands
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
+    AllGradients,
     AttentionCall,
     Forward,
-    Gradients,
     Partial,
     accumulation_dtype,
     block_backward,
@@ -74,10 +74,12 @@ class Ring:
                 partial.add(*block_forward(q, kv_2TKD[0], kv_2TKD[1], bands, call))
             transfer.wait()
             kv_2TKD = arriving
-        out = partial.out.to(q.dtype)
-        return out, (q, k, v, out, partial.lse)
+        out, lse = call.finish(partial, q)
+        return out, (q, k, v, out, lse)
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
+    def backward(
+        self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall
+    ) -> AllGradients:
         """Return dq, dk, dv of this place's tokens.
 
         The gradient of a block starts at the first visitor, is passed on with the block, and comes home from
@@ -117,7 +119,8 @@ class Ring:
         assert dq is not None and own_2TKD is not None
         if home_2TKD is not None:
             own_2TKD += home_2TKD
-        return dq.to(q.dtype), own_2TKD[0].to(k.dtype), own_2TKD[1].to(v.dtype)
+        grads = dq.to(q.dtype), own_2TKD[0].to(k.dtype), own_2TKD[1].to(v.dtype)
+        return call.all_gradients(dout, out, lse, grads)
 
     def _bands(self, call: AttentionCall, step: int) -> Bands:
         visitor = (self.place - step) % self.num_places

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from longspan.core.errors import ArgumentError
 from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
-from longspan.parallel.schedules.base import AttentionCall, Forward, Gradients, accumulation_dtype
+from longspan.parallel.schedules.base import AllGradients, AttentionCall, Forward, accumulation_dtype
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.shards import SequenceShards
 
@@ -111,27 +111,34 @@ class Ulysses:
         q_UThD, k_UTkD, v_UTkD = (_take(x, order) for x in self._to_heads((q, k, v), ranges))
         if mine.expand is not None:
             k_UTkD, v_UTkD = k_UTkD[:, mine.expand], v_UTkD[:, mine.expand]
-        out_UThD, saved = self.ring.forward(q_UThD, k_UTkD, v_UTkD, call)
+        out_UThD, saved = self.ring.forward(q_UThD, k_UTkD, v_UTkD, _of_heads(call, mine))
         (out,) = self._to_tokens(
             (_put(out_UThD, order),), [(share.q_heads,) for share in shares], (q.shape[1],)
         )
         # The shape of k's heads is not to be read off the expanded ones: keep it by an empty tensor.
         return out, (*saved, k.new_empty(0, k.shape[1]))
 
-    def backward(self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall) -> Gradients:
+    def backward(
+        self, dout: torch.Tensor, saved: tuple[torch.Tensor, ...], call: AttentionCall
+    ) -> AllGradients:
         """Return dq, dk, dv of this rank's tokens."""
         *inner, kv_shape = saved
         num_heads, num_kv_heads = dout.shape[1], kv_shape.shape[1]
         shares = self._shares(num_heads, num_kv_heads)
         mine, order = shares[self.channel.rank], self._order(call, dout.device)
         (dout_UThD,) = (_take(x, order) for x in self._to_heads((dout,), [(s.q_heads,) for s in shares]))
-        dq, dk, dv = self.ring.backward(dout_UThD, tuple(inner), call)
+        dq, dk, dv, dsinks = self.ring.backward(dout_UThD, tuple(inner), _of_heads(call, mine))
         if mine.expand is not None:
             dk, dv = (_fold(grad, mine.expand, len(mine.kv_heads)) for grad in (dk, dv))
         ranges = [(share.q_heads, share.kv_heads, share.kv_heads) for share in shares]
         heads = (num_heads, num_kv_heads, num_kv_heads)
         dq, dk, dv = self._to_tokens(tuple(_put(x, order) for x in (dq, dk, dv)), ranges, heads)
-        return dq, dk, dv
+        if dsinks is not None:
+            # Of all tokens for this rank's heads: the sum over ranks is that of all heads.
+            whole = dsinks.new_zeros(num_heads)
+            whole[mine.q_heads.start : mine.q_heads.stop] = dsinks
+            dsinks = whole
+        return dq, dk, dv, dsinks
 
     def _shares(self, num_heads: int, num_kv_heads: int) -> list[HeadShare]:
         return [head_share(num_heads, num_kv_heads, self.degree, rank) for rank in range(self.degree)]
@@ -190,6 +197,13 @@ class Ulysses:
                 whole[:, of_rank[i].start : of_rank[i].stop] += part
             out.append(whole.to(x.dtype))
         return out
+
+
+def _of_heads(call: AttentionCall, share: HeadShare) -> AttentionCall:
+    """Return the call for the heads of one rank alone."""
+    if call.sinks is None:
+        return call
+    return call._replace(sinks=call.sinks[share.q_heads.start : share.q_heads.stop])
 
 
 def _take(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
