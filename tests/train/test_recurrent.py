@@ -140,7 +140,7 @@ def test_equals_whatever_the_cut(
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for module in (recurrent, api):
-            patch.setattr(module, "choose_kernel", lambda device: ReferenceKernel())
+            patch.setattr(module, "choose_kernel", lambda device, **_: ReferenceKernel())
         check_equal(model, batch_of(borders), tolerance=1e-11, chunk_tokens=chunk_tokens, offload=offload)
 
 
