@@ -40,6 +40,8 @@ STORY = (
     ("eval", "topics"),
     ("eval", "ruler"),
     ("eval", "longqa"),
+    ("eval", "mrcr"),
+    ("eval", "graphwalks"),
     ("eval", "rescore"),
     ("eval", "harness"),
     ("ask",),
@@ -71,7 +73,15 @@ def test_every_command_is_in_the_story():
 
 
 def write_released_files(root: Path) -> None:
-    """Write long-llm/ with a question of each kind that the examples ask."""
+    """Write long-llm/ with a question of each kind that the examples ask, and a row of MRCR and of GraphWalks."""
+    talk = [
+        {"role": "user", "content": "write a poem"},
+        {"role": "assistant", "content": "Ada wrote it. " * 20},
+    ]
+    wanted = {"answer": "k1Ada wrote it.", "random_string_to_prepend": "k1", "n_needles": 2}
+    graph = {"prompt": "n1 -> n2\n" * 30, "answer_nodes": ["n1"], "problem_type": "parents"}
+    (root / "mrcr.jsonl").write_text(json.dumps({"prompt": json.dumps([*talk, talk[0]]), **wanted}))
+    (root / "graphwalks.jsonl").write_text(json.dumps(graph))
     row = {"query": "Which?", "subject": "anatomy", "choices": list("wxyz"), "answer": 2, "query_id": 0}
     question = {"context": "Ada wrote it.", "input": "Who wrote it?", "answers": ["Ada"]}
     rows = {"mmlu/test.json": row, "mmlu/dev.json": row, "longbench/qasper.jsonl": question}

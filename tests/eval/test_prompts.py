@@ -10,6 +10,7 @@ import pytest
 import transformers
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.data.chat.template import find_template
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.prompts import PromptForm
 from tests.eval.tokenizer_styles import STYLES, build_tokenizer
@@ -110,3 +111,27 @@ def test_template_that_loses_the_message_is_refused(tmp_path: Path) -> None:
         PromptForm(tokenizer, chat_template=str(tmp_path / "bad.jinja"))
     with pytest.raises(DataError, match="no chat template"):
         PromptForm(tokenizer, chat_template="own")
+
+
+def test_a_conversation_is_rendered_as_transformers_does(styled: Tokenizer) -> None:
+    """Turns put into one message of a user are another prompt than the benchmark's."""
+    name = styled.path.parent.name
+    turns = [
+        {"role": "user", "content": "The best thing to do is key 1 2 3."},
+        {"role": "assistant", "content": "What is 12345?"},
+        {"role": "user", "content": "the river and the stone"},
+    ]
+    form = PromptForm(styled, chat_template=name)
+    request = form.conversation(turns, max_new_tokens=9)
+    reference = transformers.AutoTokenizer.from_pretrained(styled.path.parent)
+    reference.chat_template = find_template(styled.path.parent, name)
+    text = reference.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert request.prompt == text and request.messages == turns and request.max_new_tokens == 9
+    assert request.prompt_ids.tolist() == reference(text, add_special_tokens=False)["input_ids"]
+    one = form.conversation(turns[:1], max_new_tokens=64)
+    text = reference.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+    assert one.prompt == form.request(turns[0]["content"]).prompt == text, "with the template's own spaces"
+    assert one.prompt_ids.tolist() == form.request(turns[0]["content"]).prompt_ids.tolist()
+    plain = PromptForm(styled).conversation(turns)
+    assert plain.prompt.startswith("User: The best") and plain.prompt.endswith("stone\nAssistant:")
+    assert plain.messages is None

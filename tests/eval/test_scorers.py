@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, MissingDependencyError
 from longspan.eval.scorers import SCORERS, scorer_named
 
-FIELDS = {"options": ["48213", "a day"], "all_classes": ["48213", "a day"], "metric": "contains"}
+FIELDS = {
+    "random_string_to_prepend": "48",
+    "options": ["48213", "a day"],
+    "all_classes": ["48213", "a day"],
+    "metric": "contains",
+}
 NEEDS_JIEBA = ("qa_f1_zh", "rouge_l_summary_zh")
 VALUES = {"retrieval", "count", "first_number", "last_number", "first_decimal", "word_found", "name_found"}
 """Rules for single values; sentences are not their answers."""
@@ -17,6 +22,7 @@ LISTS: dict[str, tuple[list[str], str]] = {
     "leading_numbers": (["48213", "7"], "48213, 7"),
     "function_chosen": (["get", "B"], "B"),
     "letter_chosen": (["Paris", "B"], "B"),
+    "graphwalks_f1": (["a1", "b2"], "Final Answer: [a1, b2]"),
 }
 """Rules for a list of a certain form, and a perfect answer."""
 HERE = sorted(set(SCORERS) - set(NEEDS_JIEBA))
@@ -37,7 +43,7 @@ def test_perfect_output_scores_one(name: str) -> None:
         set(HERE)
         - VALUES
         - LISTS.keys()
-        - {"classification", "classification_closest", "word_recall_repeated"}
+        - {"classification", "classification_closest", "word_recall_repeated", "mrcr_ratio"}
     ),
 )
 @settings(max_examples=30, deadline=None)

@@ -9,7 +9,7 @@ other tokens than "is " + "8", and what a model would write is the former.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -218,6 +218,29 @@ class PromptForm:
             thinking=self._request_thinking,
         )
 
+    def conversation(self, turns: Sequence[Mapping[str, str]], *, max_new_tokens: int = 64) -> Request:
+        """Return the request for the assistant's next turn (role, content); in plain text turns have names.
+
+        Raises:
+            DataError: the chat template refuses such turns.
+        """
+        if self._chat is None:
+            text = (
+                "".join(f"{turn['role'].capitalize()}: {turn['content']}\n" for turn in turns) + "Assistant:"
+            )
+            ids = self.encode(text)
+        else:
+            text, written = self._chat.generating.conversation(turns)
+            ids = self._begun(written)
+        return Request(
+            prompt=text,
+            prompt_ids=ids.astype(np.int64),
+            messages=turns if self._chat is not None or self._chat_server else None,
+            max_new_tokens=self.room(max_new_tokens),
+            stop_ids=self.stop_ids,
+            thinking=self._request_thinking,
+        )
+
     @property
     def _request_thinking(self) -> Thinking:
         if self._chat is not None and self._chat.opened:
@@ -277,6 +300,10 @@ class PromptForm:
         if chat is None and self._chat is not None:
             chat = self._chat.generating
         ids = self.tokenizer.encode(prompt + answer) if chat is None else chat.encode(prompt, answer=answer)
+        return self._begun(ids)
+
+    def _begun(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids with a BOS before them where one is wanted."""
         bos = self.tokenizer.bos_id
         # One that stands there is the template's own, which may be the mark that begins every turn.
         if self._wants_bos and not (len(ids) > 0 and int(ids[0]) == bos):

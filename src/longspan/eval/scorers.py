@@ -109,6 +109,11 @@ def _word_recall_choice(expected: Sequence[str], output: str, fields: Mapping[st
     return max(metrics.word_recall_spaced(each, output) for each in expected)
 
 
+def _mrcr_ratio(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    prefix = _field(fields, "random_string_to_prepend", scorer="mrcr_ratio")
+    return max(metrics.mrcr_ratio(each, output, prefix) for each in expected)
+
+
 def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
     if not fields.get(name):
         raise ArgumentError(f"scorer {scorer} needs the field {name!r} of a sample, which has none")
@@ -158,6 +163,8 @@ _RULES = (
     Scorer("helmet_f1", 1, _labelled(helmet.f1), "HELMET: F-measure of words"),
     Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1), "HELMET: rouge-l F"),
     Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
+    Scorer("mrcr_ratio", 1, _mrcr_ratio, "MRCR: difflib's ratio behind the drawn string, else 0"),
+    Scorer("graphwalks_f1", 1, _all(metrics.graphwalks_f1), "GraphWalks: F-measure of nodes in the last line"),
     Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
     Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
 )

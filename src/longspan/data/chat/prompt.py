@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.tokenizer import Tokenizer
 
 _USER, _ANSWER = "\U000f0011", "\U000f0012"
+_SPACED = f"  {_USER}  "
 _PIECE_CHARACTERS = 1 << 14
 
 
@@ -54,12 +56,16 @@ class ChatPrompt:
         self._template = Template(text, special)
         self._tokenizer = tokenizer
         self._encoder = MarkedEncoder(tokenizer)
-        rendered = self._render(f" {_USER} ")
-        self._trims = f" {_USER} " not in rendered
+        # Two spaces: one at each side may be the template's own, around a message that it trims.
+        rendered = self._render(_SPACED)
+        self._trims = _SPACED not in rendered
         self.before, self.after = self._around(rendered if not self._trims else self._render(_USER))
         """What the template writes before the message and after it, up to the assistant's answer."""
         self.after += answer_begins
-        further = [self._variables, answer_begins] if self._variables or answer_begins else []
+        self._answer_begins = answer_begins
+        further: list[Any] = [self._variables, answer_begins] if self._variables or answer_begins else []
+        if self._trims and f" {_USER} " in rendered:
+            further.append("with its own spaces")  # which earlier releases lost
         identity = [text, special, DATE.isoformat(), *further]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -88,6 +94,25 @@ class ChatPrompt:
             ]
         )
 
+    def conversation(self, turns: Sequence[Mapping[str, str]]) -> tuple[str, NDArray[np.uint32]]:
+        """Return text and ids of several turns (role, content), up to the assistant's next answer.
+
+        Raises:
+            DataError: the template refuses them, or does not write each once and in order.
+        """
+        places = [{"role": turn["role"], "content": f"{_USER}{n}{_ANSWER}"} for n, turn in enumerate(turns)]
+        rendered = self._template.render(places, add_generation_prompt=True, variables=self._variables)
+        pieces = re.split(f"{_USER}([0-9]+){_ANSWER}", rendered + self._answer_begins)
+        if pieces[1::2] != [str(n) for n in range(len(turns))]:
+            raise DataError(
+                "the chat template does not write each turn once", fix="choose another with --chat-template"
+            )
+        contents = [*(self._content(turn["content"]) for turn in turns), ""]
+        around = pieces[::2]
+        marked = [self._encoder.marked(each)[0] for each in around]
+        text, to_encode = ("".join(map("".join, zip(each, contents))) for each in (around, marked))
+        return text, self._encoder.encode(to_encode).ids
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the special token that ends an answer by this template; none where it writes none."""
@@ -111,7 +136,7 @@ class ChatPrompt:
         )
 
     def _around(self, rendered: str) -> tuple[str, str]:
-        content = _USER if self._trims else f" {_USER} "
+        content = _USER if self._trims else _SPACED
         if rendered.count(content) != 1:
             raise DataError(
                 f"the chat template writes the user's message {rendered.count(content)} times",
