@@ -307,7 +307,7 @@ def test_version_and_help(longspan):
         ("2e1", 0, ""),
         ("0.02k", 0, ""),
         ("1.5", 2, "whole number"),
-        ("0", 2, "less than 1"),
+        ("0", 2, "--samples: Input should be greater than 0"),
         ("two", 2, "not a count"),
     ],
 )

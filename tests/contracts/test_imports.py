@@ -196,6 +196,16 @@ def test_package_and_help_need_neither_torch_nor_transformers():
     assert "quickstart" in done.stdout
 
 
+def test_options_need_neither_torch_nor_transformers():
+    """The help of every command is made of settings, whose modules are imported for it."""
+    done = run_blocked("""
+        import typer.main
+        from longspan.cli.main import app
+        print(len(typer.main.get_command(app).commands))
+        """)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help_loads_no_heavy_module():
     """`longspan --help` answers at once: it is not the time that is checked but what would take it.
 

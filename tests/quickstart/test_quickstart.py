@@ -78,7 +78,7 @@ def test_each_control_changes_one_thing_at_equal_tokens() -> None:
     assert set(made) == {"ablate_short_rows", "ablate_same_theta", "ablate_no_upsampling"}
     for stage in made.values():
         assert stage.tokens == main.tokens and stage.batch_tokens == main.batch_tokens
-        assert stage.lr == main.lr and stage.schedule == main.schedule
+        assert stage.lr == main.lr and stage.lr_schedule == main.lr_schedule
     short, theta, plain = (
         made[name] for name in ("ablate_short_rows", "ablate_same_theta", "ablate_no_upsampling")
     )

@@ -78,7 +78,7 @@ class LongQaConfig(Config):
     datasets: Annotated[tuple[str, ...], Commas] = ()
     """Names of data sets. Default: all that the files hold."""
     samples: pydantic.PositiveInt | None = None
-    """The first so many of each data set; None: all."""
+    """The first so many of each data set. None: all."""
     max_length: Length | None = None
     """Tokens of prompt and answer, such as 128k; a longer prompt loses its middle, and its record says how many tokens
     that were. None: nothing is cut."""
