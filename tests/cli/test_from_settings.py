@@ -115,10 +115,10 @@ def test_each_kind_of_field_is_read():
 
 def test_options_outrank_the_file_which_outranks_the_preset(tmp_path):
     file = tmp_path / "s.yaml"
-    file.write_text("length: 8\nnum_facts: 3\nrepeat: true\npreset: p\ninner: {per_minute: 5}\n")
+    file.write_text("length: 8\nnum_facts: 3\nrepeat: true\npreset: p\ninner: {per_minute: 5}\nsource: [a]\n")
     found = call("--settings", str(file), "--no-repeat", "--inner", "{extra: {a: 1}}")
     assert (found.length, found.num_facts, found.mode, found.repeat) == (8, 3, "fast", False)
-    assert SEEN["preset"] == "p" and found.inner.extra == {"a": 1}
+    assert SEEN["preset"] == "p" and found.inner.extra == {"a": 1} and found.sources == ("a",)
     assert call("--settings", str(file), "--num-facts", "1").num_facts == 1
     assert call("--length", "1", "--preset", "p").num_facts == 7
 
@@ -182,6 +182,9 @@ def test_a_key_that_is_none_is_named_with_the_nearest(tmp_path):
         file.write_text(text)
         with pytest.raises(ConfigError, match=said):
             call("--settings", str(file))
+    (tmp_path / "r.jsonl").write_text('{"kind": "header", "settings": null}\n')
+    with pytest.raises(ConfigError, match="not made by a command"):
+        call("--settings", str(tmp_path / "r.jsonl"))
 
 
 def test_help_is_that_of_the_fields():
