@@ -23,7 +23,7 @@ from longspan.data.packed.recut import recut
 from longspan.data.packed.row_files import JsonlRows, ParquetRows
 from longspan.data.plans.packing import PAD_DOCUMENT
 from longspan.data.rows.loader import PackedRow, StreamMixer
-from longspan.data.rows.whole_rows import WholeRows
+from longspan.data.rows.read_otherwise import WholeRows
 from longspan.data.verify import verify
 from tests.data.hub_stand_in import hub_at
 from tests.data.published_rows import FORMS, chunk, publish

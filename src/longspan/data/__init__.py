@@ -3,21 +3,8 @@
 Names are imported when first used, so that `import longspan.data` costs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from longspan.data.plans.mixture import MixtureConfig, plan_mixture
-    from longspan.data.plans.pack_config import PackConfig
-    from longspan.data.plans.packing import plan_packing
-    from longspan.data.readers import Document, ReadReport, read_documents
-    from longspan.data.rows.loader import RowLoader, StreamMixer
-    from longspan.data.store import MDSDirectory, TokenStore, TokenStoreWriter
-    from longspan.data.store.lengths import LengthTable
-    from longspan.data.tokenize import tokenize_corpus
-    from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from typing import Any
 
 _HOMES = {
     "Document": "readers",
@@ -38,26 +25,6 @@ _HOMES = {
     "tokenize_corpus": "tokenize",
     "train_bpe": "tokenizer",
 }
-
-__all__ = [
-    "Document",
-    "LengthTable",
-    "MDSDirectory",
-    "MixtureConfig",
-    "PackConfig",
-    "ReadReport",
-    "RowLoader",
-    "StreamMixer",
-    "TokenStore",
-    "TokenStoreWriter",
-    "Tokenizer",
-    "load_tokenizer",
-    "plan_mixture",
-    "plan_packing",
-    "read_documents",
-    "tokenize_corpus",
-    "train_bpe",
-]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from longspan.data.plans.packing import PackPlan
 from longspan.data.rows.loader import RowLoader
 from longspan.data.store import MDSDirectory, TokenStore, read_manifest
 from longspan.data.store.directory import stay_inside
+from longspan.data.store.document_columns import mask_digest
 from longspan.data.store.lengths import LengthTable
 from longspan.data.store.mds import INDEX, ShardInfo, parse_index
 from longspan.data.store.token_store import MANIFEST
@@ -187,9 +188,7 @@ def _check_document(store: TokenStore, document: int) -> tuple[str | None, int]:
         return f"token {ids.max()} in a vocabulary of {store.vocab_size}", 0
     if not name:
         return "its source has no name", 0
-    if mask is None or bool((mask == 1).all()):
-        return None, 0
-    return None, int.from_bytes(hashlib.blake2b(mask.tobytes(), digest_size=8).digest(), "little")
+    return None, mask_digest(mask)
 
 
 def _check_rows(path: Path, problems: _Problems) -> dict[str, int]:

@@ -22,8 +22,7 @@ from longspan.data.plans.packing import PackPlan, plan_packing
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.rows.annotations import Annotations, TaughtRows
 from longspan.data.rows.loader import Order, PackedRow, RowLoader, RowSource, StreamMixer
-from longspan.data.rows.unmasked import UnmaskedRows, UnmaskedStore
-from longspan.data.rows.whole_rows import WholeRows
+from longspan.data.rows.read_otherwise import UnmaskedRows, UnmaskedStore, WholeRows
 from longspan.data.store import TokenStore, open_stores
 from longspan.data.store.lengths import LengthTable
 from longspan.data.tokenizer import Tokenizer, load_tokenizer

@@ -5,8 +5,6 @@ No token is decoded. Merging and taking over link the shards where the file syst
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 import xxhash
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import atomic_dir, atomic_write, read_json, remove_leftovers, write_json
+from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
 from longspan.core.progress import progress
 from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
 from longspan.data.store import (
@@ -33,9 +31,10 @@ from longspan.data.store import (
     token_dtype,
 )
 from longspan.data.store.assemble import ShardFolder, assemble_store
-from longspan.data.store.document_columns import ROW, DocumentColumns, SourceNumbers
+from longspan.data.store.document_columns import ROW, DocumentColumns, SourceNumbers, mask_digest
 from longspan.data.store.lengths import LengthTable
-from longspan.data.store.mds import INDEX, VERSION
+from longspan.data.store.mds import INDEX
+from longspan.data.store.shard_files import write_index
 from longspan.data.store.token_store import MANIFEST, TokenizerIdentity, seal_store
 
 NO_SOURCE = "."
@@ -207,8 +206,7 @@ def _link_shards(path: Path, aside: Path) -> None:
             if source.is_file():
                 os.symlink(source.resolve(), aside / name)
         flat.append(entry)
-    with atomic_write(aside / INDEX, "w") as file:
-        json.dump({"version": VERSION, "shards": flat}, file, sort_keys=True)
+    write_index(aside, flat)
 
 
 def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
@@ -255,7 +253,7 @@ def _scan(folder: Path, vocab_size: int) -> tuple[DocumentColumns, str]:
                 row["key"] = token_key(source, ids)
                 if has_mask:
                     row["mask_offset"] = spans["mask"][1] - len(values["mask"])
-                    row["mask_digest"] = _mask_digest(values["mask"])
+                    row["mask_digest"] = mask_digest(values["mask"])
                 document += 1
                 bar.advance()
     return DocumentColumns(rows, sources.names, has_mask), dtype.name
@@ -268,13 +266,6 @@ def token_key(source: str, ids: np.ndarray) -> int:
     return digest.intdigest()
 
 
-def _mask_digest(mask: np.ndarray | None) -> int:
-    """Return what a store's fingerprint holds of a mask; 0 where all weights are 1."""
-    if mask is None or bool((mask == 1).all()):
-        return 0
-    return int.from_bytes(hashlib.blake2b(mask.tobytes(), digest_size=8).digest(), "little")
-
-
 def _document_columns(store: TokenStore) -> DocumentColumns:
     rows = np.zeros(len(store), ROW)
     for name in ("source", "key", "shard", "offset", "mask_offset", "tokens"):
@@ -282,7 +273,7 @@ def _document_columns(store: TokenStore) -> DocumentColumns:
     if store.lengths.characters is not None:
         rows["characters"] = store.lengths.characters
     if store.has_mask:
-        rows["mask_digest"] = [_mask_digest(store.mask(document)) for document in range(len(store))]
+        rows["mask_digest"] = [mask_digest(store.mask(document)) for document in range(len(store))]
     return DocumentColumns(rows, store.lengths.source_names, store.has_mask)
 
 

@@ -10,7 +10,6 @@ on with the pieces that are missing. About 400 million tokens a second and proce
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import longspan
 from longspan.core.columns import folder_kind
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import atomic_write, behind_link, write_json
+from longspan.core.files import behind_link, write_json
 from longspan.data.jobs import Executor, LocalExecutor
 from longspan.data.jobs.piece_folder import PieceFolder
 from longspan.data.packed.manifest import RowsManifest, read_rows_manifest
@@ -28,7 +27,7 @@ from longspan.data.packed.row_formats import (
     FORMATS,
     LabelledRow,
     RowFormat,
-    mds_index,
+    mds_columns,
     row_frames,
     spans_of,
     write_rows,
@@ -37,7 +36,7 @@ from longspan.data.plans.packing import KIND, PackPlan
 from longspan.data.rows.loader import RowLoader
 from longspan.data.rows.plan_rows import NO_LABEL, Labels, PlanRows
 from longspan.data.store import TokenStore
-from longspan.data.store.mds import INDEX
+from longspan.data.store.shard_files import shard_entries, write_index
 from longspan.data.store.token_store import MANIFEST
 
 PIECE_BYTES = 1 << 26
@@ -138,8 +137,7 @@ def _finish(
     folder: Path, entries: list[dict[str, Any]], *, origin: _Origin, format: RowFormat, labels: Labels
 ) -> None:
     if format == "mds":
-        with atomic_write(folder / INDEX, "w") as file:
-            json.dump(mds_index(entries, origin.has_mask), file, sort_keys=True)
+        write_index(folder, shard_entries(mds_columns(origin.has_mask), entries))
     manifest = RowsManifest(
         row_format=format,
         rows=origin.num_rows,

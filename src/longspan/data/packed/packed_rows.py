@@ -80,22 +80,18 @@ class PackedRows:
         if not self.num_rows:
             raise DataError(f"{self.path} holds no rows")
         first = self._read(0)
-        self._length, self.has_mask = len(first.ids), first.mask is not None
+        self.length, self.has_mask = len(first.ids), first.mask is not None
         self.mask_is = self._on_disk.mask_is if self.has_mask else ""
         """What the masks are: "answers" of an assistant, as in the rows of others, or "weights" of the loss."""
         names = self._on_disk.names or self.index.names
-        self._names = tuple(dict.fromkeys([*names, PAD_SOURCE]))
-        self._number = {name: number for number, name in enumerate(self._names)}
+        self.source_names = tuple(dict.fromkeys([*names, PAD_SOURCE]))
+        """What the rows' source numbers stand for; the last is that of padding."""
+        self._number = {name: number for number, name in enumerate(self.source_names)}
 
     @property
     def num_rows(self) -> int:
         """Return the number of rows."""
         return int(self._first[-1])
-
-    @property
-    def length(self) -> int:
-        """Return the tokens in a row."""
-        return self._length
 
     @cached_property
     def longest(self) -> int:
@@ -106,11 +102,6 @@ class PackedRows:
         """Whether every row has so many tokens."""
         same = self._on_disk.is_ours or bool((self.index.lengths == length).all())
         return same and self.length == length
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Return the names that the rows' source numbers stand for; the last is that of padding."""
-        return self._names
 
     @property
     def fingerprint(self) -> str:
@@ -223,7 +214,7 @@ class PackedRows:
             cu_seqlens=cu_seqlens,
             documents=all_documents,
             sources=all_sources,
-            source_names=self._names,
+            source_names=self.source_names,
             continuation=np.concatenate([continued, np.zeros(num_gaps, bool)])[order],
             weights=weights,
         )

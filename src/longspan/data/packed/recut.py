@@ -21,7 +21,8 @@ from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.packed.row_files import StoredRow
 from longspan.data.plans.pack_config import STRATEGIES, PackConfig
 from longspan.data.plans.packing import plan_packing
-from longspan.data.rows.loader import PAD_SOURCE, PackedRow, RowLoader, RowsOver
+from longspan.data.rows.loader import PAD_SOURCE, PackedRow, RowLoader
+from longspan.data.rows.read_otherwise import RowsOver
 from longspan.data.store.lengths import LengthTable
 
 Overflow = Literal["split", "drop_tail"]

@@ -27,7 +27,8 @@ from longspan.data.plans.packing import PAD_DOCUMENT
 from longspan.data.rows.loader import PackedRow
 from longspan.data.rows.plan_rows import RowSpans
 from longspan.data.store import Column
-from longspan.data.store.mds import array_header, shard_config
+from longspan.data.store.mds import array_header
+from longspan.data.store.shard_files import write_shard
 
 RowFormat = Literal["mds", "jsonl", "parquet", "npy"]
 FORMATS: tuple[RowFormat, ...] = ("mds", "jsonl", "parquet", "npy")
@@ -70,7 +71,8 @@ def write_rows(
     summed = _Summed(rows)
     if format == "mds":
         name = f"shard.{number:05}.mds"
-        _write_mds(folder / name, summed, num_rows, has_mask)
+        samples = (_mds_sample(row, frame, has_mask) for row, _, frame in summed)
+        write_shard(folder / name, mds_columns(has_mask), samples, num_rows)
     elif format == "jsonl":
         name = f"rows.{number:05}.jsonl"
         _write_jsonl(folder / name, summed, has_mask)
@@ -86,21 +88,6 @@ def write_rows(
         "bytes": (folder / name).stat().st_size,
         "id_sum": summed.total,
     }
-
-
-def mds_index(entries: list[dict[str, Any]], has_mask: bool) -> dict[str, Any]:
-    """Return the `index.json` of MDS pieces."""
-    config = _mds_config(has_mask)
-    shards = [
-        {
-            **config,
-            "samples": entry["rows"],
-            "raw_data": {"basename": entry["file"], "bytes": entry["bytes"], "hashes": {}},
-            "zip_data": None,
-        }
-        for entry in entries
-    ]
-    return {"version": config["version"], "shards": shards}
 
 
 def id_sum(ids: np.ndarray) -> int:
@@ -125,7 +112,8 @@ class _Summed:
             yield labelled
 
 
-def _mds_columns(has_mask: bool) -> list[Column]:
+def mds_columns(has_mask: bool) -> list[Column]:
+    """Return the columns of rows in MDS."""
     columns = [
         Column("continued", "ndarray:uint8"),
         Column("doc_ids", "ndarray:uint32"),
@@ -138,25 +126,6 @@ def _mds_columns(has_mask: bool) -> list[Column]:
     if has_mask:
         columns.insert(6, Column("mask", "ndarray:uint8"))
     return columns
-
-
-def _mds_config(has_mask: bool) -> dict[str, Any]:
-    return shard_config(_mds_columns(has_mask), size_limit=1 << 26, hashes=[])
-
-
-def _write_mds(path: Path, rows: _Summed, num_rows: int, has_mask: bool) -> None:
-    config = json.dumps(_mds_config(has_mask), sort_keys=True).encode()
-    offsets = np.zeros(num_rows + 1, np.int64)
-    offsets[0] = 4 * (num_rows + 2) + len(config)
-    with atomic_write(path) as file:
-        # The table of places stands in front of the samples and is known after them.
-        file.seek(int(offsets[0]))
-        for number, (row, _, frame) in enumerate(rows):
-            parts = _mds_sample(row, frame, has_mask)
-            offsets[number + 1] = offsets[number] + sum(map(len, parts))
-            file.writelines(parts)
-        file.seek(0)
-        file.write(np.array([num_rows, *offsets], "<u4").tobytes() + config)
 
 
 def spans_of(row: PackedRow) -> RowSpans:
@@ -205,7 +174,7 @@ def row_frames(spans: RowSpans, source_names: Sequence[str]) -> Iterator[RowFram
 
 
 def _mds_sample(row: PackedRow, frame: RowFrame, has_mask: bool) -> list[bytes | memoryview]:
-    """Return the bytes of a sample with the columns of `_mds_columns`; the ids are not copied.
+    """Return the bytes of a sample with the columns of `mds_columns`; the ids are not copied.
 
     The same as `store.mds.encode_sample`, at a fraction of its cost: most of these arrays are tiny.
     """

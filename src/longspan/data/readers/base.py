@@ -170,6 +170,18 @@ def whole_file(file: InputFile, part_bytes: int) -> list[FilePart]:
     return [FilePart(file, size=file.size)]
 
 
+def cut_between(file: InputFile, sizes: Sequence[int], part_bytes: int) -> list[FilePart]:
+    """Cut a file between its blocks of `sizes`, each part of at least `part_bytes` of them but the last."""
+    parts: list[FilePart] = []
+    start = held = 0
+    for number, size in enumerate(sizes):
+        held += size
+        if held >= part_bytes or number + 1 == len(sizes):
+            parts.append(FilePart(file, start, number + 1, held))
+            start, held = number + 1, 0
+    return parts if len(parts) > 1 else whole_file(file, part_bytes)
+
+
 def parse_values(record: RawRecord) -> dict[str, Any]:
     """Return the fields of a record that the format itself has already parsed."""
     if isinstance(record.data, SkippedRecordError):

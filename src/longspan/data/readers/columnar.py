@@ -20,6 +20,7 @@ from longspan.data.readers.base import (
     RawRecord,
     Reader,
     SkippedRecordError,
+    cut_between,
     parse_values,
     whole_file,
 )
@@ -58,14 +59,11 @@ def split_row_groups(file: InputFile, part_bytes: int) -> list[FilePart]:
     with _parquet(file.path) as parquet:
         metadata = parquet.metadata
         sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
-    parts: list[FilePart] = []
-    start = held = 0
-    for number, size in enumerate(sizes):
-        held += size
-        if held >= part_bytes or number + 1 == len(sizes):
-            parts.append(FilePart(file, start, number + 1, file.size * held // max(sum(sizes), 1)))
-            start, held = number + 1, 0
-    return parts if len(parts) > 1 else whole_file(file, part_bytes)
+    parts = cut_between(file, sizes, part_bytes)
+    # Decoded they are larger: the size of a part is that of its share of the file.
+    if len(parts) > 1:
+        parts = [part._replace(size=file.size * part.size // max(sum(sizes), 1)) for part in parts]
+    return parts
 
 
 def read_parquet(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:

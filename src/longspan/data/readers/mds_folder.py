@@ -13,6 +13,7 @@ from longspan.data.readers.base import (
     RawRecord,
     Reader,
     SkippedRecordError,
+    cut_between,
     parse_values,
     whole_file,
 )
@@ -26,15 +27,7 @@ def split_shards(file: InputFile, part_bytes: int) -> list[FilePart]:
     """Cut between shards."""
     if is_remote(file.path):
         return whole_file(file, part_bytes)
-    shards = MDSDirectory(file.path).shards
-    parts: list[FilePart] = []
-    start = held = 0
-    for number, info in enumerate(shards):
-        held += info.num_bytes
-        if held >= part_bytes or number + 1 == len(shards):
-            parts.append(FilePart(file, start, number + 1, held))
-            start, held = number + 1, 0
-    return parts if len(parts) > 1 else whole_file(file, part_bytes)
+    return cut_between(file, [info.num_bytes for info in MDSDirectory(file.path).shards], part_bytes)
 
 
 def read_mds(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecord]:

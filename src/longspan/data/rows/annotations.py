@@ -30,18 +30,19 @@ from numpy.typing import NDArray
 
 import longspan
 from longspan.core.errors import DataError
-from longspan.core.files import atomic_write, read_json, write_json
+from longspan.core.files import read_json, write_json
 from longspan.core.log import get_logger
 from longspan.data.plans.packing import PAD_DOCUMENT
-from longspan.data.rows.loader import PackedRow, RowLoader, RowSource, RowsOver, TeacherRow
+from longspan.data.rows.loader import PackedRow, RowLoader, RowSource, TeacherRow
+from longspan.data.rows.read_otherwise import RowsOver
 from longspan.data.store import Column, MDSDirectory, TokenStore
 from longspan.data.store.lengths import LengthTable
-from longspan.data.store.mds import INDEX, VERSION, encode_sample, shard_config
+from longspan.data.store.mds import encode_sample
+from longspan.data.store.shard_files import shard_entries, write_index, write_shard
 from longspan.data.store.token_store import MANIFEST
 
 FORMAT = "longspan teacher annotations"
 SCHEMA = 1
-SIZE_LIMIT = 1 << 26
 
 Kind = Literal["rows", "documents", "pairs"]
 
@@ -162,51 +163,21 @@ def id_dtype(vocab_size: int) -> str:
 def write_annotation_shard(
     folder: Path, number: int, columns: Sequence[Column], samples: Iterable[Mapping[str, Any]], num_rows: int
 ) -> dict[str, Any]:
-    """Write one shard file, whole or not at all, holding one sample in memory; return file, rows, bytes and sha256.
+    """Write one shard file, whole or not at all, holding one sample in memory; return file, rows and bytes.
 
     Raises:
         DataError: the samples are 4 GiB or more.
     """
     name = f"shard.{number:05}.mds"
-    config = json.dumps(_config(columns), sort_keys=True).encode()
-    offsets = np.zeros(num_rows + 1, np.int64)
-    offsets[0] = 4 * (num_rows + 2) + len(config)
-    with atomic_write(folder / name) as file:
-        # The table of places stands in front of the samples and is known after them.
-        file.seek(int(offsets[0]))
-        for row, sample in enumerate(samples):
-            parts = encode_sample(columns, sample)
-            offsets[row + 1] = offsets[row] + sum(map(len, parts))
-            file.writelines(parts)
-        if offsets[-1] >= 1 << 32:
-            raise DataError(
-                "the annotations of these rows are too large for a shard",
-                found=f"{offsets[-1]} bytes",
-                fix="lower --k, or give --mass",
-            )
-        file.seek(0)
-        file.write(np.array([num_rows, *offsets], "<u4").tobytes() + config)
-    return {"file": name, "rows": num_rows, "bytes": int(offsets[-1])}
+    encoded = (encode_sample(columns, sample) for sample in samples)
+    write_shard(folder / name, columns, encoded, num_rows, fix="lower --k, or give --mass")
+    return {"file": name, "rows": num_rows, "bytes": (folder / name).stat().st_size}
 
 
 def seal_annotations(folder: Path, columns: Sequence[Column], manifest: AnnotationManifest) -> None:
     """Write index and manifest beside finished shard files."""
-    shards = [
-        {
-            **_config(columns),
-            "samples": piece["rows"],
-            "raw_data": {"basename": piece["file"], "bytes": piece["bytes"], "hashes": {}},
-            "zip_data": None,
-        }
-        for piece in manifest.pieces
-    ]
-    with atomic_write(folder / INDEX, "w") as file:
-        json.dump({"version": VERSION, "shards": shards}, file, sort_keys=True)
+    write_index(folder, shard_entries(columns, manifest.pieces))
     write_json(folder / MANIFEST, manifest._asdict())
-
-
-def _config(columns: Sequence[Column]) -> dict[str, Any]:
-    return shard_config(columns, size_limit=SIZE_LIMIT, hashes=[])
 
 
 def row_digest(ids: NDArray[Any]) -> int:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.core.files import sha256_bytes
 from longspan.core.seeds import rng
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan
@@ -115,24 +114,6 @@ class RowSource(Protocol):
         """Read one row."""
 
 
-class RowsOver:
-    """Rows that are those of another source read in another way; a subclass says which, by `row`.
-
-    Args:
-        rows: the other source.
-        how: goes into the fingerprint, which is then not the other's. None: it is.
-    """
-
-    def __init__(self, rows: RowSource, *, how: str | None) -> None:
-        self._rows = rows
-        self.num_rows, self.length, self.source_names = rows.num_rows, rows.length, rows.source_names
-        own = rows.fingerprint
-        self.fingerprint = own if how is None else sha256_bytes(f"{own} {how}".encode())[:16]
-        """16 hex characters that stand for the content."""
-        self.blocks: np.ndarray = np.asarray(getattr(rows, "blocks", ()), np.int64)
-        """See `PackedRows.blocks`."""
-
-
 class RowLoader:
     """The rows of one pack plan.
 
@@ -145,7 +126,7 @@ class RowLoader:
     def __init__(self, stores: DocumentStore | Sequence[DocumentStore], plan: PackPlan) -> None:
         self._stores: list[DocumentStore] = list(stores) if isinstance(stores, Sequence) else [stores]
         self._lengths = LengthTable.concatenate([store.lengths for store in self._stores])
-        self._plan = plan
+        self.plan, self.num_rows, self.length = plan, plan.num_rows, plan.spec.length
         if self._lengths.fingerprint != plan.lengths_fingerprint:
             raise DataError(
                 "the pack plan was made for other token stores",
@@ -155,32 +136,12 @@ class RowLoader:
             )
         self._reader = SpanReader(self._stores, self._lengths, plan.spec)
         pads = plan.spec.remainder == "pad"
-        self._source_names = self._lengths.source_names + ((PAD_SOURCE,) if pads else ())
-
-    @property
-    def plan(self) -> PackPlan:
-        """Return the plan."""
-        return self._plan
-
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows."""
-        return self._plan.num_rows
-
-    @property
-    def length(self) -> int:
-        """Return the tokens in a row."""
-        return self._plan.spec.length
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Return the names that the rows' source numbers stand for."""
-        return self._source_names
+        self.source_names = self._lengths.source_names + ((PAD_SOURCE,) if pads else ())
 
     @property
     def fingerprint(self) -> str:
         """Return 16 hex characters over the plan and the content of the stores."""
-        parts = [self._plan.fingerprint, *(store.fingerprint for store in self._stores)]
+        parts = [self.plan.fingerprint, *(store.fingerprint for store in self._stores)]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def row(self, index: int) -> PackedRow:
@@ -190,7 +151,7 @@ class RowLoader:
             ArgumentError: there is no such row.
             DataError: the plan does not fit the documents in the store.
         """
-        plan = self._plan
+        plan = self.plan
         if not 0 <= index < plan.num_rows:
             raise ArgumentError("there is no such row", found=index, allowed=f"0 to {plan.num_rows - 1}")
         spans = slice(int(plan.row_offsets[index]), int(plan.row_offsets[index + 1]))
@@ -220,7 +181,7 @@ class RowLoader:
             cu_seqlens=cu_seqlens.astype(np.int32),
             documents=documents,
             sources=sources,
-            source_names=self._source_names,
+            source_names=self.source_names,
             continuation=np.array(starts > 0),
             weights=weights,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.core.errors import DataError
-from longspan.core.files import atomic_dir, atomic_write, link_file, read_json, remove_leftovers
+from longspan.core.files import atomic_dir, link_file, read_json, remove_leftovers
 from longspan.data.store.directory import MDSDirectory
 from longspan.data.store.document_columns import ROW, DocumentColumns, DocumentWriter, join_columns
-from longspan.data.store.mds import INDEX, VERSION
+from longspan.data.store.mds import INDEX
+from longspan.data.store.shard_files import write_index
 from longspan.data.store.token_store import SHARD_BYTES, TokenizerIdentity, TokenStore, seal_store
 
 
@@ -68,8 +68,7 @@ def assemble_store(
                 entries.append({**entry, "raw_data": {**entry["raw_data"], "basename": name}})
             if with_mask.exists():
                 shutil.rmtree(with_mask)
-        with atomic_write(aside / INDEX, "w") as file:
-            json.dump({"version": VERSION, "shards": entries}, file, sort_keys=True)
+        write_index(aside, entries)
         joined = join_columns(columns, first_shards)
         seal_store(aside, joined, tokenizer=tokenizer, config=config, counts=counts)
     return TokenStore(out)

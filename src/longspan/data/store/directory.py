@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from longspan.core.errors import DataError
-from longspan.core.files import atomic_write, read_json, sha256_file
+from longspan.core.files import read_json, sha256_file
 from longspan.data.store.mds import (
     INDEX,
     MAX_SHARD_BYTES,
-    VERSION,
     Column,
     Shard,
     ShardInfo,
@@ -29,6 +28,7 @@ from longspan.data.store.mds import (
     parse_index,
     shard_config,
 )
+from longspan.data.store.shard_files import write_index
 
 # A map holds a file descriptor; views keep their own shard alive, so the cache may drop any of them.
 MAX_OPEN_SHARDS = 128
@@ -86,8 +86,7 @@ class MDSWriter:
         """Write the last shard and the index."""
         if self._sizes:
             self._flush()
-        with atomic_write(self.path / INDEX, "w") as file:
-            json.dump({"version": VERSION, "shards": self._entries}, file, sort_keys=True)
+        write_index(self.path, self._entries)
 
     def _header_bytes(self, num_samples: int) -> int:
         return 4 + 4 * (num_samples + 1) + len(self._config_bytes)

@@ -46,6 +46,14 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def mask_digest(mask: NDArray[Any] | None) -> int:
+    """Return what a store's fingerprint holds of loss weights; 0 where all are 1."""
+    if mask is None or bool((mask == 1).all()):
+        return 0
+    digest = hashlib.blake2b(np.ascontiguousarray(mask).data, digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 class DocumentColumns(NamedTuple):
     """Where every document of some shards stands."""
 
@@ -182,10 +190,9 @@ class DocumentWriter:
         shard, start = self._writer.write_encoded(parts)
         offset = start + len(parts[0])
         mask_offset = offset + len(values) + 8 + len(header) if self._has_mask else 0
-        plain = mask is None or bool((mask == 1).all())
-        digest = b"" if plain else hashlib.blake2b(np.ascontiguousarray(mask).data, digest_size=8).digest()
-        mask_digest = int.from_bytes(digest, "little")
-        self._rows += _ROW.pack(key, offset, mask_offset, mask_digest, shard, len(ids), characters, number)
+        self._rows += _ROW.pack(
+            key, offset, mask_offset, mask_digest(mask), shard, len(ids), characters, number
+        )
 
     def _rewrite_with_mask(self) -> None:
         rows = np.frombuffer(bytes(self._rows), ROW)
