@@ -294,8 +294,6 @@ def _cache(model: ModelShape, s: TrainingStep, tokens: int, alive: int) -> float
 
 def _loss(model: ModelShape, s: TrainingStep, alive: int, weights: _Weights) -> dict[str, float]:
     item = SUM_BYTES
-    chunk = min(max(16, LOGITS_BUDGET // (item * model.vocab)), alive)
-    logits = chunk * model.vocab * item
     narrow = s.compute_bytes < SUM_BYTES
     chunk = max(16, LOGITS_BUDGET // (item * model.vocab))
     if narrow and s.cuda and s.lora is None:

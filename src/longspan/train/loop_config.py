@@ -74,6 +74,9 @@ class RuntimeConfig(Config):
 
     compile_blocks: bool = False
     """Compile each transformer block with torch.compile; attention stays as it is. The first step takes minutes."""
+    flash: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
+    """FlashAttention on a GPU. auto: the one made for it (3 for Hopper, 4 for Blackwell) where that is installed, else
+    torch's own, the second; the log says which and why."""
     empty_cache_every: int | None = pydantic.Field(None, ge=1)
     """Optimizer steps after which the cache of torch's GPU allocator is emptied. None: never."""
     expandable_segments: bool = True

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longspan.core.log import log_once
+from longspan.kernels.attention.flash_versions import use_flash
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.compiling import compile_blocks
@@ -55,6 +56,8 @@ def on_gpu(config: TrainConfig) -> TrainConfig:
 
 def prepare_blocks(model: PreTrainedModel, config: TrainConfig) -> None:
     """Set what blocks keep and how they are run, in place; before they are sharded."""
+    if torch.cuda.is_available():
+        use_flash(config.runtime.flash)
     if config.memory.tiled_mlp is not None:
         enable_tiled_mlp(model, config.memory.tiled_mlp)
     enable_checkpointing(model, config.memory.activation_checkpointing)

@@ -16,6 +16,7 @@ from longspan.core.log import log_once
 from longspan.kernels.attention.bands import Bands
 from longspan.kernels.attention.cpu_flash import CpuFlashKernel
 from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel
+from longspan.kernels.attention.flash_versions import use_flash
 from longspan.kernels.attention.merging import merge, sink_gradient, with_sinks
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.kernels.attention.tiled import TiledKernel
@@ -93,7 +94,7 @@ def _choose(device_type: str) -> AttentionKernel:
     if device_type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         kernel, reason = CpuFlashKernel(), "torch's flash attention for CPU is available"
     elif device_type == "cuda" and hasattr(torch.ops.aten, "_flash_attention_forward"):
-        kernel, reason = CudaVarlenKernel(), "torch's variable-length flash attention is available"
+        kernel, reason = CudaVarlenKernel(), f"variable-length flash attention is available ({use_flash()})"
     else:
         kernel = ReferenceKernel()
         reason = f"torch {torch.__version__} has no flash attention for {device_type}; memory is quadratic"
