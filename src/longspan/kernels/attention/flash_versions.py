@@ -34,7 +34,7 @@ def use_flash(wanted: FlashVersion = "auto") -> str:
     """
     if wanted == "auto" and _chosen:
         return _chosen["why"]
-    name = wanted
+    name: str = wanted
     major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
     if wanted == "auto":
         name = MADE_FOR.get(major, "fa2")
