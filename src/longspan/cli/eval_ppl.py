@@ -162,12 +162,10 @@ def _check_limits(low: str, least: float | None, high: str, most: float | None) 
 
 
 def _open(data: TaskDataConfig) -> Sequence[HeldOutDocument] | TokenDocuments:
-    from longspan.core.errors import ArgumentError, DataError
+    from longspan.core.errors import DataError
     from longspan.eval.ppl_documents import is_tokenised, open_tokenised
 
-    if not data.paths:
-        raise ArgumentError("perplexity is that of texts", fix="name them with --data")
-    tokenised = [is_tokenised(Path(each)) for each in data.paths]
+    tokenised = [is_tokenised(Path(each)) for each in data.named("documents")]
     if all(tokenised):
         return open_tokenised([Path(each) for each in data.paths])
     if any(tokenised):

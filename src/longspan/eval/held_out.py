@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pydantic
 
 from longspan.core.config import Config
-from longspan.core.errors import DataError
+from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.data.readers import read_documents
 
@@ -45,6 +45,12 @@ class TaskDataConfig(Config):
         if cache is not None and Path(cache).is_file():
             raise ValueError(f"{cache} is a file, not a folder")
         return cache
+
+    def named(self, what: str) -> tuple[str, ...]:
+        """Return the paths. Raises ArgumentError: none are given, and there is no default for `what`."""
+        if not self.paths:
+            raise ArgumentError(f"{what} are read from files", fix="name them with --data")
+        return self.paths
 
     def documents(self) -> list[HeldOutDocument]:
         """Return the texts, or the reference prose of Python where none are named. Raises DataError."""

@@ -120,7 +120,7 @@ class LongQa:
     @classmethod
     def from_config(cls, config: LongQaConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on the questions of some files. Raises as `read_longqa`; ArgumentError: no such data set."""
-        read = read_longqa(data.paths, strict=data.strict)
+        read = read_longqa(data.named("questions"), strict=data.strict)
         known = {sample.dataset for sample in read.samples}
         if unknown := [name for name in config.datasets if name not in known]:
             raise ArgumentError("the files hold no such data set", found=unknown, allowed=sorted(known))

@@ -93,7 +93,7 @@ class BinnedTask(PromptTask[BinnedConfigT]):
     @classmethod
     def from_config(cls, config: BinnedConfigT, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on the rows of some files and folders."""
-        return cls(config, form, _files_of(data.paths), strict=data.strict)
+        return cls(config, form, _files_of(data.named("rows")), strict=data.strict)
 
     def texts(self, rows: Rows, number: int, row: dict[str, Any]) -> list[str]:
         """Return what the bins count of a row. Raises DataError: the row is none."""
