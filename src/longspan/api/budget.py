@@ -42,7 +42,7 @@ class SpendingLimits(Config):
     max_requests: pydantic.NonNegativeInt | None = None
     """Most requests that are begun; recorded answers and further attempts do not count."""
     price: Price | None = None
-    """What `max_cost` and the report reckon with."""
+    """Prices that `max_cost` and the report are computed with."""
     prices: str | None = None
     """YAML file of prices by model, `NAME: {input: 2.5, output: 10}`, where `price` is not given."""
 

@@ -1,4 +1,4 @@
-"""Answers that were paid for, in one SQLite file: asked again, they come from there.
+"""Cache of paid answers in one SQLite file: the same request is answered from there.
 
 The key is the SHA-256 of what determines an answer: the address and what the server there says of its model (vLLM: the
 path), the protocol, the body (model, messages, every parameter) and the number of the draw. No secret is part of it. A

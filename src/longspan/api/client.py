@@ -437,7 +437,7 @@ def _call_off(jobs: Iterable[_Job]) -> None:
 
 
 def _result(reading: ParsedAnswer, reserved: Usage) -> ChatResult:
-    """Return what the caller sees; an answer without usage is reckoned from its texts, a failure as nothing."""
+    """Return what the caller sees; an answer without usage is estimated from its texts, a failure counts as nothing."""
     usage = reading.usage
     if usage is None:
         answered = reading.error in (None, "refused") and reading.finish is not None

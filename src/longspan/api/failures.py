@@ -69,7 +69,7 @@ def judge_failure(
     said = excerpt(body, key)
     if status == 402 or _NO_CREDIT.search(said):
         raise UserError(
-            f"{endpoint.address} answers no more: there is no credit left", found=f"HTTP {status}: {said}"
+            f"{endpoint.address} refuses to answer: there is no credit left", found=f"HTTP {status}: {said}"
         )
     if status in _RETRIED or (status >= 500 and status != _NOT_IMPLEMENTED):
         return Retry(f"HTTP {status}", retry_after(headers, wall=wall), said)

@@ -1,4 +1,4 @@
-"""How fast requests may go: so many at once, so many requests and tokens a minute, none during a pause.
+"""Rate limits: requests at once, requests and tokens a minute, none during a pause.
 
 A bucket refills continuously and never holds more than a second's worth, so requests are spread evenly instead
 of coming in waves; and what was sent in any 60 seconds is added up, so that no minute exceeds the limit. Of limits
@@ -109,7 +109,7 @@ class RateBucket:
 
 
 class Ticket(NamedTuple):
-    """The leave to send one request."""
+    """Permission to send one request."""
 
     tokens: _Sent | None
     waited: float

@@ -27,7 +27,7 @@ class ServerConfig(Config):
     max_length: Length | None = pydantic.Field(None, ge=1)
     """Tokens that prompt and answer may have together; longer requests are not sent. None: the server says."""
     trained_length: Length | None = pydantic.Field(None, ge=1)
-    """Tokens. Of the model, which its server does not say."""
+    """Tokens that the model was trained for, which its server does not say."""
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Further fields of each request; a null leaves one out, `{temperature: null}` for reasoning models say."""
     continue_final_message: bool = False
@@ -36,7 +36,7 @@ class ServerConfig(Config):
     cache: str | None = None
     """SQLite file of answers; what stands there is not asked again."""
     limits: Limits = Limits()
-    """How fast it is asked."""
+    """Rate limits: requests at once, requests and tokens a minute."""
     budget: SpendingLimits = SpendingLimits()
     """Where a job stops."""
 

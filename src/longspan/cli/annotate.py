@@ -109,7 +109,7 @@ def topk(
         return
     targets = {shard_folder(path, part): spec for path, spec in specs.items()}
     complete = [path for path, spec in targets.items() if _annotate(spec, path, part, jobs)]
-    # Under torchrun the first process speaks.
+    # Under torchrun the first process alone logs.
     if complete and is_first():
         for path in complete:
             write_settings(used, path)

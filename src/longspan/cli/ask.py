@@ -1,4 +1,4 @@
-"""`longspan ask`: one question to a model, on long texts or on nothing, with the answer as it is written."""
+"""`longspan ask`: one question to a model, on long texts or none, with the answer as it is written."""
 
 from __future__ import annotations
 

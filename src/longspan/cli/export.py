@@ -1,4 +1,4 @@
-"""`longspan export`: what training left, as a Hugging Face folder for other tools."""
+"""`longspan export`: a trained model as a Hugging Face folder for other tools."""
 
 from __future__ import annotations
 

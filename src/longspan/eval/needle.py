@@ -320,7 +320,7 @@ class NeedleComposer:
 
 
 def _filled_for(text: str, facts: Sequence[Facts]) -> str:
-    """Fill a text that speaks of some needles: `{key}` is "iron, coal and tin"."""
+    """Fill a text about some needles: `{key}` is "iron, coal and tin"."""
     keys = [each.key for each in facts]
     joined = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
     return fill(text, key=joined, number=facts[0].number)

@@ -245,7 +245,7 @@ def entries() -> Mapping[str, TaskEntry]:
 
 
 def entry_of(name: str) -> TaskEntry | None:
-    """Return the entry of a task, None for one that nobody registered."""
+    """Return the entry of a task, None for one that is not registered."""
     if name not in _REGISTERED:
         _register_installed()
     return _REGISTERED.get(name)

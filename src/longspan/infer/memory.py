@@ -26,7 +26,7 @@ LOGIT_ROWS = 1024
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Return the bytes that can be had on a device; None where nobody says."""
+    """Return the bytes that are free on a device; None where that is not known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -111,7 +111,7 @@ class PlainAnswerer:
         """Do nothing: the model belongs to the caller."""
 
     def _work(self, request: Request, new_tokens: int) -> float:
-        """Return the work of a request; one that is too long is none."""
+        """Return the work of a request; 0 for one that is too long."""
         if excess_error(request, self.max_length) is not None:
             return 0.0
         return self._share.reading(0, len(prompt_of(request))) + self._share.steps(new_tokens - 1)

@@ -70,7 +70,7 @@ class Teacher(Protocol):
         """
 
     def close(self) -> None:
-        """Let other processes that it speaks to end."""
+        """Let the other processes of the teacher end."""
 
 
 class LocalTeacher:

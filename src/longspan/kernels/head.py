@@ -32,7 +32,7 @@ IGNORE_LABEL = -100
 """Label of a token that has no loss."""
 
 LOGITS_BUDGET_BYTES = 128 << 20
-"""Size of the one buffer of logits where nobody says how many rows it has."""
+"""Size of the one buffer of logits where the caller does not say how many rows it has."""
 
 CACHED_BYTES = 1 << 20
 """Logits that a CPU core works on at a time: what stays in its second-level cache between passes."""

@@ -106,7 +106,7 @@ def check_token_wise(mlp: torch.nn.Module) -> None:
     four tokens must give the same together and alone (tried where the weights are plain tensors).
 
     Raises:
-        ArgumentError: naming the module and what speaks against it.
+        ArgumentError: naming the module and the reason.
     """
     name = type(mlp).__name__
     for path, layer in mlp.named_modules():

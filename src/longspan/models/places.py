@@ -43,7 +43,7 @@ def adapter_folder(path: str | Path) -> Path | None:
 
 
 def is_hub_name(path: str | Path) -> bool:
-    """Return whether something may be `org/name` on the hub; nobody is asked."""
+    """Return whether something may be `org/name` on the hub; no request is made."""
     return not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) is not None
 
 

@@ -114,7 +114,7 @@ class KeyValueCache:
             yield chunk, kv, gradients_so_far
 
     def release(self, chunk: int) -> None:
-        """Forget a chunk, whose keys nobody will read again."""
+        """Forget a chunk, whose keys are not read again."""
         for kept in (self._kv, self._gradients):
             for key in [key for key in kept if key[1] == chunk]:
                 del kept[key]

@@ -176,7 +176,7 @@ def collective_timeout(timeout_seconds: float, device_type: str) -> float:
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that speaks for the run: rank 0, or the only one."""
+    """Return whether this is the process that logs and writes for the run: rank 0, or the only one."""
     return is_first()
 
 
@@ -222,7 +222,7 @@ def on_all_ranks(action: Callable[[], Result], *, group: dist.ProcessGroup | Non
     mine: tuple[Any, type[LongspanError] | None, str] = (None, None, "")
     try:
         mine = (action(), None, "")
-    # Whatever it is, the others have to be told, or they would wait.
+    # Whatever the error is, the others have to be told, or they would wait.
     except Exception as error:  # noqa: BLE001
         failure = error
         if isinstance(error, LongspanError):
@@ -241,7 +241,7 @@ def on_all_ranks(action: Callable[[], Result], *, group: dist.ProcessGroup | Non
 
 @contextlib.contextmanager
 def growing(folder: Path) -> Iterator[None]:
-    """Beat whenever the bytes below `folder` change, which this process or another one writes: so a wait is none."""
+    """Beat whenever the bytes below `folder` change, by this process or another: waiting is progress."""
     done = threading.Event()
     before = _bytes_below(folder)
 
@@ -304,7 +304,7 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, doing: str) -> None:
-        """Say that the process is alive and what it does next."""
+        """Report that the process is alive and what it does next."""
         self._doing = doing
         self._goes_on()
 
@@ -418,7 +418,7 @@ def _local_rank(
         )
         with lost_ranks("computing"):
             result = function(rank, *args)
-    # Whatever it is, the parent has to be told, or it would wait.
+    # Whatever the error is, the parent has to be told, or it would wait.
     except BaseException as error:  # noqa: BLE001
         parent.send((False, _is_loss(error), _described(error)))
         # Not through destroy_process_group: the peers may be in the middle of something.

@@ -8,7 +8,7 @@
     cp_ulysses     ranks that share the rows too; heads are dealt among them
     tp             ranks that share each matrix
 
-Ranks next to each other talk most, so tensor and ulysses groups come to lie inside a machine. Parameters are
+Ranks next to each other communicate most, so tensor and ulysses groups come to lie inside a machine. Parameters are
 sharded over dp_shard and both cp dimensions: ranks that share a sequence hold the same parameters anyway.
 """
 

@@ -4,7 +4,7 @@
     ...                                 this process is rank 0, and torch.distributed knows all four
     peers.close()
 
-On GPUs each rank has one, and they talk by NCCL; else all compute on the CPU and talk by gloo. A peer that fails
+On GPUs each rank has one, and they communicate by NCCL; else all compute on the CPU, over gloo. A peer that fails
 says why and ends. What that breaks here is then explained by its message; should this process wait for it in vain,
 it is ended with that message after some seconds.
 """
@@ -181,7 +181,7 @@ def _peer(
         device = _join(rank, world, store, timeout_seconds)
         with lost_ranks("computing"):
             function(rank, device, *args)
-    # Whatever it is, the first process has to be told, or it would wait.
+    # Whatever the error is, the first process has to be told, or it would wait.
     except BaseException as error:  # noqa: BLE001
         is_loss = isinstance(error, RunError) and isinstance(error.__cause__, RuntimeError)
         is_loss = is_loss and not isinstance(error.__cause__, torch.OutOfMemoryError)

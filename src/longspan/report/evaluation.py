@@ -28,7 +28,7 @@ class Evaluation(Tables):
 
     @property
     def lead(self) -> Layout | None:
-        """The task that the headline and the controls speak of: the first with a map by length."""
+        """The task that the headline and the controls are about: the first with a map by length."""
         return next(
             (self.layouts[task] for task in self.maps if self.layouts[task].columns == "length"), None
         )

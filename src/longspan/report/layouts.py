@@ -1,7 +1,7 @@
 """How the samples of a task are laid out, and the words for it: by the header of the records, not by their name.
 
 The header says title and axes (`eval.registry.TaskEntry.described`). Records from before it did are laid out by the
-registry's entry of their name, and those of a task that nobody registered by their fields: where every scored sample
+registry's entry of their name, and those of an unregistered task by their fields: where every scored sample
 has a length and a depth, or only a length, these are its axes.
 """
 

@@ -1,4 +1,4 @@
-"""The RoPE of each stage, checked before any work: does it reach the positions, whoever set it.
+"""The RoPE of each stage, checked before any work: does it reach the positions, wherever it was set.
 
 A stage has the frequencies of its context length (PoSE: of its target), fixed for every document, micro-batch, rank,
 validation and resumed run. A RoPE that does not depend on the length has them anyway; dynamic NTK and LongRoPE are
@@ -61,7 +61,7 @@ def check_stage_ropes(
 
 
 def rope_notes(config: TrainConfig, model: PretrainedConfig) -> list[str]:
-    """Return what is to be said of stages that reach beyond the model with a RoPE that nobody changed."""
+    """Return warnings about stages that reach beyond the model with an unchanged RoPE."""
     text = model.get_text_config(decoder=True)
     learnt = 0 if config.model.path is None else getattr(text, "max_position_embeddings", None) or 0
     return stage_rope_notes(config, max_positions=learnt, own_rope=rope_of(model))

@@ -23,7 +23,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `RUN/tensorboard`; steps that a resumed run makes again replace the first take."""
+    """Event files in `RUN/tensorboard`; steps that a resumed run makes again replace the first ones."""
 
     def __init__(self, run: Path, *, step: int) -> None:
         require("tensorboard", extra="track", feature="tracking.tensorboard")

@@ -54,7 +54,7 @@ def find_trainer_checkpoint(path: Path) -> Path | None:
 
 
 def check_init(config: TrainConfig, root: Path, known: KnownModel) -> None:
-    """Refuse an `init_from` that is not a checkpoint, or one of a Trainer that cannot be gone on from, before work.
+    """Refuse an `init_from` that is not a checkpoint, or one of a Trainer that cannot be continued, before work.
 
     Raises:
         ConfigError: the recipe wants the weights of a Trainer's checkpoint, or has another optimizer.

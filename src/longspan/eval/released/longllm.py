@@ -211,7 +211,7 @@ def _with_letter(answers: list[str], options: list[str], rows: Rows, place: int)
         return answers
     if len(answers) != 1 or answers[0] not in options[: len(_LETTERS)]:
         raise DataError(
-            f"{rows.path}: the answer of row {place + 1} is none of its options",
+            f"{rows.path}: the answer of row {place + 1} is not one of its options",
             found=answers,
             allowed=options,
         )

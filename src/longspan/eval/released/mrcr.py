@@ -42,7 +42,7 @@ class Mrcr(BinnedTask[MrcrConfig]):
         return [*(turn["content"] for turn in _turns(rows, number)), row["answer"]]
 
     def build(self, planned: Planned) -> Built:
-        """Return the conversation of a row, to be gone on with."""
+        """Return the conversation of a row, to be continued."""
         found = self._rows[planned.key]
         row, turns = found.rows[found.number], _turns(found.rows, found.number)
         request = self._form.conversation(turns, max_new_tokens=self.answer_tokens)

@@ -114,7 +114,7 @@ def _by_window(bands: Bands) -> list[tuple[_Window, np.ndarray]]:
     reaches = np.zeros_like(limits)
     np.maximum.at(reaches, which, np.stack([bands.k_len - 1, bands.q_len - 1], axis=1))
     result: list[tuple[_Window, list[int]]] = []
-    # Those with two limits come first: they join nobody, the others join them where they can.
+    # Those with two limits come first: they join no other, the others join them where they can.
     for key in np.argsort((limits < 0).sum(axis=1), kind="stable").tolist():
         window = _Window(*limits[key].tolist(), *reaches[key].tolist())
         for place, (kept, keys) in enumerate(result):

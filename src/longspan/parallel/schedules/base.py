@@ -67,7 +67,7 @@ class CpSchedule(Protocol):
         name: as in a recipe.
         layouts: layouts it works with, its own choice first.
         rank, world: this process in the group of ranks that share the sequence.
-        channels: what it talks through; `Channel.sent` counts.
+        channels: what it communicates through; `Channel.sent` counts bytes.
     """
 
     name: str

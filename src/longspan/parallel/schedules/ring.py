@@ -2,7 +2,7 @@
 
 At step t rank r holds the keys of rank r - t. While it computes on them the next ones are on their way: two
 buffers, one transfer in flight. A block goes only as far as some rank still has a query that sees one of its
-keys (`SequenceShards.reach`): the last block of a causal row goes nowhere, a row of short documents hardly talks.
+keys (`SequenceShards.reach`): the last block of a causal row goes nowhere, a row of short documents hardly sends.
 In the backward pass keys go round again, and their gradients, summed in fp32, travel with them and then home.
 
 Ring Attention (arXiv:2310.01889); the zigzag order after github.com/zhuzilin/ring-flash-attention; striped order
