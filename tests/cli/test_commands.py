@@ -75,6 +75,10 @@ def test_peek_shows_the_text_of_a_row(longspan, store):
     assert sum(span["tokens"] for span in peeked["spans"]) == 256
     assert all(span["text"] for span in peeked["spans"])
     assert "row 2" in longspan("data peek rows --index 2").out
+    longspan("data pack store --length 100000 --remainder pad --out padded")
+    padding = json.loads(longspan("data peek padded --json").out)["spans"][-1]
+    assert (padding["source"], padding["document"]) == ("padding", None)
+    assert "4294967295" not in longspan("data peek padded --tokenizer tokenizer").out
 
 
 def test_peek_shows_a_document_and_a_mixture(longspan, store):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -112,8 +113,45 @@ def test_cut_file_is_our_error(tmp_path: Path, name: str) -> None:
     data = (tmp_path / name).read_bytes()
     for size in (len(data) - 5, len(data) // 2, 20):
         (tmp_path / name).write_bytes(data[:size])
-        with pytest.raises(DataError, match=f"{name}(: | is )(a damaged or cut-off|not valid JSON)"):
-            list(read_documents([tmp_path / name]))
+        report = ReadReport()
+        with contextlib.suppress(DataError):  # nothing at all was read
+            list(read_documents([tmp_path / name], report=report))
+        assert report.damaged_files + report.not_json == 1
+        with pytest.raises(DataError, match=f"{name}: .*(a damaged or cut-off|not valid JSON)"):
+            list(read_documents([tmp_path / name], strict=True))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow", "mds"])
+def test_damage_loses_its_stretch_alone_and_is_counted(tmp_path: Path, name: str) -> None:
+    """One damaged file of ten thousand must not end a job, nor take all of its rest with it, nor go unsaid; parts and
+    the whole lose the same."""
+    WRITERS[name](tmp_path / name)
+    path = sorted((tmp_path / name).glob("*.mds"))[1] if name == "mds" else tmp_path / name
+    data = path.read_bytes()
+    (tmp_path / "good.jsonl").write_text('{"text": "good"}\n')
+    lost = 0
+    for place in range(0, len(data), max(1, len(data) // 25)):
+        path.write_bytes(
+            data[:place] + bytes(255 - byte for byte in data[place : place + 8]) + data[place + 8 :]
+        )
+        report = ReadReport()
+        texts = [d.text for d in read_documents([tmp_path], report=report)]
+        assert texts[-1] == "good" or texts[0] == "good"
+        parts = ReadReport()
+        cut = [
+            document.text
+            for part in plan_parts(list_inputs([tmp_path], report=ReadReport()), part_bytes=200)
+            for document in read_part(part, Fields(), report=parts)
+        ]
+        assert cut == texts and (parts.damaged_files > 0) == (report.damaged_files > 0)
+        lost += report.damaged_files > 0 and len(texts) > 1
+        if report.damaged_files:
+            assert (
+                report.warning().startswith("left out: ") and "damaged or cut-off files" in report.warning()
+            )
+            with pytest.raises(DataError, match="leave the file out"):
+                list(read_documents([tmp_path], strict=True))
+    assert lost, "no damage left the rest of the file readable"
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow", "mds"])
@@ -246,8 +284,10 @@ def test_json_that_is_lines_and_json_that_is_not(tmp_path: Path) -> None:
 def test_broken_json_array(tmp_path: Path, content: str) -> None:
     """Guards against the rest of a broken array vanishing without a word."""
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(DataError, match=r"a\.json is not valid JSON from record 2 on"):
-        list(read_documents([tmp_path / "a.json"]))
+    report = ReadReport()
+    assert len(list(read_documents([tmp_path / "a.json"], report=report))) == 1 == report.damaged_files
+    with pytest.raises(DataError, match=r"a\.json: not valid JSON from record 2 on"):
+        list(read_documents([tmp_path / "a.json"], strict=True))
 
 
 def test_json_values_across_blocks(tmp_path: Path) -> None:

@@ -249,14 +249,17 @@ def _peek_row(path: Path, rows: RowSource, index: int, tokenizer: Tokenizer | No
 
 
 def _spans(row: PackedRow, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    from longspan.data.plans.packing import PAD_DOCUMENT
+
     spans = []
     for number, source in enumerate(row.sources.tolist()):
+        document = int(row.documents[number])
         start, end = int(row.cu_seqlens[number]), int(row.cu_seqlens[number + 1])
         spans.append({
             "start": start,
             "tokens": end - start,
             "source": row.source_names[source],
-            "document": int(row.documents[number]),
+            "document": None if document == PAD_DOCUMENT else document,
             "continues": bool(row.continuation[number]),
             "learnt_tokens": int((row.weights[start:end] > 0).sum()),
             "loss_weight": int(row.weights[start:end].sum()),
@@ -278,7 +281,8 @@ def _print_text(row: PackedRow, spans: list[dict[str, Any]], tokenizer: Tokenize
         color = _COLORS[number % len(_COLORS)]
         start, end = span["start"], span["start"] + span["tokens"]
         again = ", continues" if span["continues"] else ""
-        title = f" {start}..{end} {span['source']}, document {span['document']}{again} "
+        name = "" if span["document"] is None else f", document {span['document']}"
+        title = f" {start}..{end} {span['source']}{name}{again} "
         console.rule(Text(title, style=f"bold {color}"), align="left", characters="-", style=color)
         weights = row.weights[start:end]
         console.print(_masked_text(row.input_ids[start:end], weights, tokenizer, color=color))

@@ -12,8 +12,8 @@ In several processes, large files cut into parts:
 
 A record that cannot be used never stops a corpus: broken, without a wanted field or with another type in it, it is
 skipped, counted and named in one warning at the end (`strict=True` stops at the first). The same holds for files
-among the data that are something else. A field that nothing has stops at once, and so does a file of data that is
-damaged as a whole.
+among the data that are something else, and for damaged files and stretches of files. A field that nothing has stops at
+once.
 """
 
 from __future__ import annotations

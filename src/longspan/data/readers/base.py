@@ -143,6 +143,14 @@ class SkippedRecordError(Exception):
         return self.reason if self.found is None else f"{self.reason} ({self.found})"
 
 
+def damaged(file: InputFile, position: int, error: Exception) -> RawRecord:
+    """Return what stands for the records of a damaged file from a position on."""
+    what, *more = str(error).split("\n  ")
+    found = next((each.removeprefix("found: ") for each in more if each.startswith("found: ")), None)
+    reason = what.removeprefix(f"{file.path} ").removeprefix("is ")
+    return RawRecord(file, position, SkippedRecordError("damaged_files", reason, found=found))
+
+
 class MissingFieldError(SkippedRecordError):
     """A record lacks a wanted field; `of_file`: so do all records of its file, whose columns say so."""
 
@@ -205,7 +213,7 @@ class Example(NamedTuple):
         return f"{self.place}: {self.reason}"
 
 
-OF_FILES = ("empty_files", "other_files", "not_json")
+OF_FILES = ("empty_files", "other_files", "not_json", "damaged_files")
 """Counters of whole files; the others count records."""
 _LEFT_OUT = {
     "broken_records": "broken records",
@@ -215,6 +223,7 @@ _LEFT_OUT = {
     "empty_documents": "empty documents",
     "empty_files": "empty files",
     "other_files": "files without a wanted field",
+    "damaged_files": "damaged or cut-off files, or parts of files",
     "not_json": "files that are no JSON, whatever their name says",
     "cards": "cards of data sets",
     "token_stores": "token stores",
@@ -236,6 +245,8 @@ class ReadReport:
     """Files of a folder that no reader knows."""
     other_files: int = 0
     """Files of which no record has a wanted field: settings and metadata among the data."""
+    damaged_files: int = 0
+    """Files, or stretches of them, that cannot be read; what stands before and behind them is."""
     not_json: int = 0
     """Files called .json that are something else."""
     cards: int = 0

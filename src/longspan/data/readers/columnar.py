@@ -21,11 +21,12 @@ from longspan.data.readers.base import (
     Reader,
     SkippedRecordError,
     cut_between,
+    damaged,
     parse_values,
     whole_file,
 )
 from longspan.data.readers.fields import lookup, missing_column
-from longspan.data.readers.opening import is_remote, open_raw
+from longspan.data.readers.opening import DamagedFileError, is_remote, open_raw
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,7 +39,7 @@ ARROW_FILE_MAGIC = b"ARROW1"
 
 @contextmanager
 def _checked(path: str, kind: str) -> Iterator[None]:
-    """Turn what pyarrow says about a broken file into a DataError that names it."""
+    """Turn what pyarrow says about a broken file into a DamagedFileError that names it."""
     import pyarrow as pa
 
     try:
@@ -47,7 +48,7 @@ def _checked(path: str, kind: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
         found = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(
+        raise DamagedFileError(
             f"{path} is a damaged or cut-off {kind} file", found=found, fix="fetch or make it again"
         ) from None
 
@@ -82,11 +83,16 @@ def read_parquet(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRe
         for number in range(part.start, stop):
             group = metadata.row_group(number)
             size = min(MAX_BATCH_ROWS, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1))
-            with _checked(f"{path} (row {row + 1} and later)", "parquet"):
-                batches = parquet.iter_batches(max(size, 1), row_groups=[number], columns=columns)
-                for batch in batches:
-                    yield from _rows(batch, part.file, row)
-                    row += batch.num_rows
+            end = row + group.num_rows
+            try:
+                with _checked(f"{path} (row {row + 1} and later)", "parquet"):
+                    batches = parquet.iter_batches(max(size, 1), row_groups=[number], columns=columns)
+                    for batch in batches:
+                        yield from _rows(batch, part.file, row)
+                        row += batch.num_rows
+            except DamagedFileError as error:
+                yield damaged(part.file, row + 1, error)
+            row = end
 
 
 @contextmanager
@@ -129,16 +135,29 @@ def read_arrow(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawReco
     if missing is not None:
         yield from _without(part, missing)
         return
-    for number, batch in enumerate(_batches(path, wanted)):
-        if part.stop is not None and number >= part.stop:
-            return
+    number = 0
+    try:
+        for number, batch in enumerate(_batches(path, wanted), 1):
+            if part.stop is not None and number > part.stop:
+                return
+            if number > part.start:
+                yield from _batch_rows(batch, part.file, row)
+            row += batch.num_rows
+    except DamagedFileError as error:
+        # Nothing behind it can be found: the part that it stands in says so.
         if number >= part.start:
-            with _checked(f"{path} (row {row + 1} and later)", "arrow"):
-                _check_batch(batch)
-                size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
-                for start in range(0, batch.num_rows, size):
-                    yield from _rows(batch.slice(start, size), part.file, row + start)
-        row += batch.num_rows
+            yield damaged(part.file, row + 1, error)
+
+
+def _batch_rows(batch: pa.RecordBatch, file: InputFile, row: int) -> Iterator[RawRecord]:
+    size = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
+    try:
+        with _checked(f"{file.path} (row {row + 1} and later)", "arrow"):
+            _check_batch(batch)
+            for start in range(0, batch.num_rows, size):
+                yield from _rows(batch.slice(start, size), file, row + start)
+    except DamagedFileError as error:
+        yield damaged(file, row + 1, error)
 
 
 @contextmanager

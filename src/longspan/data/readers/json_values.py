@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from longspan.core.errors import DataError
 from longspan.data.readers.base import (
     FilePart,
     MissingFieldError,
@@ -18,7 +17,7 @@ from longspan.data.readers.base import (
     whole_file,
 )
 from longspan.data.readers.fields import missing_column
-from longspan.data.readers.opening import open_input, reading
+from longspan.data.readers.opening import DamagedFileError, open_input, reading
 
 BLOCK_CHARACTERS = 1 << 20
 MAX_VALUE_CHARACTERS = 2 << 30
@@ -44,7 +43,7 @@ def read_json(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecor
     settings, metadata and logs lie among the data of many a folder.
 
     Raises:
-        DataError: a file of such objects is not JSON from some record on; nothing after a broken value can be
+        DamagedFileError: a file of such objects is not JSON from some record on; nothing after a broken value can be
             trusted.
     """
     file = part.file
@@ -64,7 +63,7 @@ def read_json(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawRecor
                     held = None
         except _NoJsonError as error:
             if held is None:
-                raise DataError(
+                raise DamagedFileError(
                     f"{file.path} is not valid JSON from record {error.record} on",
                     found=str(error),
                     fix="mend or fetch the file again; write one object a line (.jsonl) to lose only what is broken",

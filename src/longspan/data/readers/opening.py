@@ -137,6 +137,10 @@ def remote_filesystem(address: str, **options: Any) -> tuple[Any, str]:
         raise DataError(f"cannot open {address}", found=str(error)) from None
 
 
+class DamagedFileError(DataError):
+    """A file that cannot be read on from some place, whatever is read from it: it is left out and counted."""
+
+
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Turn what goes wrong while reading bytes into a DataError that names the file."""
@@ -150,7 +154,7 @@ def reading(path: str) -> Iterator[None]:
             raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
         if isinstance(error, FileNotFoundError):
             raise DataError(f"cannot read {path}", found="no such file") from None
-        raise DataError(
+        raise DamagedFileError(
             f"{path} is a damaged or cut-off compressed file", found=str(error), fix="fetch it again"
         ) from None
     except Exception as error:

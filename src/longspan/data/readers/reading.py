@@ -23,7 +23,9 @@ from longspan.data.readers.base import (
     ReadReport,
     RecordPlace,
     SkippedRecordError,
+    damaged,
     extension_of,
+    whole_file,
 )
 from longspan.data.readers.columnar import ARROW, PARQUET
 from longspan.data.readers.delimited import CSV, TSV
@@ -32,7 +34,7 @@ from longspan.data.readers.files import find_files
 from longspan.data.readers.json_values import JSON
 from longspan.data.readers.jsonl import JSONL
 from longspan.data.readers.mds_folder import MDS
-from longspan.data.readers.opening import is_remote
+from longspan.data.readers.opening import DamagedFileError, is_remote
 from longspan.data.readers.sniff import sniff_json
 from longspan.data.readers.text import TEXT
 
@@ -80,7 +82,10 @@ def plan_parts(files: Iterable[InputFile], *, part_bytes: int = PART_BYTES) -> I
     at multiples of `part_bytes` without being read, of parquet and arrow only the table of contents is read.
     """
     for file in files:
-        yield from READERS[file.extension].split(file, part_bytes)
+        try:
+            yield from READERS[file.extension].split(file, part_bytes)
+        except DamagedFileError:  # what can be read of it is, from its start
+            yield from whole_file(file, part_bytes)
 
 
 def read_part(
@@ -89,7 +94,7 @@ def read_part(
     """Yield the documents of one part, one record in memory at a time; what is left out counts in `report`.
 
     Raises:
-        DataError: see `parse_record`; also a damaged or vanished file.
+        DataError: see `parse_record`; also a vanished file.
     """
     for record in records_of(part, fields.wanted, report=report):
         document = parse_record(record, fields, strict=strict, report=report)
@@ -128,7 +133,7 @@ def read_objects(
     JSON lines, whatever its name, unless its ending is that of another format of records.
 
     Raises:
-        DataError: there is no such file, or it is damaged as a whole; (`strict`) a record is broken.
+        DataError: there is no such file; (`strict`) it is damaged, or a record is broken.
     """
     name = os.fspath(path)
     if not is_remote(name) and not os.path.isfile(name):
@@ -150,10 +155,14 @@ def read_objects(
 
 def records_of(part: FilePart, names: Sequence[str] | None, *, report: ReadReport) -> Iterator[RawRecord]:
     """Yield the records of a part unparsed; only the named fields need be read. Counts files in `report`."""
-    empty = True
-    for record in READERS[part.file.extension].records(part, names):
+    empty, position = True, 0
+    try:
+        for record in READERS[part.file.extension].records(part, names):
+            empty, position = False, record.position
+            yield record
+    except DamagedFileError as error:
         empty = False
-        yield record
+        yield damaged(part.file, position + 1, error)
     # A file counts once, with its first part.
     if part.start == 0:
         report.files += 1
@@ -190,6 +199,8 @@ def make_document(
 def parse_values_of(record: RawRecord, *, strict: bool, report: ReadReport) -> dict[str, Any] | None:
     """Return the fields of a record; a broken one is counted in `report` and gives None."""
     try:
+        if isinstance(record.data, SkippedRecordError):
+            raise record.data
         return READERS[record.file.extension].parse(record)
     except SkippedRecordError as error:
         skip_record(record, error, strict=strict, report=report)
@@ -218,8 +229,10 @@ def check_fields(files: Sequence[InputFile], names: Sequence[str]) -> None:
     for file in files:
         try:
             found = _look_for(file, names)
+        except DamagedFileError:
+            continue  # who reads it says so
         except DataError:
-            return  # a damaged file: who reads it says so
+            return
         if found is True:
             return
         first = first or found

@@ -52,6 +52,10 @@ SCALARS: dict[str, np.dtype[Any]] = {dtype.name: dtype for dtype in ARRAY_DTYPES
 SCALARS["int"] = np.dtype("<i8")
 
 
+class PickledColumnError(DataError):
+    """A column is pickled, and nobody said that it may be."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One column: its name and its MDS encoding ("str", "int", "ndarray:uint16", "ndarray:uint32:4,2", ...).
@@ -245,7 +249,7 @@ def parse_index(index: Any, *, where: str, allow_pickle: bool = False) -> list[S
             ) from None
     pickled = {column.name for info in infos for column in info.columns if column.encoding == "pkl"}
     if pickled and not allow_pickle:
-        raise DataError(
+        raise PickledColumnError(
             f"{where}: column {min(pickled)!r} is pickled, and reading a pickle can run any code",
             found="pkl",
             allowed="str, bytes, json, int, ndarray and number columns",
