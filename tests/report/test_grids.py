@@ -129,7 +129,12 @@ def test_lower_is_better_turns_colours_and_worst_round(tmp_path: Path) -> None:
     fields = described("errors", {"rows": "depth", "columns": "length"}, higher_is_better=False)
     page = page_of(write(tmp_path / "run", "errors", lines, **fields))
     assert "Worst cell" in page and "50% at 1,024 tokens, depth 50%" in page
-    assert "Lower is better." in page and 'id="models"' not in page and "4 correct" not in page
+    assert (
+        "lower is better" in page
+        and "Score by context length" in page
+        and 'id="models"' not in page
+        and "4 correct" not in page
+    )
     steps = re.findall(r'class="cell"[^>]*depth (\d+)%.*?<rect[^>]*class="h(\d+)"', page, re.DOTALL)
     by_depth = {int(depth): int(step) for depth, step in steps}
     assert by_depth[100] > by_depth[50], "no errors is the best colour"

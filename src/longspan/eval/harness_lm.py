@@ -12,7 +12,7 @@ Needs the extra `harness`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,17 +115,7 @@ class HarnessLM(LM):
             if len(ids) > 1 and ids[0] == begin:
                 return Asked([Request("", ids[:1], answer_ids=ids[1:])], 0)
             return Asked([Request("", np.array([begin]), answer_ids=ids)], 0)
-        removed = 0
-        for _ in range(_MAX_FITS):
-            request = self._pair(context, continuation)
-            excess = self._excess(request, len(_ids(request.answer_ids)))
-            if excess <= 0:
-                return Asked([request], removed)
-            context, cut = self._shorten(context, excess)
-            removed += cut
-        raise ArgumentError(
-            "a context could not be cut to the model's length", found=f"{excess} tokens too many"
-        )
+        return self._fitted(context, lambda text: self._pair(text, continuation))
 
     def ask_rolling(self, text: str) -> Asked:
         """Return the requests for the likelihood of a whole text, each token measured once."""
@@ -152,11 +142,20 @@ class HarnessLM(LM):
         until = settings.get("until") or []
         stop = (until,) if isinstance(until, str) else tuple(each for each in until if each)
         tokens = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or MAX_GEN_TOKENS)
+
+        def make(text: str) -> Request:
+            form, message = self._form_of(text)
+            return form.request(message, max_new_tokens=tokens, stop=stop)
+
+        return self._fitted(context, make)
+
+    def _fitted(self, context: str, make: Callable[[str], Request]) -> Asked:
+        """Return the request for a context, cut until prompt and answer are no longer than the model reads."""
         removed = 0
         for _ in range(_MAX_FITS):
-            form, message = self._form_of(context)
-            request = form.request(message, max_new_tokens=tokens, stop=stop)
-            excess = self._excess(request, request.max_new_tokens)
+            request = make(context)
+            room = request.max_new_tokens if request.answer_ids is None else len(request.answer_ids)
+            excess = self._excess(request, room)
             if excess <= 0:
                 return Asked([request], removed)
             context, cut = self._shorten(context, excess)

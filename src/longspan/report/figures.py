@@ -168,7 +168,10 @@ def accuracy_figure(grids: Mapping[str, Grid]) -> Figure | None:
     layout, columns = next(iter(grids.values())).layout, all_columns(grids.values())
     if any(isinstance(column, str) for column in columns):
         return None
-    figure, axes = _plain(_literal(axis_words(layout.columns)), _literal(f"{layout.short} accuracy"))
+    figure, axes = _plain(
+        _literal(axis_words(layout.columns)),
+        _literal(f"{layout.short} accuracy" if layout.higher_is_better else layout.short),
+    )
     for position, (label, table) in enumerate(grids.items()):
         rows = [
             (n, t.mean, t.interval)
@@ -177,20 +180,9 @@ def accuracy_figure(grids: Mapping[str, Grid]) -> Figure | None:
         ]
         means = np.array([mean for _, mean, _ in rows], dtype=float)
         bounds = np.array([interval for _, _, interval in rows], dtype=float).reshape(-1, 2)
-        color = LINES[line_index(label, position)][0]
-        width = 2.2 if role_of(label) == "after" else 1.4
         errors = np.abs(np.vstack([means - bounds[:, 0], bounds[:, 1] - means]))
-        axes.errorbar(
-            [n for n, _, _ in rows],
-            means,
-            yerr=errors,
-            color=color,
-            lw=width,
-            elinewidth=0.8,
-            marker="o",
-            ms=3.5,
-            label=_literal(cut_name(short_name(label))),
-        )
+        places = [n for n, _, _ in rows]
+        axes.errorbar(places, means, yerr=errors, elinewidth=0.8, **_line_style(label, position))
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if layout.columns == "length":
@@ -212,28 +204,13 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
     _style(left, "position in the window, tokens", measure.name)
     _style(right, "window length in tokens", measure.name)
     for position, (label, table) in enumerate((label, evaluation.ppl[label]) for label in main):
-        style = {
-            "color": LINES[line_index(label, position)][0],
-            "marker": "o",
-            "ms": 3.5,
-            "lw": 2.2 if role_of(label) == "after" else 1.4,
-        }
+        style = _line_style(label, position)
         by_position = [
             ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := measure.of(sums))
         ]
         by_length = [(n, value) for n, sums in table.by_length.items() if (value := measure.of(sums))]
-        left.plot(
-            [x for x, _ in by_position],
-            [v for _, v in by_position],
-            label=_literal(cut_name(short_name(label))),
-            **style,
-        )
-        right.plot(
-            [x for x, _ in by_length],
-            [v for _, v in by_length],
-            label=_literal(cut_name(short_name(label))),
-            **style,
-        )
+        left.plot(*_columns(by_position), **style)
+        right.plot(*_columns(by_length), **style)
         lengths |= set(table.by_length)
         ends |= {end for _, end in table.by_position}
     for axes, ticks in ((left, ends), (right, lengths)):
@@ -299,6 +276,13 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1e6:g}M" if v else "0"))
     _legend(axes)
     return figure
+
+
+def _line_style(label: str, position: int) -> dict[str, Any]:
+    """Return how the line of a label is drawn; that of the model after training is the thickest."""
+    color, width = LINES[line_index(label, position)][0], 2.2 if role_of(label) == "after" else 1.4
+    name = _literal(cut_name(short_name(label)))
+    return {"color": color, "marker": "o", "ms": 3.5, "lw": width, "label": name}
 
 
 def _literal(text: str) -> str:

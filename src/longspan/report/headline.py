@@ -224,7 +224,8 @@ def models_section(ev: Evaluation) -> Section:
         return section
     labels = [label for label in ev.labels if any(label in by_label for by_label in grids.values())]
     section.intro = (
-        "The longest context up to which the lower bound of the 95% interval of accuracy, pooled over depths, "
+        "The longest context up to which the lower bound of the 95% interval of accuracy, pooled over depths or "
+        "whatever else a task has rows of, "
         f"stays above {EFFECTIVE_THRESHOLD:.0%}, at that length and at every shorter one that was measured. "
         f"{samples_needed()} right answers of {samples_needed()} at a length are the fewest that show it."
     )

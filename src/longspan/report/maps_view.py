@@ -39,7 +39,7 @@ ZERO_SHOT_WORDS = (
     "a larger theta, NTK-aware scaling (NTK), or position interpolation (PI)."
 )
 LARGE_MAPS = 6
-_CELL_WORDS = "A cell shows the share of correct answers in percent; choose a cell to read its samples."
+_CELL_WORDS = "A cell shows {} in percent; choose a cell to read its samples."
 
 
 def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
@@ -50,9 +50,12 @@ def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     labels = [label for label in grids if not label.startswith("ablate_") and grids[label].columns]
     if not labels:
         return section
-    scale = "" if layout.higher_is_better else "Lower is better."
+    right = layout.higher_is_better
+    cells = _CELL_WORDS.format(
+        "the share of correct answers" if right else "the mean score, lower is better,"
+    )
     section.intro = " ".join(
-        filter(None, (layout.title, _CELL_WORDS, scale, ev.not_comparable(task, ev.grids.get(task, grids))))
+        filter(None, (layout.title, cells, ev.not_comparable(task, ev.grids.get(task, grids))))
     )
     section.parts["lower"] = not layout.higher_is_better
     zero_shot = [label for label in labels if role_of(label) in ZERO_SHOT]
@@ -215,7 +218,8 @@ def _beyond_note(table: Grid, trained: int | None) -> str:
 
 def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> Chart | None:
     """Return accuracy by column with 95 % intervals, one line per label; None where columns are words."""
-    axis = next(iter(grids.values())).layout.columns
+    layout = next(iter(grids.values())).layout
+    axis, score = layout.columns, "accuracy" if layout.higher_is_better else "score"
     places = all_columns(grids.values())
     x = place_axis(axis, places, air=1.06)
     if x is None:
@@ -235,14 +239,14 @@ def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> C
         series.append(Series(short_name(label), color, points, intervals, tips, strong=strong))
     every = "a length" if axis == "length" else "a column"
     chart = LineChart(
-        label=f"{what}: accuracy by {by} with 95 percent intervals",
+        label=f"{what}: {score} by {by} with 95 percent intervals",
         x=x,
-        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], f"accuracy, all samples of {every}"),
+        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], f"{score}, all samples of {every}"),
         series=series,
         marks=trained_marks(ev, places) if axis == "length" else (),
     )
     table = Table(
-        f"{what}: accuracy by {by}",
+        f"{what}: {score} by {by}",
         ["", *(value_text(axis, p) for p in places), "mean", "95% interval"],
         [
             [
@@ -258,4 +262,4 @@ def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> C
         f"Whiskers: 95% intervals over all samples of {every}, taken as independent (Wilson's for right or "
         "wrong answers); lines are set a few pixels apart so that whiskers stay readable."
     )
-    return line_view(chart, title=f"Accuracy by {by}", note=note, table=table)
+    return line_view(chart, title=f"{score.capitalize()} by {by}", note=note, table=table)
