@@ -78,23 +78,23 @@ def test_a_gpu_computes_in_bf16_unless_told(longspan, run, monkeypatch, caplog):
     from transformers import PreTrainedModel
 
     from longspan.cli.model_options import load_checkpoint
-    from longspan.infer.opening import ModelSource, load_source
+    from longspan.infer.config import AnswererConfig
+    from longspan.infer.opening import load_weights
 
     monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: model)
     cuda = torch.device("cuda")
     checkpoint = str(sorted((run / "checkpoints").iterdir())[-1])
-    for source in (
-        ModelSource("base"), ModelSource(str(run / "stages" / "long")), ModelSource(checkpoint, load=load_checkpoint)
-    ):  # fmt: skip
+    for path, load in (("base", None), (str(run / "stages" / "long"), None), (checkpoint, load_checkpoint)):
         caplog.clear()
         for dtype in (None, "float32", "float16"):
-            model = load_source(source._replace(dtype=dtype), device=cuda)
+            model = load_weights(AnswererConfig(model=path, dtype=dtype), load=load, device=cuda)
             kept = {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
-            assert kept == {getattr(torch, dtype or "bfloat16")}, (source, dtype)
+            assert kept == {getattr(torch, dtype or "bfloat16")}, (path, dtype)
             assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
             assert model.model.rotary_emb.inv_freq.dtype == torch.float32
         assert [line for line in caplog.messages if "computed in bfloat16" in line]
-        assert load_source(source, device=torch.device("cpu")).dtype == torch.float32
+        on_cpu = load_weights(AnswererConfig(model=path), load=load, device=torch.device("cpu"))
+        assert on_cpu.dtype == torch.float32
 
 
 def test_base_of_the_rope_changes_and_nothing_else(longspan, run):

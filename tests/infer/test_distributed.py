@@ -22,9 +22,10 @@ from transformers import (
 from longspan.core.errors import ArgumentError, RunError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer import memory, opening
+from longspan.infer.config import AnswererConfig
 from longspan.infer.context_parallel import plan_trunks
 from longspan.infer.distributed import Member, join_ranks
-from longspan.infer.opening import ModelSource, load_source, open_answerer
+from longspan.infer.opening import load_weights, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request, Watched
 from tests.patience import PATIENCE_SECONDS
 
@@ -116,7 +117,10 @@ def results(answerer: Answerer) -> Results:
 @pytest.fixture(scope="module")
 def alone(folder: Folder) -> Results:
     return results(
-        open_answerer(folder.path, tokenizer=folder.tokenizer, prefix_reuse=False, batch_tokens=200)
+        open_answerer(
+            AnswererConfig(model=folder.path, prefix_reuse=False, batch_tokens=200),
+            tokenizer=folder.tokenizer,
+        )
     )
 
 
@@ -136,8 +140,9 @@ def compare(found: Results, alone: Results, path: str) -> None:
     assert len({answer.text for answer in found.generated}) == len(found.generated)
 
 
-def open_shared(folder: Folder, **settings: Any) -> Answerer:
-    return open_answerer(folder.path, tokenizer=folder.tokenizer, batch_tokens=200, **settings)
+def open_shared(folder: Folder, *, load: Any = None, **settings: Any) -> Answerer:
+    config = AnswererConfig(model=folder.path, batch_tokens=200, **settings)
+    return open_answerer(config, tokenizer=folder.tokenizer, load=load)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ def test_common_beginnings_are_read_once_where_that_is_less_work() -> None:
 def test_records_tell_types_of_weights_apart(folder: Folder) -> None:
     """An evaluation in float32 that goes on in bfloat16 would be one of neither."""
     identities = [
-        open_answerer(folder.path, tokenizer=folder.tokenizer, dtype=dtype).identity
+        open_answerer(AnswererConfig(model=folder.path, dtype=dtype), tokenizer=folder.tokenizer).identity
         for dtype in (None, "bfloat16")
     ]
     assert [identity["dtype"] for identity in identities] == ["float32", "bfloat16"]
@@ -194,7 +199,9 @@ def test_every_schedule_answers_as_one_process(folder: Folder, alone: Results, s
 def test_sliding_windows_reach_over_ranks(tmp_path: Path) -> None:
     """What a rank holds of a window has gaps; the keys of the ends are another rank's."""
     folder = Folder(str(tmp_path), save_model(tmp_path, seed=1, sliding_window=11))
-    alone = results(open_answerer(folder.path, tokenizer=folder.tokenizer, prefix_reuse=False))
+    alone = results(
+        open_answerer(AnswererConfig(model=folder.path, prefix_reuse=False), tokenizer=folder.tokenizer)
+    )
     for schedule in ("ring", "striped"):
         compare(results(open_shared(folder, cp=2, schedule=schedule)), alone, folder.path)
 
@@ -206,9 +213,9 @@ def test_four_processes_answer_as_one(folder: Folder, alone: Results, schedule: 
     compare(results(open_shared(folder, cp=4, schedule=schedule)), alone, folder.path)
 
 
-def load_that_fails_on_rank_1(source: ModelSource) -> Any:
+def load_that_fails_on_rank_1(config: AnswererConfig) -> Any:
     """Load the model; on rank 1 its second forward pass finds no memory."""
-    model = load_source(source._replace(load=None))
+    model = load_weights(config)
     passes = []
 
     def fail(*_: object) -> None:
@@ -222,8 +229,11 @@ def load_that_fails_on_rank_1(source: ModelSource) -> Any:
 
 def test_memory_that_one_rank_lacks_ends_all_with_a_message(folder: Folder) -> None:
     """The others wait in a collective for a rank that never comes: without word from it they would hang."""
-    source = ModelSource(folder.path, load=load_that_fails_on_rank_1)
-    answerer = open_answerer(source, tokenizer=folder.tokenizer, cp=2, batch_tokens=200)
+    answerer = open_answerer(
+        AnswererConfig(model=folder.path, cp=2, batch_tokens=200),
+        tokenizer=folder.tokenizer,
+        load=load_that_fails_on_rank_1,
+    )
     with pytest.raises(
         RunError, match=r"shares the model failed\n.*rank 1 of 2: the memory of cpu is used up"
     ):
@@ -234,9 +244,9 @@ def test_memory_that_one_rank_lacks_ends_all_with_a_message(folder: Folder) -> N
     assert not dist.is_initialized()
 
 
-def load_that_is_interrupted_on_rank_0(source: ModelSource) -> Any:
+def load_that_is_interrupted_on_rank_0(config: AnswererConfig) -> Any:
     """Load the model; on rank 0 somebody interrupts its second forward pass."""
-    model = load_source(source._replace(load=None))
+    model = load_weights(config)
     passes = []
 
     def interrupt(*_: object) -> None:
@@ -250,8 +260,11 @@ def load_that_is_interrupted_on_rank_0(source: ModelSource) -> Any:
 
 def test_an_interrupt_of_the_first_rank_alone_ends_all(folder: Folder) -> None:
     """The others wait in a collective and hear no order to end: closing waited for them, for thirty days."""
-    source = ModelSource(folder.path, load=load_that_is_interrupted_on_rank_0)
-    answerer = open_answerer(source, tokenizer=folder.tokenizer, cp=2, batch_tokens=200)
+    answerer = open_answerer(
+        AnswererConfig(model=folder.path, cp=2, batch_tokens=200),
+        tokenizer=folder.tokenizer,
+        load=load_that_is_interrupted_on_rank_0,
+    )
     with pytest.raises(KeyboardInterrupt):
         list(answerer.generate(requests()))
     answerer.close()
@@ -270,19 +283,13 @@ def build_where_rank_1_has_less_memory(device: torch.device, spec: Any) -> Membe
 @pytest.mark.parametrize(("free", "refused"), [(1_100_000, False), (1000, True)])
 def test_ranks_reckon_with_the_least_memory_that_one_has(folder: Folder, free: int, refused: bool) -> None:
     """Ranks that read batches of unequal size add up tensors that have nothing to do with each other."""
-    settings = opening._Settings(
-        ModelSource(folder.path),
-        folder.tokenizer,
-        None,
-        tp=2,
-        cp=1,
-        schedule="ring",
-        prefix_reuse=True,
-        batch_tokens=200,
-    )
+    config = AnswererConfig(model=folder.path, tp=2, batch_tokens=200)
+    settings = opening._Part(config, folder.tokenizer, None)
     # 128 bytes of keys a token on a rank: of these prompts one fits at a time, beside 1 MiB of activations.
     asked = [Request("", prompt_ids=ids_of(seed, 190 + 5 * seed), max_new_tokens=6) for seed in range(3)]
-    expected = dict(open_answerer(folder.path, tokenizer=folder.tokenizer).generate(asked))
+    expected = dict(
+        open_answerer(AnswererConfig(model=folder.path), tokenizer=folder.tokenizer).generate(asked)
+    )
     answerer = join_ranks(2, build_where_rank_1_has_less_memory, (settings, free))
     try:
         if refused:
@@ -297,19 +304,24 @@ def test_ranks_reckon_with_the_least_memory_that_one_has(folder: Folder, free: i
         answerer.close()
 
 
-def load_nothing_on_rank_1(source: ModelSource) -> Any:
+def load_nothing_on_rank_1(config: AnswererConfig) -> Any:
     """Fail on rank 1 before the model is there."""
     if dist.get_rank() == 1:
         raise MemoryError
-    return load_source(source._replace(load=None))
+    return load_weights(config)
 
 
 @pytest.mark.slow
 def test_rank_that_cannot_load_the_model_ends_all(folder: Folder) -> None:
     """The first rank is done with loading and asks: nobody is there."""
-    source = ModelSource(folder.path, load=load_nothing_on_rank_1)
     with pytest.raises(RunError, match="rank 1 of 2: the memory of cpu is used up"):
-        results(open_answerer(source, tokenizer=folder.tokenizer, cp=2))
+        results(
+            open_answerer(
+                AnswererConfig(model=folder.path, cp=2),
+                tokenizer=folder.tokenizer,
+                load=load_nothing_on_rank_1,
+            )
+        )
     assert not dist.is_initialized()
 
 
@@ -317,7 +329,7 @@ def test_rank_that_cannot_load_the_model_ends_all(folder: Folder) -> None:
 def test_heads_that_do_not_divide_are_named(folder: Folder) -> None:
     """transformers would cut a head in two."""
     with pytest.raises(ArgumentError, match=r"heads of this model do not divide among 4 processes"):
-        open_answerer(folder.path, tokenizer=folder.tokenizer, tp=4)
+        open_answerer(AnswererConfig(model=folder.path, tp=4), tokenizer=folder.tokenizer)
     assert not dist.is_initialized()
 
 
@@ -325,11 +337,12 @@ SCRIPT = """
 import sys
 import numpy as np
 from longspan.data.tokenizer import load_tokenizer
+from longspan.infer.config import AnswererConfig
 from longspan.infer.opening import open_answerer
 from longspan.infer.requests import Request
 
 path = sys.argv[1]
-answerer = open_answerer(path, tokenizer=load_tokenizer(path), cp=2)
+answerer = open_answerer(AnswererConfig(model=path, cp=2), tokenizer=load_tokenizer(path))
 prompt = np.arange(3, 40)
 found = [answer for _, answer in answerer.generate([Request("", prompt_ids=prompt, max_new_tokens=6)])]
 answerer.close()
@@ -351,7 +364,7 @@ def test_processes_of_torchrun_are_used(folder: Folder, tmp_path: Path) -> None:
     ]
     assert found[0].returncode == 0, found[0].stderr
     lines = [line for line in found[0].stdout.splitlines() if line.startswith("answer")]
-    with_one = open_answerer(folder.path, tokenizer=folder.tokenizer)
+    with_one = open_answerer(AnswererConfig(model=folder.path), tokenizer=folder.tokenizer)
     request = Request("", prompt_ids=np.arange(3, 40), max_new_tokens=6)
     (expected,) = [answer.token_ids for _, answer in with_one.generate([request])]
     assert expected is not None

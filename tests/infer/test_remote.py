@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from longspan.api import Client, Endpoint, Limits, ServerConfig, SpendingLimits
 from longspan.core.errors import ArgumentError, ConfigError, RunError, UserError
 from longspan.data.tokenizer import load_tokenizer
+from longspan.infer.config import AnswererConfig
 from longspan.infer.generate import generate_greedy
 from longspan.infer.opening import open_answerer
 from longspan.infer.plain import teacher_forced
@@ -65,8 +66,8 @@ def test_further_fields_of_the_server_settings_are_sent(monkeypatch):
     """Reasoning models refuse a temperature: a null has to leave it out, and what is added has to arrive."""
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with serving(lambda asked: chat("8")) as server:
-        settings = ServerConfig.from_dict({"extra": {"temperature": None, "reasoning_effort": "low"}})
-        answerer = open_answerer("openai:m", base_url=server.url, server=settings)
+        settings = {"base_url": server.url, "extra": {"temperature": None, "reasoning_effort": "low"}}
+        answerer = open_answerer(AnswererConfig.from_dict({"model": "openai:m", "server": settings}))
         assert [answer.text for _, answer in answerer.generate(NUMBERS[:1])] == ["8"]
         answerer.close()
     # Another effort is another evaluation: its records must not continue these.

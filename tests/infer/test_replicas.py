@@ -12,8 +12,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.core.errors import ArgumentError, RunError
-from longspan.infer.opening import ModelSource, load_source, open_answerer
+from longspan.core.errors import ConfigError, RunError
+from longspan.infer.config import AnswererConfig
+from longspan.infer.opening import load_weights, open_answerer
 from longspan.infer.replicas import divide
 from longspan.infer.requests import copies_of
 from tests.infer.test_distributed import Folder, compare, ids_of, open_shared, requests, results, save_model
@@ -33,7 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def test_replicas_answer_as_one_process(folder: Folder, sharing: dict[str, Any]) -> None:
     """An answer under the index of another request would be scored as that one's."""
     alone = results(
-        open_answerer(folder.path, tokenizer=folder.tokenizer, prefix_reuse=False, batch_tokens=200)
+        open_answerer(
+            AnswererConfig(model=folder.path, prefix_reuse=False, batch_tokens=200),
+            tokenizer=folder.tokenizer,
+        )
     )
     answerer = open_shared(folder, **sharing)
     assert copies_of(answerer) == 2
@@ -45,9 +49,9 @@ def test_replicas_answer_as_one_process(folder: Folder, sharing: dict[str, Any])
     assert not dist.is_initialized()
 
 
-def load_that_is_killed_on_rank_1(source: ModelSource) -> Any:
+def load_that_is_killed_on_rank_1(config: AnswererConfig) -> Any:
     """Load the model; rank 1 is killed in its first forward pass."""
-    model = load_source(source._replace(load=None))
+    model = load_weights(config)
 
     def die(*_: object) -> None:
         if dist.get_rank() == 1:
@@ -60,8 +64,9 @@ def load_that_is_killed_on_rank_1(source: ModelSource) -> Any:
 @pytest.mark.slow
 def test_a_killed_replica_ends_all_with_a_message(folder: Folder) -> None:
     """The first waits for answers of a process that is not there; those that it has are handed on before."""
-    source = ModelSource(folder.path, load=load_that_is_killed_on_rank_1)
-    answerer = open_answerer(source, tokenizer=folder.tokenizer, replicas=2, batch_tokens=200)
+    answerer = open_answerer(
+        AnswererConfig(model=folder.path, replicas=2, batch_tokens=200), tokenizer=folder.tokenizer
+    )
     found = []
     with pytest.raises(RunError, match=r"rank 1 of 2: the process ended without a message"):
         for index, _ in answerer.generate(requests()):
@@ -72,10 +77,20 @@ def test_a_killed_replica_ends_all_with_a_message(folder: Folder) -> None:
 
 
 def test_what_cannot_be_shared_so_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"--tp 2 --replicas 2"):
-        open_answerer("model", tokenizer=object(), tp=2, replicas=2)  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="--replicas"):
-        open_answerer("openai:name", replicas=2)
+    """Each was silently without effect, or ended in a collective that waits for ranks that are not there."""
+    for fields, message in (
+        ({"model": "model", "tp": 2, "replicas": 2}, "tp 2, replicas 2"),
+        ({"model": "model", "tp": 2, "cp": 2}, "tp 2, cp 2"),
+        ({"model": "model", "schedule": "ring"}, "schedule has no effect without cp"),
+        ({"model": "model", "server": "http://localhost:8000/v1"}, "is run here"),
+        ({"model": "openai:name", "replicas": 2, "batch_tokens": 5}, "leave out replicas, batch_tokens"),
+        ({"model": "completions:name", "server": {"continue_final_message": True}}, "in chats alone"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AnswererConfig.from_dict(fields)
+    # What was used is written with all defaults, and read again.
+    used = AnswererConfig(model="openai:name", tokenizer="t")
+    assert AnswererConfig.from_dict(used.to_dict()) == used
 
 
 def test_prompts_that_begin_alike_stay_together() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from longspan.data.tokenizer import Tokenizer
     from longspan.eval.prompts import PromptConfig, PromptForm
     from longspan.infer.config import AnswererConfig
-    from longspan.infer.opening import ModelSource
+    from longspan.infer.opening import Load
     from longspan.infer.requests import Answerer
 
 MODEL = Part("longspan.infer.config:AnswererConfig", lifted=["server.base_url"])
@@ -96,20 +96,12 @@ def opened(options: AnswererConfig, prompts: PromptConfig | None = None) -> Iter
 
     tokenizer = find_tokenizer(options)
     label = label_of(options)
-    if options.is_remote:
-        _refuse_weights(options)
-    answerer = open_answerer(
-        options.model if options.is_remote else find_source(options),
-        tokenizer=tokenizer,
-        max_length=options.max_length,
-        tp=options.tp,
-        cp=options.cp,
-        replicas=replicas_of(options),
-        schedule=options.schedule if options.cp > 1 else None,
-        prefix_reuse=options.prefix_reuse,
-        batch_tokens=options.batch_tokens,
-        server=_told(options, prompts),
-    )
+    # What is filled in here has no need of the checks that what was given has passed.
+    config = options.model_copy(update={"replicas": replicas_of(options), "server": _told(options, prompts)})
+    load = None
+    if not options.is_remote:
+        config, load = find_weights(config)
+    answerer = open_answerer(config, tokenizer=tokenizer, load=load)
     try:
         yield AskedModel(answerer, tokenizer, label)
     finally:
@@ -128,32 +120,22 @@ def replicas_of(options: AnswererConfig) -> int:
     return max(1, started.world // options.cp)
 
 
-def _refuse_weights(options: AnswererConfig) -> None:
-    """Raise ArgumentError for what changes weights that are not here."""
-    from longspan.core.errors import ArgumentError
-
-    given = {"--rope": options.rope, "--rope-theta": options.rope_theta, "--dtype": options.dtype}
-    named = [name for name, value in given.items() if value is not None]
-    if named:
-        raise ArgumentError("how a model runs behind a server is decided there", found=" ".join(named))
-
-
-def find_source(options: AnswererConfig) -> ModelSource:
-    """Return where the weights come from, and what is changed about the model."""
+def find_weights(config: AnswererConfig) -> tuple[AnswererConfig, Load | None]:
+    """Return the settings with the folder that is meant, and what loads it if that is a checkpoint."""
     from longspan.cli.output import quiet_transformers
     from longspan.core.errors import ArgumentError
-    from longspan.infer.opening import ModelSource
 
     quiet_transformers()
-    path = find_folder(options.model)
+    path = find_folder(config.model)
+    found = config.model_copy(update={"model": path})
     if not _is_checkpoint(path):
-        return ModelSource(path, options.rope, options.rope_theta, options.dtype)
-    if options.rope is not None or options.rope_theta is not None:
+        return found, None
+    if config.rope is not None or config.rope_theta is not None:
         raise ArgumentError(
             f"{path} is a checkpoint, which is asked with the RoPE that it was trained with",
             fix="write it as a model folder with `longspan export`, and change that",
         )
-    return ModelSource(path, dtype=options.dtype, load=load_checkpoint)
+    return found, load_checkpoint
 
 
 def find_folder(model: str) -> str:
@@ -177,11 +159,11 @@ def find_folder(model: str) -> str:
     return str(last)
 
 
-def load_checkpoint(source: ModelSource) -> PreTrainedModel:
+def load_checkpoint(config: AnswererConfig) -> PreTrainedModel:
     """Load a checkpoint of a training, which says itself how its model was made."""
     from longspan.train.trained import load_trained
 
-    return load_trained(source.path, dtype=source.dtype).model
+    return load_trained(config.model, dtype=config.dtype).model
 
 
 def _is_checkpoint(path: str) -> bool:

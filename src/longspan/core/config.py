@@ -16,7 +16,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
@@ -122,6 +122,17 @@ def write_yaml(path: str | Path, values: dict[str, Any]) -> None:
     """Write a YAML mapping that reads back as it is, atomically."""
     with atomic_write(path, "w") as file:
         yaml.dump(values, file, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True)
+
+
+def changed_fields(config: Config, names: Iterable[str]) -> list[str]:
+    """Return those of the fields that differ from their defaults.
+
+    By value: the settings of a run are written with all defaults, and read again.
+    """
+    fields = type(config).model_fields
+    return [
+        name for name in names if getattr(config, name) != fields[name].get_default(call_default_factory=True)
+    ]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

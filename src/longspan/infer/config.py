@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 
 from longspan.api import ServerConfig, remote_model
-from longspan.core.config import Config, Length
+from longspan.core.config import Config, Length, changed_fields
 
 Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
+
+
+RUN_HERE = (
+    "rope", "rope_theta", "dtype", "tp", "cp", "replicas", "schedule", "batch_tokens", "prefix_reuse"
+)  # fmt: skip
+"""Settings of a model that is run here."""
 
 
 class AnswererConfig(Config):
@@ -39,8 +45,8 @@ class AnswererConfig(Config):
     replicas: pydantic.PositiveInt | None = None
     """Copies of the model, each on a process (or on `cp`), that share out the samples. None: as many as torchrun or
     srun has started processes for, else 1."""
-    schedule: Schedule = "ring"
-    """Context-parallel schedule: how keys travel among the processes of `cp`."""
+    schedule: Schedule | None = None
+    """Context-parallel schedule: how keys travel among the processes of `cp`. None: ring."""
     batch_tokens: pydantic.PositiveInt = 16384
     """Tokens in one forward pass, at least one sample."""
     prefix_reuse: bool = True
@@ -48,6 +54,36 @@ class AnswererConfig(Config):
     server: ServerConfig | None = None
     """How the server is asked, as YAML, a YAML file or its address: base_url, trained_length, limits (concurrency,
     tokens_per_minute ...), budget, cache, extra, continue_final_message, key_variable, api_version."""
+
+    @pydantic.model_validator(mode="after")
+    def _all_have_effect(self) -> Self:
+        if self.is_remote:
+            if changed := changed_fields(self, RUN_HERE):
+                raise ValueError(
+                    f"how a model runs behind a server is decided there: leave out {', '.join(changed)}"
+                )
+            if self.server is not None and self.server.continue_final_message and not self.is_chat_server:
+                raise ValueError(
+                    "continue_final_message has an effect in chats alone: completions go on with the text anyway"
+                )
+            return self
+        if self.server is not None:
+            raise ValueError(
+                f"server and its address are for models behind a server (openai:NAME, completions:NAME, anthropic:NAME); "
+                f"{self.model!r} is run here"
+            )
+        if self.schedule is not None and self.cp == 1:
+            raise ValueError(
+                "schedule has no effect without cp: it says how keys travel among those processes"
+            )
+        if self.tp > 1 and self.cp > 1:
+            raise ValueError(f"processes share either matrices or sequences: tp {self.tp}, cp {self.cp}")
+        if self.tp > 1 and (self.replicas or 1) > 1:
+            raise ValueError(
+                f"matrices are shared by all processes (tp {self.tp}, replicas {self.replicas}): let each replica run "
+                "on one process, or on several with cp"
+            )
+        return self
 
     @property
     def is_remote(self) -> bool:

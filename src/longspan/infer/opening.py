@@ -6,7 +6,7 @@
     completions:NAME        the same, for plain text that is continued
     anthropic:NAME          Anthropic's
 
-What other readers open (a checkpoint of a training) is given as a function that loads it.
+What other readers open (a checkpoint of a training) is given with a function that loads it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from longspan.api import ServerConfig, remote_model
-from longspan.api.providers import MODEL_NAMES
+from longspan.api import ServerConfig
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
 from longspan.core.schedule_table import ScheduleName
 from longspan.data.tokenizer import Tokenizer
+from longspan.infer.config import AnswererConfig
 from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
 from longspan.infer.local import LocalAnswerer
@@ -39,50 +39,41 @@ from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_n
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh
 
-BATCH_TOKENS = 16_384
+Load = Callable[[AnswererConfig], PreTrainedModel]
+"""Loads the weights of a model."""
 
 
-class ModelSource(NamedTuple):
-    """Where a model's weights come from and what is changed about it; can be sent to another process."""
-
-    path: str
-    """Folder or hub name; what records call the model."""
-    rope: Mapping[str, Any] | None = None
-    """RoPE settings in place of the config's."""
-    rope_theta: float | None = None
-    """Base of the frequencies in place of the config's, whatever else its RoPE is."""
-    dtype: str | None = None
-    """Type of the weights, `bfloat16` say; None = as saved, but bfloat16 on CUDA if that is wider."""
-    load: Callable[[ModelSource], PreTrainedModel] | None = None
-    """Loads it in place of `models.hf.load_model`, in `dtype`: a function of a module, so that it can be sent."""
-
-
-def load_source(source: ModelSource, *, device: torch.device | None = None, tp: int = 1) -> PreTrainedModel:
+def load_weights(
+    config: AnswererConfig, *, load: Load | None = None, device: torch.device | None = None
+) -> PreTrainedModel:
     """Load a model and put it on the device (None: the usable one), ready to be run.
 
-    With `tp` ranks, all of which call this, each gets its share of every matrix.
+    With `config.tp` ranks, all of which call this, each gets its share of every matrix. `load` loads it in place of
+    `models.hf.load_model`.
     """
     device = usable_device() if device is None else device
-    if (load := source.load) is not None:
-        if tp > 1:
-            raise ArgumentError(f"{source.path} cannot be shared by --tp", fix="export it first, or use --cp")
-        if source.dtype is None and device.type == "cuda":
-            say_narrowed(source.path)
-            source = source._replace(dtype="bfloat16")
-        model = load(source)
+    if load is not None:
+        if config.tp > 1:
+            raise ArgumentError(
+                f"{config.model} cannot be shared by --tp", fix="export it first, or use --cp"
+            )
+        if config.dtype is None and device.type == "cuda":
+            say_narrowed(config.model)
+            config = config.model_copy(update={"dtype": "bfloat16"})
+        model = load(config)
     else:
-        dtype = evaluated_dtype(source.path, device, source.dtype)
-        rope = rope_settings(source.path, source.rope, source.rope_theta)
-        model = load_model(source.path, rope=rope, dtype=dtype, tp=tp)
-    if tp == 1:
+        dtype = evaluated_dtype(config.model, device, config.dtype)
+        rope = rope_settings(config.model, config.rope, config.rope_theta)
+        model = load_model(config.model, rope=rope, dtype=dtype, tp=config.tp)
+    if config.tp == 1:
         model = model.to(device)
     return model.eval()
 
 
-def identify(model: PreTrainedModel, source: ModelSource) -> dict[str, Any]:
+def identify(model: PreTrainedModel, path: str) -> dict[str, Any]:
     """Return what the header of records says of a loaded model: the same for any number of processes."""
     return {
-        **model_identity(model, source.path),
+        **model_identity(model, path),
         "trained_length": model.config.get_text_config(decoder=True).max_position_embeddings,
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": "transformers",
@@ -90,21 +81,7 @@ def identify(model: PreTrainedModel, source: ModelSource) -> dict[str, Any]:
 
 
 def open_answerer(
-    model: str | ModelSource,
-    *,
-    tokenizer: Tokenizer | None = None,
-    rope: Mapping[str, Any] | None = None,
-    rope_theta: float | None = None,
-    max_length: int | None = None,
-    dtype: str | None = None,
-    tp: int = 1,
-    cp: int = 1,
-    replicas: int = 1,
-    schedule: ScheduleName | None = None,
-    prefix_reuse: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
-    base_url: str | None = None,
-    server: ServerConfig | None = None,
+    config: AnswererConfig, *, tokenizer: Tokenizer | None = None, load: Load | None = None
 ) -> Answerer:
     """Open a model; close what is returned. Of one that is run here that is a `GivesLosses`, too.
 
@@ -112,117 +89,69 @@ def open_answerer(
     torchrun or srun, where they end in this call with SystemExit when the model is closed.
 
     Args:
-        model: see the module; a `ModelSource` says all about the weights itself.
+        config: which model, and how it runs.
         tokenizer: decodes answers; needed for models that are run here.
-        rope, rope_theta, dtype: see `ModelSource`.
-        max_length: tokens that prompt and answer may have together; None = the model's own limit is not asked.
-        tp: processes that share each matrix.
-        cp: processes that share each sequence, by `schedule` (None: ring).
-        replicas: copies of the model that share out what is asked, each on one process or on `cp`.
-        prefix_reuse: read a prefix that several prompts share once.
-        batch_tokens: tokens in one forward pass, at least one sequence.
-        base_url: of the server; None = the provider itself.
-        server: how it is asked.
+        load: loads the weights in place of `models.hf.load_model`: a function of a module, so that it can be sent to
+            other processes.
 
     Raises:
         DataError, ConfigError: the model cannot be loaded so.
         ArgumentError: settings that do not go together.
         RunError: another process failed.
     """
-    if isinstance(model, str) and remote_model(model) is not None:
-        if tp > 1 or cp > 1 or replicas > 1:
-            raise ArgumentError(
-                "how a model runs behind a server is decided there", found="--tp, --cp or --replicas"
-            )
-        given = {"base_url": base_url, "max_length": max_length}
-        how = (server or ServerConfig()).model_copy(update={k: v for k, v in given.items() if v is not None})
-        return open_remote(model, how, tokenizer=tokenizer)
-    if base_url is not None or server is not None:
-        raise ArgumentError(
-            "an address is for models behind a server",
-            found=model if isinstance(model, str) else model.path,
-            allowed=MODEL_NAMES,
-        )
+    if config.is_remote:
+        how = config.server or ServerConfig()
+        if config.max_length is not None:
+            how = how.model_copy(update={"max_length": config.max_length})
+        return open_remote(config.model, how, tokenizer=tokenizer)
     if tokenizer is None:
         raise ArgumentError("a model that is run here needs its tokenizer")
-    source = model if isinstance(model, ModelSource) else ModelSource(model, rope, rope_theta, dtype)
-    settings = _Settings(
-        source, tokenizer, max_length, tp, cp, schedule or "ring", prefix_reuse, batch_tokens, replicas
-    )
-    _check_sharing(tp, cp, replicas)
-    if tp == cp == replicas == 1:
-        return _build(usable_device(), settings)
-    return join_ranks(replicas * tp * cp, _build, settings)
+    part = _Part(config, tokenizer, load)
+    world = part.replicas * config.tp * config.cp
+    return _build(usable_device(), part) if world == 1 else join_ranks(world, _build, part)
 
 
-def _check_sharing(tp: int, cp: int, replicas: int) -> None:
-    """Refuse ways to share a model that do not go together."""
-    if tp > 1 and cp > 1:
-        raise ArgumentError(
-            "processes share either matrices or sequences", found=f"--tp {tp} --cp {cp}", fix="leave out one"
-        )
-    if tp > 1 and replicas > 1:
-        raise ArgumentError(
-            "matrices are shared by all processes", found=f"--tp {tp} --replicas {replicas}",
-            fix="let each replica run on one process, or on several with --cp",
-        )  # fmt: skip
-
-
-class _Settings(NamedTuple):
+class _Part(NamedTuple):
     """What every rank has to know to make its part of a model."""
 
-    source: ModelSource
+    config: AnswererConfig
     tokenizer: Tokenizer
-    max_length: int | None
-    tp: int
-    cp: int
-    schedule: ScheduleName
-    prefix_reuse: bool
-    batch_tokens: int
-    replicas: int = 1
+    load: Load | None
+
+    @property
+    def replicas(self) -> int:
+        return self.config.replicas or 1
+
+    @property
+    def schedule(self) -> ScheduleName:
+        return self.config.schedule or "ring"
 
 
-def _build(device: torch.device, settings: _Settings) -> Member:
+def _build(device: torch.device, part: _Part) -> Member:
     """Make this rank's part of a model; all ranks call it together."""
-    member = _build_member(device, settings)
-    return member if settings.replicas == 1 else Replica(member, copies=settings.replicas)
+    member = _build_member(device, part)
+    return member if part.replicas == 1 else Replica(member, copies=part.replicas)
 
 
-def _build_member(device: torch.device, settings: _Settings) -> Member:
+def _build_member(device: torch.device, part: _Part) -> Member:
     """Make this rank's part of its copy of a model."""
-    mesh = (
-        build_mesh(
-            MeshConfig.of_schedule(settings.schedule, settings.cp, dp_replicate=settings.replicas),
-            device,
-            timeout_seconds=TIMEOUT_SECONDS,
-        )
-        if settings.cp > 1
-        else None
-    )
-    model = load_source(settings.source, device=device, tp=settings.tp)
+    config, mesh = part.config, None
+    if config.cp > 1:
+        degrees = MeshConfig.of_schedule(part.schedule, config.cp, dp_replicate=part.replicas)
+        mesh = build_mesh(degrees, device, timeout_seconds=TIMEOUT_SECONDS)
+    model = load_weights(config, load=part.load, device=device)
     shared: dict[str, Any] = {
         # Reading all weights for their hash takes its time: only the first rank is asked who it is.
-        "identity": identify(model, settings.source) if is_first_rank() else {},
-        "max_length": settings.max_length,
-        "batch_tokens": settings.batch_tokens,
+        "identity": identify(model, config.model) if is_first_rank() else {},
+        "max_length": config.max_length,
+        "batch_tokens": config.batch_tokens,
+        "prefix_reuse": config.prefix_reuse,
     }
     if mesh is not None:
-        return SpreadModel(
-            model,
-            settings.tokenizer,
-            mesh=mesh,
-            schedule=settings.schedule,
-            prefix_reuse=settings.prefix_reuse,
-            **shared,
-        )
-    return ModelHere(
-        model,
-        settings.tokenizer,
-        prefix_reuse=settings.prefix_reuse,
-        # Ranks that heard different numbers would read different batches, and wait for each other.
-        available=shared_memory if settings.tp > 1 else partial(_available, settings.replicas),
-        **shared,
-    )
+        return SpreadModel(model, part.tokenizer, mesh=mesh, schedule=part.schedule, **shared)
+    # Ranks that heard different numbers would read different batches, and wait for each other.
+    available = shared_memory if config.tp > 1 else partial(_available, part.replicas)
+    return ModelHere(model, part.tokenizer, available=available, **shared)
 
 
 def _available(replicas: int, device: torch.device) -> int | None:
