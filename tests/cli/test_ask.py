@@ -100,7 +100,9 @@ def test_thoughts_of_a_server_that_are_all_there_is_are_said(longspan, here, par
 def test_mistakes_are_said(longspan, here):
     cases = {
         f'ask model --question Q? --needle "{NEEDLE}"': "--data",
-        "ask model --question Q? --data text.txt --depth 1.5": "between 0",
+        f'ask model --question Q? --data text.txt --needle "{NEEDLE}" --depth 1.5': "between 0",
+        "ask model --question Q? --data text.txt --depth 1": "--depth has no effect without a sentence to plant",
+        "ask model --question Q? --prompt fu-2024 --length 9": "--prompt and --length has no effect without texts",
         "ask model --question Q? --data text.txt --length 10": "no room for a context",
         "ask model --question Q? --data text.txt --prompt fu-2023": "fu-2024",
         "ask model --question Q? --data text.txt --prompt 'only {question}'": "no place for the context",

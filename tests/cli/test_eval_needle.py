@@ -86,6 +86,11 @@ def test_dry_run_shows_grid_and_cost_without_a_model(longspan, store):
         ("--model opnai:gpt", ["no such model", "opnai:gpt", "openai:NAME"]),
         ("--model model/config.json", ["is a file, not a model", "the folder that it lies in"]),
         ("--model openai:x --tokenizer tokenizer --rope-theta 5e6", ["is decided there", "--rope-theta"]),
+        (
+            "--mode teacher_forced --max-new-tokens 9",
+            ["no effect with mode teacher_forced", "--mode generate"],
+        ),
+        ("--schedule ring", ["schedule has no effect without cp"]),
         ("--rope linear", ["--rope does not hold settings", "'linear'"]),
         ("--lengths 20", ["no room for the planted facts", "20 tokens"]),
         ("--data texts --lengths 1M", ["haystack is too short", "--repeat"]),

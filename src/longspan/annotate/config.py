@@ -33,6 +33,14 @@ class TeacherConfig(Config):
     batch_tokens: TokenBudget = pydantic.Field(16_384, gt=0)
     """Tokens in one forward pass, at least one row."""
 
+    @pydantic.model_validator(mode="after")
+    def _schedule_has_effect(self) -> Self:
+        if self.cp == 1 and self.schedule != "ring":
+            raise ValueError(
+                f"schedule {self.schedule} has no effect without cp: it says how keys travel among those processes"
+            )
+        return self
+
 
 class PairWindows(Config):
     """CEPE's windows; see `sources.PairSource`."""

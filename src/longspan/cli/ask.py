@@ -25,6 +25,7 @@ EXAMPLE = example(
 
 ANSWER_TOKENS = 256
 """Room for an answer where nothing else is said."""
+PROMPT = "fu-2024"
 
 
 @from_settings(
@@ -47,14 +48,20 @@ def ask(
         typer.Option(help="What is asked; left out where the texts hold it, with a --prompt of {context}."),
     ] = None,
     needle: Annotated[str | None, typer.Option(help="A sentence to plant in the texts.")] = None,
-    depth: Annotated[float, typer.Option(help="Where it lies: 0 is the start, 1 the end.")] = 0.5,
+    depth: Annotated[
+        float | None,
+        typer.Option(help="Where it lies: 0 is the start, 1 the end. Default: 0.5.", show_default=False),
+    ] = None,
     length: Annotated[
         str | None, typer.Option(help="Tokens of the prompt at most, such as 80k; the texts lose their end.")
     ] = None,
     prompt: Annotated[
-        str,
-        typer.Option(help="A preset's prompt (see `eval list`), or a text with {context} and {question}."),
-    ] = "fu-2024",
+        str | None,
+        typer.Option(
+            help="A preset's prompt (see `eval list`), or a text with {context} and {question}. Default: fu-2024.",
+            show_default=False,
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask as a chat, by the tokenizer's own template.")
     ] = False,
@@ -68,6 +75,10 @@ def ask(
     from longspan.eval.ask import compose, template_named
     from longspan.eval.prompts import OWN_TEMPLATE
 
+    if not texts.paths:
+        _refuse_unused({"--prompt": prompt, "--length": length}, "texts to read first", "--data")
+    if needle is None:
+        _refuse_unused({"--depth": depth}, "a sentence to plant", "--needle")
     if chat and model.chat_template is None:
         model = model.model_copy(update={"chat_template": OWN_TEMPLATE})
     form = form_of(model, prompts)
@@ -75,9 +86,9 @@ def ask(
         texts.documents() if texts.paths else [],
         form,
         question=question,
-        template=template_named(prompt),
+        template=template_named(prompt or PROMPT),
         needle=needle,
-        depth=depth,
+        depth=0.5 if depth is None else depth,
         length=None if length is None else parse_length(length),
     )
     _refuse_too_long(model, composed.tokens + form.room(ANSWER_TOKENS))
@@ -90,6 +101,18 @@ def ask(
         print_json(_summary(composed, question, answer))
         return
     typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s{_end_of(answer)}")
+
+
+def _refuse_unused(given: dict[str, Any], needed: str, option: str) -> None:
+    """Refuse options that say something of what is not there. Raises ArgumentError."""
+    from longspan.core.errors import ArgumentError
+
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise ArgumentError(
+            f"{' and '.join(unused)} has no effect without {needed}",
+            fix=f"give {option}, or leave {' and '.join(unused)} out",
+        )
 
 
 def _refuse_too_long(model: AnswererConfig, tokens: int) -> None:

@@ -348,6 +348,8 @@ class NeedleTask:
     def _prepare(
         self, settings: NeedleConfig, documents: Sequence[HeldOutDocument], form: PromptForm, num_needles: int
     ) -> None:
+        if settings.mode == "teacher_forced":
+            form.refuse_room("mode teacher_forced")
         self.settings = settings
         self.mode: Mode = settings.mode
         self.scorer = settings.scorer_name

@@ -257,6 +257,15 @@ class PromptForm:
             return prompt, answer_prefix.strip()
         return prompt + answer_prefix, ""
 
+    def refuse_room(self, mode: str) -> None:
+        """Refuse a room for answers where all are given. Raises ConfigError."""
+        if self._max_new_tokens is not None:
+            raise ConfigError(
+                f"--max-new-tokens has no effect with {mode}, which measures given answers",
+                found=self._max_new_tokens,
+                fix="leave it out, or let the model write (--mode generate)",
+            )
+
     def before_given_answers(self) -> ChatPrompt | None:
         """Return the chat that a given answer follows, with no thoughts open; None: plain text. Raises ConfigError."""
         if self._chat is None:

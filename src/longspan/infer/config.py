@@ -69,8 +69,8 @@ class AnswererConfig(Config):
             return self
         if self.server is not None:
             raise ValueError(
-                f"server and its address are for models behind a server (openai:NAME, completions:NAME, anthropic:NAME); "
-                f"{self.model!r} is run here"
+                "server and its address are for models behind a server (openai:NAME, completions:NAME, "
+                f"anthropic:NAME); {self.model!r} is run here"
             )
         if self.schedule is not None and self.cp == 1:
             raise ValueError(
