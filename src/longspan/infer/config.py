@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from longspan.api import ServerConfig, remote_model
+from longspan.api.providers import MODEL_NAMES
 from longspan.core.config import Config, Length, changed_fields
 
 Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
@@ -69,8 +70,8 @@ class AnswererConfig(Config):
             return self
         if self.server is not None:
             raise ValueError(
-                "server and its address are for models behind a server (openai:NAME, completions:NAME, "
-                f"anthropic:NAME); {self.model!r} is run here"
+                f"server and its address are for models behind a server ({', '.join(MODEL_NAMES)}); "
+                f"{self.model!r} is run here"
             )
         if self.schedule is not None and self.cp == 1:
             raise ValueError(
