@@ -7,10 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from longspan.eval import registry
-from longspan.eval.registry import Axes, TaskEntry
-from longspan.eval.topics import Topics
-
 
 def samples(path: Path) -> list[dict]:
     """Return the samples of a records file, without how long they took."""
@@ -61,33 +57,3 @@ def test_scores_by_another_rule_are_made_again(longspan, model):
     outcome = longspan(f"eval rescore {records} --settings one.jsonl --out two.jsonl")
     assert outcome.code == 0, outcome.err
     assert samples(Path("one.jsonl")) == samples(Path("two.jsonl"))
-
-
-class Colours(Topics):
-    """A task that only the registry knows."""
-
-    name = "colours"
-
-
-def test_a_registered_task_is_a_command(longspan, model, monkeypatch):
-    """A new task took a command of its own, in a room that has nothing to do with it."""
-    entry = TaskEntry(
-        "colours",
-        "Colours are asked for.",
-        config="longspan.eval.topics:TopicsConfig",
-        task=f"{__name__}:Colours",
-        axes=Axes(columns="num_topics"),
-        scorers=("contains",),
-    )
-    from longspan.cli import eval as evaluation
-
-    commands = list(evaluation.app.registered_commands)
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
-    try:
-        registry.register(entry)
-        outcome = longspan("eval colours --model model --counts 2 --samples 1 --max-new-tokens 2 --out run")
-        assert outcome.code == 0, outcome.err
-        assert "num_topics" in outcome.out
-        assert "Colours are asked for." in longspan("eval --help").out
-    finally:
-        evaluation.app.registered_commands[:] = commands
