@@ -17,7 +17,6 @@ import numpy as np
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
-from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan
 from longspan.data.store.lengths import LengthTable
 
@@ -134,7 +133,6 @@ class RowLoader:
                 allowed=plan.lengths_fingerprint,
                 fix="give the same stores in the same order, or pack again",
             )
-        self._reader = SpanReader(self._stores, self._lengths, plan.spec)
         pads = plan.spec.remainder == "pad"
         self.source_names = self._lengths.source_names + ((PAD_SOURCE,) if pads else ())
 
@@ -172,7 +170,7 @@ class RowLoader:
         for number, document in enumerate(documents.tolist()):
             place = slice(int(cu_seqlens[number]), int(cu_seqlens[number + 1]))
             again = 0 if repeated is None else int(repeated[number])
-            self._reader.fill(document, int(starts[number]), again, input_ids[place], weights[place])
+            self._fill(document, int(starts[number]), again, input_ids[place], weights[place])
         sources = np.full(len(documents), len(self._lengths.source_names), np.uint16)
         real = documents != PAD_DOCUMENT
         sources[real] = self._lengths.source[documents[real]]
@@ -186,33 +184,18 @@ class RowLoader:
             weights=weights,
         )
 
-
-class SpanReader:
-    """Writes the ids and weights of a plan's spans into rows."""
-
-    def __init__(self, stores: Sequence[DocumentStore], lengths: LengthTable, spec: PackConfig) -> None:
-        self._stores, self._lengths, self._spec = stores, lengths, spec
-
-    def fill(
-        self, document: int, start: int, repeated: int, ids: np.ndarray, weights: np.ndarray | None
-    ) -> None:
-        """Fill `ids`, and `weights` that are 1 if given, with a span from framed token `start` on.
-
-        Raises:
-            DataError: the plan does not fit the document in the store.
-        """
-        spec, lengths = self._spec, self._lengths
+    def _fill(self, document: int, start: int, repeated: int, ids: np.ndarray, weights: np.ndarray) -> None:
+        """Fill `ids`, and `weights` that are 1, with a span from framed token `start` on."""
+        spec, lengths = self.plan.spec, self._lengths
         if document == PAD_DOCUMENT:
             assert spec.pad_id is not None
-            ids[:] = spec.pad_id
-            if weights is not None:
-                weights[:] = 0
+            ids[:], weights[:] = spec.pad_id, 0
             return
         store, position = self._stores[int(lengths.store[document])], int(lengths.position[document])
         tokens = store.tokens(position)
         if spec.mos_id is not None and start:
             ids[0] = spec.mos_id
-            ids, weights = ids[1:], None if weights is None else weights[1:]
+            ids, weights = ids[1:], weights[1:]
         end, num_bos = start + len(ids), spec.num_bos
         framed = num_bos + len(tokens) + spec.num_eos
         if len(tokens) != lengths.tokens[document] or end > framed:
@@ -228,14 +211,13 @@ class SpanReader:
             ids[-1] = spec.eos_id
         # Framed position p is token p - num_bos; [low, high) are the document's own tokens in this span.
         low, high = max(start - num_bos, 0), min(end - num_bos, len(tokens))
-        place = slice(low + num_bos - start, high + num_bos - start)
         if low < high:
+            place = slice(low + num_bos - start, high + num_bos - start)
             ids[place] = tokens[low:high]
-        if weights is not None:
-            mask = store.mask(position) if low < high else None
+            mask = store.mask(position)
             if mask is not None:
                 weights[place] = mask[low:high]
-            weights[:repeated] = 0
+        weights[:repeated] = 0
 
 
 class RowAddress(NamedTuple):
