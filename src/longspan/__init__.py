@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from longspan.data.rows.loader import RowLoader, StreamMixer
     from longspan.data.store import TokenStore
     from longspan.data.store.lengths import LengthTable
-    from longspan.data.tokenize import tokenize_corpus
+    from longspan.data.tokenize import TokenizeConfig, tokenize_corpus
     from longspan.data.tokenizer import load_tokenizer
     from longspan.models.documents import Documents
     from longspan.models.hf import enable, load_model
@@ -55,6 +55,7 @@ __all__ = [
     "RunError",
     "StreamMixer",
     "TokenStore",
+    "TokenizeConfig",
     "TrainConfig",
     "UserError",
     "build_mesh",
@@ -88,7 +89,7 @@ _HOMES = {
     "longspan.data.plans.packing": ("plan_packing",),
     "longspan.data.readers": ("read_documents",),
     "longspan.data.store": ("TokenStore",),
-    "longspan.data.tokenize": ("tokenize_corpus",),
+    "longspan.data.tokenize": ("TokenizeConfig", "tokenize_corpus"),
     "longspan.data.tokenizer": ("load_tokenizer",),
     "longspan.models.documents": ("Documents",),
     "longspan.models.hf": ("enable", "load_model"),
