@@ -81,11 +81,15 @@ def test_a_model_that_mixes_documents_is_refused(monkeypatch: pytest.MonkeyPatch
         check_forward(AutoConfig.for_model("llama"))
 
 
-def test_a_config_that_cannot_be_made_small_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Families have rules of their own for their sizes; a false refusal would be worse than no check."""
+def test_a_config_that_cannot_be_made_small_is_let_through_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Families have rules of their own for their sizes; a false refusal would be worse than no check, and a check that
+    did not happen must not look like one."""
 
     def fails(*_: Any, **__: Any) -> None:
         raise ValueError("sizes do not fit")
 
     monkeypatch.setattr(stand_in, "_built", fails)
     check_forward(AutoConfig.for_model("llama", attention_dropout=0.1))
+    assert "no small stand-in of a llama model can be made (ValueError: sizes do not fit)" in caplog.text

@@ -38,7 +38,7 @@ MOST_WEIGHTS = 100_000_000
 def check_forward(config: PretrainedConfig) -> None:
     """Refuse a model whose forward pass would: with longspan's attention, in training, on packed documents.
 
-    A config of which no small stand-in can be made is let through.
+    A config of which no small stand-in can be made is let through, with a warning.
 
     Raises:
         ArgumentError: what the forward pass refuses, or a model that mixes documents.
@@ -125,11 +125,17 @@ def _refusal(fields: str) -> str | None:
         try:
             model = _built(small_config(AutoConfig.for_model(**settings)))
             if model is None:
-                return None
+                raise ArgumentError(f"it would have more than {MOST_WEIGHTS:,} weights")
             model(input_ids=parts[0][None], use_cache=False)
         except Exception as error:  # noqa: BLE001
             # Of hundreds of families, each may want its sizes to fit in a way of its own.
-            get_logger("models").debug("no small stand-in of %s: %s", settings["model_type"], error)
+            get_logger("models").warning(
+                "no small stand-in of a %s model can be made (%s: %s): whether its layers do what longspan's attention "
+                "asks of them shows at the first step",
+                settings["model_type"],
+                type(error).__name__,
+                str(error).partition("\n")[0],
+            )
             return None
         try:
             alone = torch.cat([hidden_states(model, part) for part in parts])
