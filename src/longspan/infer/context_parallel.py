@@ -36,6 +36,7 @@ from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, r
 from longspan.infer.requests import NOT_FINITE, Answer, Request
 from longspan.infer.share import Share
 from longspan.kernels.attention import choose_kernel
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.kernels.head import IGNORE_LABEL, predict
 from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.head import output_head
@@ -43,7 +44,6 @@ from longspan.models.hf import hidden_states
 from longspan.models.hf_config import head_counts, window_of_all_layers
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
-from longspan.parallel.schedules.base import accumulation_dtype
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from longspan.kernels.attention import NO_LIMIT, AttentionForm, Bands, choose_kernel, merge, with_sinks
 from longspan.kernels.attention.bands import oldest_seen
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule
-from longspan.parallel.schedules.base import accumulation_dtype
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 

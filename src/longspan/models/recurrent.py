@@ -46,8 +46,9 @@ from longspan.kernels.attention import (
     sink_gradient,
     with_sinks,
 )
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.models.documents import Documents
-from longspan.parallel.schedules.base import Partial, accumulation_dtype
+from longspan.parallel.schedules.base import Partial
 
 __all__ = ["ChunkDocuments", "ChunkedRow", "KeyValueCache"]
 

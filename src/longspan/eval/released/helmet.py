@@ -28,7 +28,7 @@ import numpy as np
 from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.released.longllm import read_settings
-from longspan.eval.released.rows import Rows, find_rows
+from longspan.eval.released.rows import Rows, find_rows, texts_of
 from longspan.eval.released.sets import Question, Rule
 
 CATEGORIES = ("recall", "rag", "icl", "longqa", "ruler")
@@ -144,7 +144,7 @@ class JsonKV(HelmetSet):
         pairs = rows.field(place, "demos")[: self._shots]
         demos = "".join(f"Key: {key}\nCorresponding value: {value}\n\n" for key, value in pairs)
         values = {"context": rows.field(place, "context"), "question": rows.field(place, "question")}
-        return {**values, "demos": demos}, _texts(rows.field(place, "answer"))
+        return {**values, "demos": demos}, texts_of(rows.field(place, "answer"))
 
 
 class HelmetRuler(HelmetSet):
@@ -156,7 +156,7 @@ class HelmetRuler(HelmetSet):
         values["question"] = str(row.get("query", row.get("question", "")))
         values["example"] = f"{row['example']}\n\n" if row.get("example") else ""
         self._rows.field(place, "context")
-        return values, _texts(row["answer"] if "answer" in row else self._rows.field(place, "outputs"))
+        return values, texts_of(row["answer"] if "answer" in row else self._rows.field(place, "outputs"))
 
 
 class Rag(HelmetSet):
@@ -187,7 +187,7 @@ class Rag(HelmetSet):
         )
         question, passages = rows.field(place, "question"), _passages(rows.field(place, "ctxs"))
         values = {"context": passages, "question": question, "demos": demos}
-        return values, _texts(rows.field(place, "answers"))
+        return values, texts_of(rows.field(place, "answers"))
 
     def _shown(self, key: Any) -> list[dict[str, Any]]:
         places = self._demo_places
@@ -287,10 +287,10 @@ class InfiniteQA(HelmetSet):
         return f"[story text]\nQuestion: {values['question']}{options}\nAnswer: {expected[0]}"
 
     def _values(self, place: int) -> tuple[dict[str, str], list[str]]:
-        question, answers = self._rows.field(place, "input"), _texts(self._rows.field(place, "answer"))
+        question, answers = self._rows.field(place, "input"), texts_of(self._rows.field(place, "answer"))
         if self._settings["metric"] != "helmet_choice":
             return {"question": question, "options": ""}, answers
-        options = _texts(self._rows.field(place, "options"))
+        options = texts_of(self._rows.field(place, "options"))
         letter = "ABCD"[options.index(answers[0])]
         lines = [f"{name}. {option}" for name, option in zip("ABCD", options)]
         return {"question": question, "options": "\n".join(lines)}, [letter, f"{letter}. {answers[0]}"]
@@ -328,7 +328,3 @@ class NarrativeQA(HelmetSet):
 
 def _passages(passages: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(_PASSAGE.format(title=each["title"], text=each["text"]) for each in passages)
-
-
-def _texts(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else [str(value)]

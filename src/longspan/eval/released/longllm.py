@@ -21,7 +21,7 @@ from typing import Any
 from longspan.core.config import parse_yaml
 from longspan.core.errors import ArgumentError, DataError
 from longspan.eval.longqa import longbench_names, rule_for
-from longspan.eval.released.rows import Rows, find_rows
+from longspan.eval.released.rows import Rows, find_rows, texts_of
 from longspan.eval.released.sets import Question, Rule
 
 DATASETS = {
@@ -175,7 +175,7 @@ class LongLLMSet:
             fields["postprocess"] = self._postprocess
         if self.rule.metric.startswith("classification"):
             fields["all_classes"] = self._rows.field(place, "all_classes")
-        answers = _texts(self._rows.field(place, "answers"))
+        answers = texts_of(self._rows.field(place, "answers"))
         return Question(self._template, self._values(place, "input", "context"), answers, fields)
 
     def _topic(self, place: int) -> Question:
@@ -188,9 +188,9 @@ class LongLLMSet:
     def _infinitebench(self, place: int) -> Question:
         values = self._values(place, "context", "input")
         values |= _drawn_out(self.subtask, values["input"])
-        answers, fields = _texts(self._rows.field(place, "answer")), {}
+        answers, fields = texts_of(self._rows.field(place, "answer")), {}
         if "{A}" in self._template:
-            options = _texts(self._rows.field(place, "options"))
+            options = texts_of(self._rows.field(place, "options"))
             values |= dict(zip(_LETTERS, options))
             answers = _with_letter(answers, options, self._rows, place)
             if self.rule.metric == "word_recall_choice":
@@ -199,10 +199,6 @@ class LongLLMSet:
 
     def _values(self, place: int, *names: str) -> dict[str, str]:
         return {name: str(self._rows.field(place, name)) for name in names}
-
-
-def _texts(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 
 def _with_letter(answers: list[str], options: list[str], rows: Rows, place: int) -> list[str]:

@@ -142,6 +142,11 @@ def _line_starts(path: Path) -> np.ndarray:
     return np.array([*starts, size], np.int64)
 
 
+def texts_of(value: Any) -> list[str]:
+    """Return a field that holds one text or several as a list."""
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
+
+
 def _first_byte(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]

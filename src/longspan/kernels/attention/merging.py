@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["merge", "sink_gradient", "with_sinks"]
+__all__ = ["accumulation_dtype", "merge", "sink_gradient", "with_sinks"]
+
+
+def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the type in which parts of `tensor` are summed: its own, fp32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def merge(

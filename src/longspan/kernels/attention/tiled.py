@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from longspan.kernels.attention.bands import Bands
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.kernels.attention.reference import ReferenceKernel
 
 __all__ = ["TiledKernel", "tiled_bytes"]
@@ -41,7 +42,7 @@ class TiledKernel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out [T, H, D] in q's dtype and lse [T, H]; a query that sees nothing gets 0 and -inf."""
         out = torch.zeros_like(q)
-        lse = torch.full(q.shape[:2], float("-inf"), dtype=_wide(q), device=q.device)
+        lse = torch.full(q.shape[:2], float("-inf"), dtype=accumulation_dtype(q), device=q.device)
         for rows, keys, part in _tiles(bands, q, k):
             out[rows], lse[rows] = self._reference.forward(q[rows], k[keys], v[keys], part, scale)
         return out, lse
@@ -59,7 +60,7 @@ class TiledKernel:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return dq, dk, dv; `out` and `lse` belong to the whole attention; k, v may be a part of it."""
         dq = torch.zeros_like(q)
-        dk, dv = (torch.zeros(x.shape, dtype=_wide(x), device=x.device) for x in (k, v))
+        dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(x), device=x.device) for x in (k, v))
         for rows, keys, part in _tiles(bands, q, k):
             # The keys of a tile are cast up first, so that its part of their gradients comes unrounded.
             dq[rows], dk_part, dv_part = self._reference.backward(
@@ -70,13 +71,9 @@ class TiledKernel:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _tiles(bands: Bands, q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[slice, slice, Bands]]:
     """Yield rows of queries, the keys that they may see, and the bands between the two."""
-    row_bytes = q.shape[1] * k.shape[0] * _wide(q).itemsize
+    row_bytes = q.shape[1] * k.shape[0] * accumulation_dtype(q).itemsize
     num_rows = max(1, TILE_BYTES // max(1, row_bytes))
     for start in range(0, q.shape[0], num_rows):
         end = min(start + num_rows, q.shape[0])

@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 
 from longspan.kernels.attention import Bands, with_sinks
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
     AllGradients,
     AttentionCall,
     Forward,
-    accumulation_dtype,
     block_backward,
     block_forward,
 )

@@ -25,6 +25,7 @@ from longspan.kernels.attention import (
     sink_gradient,
     with_sinks,
 )
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
 from longspan.parallel.shards import SequenceShards
@@ -216,11 +217,6 @@ def block_backward(
         dtype = accumulation_dtype(q)
         dout, q, k, v, out = (tensor.to(dtype) for tensor in (dout, q, k, v, out))
     return call.kernel.backward(dout, q, k, v, out, lse, bands, call.scale)
-
-
-def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the type in which parts of `tensor` are summed: its own, fp32 at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class Partial:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.kernels.attention import Bands
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.channel import Channel, Transfer
 from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import (
@@ -23,7 +24,6 @@ from longspan.parallel.schedules.base import (
     AttentionCall,
     Forward,
     Partial,
-    accumulation_dtype,
     block_backward,
     block_forward,
 )

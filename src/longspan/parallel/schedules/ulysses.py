@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
+from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.channel import Channel
 from longspan.parallel.layout import Layout
-from longspan.parallel.schedules.base import AllGradients, AttentionCall, Forward, accumulation_dtype
+from longspan.parallel.schedules.base import AllGradients, AttentionCall, Forward
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.shards import SequenceShards
 
