@@ -73,3 +73,11 @@ def test_settings_of_the_glossary_exist() -> None:
         }
         fields = {item.target.id for item in classes[owner].body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
         assert field in fields, f"{name} is not in {file}"
+
+
+def test_every_room_has_a_row() -> None:
+    """A room that the page of rooms leaves out is found by nobody."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = set(re.findall(r"^\| `([a-z_]+)/` \|", text.partition("## Imports")[0], re.M))
+    rooms = {path.parent.name for path in (ROOT / "src" / "longspan").glob("*/__init__.py")}
+    assert rows - {"recipes"} == rooms - {"recipes"}
