@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.kernels.attention import Bands
-from longspan.kernels.attention.cuda_varlen import MAX_SEQUENCES, CudaVarlenKernel, launches
+from longspan.kernels.attention.cuda_varlen import ALL, MAX_SEQUENCES, CudaVarlenKernel, launches
 from longspan.kernels.attention.reference import ReferenceKernel, dense_mask
 from tests.flash_operators import calls, flash_operators, real_window
 from tests.kernels.test_attention import relative, tensors
@@ -38,8 +38,10 @@ def seen_by_launches(bands: Bands, queries: int, keys: int) -> np.ndarray:
     for launch in launches(bands, num_queries=queries, num_keys=keys, device=CPU):
         assert launch.left >= -1 and launch.right >= -1
         left, right = real_window(launch.left, launch.right, launch.max_k, causal=False)
-        q_rows = np.arange(queries) if launch.q_rows is None else launch.q_rows.numpy()
-        k_rows = np.arange(keys) if launch.k_rows is None else launch.k_rows.numpy()
+        q_rows, k_rows = (
+            np.arange(count)[rows if isinstance(rows, slice) else rows.numpy()]
+            for rows, count in ((launch.q_rows, queries), (launch.k_rows, keys))
+        )
         cu_q, cu_k = launch.cu_q.tolist(), launch.cu_k.tolist()
         assert cu_q[-1] == len(q_rows) and cu_k[-1] == len(k_rows)
         for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
@@ -101,7 +103,7 @@ def test_packed_documents_are_one_launch(borders: list[int], window: int | None)
     """A document of one token, or one shorter than the window, must not cost gathered copies and fp32 sums."""
     bands = Bands.from_documents(borders, window=window)
     (launch,) = launches(bands, num_queries=borders[-1], num_keys=borders[-1], device=CPU)
-    assert launch.q_rows is None and launch.k_rows is None
+    assert launch.q_rows == launch.k_rows == ALL
     q, k, v, dout = tensors(queries=borders[-1], keys=borders[-1], dtype=torch.bfloat16)
     out, lse = CudaVarlenKernel().forward(q, k, v, bands, 0.3)
     CudaVarlenKernel().backward(dout, q, k, v, out, lse, bands, 0.3)
@@ -248,3 +250,31 @@ def test_cuda_kernel_against_reference(dtype: torch.dtype) -> None:
         grads = CudaVarlenKernel().backward(dout, q, k, v, out, lse, bands, 0.2)
         for found, truth in [(out, true_out), *zip(grads, true_grads)]:
             assert relative(found, truth) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("bands", "copies"),
+    [
+        (Bands.from_documents([0, 40, 250]), 0),  # 50 rows of padding behind it
+        (Bands([150], [150], [0], [300], lo=-150), 0),  # a half of the queries, all keys
+        (Bands([0, 0], [300, 150], [0, 200], [200, 100], lo=[-50, 60]), 0),  # queries that see two parts
+        (
+            Bands([0, 200], [100, 100], [0, 200], [100, 100]),
+            9,
+        ),  # a hole: q, k, v, and once more with dout, out, lse
+    ],
+)
+@pytest.mark.usefixtures("flash")
+def test_rows_that_follow_each_other_are_not_gathered(bands: Bands, copies: int) -> None:
+    """Padding, half of a zigzag rank's queries, queries that see several parts: views, where each was a copy."""
+    q, k, v, dout = tensors(queries=300, keys=300, dtype=torch.bfloat16)
+    gathered: list[int] = []
+    select = torch.Tensor.index_select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "index_select", lambda x, *args: gathered.append(x.nbytes) or select(x, *args)
+        )
+        kernel = CudaVarlenKernel()
+        out, lse = kernel.forward(q, k, v, bands, 0.3)
+        kernel.backward(dout, q, k, v, out, lse, bands, 0.3)
+    assert len(gathered) == copies

@@ -37,11 +37,16 @@ MAX_SEQUENCES = 65_535
 """Of a launch: the second dimension of a CUDA grid."""
 
 
-class Launch(NamedTuple):
-    """Bands that share one kernel launch. Rows are None where they are the whole tensor in order."""
+Rows = torch.Tensor | slice
+"""Of queries or keys: a slice where they follow each other, of which views are taken; else they are gathered."""
+ALL = slice(None)
 
-    q_rows: torch.Tensor | None
-    k_rows: torch.Tensor | None
+
+class Launch(NamedTuple):
+    """Bands that share one kernel launch. Rows are ALL where they are the whole tensor in order."""
+
+    q_rows: Rows
+    k_rows: Rows
     cu_q: torch.Tensor
     cu_k: torch.Tensor
     max_q: int
@@ -155,13 +160,16 @@ class CudaVarlenKernel:
         if self._falls_back(q):
             return self._fallback.forward(q, k, v, bands, scale)
         todo = self._plan(q, k, bands)
-        if len(todo) == 1 and todo[0].q_rows is None:
-            return _launch_forward(todo[0], q, k, v, scale)
-        out = torch.zeros(q.shape, dtype=torch.float32 if bands.queries_overlap else q.dtype, device=q.device)
-        lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
+        if todo and todo[0].q_rows == ALL:
+            out, lse = _launch_forward(todo.pop(0), q, k, v, scale)
+        else:
+            # Rows that nobody writes see nothing.
+            out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:2], float("-inf"), dtype=torch.float32)
+        if bands.queries_overlap:
+            out = out.float()
         for launch in todo:
             out_part, lse_part = _launch_forward(launch, q, k, v, scale)
-            rows = slice(None) if launch.q_rows is None else launch.q_rows
+            rows = launch.q_rows
             if bands.queries_overlap:
                 out[rows], lse[rows] = merge(out[rows], lse[rows], out_part, lse_part)
             else:
@@ -183,14 +191,18 @@ class CudaVarlenKernel:
         if self._falls_back(q):
             return self._fallback.backward(dout, q, k, v, out, lse, bands, scale)
         todo = self._plan(q, k, bands)
-        if len(todo) == 1 and todo[0].q_rows is None and todo[0].k_rows is None:
-            return _launch_backward(todo[0], dout, q, k, v, out, lse, scale)
+        if len(todo) == 1 and isinstance(todo[0].q_rows, slice) and isinstance(todo[0].k_rows, slice):
+            # Nothing to add up: fp32 sums would only be rounded again.
+            grads = _launch_backward(todo[0], dout, q, k, v, out, lse, scale)
+            places = (todo[0].q_rows, todo[0].k_rows, todo[0].k_rows)
+            dq, dk, dv = (_put(grad, rows, x) for grad, rows, x in zip(grads, places, (q, k, v)))
+            return dq, dk, dv
         dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
         for launch in todo:
             grads = _launch_backward(launch, dout, q, k, v, out, lse, scale)
             for total, grad, rows in zip((dq, dk, dv), grads, (launch.q_rows, launch.k_rows, launch.k_rows)):
-                if rows is None:
-                    total += grad
+                if isinstance(rows, slice):
+                    total[rows] += grad
                 else:
                     total.index_add_(0, rows, grad.float())
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -208,7 +220,7 @@ class CudaVarlenKernel:
         key = (q.shape[0], k.shape[0], q.device)
         if key not in plans:
             plans[key] = launches(bands, num_queries=q.shape[0], num_keys=k.shape[0], device=q.device)
-        return plans[key]
+        return list(plans[key])
 
 
 def _launch_forward(
@@ -265,15 +277,26 @@ def _launch_backward(
     )
 
 
-def _take(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return x if rows is None else x.index_select(0, rows)
+def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
-def _rows(start: np.ndarray, length: np.ndarray, total: int, device: torch.device) -> torch.Tensor | None:
+def _put(part: torch.Tensor, rows: slice, like: torch.Tensor) -> torch.Tensor:
+    """Return the rows among zeros for all others."""
+    if rows == ALL:
+        return part
+    whole = torch.zeros_like(like)
+    whole[rows] = part
+    return whole
+
+
+def _rows(start: np.ndarray, length: np.ndarray, total: int, device: torch.device) -> Rows:
+    end = start + length
+    if (end[:-1] == start[1:]).all():
+        whole = start[0] == 0 and end[-1] == total
+        return ALL if whole else slice(int(start[0]), int(end[-1]))
     before = np.cumsum(length) - length
     rows = np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - before, length)
-    if len(rows) == total and (rows == np.arange(total)).all():
-        return None
     return to_device(torch.from_numpy(rows), device)
 
 
