@@ -16,7 +16,7 @@ def test_a_grid_is_a_table_and_records(longspan, model, tmp_path):
     assert outcome.code == 0, outcome.err
     for part in (
         "0.5",
-        "all depths",
+        "mean",
         "95% interval",
         "unscored",
         "12 of 12 samples scored",

@@ -57,3 +57,12 @@ def test_scores_by_another_rule_are_made_again(longspan, model):
     outcome = longspan(f"eval rescore {records} --settings one.jsonl --out two.jsonl")
     assert outcome.code == 0, outcome.err
     assert samples(Path("one.jsonl")) == samples(Path("two.jsonl"))
+
+
+def test_a_question_is_asked_again(longspan, model):
+    asked = longspan("ask model --question Why? --max-new-tokens 2 --json")
+    Path("asked.json").write_text(asked.out)
+    again = longspan("ask --settings asked.json --json")
+    assert again.code == 0, again.err
+    first, second = json.loads(asked.out), json.loads(again.out)
+    assert (second["answer"], second["settings"]) == (first["answer"], first["settings"])

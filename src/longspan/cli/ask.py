@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.eval_tasks import DATA, DATA_FIELDS
-from longspan.cli.from_settings import Part, from_settings
+from longspan.cli.from_settings import Part, Used, from_settings
 from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
 from longspan.cli.output import Json, example, print_json
 
@@ -43,6 +43,7 @@ def ask(
     model: AnswererConfig,
     prompts: PromptConfig,
     texts: TaskDataConfig,
+    used: Used,
     question: Annotated[
         str | None,
         typer.Option(help="What is asked; left out where the texts hold it, with a --prompt of {context}."),
@@ -98,7 +99,7 @@ def ask(
     with opened(model, prompts) as asked:
         answer = _stream(asked.answerer, request, quiet=as_json)
     if as_json:
-        print_json(_summary(composed, question, answer))
+        print_json({**_summary(composed, question, answer), "settings": used})
         return
     typer.echo(f"\n\n{answer.completion_tokens:,} tokens in {answer.seconds:.1f} s{_end_of(answer)}")
 

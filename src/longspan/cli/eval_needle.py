@@ -13,9 +13,8 @@ from longspan.cli.eval_options import (
     TooLongOption,
     print_prompt,
     shown_prompt,
-    title_of,
 )
-from longspan.cli.eval_tasks import data_part
+from longspan.cli.eval_tasks import data_part, print_scores
 from longspan.cli.from_settings import Part, Used, from_settings
 from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
 from longspan.cli.output import Json, example, percent, print_json, print_table
@@ -145,21 +144,12 @@ def needle(
     if as_json:
         print_json(summary)
     else:
-        print_grid(summary)
+        _print(summary)
 
 
-def print_grid(summary: dict[str, Any]) -> None:
-    """Print means by depth and length with intervals, counts, and the effective context."""
-    cells = {(cell["length"], cell["depth"]): percent(cell["mean"]) for cell in summary["cells"]}
-    lengths = [row["length"] for row in summary["by_length"]]
-    depths = sorted({cell["depth"] for cell in summary["cells"]})
-    rows: list[list[object]] = [
-        [f"{depth:g}", *(cells.get((length, depth)) for length in lengths)] for depth in depths
-    ]
-    rows.append(["all depths", *(percent(row["mean"]) for row in summary["by_length"])])
-    rows.append(["95% interval", *(_interval(row["interval"]) for row in summary["by_length"])])
-    rows.append(["unscored", *(row["samples"] - row["scored"] for row in summary["by_length"])])
-    print_table(title_of(summary), ("depth", *(f"{length:,}" for length in lengths)), rows)
+def _print(summary: dict[str, Any]) -> None:
+    """Print the grid, and the effective context."""
+    print_scores(summary)
     unit = "" if summary["effective_context"] is None else " tokens"
     reasons = ", ".join(f"{reason} ({count})" for reason, count in summary["unscored"].items())
     remarks = [summary["effective_note"]] if summary["effective_note"] else []
@@ -169,10 +159,6 @@ def print_grid(summary: dict[str, Any]) -> None:
         f"(the lower bound of the interval is above {percent(summary['effective_threshold'])} there and at "
         "every shorter length)"
     )
-
-
-def _interval(interval: tuple[float, float] | None) -> str | None:
-    return None if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}%"
 
 
 def _too_few(settings: NeedleConfig, threshold: float) -> str:

@@ -113,6 +113,14 @@ def print_scores(summary: dict[str, Any]) -> None:
         [f"{row:g}" if isinstance(row, float) else row, *(means.get((row, column)) for column in columns)]
         for row in dict.fromkeys(cell[axes.rows] for cell in cells)
     ]
-    together = summary.get(f"by_{axes.columns}") or mean_by(samples, axes.columns)
-    grid.append(["mean", *(percent(row["mean"]) for row in together)])
+    counts = mean_by(samples, axes.columns)
+    # Some tasks have a mean of their own: RULER's is over subtasks.
+    means_of = summary.get(f"by_{axes.columns}") or counts
+    grid.append(["mean", *(percent(row["mean"]) for row in means_of)])
+    grid.append(["95% interval", *(_interval(row["interval"]) for row in counts)])
+    grid.append(["unscored", *(row["samples"] - row["scored"] for row in counts)])
     print_table(title, (axes.rows, *(f"{column:,}" for column in columns)), grid)
+
+
+def _interval(interval: tuple[float, float] | None) -> str | None:
+    return None if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}%"

@@ -240,7 +240,7 @@ _SETTINGS = Annotated[
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read settings from YAML, or from what a command wrote: its folder or its records.
+    """Read settings from YAML, or from what a command wrote: its folder, its records or its JSON.
 
     Raises:
         ConfigError: the file holds none.
@@ -249,11 +249,11 @@ def _read(path: Path) -> dict[str, Any]:
 
     if path.is_dir():
         path = path / FILE
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".json", ".jsonl"):
         return read_yaml(path)
     try:
         with path.open(encoding="utf-8") as file:
-            settings = json.loads(file.readline())["settings"]
+            settings = json.loads(file.read() if path.suffix == ".json" else file.readline())["settings"]
     except (OSError, UnicodeDecodeError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} does not say which settings it was made with", found=str(error)) from None
     if not isinstance(settings, dict):
