@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from longspan.report.charts import Axis, LineChart, Series, length_axis, number_axis
 from longspan.report.comparison import differ_text, listed
@@ -76,26 +76,16 @@ def ppl_section(ev: Evaluation) -> Section:
     section.parts["position"] = _position_chart(ev, labels, measure) if several_buckets else None
     section.parts["length"] = _length_chart(ev, labels, measure) if several_lengths else None
     sources = sorted({source for label in labels for source in ev.ppl[label].by_source})
-    section.parts["sources"] = Table(
-        f"{measure.title} by source, longest windows",
-        ["", *sources],
-        [
-            [short_name(b), *(_cell(measure, ev.ppl[b].by_source.get(s, Sums())) for s in sources)]
-            for b in labels
-        ],
-    )
+    by_source = {label: ev.ppl[label].by_source for label in labels}
+    title = f"{measure.title} by source, longest windows"
+    section.parts["sources"] = _table(title, measure, by_source, {source: source for source in sources})
     known = [b for b in labels if any(BITS.of(sums) is not None for sums in ev.ppl[b].by_length.values())]
-    lengths = sorted({length for b in known for length in ev.ppl[b].by_length})
     section.parts["bits"] = None
     if known and measure is not BITS:
-        section.parts["bits"] = Table(
-            "Bits per byte by window length",
-            ["", *(length_text(n) for n in lengths)],
-            [
-                [short_name(b), *(_cell(BITS, ev.ppl[b].by_length.get(n, Sums())) for n in lengths)]
-                for b in known
-            ],
-        )
+        lengths = sorted({length for b in known for length in ev.ppl[b].by_length})
+        by_length = {label: ev.ppl[label].by_length for label in known}
+        columns = {n: length_text(n) for n in lengths}
+        section.parts["bits"] = _table("Bits per byte by window length", BITS, by_length, columns)
     unscored = sum(ev.ppl[label].unscored for label in labels)
     if unscored:
         reasons = sum((ev.ppl[label].reasons for label in labels), Counter())
@@ -106,8 +96,14 @@ def ppl_section(ev: Evaluation) -> Section:
     return section
 
 
-def _cell(measure: PplMeasure, sums: Sums) -> TableCell:
-    return TableCell(decimal(measure.of(sums)), "num")
+def _table(
+    title: str, measure: PplMeasure, of_label: Mapping[str, Mapping[Any, Sums]], columns: Mapping[Any, str]
+) -> Table:
+    rows: list[list[str | TableCell]] = [
+        [short_name(b), *(TableCell(decimal(measure.of(of.get(key, Sums()))), "num") for key in columns)]
+        for b, of in of_label.items()
+    ]
+    return Table(title, ["", *columns.values()], rows)
 
 
 def _short_context(ev: Evaluation) -> dict[str, str]:
@@ -150,16 +146,8 @@ def _ppl_series(
             for _, where, sums, value in known
         ]
         points = [(x, value) for x, _, _, value in known]
-        series.append(
-            Series(
-                short_name(label),
-                line_index(label, position),
-                points,
-                (),
-                tips,
-                strong=role_of(label) == "after",
-            )
-        )
+        strong = role_of(label) == "after"
+        series.append(Series(short_name(label), line_index(label, position), points, (), tips, strong=strong))
     return series
 
 
@@ -190,14 +178,9 @@ def _position_chart(ev: Evaluation, labels: Sequence[str], measure: PplMeasure) 
         trained_marks(ev, [int(x.lo) + 1, ends[-1]]),
         height=300,
     )
-    table = Table(
-        f"{measure.title} by position",
-        ["", *(f"{a:,}\u2013{b:,}" for a, b in buckets)],
-        [
-            [short_name(b), *(_cell(measure, ev.ppl[b].by_position.get(k, Sums())) for k in buckets)]
-            for b in labels
-        ],
-    )
+    by_position = {label: ev.ppl[label].by_position for label in labels}
+    columns = {(a, b): f"{a:,}\u2013{b:,}" for a, b in buckets}
+    table = _table(f"{measure.title} by position", measure, by_position, columns)
     return line_view(chart, title="By position, longest windows", table=table, half=True)
 
 
@@ -210,15 +193,8 @@ def _length_chart(ev: Evaluation, labels: Sequence[str], measure: PplMeasure) ->
     series = _ppl_series(labels, rows, measure)
     y = number_axis([v for s in series for _, v in s.points] or [1.0], measure.name, log=True)
     x = length_axis(lengths, "window length in tokens", air=1.08)
-    chart = LineChart(
-        f"{measure.title} by window length", x, y, series, trained_marks(ev, lengths), height=300
-    )
-    table = Table(
-        f"{measure.title} by window length",
-        ["", *(length_text(n) for n in lengths)],
-        [
-            [short_name(b), *(_cell(measure, ev.ppl[b].by_length.get(n, Sums())) for n in lengths)]
-            for b in labels
-        ],
-    )
+    title = f"{measure.title} by window length"
+    chart = LineChart(title, x, y, series, trained_marks(ev, lengths), height=300)
+    by_length = {label: ev.ppl[label].by_length for label in labels}
+    table = _table(title, measure, by_length, {n: length_text(n) for n in lengths})
     return line_view(chart, title="By window length", table=table, half=True)

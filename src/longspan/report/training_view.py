@@ -14,7 +14,18 @@ from longspan.report.charts import Axis, LengthHistogram, LineChart, Mark, Serie
 from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun
 from longspan.report.svg import linear_ticks
-from longspan.report.view import NARROW, WIDE, Chart, Section, Table, TableCell, decimal, line_view, percent
+from longspan.report.view import (
+    MISSING,
+    NARROW,
+    WIDE,
+    Chart,
+    Section,
+    Table,
+    TableCell,
+    decimal,
+    line_view,
+    percent,
+)
 
 SMOOTH_POINTS, RAW_POINTS = 120, 400
 
@@ -235,36 +246,18 @@ def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> T
         ]
         tokens = lines[-1]["tokens"] - (metrics[start - 1]["tokens"] if start else 0)
         speeds = _mean([line.get("tokens_per_s") for line in lines])
-        rows.append(
-            [
-                str(lines[0].get("stage", "")),
-                *(
-                    TableCell(text, "num")
-                    for text in (
-                        length_text(lines[0]["context_length"])
-                        if lines[0].get("context_length")
-                        else "\u2013",
-                        f"{len(lines):,}",
-                        format_count(tokens),
-                        f"{speeds:,.0f}" if speeds else "\u2013",
-                        *(decimal(m) for m in means),
-                    )
-                ),
-            ]
-        )
-    return Table(
-        "Stages; losses are means over the last tenth of a stage",
-        [
-            "stage",
-            "context",
-            "logged steps",
-            "tokens",
-            "tokens/s",
-            "loss",
-            *(f"loss, {source}" for source in sources),
-        ],
-        rows,
-    )
+        context = lines[0].get("context_length")
+        numbers = [
+            length_text(context) if context else MISSING,
+            f"{len(lines):,}",
+            format_count(tokens),
+            f"{speeds:,.0f}" if speeds else MISSING,
+            *map(decimal, means),
+        ]
+        rows.append([str(lines[0].get("stage", "")), *(TableCell(text, "num") for text in numbers)])
+    columns = ["stage", "context", "logged steps", "tokens", "tokens/s", "loss"]
+    columns += [f"loss, {source}" for source in sources]
+    return Table("Stages; losses are means over the last tenth of a stage", columns, rows)
 
 
 def _divergence(run: LoadedRun) -> Chart | None:
@@ -277,16 +270,8 @@ def _divergence(run: LoadedRun) -> Chart | None:
         Series("KL", 1, binned(points, SMOOTH_POINTS), dashed=False),
     ]
     y = number_axis([value for each in series for _, value in each.points], "KL", zero=True)
-    chart = LineChart(
-        "Divergence from the teacher over tokens",
-        _token_axis(run.metrics),
-        y,
-        series,
-        _stage_marks(run.metrics),
-        height=260,
-    )
     return line_view(
-        chart,
+        _over_tokens(run, "Divergence from the teacher over tokens", series, y, 260),
         title="Divergence from the teacher",
         note="KL(teacher || student) over the words that the teacher names and the mass of all others, in nats a "
         "token, unweighted; at the temperature of training, times its square.",
@@ -305,19 +290,16 @@ def _position_losses(run: LoadedRun) -> Chart | None:
         step = 10 + round(10 * number / (len(names) - 1))
         series.append(Series(name, step, binned(points, SMOOTH_POINTS), family="p", dashed=False))
     y = number_axis([v for s in series for _, v in s.points] or [0.0, 1.0], "loss")
-    chart = LineChart(
-        "Training loss by position in the row",
-        _token_axis(run.metrics),
-        y,
-        series,
-        _stage_marks(run.metrics),
-        height=300,
-    )
     return line_view(
-        chart,
+        _over_tokens(run, "Training loss by position in the row", series, y, 300),
         title="Loss by position in the row",
         note="Darker (on a dark page: lighter) lines are later positions.",
     )
+
+
+def _over_tokens(run: LoadedRun, label: str, series: Sequence[Series], y: Axis, height: float) -> LineChart:
+    x, marks = _token_axis(run.metrics), _stage_marks(run.metrics)
+    return LineChart(label, x, y, series, marks, height=height)
 
 
 def _bucket_start(name: str) -> tuple[float, str]:
@@ -376,11 +358,8 @@ def _stage_marks(metrics: Sequence[dict[str, Any]]) -> list[Mark]:
         line = metrics[start]
         name = str(line.get("stage") or "")
         if line.get("context_length"):
-            name = (
-                f"{name} ({length_text(line['context_length'])})"
-                if name
-                else length_text(line["context_length"])
-            )
+            length = length_text(line["context_length"])
+            name = f"{name} ({length})" if name else length
         if name:
             marks.append(Mark(float(metrics[start - 1]["tokens"]) if start else 0.0, name))
     return marks
