@@ -12,7 +12,7 @@ from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.maps_view import rope_words
 from longspan.report.samples import is_number
-from longspan.report.view import MISSING, Section, Table, TableCell, short_name
+from longspan.report.view import MISSING, Section, Table, TableCell, cells, short_name
 
 
 def cost_section(records: Sequence[RecordFile]) -> Section:
@@ -99,7 +99,7 @@ def two_models(records: Sequence[RecordFile]) -> list[str]:
 
 
 _GRID_SETTINGS = frozenset(
-    (
+    [
         "lengths",
         "depths",
         "samples",
@@ -110,7 +110,7 @@ _GRID_SETTINGS = frozenset(
         "counts",
         "limit",
         "subtasks",
-    )
+    ]
 )
 
 
@@ -222,14 +222,11 @@ def _evaluations_table(records: Sequence[RecordFile]) -> Table:
         rows.append(
             [
                 f"{file.task}, {short_name(file.label)}",
-                TableCell(file.scorer or MISSING, "left"),
-                TableCell(file.mode or MISSING, "left"),
-                TableCell(MISSING if version is None else str(version), "num"),
-                TableCell(str(file.header.get("seed", MISSING)), "num"),
-                TableCell(f"{len(file.samples):,}", "num"),
-                TableCell(f"{sum(s.unscored is not None for s in file.samples):,}", "num"),
+                *cells(file.scorer or MISSING, file.mode or MISSING, cls="left"),
+                *cells(MISSING if version is None else str(version), str(file.header.get("seed", MISSING))),
+                *cells(f"{len(file.samples):,}", f"{sum(s.unscored is not None for s in file.samples):,}"),
                 TableCell(", ".join(words) or MISSING, "left wrap"),
-                TableCell(str(file.header.get("created", MISSING)), "left"),
+                *cells(str(file.header.get("created", MISSING)), cls="left"),
             ]
         )
     return Table(

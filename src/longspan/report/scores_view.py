@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -24,6 +25,7 @@ from longspan.report.view import (
     Section,
     Table,
     TableCell,
+    cells,
     heat_cell,
     interval_text,
     lost_text,
@@ -119,17 +121,8 @@ def _average_rows(by_label: Mapping[str, Sequence[ScoredSample]]) -> list[list[s
             name = f"average of {len(known)} sets{lost}"
             score = TableCell(f"{statistics.fmean(known) * 100:.1f}", "num strong", "mean of the sets' means")
             first = TableCell(f"{dataset}: {name}" if dataset else name, "strong")
-            rest = [TableCell(MISSING, "num") for _ in range(4)]
-            rows.append(
-                [
-                    first,
-                    TableCell(short_name(label), "left"),
-                    TableCell(MISSING, "left"),
-                    TableCell(MISSING, "num"),
-                    score,
-                    *rest,
-                ]
-            )
+            named = cells(short_name(label), MISSING, cls="left")
+            rows.append([first, *named, *cells(MISSING), score, *cells(*[MISSING] * 4)])
     return rows
 
 
@@ -140,19 +133,15 @@ def _score_cells(
     shares = all(0 <= score <= 1 for score in tally.scores)
     if shares:
         score = heat_cell(tally, name=f"{shown}, {short_name(label)}", key=opens)
-        score = (
-            score
-            if tally.mean is None
-            else TableCell(f"{tally.mean * 100:.1f}", score.cls, score.title, opens)
-        )
+        if tally.mean is not None:
+            score = replace(score, text=f"{tally.mean * 100:.1f}")
     else:
         text = f"{shown}, {short_name(label)}: mean {tally.mean:.4g} of {tally.scored}"
         score = TableCell(f"{tally.mean:.4g}", "num", text, opens)
     tokens = [tokens for s in samples if (tokens := s.prompt_tokens or s.length)]
     return [
-        TableCell(short_name(label), "left"),
-        TableCell(metric or MISSING, "left"),
-        TableCell(f"{tally.scored:,}", "num"),
+        *cells(short_name(label), metric or MISSING, cls="left"),
+        *cells(f"{tally.scored:,}"),
         score,
         TableCell(interval_text(tally), "num"),
         TableCell(f"{tally.unscored:,}" if tally.unscored else MISSING, "num", unscored_text(tally)),

@@ -22,6 +22,7 @@ from longspan.report.view import (
     Section,
     Table,
     TableCell,
+    cells,
     decimal,
     line_view,
     percent,
@@ -133,11 +134,8 @@ def _lengths_table(summaries: Sequence[dict[str, Any]]) -> Table:
         if source in s["sources"]
     ]
     above = sorted({key for _, _, entry in entries for key in entry.get("share_above", {})}, key=_as_number)
-    quantiles = [
-        q
-        for q in ("p50", "p90", "p99", "max")
-        if any(q in entry.get("quantiles", {}) for _, _, entry in entries)
-    ]
+    recorded = {q for _, _, entry in entries for q in entry.get("quantiles", {})}
+    quantiles = [q for q in ("p50", "p90", "p99", "max") if q in recorded]
     rows: list[list[str | TableCell]] = []
     previous = None
     for source, summary, entry in entries:
@@ -148,16 +146,11 @@ def _lengths_table(summaries: Sequence[dict[str, Any]]) -> Table:
         ]
         numbers += [percent(entry.get("share_above", {}).get(key)) for key in above]
         first = TableCell(source) if source != previous else TableCell("", title=source)
-        rows.append(
-            [first, str(summary["name"]).replace("_", " "), *(TableCell(text, "num") for text in numbers)]
-        )
+        rows.append([first, str(summary["name"]).replace("_", " "), *cells(*numbers)])
         previous = source
     columns = ["source", "", "documents", "tokens", *quantiles, *(f"> {_as_length(key)}" for key in above)]
-    return Table(
-        "Documents and tokens by source; the last columns are shares of tokens in longer documents",
-        columns,
-        rows,
-    )
+    title = "Documents and tokens by source; the last columns are shares of tokens in longer documents"
+    return Table(title, columns, rows)
 
 
 def _as_number(key: str) -> float:
@@ -254,7 +247,7 @@ def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> T
             f"{speeds:,.0f}" if speeds else MISSING,
             *map(decimal, means),
         ]
-        rows.append([str(lines[0].get("stage", "")), *(TableCell(text, "num") for text in numbers)])
+        rows.append([str(lines[0].get("stage", "")), *cells(*numbers)])
     columns = ["stage", "context", "logged steps", "tokens", "tokens/s", "loss"]
     columns += [f"loss, {source}" for source in sources]
     return Table("Stages; losses are means over the last tenth of a stage", columns, rows)

@@ -42,6 +42,11 @@ class TableCell:
     key: str = ""
 
 
+def cells(*texts: str, cls: str = "num") -> list[TableCell]:
+    """Return cells of one kind: numbers, unless told."""
+    return [TableCell(text, cls) for text in texts]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table; cells are plain text or TableCell, the first column names the row."""
