@@ -108,6 +108,24 @@ def test_wings_of_data_import_only_downward():
         assert used == allowed, f"{wing} no longer imports {sorted(allowed - used)}: mend the table"
 
 
+def test_files_of_data_do_not_import_in_circles():
+    """Two files that need one another are read and changed as one, whatever their names say."""
+    needs = {}
+    for path in (PACKAGE / "data").rglob("*.py"):
+        place = path.relative_to(PACKAGE.parent).with_suffix("")
+        needs[".".join(place.parts).removesuffix(".__init__")] = imports_of(path)
+    needs = {
+        file: {each for name in names for each in (name, name.rpartition(".")[0]) if each in needs}
+        - {file}
+        # A folder's `__init__` offers what its files hold.
+        - {file.rpartition(".")[0]}
+        for file, names in needs.items()
+    }
+    while free := {file for file, others in needs.items() if not others & set(needs)}:
+        needs = {file: others for file, others in needs.items() if file not in free}
+    assert not needs, f"in circles, or above one: {sorted(needs)}"
+
+
 def test_the_scan_sees_imports():
     """Guard against the test above passing because it finds nothing."""
     assert "core" in rooms_in(imports_of(PACKAGE / "data" / "store" / "lengths.py"))

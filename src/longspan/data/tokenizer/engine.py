@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +60,7 @@ class Tokenizer:
         *,
         reference: Callable[[], tokenizers.Tokenizer],
         fast: FastEngine | None,
+        reload: Callable[[Findings], Tokenizer],
     ) -> None:
         self.path = path
         """The file: a tokenizer.json, a SentencePiece model, or ranks of tiktoken."""
@@ -72,10 +73,10 @@ class Tokenizer:
         self.backend_reason = findings.backend_reason
         """Why this engine was taken."""
         self._findings, self._make_reference = findings, reference
-        self._fast, self._cuts = fast, findings.cuts
+        self._fast, self._cuts, self._reload = fast, findings.cuts, reload
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (self._findings,)
+        return self._reload, (self._findings,)
 
     @cached_property
     def _reference(self) -> tokenizers.Tokenizer:
@@ -159,10 +160,3 @@ def encode_reference(reference: tokenizers.Tokenizer, text: str) -> NDArray[np.u
     # Without offsets: nobody asks for them here, and they cost a third of the time.
     encoding = reference.encode_batch_fast([text], add_special_tokens=False)[0]
     return np.array(encoding.ids, np.uint32)
-
-
-@lru_cache(maxsize=4)
-def _reload(findings: Findings) -> Tokenizer:
-    from longspan.data.tokenizer.loading import reload_tokenizer
-
-    return reload_tokenizer(findings)

@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +153,13 @@ def reload_tokenizer(findings: Findings) -> Tokenizer:
     fast = None
     if findings.backend == "gigatoken":
         fast = FastEngine(_recipe(found, findings.vocab_size, reference))
-    return Tokenizer(found.path, findings, reference=reference, fast=fast)
+    return Tokenizer(found.path, findings, reference=reference, fast=fast, reload=_reload)
+
+
+@lru_cache(maxsize=4)
+def _reload(findings: Findings) -> Tokenizer:
+    """Return what a pickled tokenizer stands for, loaded once in each process."""
+    return reload_tokenizer(findings)
 
 
 def _tokenizer(
@@ -170,7 +176,7 @@ def _tokenizer(
         backend_reason=known.backend_reason,
         cuts=cut_rule(found.content) if known.cuts else None,
     )
-    return Tokenizer(found.path, findings, reference=reference, fast=fast)
+    return Tokenizer(found.path, findings, reference=reference, fast=fast, reload=_reload)
 
 
 def _machine() -> str:
