@@ -15,11 +15,19 @@ from longspan.infer.engine import Engine
 from longspan.infer.jobs import Counters, Job, JobOutcome
 from longspan.infer.length_rope import alike
 from longspan.infer.memory import available_memory
-from longspan.infer.plain import answer_of, excess_error, finished, prompt_of, scored
+from longspan.infer.plain import (
+    InProcess,
+    answer_of,
+    excess_error,
+    finished,
+    prompt_of,
+    refuse_unknown_tokens,
+    scored,
+)
 from longspan.infer.requests import NOT_FINITE, Answer, Request
 
 
-class LocalAnswerer:
+class LocalAnswerer(InProcess):
     """Answers requests together; `infer.plain.PlainAnswerer` is its slow twin and gives the same answers.
 
     Args:
@@ -43,8 +51,9 @@ class LocalAnswerer:
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
     ) -> None:
-        self.identity, self.max_length = identity, max_length
-        self._model, self._tokenizer = model, tokenizer
+        super().__init__(
+            model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
+        )
         self._engine = Engine(
             model,
             batch_tokens=batch_tokens,
@@ -91,6 +100,7 @@ class LocalAnswerer:
             ArgumentError: a request without token ids, or without an answer.
             RunError: not enough memory.
         """
+        refuse_unknown_tokens(requests, self._vocabulary)
         fitting = []
         for index, request in enumerate(requests):
             answer_of(request)
@@ -118,12 +128,10 @@ class LocalAnswerer:
                 ),
             )
 
-    def close(self) -> None:
-        """Do nothing: the model belongs to the caller."""
-
     def _generate(
         self, requests: Sequence[Request], listeners: Sequence[Callable[[str], None] | None]
     ) -> Iterator[tuple[int, Answer]]:
+        refuse_unknown_tokens(requests, self._vocabulary)
         fitting = []
         for index, request in enumerate(requests):
             if (error := self._error(request)) is not None:

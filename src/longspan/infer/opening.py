@@ -11,13 +11,11 @@ What other readers open (a checkpoint of a training) is given with a function th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from longspan.api import ServerConfig
@@ -30,11 +28,10 @@ from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.memory import available_memory, shared_memory
-from longspan.infer.perplexity import token_nll
-from longspan.infer.plain import PlainAnswerer, refuse_unknown_ids, refuse_unknown_tokens
+from longspan.infer.plain import PlainAnswerer
 from longspan.infer.remote import open_remote
 from longspan.infer.replicas import Replica
-from longspan.infer.requests import Answer, Answerer, Request, Watched
+from longspan.infer.requests import Answerer
 from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
 from longspan.models.identity import model_identity
 from longspan.parallel.mesh import MeshConfig, build_mesh
@@ -145,86 +142,25 @@ def _build_member(device: torch.device, part: _Part) -> Member:
         "identity": identify(model, config.model) if is_first_rank() else {},
         "max_length": config.max_length,
         "batch_tokens": config.batch_tokens,
-        "prefix_reuse": config.prefix_reuse,
     }
+    known = model.get_input_embeddings().num_embeddings
+    if is_first_rank() and 2 * part.tokenizer.vocab_size < known:
+        # Ids of a smaller vocabulary are all known to the model, and mean other words.
+        get_logger("infer").warning(
+            "the tokenizer has %d tokens and the model %d: is it the model's own?",
+            part.tokenizer.vocab_size, known,
+        )  # fmt: skip
     if mesh is not None:
+        shared["prefix_reuse"] = config.prefix_reuse
         return SpreadModel(model, part.tokenizer, mesh=mesh, schedule=part.schedule, **shared)
+    if not config.prefix_reuse:
+        return PlainAnswerer(model, part.tokenizer, **shared)
     # Ranks that heard different numbers would read different batches, and wait for each other.
     available = shared_memory if config.tp > 1 else partial(_available, part.replicas)
-    return ModelHere(model, part.tokenizer, available=available, **shared)
+    return LocalAnswerer(model, part.tokenizer, available=available, **shared)
 
 
 def _available(replicas: int, device: torch.device) -> int | None:
     """Return the bytes that one of several replicas can have: on the CPU they share those of their machine."""
     free = available_memory(device)
     return free if free is None or device.type != "cpu" else free // replicas
-
-
-class ModelHere:
-    """A model in this process: what is asked in requests goes to an answerer, losses are computed by themselves.
-
-    Args:
-        model: with longspan's attention.
-        prefix_reuse: read a prefix that several prompts share once.
-
-    Other arguments are those of `LocalAnswerer`, and of `PlainAnswerer` as far as that has them.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Tokenizer,
-        *,
-        identity: Mapping[str, Any],
-        max_length: int | None,
-        prefix_reuse: bool,
-        batch_tokens: int,
-        available: Callable[[torch.device], int | None] = available_memory,
-    ) -> None:
-        self.identity, self.max_length = identity, max_length
-        shared: dict[str, Any] = {
-            "identity": identity,
-            "max_length": max_length,
-            "batch_tokens": batch_tokens,
-        }
-        self.answerer: LocalAnswerer | PlainAnswerer
-        if prefix_reuse:
-            self.answerer = LocalAnswerer(model, tokenizer, available=available, **shared)
-        else:
-            self.answerer = PlainAnswerer(model, tokenizer, **shared)
-        self._model, self._batch_tokens = model, batch_tokens
-        self._vocabulary: int = model.get_input_embeddings().num_embeddings
-        if 2 * tokenizer.vocab_size < self._vocabulary:
-            # Ids of a smaller vocabulary are all known to the model, and mean other words.
-            get_logger("infer").warning(
-                "the tokenizer has %d tokens and the model %d: is it the model's own?",
-                tokenizer.vocab_size, self._vocabulary,
-            )  # fmt: skip
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        """Continue each prompt greedily; see `Answerer`."""
-        refuse_unknown_tokens(requests, self._vocabulary)
-        return self.answerer.generate(requests)
-
-    def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
-        """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes."""
-        refuse_unknown_tokens([request], self._vocabulary)
-        return self.answerer.generate_stream(request, on_text)
-
-    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        """Measure each given answer after its prompt; see `Answerer`."""
-        refuse_unknown_tokens(requests, self._vocabulary)
-        return self.answerer.score(requests)
-
-    def watch(self, on_share: Callable[[float], None] | None) -> bool:
-        """Report progress: the share of a call's work that is done; see `infer.requests.Watched`."""
-        return isinstance(self.answerer, Watched) and self.answerer.watch(on_share)
-
-    def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
-        """Return the losses of windows; see `infer.perplexity.token_nll`."""
-        refuse_unknown_ids(windows, self._vocabulary)
-        return token_nll(self._model, windows, batch_tokens=self._batch_tokens)
-
-    def close(self) -> None:
-        """Do nothing: the model belongs to the caller."""
-        self.answerer.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
@@ -21,6 +22,7 @@ from longspan.infer.generate import NotFiniteError, generate_greedy
 from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import memory_errors
 from longspan.infer.packed import inference, packed_hidden_states
+from longspan.infer.perplexity import token_nll
 from longspan.infer.requests import NOT_FINITE, Answer, Request, before_stop
 from longspan.infer.share import Share
 from longspan.infer.thinking import split_thoughts
@@ -28,7 +30,32 @@ from longspan.kernels.head import predict
 from longspan.models.head import output_head
 
 
-class PlainAnswerer:
+class InProcess:
+    """A model in this process: what its answerers have in common. It computes losses of windows by itself."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        identity: Mapping[str, Any],
+        max_length: int | None,
+        batch_tokens: int,
+    ) -> None:
+        self.identity, self.max_length = identity, max_length
+        self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+
+    def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """Return the losses of windows; see `infer.perplexity.token_nll`."""
+        refuse_unknown_ids(windows, self._vocabulary)
+        return token_nll(self._model, windows, batch_tokens=self._batch_tokens)
+
+    def close(self) -> None:
+        """Do nothing: the model belongs to the caller."""
+
+
+class PlainAnswerer(InProcess):
     """Answers requests one by one, in their order.
 
     Args:
@@ -48,8 +75,9 @@ class PlainAnswerer:
         max_length: int | None = None,
         batch_tokens: int,
     ) -> None:
-        self.identity, self.max_length = identity, max_length
-        self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
+        super().__init__(
+            model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
+        )
         self._share = Share(model)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
@@ -59,6 +87,7 @@ class PlainAnswerer:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Continue each prompt greedily."""
+        refuse_unknown_tokens(requests, self._vocabulary)
         work = [self._work(request, request.max_new_tokens) for request in requests]
         self._share.begin(sum(work))
         for index, request in enumerate(requests):
@@ -68,6 +97,7 @@ class PlainAnswerer:
 
     def generate_stream(self, request: Request, on_text: Callable[[str], None]) -> Answer:
         """Continue a prompt greedily; `on_text` is given the answer piece by piece as it comes."""
+        refuse_unknown_tokens([request], self._vocabulary)
         return self._answer(request, AnswerStream(request, self._tokenizer, on_text=on_text))
 
     def _answer(self, request: Request, stream: AnswerStream) -> Answer:
@@ -92,6 +122,7 @@ class PlainAnswerer:
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt."""
+        refuse_unknown_tokens(requests, self._vocabulary)
         work = [self._work(request, 1) for request in requests]
         self._share.begin(sum(work))
         for index, request in enumerate(requests):
@@ -106,9 +137,6 @@ class PlainAnswerer:
                 nll, argmax_ids = teacher_forced(self._model, prompt_ids, answer_ids)
             seconds = time.monotonic() - started
             yield index, scored(request, nll, argmax_ids, self._tokenizer, seconds=seconds)
-
-    def close(self) -> None:
-        """Do nothing: the model belongs to the caller."""
 
     def _work(self, request: Request, new_tokens: int) -> float:
         """Return the work of a request; 0 for one that is too long."""
