@@ -130,7 +130,11 @@ def test_documentation_shows_commands_that_exist():
     for name, words in lines:
         path = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in COMMANDS), None)
         assert path is not None, f"{name}: longspan {' '.join(words)}"
-        known = {option for parameter in COMMANDS[path].params for option in parameter.opts} | {"--help"}
+        known = {
+            option
+            for parameter in shown(COMMANDS[path])
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        } | {"--help"}
         unknown = {word.partition("=")[0] for word in words if word.startswith("--")} - known
         assert not unknown, f"{name}: longspan {' '.join(path)} has no {unknown}"
     assert len(lines) > 5
