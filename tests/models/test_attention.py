@@ -93,7 +93,7 @@ def test_padding_is_refused_not_dropped() -> None:
     mask[0, 0] = 0
     with pytest.raises(ArgumentError, match="takes no padding"):
         model(ids, attention_mask=mask)
-    with pytest.raises(ArgumentError, match="ready-made attention mask"):
+    with pytest.raises(ArgumentError, match="a mask of its own"):
         model(ids, attention_mask=torch.zeros(2, 1, 6, 6))
 
 

@@ -229,7 +229,7 @@ def test_layers_that_know_no_documents_are_refused(
     model_type: str, fields: dict[str, Any], found: str
 ) -> None:
     """A convolution or recurrence reads the document before: packed rows leaked without a word."""
-    with pytest.raises(ArgumentError, match=f"(?s)carry a state over document borders.*{found}"):
+    with pytest.raises(ArgumentError, match=f"(?s)longspan attention does not take the place of.*{found}"):
         build_model({**TINY, "model_type": model_type, **fields}, seed=0)
 
 

@@ -28,7 +28,7 @@ def nothing_remembered() -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("doge", {}, "ready-made attention mask"),
+        ("doge", {}, "a mask of its own"),
         ("llama", {"attention_dropout": 0.1}, r"attention dropout(.|\n)*config_overrides"),
         ("gpt2", {"n_embd": 48, "n_head": 2}, "attn_pdrop"),
     ],

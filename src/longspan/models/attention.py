@@ -254,9 +254,9 @@ def _refuse_unsupported(
         raise ArgumentError(f"{name} is asked for attention probabilities, which are never formed")
     if attention_mask is not None:
         raise ArgumentError(
-            f"{name} was given a ready-made attention mask",
+            f"{name} was given a mask of its own, which longspan attention would ignore",
             found=f"shape {list(attention_mask.shape)}",
-            fix=USE_DOCUMENTS,
+            fix=f"if it is yours, {USE_DOCUMENTS}; if the model makes it, use another family",
         )
     if dropout:
         raise ArgumentError(

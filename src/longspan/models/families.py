@@ -15,7 +15,27 @@ from longspan.core.log import log_once
 from longspan.models.head import backbone
 from longspan.models.hf_config import text_config
 
-__all__ = ["check_family", "language_model", "quantized_as", "reading_quantized", "refuse_quantized"]
+__all__ = [
+    "check_family",
+    "check_layers",
+    "hand_documents_on",
+    "language_model",
+    "quantized_as",
+    "reading_quantized",
+    "refuse_quantized",
+]
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+STATE = "they carry a state over document borders"
+# Kinds of layers that are known to be something else.
+OTHER_LAYERS = {
+    "conv": "short convolutions, which run over document borders",
+    "hybrid": STATE,
+    "indexed_attention": "sparse attention, whose keys are chosen by an indexer",
+    "linear_attention": STATE,
+    "mamba": STATE,
+}
+DROPS_KEYWORDS = ("nemotron",)
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -30,6 +50,41 @@ def check_family(config: PretrainedConfig) -> None:
             f"{family.__name__} does not take its attention from the transformers registry",
             fix="use a model family that does, such as llama, qwen3 or mistral",
         )
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Refuse a model with layers that the document table does not reach.
+
+    Raises:
+        ArgumentError: naming their kind.
+    """
+    kinds = set(getattr(text_config(model.config), "layer_types", None) or ()) - ATTENTION_LAYERS
+    for kind in sorted(kinds):
+        raise ArgumentError(
+            f"{type(model).__name__} has layers that longspan attention does not take the place of",
+            found=f"{kind}: {OTHER_LAYERS.get(kind, 'no kind of attention that is known')}",
+            allowed=", ".join(sorted(ATTENTION_LAYERS)),
+        )
+
+
+def hand_documents_on(model: PreTrainedModel) -> None:
+    """Let the document table reach attention in families whose layers drop the keywords that they do not know."""
+    if text_config(model.config).model_type not in DROPS_KEYWORDS:
+        return
+    for layer in model.modules():
+        attention = getattr(layer, "self_attn", None)
+        if isinstance(attention, torch.nn.Module) and not hasattr(attention, "longspan_documents"):
+            attention.longspan_documents = None  # type: ignore[assignment]
+            layer.register_forward_pre_hook(_note_documents, with_kwargs=True)
+            attention.register_forward_pre_hook(_give_documents, with_kwargs=True)
+
+
+def _note_documents(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    layer.self_attn.longspan_documents = kwargs.get("documents")
+
+
+def _give_documents(attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "documents": attention.longspan_documents}
 
 
 def quantized_as(config: PretrainedConfig) -> str | None:

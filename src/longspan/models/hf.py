@@ -28,7 +28,13 @@ from longspan.core.log import get_logger, log_once
 from longspan.kernels.rope import inv_freq_hash
 from longspan.models.attention import ATTENTION_NAME, register
 from longspan.models.documents import Documents
-from longspan.models.families import check_family, language_model, reading_quantized
+from longspan.models.families import (
+    check_family,
+    check_layers,
+    hand_documents_on,
+    language_model,
+    reading_quantized,
+)
 from longspan.models.head import backbone
 from longspan.models.hf_config import (
     changed_config,
@@ -68,9 +74,6 @@ __all__ = [
     "without_bars",
 ]
 
-# Layers that the document table reaches (chunked attention is refused where its mask would be built).
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-
 
 def enable(
     model: PreTrainedModel,
@@ -101,13 +104,7 @@ def enable(
             f"{type(model).__name__} does not take its attention from the transformers registry",
             fix="use a model family that does, such as llama, qwen3 or mistral",
         )
-    layer_types = set(getattr(text_config(model.config), "layer_types", None) or ())
-    if other := sorted(layer_types - ATTENTION_LAYERS):
-        raise ArgumentError(
-            f"{type(model).__name__} has layers that carry a state over document borders",
-            found=", ".join(other),
-            allowed="attention layers only",
-        )
+    check_layers(model)
     if (schedule is None) != (mesh is None):
         raise ArgumentError(
             "a schedule needs a mesh and a mesh a schedule", found=f"schedule={schedule}, mesh={mesh}"
@@ -116,6 +113,7 @@ def enable(
         num_heads, num_kv_heads = head_counts(model.config)
         attach_schedule(model, schedule, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
     model.set_attn_implementation(ATTENTION_NAME)
+    hand_documents_on(model)
     if context is not None:
         hold_frequencies(model, context)
     return model

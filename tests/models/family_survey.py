@@ -1,0 +1,241 @@
+"""Every causal family of the installed transformers, built small and sorted: right, refused, or wrong.
+
+    right      packed documents give each document's own logits and gradients, as transformers' eager attention
+    refused    a message says why
+    unbuilt    no small model can be made of its config here
+    wrong      anything else: there must be none
+
+`python -m tests.models.family_survey` writes what it finds to docs/models.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import textwrap
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from longspan.core.errors import UserError
+from longspan.kernels.loss import reference_logits
+from longspan.models.documents import Documents
+from longspan.models.families import check_family
+from longspan.models.head import output_head
+from longspan.models.hf import enable, hidden_states
+from longspan.models.hf_config import text_config
+from longspan.models.stand_in import small_config
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+LENGTHS = (23, 14)
+"""Tokens of the two documents: longer than the windows."""
+WINDOW = 5
+MOST_WEIGHTS = 100_000_000
+
+MOE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+OLD_NAMES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 200, "attn_pdrop": 0.0, "resid_pdrop": 0.0,
+             "embd_pdrop": 0.0}  # fmt: skip
+TWO_LAYERS = {"num_hidden_layers": 2}
+# Fields that a family's default config lacks or has too large, and kinds of layers that it has in practice.
+FIELDS: dict[str, dict[str, Any]] = {
+    "beam": TWO_LAYERS,
+    "deepseek_v2": MOE,
+    "dots1": MOE,
+    "gemma3n_text": {**TWO_LAYERS, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+                     "intermediate_size": [64, 64], "vocab_size_per_layer_input": 64},
+    "gpt2": OLD_NAMES,
+    "gpt-sw3": OLD_NAMES,
+    "gpt_bigcode": OLD_NAMES,
+    "ctrl": {**OLD_NAMES, "dff": 64},
+    "granitemoehybrid": {**TWO_LAYERS, "layer_types": ["mamba", "attention"], "mamba_n_heads": 32, "mamba_d_head": 16,
+                         "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "hunyuan_v1_moe": {"head_dim": 64},
+    "kolibri1": TWO_LAYERS,
+    "lfm2": {**TWO_LAYERS, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {**TWO_LAYERS, "layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"num_layers": 1, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "hidden_size": 64,
+                      "ffn_hidden_size": 32, "expert_ffn_hidden_size": 16, "num_attention_heads": 4,
+                      "q_lora_rank": 16, "kv_lora_rank": 16},
+    "ministral": {"head_dim": 64},
+    "nemotron": {"head_dim": 64, "num_key_value_heads": 4, "num_attention_heads": 8, "hidden_size": 512},
+}  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """What became of a family."""
+
+    verdict: str
+    reason: str
+
+
+def families() -> list[str]:
+    """Return the causal families of the installed transformers."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping)
+
+
+def survey(family: str) -> Finding:
+    """Return what becomes of a family, with the windows of its config and with windows wherever it has some."""
+    first = _look(family, windows=False)
+    if first.verdict != "right":
+        return first
+    second = _look(family, windows=True)
+    return second if second.verdict in ("wrong", "refused") else first
+
+
+def _look(family: str, *, windows: bool) -> Finding:
+    try:
+        config = AutoConfig.for_model(family, **FIELDS.get(family, {}))
+    except Exception as error:  # noqa: BLE001
+        return Finding("unbuilt", _line(error))
+    try:
+        check_family(config)
+    except UserError as error:
+        return Finding("refused", _line(error))
+    ids = torch.arange(3, 3 + sum(LENGTHS)) % 60 + 1
+    try:
+        model = _built(_shrunk(config, windows))
+        alone = torch.cat(
+            [model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)]
+        )
+        _loss(alone, ids).backward()
+    except Exception as error:  # noqa: BLE001
+        return Finding("unbuilt", _line(error))
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    try:
+        enable(model)
+        hidden = hidden_states(model, ids, Documents.from_cu_seqlens([0, LENGTHS[0], len(ids)]))
+        logits = reference_logits(hidden, output_head(model))
+    except UserError as error:
+        return Finding("refused", _line(error))
+    except Exception as error:  # noqa: BLE001
+        return Finding("wrong", f"the forward pass fails: {_line(error)}")
+    distance = float((logits - alone).detach().abs().max() / alone.detach().abs().max())
+    if not distance < 1e-4:
+        return Finding("wrong", f"logits are off by {distance:.1e} of the largest")
+    _loss(logits, ids).backward()
+    largest = max(float(gradient.norm()) for gradient in wanted.values())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None and name not in wanted:
+            continue
+        mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        error = float((mine - wanted.get(name, 0.0)).norm())
+        if not error <= 1e-3 * (float(mine.norm()) + 1e-3 * largest):
+            return Finding("wrong", f"the gradient of {name} is off by {error:.1e}")
+    return Finding("right", "")
+
+
+def _loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
+
+
+def _shrunk(config: PretrainedConfig, windows: bool) -> PretrainedConfig:
+    small = small_config(config)
+    text = text_config(small)
+    for field in ("sliding_window", "attention_chunk_size"):
+        if isinstance(getattr(text, field, None), int) or (windows and hasattr(text, field)):
+            setattr(text, field, WINDOW)
+    if windows and hasattr(text, "use_sliding_window"):
+        text.use_sliding_window = True
+    return small
+
+
+def _built(config: PretrainedConfig) -> Any:
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    weights = sum(parameter.numel() for parameter in empty.parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"its smallest config has {weights // 1_000_000} million weights")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Biases of 0, norms of 1 and sinks of 0 would hide what is left out.
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    found = [line for line in lines[1:] if line.startswith("found: ")]
+    if not isinstance(error, UserError):
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    said = "; ".join([*lines[:1], *found])
+    # The class stands in the table already.
+    first, _, rest = said.partition(" ")
+    return rest if rest and any(letter.isupper() for letter in first) else said
+
+
+HEAD = """# Model families
+
+Every causal language model of transformers {version}, built small from its config class and compared with
+transformers' own eager attention: two documents in one row have to give each document's own logits and every gradient,
+with windows where the family has them. A test does this and compares the page with what it finds;
+`python -m tests.models.family_survey` writes it.
+
+## Right: {count}
+
+{names}
+
+Attention sinks, chunked attention, values of another width than keys (latent attention: the narrower side is filled up
+with zeros, so DeepSeek's values take 1.5 times their memory and work) and logits that are scaled or capped are among
+them, on one process or several, in chunks and with shared prefixes. Capped attention scores (Gemma 2) have no flash
+kernel: they are computed dense, in tiles, which is slow.
+
+"""
+
+
+def page(findings: Mapping[str, Finding]) -> str:
+    """Return the page of families."""
+    right = [family for family, finding in findings.items() if finding.verdict == "right"]
+    names = textwrap.fill(", ".join(right), width=120, break_on_hyphens=False)
+    tables = [
+        *_grouped("Refused, with the reason that the message gives", "refused", findings),
+        *_grouped("Not built small, so not known", "unbuilt", findings),
+    ]
+    head = HEAD.format(version=transformers.__version__, count=len(right), names=names)
+    return head + "\n".join(tables)
+
+
+def _grouped(title: str, verdict: str, findings: Mapping[str, Finding]) -> Iterator[str]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for family, finding in findings.items():
+        if finding.verdict == verdict:
+            groups[finding.reason].append(family)
+    yield f"## {title}: {sum(map(len, groups.values()))}"
+    yield ""
+    yield "| Families | Reason |"
+    yield "|---|---|"
+    for reason, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        yield f"| {', '.join(names)} | {reason.replace('|', '/')} |"
+    yield ""
+
+
+def survey_all() -> dict[str, Finding]:
+    """Return what becomes of every family."""
+    logging.disable(logging.CRITICAL)
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for family in families():
+            found[family] = survey(family)
+    logging.disable(logging.NOTSET)
+    return found
+
+
+if __name__ == "__main__":
+    findings = survey_all()
+    PAGE.write_text(page(findings).rstrip() + "\n", encoding="utf-8")
+    wrong = {family: finding for family, finding in findings.items() if finding.verdict == "wrong"}
+    sys.exit(f"wrong: {wrong}" if wrong else 0)

@@ -1,0 +1,35 @@
+"""No causal family of transformers is wrong: each is right, or refused with a reason, and docs/models.md says which."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models.family_survey import PAGE, page, survey, survey_all
+
+
+@pytest.mark.slow
+def test_every_family_is_right_or_refused() -> None:
+    """A family that trains another model than transformers' without a word, or a page that says otherwise."""
+    findings = survey_all()
+    wrong = {family: finding for family, finding in findings.items() if finding.verdict == "wrong"}
+    assert not wrong
+    assert page(findings).rstrip() + "\n" == PAGE.read_text(encoding="utf-8"), (
+        "python -m tests.models.family_survey"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("nemotron", ""),
+        ("lfm2", "short convolutions"),
+        ("deepseek_v32", "indexer"),
+        ("granitemoehybrid", "carry a state"),
+        ("doge", "mask of its own"),
+        ("mamba", "registry"),
+    ],
+)
+def test_refusals_name_what_the_family_has(family: str, reason: str) -> None:
+    """Sparse attention was said to carry a state, and a family that drops the document table to lack one."""
+    finding = survey(family)
+    assert finding.verdict == ("refused" if reason else "right") and reason in finding.reason, finding
