@@ -34,6 +34,9 @@ def own(monkeypatch):
 def test_one_file_and_one_entry_are_a_task(own, longspan, model, tmp_path):
     """A new grid task needed a command, a list, a section, figures and a CSV of its own, in six files."""
     assert own.title in longspan("eval list").out
+    listed = json.loads(longspan("eval list --json").out)
+    assert listed["tasks"]["kv_retrieval"]["axes"] == {"columns": "length", "rows": "depth"}
+    assert listed["scorers"]["contains"]["higher_is_better"] is True
     line = "eval kv_retrieval --model model --lengths 192,256 --depths 0,1 --samples 2 --label after --out run --json"
     outcome = longspan(line)
     assert outcome.code == 0, outcome.err

@@ -50,6 +50,8 @@ WINGS: dict[str, set[str]] = {
     "pairs": {"store", "jobs", "tokenizer", "exchange"},
 }
 """The wings of `data`: what each may import. `data/verify.py` stands above them."""
+PARTS = {("report", "eval"): {"registry"}}
+"""What of a room another may import, where it is not all of it."""
 EVERYTHING = {"cli", "quickstart", "__init__", "__main__"}
 """The user's side: may import every room."""
 LIGHT = ("core", "data", "api", "plan", "synth", "report")
@@ -86,6 +88,14 @@ def test_rooms_import_only_downward(room):
         assert not wrong, (
             f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}, allowed: {sorted(ALLOWED[room])}"
         )
+
+
+@pytest.mark.parametrize(("room", "other"), PARTS)
+def test_a_part_of_a_room_is_not_the_whole(room, other):
+    """The report reads records: what it knew of evaluations beyond the registry it would compute anew."""
+    for path in (PACKAGE / room).rglob("*.py"):
+        parts = {name.split(".")[2] for name in imports_of(path) if name.startswith(f"longspan.{other}.")}
+        assert parts <= PARTS[room, other], f"{path.relative_to(PACKAGE)} imports {sorted(parts)}"
 
 
 def wings_in(names: set[str]) -> set[str]:

@@ -50,13 +50,24 @@ def list_(as_json: Json = False) -> None:
     from longspan.eval.needle_presets import PRESETS
     from longspan.eval.scorers import SCORERS
 
-    tasks = {name: entry.title for name, entry in entries().items()}
+    tasks = entries()
     presets = {name: NeedleConfig.from_dict(dict(values)) for name, values in PRESETS.items()}
     if as_json:
-        listed = {name: settings.to_dict() for name, settings in presets.items()}
-        print_json({"tasks": tasks, "presets": listed, "scorers": sorted(SCORERS)})
+        print_json(
+            {
+                "tasks": {
+                    name: {"command": entry.command or name, "scorers": entry.scorers, **entry.described()}
+                    for name, entry in tasks.items()
+                },
+                "presets": {name: settings.to_dict() for name, settings in presets.items()},
+                "scorers": {
+                    name: {**scorer.named(), "says": scorer.says, "higher_is_better": scorer.higher_is_better}
+                    for name, scorer in sorted(SCORERS.items())
+                },
+            }
+        )
         return
-    commands = [(name, entry.command or name, entry.title) for name, entry in entries().items()]
+    commands = [(name, entry.command or name, entry.title) for name, entry in tasks.items()]
     print_table("tasks", ("name", "longspan eval", "what it measures"), commands)
     rows = [
         [
@@ -72,7 +83,7 @@ def list_(as_json: Json = False) -> None:
     ]
     columns = ("name", "lengths", "depths", "samples", "effective context", "mode", "scorer")
     print_table("presets of needle", columns, rows)
-    typer.echo(f"scorers: {', '.join(sorted(SCORERS))}")
+    print_table("scorers", ("name", "rule"), [(name, scorer.says) for name, scorer in SCORERS.items()])
 
 
 def _shown(samples: int) -> str:
