@@ -1,6 +1,7 @@
 """Attention, virtual rings, loss, MLP and checkpointing on one GPU.
 
     python benchmarks/gpu.py --out gpu.json --markdown gpu_table.md      everything, at most nine minutes
+    python benchmarks/gpu.py --ladder                                    correctness, then the longest rows that fit
     python benchmarks/gpu.py --only attention,zigzag
     python benchmarks/gpu.py --dry-run                                   tiny sizes on CPU: does it run?
 
@@ -28,6 +29,7 @@ import numpy
 import torch
 
 from gpu_attention import attention, correctness, zigzag
+from gpu_ladder import LADDER
 from gpu_measure import DRY, FAILURES, FULL, Deadline, Row, Scale
 from gpu_memory import checkpointing, loss, tiled_mlp
 from longspan.core.files import atomic_write, write_json
@@ -173,14 +175,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="write every row as JSON")
     parser.add_argument("--markdown", type=Path, help="write the tables, which are printed anyway")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--only", help="sections, separated by commas; default: all")
+    parser.add_argument(
+        "--ladder", action="store_true",
+        help="instead: correctness in bf16, FlashAttentions, training at 8K to 1M tokens, decoding, a needle grid",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU")
     options = parser.parse_args()
-    names = options.only.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    sections = {"correctness": SECTIONS["correctness"], **LADDER} if options.ladder else SECTIONS
+    names = list(sections) if options.only is None else options.only.split(",")
+    if unknown := [name for name in names if name not in sections]:
+        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(sections)}")
     run_all(
-        {name: SECTIONS[name] for name in names},
+        {name: sections[name] for name in names},
         out=options.out,
         table=options.markdown,
         dry_run=options.dry_run,

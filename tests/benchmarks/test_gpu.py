@@ -43,6 +43,22 @@ def test_all_sections_run_on_cpu(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
 
 
+def test_the_ladder_runs_on_cpu(tmp_path: Path) -> None:
+    """Nine minutes of a GPU are there once: every section and column of the ladder is tried before."""
+    out = tmp_path / "ladder.json"
+    done = bench("--ladder", "--dry-run", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    sections = list(dict.fromkeys(row["section"] for row in rows))
+    assert sections == ["machine", "correctness", "versions", "train", "decode", "needles"]
+    # FlashAttention-3 and -4 are for other machines.
+    assert {row.get("flash") for row in rows if "error" in row} <= {"fa3", "fa4"}, rows
+    trained = [row for row in rows if row["section"] == "train"]
+    assert len(trained) == 4 and all(row["tokens_per_second"] > 0 for row in trained)
+    (grid,) = [row for row in rows if row["section"] == "needles"]
+    assert grid["answers"] == 20 and grid["tokens_read"] < 20 * 100
+
+
 def test_a_section_that_dies_or_hangs_leaves_the_others() -> None:
     """A broken CUDA context or an endless kernel must cost its own rows only."""
     code = """
