@@ -222,6 +222,16 @@ def test_older_keys_of_a_stream_are_still_read(caplog: pytest.LogCaptureFixture)
     )
 
 
+def test_a_stream_packs_as_the_command_does(data_root: Path) -> None:
+    """Overlap and sources apart could be had only by packing beforehand."""
+    pack = {"overlap": 4, "by_source": True, "specials": "none"}
+    rows = plan_stage(stage(store="plain", pack=pack), data_root=data_root, seed=0).mixer.rows(0, 40)
+    assert all(len(set(row.sources.tolist())) == 1 for row in rows)
+    heads = {tuple(row.weights[:5].tolist()) for row in rows if row.continuation[0]}
+    # A piece that is no longer than the overlap is not repeated.
+    assert (0, 0, 0, 0, 1) in heads and heads <= {(0, 0, 0, 0, 1), (1, 1, 1, 1, 1)}
+
+
 def test_the_rows_of_the_next_step_are_read_meanwhile() -> None:
     """A step that waits for its rows leaves the device idle; a broken row must end its own step, not the one before."""
     asked: queue.SimpleQueue[int] = queue.SimpleQueue()
