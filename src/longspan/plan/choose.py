@@ -95,7 +95,7 @@ def candidates(
 
 
 def _combinations(s: TrainingStep) -> Iterator[TrainingStep]:
-    own = -(-s.tokens // (s.parallel.cp))
+    own = -(-s.tokens // s.parallel.cp)
     walked: list[tuple[int | None, bool]] = [(None, False)]
     # A sequence that is spread over ranks cannot be walked in chunks.
     if s.parallel.cp == 1:

@@ -45,7 +45,7 @@ def step_seconds(
         num_gpus: all GPUs.
         micro_steps: passes of a rank in a step.
     """
-    tokens = -(-s.tokens // (s.parallel.cp))
+    tokens = -(-s.tokens // s.parallel.cp)
     link = gpu.host_link * LINK_EFFICIENCY
     chunks = 1 if s.memory.chunk_tokens is None else max(1, -(-s.tokens // s.memory.chunk_tokens))
     linear, attend, attend_back = layer.linear, layer.forward, layer.backward

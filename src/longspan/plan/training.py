@@ -88,7 +88,7 @@ def training_memory(model: ModelShape, s: TrainingStep) -> TrainingMemory:
         raise ArgumentError(
             "training in chunks needs whole rows", found=f"{s.parallel.cp} ranks share a sequence"
         )
-    tokens = -(-s.tokens // (s.parallel.cp))
+    tokens = -(-s.tokens // s.parallel.cp)
     alive = tokens if s.memory.chunk_tokens is None else min(s.memory.chunk_tokens, tokens)
     weights = _Weights(model, s)
     block = _block(model, s, alive)
@@ -145,16 +145,10 @@ def training_memory(model: ModelShape, s: TrainingStep) -> TrainingMemory:
         }
     if s.is_sharded and s.lora is None:
         outside = weights.outside * (element_bytes(s.memory.reduce_dtype) + s.compute_bytes)
-        moments["sum of the embeddings' gradients"] = {
-            **resident,
-            "gradients": gradients + outside,
-            "batch": small,
-        }
-    moments["optimizer"] = {
-        **resident,
-        "gradients": gradients,
-        "inside the optimizer": weights.optimizer_scratch,
-    }
+        summed = {"gradients": gradients + outside, "batch": small}
+        moments["sum of the embeddings' gradients"] = {**resident, **summed}
+    stepping = {"gradients": gradients, "inside the optimizer": weights.optimizer_scratch}
+    moments["optimizer"] = {**resident, **stepping}
     return TrainingMemory(moments, {name: size for name, size in host.items() if size})
 
 

@@ -178,11 +178,8 @@ def plan_stage(
     weights: dict[str, float] = {name: stream.weight for name, stream in stage.streams.items()}
     if stage.shares == "rows":
         weights = {name: rows.num_rows for name, rows in sources.items()}
-    mixer = StreamMixer(
-        {name: (sources[name], weight) for name, weight in weights.items()},
-        seed,
-        orders=orders,
-    )
+    weighted = {name: (sources[name], weight) for name, weight in weights.items()}
+    mixer = StreamMixer(weighted, seed, orders=orders)
     epochs = stage.epochs
     if epochs is not None:
         stage = _with_steps(stage, mixer, sources)
@@ -192,6 +189,15 @@ def plan_stage(
     if epochs is not None:
         for name, count in needed.items():
             left_out[name] = {**left_out[name], **rest_of_epochs(sources[name], orders[name], count, epochs)}
+    _refuse_repeats(stage, needed, sources)
+    tokenizers: dict[str, TokenStore] = {}
+    for store in stores:
+        tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store)
+    return StagePlan(stage, mixer, sources, mixtures, needed, tokenizers, left_out)
+
+
+def _refuse_repeats(stage: StageConfig, needed: Mapping[str, int], sources: Mapping[str, RowSource]) -> None:
+    """Refuse a stage that reads a stream oftener than it allows. Raises ConfigError."""
     for name, count in needed.items():
         if count > sources[name].num_rows * stage.max_epochs:
             raise ConfigError(
@@ -200,10 +206,6 @@ def plan_stage(
                 allowed=f"{stage.max_epochs} epochs (max_epochs)",
                 fix="lower the stage's tokens, add data, or raise max_epochs",
             )
-    tokenizers: dict[str, TokenStore] = {}
-    for store in stores:
-        tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store)
-    return StagePlan(stage, mixer, sources, mixtures, needed, tokenizers, left_out)
 
 
 def unplanned(stage: StageConfig) -> StagePlan:
