@@ -175,3 +175,14 @@ def test_a_scorer_named_as_its_mode_is_said_once(tmp_path: Path) -> None:
     run = write(tmp_path / "run", "needle", {"after": placed("depth", "length", [(0.5, 512)])}, params=params)
     detail = re.search(r'<p class="detail">(.*?)</p>', page_of(run))
     assert detail is not None and detail[1].endswith("; teacher_forced 1")
+
+
+def test_a_file_without_scores_does_not_end_the_report(tmp_path: Path) -> None:
+    """Axes that are read off samples differ where one model's were all lost, or lack a depth: that is no error."""
+    lines = {"after": placed("depth", "length", [(0.5, 512), (1.0, 512)])}
+    run = write(tmp_path / "run", "own", lines)
+    write(run, "own", {"before": [{**line, "score": None, "unscored": "lost"} for line in lines["after"]]})
+    page = page_of(run)
+    assert "512 tokens, depth 100%: 2 of 4 correct" in page and "8 samples unscored (lost)" in page
+    write(run, "own", {"before": [{**line, "depth": None} for line in lines["after"]]})
+    assert 'id="own"' in page_of(run)

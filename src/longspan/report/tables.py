@@ -357,7 +357,7 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
     ppl: dict[str, list[PplSample]] = {}
     layouts: dict[str, Layout] = {}
     for file in records:
-        _refuse_other_axes(file, layouts.setdefault(file.task, file.layout))
+        layouts[file.task] = _agreed(layouts.get(file.task, file.layout), file)
         if file.task == "ppl":
             ppl.setdefault(file.label, []).extend(file.samples)
             continue
@@ -387,13 +387,22 @@ def tabulate(records: Iterable[RecordFile]) -> Tables:
     return tables
 
 
-def _refuse_other_axes(file: RecordFile, layout: Layout) -> None:
-    if (file.layout.rows, file.layout.columns) != (layout.rows, layout.columns):
+def _agreed(layout: Layout, file: RecordFile) -> Layout:
+    """Return the layout of a task of several files: what is said outranks what was read off samples."""
+    own = file.layout
+    if (own.rows, own.columns) == (layout.rows, layout.columns):
+        return layout
+    if own.said and layout.said:
         raise DataError(
             f"{file.path} has other axes than a file of the same task",
-            found=f"{file.layout.rows} and {file.layout.columns}, {layout.rows} and {layout.columns}",
+            found=f"{own.rows} and {own.columns}, {layout.rows} and {layout.columns}",
             fix="evaluate again, or report them apart",
         )
+    if own.said or layout.said:
+        return own if own.said else layout
+    if all(sample.score is None for sample in file.samples):
+        return layout  # nothing was scored there, so nothing has a place
+    return own if layout.columns is None else layout._replace(columns=None, rows=None)
 
 
 def _have_lengths(groups: Iterable[Sequence[ScoredSample]]) -> bool:
