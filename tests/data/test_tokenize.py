@@ -62,15 +62,15 @@ def test_store_holds_the_corpus(corpus: Path, texts: list[str], tokenizer: Token
     assert len(list(store.path.glob("shard.*.mds"))) > 3
 
 
-def test_workers_and_input_order_do_not_matter(
+def test_the_order_of_inputs_does_not_matter(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against completion order of processes, or the order of arguments, deciding the store."""
-    monkeypatch.setattr(units, "UNIT_BYTES", 1000)
+    """Guards against the order of arguments deciding the store; that of processes: see test_tokenize_executors."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     (corpus / "zzz.jsonl").touch()  # empty: noticed while the documents before it are still being encoded
     files = [corpus / "web.jsonl", corpus / "book/1.jsonl", corpus / "book/2.jsonl", corpus / "zzz.jsonl"]
     one = tokenize_corpus(files, tokenizer, tmp_path / "one")
-    two = tokenize_corpus(reversed(files), tokenizer, tmp_path / "two", num_workers=2)  # type: ignore[arg-type]
+    two = tokenize_corpus(reversed(files), tokenizer, tmp_path / "two")  # type: ignore[arg-type]
     assert one.fingerprint == two.fingerprint
     assert files_of(one.path) == files_of(two.path)
 

@@ -57,8 +57,8 @@ def corpus(texts: list[str], write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def pools() -> Iterator[list[LocalExecutor]]:
     """Processes that all tests of this file share."""
-    with LocalExecutor(1) as one, LocalExecutor(2) as two, LocalExecutor(4) as four:
-        yield [one, two, four]
+    with LocalExecutor(1) as one, LocalExecutor(3) as three:
+        yield [one, three]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -74,8 +74,8 @@ def test_workers_and_input_order_do_not_matter(
         store = job.run(pool)
         assert store is not None
         found.append(files_of(store.path))
-    assert found[0] == found[1] == found[2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out1", "out2", "out4"]
+    assert found[0] == found[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out1", "out3"]
 
 
 @pytest.mark.parametrize("kind", ["plain", "grouped"])
