@@ -146,7 +146,7 @@ def test_old_calls_and_calls_as_text(chatty):
         ([ASK, {**ANSWER, "weight": 1, "train": False}], {}, "both"),
         ([ASK, {"role": "assistant", "value": "4"}], {}, "no content, but a `value`"),
         ([{"role": "user", "content": [{"type": "image_url"}]}, ANSWER], {}, "part of type image_url"),
-        ([ASK, {**ANSWER, "tool_calls": "{"}], {}, "no JSON"),
+        ([ASK, {**ANSWER, "tool_calls": "{"}], {}, "JSON"),
         ([ASK, {**ANSWER, "reasoning": ["a"]}], {}, "not text"),
     ],
 )

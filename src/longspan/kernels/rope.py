@@ -26,7 +26,6 @@ from longspan.core.errors import ConfigError
 __all__ = [
     "REACHING_TYPES",
     "ROPE_TYPES",
-    "angle_error",
     "check_reach",
     "default",
     "inv_freq",
@@ -178,18 +177,6 @@ def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int) 
             allowed=f"a factor of at least {context / own_context:g}",
             fix="raise the factor, shorten the stage, or set the stage's rope_falls_short if it is meant so",
         )
-
-
-def angle_error(frequencies: torch.Tensor, position: int, *, samples: int = 512) -> float:
-    """Return the largest error of a cos that is computed in fp32 from fp32 frequencies, near `position`.
-
-    transformers rounds the product of position and frequency to fp32. The exact angle is that of the same fp32
-    frequency in fp64, so this is the error that a position has beside its neighbours, whatever the frequencies are.
-    """
-    positions = torch.arange(max(0, position - samples), position)
-    exact = positions.double()[:, None] * frequencies.double()
-    rounded = positions.float()[:, None] * frequencies.float()
-    return float((exact.cos() - rounded.cos().double()).abs().max())
 
 
 def inv_freq(parameters: Mapping[str, Any], *, head_dim: int) -> torch.Tensor:

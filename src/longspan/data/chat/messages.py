@@ -94,7 +94,7 @@ def parsed(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise MessagesError(f"{what} is a text that is no JSON", found=f"{text[:60]!r}: {error}") from None
+        raise MessagesError(f"{what} is a text that is not JSON", found=f"{text[:60]!r}: {error}") from None
 
 
 def is_learnt(message: Message, number: int) -> bool:

@@ -224,7 +224,7 @@ _LEFT_OUT = {
     "empty_files": "empty files",
     "other_files": "files without a wanted field",
     "damaged_files": "damaged or cut-off files, or parts of files",
-    "not_json": "files that are no JSON, whatever their name says",
+    "not_json": "files that are not JSON, whatever their name says",
     "cards": "cards of data sets",
     "token_stores": "token stores",
     "duplicate_files": "files given more than once",

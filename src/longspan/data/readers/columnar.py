@@ -291,7 +291,7 @@ def _rows(batch: pa.RecordBatch, file: InputFile, before: int) -> Iterator[RawRe
 def _all_rows(batch: pa.RecordBatch, names: list[str], file: InputFile, before: int) -> Iterator[RawRecord]:
     try:
         columns = [column.to_pylist() for column in batch.columns]
-    except (ValueError, OverflowError):  # bytes that are no text, a date that Python has not
+    except (ValueError, OverflowError):  # bytes that are not text, a date that Python has not
         for number in range(batch.num_rows):
             yield RawRecord(file, before + number + 1, _row(batch, names, number))
         return

@@ -108,7 +108,7 @@ def _messages(messages: Any, name: str) -> list[Any]:
         try:
             messages = json.loads(messages)
         except (ValueError, RecursionError):
-            raise _wrong_type(f"field {name!r} is a text that is no JSON", messages) from None
+            raise _wrong_type(f"field {name!r} is a text that is not JSON", messages) from None
     messages = [] if messages is None else messages
     if not isinstance(messages, list):
         raise _wrong_type(f"field {name!r} is not a conversation", messages, allowed="a list of turns")
@@ -121,7 +121,7 @@ def _conversation_text(messages: list[Any], variables: dict[str, Any] | None, na
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")) if messages else ""
     except (TypeError, RecursionError):
-        raise _wrong_type(f"field {name!r} holds values that are no JSON", messages) from None
+        raise _wrong_type(f"field {name!r} holds values that are not JSON", messages) from None
 
 
 def _source_name(value: Any, name: str) -> str:

@@ -60,7 +60,7 @@ def _turns(rows: Rows, number: int) -> list[dict[str, str]]:
         turns = json.loads(prompt) if isinstance(prompt, str) else prompt
         found = [{"role": str(turn["role"]), "content": turn["content"]} for turn in turns]
         if not found or not all(isinstance(turn["content"], str) for turn in found):
-            raise ValueError("no turn, or one that is no text")
+            raise ValueError("no turn, or one that is not text")
     except (ValueError, TypeError, LookupError) as error:
         where = f"{rows.path}: row {number + 1} holds no conversation"
         raise DataError(where, found=f"{type(error).__name__}: {error}") from None
