@@ -10,6 +10,7 @@ import torch
 
 from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.local import LocalAnswerer
+from longspan.infer.memory import cache_bytes_per_token
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer
 from longspan.infer.requests import Answer, Request
@@ -76,3 +77,12 @@ def test_two_ranks_answer_as_one() -> None:
             truth = token_nll(model, [np.array(ids) for ids in PROMPTS], batch_tokens=1000)
         for mine, theirs in zip(losses, truth):
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_of_latent_attention_is_counted_as_it_is_held() -> None:
+    """`head_dim` of such a config is that of its rotated part: a third of what a key takes, and memory ran out."""
+    model = with_ours(eager("deepseek_v3"))
+    keys = model.model.layers[0].self_attn.kv_b_proj
+    heads, width = model.config.num_attention_heads, max(8 + 4, 16)
+    assert keys.out_features == heads * (8 + 16)
+    assert cache_bytes_per_token(model, upcasts=True) == 2 * 2 * heads * width * 4

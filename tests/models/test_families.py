@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from longspan.models.families import RIGHT
 from tests.models.family_survey import PAGE, page, survey, survey_all
 
 
@@ -13,6 +14,7 @@ def test_every_family_is_right_or_refused() -> None:
     findings = survey_all()
     wrong = {family: finding for family, finding in findings.items() if finding.verdict == "wrong"}
     assert not wrong
+    assert {family for family, finding in findings.items() if finding.verdict == "right"} == RIGHT
     assert page(findings).rstrip() + "\n" == PAGE.read_text(encoding="utf-8"), (
         "python -m tests.models.family_survey"
     )

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longspan.core.errors import ArgumentError
 from longspan.models import stand_in
 from longspan.models.documents import Documents
-from longspan.models.stand_in import check_forward, small_config
+from longspan.models.stand_in import check_forward, check_unknown_family, small_config
 
 LARGE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -93,3 +93,20 @@ def test_a_config_that_cannot_be_made_small_is_let_through_and_said(
     monkeypatch.setattr(stand_in, "_built", fails)
     check_forward(AutoConfig.for_model("llama", attention_dropout=0.1))
     assert "no small stand-in of a llama model can be made (ValueError: sizes do not fit)" in caplog.text
+
+
+def test_a_family_that_no_test_found_right_is_tried_when_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Answers of a model that computes something else; dropout, which is for training, is no reason to refuse."""
+    tried: list[bool] = []
+    monkeypatch.setattr(stand_in, "_refusal", lambda fields, *, training: tried.append(training))
+    check_unknown_family(AutoConfig.for_model("llama"))
+    assert not tried
+    monkeypatch.setattr(stand_in, "RIGHT", frozenset())
+    check_unknown_family(AutoConfig.for_model("llama"))
+    assert tried == [False]
+    monkeypatch.undo()
+    check_forward(AutoConfig.for_model("llama", attention_dropout=0.1), training=False)
+    with pytest.raises(ArgumentError, match=r"a doge model cannot be run: (.|\n)*a mask of its own"):
+        check_unknown_family(AutoConfig.for_model("doge"))

@@ -50,6 +50,7 @@ from longspan.models.lora_config import Quantization
 from longspan.models.places import tokenizer_folder, tokenizer_home
 from longspan.models.quantize import quantize
 from longspan.models.rotary import hold_frequencies
+from longspan.models.stand_in import check_unknown_family
 from longspan.parallel.mesh import Mesh
 
 __all__ = ["OpenJob", "annotation_folder", "open_job", "open_spec_source", "shard_range"]
@@ -142,6 +143,7 @@ def open_job(spec: AnnotateConfig, *, mesh: Mesh | None = None) -> OpenJob:
     device = mesh.device if mesh is not None else usable_device()
     dtype = evaluated_dtype(config.model, device, config.dtype)
     model = load_model(config.model, rope=config.rope, max_position_embeddings=config.context, dtype=dtype)
+    check_unknown_family(model.config)
     model = model.to(device).eval()
     identity = {
         **model_identity(model, config.model),

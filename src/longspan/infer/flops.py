@@ -32,12 +32,16 @@ class ModelFlops(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> ModelFlops:
         """Return the costs of a config of transformers with blocks like Llama's (grouped queries, gated MLP)."""
-        from longspan.models.hf_config import head_counts, head_dim, text_config  # keeps this module light
+        from longspan.models.hf_config import (  # keeps this module light
+            attention_width,
+            head_counts,
+            text_config,
+        )
 
         config = text_config(config)
         hidden, layers = config.hidden_size, config.num_hidden_layers
         heads, kv_heads = head_counts(config)
-        channels = head_dim(config)
+        channels = attention_width(config)
         inner = getattr(config, "intermediate_size", None) or 4 * hidden
         attention = hidden * channels * (2 * heads + 2 * kv_heads)
         return cls(

@@ -15,7 +15,7 @@ from longspan.core.units import format_bytes
 from longspan.kernels.attention import NO_LIMIT
 from longspan.kernels.attention.cuda_varlen import why_tiled
 from longspan.kernels.attention.tiled import tiled_bytes
-from longspan.models.hf_config import head_counts, head_dim, text_config
+from longspan.models.hf_config import attention_width, head_counts, text_config
 
 FIX = (
     "ask for shorter contexts, lower --batch-tokens, load the weights as --dtype bfloat16, or use more processes "
@@ -63,7 +63,7 @@ def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool) -> int:
     dtype = torch.promote_types(model.dtype, torch.float32) if upcasts else model.dtype
     ranks = getattr(model, "tp_size", None) or 1
     layers = text_config(model.config).num_hidden_layers
-    return 2 * layers * max(1, kv_heads // ranks) * head_dim(model.config) * dtype.itemsize
+    return 2 * layers * max(1, kv_heads // ranks) * attention_width(model.config) * dtype.itemsize
 
 
 def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -73,7 +73,7 @@ def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
     their product.
     """
     config = text_config(model.config)
-    width = head_dim(config) * head_counts(config)[0]
+    width = attention_width(config) * head_counts(config)[0]
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     size = model.dtype.itemsize
     per_token = 4 * config.hidden_size * size + width * (4 * size + 8) + 3 * inner * size
@@ -82,10 +82,14 @@ def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def dense_bytes(model: PreTrainedModel, keys: int) -> int:
-    """Return the bytes that attention needs over `keys` keys where no flash kernel takes the model; else 0."""
+    """Return the bytes that attention needs over `keys` keys where no flash kernel takes the model; else 0.
+
+    None takes capped scores.
+    """
     heads, kv_heads = head_counts(model.config)
-    channels = head_dim(model.config)
-    if model.device.type != "cuda" or why_tiled(model.dtype, channels) is None:
+    channels = attention_width(model.config)
+    capped = getattr(text_config(model.config), "attn_logit_softcapping", None) is not None
+    if not capped and (model.device.type != "cuda" or why_tiled(model.dtype, channels) is None):
         return 0
     return tiled_bytes(heads=heads, kv_heads=kv_heads, head_dim=channels, keys=keys)
 

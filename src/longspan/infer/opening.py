@@ -34,6 +34,7 @@ from longspan.infer.replicas import Replica
 from longspan.infer.requests import Answerer
 from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
 from longspan.models.identity import model_identity
+from longspan.models.stand_in import check_unknown_family
 from longspan.parallel.mesh import MeshConfig, build_mesh
 
 Load = Callable[[AnswererConfig], PreTrainedModel]
@@ -62,6 +63,7 @@ def load_weights(
         dtype = evaluated_dtype(config.model, device, config.dtype)
         rope = rope_settings(config.model, config.rope, config.rope_theta)
         model = load_model(config.model, rope=rope, dtype=dtype, tp=config.tp)
+    check_unknown_family(model.config)
     if config.tp == 1:
         model = model.to(device)
     return model.eval()

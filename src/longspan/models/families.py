@@ -16,6 +16,7 @@ from longspan.models.head import backbone
 from longspan.models.hf_config import text_config
 
 __all__ = [
+    "RIGHT",
     "check_family",
     "check_layers",
     "hand_documents_on",
@@ -36,6 +37,20 @@ OTHER_LAYERS = {
     "mamba": STATE,
 }
 DROPS_KEYWORDS = ("nemotron",)
+RIGHT = frozenset({
+    "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "cohere2_moe", "ctrl",
+    "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3", "ernie4_5", "ernie4_5_moe", "exaone4",
+    "exaone_moe", "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text",
+    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
+    "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe",
+    "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
+    "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4",
+    "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text",
+    "ministral", "ministral3", "mistral", "mixtral", "mllama", "moshi", "moss_transcribe_diarize", "nanochat",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma", "youtu",
+})  # fmt: skip
+"""Families that docs/models.md lists as right, which a test compares: they are not tried when they are opened."""
 
 
 def check_family(config: PretrainedConfig) -> None:

@@ -16,6 +16,7 @@ from longspan.core.errors import ConfigError
 from longspan.kernels.rope import COMMON_KEYS, ROPE_TYPES, rope_parameters
 
 __all__ = [
+    "attention_width",
     "changed_config",
     "checked_overrides",
     "head_counts",
@@ -239,6 +240,15 @@ def head_dim(config: PretrainedConfig) -> int:
     """Return the channels of a head."""
     text = text_config(config)
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def attention_width(config: PretrainedConfig) -> int:
+    """Return the channels of a head as attention holds it: of latent attention the wider of keys and values."""
+    text = text_config(config)
+    parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    if all(isinstance(part, int) for part in parts):
+        return max(parts[0] + parts[1], parts[2])  # type: ignore[operator]
+    return head_dim(config)
 
 
 def window_of_all_layers(config: PretrainedConfig) -> int | None:

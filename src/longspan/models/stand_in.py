@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from longspan.core.errors import ArgumentError, UserError
 from longspan.core.log import get_logger
+from longspan.models.families import RIGHT
 from longspan.models.hf import Documents, enable, hidden_states, without_bars
 from longspan.models.hf_config import text_config
 from longspan.models.init import seeded
 
-__all__ = ["check_forward", "small_config"]
+__all__ = ["check_forward", "check_unknown_family", "small_config"]
 
 DOCUMENTS = (7, 5)
 REACH = 4
@@ -35,8 +36,18 @@ MOST_WEIGHTS = 100_000_000
 """Of a stand-in: one whose fields have other names than those that are made small is not run."""
 
 
-def check_forward(config: PretrainedConfig) -> None:
-    """Refuse a model whose forward pass would: with longspan's attention, in training, on packed documents.
+def check_unknown_family(config: PretrainedConfig) -> None:
+    """Refuse a model for answers as `check_forward` does for training, if its family is none that a test found right.
+
+    Raises:
+        ArgumentError: what `check_forward` raises.
+    """
+    if text_config(config).model_type not in RIGHT:
+        check_forward(config, training=False)
+
+
+def check_forward(config: PretrainedConfig, *, training: bool = True) -> None:
+    """Refuse a model whose forward pass would: with longspan's attention, in training or not, on packed documents.
 
     A config of which no small stand-in can be made is let through, with a warning.
 
@@ -44,9 +55,11 @@ def check_forward(config: PretrainedConfig) -> None:
         ArgumentError: what the forward pass refuses, or a model that mixes documents.
     """
     fields = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    found = _refusal(fields)
+    found = _refusal(fields, training=training)
     if found is not None:
-        raise ArgumentError(f"a {config.model_type} model cannot be trained: {found}")
+        raise ArgumentError(
+            f"a {config.model_type} model cannot be {'trained' if training else 'run'}: {found}"
+        )
 
 
 def small_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -115,8 +128,8 @@ def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=32)
-def _refusal(fields: str) -> str | None:
-    """Return what a model of this config refuses, None if it trains."""
+def _refusal(fields: str, *, training: bool) -> str | None:
+    """Return what a model of this config refuses, None if it runs."""
     ids = torch.arange(1, 1 + sum(DOCUMENTS))
     parts = ids.split(DOCUMENTS)
     settings = json.loads(fields)
@@ -142,7 +155,7 @@ def _refusal(fields: str) -> str | None:
             enable(model)
             documents = Documents.from_cu_seqlens([0, DOCUMENTS[0], len(ids)])
             # Dropout is asked for in training only.
-            hidden_states(model.train(), ids, documents)
+            hidden_states(model.train(training), ids, documents)
             packed = hidden_states(model.eval(), ids, documents)
         except UserError as error:
             return str(error)
