@@ -116,7 +116,7 @@ def test_rows_that_are_none(released: Path, tokenizer: Tokenizer, caplog: pytest
         mrcr(released, PromptForm(tokenizer), lengths=[64])
     with pytest.raises(DataError, match="holds no rows"):
         Mrcr.from_config(MrcrConfig(), TaskDataConfig(paths=(str(released / "none"),)), PromptForm(tokenizer))
-    with pytest.raises(DataError, match="read from its released files"):
+    with pytest.raises(ArgumentError, match="rows are read from files"):
         Mrcr.from_config(MrcrConfig(), TaskDataConfig(), PromptForm(tokenizer))
     with pytest.raises(ArgumentError, match="random_string_to_prepend"):
         scorer_named("mrcr_ratio").score("a", "a")
