@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+from benchmarks.offloaded_step import Step, best_steps, simulate
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from longspan.plan import scale as simulation
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS
-from longspan.plan.scale import Degrees, Step, attention_seconds, best_steps, simulate
+from longspan.plan.scale import Degrees, attention_seconds
 
 CONTEXTS = [2**power for power in range(17, 25)]
 NUM_GPUS = [2**power for power in range(3, 11)]

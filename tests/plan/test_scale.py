@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks.offloaded_step import WORKSPACE, best_steps, simulate, step_memory
 
 from longspan.plan.hardware import GPUS
-from longspan.plan.memory import WORKSPACE, attention_buffers, step_memory
+from longspan.plan.memory import attention_buffers
 from longspan.plan.models import MODELS
 from longspan.plan.scale import (
     EFFICIENCY,
@@ -13,8 +14,6 @@ from longspan.plan.scale import (
     Degrees,
     arrangements,
     attention_seconds,
-    best_steps,
-    simulate,
 )
 
 M = 2**20

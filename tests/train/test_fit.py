@@ -13,7 +13,7 @@ from longspan.plan.models import shape_of
 from longspan.plan.training import training_memory
 from longspan.plan.training_step import LINEARS
 from longspan.train.config import TrainConfig
-from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, stage_memory, training_step
+from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, training_step
 from longspan.train.runtime import on_gpu
 from longspan.train.trainer import train
 from tests.train.conftest import recipe as small_recipe
@@ -95,7 +95,8 @@ def test_the_longest_stage_decides() -> None:
     assert memory.compute_dtype == "bfloat16" and memory.activation_checkpointing != "none"
     chosen = config.model_copy(update={"memory": memory})
     for stage in config.stages:
-        assert stage_memory(chosen, stage, LLAMA).device <= 60e9
+        step = training_step(chosen, stage, cuda=True)
+        assert training_memory(shape_of(LLAMA), step).device <= 60e9
     assert choice.reasons()[0].startswith("memory: activation_checkpointing")
 
 

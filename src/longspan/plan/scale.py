@@ -30,7 +30,7 @@ from typing import NamedTuple
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.hardware import Gpu
-from longspan.plan.memory import BYTES, SUM_BYTES, Memory, step_memory
+from longspan.plan.memory import BYTES, SUM_BYTES
 from longspan.plan.models import ModelShape
 
 __all__ = [
@@ -39,12 +39,9 @@ __all__ = [
     "LINK_EFFICIENCY",
     "Degrees",
     "LayerSeconds",
-    "Step",
     "arrangements",
     "attention_seconds",
-    "best_steps",
     "layer_seconds",
-    "simulate",
 ]
 
 EFFICIENCY = 0.513
@@ -83,22 +80,6 @@ class Degrees(NamedTuple):
         return self.schedule if self.world == 1 else f"{self.schedule} {self.world}"
 
 
-class Step(NamedTuple):
-    """One optimizer step."""
-
-    degrees: Degrees
-    seconds: float
-    mfu: float
-    """Share of the peak that the model's own FLOPs take, recomputation not counted."""
-    tokens_per_second: float
-    """Per GPU."""
-    exposed: float
-    """Share of the time in which communication is waited for."""
-    memory: Memory
-    limit: str | None
-    """What does not fit; None if the step is possible."""
-
-
 class LayerSeconds(NamedTuple):
     """Seconds of one layer on one rank, and of the output head."""
 
@@ -123,63 +104,6 @@ class _Links(NamedTuple):
     neighbour: float
     collective: float
     latency: float
-
-
-def simulate(
-    model: ModelShape,
-    gpu: Gpu,
-    degrees: Degrees,
-    *,
-    context: int,
-    num_gpus: int,
-    sequences: int,
-    recompute: bool = True,
-) -> Step:
-    """Return the time and memory of one optimizer step.
-
-    Args:
-        model: its shape.
-        gpu: the hardware.
-        degrees: schedule and degrees; the sequence group divides `num_gpus`.
-        context: tokens of a sequence, one causal document.
-        num_gpus: all GPUs; parameters are sharded over all of them.
-        sequences: sequences of the whole step.
-        recompute: layers are recomputed in the backward pass; without, nothing but scores is.
-    """
-    world = degrees.world
-    tokens = -(-context // world)
-    linear, forward, backward, gather, scatter, of_head, free_of = layer_seconds(
-        model, gpu, degrees, context=context, num_gpus=num_gpus
-    )
-    pass_forward = max(linear + forward, gather)
-    again = linear + forward if recompute else 0.0
-    pass_backward = max(again + 2 * linear + backward, gather + scatter)
-    head = of_head * (4 if recompute else 3)
-    micro_step = model.layers * (pass_forward + pass_backward) + head
-    micro_steps = sequences * world / num_gpus
-    # Gradients go to the host, updated parameters come back; the update itself runs there.
-    update = model.parameters / num_gpus * 2 * BYTES / (gpu.host_link * LINK_EFFICIENCY)
-    seconds = micro_steps * micro_step + update
-    free = model.layers * (3 * linear + sum(free_of)) + head
-    free += model.layers * (linear + free_of[0]) if recompute else 0.0
-    flops = sequences * model.model_flops(context)
-    memory = step_memory(
-        model,
-        schedule=degrees.schedule,
-        tokens=tokens,
-        num_gpus=num_gpus,
-        ring_degree=degrees.ring,
-        ulysses_degree=degrees.ulysses,
-    )
-    return Step(
-        degrees,
-        seconds,
-        flops / (seconds * num_gpus * gpu.flops),
-        sequences * context / seconds / num_gpus,
-        1 - micro_steps * free / seconds,
-        memory,
-        memory.limit(gpu, num_gpus),
-    )
 
 
 def layer_seconds(
@@ -211,33 +135,6 @@ def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[Degrees]:
             and model.heads % ulysses == 0
         ):
             yield Degrees("usp", world // ulysses, ulysses)
-
-
-def best_steps(
-    model: ModelShape, gpu: Gpu, *, context: int, num_gpus: int, batch_tokens: int
-) -> dict[str, Step]:
-    """Return the fastest possible step of every schedule, over all sizes of the sequence group.
-
-    A step is `batch_tokens` tokens, one sequence at least. A schedule for which nothing fits is given with the
-    arrangement that lacks least memory, and says what limits it; one that has no arrangement is left out.
-    """
-    sequences = max(1, batch_tokens // context)
-    best: dict[str, Step] = {}
-    world = max(1, num_gpus // sequences)
-    while world <= num_gpus:
-        for degrees in arrangements(model, gpu, world):
-            step = simulate(model, gpu, degrees, context=context, num_gpus=num_gpus, sequences=sequences)
-            other = best.get(degrees.schedule)
-            if other is None or _preference(step, gpu, num_gpus) < _preference(other, gpu, num_gpus):
-                best[degrees.schedule] = step
-        world *= 2
-    return best
-
-
-def _preference(step: Step, gpu: Gpu, num_gpus: int) -> tuple[bool, float]:
-    if step.limit is None:
-        return False, step.seconds
-    return True, max(step.memory.device / gpu.memory, step.memory.host / gpu.host_for_rank(num_gpus))
 
 
 def _seconds(flops: float, gpu: Gpu, rows: int) -> float:

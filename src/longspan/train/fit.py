@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 from longspan.models.lora_config import LoraConfig
 from longspan.plan.choose import Choice, choose_memory
 from longspan.plan.models import shape_of
-from longspan.plan.training import TrainingMemory, training_memory
 from longspan.plan.training_step import LINEARS, Adapters, MemoryConfig, TrainingStep
 from longspan.train.config import StageConfig, TrainConfig
 
-__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "stage_memory", "training_step"]
+__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "training_step"]
 
 TRAINED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -76,17 +75,6 @@ def _adapted(lora: LoraConfig) -> tuple[str, ...]:
         tuple(name for name in LINEARS if any(names[name].endswith(end) for end in lora.target_modules))
         or LINEARS
     )
-
-
-def stage_memory(
-    config: TrainConfig, stage: StageConfig, hf_config: Mapping[str, Any], *, cuda: bool = True
-) -> TrainingMemory:
-    """Return the memory of one process in a stage.
-
-    Args:
-        hf_config: the model's configuration, as `config.json` has it.
-    """
-    return training_memory(shape_of(hf_config), training_step(config, stage, cuda=cuda))
 
 
 def fit_memory(
