@@ -1,4 +1,4 @@
-"""A step of Llama-3-8B's shapes, 131,072 tokens on 8 and 64 ranks: FSDP2, the ring, the real loss; no data, no peers."""
+"""A step of Llama-3-8B's shapes, 131,072 tokens, 8 and 64 ranks: FSDP2, the ring, the real loss; no data, no peers."""
 
 from __future__ import annotations
 
