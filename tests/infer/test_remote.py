@@ -339,6 +339,7 @@ def transformers_serve(folder) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.slow
 def test_a_real_server_gives_the_answers_of_the_same_model_here(folder, transformers_serve, tmp_path):
     """Greedy and in fp32 on both sides: every text is the same, as chat, as completion, as stream, and recorded."""
     model, tokenizer = load_model(str(folder)).eval(), load_tokenizer(folder)
@@ -367,6 +368,7 @@ def test_a_real_server_gives_the_answers_of_the_same_model_here(folder, transfor
         assert answers[2].prompt_tokens == len(tokenizer.encode(render.format(prompts[2])))
 
 
+@pytest.mark.slow
 def test_a_real_server_has_no_such_model(folder, transformers_serve):
     answerer = open_remote("openai:no-such-model", ServerConfig(base_url=transformers_serve))
     with pytest.raises(UserError, match="no-such-model"):
