@@ -43,7 +43,7 @@ def test_replicas_go_on_with_what_one_process_recorded(
     assert shared.read_bytes().startswith(b"".join(begun))
     assert recorded(shared) == recorded(alone)
     assert [path.name for path in shared.parent.iterdir()] == [shared.name]
-    assert longspan(f"{NEEDLE} --out shared --replicas 2 --tp 2").err.count("--tp 2 --replicas 2") == 1
+    assert longspan(f"{NEEDLE} --out shared --replicas 2 --tp 2").err.count("(tp 2, replicas 2)") == 1
 
 
 @pytest.mark.slow
