@@ -177,7 +177,7 @@ def dies(function):
 if sys.argv[1] == "deal":
     groups.deal = dies(groups.deal)
 else:
-    encode.PieceWriter.finish = dies(encode.PieceWriter.finish)
+    encode.save_rows = dies(encode.save_rows)
 units.UNIT_BYTES, grouping.RUN_BYTES = 3000, 1000
 tokenize_corpus([sys.argv[2]], load_tokenizer(sys.argv[3]), sys.argv[4], group_by="repo", order_by="n")
 """

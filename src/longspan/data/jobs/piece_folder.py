@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,12 @@ class PieceFolder(NamedTuple):
             if self._is_there():
                 shutil.rmtree(self.aside, ignore_errors=True)
                 return True
-            self._begin()
+            begin_work(
+                self.aside / "job.json",
+                self.settings,
+                how="with other settings",
+                fix="go on with the same settings, or remove that folder",
+            )
             if share.count == 1:
                 self._remove_leftovers()
             self._make_pieces(executor, share.share(range(self.num_pieces)))
@@ -88,21 +93,6 @@ class PieceFolder(NamedTuple):
         if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
             raise DataError(f"{self.out} already exists", fix="choose another place or remove it first")
         return False
-
-    def _begin(self) -> None:
-        path = self.aside / "job.json"
-        if not path.exists():
-            write_json(path, self.settings)
-            return
-        begun = read_json(path)
-        if begun != self.settings:
-            known = begun if isinstance(begun, dict) else {}
-            names = [name for name in self.settings if known.get(name) != self.settings[name]]
-            raise DataError(
-                f"{self.aside} holds unfinished work with other settings",
-                found=f"other {', '.join(names) or 'settings'}",
-                fix="go on with the same settings, or remove that folder",
-            )
 
     def _remove_leftovers(self) -> None:
         for folder in (self.aside, self.aside / "done"):
@@ -142,3 +132,23 @@ class PieceFolder(NamedTuple):
             if self.out.exists():
                 self.out.rmdir()
             os.replace(self.aside, self.out)
+
+
+def begin_work(path: Path, settings: Mapping[str, Any], *, how: str, fix: str) -> None:
+    """Write down what decides the pieces of a folder, or compare it with what began them.
+
+    Raises:
+        DataError: other settings did, which the message calls `how`.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    begun = read_json(path)
+    if begun != settings:
+        known = begun if isinstance(begun, dict) else {}
+        names = [name for name in {**settings, **known} if known.get(name) != settings.get(name)]
+        raise DataError(
+            f"{path.parent} holds unfinished work {how}",
+            found=f"other {', '.join(names) or 'settings'}",
+            fix=fix,
+        )

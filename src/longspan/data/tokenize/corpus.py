@@ -41,7 +41,6 @@ from longspan.data.tokenize.groups import (
     group_units,
     num_buckets_of,
 )
-from longspan.data.tokenize.pieces import Workspace
 from longspan.data.tokenize.tokenize_config import TokenizeConfig
 from longspan.data.tokenize.unit_pieces import UnitPieces
 from longspan.data.tokenize.units import (
@@ -141,11 +140,10 @@ class CorpusJob:
         units = cut_units(self._files, unit_bytes)
         plain = [plain_identity(file) for file in self._files]
         plan = {**self._settings, "unit_bytes": unit_bytes, "units": len(units), "inputs": plain}
-        self._space = Workspace(self.out, plan)
-        self._pieces = UnitPieces(self._space, grouped=grouping is not None)
+        self._pieces = UnitPieces(self.out, plan, grouped=grouping is not None)
         self._job = PieceJob(
-            folder=str(self._space.folder),
-            plan=self._space.fingerprint,
+            folder=str(self._pieces.folder),
+            plan=self._pieces.fingerprint,
             tokenizer=tokenizer,
             fields=Fields(
                 config.text_field, config.source_field, messages_field, () if chat is None else chat.fields
@@ -201,15 +199,15 @@ class CorpusJob:
         store = self.finished()
         if store is not None:
             return store
-        with hold_share(self._space.folder, share, what=str(self.out)):
+        with hold_share(self._pieces.folder, share, what=str(self.out)):
             # Another job may have ended between the look at `out` and the lock.
             store = self.finished()
             if store is not None:
-                self._space.remove()
+                self._pieces.remove()
                 return store
             try:
                 check_fields(self._files, self._wanted)
-                self._space.open()
+                self._pieces.open()
                 if share.count == 1:
                     self.encode(executor)
                     return self.merge()
@@ -217,9 +215,9 @@ class CorpusJob:
                 if not self._deals:
                     self.encode(executor, share)
             except (LongspanError, KeyboardInterrupt):
-                folder = self._space.folder
+                folder = self._pieces.folder
                 if share.count == 1 and not any([*folder.glob("[0-9]*/"), *folder.glob(f"{DEALT}/[0-9]*/")]):
-                    self._space.remove()
+                    self._pieces.remove()
                 raise
         if self._deals:
             self._encode_dealt(executor, share)
@@ -255,11 +253,11 @@ class CorpusJob:
                 found=f"{len(missing)} of {self.num_units} pieces are missing, the first is {missing[0]}",
                 fix="run the jobs that make them",
             )
-        with JobLock(self._space.folder / "merge.lock", what=str(self.out)):
+        with JobLock(self._pieces.folder / "merge.lock", what=str(self.out)):
             store = self.finished()
             if store is None:
                 return self.merge()
-            self._space.remove()
+            self._pieces.remove()
             return store
 
     def missing(self) -> list[int]:
@@ -296,15 +294,15 @@ class CorpusJob:
             for file, identity in zip(unit.files, summary.inputs):
                 if inputs.setdefault(file.path, identity) != identity:
                     raise DataError(
-                        f"{file.path} was changed while it was read", fix=f"remove {self._space.folder}"
+                        f"{file.path} was changed while it was read", fix=f"remove {self._pieces.folder}"
                     )
             if isinstance(unit, GroupUnit) or not self._deals:
-                folders.append(self._space.shard_folder(unit.number, summary))
+                folders.append(self._pieces.shards(unit, summary))
         report.add(self._report)
         try:
             finish_reading(self._files, report)
         except DataError:
-            self._space.remove()
+            self._pieces.remove()
             raise
         counts = report.to_dict()
         if self.mix is not None:
@@ -323,7 +321,7 @@ class CorpusJob:
             counts=counts,
             shard_bytes=self._job.shard_bytes,
         )
-        self._space.remove()
+        self._pieces.remove()
         return store
 
     def _config(self) -> dict[str, Any]:
@@ -351,20 +349,20 @@ class CorpusJob:
             job = ArrayJob(index, share.count)
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(JobLock(share_lock(self._space.folder, job), what=str(self.out)))
+                    stack.enter_context(JobLock(share_lock(self._pieces.folder, job), what=str(self.out)))
                 except BusyError:
                     continue
                 missing = any(self._pieces.read(unit) is None for unit in job.share(self._units))
                 # Asked afterwards: pieces are also missing where another job has just put them together.
                 if self.finished(quiet=True) is not None:
-                    self._space.remove()
+                    self._pieces.remove()
                     return
                 if missing:
                     self.encode(executor, job)
 
     def _all_dealt(self, share: ArrayJob) -> bool:
         """Whether all input is dealt, after waiting for the jobs of the array that are at work."""
-        locks = [share_lock(self._space.folder, ArrayJob(k, share.count)) for k in range(share.count)]
+        locks = [share_lock(self._pieces.folder, ArrayJob(k, share.count)) for k in range(share.count)]
         pause = POLL_SECONDS
         while True:
             at_work = any(JobLock(lock, what=str(self.out)).is_held() for lock in locks)

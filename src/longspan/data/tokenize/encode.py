@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from longspan.data.readers import Document, Fields, ReadReport, read_part
 from longspan.data.readers.base import SkippedRecordError
-from longspan.data.store.document_columns import token_dtype
+from longspan.data.store.assemble import save_rows
+from longspan.data.store.document_columns import DocumentWriter, token_dtype
 from longspan.data.tokenize.groups import GroupUnit
-from longspan.data.tokenize.pieces import PIECE, PieceSummary, PieceWriter, piece_folder, read_summary
+from longspan.data.tokenize.pieces import PIECE, ROWS, PieceSummary, piece_folder, read_summary, write_summary
 from longspan.data.tokenize.sampling import Sampling, SourceCounts, add_counts
 from longspan.data.tokenize.units import Unit, file_identity
 from longspan.data.tokenizer import Tokenizer
@@ -49,12 +50,24 @@ def make_piece(job: PieceJob, unit: Unit | GroupUnit) -> PieceSummary:
     encoder = _Encoder(job)
     inputs = [file_identity(file) for file in unit.files]
     with piece_folder(path) as folder:
-        writer = PieceWriter(folder, vocab_size=job.tokenizer.vocab_size, shard_bytes=job.shard_bytes)
+        writer = DocumentWriter(folder, vocab_size=job.tokenizer.vocab_size, shard_bytes=job.shard_bytes)
         for document in _documents(job, unit, encoder.report):
             encoder.encode(document, writer)
-        return writer.finish(
-            plan=job.plan, inputs=inputs, size=unit.size, report=encoder.report, seen=encoder.seen
+        columns = writer.finish()
+        save_rows(folder / ROWS, columns)
+        summary = PieceSummary(
+            plan=job.plan,
+            inputs=inputs,
+            size=unit.size,
+            documents=len(columns.rows),
+            tokens=int(columns.rows["tokens"].sum(dtype="u8")),
+            has_mask=columns.has_mask,
+            source_names=list(columns.source_names),
+            report=encoder.report,
+            seen=encoder.seen,
         )
+        write_summary(folder, summary)
+    return summary
 
 
 def _documents(job: PieceJob, unit: Unit | GroupUnit, report: ReadReport) -> Iterator[Document]:
@@ -109,7 +122,7 @@ class _Encoder:
             else _chat(job.tokenizer, job.chat_template, job.begin_with_user)
         )
 
-    def encode(self, document: Document, writer: PieceWriter) -> None:
+    def encode(self, document: Document, writer: DocumentWriter) -> None:
         utf8 = document.text.encode() if len(document.text) <= LONG_CHARACTERS else None
         key, size = (
             _key_and_size(document) if utf8 is None else (document_key(document.source, utf8), len(utf8))

@@ -8,14 +8,12 @@ Input units and buckets depend on the files alone, so the store does too. A kill
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from longspan.core.files import write_json
 from longspan.data.readers import Document, Fields, Grouping, InputFile, ReadReport, deal, read_bucket
-from longspan.data.tokenize.pieces import FORMAT, PIECE, PieceSummary, piece_folder, read_summary
+from longspan.data.tokenize.pieces import PIECE, PieceSummary, piece_folder, read_summary, write_summary
 from longspan.data.tokenize.units import Unit, file_identity
 
 DEALT = "dealt"
@@ -104,6 +102,5 @@ def deal_unit(job: DealJob, unit: Unit) -> PieceSummary:
             report=report,
             seen={},
         )
-        content = {**summary._asdict(), "report": dataclasses.asdict(report), "format": FORMAT}
-        write_json(folder / PIECE, content)
+        write_summary(folder, summary)
     return summary

@@ -1,8 +1,19 @@
-"""What is made of each unit of work: which pieces are there, and making those that are not."""
+"""The folder beside a store in which its pieces are made, one job or many at a time.
+
+    .STORE.pieces/plan.json             settings and inputs; other settings do not go on with it
+    .STORE.pieces/000017/               unit 17: shards, documents.npy, piece.json; appears whole
+    .STORE.pieces/job-0-of-1.lock       held by a job while it works
+
+A piece that is there is not made again, so a killed job goes on where it was. When all are there the store is
+put together from them without copying a byte, and the folder is removed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +22,62 @@ from longspan.core.log import get_logger
 from longspan.core.progress import progress
 from longspan.core.units import format_count
 from longspan.data.jobs import Executor
+from longspan.data.jobs.piece_folder import begin_work
+from longspan.data.store.assemble import ShardFolder, load_rows
+from longspan.data.store.document_columns import DocumentColumns
 from longspan.data.tokenize.groups import GroupUnit, dealt_path
-from longspan.data.tokenize.pieces import PIECE, PieceSummary, Workspace, read_summary
+from longspan.data.tokenize.pieces import PIECE, ROWS, PieceSummary, read_summary
 from longspan.data.tokenize.units import Unit, file_identity
+
+PLAN = "plan.json"
 
 
 class UnitPieces:
-    """The pieces of a workspace by unit; of a grouped corpus, input units are dealt and buckets are pieces."""
+    """The pieces of one store by unit; of a grouped corpus, input units are dealt and buckets are pieces.
 
-    def __init__(self, space: Workspace, *, grouped: bool) -> None:
-        self._space, self._grouped = space, grouped
+    Args:
+        out: where the store is to stand.
+        plan: everything that decides the pieces.
+    """
+
+    def __init__(self, out: Path, plan: Mapping[str, Any], *, grouped: bool) -> None:
+        self.folder = out.with_name(f".{out.name}.pieces")
+        self.fingerprint = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+        self._plan, self._grouped = plan, grouped
+
+    def open(self) -> None:
+        """Make the folder, or go on with the one that is there.
+
+        Raises:
+            DataError: it was begun with other settings or inputs.
+        """
+        begin_work(
+            self.folder / PLAN,
+            self._plan,
+            how="made otherwise",
+            fix="go on with the same settings and inputs, or remove that folder",
+        )
+
+    def remove(self) -> None:
+        """Remove the folder and all pieces in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, unit: Unit | GroupUnit) -> Path:
         """Return the folder of what is made of a unit."""
         if self._grouped and isinstance(unit, Unit):
-            return dealt_path(self._space.folder, unit.number)
-        return self._space.path(unit.number)
+            return dealt_path(self.folder, unit.number)
+        return self.folder / f"{unit.number:06}"
+
+    def shards(self, unit: Unit | GroupUnit, summary: PieceSummary) -> ShardFolder:
+        """Return the shards of a finished piece and where its documents stand."""
+        path = self.path(unit)
+        columns = DocumentColumns(load_rows(path / ROWS), tuple(summary.source_names), summary.has_mask)
+        return ShardFolder(path, columns)
 
     def read(self, unit: Unit | GroupUnit) -> PieceSummary | None:
         """Return the summary of what is made of a unit, or None. Raises DataError when it is damaged."""
         file = self.path(unit) / PIECE
-        return read_summary(file, plan=self._space.fingerprint) if file.is_file() else None
+        return read_summary(file, plan=self.fingerprint) if file.is_file() else None
 
     def make(
         self,
@@ -69,7 +115,7 @@ class UnitPieces:
         summary = self.read(unit)
         if summary is not None and summary.inputs != [file_identity(file) for file in unit.files]:
             raise DataError(
-                f"{self._space.folder} holds unfinished work made of other inputs",
+                f"{self.folder} holds unfinished work made of other inputs",
                 found=", ".join(file.path for file in unit.files[:3]),
                 fix="remove that folder",
             )
