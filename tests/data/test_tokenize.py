@@ -30,6 +30,7 @@ from longspan.data.tokenize import (
 )
 from longspan.data.tokenize import corpus as corpus_module
 from longspan.data.tokenizer import Tokenizer, engine, load_tokenizer
+from longspan.data.verify import verify
 from tests.patience import PATIENCE_SECONDS
 
 Write = Callable[..., Path]
@@ -50,7 +51,7 @@ def files_of(store: Path) -> dict[str, bytes]:
 def test_store_holds_the_corpus(corpus: Path, texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Guards against lost, reordered or altered documents, and against BOS or EOS slipping in."""
     store = tokenize_corpus([corpus], tokenizer, tmp_path / "out", shard_bytes=2000)
-    store.verify()
+    assert verify(store.path).is_whole
     wanted = [(t + " one", "book") for t in texts[:30]] + [(t + " two", "book") for t in texts[:10]]
     wanted += [(text, "web") for text in texts[:20]]
     found = [(tokenizer.decode(store.tokens(n)), store.source(n)) for n in range(len(store))]
@@ -279,7 +280,7 @@ def test_one_large_file_is_shared(
     monkeypatch.setattr(units, "UNIT_BYTES", 3000)
     assert CorpusJob([path], tokenizer, tmp_path / "cut").num_units > 5
     cut = tokenize_corpus([path], tokenizer, tmp_path / "cut")
-    cut.verify()
+    assert verify(cut.path).is_whole
     assert cut.fingerprint == whole.fingerprint and len(cut) == 100
     mask = cut.mask(70)
     assert mask is not None and int(mask.max()) == 3

@@ -162,10 +162,10 @@ def _check_store(path: Path, problems: _Problems) -> dict[str, int]:
         return counts
     digests = np.zeros(len(store), np.uint64)
     with progress("verify", total=len(store), unit="docs") as bar:
-        for document in range(len(store)):
+        for document, sample in enumerate(MDSDirectory(path)):
             if problems.full():
                 return counts
-            problem, digests[document] = _check_document(store, document)
+            problem, digests[document] = _check_document(store, document, sample)
             if problem:
                 problems.add(f"document {document}: {problem}")
             bar.advance()
@@ -177,7 +177,7 @@ def _check_store(path: Path, problems: _Problems) -> dict[str, int]:
     return counts
 
 
-def _check_document(store: TokenStore, document: int) -> tuple[str | None, int]:
+def _check_document(store: TokenStore, document: int, sample: dict[str, Any]) -> tuple[str | None, int]:
     """Return what is wrong with a document, and the digest of its mask (0 where all weights are 1)."""
     try:
         ids, mask = store.tokens(document), store.mask(document)
@@ -188,6 +188,13 @@ def _check_document(store: TokenStore, document: int) -> tuple[str | None, int]:
         return f"token {ids.max()} in a vocabulary of {store.vocab_size}", 0
     if not name:
         return "its source has no name", 0
+    stored = (sample.get("domain", name), sample["input_ids"].reshape(-1), sample.get("mask"))
+    if (
+        stored[0] != name
+        or not np.array_equal(stored[1], ids)
+        or not (mask is None or np.array_equal(stored[2], mask))
+    ):
+        return "it is not what the length table says", 0
     return None, mask_digest(mask)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from longspan.core.errors import DataError
-from longspan.core.files import read_json, sha256_file
+from longspan.core.files import read_json
 from longspan.data.store.mds import (
     INDEX,
     MAX_SHARD_BYTES,
@@ -170,21 +170,6 @@ class MDSDirectory:
     def shard(self, number: int) -> Shard:
         """Return an open shard. Raises DataError when its header is damaged."""
         return self._open(number)
-
-    def verify(self) -> None:
-        """Compare every shard with its SHA-256, where the index has one, and decode every sample.
-
-        Raises:
-            DataError: naming the first shard that differs.
-        """
-        for number, info in enumerate(self.shards):
-            path = self.path / info.basename
-            wanted = info.hashes.get("sha256")
-            if wanted is not None and path.exists() and sha256_file(path) != wanted:
-                raise DataError(f"{path} was changed or damaged", fix="copy or make the store again")
-            shard = self.shard(number)
-            for sample in range(len(shard)):
-                shard[sample]
 
     def _check_size(self, info: ShardInfo) -> None:
         path = self.path / info.basename

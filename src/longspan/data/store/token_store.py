@@ -233,7 +233,7 @@ class TokenStore:
     """Read a token store; ids come as views of the mapped shards, without a copy.
 
     Opening checks the manifest, the index, the file sizes and that every row of the length table lies inside
-    its shard; reading a document checks the header that stands before its values. `verify` checks every byte.
+    its shard; reading a document checks the header that stands before its values. `data.verify` checks every byte.
 
     Raises:
         DataError: anything is missing, cut off, malformed, or contradicts the rest.
@@ -282,24 +282,6 @@ class TokenStore:
     def source(self, document: int) -> str:
         """Return the source of a document."""
         return self.lengths.source_names[int(self.lengths.source[document])]
-
-    def verify(self) -> None:
-        """Check every byte: hashes, every sample, and that the length table and manifest say what is there.
-
-        Raises:
-            DataError: naming what differs.
-        """
-        self._shards.verify()
-        for document, sample in enumerate(self._shards):
-            ids, mask = self.tokens(document), self.mask(document)
-            if (
-                sample.get("domain", self.source(document)) != self.source(document)
-                or sample.get("length", len(ids)) != len(ids)
-                or not np.array_equal(sample["input_ids"], ids)
-                or not (mask is None or np.array_equal(sample["mask"], mask))
-                or int(ids.max()) >= self.vocab_size
-            ):
-                raise DataError(f"{self.path}: document {document} is not what its length table says")
 
     def _view(self, document: int, offsets: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         if not 0 <= document < len(self):
