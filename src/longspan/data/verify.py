@@ -188,12 +188,8 @@ def _check_document(store: TokenStore, document: int, sample: dict[str, Any]) ->
         return f"token {ids.max()} in a vocabulary of {store.vocab_size}", 0
     if not name:
         return "its source has no name", 0
-    stored = (sample.get("domain", name), sample["input_ids"].reshape(-1), sample.get("mask"))
-    if (
-        stored[0] != name
-        or not np.array_equal(stored[1], ids)
-        or not (mask is None or np.array_equal(stored[2], mask))
-    ):
+    same = sample.get("domain", name) == name and np.array_equal(sample["input_ids"].reshape(-1), ids)
+    if not same or not (mask is None or np.array_equal(sample["mask"], mask)):
         return "it is not what the length table says", 0
     return None, mask_digest(mask)
 
