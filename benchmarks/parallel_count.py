@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from longspan.kernels.attention import AttentionForm
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.parallel.schedules import build_schedule, sequence_attention
 from longspan.parallel.shards import SequenceShards
@@ -88,7 +89,9 @@ def _attend(case: Case, ring_group: Any, ulysses_group: Any) -> tuple[int, int]:
         for heads in (case.heads, case.kv_heads, case.kv_heads)
     ]
     channels = [schedule.channel, *([schedule.ring.channel] if hasattr(schedule, "ring") else [])]
-    out = sequence_attention(*tensors, shards, schedule, window=case.window, kernel=ReferenceKernel())
+    out = sequence_attention(
+        *tensors, shards, schedule, AttentionForm(window=case.window), kernel=ReferenceKernel()
+    )
     forward = sum(sum(channel.sent.values()) for channel in channels)
     out.sum().backward()
     return forward, sum(sum(channel.sent.values()) for channel in channels) - forward

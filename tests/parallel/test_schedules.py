@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import Bands, attention, cuda_varlen, merge
+from longspan.kernels.attention import AttentionForm, Bands, attention, cuda_varlen, merge
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.parallel import certify
 from longspan.parallel.launch import spawn_local
@@ -217,7 +217,7 @@ def test_user_mistakes_are_named() -> None:
     with pytest.raises(ArgumentError, match="H a multiple of K"):
         sequence_attention(q, q[..., :4], q[..., :4], shards, ring)
     with pytest.raises(ArgumentError, match="at least the token itself"):
-        sequence_attention(q, q, q, shards, ring, window=0)
+        sequence_attention(q, q, q, shards, ring, AttentionForm(window=0))
 
 
 def test_a_second_derivative_is_refused() -> None:
