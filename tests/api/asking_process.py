@@ -39,7 +39,7 @@ def main(settings: dict[str, Any]) -> None:
             writer.write({"id": number, "text": result.text, "error": result.error})
             if place % WARM == WARM - 1:
                 memory.append(process.memory_info().rss)
-        report = client.report().to_dict()
+        report = client.report()._asdict()
     Path(settings["report"]).write_text(json.dumps({"memory": memory, "report": report}))
 
 

@@ -120,14 +120,7 @@ def open_spec_source(spec: AnnotateConfig) -> AnnotateSource:
     """Open what is to be annotated. Raises DataError if it is not what the spec says."""
     if spec.pairs is None:
         return open_source(spec.data)
-    return PairSource(
-        Path(spec.data),
-        encoder_tokens=spec.pairs.encoder_tokens,
-        decoder_tokens=spec.pairs.decoder_tokens,
-        retrieval=None if spec.pairs.retrieval is None else Path(spec.pairs.retrieval),
-        retrieval_k=spec.pairs.retrieval_k,
-        allow_pickle=spec.pairs.allow_pickle,
-    )
+    return PairSource(Path(spec.data), spec.pairs)
 
 
 def open_job(spec: AnnotateConfig, *, mesh: Mesh | None = None) -> OpenJob:

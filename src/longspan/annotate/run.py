@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -22,6 +24,7 @@ from longspan.parallel.mesh import MeshConfig, build_mesh
 
 __all__ = ["AnnotateOutcome", "annotate", "estimate_job", "shard_folder"]
 
+Found = TypeVar("Found")
 WAIT_SECONDS = 14 * 24 * 3600.0
 """How long processes that share a teacher wait for each other: the first one writes, and may wait for a slow disk."""
 
@@ -58,39 +61,27 @@ def annotate(
         DataError, ConfigError, ArgumentError: teacher, data and settings do not fit; before anything is written.
         RunError: another job is at work on it, a process died, or the disk refuses.
     """
-    shard, share, out = shard or ArrayJob(), share or ArrayJob(), Path(out)
-    if spec.teacher.cp == 1:
-        return _run(open_job(spec), out, shard, share, executor or LocalExecutor())
-    if executor is not None and executor.num_workers > 1:
+    if executor is not None and executor.num_workers > 1 and spec.teacher.cp > 1:
         raise ArgumentError(
             "a teacher that is shared among processes runs one piece at a time",
             found=f"--cp {spec.teacher.cp} with {executor.num_workers} workers",
             fix="leave one of them out",
         )
-    if launched() is not None:
-        with process_group(timeout_seconds=WAIT_SECONDS) as device:
-            found = _shared(spec, out, shard, share, device, estimate_only=False)
-    else:
-        args = (spec, out, shard, share, False)
-        found = spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
-    assert isinstance(found, AnnotateOutcome)
-    return found
+    alone = spec.teacher.cp == 1
+    run = partial(
+        _run,
+        out=Path(out),
+        shard=shard or ArrayJob(),
+        share=share or ArrayJob(),
+        executor=executor if alone and executor is not None else LocalExecutor(),
+    )
+    return _with_teacher(spec, run, AnnotateOutcome(0, 0))
 
 
 def estimate_job(spec: AnnotateConfig, *, shard: ArrayJob | None = None) -> AnnotateEstimate:
     """Return what a job would write, from a short sample of the teacher; nothing is written."""
-    shard = shard or ArrayJob()
-    if spec.teacher.cp == 1:
-        job = open_job(spec)
-        return estimate(job, *shard_range(job.source.lengths, shard))
-    if launched() is not None:
-        with process_group(timeout_seconds=WAIT_SECONDS) as device:
-            found = _shared(spec, Path(), shard, ArrayJob(), device, estimate_only=True)
-    else:
-        args = (spec, Path(), shard, ArrayJob(), True)
-        found = spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
-    assert isinstance(found, AnnotateEstimate)
-    return found
+    run = partial(_estimate, shard=shard or ArrayJob())
+    return _with_teacher(spec, run, AnnotateEstimate(0, 0, 0, 0, []))
 
 
 def shard_folder(out: str | Path, shard: ArrayJob) -> Path:
@@ -99,24 +90,27 @@ def shard_folder(out: str | Path, shard: ArrayJob) -> Path:
     return out if shard.count == 1 else out.with_name(f"{out.name}-{shard.index}")
 
 
-def _rank(
-    rank: int, spec: AnnotateConfig, out: Path, shard: ArrayJob, share: ArrayJob, estimate_only: bool
-) -> AnnotateEstimate | AnnotateOutcome:
+def _with_teacher(spec: AnnotateConfig, run: Callable[[OpenJob], Found], nothing: Found) -> Found:
+    """Return what `run` does with the open job; of processes that share a teacher the others have `nothing`."""
+    if spec.teacher.cp == 1:
+        return run(open_job(spec))
+    if launched() is None:
+        args = (spec, run, nothing)
+        return spawn_local(_rank, spec.teacher.cp, *args, timeout_seconds=WAIT_SECONDS)[0]
+    with process_group(timeout_seconds=WAIT_SECONDS) as device:
+        return _shared(spec, run, nothing, device)
+
+
+def _rank(rank: int, spec: AnnotateConfig, run: Callable[[OpenJob], Found], nothing: Found) -> Found:
     if rank == 0:
         setup_logging()
-    return _shared(spec, out, shard, share, torch.device("cpu"), estimate_only=estimate_only)
+    return _shared(spec, run, nothing, torch.device("cpu"))
 
 
 def _shared(
-    spec: AnnotateConfig,
-    out: Path,
-    shard: ArrayJob,
-    share: ArrayJob,
-    device: torch.device,
-    *,
-    estimate_only: bool,
-) -> AnnotateEstimate | AnnotateOutcome:
-    """Be one of the processes that share a teacher; the first one writes."""
+    spec: AnnotateConfig, run: Callable[[OpenJob], Found], nothing: Found, device: torch.device
+) -> Found:
+    """Be one of the processes that share a teacher; the first one runs the job."""
     degrees = MeshConfig.of_schedule(spec.teacher.schedule, spec.teacher.cp)
     mesh = build_mesh(degrees, device, timeout_seconds=WAIT_SECONDS)
     job = open_job(spec, mesh=mesh)
@@ -124,17 +118,17 @@ def _shared(
     assert isinstance(teacher, SharedTeacher)
     if not mesh.is_first:
         teacher.follow()
-        return AnnotateEstimate(0, 0, 0, 0, []) if estimate_only else AnnotateOutcome(0, 0)
-    found: AnnotateEstimate | AnnotateOutcome
-    if estimate_only:
-        found = estimate(job, *shard_range(job.source.lengths, shard))
-    else:
-        found = _run(job, out, shard, share, LocalExecutor())
+        return nothing
+    found = run(job)
     teacher.close()
     return found
 
 
-def _run(job: OpenJob, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> AnnotateOutcome:
+def _estimate(job: OpenJob, *, shard: ArrayJob) -> AnnotateEstimate:
+    return estimate(job, *shard_range(job.source.lengths, shard))
+
+
+def _run(job: OpenJob, *, out: Path, shard: ArrayJob, share: ArrayJob, executor: Executor) -> AnnotateOutcome:
     first, stop = shard_range(job.source.lengths, shard)
     folder = annotation_folder(job, out, first=first, stop=stop)
     if folder.missing():

@@ -132,21 +132,13 @@ class PairSource:
 
     kind: Kind = "pairs"
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        encoder_tokens: int,
-        decoder_tokens: int,
-        retrieval: Path | None = None,
-        retrieval_k: int = 8,
-        allow_pickle: bool = False,
-    ) -> None:
-        self._pairs = MDSDirectory(path, allow_pickle=allow_pickle)
+    def __init__(self, path: Path, windows: PairWindows) -> None:
+        self._windows = windows
+        self._pairs = MDSDirectory(path, allow_pickle=windows.allow_pickle)
+        retrieval = None if windows.retrieval is None else Path(windows.retrieval)
         self._retrieved = None
         if retrieval is not None:
-            self._retrieved = MDSDirectory(retrieval, allow_pickle=allow_pickle)
-        self._encoder, self._decoder, self._passages = encoder_tokens, decoder_tokens, retrieval_k
+            self._retrieved = MDSDirectory(retrieval, allow_pickle=windows.allow_pickle)
         _need_columns(path, self._pairs, {"token_ids"} if retrieval else {"token_ids", "prev_token_ids"})
         if retrieval is not None and self._retrieved is not None:
             _need_columns(retrieval, self._retrieved, {"retrieved_token_ids"})
@@ -161,7 +153,7 @@ class PairSource:
         if retrieval is not None and self._retrieved is not None:
             parts = f"{self.fingerprint} {_mds_fingerprint(retrieval, self._retrieved)}"
             self.fingerprint = sha256_bytes(parts.encode())[:16]
-        self.lengths = np.full(len(self._pairs), decoder_tokens, np.int64)
+        self.lengths = np.full(len(self._pairs), windows.decoder_tokens, np.int64)
         self.tokenizer: str | None = None
         self.vocab_size: int | None = None
         self.longest: int | None = None
@@ -169,20 +161,21 @@ class PairSource:
     def row(self, index: int) -> AskedRow:
         """See `AnnotateSource`."""
         sample = self._pairs[index]
-        decoder = np.asarray(sample["token_ids"]).reshape(-1)[: self._decoder]
+        decoder = np.asarray(sample["token_ids"]).reshape(-1)[: self._windows.decoder_tokens]
         if self._retrieved is None:
             # As a length from the end: 0 is no token, not all of them.
             before = np.asarray(sample["prev_token_ids"]).reshape(-1)
-            before = before[max(0, len(before) - self._encoder) :]
+            before = before[max(0, len(before) - self._windows.encoder_tokens) :]
         else:
+            wanted = self._windows.retrieval_k
             passages = np.asarray(self._retrieved[index]["retrieved_token_ids"])
-            if passages.ndim != 2 or len(passages) < self._passages:
+            if passages.ndim != 2 or len(passages) < wanted:
                 raise DataError(
                     f"row {index} of {self._retrieved.path} has too few passages",
                     found=f"retrieved_token_ids {list(passages.shape)}",
-                    allowed=f"[{self._passages} or more, tokens] (--retrieval-k)",
+                    allowed=f"[{wanted} or more, tokens] (--retrieval-k)",
                 )
-            before = passages[: self._passages].reshape(-1)
+            before = passages[:wanted].reshape(-1)
         ids = np.concatenate([before.astype(np.int64), decoder.astype(np.int64)])
         asked = np.arange(len(before), len(ids))
         return AskedRow(ids, np.array([0, len(ids)]), asked, None, len(decoder), row_digest(ids))

@@ -10,7 +10,6 @@ from longspan.api.messages import ChatRequest, ParsedAnswer, Usage
 from longspan.api.openai_protocol import chat_messages
 from longspan.api.protocol import (
     ErrorInBodyError,
-    Event,
     MalformedError,
     StreamReader,
     count,
@@ -94,8 +93,8 @@ class _AnthropicStream:
         self._completion_tokens = 0
         self._ended = False
 
-    def feed(self, event: Event) -> str:
-        data = parse_json(event.data)
+    def feed(self, event: str) -> str:
+        data = parse_json(event)
         kind = member(data, "type", str)
         if kind == "error":
             raise ErrorInBodyError(data.get("error"))

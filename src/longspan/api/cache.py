@@ -93,7 +93,7 @@ class AnswerCache:
 
     def put(self, key: str, model: str, reading: ParsedAnswer) -> None:
         """Record an answer; it is on its way to the disk when this returns."""
-        answer = json.dumps(_encode(reading))
+        answer = json.dumps(reading._asdict())
         with self._lock, self._errors():
             self._database.execute(
                 "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", (key, model, time.time(), answer)
@@ -124,18 +124,6 @@ class AnswerCache:
                 found=str(error),
                 fix="choose another file, or remove this one and pay for its answers again",
             ) from None
-
-
-def _encode(reading: ParsedAnswer) -> dict[str, Any]:
-    return {
-        "text": reading.text,
-        "finish": reading.finish,
-        "usage": list(reading.usage) if reading.usage else None,
-        "error": reading.error,
-        "detail": reading.detail,
-        "logprobs": list(reading.logprobs) if reading.logprobs else None,
-        "thoughts": reading.thoughts,
-    }
 
 
 def _decode(record: dict[str, Any]) -> ParsedAnswer:

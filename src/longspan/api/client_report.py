@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longspan.api.messages import ChatResult
 from longspan.core.units import format_count, format_seconds
@@ -38,10 +38,6 @@ class ClientReport(NamedTuple):
     """Spent waiting before further attempts, summed over requests."""
     stopped: str | None
     """Why requests were left out: `max_cost`, `max_requests`; None: none were."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON."""
-        return self._asdict()
 
     def describe(self) -> str:
         """Return one line for people."""

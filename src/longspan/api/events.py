@@ -10,8 +10,6 @@ import codecs
 import re
 from collections.abc import Iterator
 
-from longspan.api.protocol import Event
-
 _LINE_END = re.compile("\r\n|\r|\n")
 
 
@@ -21,11 +19,10 @@ class EventDecoder:
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._rest = ""
-        self._name = ""
         self._data: list[str] = []
 
-    def feed(self, chunk: bytes) -> Iterator[Event]:
-        """Yield the events that `chunk` completes."""
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Yield the data of the events that `chunk` completes."""
         text = self._rest + self._decode(chunk)
         start = 0
         for match in _LINE_END.finditer(text):
@@ -37,15 +34,12 @@ class EventDecoder:
                 yield event
         self._rest = text[start:]
 
-    def _line(self, line: str) -> Event | None:
+    def _line(self, line: str) -> str | None:
         if not line:
-            event = Event(self._name, "\n".join(self._data)) if self._data else None
-            self._name, self._data = "", []
+            event = "\n".join(self._data) if self._data else None
+            self._data = []
             return event
         field, _, value = line.partition(":")
-        value = value.removeprefix(" ")
         if field == "data":
-            self._data.append(value)
-        elif field == "event":
-            self._name = value
+            self._data.append(value.removeprefix(" "))
         return None

@@ -14,7 +14,6 @@ from longspan.api.endpoint import Endpoint
 from longspan.api.messages import ChatRequest, Finish, LogProbs, ParsedAnswer, Usage
 from longspan.api.protocol import (
     ErrorInBodyError,
-    Event,
     MalformedError,
     StreamReader,
     count,
@@ -215,11 +214,11 @@ class _OpenAIStream:
         self._usage: Usage | None = None
         self._ended = False
 
-    def feed(self, event: Event) -> str:
-        if event.data.strip() == _DONE:
+    def feed(self, event: str) -> str:
+        if event.strip() == _DONE:
             self._ended = True
             return ""
-        chunk = parse_json(event.data)
+        chunk = parse_json(event)
         if not isinstance(chunk, Mapping):
             raise MalformedError("a chunk of the stream is not an object")
         if chunk.get("error"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from longspan.api.endpoint import Endpoint
 from longspan.api.messages import ChatRequest, ParsedAnswer
@@ -22,28 +22,19 @@ class ErrorInBodyError(Exception):
         self.error = error
 
 
-class Event(NamedTuple):
-    """One server-sent event."""
-
-    name: str
-    data: str
-
-
 class StreamReader(Protocol):
     """Puts a streamed answer together."""
 
-    def feed(self, event: Event) -> str:
-        """Take one event; return the text that it adds to the answer.
+    def feed(self, event: str) -> str:
+        """Take the data of one event; return the text that it adds to the answer.
 
         Raises:
             MalformedError: the event is not what the protocol promises.
             ErrorInBodyError: the server gives up.
         """
-        ...
 
     def finish(self) -> ParsedAnswer | None:
         """Return the whole answer after the last event; None: the stream broke off before its end."""
-        ...
 
 
 class WireProtocol(Protocol):
@@ -54,15 +45,12 @@ class WireProtocol(Protocol):
 
     def body(self, endpoint: Endpoint, request: ChatRequest) -> dict[str, Any]:
         """Return the JSON body. Raises ArgumentError: this protocol cannot ask that."""
-        ...
 
     def read(self, payload: Any, request: ChatRequest) -> ParsedAnswer:
         """Read an answer. Raises MalformedError, ErrorInBodyError."""
-        ...
 
     def stream_reader(self) -> StreamReader:
         """Return a reader for one streamed answer."""
-        ...
 
 
 def with_extra(body: Mapping[str, Any], endpoint: Endpoint, request: ChatRequest) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from longspan.synth.figure import draw_depths
 from longspan.synth.filters import NearDuplicates, content_words, knows
 from longspan.synth.items import Item, Rejected, Shown, read_reply
 from longspan.synth.offline import make_questions
-from longspan.synth.output import Lines, write_lines
+from longspan.synth.output import Reject, rejected_lines, write_lines
 from longspan.synth.sections import TokenRuler
 from longspan.synth.selection import DocumentFile, Inputs, Selected, select_documents
 
@@ -167,11 +167,11 @@ class SynthJob:
         return summary
 
     def _question(self, run: RunDir, selected: Selected) -> None:
-        with Lines(self.out / "rejected.jsonl") as rejected:
+        with rejected_lines(self.out / "rejected.jsonl") as reject:
             with run.phase("questions"):
-                self._ask(selected, rejected)
+                self._ask(selected, reject)
             with run.phase("leak check"):
-                self._check_leaks(rejected)
+                self._check_leaks(reject)
 
     def _select(self) -> Selected:
         selected = select_documents(
@@ -198,7 +198,7 @@ class SynthJob:
         whole = counts.exists() and self._documents.path.exists()
         return Selected(**read_json(counts)) if whole else None
 
-    def _ask(self, selected: Selected, rejected: Lines) -> None:
+    def _ask(self, selected: Selected, reject: Reject) -> None:
         assert self._client is not None, "a set that asks has a client"
         asker = Asker(self._spec, self._student.tokenizer, length=self.settings.sample.length)
         asked_before = NearDuplicates()
@@ -216,7 +216,7 @@ class SynthJob:
                 for shown, result in zip(about.shown, results):
                     self._requests[result.error or "answered"] += 1
                     if result.error is not None:
-                        rejected.write(about.document, f"request: {result.error}", result.detail)
+                        reject(about.document, f"request: {result.error}", result.detail)
                         continue
                     for item in read_reply(result.text, shown, self._spec, self._repairs):
                         self._questions["returned"] += 1
@@ -224,7 +224,7 @@ class SynthJob:
                             item = self._new(item, own, asked_before)
                         if isinstance(item, Rejected):
                             self._questions[item.reason] += 1
-                            rejected.write(about.document, item.reason, item.text)
+                            reject(about.document, item.reason, item.text)
                         else:
                             kept.append(item)
                 yield _questions_line(about.number, about.document, kept)
@@ -241,7 +241,7 @@ class SynthJob:
             return Rejected("nearly the same question as that of another document", item.question)
         return item
 
-    def _check_leaks(self, rejected: Lines) -> None:
+    def _check_leaks(self, reject: Reject) -> None:
         source = self.out / "asked.jsonl"
         if not self.settings.leak_check:
             write_lines(self.out / "questions.jsonl", read_jsonl(source))
@@ -263,7 +263,7 @@ class SynthJob:
                     self._requests[f"leak check: {result.error or 'answered'}"] += 1
                     if result.error is None and knows(result.text, item.answer, self._spec.language):
                         self._questions["known without the document"] += 1
-                        rejected.write(record["id"], "known without the document", item.question)
+                        reject(record["id"], "known without the document", item.question)
                     else:
                         kept.append(item)
                 yield _questions_line(record["document"], record["id"], kept)
@@ -328,7 +328,7 @@ class SynthJob:
             "model": self.settings.model,
             "documents": selected.counts,
             "requests": dict(self._requests),
-            "client": self._client.report().to_dict() if self._client is not None else None,
+            "client": self._client.report()._asdict() if self._client is not None else None,
             "repairs": dict(self._repairs),
             "questions": {name: count for name, count in self._questions.items() if count},
             "samples": samples,

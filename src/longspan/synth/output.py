@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from longspan.core.files import atomic_write
 
@@ -18,23 +18,17 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
             file.write(_line(record))
 
 
-class Lines:
-    """The file of what was rejected: it appears, whole, when the block that writes it ends without an error."""
+Reject = Callable[[str, str, str], object]
+"""Writes down what was rejected: of which document, why, and its text."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Lines:
-        self._file: IO[Any] = self._stack.enter_context(atomic_write(self._path, "w"))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def write(self, document: str, reason: str, text: str) -> None:
-        """Write one line."""
-        self._file.write(_line({"document": document, "reason": reason, "text": text}))
+@contextmanager
+def rejected_lines(path: Path) -> Iterator[Reject]:
+    """Write the file of what is rejected: it appears, whole, when the block ends without an error."""
+    with atomic_write(path, "w") as file:
+        yield lambda document, reason, text: file.write(
+            _line({"document": document, "reason": reason, "text": text})
+        )
 
 
 def _line(record: Mapping[str, Any]) -> str:
