@@ -66,7 +66,7 @@ def fetch(
         num_workers=workers,
     )
     if as_json:
-        print_json({"source": source, "out": str(out), **report.to_dict()})
+        print_json({"source": source, "out": str(out), **report._asdict()})
         return
     rows = [
         ("files", report.files),

@@ -75,7 +75,7 @@ class MarkedEncoder:
     def guard(self, text: str) -> str:
         """Return the text of a message with a guard in every special token, and in every end that could be half of
         one, so that none is read as such."""
-        text = self.special.sub(_guarded, text)
+        text = self.special.sub(lambda match: _with_guard(match.group()), text)
         for size in range(min(self._longest, len(text)), 1, -1):
             if text[-size:] in self._tails:
                 text = f"{text[:-size]}{_with_guard(text[-size:])}"
@@ -151,10 +151,6 @@ def _in_blocks(
             last -= 1
         mask[first : last + 1] = True
     return mask
-
-
-def _guarded(match: re.Match[str]) -> str:
-    return _with_guard(match.group())
 
 
 def _with_guard(part: str) -> str:

@@ -137,13 +137,12 @@ def _open(source: Path) -> tuple[Callable[[], Iterator[TokenDocument]], bool]:
         return lambda: _rows(PackedRows(source)), False
     if source.is_file() and source.suffix in (".jsonl", ".parquet"):
         return lambda: _rows(PackedRows(source)), False
-    kinds: tuple[tuple[str, Callable[[str], TokenFile]], ...] = (
-        (".npy", _cepe),
-        (".ds", read_datatrove),
-        (".idx", read_megatron),
-    )
+    readers: dict[str, Callable[[str], TokenFile]] = {
+        ".npy": _cepe,
+        ".ds": read_datatrove,
+        ".idx": read_megatron,
+    }
     given = source.with_suffix(".idx") if source.suffix == ".bin" else source
-    readers = dict(kinds)
     files = find_token_files(given, (*readers, *SUFFIXES)) if given.exists() else []
     found = {Path(path).suffix for path, _ in files}
     some = [suffix for suffix in readers if suffix in found]

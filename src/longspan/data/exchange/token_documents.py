@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger, printable
-from longspan.data.exchange.cepe import CepeFile, read_cepe
+from longspan.data.exchange.cepe import read_cepe
 from longspan.data.plans.framing import frame_settings
 from longspan.data.readers.walking import files_below
 from longspan.data.store.token_store import MANIFEST, open_stores
@@ -123,15 +123,14 @@ class CepeDocuments:
         found = dict(sorted(pair for each in inputs for pair in _find_npy(Path(each))))
         if not found:
             raise DataError("no .npy token files", found=", ".join(map(str, inputs)))
-        self._paths = list(found)
-        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(self._read)
+        self.files = tuple(found)
+        self._open = lru_cache(maxsize=MAX_OPEN_FILES)(read_cepe)
         self.domains = tuple(sorted(set(found.values())))
-        opened = [read_cepe(path).lengths for path in self._paths]
+        opened = [read_cepe(path).lengths for path in self.files]
         counts = [len(lengths) for lengths in opened]
-        numbers = np.array([self.domains.index(found[path]) for path in self._paths], np.uint16)
+        numbers = np.array([self.domains.index(found[path]) for path in self.files], np.uint16)
         self.domain = np.repeat(numbers, counts)
         self.tokens = np.concatenate(opened)
-        self.files = tuple(self._paths)
         self.file = np.repeat(np.arange(len(counts), dtype=np.uint32), counts)
         # The place in the domain, in the order of sorted paths, names a document: its text is not read.
         self.key = np.zeros(len(self.tokens), np.uint64)
@@ -145,7 +144,7 @@ class CepeDocuments:
     @property
     def fingerprint(self) -> str:
         """16 hex characters over the lengths of all documents, the domains and the names of the files."""
-        names = [os.path.basename(path) for path in self._paths]
+        names = [os.path.basename(path) for path in self.files]
         head = sha256_bytes(os.fsencode("\x1f".join([*self.domains, *names])))
         columns = np.ascontiguousarray(self.tokens).tobytes() + self.domain.tobytes()
         return sha256_bytes(head.encode() + columns)[:16]
@@ -156,15 +155,12 @@ class CepeDocuments:
         Raises:
             DataError: an id does not fit.
         """
-        file = self._open(int(self.file[document]))
+        file = self._open(self.files[int(self.file[document])])
         first, length = int(self._start[document]), int(self.tokens[document])
         ids = file.tokens[first : first + length][start:stop]
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
             raise DataError(f"{file.path} holds ids that no vocabulary has, in a document of {length} tokens")
         return ids.astype(np.uint32)
-
-    def _read(self, number: int) -> CepeFile:
-        return read_cepe(self._paths[number])
 
 
 def open_documents(

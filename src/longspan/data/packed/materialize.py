@@ -20,7 +20,7 @@ import longspan
 from longspan.core.columns import folder_kind
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import behind_link, write_json
-from longspan.data.jobs import Executor, LocalExecutor
+from longspan.data.jobs import LocalExecutor
 from longspan.data.jobs.piece_folder import PieceFolder
 from longspan.data.packed.manifest import RowsManifest, read_rows_manifest
 from longspan.data.packed.row_formats import (
@@ -50,7 +50,6 @@ def materialize(
     *,
     format: RowFormat = "mds",
     num_workers: int = 1,
-    executor: Executor | None = None,
     piece_bytes: int = PIECE_BYTES,
 ) -> RowsManifest:
     """Write the rows of `source`, a saved pack plan or a packed folder, to the folder `out`.
@@ -59,7 +58,6 @@ def materialize(
 
     Args:
         num_workers: processes that write; does not change the result.
-        executor: writes instead of `num_workers` processes; does not change the result.
 
     Raises:
         ArgumentError: the format is unknown.
@@ -67,7 +65,7 @@ def materialize(
         RunError: the disk is full or a worker died; run again to go on.
     """
     rows = rows_folder(source, out, format=format, piece_bytes=piece_bytes)
-    with executor or LocalExecutor(num_workers) as running:
+    with LocalExecutor(num_workers) as running:
         rows.make(running)
     return read_rows_manifest(out)
 

@@ -18,7 +18,6 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.packed.packed_rows import PackedRows
-from longspan.data.packed.row_files import StoredRow
 from longspan.data.plans.pack_config import STRATEGIES, PackConfig
 from longspan.data.plans.packing import plan_packing
 from longspan.data.rows.loader import PAD_SOURCE, PackedRow, RowLoader
@@ -62,7 +61,7 @@ class RowDocuments:
             tokens=(self._ends - self._starts).astype(np.uint32),
             position=np.arange(count, dtype=np.uint32),
         )
-        self._stored = lru_cache(maxsize=HELD_ROWS)(self._read)
+        self._stored = lru_cache(maxsize=HELD_ROWS)(rows.stored)
 
     @property
     def fingerprint(self) -> str:
@@ -80,9 +79,6 @@ class RowDocuments:
 
     def _place(self, index: int) -> slice:
         return slice(int(self._starts[index]), int(self._ends[index]))
-
-    def _read(self, row: int) -> StoredRow:
-        return self._rows.stored(row)
 
 
 class RecutRows(RowsOver):

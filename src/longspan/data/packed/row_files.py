@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,22 +68,20 @@ class RowTable(NamedTuple):
     names: list[str]
 
 
-class RowFile(Protocol):
+class RowFile:
     """The rows of one file, or of one MDS shard."""
 
-    @property
-    def num_rows(self) -> int:
-        """Return the number of rows."""
-
-    @property
-    def blocks(self) -> Sequence[int]:
-        """Return how many rows are read at once, block by block; empty where a row is read by itself."""
+    num_rows: int
+    blocks: Sequence[int] = ()
+    """How many rows are read at once, block by block; empty where a row is read by itself."""
 
     def read(self, row: int, /) -> StoredRow:
         """Read a row. Raises ValueError, KeyError, TypeError or IndexError if it is not one."""
+        raise NotImplementedError
 
     def table(self) -> RowTable | None:
         """Return where the documents stand, if that is known without reading all rows."""
+        return None
 
 
 def row_table(file: RowFile) -> RowTable:
@@ -116,10 +114,8 @@ def _table(rows: Sequence[tuple[int, Spans]], names: dict[str, int]) -> RowTable
     )
 
 
-class MdsRows:
+class MdsRows(RowFile):
     """The rows of one shard of an MDS folder; `names` are those of its source numbers, if we wrote it."""
-
-    blocks: Sequence[int] = ()
 
     def __init__(self, folder: MDSDirectory, shard: int, names: Sequence[str]) -> None:
         self._folder, self._shard, self._names = folder, shard, names
@@ -143,18 +139,12 @@ class MdsRows:
             ids, Spans(indices[:, 0], indices[:, 1], sources, documents, continued), sample.get("mask")
         )
 
-    def table(self) -> RowTable | None:
-        """See `RowFile`; ids are views that are not touched, so reading all rows is cheap."""
-        return None
 
-
-class JsonlRows:
+class JsonlRows(RowFile):
     """The rows of a file of JSON lines, here or (an address) elsewhere.
 
     `places` int64 [rows, 2] are the lines, for which the file is else read through.
     """
-
-    blocks: Sequence[int] = ()
 
     def __init__(self, path: Path | str, places: np.ndarray | None = None) -> None:
         self._path = path
@@ -192,7 +182,7 @@ class JsonlRows:
         return found
 
     @property
-    def num_rows(self) -> int:
+    def num_rows(self) -> int:  # type: ignore[override]
         """See `RowFile`."""
         return len(self.places)
 
@@ -327,7 +317,7 @@ def _arrow_table(lengths: np.ndarray, source: Any) -> RowTable | None:
     )
 
 
-class ParquetRows:
+class ParquetRows(RowFile):
     """The rows of a parquet file, here or (an address) elsewhere; a row group is decoded as a whole, and the last ones
     are kept."""
 
@@ -343,15 +333,11 @@ class ParquetRows:
         self._columns = [name for name in ("input_ids", "source", "mask") if name in names]
         groups = [self._file.metadata.row_group(number) for number in range(self._file.num_row_groups)]
         self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
+        self.num_rows = int(self._ends[-1])
         self.blocks = [group.num_rows for group in groups]
         largest = max((group.total_byte_size for group in groups), default=1)
         held = max(1, min(MAX_HELD_GROUPS, HELD_BYTES // max(largest, 1)))
         self._group = lru_cache(maxsize=held)(self._read_group)
-
-    @property
-    def num_rows(self) -> int:
-        """See `RowFile`."""
-        return int(self._ends[-1])
 
     def read(self, row: int, /) -> StoredRow:
         """See `RowFile`."""
@@ -380,10 +366,8 @@ class ParquetRows:
             return self._file.read_row_group(group, columns=self._columns)
 
 
-class ArrowRows:
+class ArrowRows(RowFile):
     """The rows of a file that Hugging Face `datasets` saved, mapped into memory."""
-
-    blocks: Sequence[int] = ()
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -395,11 +379,7 @@ class ArrowRows:
             except pa.ArrowInvalid:
                 source.seek(0)
                 self._table = pa.ipc.open_file(source).read_all()
-
-    @property
-    def num_rows(self) -> int:
-        """See `RowFile`."""
-        return int(self._table.num_rows)
+        self.num_rows = int(self._table.num_rows)
 
     def read(self, row: int, /) -> StoredRow:
         """See `RowFile`."""
@@ -419,10 +399,8 @@ class ArrowRows:
         return _arrow_table(lengths.to_numpy().astype(np.int64), source)
 
 
-class NpyRows:
+class NpyRows(RowFile):
     """The rows of one piece that we wrote as npy."""
-
-    blocks: Sequence[int] = ()
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._names = names
@@ -434,11 +412,7 @@ class NpyRows:
             raise DataError(
                 "npy rows have another shape than they were written with", fix="write the rows again"
             )
-
-    @property
-    def num_rows(self) -> int:
-        """See `RowFile`."""
-        return len(self._ids)
+        self.num_rows = len(self._ids)
 
     def read(self, row: int, /) -> StoredRow:
         """See `RowFile`."""
@@ -447,10 +421,6 @@ class NpyRows:
         named = [self._names[number] for number in sources.tolist()]
         mask = None if self._weights is None else self._weights[row]
         return StoredRow(self._ids[row], Spans(starts, ends, named, documents, continued), mask)
-
-    def table(self) -> RowTable | None:
-        """See `RowFile`."""
-        return None
 
 
 def _load(path: Path) -> np.ndarray:

@@ -164,7 +164,7 @@ class Reader(NamedTuple):
     records: Callable[[FilePart, Sequence[str] | None], Iterator[RawRecord]]
     """Yield the records of a part; only the fields named need to be read (None: all of them)."""
     parse: Callable[[RawRecord], dict[str, Any]]
-    """Return the fields. Raise SkippedRecordError for a broken record."""
+    """Return the fields of a record that is none itself of SkippedRecordError. Raise that for a broken one."""
     split: Callable[[InputFile, int], list[FilePart]]
     """Cut a file into parts of about so many bytes; a function of the file alone."""
     one_text: bool = False
@@ -192,9 +192,8 @@ def cut_between(file: InputFile, sizes: Sequence[int], part_bytes: int) -> list[
 
 def parse_values(record: RawRecord) -> dict[str, Any]:
     """Return the fields of a record that the format itself has already parsed."""
-    if isinstance(record.data, SkippedRecordError):
-        raise record.data
-    return record.data
+    fields: dict[str, Any] = record.data
+    return fields
 
 
 class UTF8Values(dict[str, Any]):
@@ -214,7 +213,8 @@ class Example(NamedTuple):
 
 
 OF_FILES = ("empty_files", "other_files", "not_json", "damaged_files")
-"""Counters of whole files; the others count records."""
+"""Counters of whole files."""
+OF_RECORDS = ("broken_records", "missing_fields", "wrong_types", "invalid_text", "empty_documents")
 _LEFT_OUT = {
     "broken_records": "broken records",
     "missing_fields": "records without a wanted field",
@@ -311,13 +311,7 @@ class ReadReport:
     @property
     def num_skipped(self) -> int:
         """Records left out, whatever the reason."""
-        return (
-            self.broken_records
-            + self.missing_fields
-            + self.wrong_types
-            + self.invalid_text
-            + self.empty_documents
-        )
+        return sum(getattr(self, kind) for kind in OF_RECORDS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts and examples for a manifest."""

@@ -63,10 +63,6 @@ class FetchReport(NamedTuple):
     fetched_bytes: int
     """Bytes that came over the network this time."""
 
-    def to_dict(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return self._asdict()
-
 
 def fetch(
     source: str,
@@ -216,8 +212,7 @@ def _whole_files(out: Path, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
         entries = list(read_jsonl(out / JOURNAL))
     elif any(path.name != LOCK for path in out.iterdir()):
         raise DataError(f"{out} is not empty and not a download", fix="choose an empty folder with --out")
-    # Downloads of before have neither of these.
-    before = {"exclude": [], "kind": "dataset"} | (entries[0] if entries else job)
+    before = entries[0] if entries else job
     if {name: before.get(name) for name in job} != job:
         raise DataError(
             f"{out} holds another download",

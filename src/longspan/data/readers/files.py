@@ -66,8 +66,8 @@ def find_files(
             else:
                 report.ignore(entry.path)
         for entry, extension in leave_out_cards(known, readers, report):
-            source, name = _source_of(entry, readers[extension], extension)
-            file = InputFile(entry.path, extension, source, entry.size, name)
+            source, name = _place_of(entry, readers[extension], extension)
+            file = InputFile(entry.path, extension, printable(source), entry.size, name)
             _add(file, entry.real or entry.path, found, reals, report)
     if not found:
         raise DataError(
@@ -183,13 +183,8 @@ def _format_of(entry: Entry, readers: Mapping[str, Reader]) -> str | None:
     return sniff(entry.path, json_too=entry.root is None or not extension)
 
 
-def _source_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
-    """Return the source, which has a UTF-8 form, and the path below the input folder."""
-    source, below = _place_of(entry, reader, extension)
-    return printable(source), below
-
-
 def _place_of(entry: Entry, reader: Reader, extension: str) -> tuple[str, str]:
+    """Return the source and the path below the input folder."""
     name = PurePosixPath(entry.path).name
     stem = name[: name.lower().rfind(extension)] if extension in name.lower() else name.partition(".")[0]
     stem = _SHARD_NUMBER.sub("", stem) or name

@@ -85,8 +85,6 @@ def _find_line(stream: IO[bytes], part: FilePart) -> int | None:
 
 def parse_line(record: RawRecord) -> dict[str, Any]:
     """Read the object on one line."""
-    if isinstance(record.data, SkippedRecordError):
-        raise record.data
     try:
         value = orjson.loads(record.data)
         if isinstance(value, dict) and not _may_be_rounded(value):

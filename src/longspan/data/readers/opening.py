@@ -21,7 +21,8 @@ def _open_zstd(stream: IO[bytes]) -> IO[bytes]:
     import zstandard
 
     # Windows of up to 2 GiB, as `zstd --long=31` writes them: the file itself says how much memory it takes.
-    return _ZstdFrames(zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES), stream)
+    frames = _ZstdFrames(zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES), stream)
+    return io.BufferedReader(frames, BUFFER_BYTES)
 
 
 def _open_gzip(stream: IO[bytes]) -> IO[bytes]:
@@ -53,14 +54,9 @@ _NETWORK_LIBRARIES = {
 }  # fmt: skip
 
 
-class _ZstdFrames(io.BufferedReader):
+class _ZstdFrames(io.RawIOBase):
     """Reads concatenated frames; a frame cut short is an error, where zstandard's own reader just ends."""
 
-    def __init__(self, decompressor: Any, stream: IO[bytes]) -> None:
-        super().__init__(_ZstdRaw(decompressor, stream), buffer_size=BUFFER_BYTES)
-
-
-class _ZstdRaw(io.RawIOBase):
     def __init__(self, decompressor: Any, stream: IO[bytes]) -> None:
         self._decompressor, self._stream = decompressor, stream
         self._frame: Any = None

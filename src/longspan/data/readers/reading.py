@@ -199,12 +199,16 @@ def make_document(
 def parse_values_of(record: RawRecord, *, strict: bool, report: ReadReport) -> dict[str, Any] | None:
     """Return the fields of a record; a broken one is counted in `report` and gives None."""
     try:
-        if isinstance(record.data, SkippedRecordError):
-            raise record.data
-        return READERS[record.file.extension].parse(record)
+        return _parsed(record)
     except SkippedRecordError as error:
         skip_record(record, error, strict=strict, report=report)
         return None
+
+
+def _parsed(record: RawRecord) -> dict[str, Any]:
+    if isinstance(record.data, SkippedRecordError):
+        raise record.data
+    return READERS[record.file.extension].parse(record)
 
 
 def skip_record(record: RawRecord, error: SkippedRecordError, *, strict: bool, report: ReadReport) -> None:
@@ -248,13 +252,14 @@ def _look_for(
     file: InputFile, names: Sequence[str]
 ) -> tuple[RecordPlace | str, MissingFieldError] | Literal[True] | None:
     """Return True if a record at the head of a file has all fields, else where the first one lacks them."""
-    reader = READERS[file.extension]
     first: tuple[RecordPlace | str, MissingFieldError] | None = None
     # The iterators of readers are generators, which hold files open.
-    with closing(cast(Generator[RawRecord], reader.records(FilePart(file), names))) as records:
+    with closing(
+        cast(Generator[RawRecord], READERS[file.extension].records(FilePart(file), names))
+    ) as records:
         for record in islice(records, PROBED_RECORDS):
             try:
-                values = reader.parse(record)
+                values = _parsed(record)
                 for name in names:
                     if not isinstance(name, OptionalField):
                         lookup(values, name)

@@ -30,8 +30,6 @@ def read_whole(part: FilePart, wanted: Sequence[str] | None) -> Iterator[RawReco
 
 def parse_text(record: RawRecord) -> dict[str, Any]:
     """Decode the file; line ends are kept as they are. Its place below the input is `path` and `folder`."""
-    if isinstance(record.data, SkippedRecordError):
-        raise record.data
     path = PurePosixPath(record.file.name)
     folder = path.parts[0] if len(path.parts) > 1 else ""
     return {"text": decode_utf8(record.data), "path": str(path), "folder": folder}

@@ -30,6 +30,21 @@ class Offsets(NamedTuple):
     """One after the last character. A token that is part of a character covers the whole character."""
 
 
+class FoundOut(NamedTuple):
+    """What takes time to find out about a tokenizer."""
+
+    fingerprint: str
+    vocab_size: int
+    special_ids: tuple[int | None, ...]
+    """In the order of ROLES."""
+    backend: Backend
+    backend_reason: str
+    cuts: bool
+    """Whether the rule for cutting long texts was found to hold."""
+    notes: tuple[str, ...]
+    """What a user should know."""
+
+
 class Findings(NamedTuple):
     """What loading a tokenizer found out; processes of the same machine need not find it out again."""
 
@@ -37,12 +52,7 @@ class Findings(NamedTuple):
     machine: str
     digest: str
     """SHA-256 of the file and the configs beside it."""
-    fingerprint: str
-    vocab_size: int
-    special_ids: tuple[int | None, ...]
-    """In the order of ROLES."""
-    backend: Backend
-    backend_reason: str
+    known: FoundOut
     cuts: CutRule | None
 
 
@@ -64,13 +74,13 @@ class Tokenizer:
     ) -> None:
         self.path = path
         """The file: a tokenizer.json, a SentencePiece model, or ranks of tiktoken."""
-        self.fingerprint = findings.fingerprint
+        self.fingerprint = findings.known.fingerprint
         """SHA-256 of everything in the file that decides the ids of a text."""
-        self.bos_id, self.eos_id, self.pad_id = findings.special_ids
-        self.vocab_size = findings.vocab_size
+        self.bos_id, self.eos_id, self.pad_id = findings.known.special_ids
+        self.vocab_size = findings.known.vocab_size
         """One more than the largest id, special tokens included."""
-        self.backend = findings.backend
-        self.backend_reason = findings.backend_reason
+        self.backend = findings.known.backend
+        self.backend_reason = findings.known.backend_reason
         """Why this engine was taken."""
         self._findings, self._make_reference = findings, reference
         self._fast, self._cuts, self._reload = fast, findings.cuts, reload

@@ -27,7 +27,7 @@ import orjson
 import tokenizers
 from numpy.typing import NDArray
 
-from longspan.data.tokenizer.safe_cuts import SPACE, alternatives, steps_of
+from longspan.data.tokenizer.safe_cuts import SPACE, added_token, alternatives, steps_of
 from longspan.data.tokenizer.tiktoken import byte_letters
 from longspan.data.tokenizer.young import Watch
 
@@ -180,7 +180,8 @@ def make_recipe(
         ids = tuple(reference().encode(digit, add_special_tokens=False).ids)
         if len(ids) != 1:
             parts.append(ids)
-        added.append(_added(digit, ids[0] if len(ids) == 1 else first_mark + len(parts) - 1))
+        number = ids[0] if len(ids) == 1 else first_mark + len(parts) - 1
+        added.append(added_token(number, digit, special=False))
     watch = Watch(normalizes=bool(content.get("normalizer")))
     return Recipe(orjson.dumps(plain), first_mark, tuple(parts), watch)
 
@@ -313,8 +314,3 @@ def overlap(some: Sequence[str], others: Sequence[str]) -> tuple[str, str] | Non
         if found is not None:
             return text, found
     return None
-
-
-def _added(text: str, number: int) -> dict[str, Any]:
-    fields = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    return {"id": number, "content": text, **fields}

@@ -23,9 +23,9 @@ from longspan.core.files import read_json, sha256_bytes
 from longspan.core.hub import look_for_hub
 from longspan.core.log import get_logger, log_once
 from longspan.data.tokenizer import sentencepiece, tiktoken
-from longspan.data.tokenizer.engine import Backend, Findings, Tokenizer, encode_reference
+from longspan.data.tokenizer.engine import Backend, Findings, FoundOut, Tokenizer, encode_reference
 from longspan.data.tokenizer.fast import FastEngine, NotFastError, Recipe, check_merges, make_recipe
-from longspan.data.tokenizer.remembered import FoundOut, recall, remember
+from longspan.data.tokenizer.remembered import recall, remember
 from longspan.data.tokenizer.roles import CONFIGS, special_ids, with_named_special
 from longspan.data.tokenizer.safe_cuts import CutRule, cut_rule
 
@@ -148,11 +148,11 @@ def reload_tokenizer(findings: Findings) -> Tokenizer:
     """
     found = _read(findings.name)
     if found.digest != findings.digest or findings.machine != _machine():
-        return load_tokenizer(findings.name, backend=findings.backend)
+        return load_tokenizer(findings.name, backend=findings.known.backend)
     reference = cache(partial(_load_reference, found))
     fast = None
-    if findings.backend == "gigatoken":
-        fast = FastEngine(_recipe(found, findings.vocab_size, reference))
+    if findings.known.backend == "gigatoken":
+        fast = FastEngine(_recipe(found, findings.known.vocab_size, reference))
     return Tokenizer(found.path, findings, reference=reference, fast=fast, reload=_reload)
 
 
@@ -169,11 +169,7 @@ def _tokenizer(
         name=f"{found.path}#{found.pattern}" if found.pattern else str(found.path),
         machine=_machine(),
         digest=found.digest,
-        fingerprint=known.fingerprint,
-        vocab_size=known.vocab_size,
-        special_ids=known.special_ids,
-        backend=known.backend,
-        backend_reason=known.backend_reason,
+        known=known,
         cuts=cut_rule(found.content) if known.cuts else None,
     )
     return Tokenizer(found.path, findings, reference=reference, fast=fast, reload=_reload)

@@ -13,27 +13,12 @@ import os
 import platform
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import longspan
 from longspan.core.errors import LongspanError
 from longspan.core.files import read_json, sha256_bytes, write_json
-from longspan.data.tokenizer.engine import ROLES, Backend
-
-
-class FoundOut(NamedTuple):
-    """What takes time to find out about a tokenizer."""
-
-    fingerprint: str
-    vocab_size: int
-    special_ids: tuple[int | None, ...]
-    """In the order of ROLES."""
-    backend: Backend
-    backend_reason: str
-    cuts: bool
-    """Whether the rule for cutting long texts was found to hold."""
-    notes: tuple[str, ...]
-    """What a user should know."""
+from longspan.data.tokenizer.engine import ROLES, FoundOut
 
 
 def recall(digest: str) -> FoundOut | None:

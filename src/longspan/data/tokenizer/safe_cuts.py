@@ -121,6 +121,12 @@ def steps_of(step: Any, name: str) -> list[dict[str, Any]]:
     return list(step[name]) if step["type"] == "Sequence" else [step]
 
 
+def added_token(number: int, text: str, *, special: bool) -> dict[str, Any]:
+    """Return an added token of a tokenizer.json that is matched as it is written."""
+    fields = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": text, **fields, "special": special}
+
+
 def _splits(step: Mapping[str, Any]) -> bool:
     return step["type"] == "Split" or (step["type"] == "ByteLevel" and step.get("use_regex", True))
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
+from longspan.data.tokenizer.safe_cuts import SPACE, added_token
 
-SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -116,7 +116,7 @@ def to_tokenizer_json(model: Model) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            _added_token(number, piece)
+            added_token(number, piece.text, special=piece.kind != USER_DEFINED)
             for number, piece in enumerate(model.pieces)
             if piece.kind in (CONTROL, UNKNOWN, USER_DEFINED)
         ],
@@ -172,18 +172,6 @@ def _decoder(add_dummy_prefix: bool) -> dict[str, Any]:
     if add_dummy_prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": steps}
-
-
-def _added_token(number: int, piece: VocabPiece) -> dict[str, Any]:
-    return {
-        "id": number,
-        "content": piece.text,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": piece.kind != USER_DEFINED,
-    }
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.core.errors import ArgumentError, DataError
+from longspan.data.tokenizer.safe_cuts import added_token
 
 
 class Encoding(NamedTuple):
@@ -125,18 +126,7 @@ def to_tokenizer_json(ranks: dict[bytes, int], encoding: Encoding) -> dict[str, 
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": number,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token, number in special.items()
-        ],
+        "added_tokens": [added_token(number, token, special=True) for token, number in special.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": None,
