@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -84,21 +83,12 @@ def _worlds(worlds: str) -> list[int]:
 
 
 def _print_json(results: list[CertifyResult], half: Half, growth: dict[str, float], passed: bool) -> None:
-    def plain(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
     cells = [
         {
-            **result.cell._asdict(),
-            "world": result.world,
+            **dict(_details(result)),
             "passed": result.passed,
             "reason": result.reason or None,
-            "exact_error": plain(result.exact_error),
             "fast_dtype": result.fast_dtype or None,
-            "fast_forward_error": plain(result.fast_forward_error),
-            "fast_gradient_error": plain(result.fast_gradient_error),
-            "leaks": result.leaks,
-            "sent_bytes": result.sent_bytes,
         }
         for result in results
     ]

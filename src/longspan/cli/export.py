@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from longspan.cli.from_settings import Part, Used, from_settings, write_used
+from longspan.cli.model_options import find_folder
 from longspan.cli.output import Json, example, print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
@@ -95,16 +96,8 @@ def _find(checkpoint: str, settings: ExportConfig) -> _Source:
             )
         trained = load_trained(folder, base=base)
         return _Source(trained.model, trained.tokenizer, trained.base, trained.base or checkpoint, [])
-    if (folder / "stages").is_dir():
-        from longspan.train.config import TrainConfig
-
-        last = TrainConfig.from_yaml(folder / "config.yaml").stages[-1].name
-        if not (folder / "stages" / last).is_dir():
-            raise DataError(
-                f"the last stage of {checkpoint}, {last}, is not done",
-                fix="finish the run, or name one of its stages/ or checkpoints/",
-            )
-        return _find(str(folder / "stages" / last), settings)
+    if (last := find_folder(checkpoint)) != checkpoint:
+        return _find(last, settings)
     if not (folder / "config.json").is_file() and not is_hub_name(checkpoint):
         raise DataError(
             f"{checkpoint} is nothing to export",

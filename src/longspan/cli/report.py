@@ -27,11 +27,10 @@ def report(
 
     result = write_report(runs, out, title=title)
     if as_json:
-        files = {"page": str(result.page), "figures": result.figures, "tables": result.tables}
-        paths = {
-            name: value if isinstance(value, str) else list(map(str, value)) for name, value in files.items()
-        }
-        print_json({**paths, "results": result.results})
+        figures, tables = (list(map(str, paths)) for paths in (result.figures, result.tables))
+        print_json(
+            {"page": str(result.page), "figures": figures, "tables": tables, "results": result.results}
+        )
     else:
         written = [result.page, *result.figures, *result.tables]
         print_table("written", ("file",), [[path] for path in written])

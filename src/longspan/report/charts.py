@@ -343,34 +343,32 @@ class LengthHistogram:
 
     def draw(self, width: float) -> str:
         """Return the histogram; the first series is filled, later ones are outlines over it."""
-        return _histogram(self, width)
-
-
-def _histogram(histogram: LengthHistogram, width: float) -> str:
-    series, axis, top_share = histogram.series, histogram.x, histogram.top_share
-    height, left, right, top = 150.0, 34.0, 8.0, 8.0
-    canvas = Canvas(width, height)
-    x = AxisScale(axis.lo, axis.hi, left, width - right, log=True)
-    y = AxisScale(0, top_share, height - 24, top)
-    for share in linear_ticks(0, top_share, 3):
-        canvas.line(left, y(share), width - right, y(share), cls="grid")
-        canvas.text(left - 6, y(share) + 4, f"{share:.0%}", cls="tick", text_anchor="end")
-    for number, one in enumerate(series):
-        held = [n for n, share in enumerate(one.shares) if share > 0]
-        points: list[tuple[float, float]] = []
-        for n in range(held[0], held[-1] + 1) if held else ():
-            low, high = max(one.edges[n], axis.lo), min(one.edges[n + 1], axis.hi)
-            points += [(x(low), y(one.shares[n])), (x(high), y(one.shares[n]))]
-        if points:
-            points = [(points[0][0], y(0)), *points, (points[-1][0], y(0))]
-        canvas.path(points, closed=number == 0, cls=f"{'area' if number == 0 else 'outline'} c{one.color}")
-    canvas.line(left, y(0), width - right, y(0), cls="axis")
-    texts = dict(axis.ticks)
-    for value in thinned(list(texts), x, max(text_width(t, FONT) for t in texts.values()) + 10):
-        canvas.text(
-            min(x(value), width - right - 8), height - 8, texts[value], cls="tick", text_anchor="middle"
-        )
-    return canvas.render(histogram.label)
+        axis, top_share = self.x, self.top_share
+        height, left, right, top = 150.0, 34.0, 8.0, 8.0
+        canvas = Canvas(width, height)
+        x = AxisScale(axis.lo, axis.hi, left, width - right, log=True)
+        y = AxisScale(0, top_share, height - 24, top)
+        for share in linear_ticks(0, top_share, 3):
+            canvas.line(left, y(share), width - right, y(share), cls="grid")
+            canvas.text(left - 6, y(share) + 4, f"{share:.0%}", cls="tick", text_anchor="end")
+        for number, one in enumerate(self.series):
+            held = [n for n, share in enumerate(one.shares) if share > 0]
+            points: list[tuple[float, float]] = []
+            for n in range(held[0], held[-1] + 1) if held else ():
+                low, high = max(one.edges[n], axis.lo), min(one.edges[n + 1], axis.hi)
+                points += [(x(low), y(one.shares[n])), (x(high), y(one.shares[n]))]
+            if points:
+                points = [(points[0][0], y(0)), *points, (points[-1][0], y(0))]
+            canvas.path(
+                points, closed=number == 0, cls=f"{'area' if number == 0 else 'outline'} c{one.color}"
+            )
+        canvas.line(left, y(0), width - right, y(0), cls="axis")
+        texts = dict(axis.ticks)
+        for value in thinned(list(texts), x, max(text_width(t, FONT) for t in texts.values()) + 10):
+            canvas.text(
+                min(x(value), width - right - 8), height - 8, texts[value], cls="tick", text_anchor="middle"
+            )
+        return canvas.render(self.label)
 
 
 @dataclass(frozen=True)
