@@ -6,7 +6,8 @@ Nothing is repaired. Each problem is one line; a damaged shard does not hide the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,34 +65,40 @@ def verify(path: str | Path, *, against: Sequence[str] = ()) -> VerifyReport:
         ArgumentError: `against` is given for something that is not a token store.
     """
     path = Path(path)
-    kind = folder_kind(path)
-    is_store = is_token_store(path)
-    is_rows = (path / MANIFEST).is_file() and not is_store
-    if against and not is_store:
+    kind, check = _check_of(path)
+    if against and kind != "token store":
         raise ArgumentError("only a token store is compared with its input", found=str(path))
     problems = _Problems()
-    if is_store:
-        counts = _check_store(path, problems)
-        missing = _missing(path, against) if against and not problems.lines else None
-        return VerifyReport(str(path), "token store", counts, problems.lines, missing)
-    if is_rows:
-        return VerifyReport(str(path), "packed rows", _check_rows(path, problems), problems.lines, None)
-    if kind == mixture.KIND:
-        counts = _check_mixture(path, problems)
-        return VerifyReport(str(path), "mixture plan", counts, problems.lines, None)
-    if kind == packing.KIND:
-        return VerifyReport(str(path), "pack plan", _check_packing(path, problems), problems.lines, None)
-    if (path / INDEX).is_file():
-        return VerifyReport(str(path), "MDS folder", _check_shards(path, problems), problems.lines, None)
+    counts: dict[str, int] = {}
     try:
-        published = PackedRows(path)
+        check(path, counts, problems)
+    except DataError as error:
+        problems.add(str(error))
+    missing = _missing(path, against) if against and not problems.lines else None
+    return VerifyReport(str(path), kind, counts, problems.lines, missing)
+
+
+def _check_of(path: Path) -> tuple[str, Check]:
+    """Return what stands at a path, and what checks it."""
+    kind = folder_kind(path)
+    if is_token_store(path):
+        return "token store", _check_store
+    if (path / MANIFEST).is_file():
+        return "packed rows", _check_rows
+    if kind == mixture.KIND:
+        return "mixture plan", _check_mixture
+    if kind == packing.KIND:
+        return "pack plan", _check_packing
+    if (path / INDEX).is_file():
+        return "MDS folder", _check_shards
+    try:
+        return "packed rows", partial(_check_published, PackedRows(path))
     except DataError as error:
         raise DataError(
             f"{path} is not something that can be verified",
             found=str(error).splitlines()[0],
             allowed="stores, rows, plans, MDS folders",
         ) from None
-    return VerifyReport(str(path), "packed rows", _check_published(published, problems), problems.lines, None)
 
 
 class _Problems:
@@ -108,18 +115,18 @@ class _Problems:
         return len(self.lines) >= MAX_PROBLEMS
 
 
-def _check_shards(path: Path, problems: _Problems) -> dict[str, int]:
+Check = Callable[[Path, dict[str, int], _Problems], None]
+"""Fills the counts. Raises DataError where nothing more can be checked, which is then a problem too."""
+
+
+def _check_shards(path: Path, counts: dict[str, int], problems: _Problems) -> None:
     """Check index, sizes, hashes, and decode every sample of the shards that are there."""
-    try:
-        infos = parse_index(read_json(path / INDEX), where=str(path / INDEX))
-        stay_inside(path, [info.basename for info in infos])
-    except DataError as error:
-        problems.add(str(error))
-        return {}
+    infos = parse_index(read_json(path / INDEX), where=str(path / INDEX))
+    stay_inside(path, [info.basename for info in infos])
     good = [number for number, info in enumerate(infos) if _check_file(path, info, problems)]
-    counts = {"shards": len(infos), "samples": sum(info.num_samples for info in infos)}
+    counts |= {"shards": len(infos), "samples": sum(info.num_samples for info in infos)}
     if len(good) < len(infos):
-        return counts
+        return
     folder = MDSDirectory(path)
     for number in good:
         try:
@@ -128,7 +135,6 @@ def _check_shards(path: Path, problems: _Problems) -> dict[str, int]:
                 shard[sample]
         except DataError as error:
             problems.add(str(error))
-    return counts
 
 
 def _check_file(path: Path, info: ShardInfo, problems: _Problems) -> bool:
@@ -146,25 +152,18 @@ def _check_file(path: Path, info: ShardInfo, problems: _Problems) -> bool:
     return False
 
 
-def _check_store(path: Path, problems: _Problems) -> dict[str, int]:
-    try:
-        manifest = read_manifest(path)
-    except DataError as error:
-        problems.add(str(error))
-        return {}
-    counts = {"documents": manifest.documents, "tokens": manifest.tokens} | _check_shards(path, problems)
+def _check_store(path: Path, counts: dict[str, int], problems: _Problems) -> None:
+    manifest = read_manifest(path)
+    counts |= {"documents": manifest.documents, "tokens": manifest.tokens}
+    _check_shards(path, counts, problems)
     if problems.lines:
-        return counts
-    try:
-        store = TokenStore(path)
-    except DataError as error:
-        problems.add(str(error))
-        return counts
+        return
+    store = TokenStore(path)
     digests = np.zeros(len(store), np.uint64)
     with progress("verify", total=len(store), unit="docs") as bar:
         for document, sample in enumerate(MDSDirectory(path)):
             if problems.full():
-                return counts
+                return
             problem, digests[document] = _check_document(store, document, sample)
             if problem:
                 problems.add(f"document {document}: {problem}")
@@ -174,7 +173,6 @@ def _check_store(path: Path, problems: _Problems) -> dict[str, int]:
         digest.update(np.ascontiguousarray(column).data)
     if not problems.lines and digest.hexdigest() != manifest.fingerprint:
         problems.add("the fingerprint in the manifest is not that of the documents")
-    return counts
 
 
 def _check_document(store: TokenStore, document: int, sample: dict[str, Any]) -> tuple[str | None, int]:
@@ -194,13 +192,9 @@ def _check_document(store: TokenStore, document: int, sample: dict[str, Any]) ->
     return None, mask_digest(mask)
 
 
-def _check_rows(path: Path, problems: _Problems) -> dict[str, int]:
-    try:
-        manifest = read_rows_manifest(path)
-    except DataError as error:
-        problems.add(str(error))
-        return {}
-    counts = {
+def _check_rows(path: Path, counts: dict[str, int], problems: _Problems) -> None:
+    manifest = read_rows_manifest(path)
+    counts |= {
         "rows": manifest.rows,
         "tokens": manifest.rows * manifest.length,
         "pieces": len(manifest.pieces),
@@ -212,15 +206,11 @@ def _check_rows(path: Path, problems: _Problems) -> dict[str, int]:
         elif file.stat().st_size != piece["bytes"]:
             problems.add(f"{file.name} has {file.stat().st_size:,} bytes instead of {piece['bytes']:,}")
     if problems.lines:
-        return counts
-    try:
-        rows = PackedRows(path)
-    except DataError as error:
-        problems.add(str(error))
-        return counts
+        return
+    rows = PackedRows(path)
     if (rows.num_rows, rows.length) != (manifest.rows, manifest.length):
         problems.add(f"{rows.num_rows} rows of {rows.length} tokens, but the manifest says otherwise")
-        return counts
+        return
     first = 0
     for piece in manifest.pieces:
         total = 0
@@ -236,52 +226,41 @@ def _check_rows(path: Path, problems: _Problems) -> dict[str, int]:
         if total != piece["id_sum"]:
             problems.add(f"{piece['file']} was changed or damaged: its ids have another sum")
         first += int(piece["rows"])
-    return counts
 
 
-def _check_published(rows: PackedRows, problems: _Problems) -> dict[str, int]:
+def _check_published(rows: PackedRows, path: Path, counts: dict[str, int], problems: _Problems) -> None:
     """Read every row of a folder that another tool packed."""
-    tokens = 0
+    counts |= {"rows": rows.num_rows, "tokens": 0}
     with progress("verify", total=rows.num_rows, unit="rows") as bar:
         for index in range(rows.num_rows):
             if problems.full():
                 break
             try:
-                tokens += len(rows.row_of_any_length(index).input_ids)
+                counts["tokens"] += len(rows.row_of_any_length(index).input_ids)
             except DataError as error:
                 problems.add(str(error))
             bar.advance()
-    return {"rows": rows.num_rows, "tokens": tokens}
 
 
-def _check_mixture(path: Path, problems: _Problems) -> dict[str, int]:
-    try:
-        plan = MixturePlan.load(path)
-        lengths = _lengths(plan.stores)
-        if lengths is not None and lengths.fingerprint != plan.lengths_fingerprint:
-            problems.add("the stores have changed since the plan was made")
-    except DataError as error:
-        problems.add(str(error))
-        return {}
-    counts = {"documents": plan.report.documents, "tokens": plan.report.tokens}
+def _check_mixture(path: Path, counts: dict[str, int], problems: _Problems) -> None:
+    plan = MixturePlan.load(path)
+    lengths = _lengths(plan.stores)
+    if lengths is not None and lengths.fingerprint != plan.lengths_fingerprint:
+        problems.add("the stores have changed since the plan was made")
+    counts |= {"documents": plan.report.documents, "tokens": plan.report.tokens}
     if len(plan.documents) != plan.report.documents:
         problems.add(f"{len(plan.documents):,} documents, but its report says {plan.report.documents:,}")
     if lengths is not None and not problems.lines:
         found = int(lengths.tokens[plan.documents].sum(dtype=np.uint64))
         if found != plan.report.tokens:
             problems.add(f"{found:,} tokens, but its report says {plan.report.tokens:,}")
-    return counts
 
 
-def _check_packing(path: Path, problems: _Problems) -> dict[str, int]:
-    try:
-        plan = PackPlan.load(path)
-        loader = RowLoader([TokenStore(store) for store in plan.stores], plan)
-    except DataError as error:
-        problems.add(str(error))
-        return {}
+def _check_packing(path: Path, counts: dict[str, int], problems: _Problems) -> None:
+    plan = PackPlan.load(path)
+    loader = RowLoader([TokenStore(store) for store in plan.stores], plan)
     report = plan.report
-    counts = {"rows": plan.num_rows, "tokens": report.tokens_packed}
+    counts |= {"rows": plan.num_rows, "tokens": report.tokens_packed}
     if report.rows != plan.num_rows:
         problems.add(f"{plan.num_rows} rows, but its report says {report.rows}")
     if report.tokens_in != report.tokens_packed + sum(report.dropped.values()):
@@ -293,7 +272,6 @@ def _check_packing(path: Path, problems: _Problems) -> dict[str, int]:
             loader.row(index)
         except (DataError, IndexError) as error:
             problems.add(str(error))
-    return counts
 
 
 def _lengths(stores: Sequence[str]) -> LengthTable | None:
