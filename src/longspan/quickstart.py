@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import pydantic
 
-from longspan.core.config import Config, parse_yaml
+from longspan.core.config import Config, apply_overrides, parse_yaml, read_yaml
 from longspan.core.files import atomic_write, write_json
 from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
@@ -113,8 +113,6 @@ def load_config(
     overrides: Sequence[str] = (),
 ) -> QuickstartConfig:
     """Return the shipped recipe of a preset, or that of a file, with a seed (None: the file's, else 0)."""
-    from longspan.core.config import apply_overrides, read_yaml
-
     if isinstance(preset, Path):
         where, values = str(preset), read_yaml(preset)
     else:
@@ -149,23 +147,15 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
         _tokenise(work, config, tokenizer)
     from longspan.train.trainer import train
 
-    with run.phase("pretrain"):
-        if not RunDir(work / "pretrain").is_complete:
-            train(config.pretrain, work / "pretrain", data_root=work)
-    with run.phase("extend"):
-        if not RunDir(work / "extend").is_complete:
-            train(config.extend, work / "extend", data_root=work)
-    variants = _variants(work, config)
+    trainings = {"pretrain": config.pretrain, "extend": config.extend}
     if config.ablate:
-        for name, control in controls(config).items():
-            with run.phase(name):
-                if not RunDir(work / name).is_complete:
-                    train(control.train, work / name, data_root=work)
-                variants.append(
-                    Variant(name, _last_model(work, name, control.train), None, note=control.note)
-                )
+        trainings |= {name: control.train for name, control in controls(config).items()}
+    for name, recipe in trainings.items():
+        with run.phase(name):
+            if not RunDir(work / name).is_complete:
+                train(recipe, work / name, data_root=work)
     with run.phase("evaluate"):
-        _evaluate(work, config, tokenizer, variants)
+        _evaluate(work, config, tokenizer)
     with run.phase("report"):
         _gather(work, config)
         from longspan.report.html import write_report
@@ -346,39 +336,43 @@ def _without_upsampling(long: StageConfig) -> dict[str, Any]:
     return {**long.streams, "text": text.model_copy(update={"mixture": plain})}
 
 
-def _last_model(work: Path, name: str, config: TrainConfig) -> Path:
-    return work / name / "stages" / config.stages[-1].name
-
-
 class Variant(NamedTuple):
     """A model to evaluate: a folder, and a RoPE that differs from the one it was saved with."""
 
     label: str
     path: Path
-    rope: dict[str, Any] | None
+    trained_length: int
+    rope: dict[str, Any] | None = None
     note: str | None = None
 
 
 def _variants(work: Path, config: QuickstartConfig) -> list[Variant]:
-    """Return before, after, and what can be done without training: theta alone, NTK, position interpolation."""
-    base = _last_model(work, "pretrain", config.pretrain)
+    """Return before, after, what can be done without training (theta alone, NTK, position interpolation), controls."""
+
+    def trained(label: str, run: str, train: TrainConfig, **differs: Any) -> Variant:
+        last = train.stages[-1]
+        return Variant(label, work / run / "stages" / last.name, last.context_length, **differs)
+
     short, long = config.pretrain.stages[-1], config.extend.stages[-1]
     factor = long.context_length / short.context_length
+    before = trained("before", "pretrain", config.pretrain)
     return [
-        Variant("before", base, None),
-        Variant("after", _last_model(work, "extend", config.extend), None),
-        Variant("theta_only", base, long.rope),
-        Variant("ntk", base, {"rope_type": "ntk", "factor": factor}),
-        Variant("pi", base, {"rope_type": "linear", "factor": factor}),
+        before,
+        trained("after", "extend", config.extend),
+        before._replace(label="theta_only", rope=long.rope),
+        before._replace(label="ntk", rope={"rope_type": "ntk", "factor": factor}),
+        before._replace(label="pi", rope={"rope_type": "linear", "factor": factor}),
+        *(
+            trained(name, name, control.train, note=control.note)
+            for name, control in (controls(config) if config.ablate else {}).items()
+        ),
     ]
 
 
 # -- evaluation ----------------------------------------------------------------------------------------------
 
 
-def _evaluate(
-    work: Path, config: QuickstartConfig, tokenizer: Tokenizer, variants: Sequence[Variant]
-) -> None:
+def _evaluate(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> None:
     """Write the records of every variant; those that are there already are not made again."""
     settings = config.evaluation
     documents = _held_out(work, settings.split)
@@ -395,18 +389,13 @@ def _evaluate(
     ppl = PplConfig(
         lengths=settings.lengths, num_spans=settings.ppl_spans, seed=config.seed, split=settings.split
     )
-    for variant in variants:
-        _evaluate_variant(
-            work,
-            variant,
-            tokenizer,
-            documents,
-            trained_length=_trained_length(config, variant),
-            needle=needle,
-            ppl=ppl,
-            beyond=beyond if variant.label in ("before", "after") else None,
-            harder=harder if variant.label == "after" else None,
-        )
+    for variant in _variants(work, config):
+        grids = {"needle": needle}
+        if variant.label in ("before", "after"):
+            grids["needle_beyond"] = beyond
+        if variant.label == "after":
+            grids["needle_distractors"] = harder
+        _evaluate_variant(work, variant, tokenizer, documents, ppl, grids)
 
 
 def _evaluate_variant(
@@ -414,12 +403,8 @@ def _evaluate_variant(
     variant: Variant,
     tokenizer: Tokenizer,
     documents: Sequence[HeldOutDocument],
-    *,
-    trained_length: int,
-    needle: NeedleConfig,
     ppl: PplConfig,
-    beyond: NeedleConfig | None,
-    harder: NeedleConfig | None,
+    grids: Mapping[str, NeedleConfig],
 ) -> None:
     from longspan.eval.needle import NeedleTask
     from longspan.eval.ppl_run import BATCH_TOKENS, run_ppl
@@ -431,31 +416,23 @@ def _evaluate_variant(
     from longspan.models.identity import model_identity
 
     records = work / "records"
-    longest = max(*needle.lengths, *(beyond.lengths if beyond else ()))
+    longest = max(length for grid in grids.values() for length in grid.lengths)
     dtype = evaluated_dtype(variant.path, usable_device())
     model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest, dtype=dtype)
     model = model.to(usable_device()).eval()
     identity = {
         **model_identity(model, variant.path, shown_as=str(variant.path.relative_to(work))),
-        "trained_length": trained_length,
+        "trained_length": variant.trained_length,
     }
     named: dict[str, Any] = {"label": variant.label, "note": variant.note}
     measure = partial(token_nll, model, batch_tokens=BATCH_TOKENS)
     path = records / f"ppl-{variant.label}.jsonl"
     run_ppl(measure, tokenizer, ppl, documents=documents, out=path, model_info=identity, **named)
     answerer = LocalAnswerer(model, tokenizer, identity=identity, batch_tokens=BATCH_TOKENS)
-    grids = {"needle": needle, "needle_beyond": beyond, "needle_distractors": harder}
-    for name, settings in grids.items():
-        if settings is not None:
-            task = NeedleTask(settings, documents, PromptForm(tokenizer))
-            path = records / f"{name}-{variant.label}.jsonl"
-            run_task(task, answerer, tokenizer=tokenizer, out=path, **named)
-
-
-def _trained_length(config: QuickstartConfig, variant: Variant) -> int:
-    long = variant.label == "after" or variant.label.startswith("ablate_")
-    stages = config.extend.stages if long and variant.label != "ablate_short_rows" else config.pretrain.stages
-    return stages[-1].context_length
+    for name, grid in grids.items():
+        task = NeedleTask(grid, documents, PromptForm(tokenizer))
+        path = records / f"{name}-{variant.label}.jsonl"
+        run_task(task, answerer, tokenizer=tokenizer, out=path, **named)
 
 
 # -- results -------------------------------------------------------------------------------------------------
