@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from longspan.core.mesh_config import MeshConfig
 from longspan.plan import scale
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES, attention_buffers
 from longspan.plan.models import ModelShape
-from longspan.plan.scale import Degrees, arrangements, layer_seconds
+from longspan.plan.scale import arrangements, layer_seconds
 
 WORKSPACE = 4e9
 """CUDA context, communication buffers, tiles of MLP and loss, fragmentation."""
@@ -53,7 +54,7 @@ class Memory(NamedTuple):
 class Step(NamedTuple):
     """One optimizer step."""
 
-    degrees: Degrees
+    parallel: MeshConfig
     seconds: float
     mfu: float
     """Share of the peak that the model's own FLOPs take, recomputation not counted."""
@@ -69,7 +70,7 @@ class Step(NamedTuple):
 def simulate(
     model: ModelShape,
     gpu: Gpu,
-    degrees: Degrees,
+    parallel: MeshConfig,
     *,
     context: int,
     num_gpus: int,
@@ -81,16 +82,16 @@ def simulate(
     Args:
         model: its shape.
         gpu: the hardware.
-        degrees: schedule and degrees; the sequence group divides `num_gpus`.
+        parallel: schedule and degrees; the sequence group divides `num_gpus`.
         context: tokens of a sequence, one causal document.
         num_gpus: all GPUs; parameters are sharded over all of them.
         sequences: sequences of the whole step.
         recompute: layers are recomputed in the backward pass; without, nothing but scores is.
     """
-    world = degrees.world
+    world = parallel.cp
     tokens = -(-context // world)
     linear, forward, backward, gather, scatter, of_head, free_of = layer_seconds(
-        model, gpu, degrees, context=context, num_gpus=num_gpus
+        model, gpu, parallel, context=context, num_gpus=num_gpus
     )
     pass_forward = max(linear + forward, gather)
     again = linear + forward if recompute else 0.0
@@ -106,14 +107,14 @@ def simulate(
     flops = sequences * model.model_flops(context)
     memory = step_memory(
         model,
-        schedule=degrees.schedule,
+        schedule=parallel.schedule_name,
         tokens=tokens,
         num_gpus=num_gpus,
-        ring_degree=degrees.ring,
-        ulysses_degree=degrees.ulysses,
+        ring_degree=parallel.cp_ring,
+        ulysses_degree=parallel.cp_ulysses,
     )
     return Step(
-        degrees,
+        parallel,
         seconds,
         flops / (seconds * num_gpus * gpu.flops),
         sequences * context / seconds / num_gpus,
@@ -135,11 +136,11 @@ def best_steps(
     best: dict[str, Step] = {}
     world = max(1, num_gpus // sequences)
     while world <= num_gpus:
-        for degrees in arrangements(model, gpu, world):
-            step = simulate(model, gpu, degrees, context=context, num_gpus=num_gpus, sequences=sequences)
-            other = best.get(degrees.schedule)
+        for parallel in arrangements(model, gpu, world):
+            step = simulate(model, gpu, parallel, context=context, num_gpus=num_gpus, sequences=sequences)
+            other = best.get(parallel.schedule_name)
             if other is None or _preference(step, gpu, num_gpus) < _preference(other, gpu, num_gpus):
-                best[degrees.schedule] = step
+                best[parallel.schedule_name] = step
         world *= 2
     return best
 

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from longspan.core.mesh_config import MeshConfig
 from longspan.plan import scale as simulation
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS
-from longspan.plan.scale import Degrees, attention_seconds
+from longspan.plan.scale import arrangement_name, attention_seconds
 
 CONTEXTS = [2**power for power in range(17, 25)]
 NUM_GPUS = [2**power for power in range(3, 11)]
@@ -82,7 +83,7 @@ def _cell_text(found: Cell) -> str:
     if best is None:
         return f"impossible: {found.steps[0].limit}"
     ties = f" +{len(found.ties)}" if found.ties else ""
-    return f"{best.degrees}{ties}, {_seconds_text(best.seconds)} s, {best.mfu:.0%}"
+    return f"{arrangement_name(best.parallel)}{ties}, {_seconds_text(best.seconds)} s, {best.mfu:.0%}"
 
 
 def _seconds_text(seconds: float) -> str:
@@ -99,7 +100,8 @@ def schedules_table(cells: dict[tuple[int, int], Cell], places: list[tuple[int, 
         for step in cells[context, num_gpus].steps:
             memory = f"{step.memory.device / 1e9:.0f} | {step.memory.host / 1e9:.0f}"
             lines.append(
-                f"| {length_text(context)} | {num_gpus:,} | {step.degrees} | {_seconds_text(step.seconds)} "
+                f"| {length_text(context)} | {num_gpus:,} | {arrangement_name(step.parallel)} "
+                f"| {_seconds_text(step.seconds)} "
                 f"| {step.mfu:.1%} | {step.exposed:.1%} | {memory} "
                 f"| {'too little ' + step.limit if step.limit else ''} |"
             )
@@ -170,10 +172,8 @@ def _of_row(row: Published) -> Step:
     )
 
 
-def _all_ranks(schedule: str, num_gpus: int) -> Degrees:
-    if num_gpus == 1:
-        return Degrees("none", 1, 1)
-    return Degrees(schedule, 1, num_gpus) if schedule == "ulysses" else Degrees(schedule, num_gpus, 1)
+def _all_ranks(schedule: str, num_gpus: int) -> MeshConfig:
+    return MeshConfig() if num_gpus == 1 else MeshConfig.of_schedule(schedule, num_gpus)
 
 
 class Longest(NamedTuple):
@@ -240,7 +240,7 @@ def sensitivity_table() -> str:
         with patch.object(simulation, name, value) if value else nullcontext():
             cells = grid("llama-3-8b", "h100")
         bests = [found.best for found in cells.values()]
-        wins = Counter("nothing fits" if best is None else best.degrees.schedule for best in bests)
+        wins = Counter("nothing fits" if best is None else best.parallel.schedule_name for best in bests)
         text = f"{name} {value}" if value else name
         lines.append(f"| {text} | " + " | ".join(str(wins[schedule]) for schedule in names) + " |")
     return "\n".join(lines)
@@ -254,17 +254,17 @@ def ring_table() -> str:
     """Return predicted against published speed of ring attention alone, forward and backward."""
     model, gpu = MODELS["llama-3-8b"], GPUS["h800"]
 
-    def both(degrees: Degrees, context: int) -> float:
+    def both(parallel: MeshConfig, context: int) -> float:
         return sum(
-            attention_seconds(model, gpu, degrees, context=context, backward=back)[0]
+            attention_seconds(model, gpu, parallel, context=context, backward=back)[0]
             for back in (False, True)
         )
 
-    ideal = 8 * both(Degrees("none", 1, 1), 2**13)
+    ideal = 8 * both(MeshConfig(), 2**13)
     lines = ["| attention alone, 8 H800 | published | predicted |", "|---|---:|---:|"]
     for name, published in RING_ATTENTION.items():
         schedule = "striped" if name == "striped" else "ring"
-        share = ideal / both(Degrees(schedule, 8, 1), 2**16)
+        share = ideal / both(MeshConfig.of_schedule(schedule, 8), 2**16)
         if name == "contiguous ring":
             # Half a block, then 7 steps in which somebody has a whole one; balanced, it would be 8 halves.
             share *= 8 / (1 + 2 * 7)
@@ -291,12 +291,13 @@ def _draw_winners(axes: Axes, cells: dict[tuple[int, int], Cell], title: str) ->
     for (context, num_gpus), found in cells.items():
         x, y = NUM_GPUS.index(num_gpus), CONTEXTS.index(context)
         best = found.best
-        colour = "#eceff3" if best is None else COLOURS[best.degrees.schedule]
+        colour = "#eceff3" if best is None else COLOURS[best.parallel.schedule_name]
         axes.add_patch(_rectangle(x, y, colour))
         text = (
             "does not fit"
             if best is None
-            else f"{best.degrees}\n{best.mfu:.0%}" + (f"   (+{len(found.ties)} tied)" if found.ties else "")
+            else f"{arrangement_name(best.parallel)}\n{best.mfu:.0%}"
+            + (f"   (+{len(found.ties)} tied)" if found.ties else "")
         )
         axes.text(
             x, y, text, ha="center", va="center", fontsize=8.5, color="#475467" if best is None else "white"
@@ -337,7 +338,7 @@ def _draw_lines(axes: Axes, cells: dict[tuple[int, int], Cell], context: int) ->
 def _points(cells: dict[tuple[int, int], Cell], schedule: str, context: int) -> Iterator[tuple[int, float]]:
     for num_gpus in NUM_GPUS:
         for step in cells[context, num_gpus].steps:
-            if step.degrees.schedule == schedule and step.limit is None:
+            if step.parallel.schedule_name == schedule and step.limit is None:
                 yield num_gpus, step.mfu
 
 

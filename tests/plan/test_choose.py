@@ -67,7 +67,7 @@ def test_search_prefers_what_fits_and_is_fast() -> None:
     rates = [each.tokens / each.seconds for each in found]
     assert rates == sorted(rates, reverse=True)
     assert 0.2 < found[0].mfu < 0.6
-    ring = next(each for each in found if each.degrees.schedule == "ring")
+    ring = next(each for each in found if each.candidate.step.parallel.schedule_name == "ring")
     assert ring.sent > 0 and ring.parallel()["cp_ring"] * ring.parallel()["dp_shard"] == 8
     too_long = search(LLAMA, GPUS["h100"], context=2**25, num_gpus=8, batch_tokens=2**22)
     assert {each.limit for each in too_long} <= {"device memory", "host memory"}

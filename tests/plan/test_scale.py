@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from benchmarks.offloaded_step import WORKSPACE, best_steps, simulate, step_memory
 
+from longspan.core.mesh_config import MeshConfig
 from longspan.plan.hardware import GPUS
 from longspan.plan.memory import attention_buffers
 from longspan.plan.models import MODELS
 from longspan.plan.scale import (
     EFFICIENCY,
     HALF_ROWS,
-    Degrees,
+    arrangement_name,
     arrangements,
     attention_seconds,
 )
@@ -38,7 +39,7 @@ def test_parameters_are_those_of_the_model(name, billions):
 def test_flops_of_one_device_by_hand():
     """FLOPs per token are 2 per weight, and attention is half of 4 * tokens^2 * width a layer."""
     tokens = 2**17
-    step = simulate(LLAMA, H100, Degrees("none", 1, 1), context=tokens, num_gpus=1, sequences=1)
+    step = simulate(LLAMA, H100, MeshConfig(), context=tokens, num_gpus=1, sequences=1)
     rate = H100.flops * EFFICIENCY * tokens / (tokens + HALF_ROWS)
     attention = 2 * tokens**2 * 4096 * 32
     layers = 2 * tokens * LLAMA.layer_parameters * 32
@@ -52,7 +53,7 @@ def test_flops_of_one_device_by_hand():
 
 def test_a_ring_waits_for_its_slowest_part():
     """Hidden while blocks are long; waited for when a block takes less time than the next one's way."""
-    degrees = Degrees("ring", 64, 1)
+    degrees = MeshConfig(cp_ring=64)
     long, free = attention_seconds(LLAMA, H100, degrees, context=8 * M, backward=False)
     assert long == pytest.approx(free)
     short, free = attention_seconds(LLAMA, H100, degrees, context=M // 8, backward=False)
@@ -62,8 +63,10 @@ def test_a_ring_waits_for_its_slowest_part():
 
 def test_an_even_world_costs_dist_flash_one_half_block():
     """In the last step of an even world only half the ranks have a block: 9 halves in place of 8 on 8 ranks."""
-    even, _ = attention_seconds(LLAMA, H100, Degrees("dist_flash", 8, 1), context=8 * M, backward=False)
-    ideal, _ = attention_seconds(LLAMA, H100, Degrees("none", 1, 1), context=8 * M, backward=False)
+    even, _ = attention_seconds(
+        LLAMA, H100, MeshConfig.of_schedule("dist_flash", 8), context=8 * M, backward=False
+    )
+    ideal, _ = attention_seconds(LLAMA, H100, MeshConfig(), context=8 * M, backward=False)
     assert even / (ideal / 8) == pytest.approx(9 / 8, rel=0.01)
 
 
@@ -72,7 +75,7 @@ def test_trades_between_nodes_are_slower_than_inside():
     waits = []
     for degree in (8, 16):
         found, free = attention_seconds(
-            LLAMA, H100, Degrees("ulysses", 1, degree), context=degree * 16384, backward=False
+            LLAMA, H100, MeshConfig(cp_ulysses=degree), context=degree * 16384, backward=False
         )
         waits.append(found - free)
     assert waits[1] > 3 * waits[0]
@@ -84,17 +87,17 @@ def test_impossible_steps_say_what_is_missing():
     assert {step.limit for step in steps.values()} == {"device memory"}
     small = H100._replace(host_memory=1e11)
     assert (
-        simulate(LLAMA, small, Degrees("ring", 8, 1), context=M, num_gpus=8, sequences=1).limit
+        simulate(LLAMA, small, MeshConfig(cp_ring=8), context=M, num_gpus=8, sequences=1).limit
         == "host memory"
     )
 
 
 def test_arrangements_divide_heads_and_ranks():
     """Ulysses on 64 ranks of a model with 32 heads is no arrangement."""
-    names = [str(degrees) for degrees in arrangements(LLAMA, H100, 64)]
+    names = [arrangement_name(each) for each in arrangements(LLAMA, H100, 64)]
     assert names == ["ring 64", "dist_flash 64", "all_gather 64", "usp 2x32", "usp 4x16", "usp 8x8"]
-    assert [str(degrees) for degrees in arrangements(LLAMA, H100, 1)] == ["none"]
-    assert "ulysses 32" in [str(degrees) for degrees in arrangements(LLAMA, H100, 32)]
+    assert [arrangement_name(each) for each in arrangements(LLAMA, H100, 1)] == ["none"]
+    assert "ulysses 32" in [arrangement_name(each) for each in arrangements(LLAMA, H100, 32)]
 
 
 def test_memory_of_the_parts():
@@ -118,5 +121,5 @@ def test_memory_of_the_parts():
 )
 def test_published_steps_that_did_not_calibrate_are_met_within_a_tenth(model, context, seconds):
     """A change of the model that fits its one calibrating row and loses all others."""
-    step = simulate(MODELS[model], H100, Degrees("ring", 8, 1), context=context, num_gpus=8, sequences=1)
+    step = simulate(MODELS[model], H100, MeshConfig(cp_ring=8), context=context, num_gpus=8, sequences=1)
     assert step.seconds == pytest.approx(seconds, rel=0.1)

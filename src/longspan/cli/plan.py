@@ -109,7 +109,7 @@ def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:
         memory = each.candidate.memory
         rate = each.tokens / each.seconds
         rows.append([
-            str(each.degrees),
+            each.name,
             each.candidate.step.parallel.dp_shard,
             each.candidate.describe(),
             format_seconds(each.seconds),
@@ -133,7 +133,7 @@ def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:
     parts.append(("device", "context, buffers, fragmentation (allowance)", format_bytes(WORKSPACE)))
     parts += [("host", name, format_bytes(size)) for name, size in memory.host.items()]
     print_table(
-        f"{verb}: {best.degrees}, a GPU's memory at its peak ({memory.moment})",
+        f"{verb}: {best.name}, a GPU's memory at its peak ({memory.moment})",
         ("where", "what", "bytes"),
         parts,
     )

@@ -17,7 +17,7 @@ from longspan.core.units import format_bytes
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
-from longspan.plan.scale import Degrees, LayerSeconds, layer_seconds
+from longspan.plan.scale import LayerSeconds, layer_seconds
 from longspan.plan.training import WORKSPACE, TrainingMemory, training_memory
 from longspan.plan.training_step import TrainingStep
 
@@ -137,7 +137,7 @@ def choose_memory(
     """
     # Another GPU hardly changes the order.
     gpu, world = GPUS["h100"], step.parallel.world
-    layer = layer_seconds(model, gpu, Degrees.of(step.parallel), context=step.tokens, num_gpus=world)
+    layer = layer_seconds(model, gpu, step.parallel, context=step.tokens, num_gpus=world)
     found = candidates(model, step, gpu, layer, num_gpus=world)
     free = device_bytes - (WORKSPACE if step.cuda else 0.0)
     refused: list[tuple[Candidate, str]] = []

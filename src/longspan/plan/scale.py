@@ -37,8 +37,8 @@ __all__ = [
     "EFFICIENCY",
     "HALF_ROWS",
     "LINK_EFFICIENCY",
-    "Degrees",
     "LayerSeconds",
+    "arrangement_name",
     "arrangements",
     "attention_seconds",
     "layer_seconds",
@@ -55,29 +55,6 @@ LATENCY = 10e-6
 """Seconds before the first byte of a message, inside a node; twice that between nodes."""
 LAUNCH = 20e-6
 """Seconds to start one block of a ring."""
-
-
-class Degrees(NamedTuple):
-    """A schedule and how the ranks of the sequence are arranged."""
-
-    schedule: str
-    ring: int
-    ulysses: int
-
-    @classmethod
-    def of(cls, parallel: MeshConfig) -> Degrees:
-        """Return those of a recipe's `parallel`."""
-        return cls(parallel.planned_schedule, parallel.cp_ring, parallel.cp_ulysses)
-
-    @property
-    def world(self) -> int:
-        """Ranks that share a sequence."""
-        return self.ring * self.ulysses
-
-    def __str__(self) -> str:
-        if self.schedule == "usp":
-            return f"usp {self.ulysses}x{self.ring}"
-        return self.schedule if self.world == 1 else f"{self.schedule} {self.world}"
 
 
 class LayerSeconds(NamedTuple):
@@ -107,26 +84,28 @@ class _Links(NamedTuple):
 
 
 def layer_seconds(
-    model: ModelShape, gpu: Gpu, degrees: Degrees, *, context: int, num_gpus: int
+    model: ModelShape, gpu: Gpu, parallel: MeshConfig, *, context: int, num_gpus: int
 ) -> LayerSeconds:
     """Return what a layer of one micro-step takes, part by part; parameters are sharded over all GPUs."""
-    tokens = -(-context // degrees.world)
+    tokens = -(-context // parallel.cp)
     linear = _seconds(2 * tokens * model.layer_parameters, gpu, tokens)
-    forward, forward_free = attention_seconds(model, gpu, degrees, context=context, backward=False)
-    backward, backward_free = attention_seconds(model, gpu, degrees, context=context, backward=True)
+    forward, forward_free = attention_seconds(model, gpu, parallel, context=context, backward=False)
+    backward, backward_free = attention_seconds(model, gpu, parallel, context=context, backward=True)
     gather, scatter = _fsdp(model, gpu, num_gpus)
     head = _seconds(2 * tokens * model.vocab * model.hidden, gpu, tokens)
     return LayerSeconds(linear, forward, backward, gather, scatter, head, (forward_free, backward_free))
 
 
-def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[Degrees]:
+def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[MeshConfig]:
     """Yield every schedule and arrangement of `world` ranks; heads are traded inside a node where a ring goes round."""
     if world == 1:
-        yield Degrees("none", 1, 1)
+        yield MeshConfig(schedule="none")
         return
-    yield from (Degrees(name, world, 1) for name in ("ring", "dist_flash", "all_gather"))
+    yield MeshConfig(cp_ring=world, schedule="ring")
+    yield MeshConfig(cp_ring=world, schedule="dist_flash")
+    yield MeshConfig(cp_ring=world, schedule="all_gather")
     if model.heads % world == 0:
-        yield Degrees("ulysses", 1, world)
+        yield MeshConfig(cp_ulysses=world, schedule="ulysses")
     for ulysses in (2, 4, 8, 16, 32, 64):
         if (
             ulysses <= gpu.per_node
@@ -134,7 +113,15 @@ def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[Degrees]:
             and world % ulysses == 0
             and model.heads % ulysses == 0
         ):
-            yield Degrees("usp", world // ulysses, ulysses)
+            yield MeshConfig(cp_ring=world // ulysses, cp_ulysses=ulysses, schedule="usp")
+
+
+def arrangement_name(parallel: MeshConfig) -> str:
+    """Return the schedule and its degrees in short: `usp 2x4`, `ring 8`."""
+    name = parallel.schedule_name
+    if name == "usp":
+        return f"usp {parallel.cp_ulysses}x{parallel.cp_ring}"
+    return name if parallel.cp == 1 else f"{name} {parallel.cp}"
 
 
 def _seconds(flops: float, gpu: Gpu, rows: int) -> float:
@@ -153,18 +140,18 @@ def _links(gpu: Gpu, world: int, stride: int) -> _Links:
 
 
 def attention_seconds(
-    model: ModelShape, gpu: Gpu, degrees: Degrees, *, context: int, backward: bool
+    model: ModelShape, gpu: Gpu, parallel: MeshConfig, *, context: int, backward: bool
 ) -> tuple[float, float]:
     """Return seconds of one layer's attention on one rank, one pass, and what they were with free communication."""
-    schedule, ring, ulysses = degrees
-    tokens = -(-context // degrees.world)
-    flops = 2 * context**2 * model.heads * model.head_dim / degrees.world * (2.5 if backward else 1.0)
+    schedule, ring, ulysses = parallel.planned_schedule, parallel.cp_ring, parallel.cp_ulysses
+    tokens = -(-context // parallel.cp)
+    flops = 2 * context**2 * model.heads * model.head_dim / parallel.cp * (2.5 if backward else 1.0)
     shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, BYTES)
     direction = int(backward)
     # Ranks differ in dist_flash only, where the first sends most forward and the last most backward.
     total = max(
         bytes_sent(schedule, shape, ring_degree=ring, ulysses_degree=ulysses, rank=rank)[direction]
-        for rank in (0, degrees.world - 1)
+        for rank in (0, parallel.cp - 1)
     )
     traded = bytes_sent("ulysses", shape, ulysses_degree=ulysses)[direction]
     trade = _trade(gpu, ulysses, traded)

@@ -16,7 +16,7 @@ from longspan.plan.choose import Candidate, candidates
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
-from longspan.plan.scale import Degrees, arrangements, layer_seconds
+from longspan.plan.scale import arrangement_name, arrangements, layer_seconds
 from longspan.plan.training import WORKSPACE
 from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
@@ -30,7 +30,6 @@ _GPUS = re.compile(r"(?:(\d+)x)?([a-z0-9]+)")
 class Arrangement(NamedTuple):
     """One way to run a step."""
 
-    degrees: Degrees
     candidate: Candidate
     seconds: float
     """Of an optimizer step."""
@@ -43,6 +42,11 @@ class Arrangement(NamedTuple):
     limit: str | None
     """What does not fit; None if the step is possible."""
 
+    @property
+    def name(self) -> str:
+        """The schedule and its degrees in short."""
+        return arrangement_name(self.candidate.step.parallel)
+
     def parallel(self) -> dict[str, Any]:
         """Return the fields of a recipe's `parallel`."""
         return self.candidate.step.parallel.model_dump(exclude={"tp"})
@@ -51,7 +55,7 @@ class Arrangement(NamedTuple):
         """Return it for JSON."""
         memory = self.candidate.memory
         return {
-            "schedule": str(self.degrees),
+            "schedule": self.name,
             "fits": self.limit is None,
             "lacks": self.limit,
             "seconds_per_step": self.seconds,
@@ -111,47 +115,44 @@ def search(
             continue
         # Equally many for each group, so steps may differ by some rows.
         rows = round(sequences / groups) * groups
-        for degrees in arrangements(model, gpu, world):
-            for found in _of(model, gpu, degrees, context, num_gpus, rows, lora):
-                other = best.get(degrees.schedule)
+        for parallel in arrangements(model, gpu, world):
+            for found in _of(model, gpu, parallel, context, num_gpus, rows, lora):
+                other = best.get(parallel.schedule_name)
                 if other is None or _rank(found, gpu, num_gpus) < _rank(other, gpu, num_gpus):
-                    best[degrees.schedule] = found
+                    best[parallel.schedule_name] = found
     return sorted(best.values(), key=lambda each: _rank(each, gpu, num_gpus))
 
 
 def _of(
     model: ModelShape,
     gpu: Gpu,
-    degrees: Degrees,
+    parallel: MeshConfig,
     context: int,
     num_gpus: int,
     rows: int,
     lora: Adapters | None,
 ) -> list[Arrangement]:
-    groups = num_gpus // degrees.world
+    groups = num_gpus // parallel.cp
     micro_steps = rows / groups
     step = TrainingStep(
         context,
-        parallel=MeshConfig(
-            dp_shard=groups, cp_ring=degrees.ring, cp_ulysses=degrees.ulysses, schedule=degrees.schedule
-        ),
+        parallel=parallel.model_copy(update={"dp_shard": groups}),
         dtype="float32" if lora is None else "bfloat16",
         memory=MemoryConfig(compute_dtype="bfloat16"),
         lora=lora,
         accumulates=micro_steps > 1,
     )
-    layer = layer_seconds(model, gpu, degrees, context=context, num_gpus=num_gpus)
+    layer = layer_seconds(model, gpu, parallel, context=context, num_gpus=num_gpus)
     # Frozen weights get no gradient: one product less.
     saved = 0 if lora is None else context * model.linear_flops()
     flops = rows * (model.model_flops(context) - saved)
     return [
         Arrangement(
-            degrees,
             candidate,
             candidate.seconds,
             rows * context,
             flops / (candidate.seconds * num_gpus * gpu.flops),
-            micro_steps * _sent(model, candidate.step, degrees, num_gpus),
+            micro_steps * _sent(model, candidate.step, num_gpus),
             candidate.memory.limit(gpu, num_gpus),
         )
         for candidate in candidates(model, step, gpu, layer, num_gpus=num_gpus, micro_steps=micro_steps)
@@ -166,12 +167,15 @@ def _rank(found: Arrangement, gpu: Gpu, num_gpus: int) -> tuple[bool, float, int
     return True, lack, found.candidate.effort
 
 
-def _sent(model: ModelShape, s: TrainingStep, degrees: Degrees, num_gpus: int) -> float:
+def _sent(model: ModelShape, s: TrainingStep, num_gpus: int) -> float:
     """Return bytes that a GPU sends in one micro-step: attention of all layers, and FSDP's gathers and sums."""
-    tokens = -(-s.tokens // degrees.world)
+    tokens = -(-s.tokens // s.parallel.cp)
     shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, s.compute_bytes)
     forward, backward = bytes_sent(
-        s.parallel.planned_schedule, shape, ring_degree=degrees.ring, ulysses_degree=degrees.ulysses
+        s.parallel.planned_schedule,
+        shape,
+        ring_degree=s.parallel.cp_ring,
+        ulysses_degree=s.parallel.cp_ulysses,
     )
     again = s.memory.activation_checkpointing != "none"
     attention = model.layers * (forward * (1 + again) + backward)

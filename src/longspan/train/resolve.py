@@ -19,7 +19,7 @@ from longspan.data.rows.loader import RowSource
 from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS, Gpu
 from longspan.plan.models import ModelShape
-from longspan.plan.scale import Degrees, layer_seconds
+from longspan.plan.scale import layer_seconds
 from longspan.plan.training import WORKSPACE, training_memory
 from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
 from longspan.train.fit import MemoryBudget, machine_budget, training_step
@@ -159,8 +159,7 @@ def _stage(
         host = estimate.host_bytes
     if model is not None and stage.steps != 0 and gpu is not None:
         world = config.parallel.world
-        degrees = Degrees.of(config.parallel)
-        layer = layer_seconds(model, gpu, degrees, context=step.tokens, num_gpus=world)
+        layer = layer_seconds(model, gpu, config.parallel, context=step.tokens, num_gpus=world)
         micro = _micro_steps(config.parallel, stage)
         step_time = step_seconds(model, gpu, step, layer, num_gpus=world, micro_steps=micro)
         seconds = None if steps is None else steps * step_time
