@@ -80,7 +80,7 @@ def topk(
     if print_sbatch:
         jobs.print_sbatch("annotate")
         return
-    from longspan.annotate.run import shard_folder
+    from longspan.annotate.run import estimate_job, shard_folder
     from longspan.core.errors import ArgumentError
     from longspan.core.launched import is_first
     from longspan.data.jobs import ArrayJob
@@ -103,7 +103,7 @@ def topk(
             raise ArgumentError("where shall the annotations go?", fix="give --out")
         specs = {out or Path(): settings}
     if dry_run:
-        found = {str(path): _estimated(spec, part) for path, spec in specs.items()}
+        found = {str(path): estimate_job(spec, shard=part) for path, spec in specs.items()}
         if is_first():
             _show_estimates(found, as_json)
         return
@@ -151,12 +151,6 @@ def _cepe_specs(settings: AnnotateConfig, out: Path | None) -> dict[Path, Annota
         folder = out or cepe_folder(pairs, of_domain, settings.teacher.model)
         specs[folder / domain] = settings.model_copy(update={"data": str(pairs), "pairs": of_domain})
     return specs
-
-
-def _estimated(spec: AnnotateConfig, part: ArrayJob) -> AnnotateEstimate:
-    from longspan.annotate.run import estimate_job
-
-    return estimate_job(spec, shard=part)
 
 
 def _annotate(spec: AnnotateConfig, out: Path, part: ArrayJob, jobs: JobsConfig) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Literal
 
 import pydantic
 import typer
 
+from longspan.cli.output import command_line
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.data.jobs import ArrayJob, Executor, LocalExecutor, RayExecutor, array_job, sbatch_script
@@ -51,11 +51,5 @@ class JobsConfig(Config):
         """Print the file that runs this very command line as jobs of an array."""
         if self.num_jobs is None:
             raise ArgumentError("how many jobs shall share the work?", fix="give --num-jobs")
-        command, skip = ["longspan"], False
-        for word in sys.argv[1:]:
-            option = word.partition("=")[0]
-            if not skip and option not in ("--print-sbatch", "--num-jobs", "--executor"):
-                command.append(word)
-            skip = not skip and option in ("--num-jobs", "--executor") and "=" not in word
-        command += ["--executor", "slurm"]
+        command = ["longspan", *command_line("--num-jobs", "--executor"), "--executor", "slurm"]
         typer.echo(sbatch_script(command, num_jobs=self.num_jobs, workers=self.workers, name=name), nl=False)

@@ -95,6 +95,16 @@ def percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.1f}%"
 
 
+def command_line(*without: str) -> list[str]:
+    """Return the words of this command line, less --print-sbatch and some options with their values."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word.partition("=")[0] not in ("--print-sbatch", *without):
+            words.append(word)
+        skip = not skip and word in without
+    return words
+
+
 def quiet_transformers() -> None:
     """Keep transformers' bars for loading and saving off stderr; they show nothing that takes time here."""
     from transformers.utils import logging

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.output import Json, example, print_json, print_table, quiet_transformers
+from longspan.cli.output import Json, command_line, example, print_json, print_table, quiet_transformers
 
 if TYPE_CHECKING:
     from longspan.train.config import TrainConfig
@@ -133,12 +132,7 @@ def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
     """Print the file that runs this very command line."""
     from longspan.train.slurm import sbatch_script
 
-    command, skip = [], False
-    for word in sys.argv[1:]:
-        option = word.partition("=")[0]
-        if not skip and option not in ("--print-sbatch", "--gpus-per-node"):
-            command.append(word)
-        skip = not skip and word == "--gpus-per-node"
+    command = command_line("--gpus-per-node")
     world = loaded.config.parallel.world
     typer.echo(sbatch_script(command, world=world, per_node=gpus_per_node, name=loaded.name), nl=False)
 

@@ -8,7 +8,7 @@ depths    0,0.5,1          start, middle and end of the haystack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,37 +21,30 @@ from longspan.core.units import parse_length
 
 def lengths_from(values: Any) -> Any:
     """Read context lengths before validation; a value that is neither text nor a list is left to it."""
-    if isinstance(values, str):
-        values = values.split(",")
-    if not isinstance(values, list | tuple):
-        return values
-    try:
-        lengths: list[Any] = []
-        for value in values:
-            if isinstance(value, str) and ":" in value:
-                start, end, count = _range(value, such_as="1k:8k:8")
-                lengths += _spaced(float(parse_length(start)), float(parse_length(end)), count, whole=True)
-            else:
-                lengths.append(parse_length(value) if isinstance(value, str) else value)
-    except ArgumentError as error:
-        raise ValueError(str(error)) from None
-    return tuple(lengths)
+    return _read(values, parse_length, such_as="1k:8k:8")
 
 
 def depths_from(values: Any) -> Any:
     """Read depths before validation; a value that is neither text nor a list is left to it."""
+    return _read(values, _depth, such_as="0:1:11")
+
+
+def _read(values: Any, read: Callable[[str], float], *, such_as: str) -> Any:
     if isinstance(values, str):
         values = values.split(",")
     if not isinstance(values, list | tuple):
         return values
-    depths: list[Any] = []
-    for value in values:
-        if isinstance(value, str) and ":" in value:
-            start, end, count = _range(value, such_as="0:1:11")
-            depths += _spaced(_depth(start), _depth(end), count, whole=False)
-        else:
-            depths.append(_depth(value) if isinstance(value, str) else value)
-    return tuple(depths)
+    found: list[Any] = []
+    try:
+        for value in values:
+            if isinstance(value, str) and ":" in value:
+                start, end, count = _range(value, such_as=such_as)
+                found += _spaced(read(start), read(end), count)
+            else:
+                found.append(read(value) if isinstance(value, str) else value)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from None
+    return tuple(found)
 
 
 def refuse_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -82,10 +75,10 @@ def _range(text: str, *, such_as: str) -> tuple[str, str, int]:
     return parts[0], parts[1], int(parts[2])
 
 
-def _spaced(start: float, end: float, count: int, *, whole: bool) -> Sequence[Any]:
+def _spaced(start: float, end: float, count: int) -> Sequence[Any]:
     # Ends are exact, and 11 depths are 0.1 and 0.3, not 0.30000000000000004.
-    points = np.linspace(start, end, count)
-    return [round(float(point)) if whole else round(float(point), 9) for point in points]
+    digits = None if isinstance(start, int) else 9
+    return [round(float(point), digits) for point in np.linspace(start, end, count)]
 
 
 def _depth(text: str) -> float:

@@ -60,8 +60,6 @@ class HarnessLM(LM):
         self._plain = form.plain()
         trained = answerer.identity.get("trained_length")
         self.max_length = max_length or answerer.max_length or (int(trained) if trained else None)
-        self.truncated = 0
-        """Requests so far whose context was cut."""
 
     @property
     def tokenizer_name(self) -> str:
@@ -165,7 +163,6 @@ class HarnessLM(LM):
         )
 
     def _all(self, mode: str, asked: Sequence[Asked], result: Any) -> list[Any]:
-        self.truncated += sum(each.truncated > 0 for each in asked)
         requests = [request for each in asked for request in each.requests]
         answers: list[Answer | None] = [None] * len(requests)
         given = self._answerer.score(requests) if mode == "score" else self._answerer.generate(requests)

@@ -103,18 +103,18 @@ def judge_records(
     """
     unjudged: list[dict[str, Any]] = []
 
-    def requests() -> Iterator[tuple[_SampleIdentity, ChatRequest]]:
+    def requests() -> Iterator[tuple[Mapping[str, Any], ChatRequest]]:
         for sample in samples:
             if sample.get("unscored") is None:
-                yield _SampleIdentity(sample), judge_request(sample, template)
+                yield sample, judge_request(sample, template)
             else:
                 unjudged.append({**sample, "score": None})
 
-    for holder, result in client.complete(requests()):
+    for sample, result in client.complete(requests()):
         yield from unjudged
         unjudged.clear()
         if result.error != _NOT_NOW:
-            yield _judged(holder.sample, result, template)
+            yield _judged(sample, result, template)
     yield from unjudged
 
 
@@ -157,13 +157,6 @@ def parse_rating(reply: str, template: str = TEMPLATE) -> int | None:
     match = _RATING.fullmatch(last)
     rating = int(match.group(1)) if match else 0
     return rating if _LOWEST <= rating <= _HIGHEST else None
-
-
-class _SampleIdentity:
-    """Names a sample by itself: equal records stay apart."""
-
-    def __init__(self, sample: Mapping[str, Any]) -> None:
-        self.sample = sample
 
 
 def _judged(sample: Mapping[str, Any], result: ChatResult, template: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ samples that are missing, and one with other settings refuses to write into the 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
-from longspan.core.files import atomic_write
+from longspan.core.files import atomic_write, sha256_bytes
 from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.eval.registry import entry_of
 
@@ -258,4 +257,4 @@ def _short(text: str, same: int) -> str:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256_bytes(json.dumps(value, sort_keys=True).encode())[:16]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
 from importlib.resources import files
 
 import numpy as np
+
+from longspan.core.files import sha256_bytes
 
 LISTS = ("adjectives", "nouns", "verbs", "topics")
 
@@ -22,7 +23,7 @@ def word_list(name: str) -> tuple[str, ...]:
 def lists_fingerprint() -> str:
     """Return 16 hex characters that change with any list."""
     content = "\n\n".join("\n".join(word_list(name)) for name in LISTS)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return sha256_bytes(content.encode())[:16]
 
 
 def draw_compounds(generator: np.random.Generator, count: int) -> list[str]:

@@ -176,39 +176,27 @@ def _timings(run: LoadedRun, several: bool) -> dict[str, Any] | None:
 
 def _models_table(records: Sequence[RecordFile]) -> Table:
     """Return every model with the RoPE it was evaluated with."""
-    rows: list[list[str | TableCell]] = []
-    seen: set[tuple[Any, ...]] = set()
+    rows: dict[tuple[str | TableCell, ...], None] = {}
     for file in records:
         model = file.header.get("model", {})
+        fingerprint, tokenizer = (
+            str(digest or MISSING) for digest in (model.get("fingerprint"), file.header.get("tokenizer"))
+        )
         row = (
             short_name(file.label),
-            str(model.get("path") or MISSING),
-            str(model.get("fingerprint") or MISSING),
-            rope_words(model.get("rope")) or MISSING,
-            length_text(file.trained_length) if file.trained_length else MISSING,
-            str(model.get("backend") or MISSING),
-            str(file.header.get("tokenizer") or MISSING),
+            TableCell(file.run or MISSING, "left"),
+            TableCell(str(model.get("path") or MISSING), "left wrap"),
+            TableCell(fingerprint[:16], "mono", fingerprint),
+            TableCell(rope_words(model.get("rope")) or MISSING, "left"),
+            TableCell(length_text(file.trained_length) if file.trained_length else MISSING, "num"),
+            TableCell(str(model.get("backend") or MISSING), "left wrap"),
+            TableCell(tokenizer[:16], "mono", tokenizer),
         )
-        if row in seen:
-            continue
-        seen.add(row)
-        name, path, fingerprint, rope, trained, backend, tokenizer = row
-        rows.append(
-            [
-                name,
-                TableCell(file.run or MISSING, "left"),
-                TableCell(path, "left wrap"),
-                TableCell(fingerprint[:16], "mono", fingerprint),
-                TableCell(rope, "left"),
-                TableCell(trained, "num"),
-                TableCell(backend, "left wrap"),
-                TableCell(tokenizer[:16], "mono", tokenizer),
-            ]
-        )
+        rows.setdefault(row)
     return Table(
         "Models as evaluated",
         ["model", "run", "path", "fingerprint", "RoPE", "trained length", "backend", "tokenizer"],
-        rows,
+        list(rows),
     )
 
 

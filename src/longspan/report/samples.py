@@ -13,6 +13,9 @@ from longspan.report.layouts import Layout
 
 Place = float | int | str
 """A value on an axis."""
+_TEXTS = ("sample", "question", "output", "dataset", "subtask", "metric", "finish", "thoughts", "no_answer")
+_COUNTS = ("achieved_length", "num_topics", "prompt_tokens", "completion_tokens")
+_NUMBERS = ("achieved_depth", "seconds", "cost")
 
 
 class ScoredSample(NamedTuple):
@@ -86,33 +89,21 @@ def parse_sample(layout: Layout, line: dict[str, Any], where: str) -> ScoredSamp
         _place(line, axis, where, needed=score is not None) for axis in (layout.rows, layout.columns)
     )
     length = None if line.get("length") is None else count(line, "length", where, least=1)
+    read: dict[str, Any] = {name: _words(line.get(name)) for name in _TEXTS}
+    read |= {name: _whole(line, name) for name in _COUNTS}
+    read |= {name: _optional(line, name) for name in _NUMBERS}
     return ScoredSample(
         id=text(line, "id", where),
         row=row,
         column=column,
         length=length,
         depth=_place(line, "depth", where, needed=False) if is_number(line.get("depth")) else None,
-        sample=_words(line.get("sample")),
         score=score,
         unscored=unscored,
-        question=_words(line.get("question")),
         expected=_texts(line.get("expected")),
-        output=_words(line.get("output")),
         window=_words(line.get("needle_window")),
-        achieved_length=_whole(line, "achieved_length"),
-        achieved_depth=_optional(line, "achieved_depth"),
         distractors=_whole(line, "num_distractors") or 0,
-        dataset=_words(line.get("dataset")),
-        subtask=_words(line.get("subtask")),
-        metric=_words(line.get("metric")),
-        num_topics=_whole(line, "num_topics"),
-        seconds=_optional(line, "seconds"),
-        prompt_tokens=_whole(line, "prompt_tokens"),
-        completion_tokens=_whole(line, "completion_tokens"),
-        cost=_optional(line, "cost"),
-        finish=_words(line.get("finish")),
-        thoughts=_words(line.get("thoughts")),
-        no_answer=_words(line.get("no_answer")),
+        **read,
     )
 
 

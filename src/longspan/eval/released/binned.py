@@ -19,7 +19,7 @@ from longspan.eval.grid import Lengths
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.released.rows import Rows
-from longspan.eval.task import Built, Planned, PromptTask
+from longspan.eval.task import Planned, PromptTask
 
 _ENDINGS = (".parquet", ".jsonl", ".json")
 _MOST_CHARACTERS = 16
@@ -121,10 +121,6 @@ class BinnedTask(PromptTask[BinnedConfigT]):
 
     axis: str
     """The field of a sample that the rows of the grid are."""
-
-    def build(self, planned: Planned) -> Built:
-        """Compose one sample."""
-        raise NotImplementedError
 
     def _bin(self, texts: Sequence[str]) -> tuple[int, int] | None:
         ends = sorted(self.settings.lengths)

@@ -6,7 +6,6 @@ JSON lines are read one by one when they are asked for: a set of long contexts h
 from __future__ import annotations
 
 import codecs
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import orjson
 
 from longspan.core.errors import DataError
+from longspan.core.files import sha256_file
 
 _BLOCK_BYTES = 1 << 20
 
@@ -91,8 +91,7 @@ class Rows(Sequence[dict[str, Any]]):
     @property
     def sha256(self) -> str:
         """SHA-256 of the file. Cost: reads it."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_file(self.path)
 
     def _line(self, number: int) -> Any:
         with open(self.path, "rb") as file:

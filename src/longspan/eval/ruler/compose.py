@@ -162,7 +162,9 @@ def frequent_words(
     The most frequent one is written as dots and does not count; the three after it are the answer.
     """
     room = length if release == "2024" else length - SUBTASKS["fwe"].answer_tokens
-    vocabulary = _coded_words(generator, max(5, room // 50))
+    vocabulary = _distinct(
+        lambda size: _letters(generator, size, CODED_WORD_LETTERS, string.ascii_lowercase), max(5, room // 50)
+    )
     ranks = np.arange(1, len(vocabulary) + 1)
     counts = (units * ranks**-2.0 / (np.pi**2 / 6)).astype(int)
     # With few words rounding can make ranks equal, and then no three are the most frequent.
@@ -278,12 +280,6 @@ def _word_list(generator: np.random.Generator, different: int, common: int, unco
     context = " ".join(f"{number}. {words[index]}" for number, index in enumerate(order, 1))
     prompt = _CWE.format(context=context)
     return Draft(prompt, _CWE_ANSWER, words[:COMMON_WORDS], prompt.rpartition("\n")[2])
-
-
-def _coded_words(generator: np.random.Generator, count: int) -> list[str]:
-    return _distinct(
-        lambda size: _letters(generator, size, CODED_WORD_LETTERS, string.ascii_lowercase), count
-    )
 
 
 def _letters(generator: np.random.Generator, count: int, length: int, alphabet: str) -> list[str]:
