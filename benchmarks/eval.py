@@ -43,11 +43,12 @@ from longspan.eval.records import read_records
 from longspan.eval.ruler.cache import SampleCache
 from longspan.eval.ruler.task import Ruler, RulerConfig
 from longspan.eval.runner import run_task
-from longspan.infer.flops import LLAMA_2_7B, PUBLISHED_GRIDS, ModelFlops, reuse_factor
+from longspan.infer.flops import ModelFlops
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.plain import PlainAnswerer
 from longspan.infer.requests import Request
 from longspan.models.hf import build_model
+from published_grids import LLAMA_2_7B, PUBLISHED_GRIDS, reuse_factor
 
 BATCH_TOKENS = 2048
 IDENTITY = {"path": "random", "fingerprint": "random", "rope": {}, "trained_length": 4096}

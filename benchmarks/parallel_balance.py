@@ -14,13 +14,13 @@ from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import plan_packing
 from longspan.data.plans.presets import PRESETS
 from longspan.data.store import TokenStore
-from longspan.parallel.balance import Balance, balance_of
 from longspan.parallel.shards import SequenceShards
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.models import MODELS
 from longspan.quickstart import load_config
 from longspan.train.streams import plan_stage
 from parallel_count import needed_rows
+from work_balance import Balance, balance_of
 
 SHAPE = AttentionShape(0, MODELS["llama-3-8b"].heads, MODELS["llama-3-8b"].kv_heads, 128)
 LAYOUTS = ("contiguous", "zigzag", "striped", "balanced")

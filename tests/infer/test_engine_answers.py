@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.published_grids import LLAMA_2_7B, PUBLISHED_GRIDS, reuse_factor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.data.tokenizer import train_bpe
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.flops import (
-    LLAMA_2_7B,
-    PUBLISHED_GRIDS,
     GridPrompt,
     ModelFlops,
     ladder,
-    reuse_factor,
     work_by_themselves,
     work_shared,
 )

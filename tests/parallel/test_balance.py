@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks.work_balance import balance_of
 
-from longspan.parallel.balance import balance_of
 from longspan.parallel.shards import SequenceShards
 
 

@@ -72,22 +72,6 @@ class Work(NamedTuple):
     """(query, key) pairs of full attention."""
     logit_rows: int
 
-    def flops(self, model: ModelFlops) -> float:
-        """Return the floating-point operations."""
-        return (
-            model.per_token * self.tokens
-            + model.per_pair * self.pairs
-            + model.per_logit_row * self.logit_rows
-        )
-
-
-class Factor(NamedTuple):
-    """How many times more the cells cost by themselves than with a shared prefix."""
-
-    linear: float
-    attention: float
-    all: float
-
 
 def work_by_themselves(cells: Iterable[GridPrompt]) -> Work:
     """Return the work of reading every cell from its first token."""
@@ -103,16 +87,6 @@ def work_shared(cells: Sequence[GridPrompt]) -> Work:
     return Work(tokens, pairs, len(cells))
 
 
-def reuse_factor(cells: Sequence[GridPrompt], model: ModelFlops) -> Factor:
-    """Return by how much a shared prefix makes the cells cheaper."""
-    alone, shared = work_by_themselves(cells), work_shared(cells)
-    return Factor(
-        alone.tokens / shared.tokens,
-        alone.pairs / shared.pairs,
-        alone.flops(model) / shared.flops(model),
-    )
-
-
 def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) -> list[GridPrompt]:
     """Return the cells of a needle grid over one haystack.
 
@@ -122,24 +96,6 @@ def ladder(lengths: Iterable[int], depths: Sequence[float], *, rest: int = 0) ->
         rest: tokens of each prompt that are no haystack (needle, question); they stand behind the branch.
     """
     return [GridPrompt(round(depth * (length - rest)), length) for length in lengths for depth in depths]
-
-
-PUBLISHED_GRIDS: dict[str, list[GridPrompt]] = {
-    # 50K to 1M in steps of 50K, 11 depths, 2 samples: 440 prompts.
-    "easycontext": ladder(range(50_000, 1_000_001, 50_000), [tenth / 10 for tenth in range(11)] * 2),
-    # 40 even lengths from 1000 to 128000, 10 even depths: 400 prompts.
-    "fu-2024": ladder(
-        [round(1000 + 127_000 * step / 39) for step in range(40)], [step / 9 for step in range(10)]
-    ),
-}
-"""The cells of needle grids as they were published, needles and questions left out; for one haystack."""
-
-LLAMA_2_7B = ModelFlops(
-    per_token=2.0 * 32 * (4 * 4096**2 + 3 * 4096 * 11008),
-    per_pair=4.0 * 32 * 4096,
-    per_logit_row=2.0 * 4096 * 32000,
-)
-"""Of the model that both were published for."""
 
 
 def _triangle(tokens: int) -> int:
