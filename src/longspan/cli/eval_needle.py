@@ -115,7 +115,6 @@ def needle(
     """
     from longspan.eval.needle import NeedleTask, effective_of
     from longspan.eval.needle_multikey import MultiKeyTask
-    from longspan.eval.runner import run_task
 
     form = form_of(model, prompts)
     make = MultiKeyTask.from_config if multi_key else NeedleTask.from_config
@@ -129,17 +128,7 @@ def needle(
         log_once("eval", too_few)
     task: Task = make(settings, data, form)
     with opened(model, prompts) as asked:
-        summary = run_task(
-            task,
-            asked.answerer,
-            tokenizer=asked.tokenizer,
-            label=asked.label,
-            out=asked.records(out, task.name),
-            note=note,
-            used=used,
-            retry_unscored=retry_unscored,
-            too_long=too_long,
-        )
+        summary = asked.run(task, out, note=note, used=used, retry_unscored=retry_unscored, too_long=too_long)
     summary |= effective_of(summary["by_length"], threshold=threshold)
     if as_json:
         print_json(summary)

@@ -57,7 +57,6 @@ def command_of(entry: TaskEntry) -> FromSettings:
         as_json: Json = False,
     ) -> None:
         from longspan.eval.registry import loaded
-        from longspan.eval.runner import run_task
 
         if "cache" in entry.reads and not dry_run:
             data = data.model_copy(update={"cache": data.cache or str(out / f"{entry.name}-samples")})
@@ -66,16 +65,8 @@ def command_of(entry: TaskEntry) -> FromSettings:
             show_plan(task, as_json=as_json)
             return
         with opened(model, prompts) as asked:
-            summary = run_task(
-                task,
-                asked.answerer,
-                tokenizer=asked.tokenizer,
-                label=asked.label,
-                out=asked.records(out, task.name),
-                note=note,
-                used=used,
-                retry_unscored=retry_unscored,
-                too_long=too_long,
+            summary = asked.run(
+                task, out, note=note, used=used, retry_unscored=retry_unscored, too_long=too_long
             )
         if as_json:
             print_json(summary)

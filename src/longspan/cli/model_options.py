@@ -12,7 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longspan.cli.from_settings import Part
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longspan.api import ServerConfig
     from longspan.data.tokenizer import Tokenizer
     from longspan.eval.prompts import PromptConfig, PromptForm
+    from longspan.eval.task import Task
     from longspan.infer.config import AnswererConfig
     from longspan.infer.opening import Load
     from longspan.infer.requests import Answerer
@@ -41,6 +42,13 @@ class AskedModel(NamedTuple):
     def records(self, out: Path, task: str) -> Path:
         """Return the file that the records of a task go to."""
         return out / "records" / f"{task}-{self.label}.jsonl"
+
+    def run(self, task: Task, out: Path, **how: Any) -> dict[str, Any]:
+        """Ask a task, with its records in a run folder; `how` and the summary are those of `run_task`."""
+        from longspan.eval.runner import run_task
+
+        records = self.records(out, task.name)
+        return run_task(task, self.answerer, tokenizer=self.tokenizer, label=self.label, out=records, **how)
 
 
 def form_of(options: AnswererConfig, prompts: PromptConfig) -> PromptForm:

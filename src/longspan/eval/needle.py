@@ -16,6 +16,7 @@ stands before the needle is then the same text for every depth and length behind
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -151,10 +152,13 @@ class NeedleComposer:
         """Return a needle to be planted."""
         return self._insertion(fill(self.settings.needle, **facts._asdict()), depth)
 
-    def distractor(self, index: int, facts: Facts, depth: float) -> Insertion:
-        """Return a distractor to be planted."""
-        texts = self.settings.distractors or (self.settings.needle,)
-        return self._insertion(fill(texts[index % len(texts)], **facts._asdict()), depth)
+    def distractors(self, facts: Sequence[Facts], depths: Sequence[float]) -> list[Insertion]:
+        """Return distractors to be planted, of the given texts in turn."""
+        texts = itertools.cycle(self.settings.distractors or (self.settings.needle,))
+        return [
+            self._insertion(fill(text, **each._asdict()), depth)
+            for each, depth, text in zip(facts, depths, texts)
+        ]
 
     def question(self, facts: Sequence[Facts]) -> str:
         """Return the question for some needles: `{key}` is "iron, coal and tin"."""
@@ -303,9 +307,8 @@ class NeedleComposer:
         longest = sorted(self._keys, key=len)[-1:] or [""]
         facts = Facts(longest[0], "9" * self.settings.answer_digits)
         planted = [self.needle(facts, 0.0).tokens] * self._num_needles
-        planted += [
-            self.distractor(number, facts, 0.0).tokens for number in range(len(self._distractor_fields))
-        ]
+        count = len(self._distractor_fields)
+        planted += [each.tokens for each in self.distractors([facts] * count, [0.0] * count)]
         asked = [facts] * self.settings.num_needles
         needed = self.count("", asked) + sum(planted) + MIN_HAYSTACK_TOKENS + 2
         if min(self.settings.lengths) < needed:
@@ -385,10 +388,7 @@ class NeedleTask:
             return composer.built(self._to_the_letter(needle, length, depth), 0, [needle])
         insertions = [composer.needle(needle, depth)]
         insertions += [composer.needle(each, place) for each, place in zip(others, depths)]
-        insertions += [
-            composer.distractor(index, each, place)
-            for index, (each, place) in enumerate(zip(distractors, depths[len(others) :]))
-        ]
+        insertions += composer.distractors(distractors, depths[len(others) :])
         asked = [needle, *others]
         context = composer.context(sample, length, insertions, asked=asked, exact=0)
         return composer.built(context, 0, asked)

@@ -61,10 +61,7 @@ class MultiKeyTask(NeedleTask):
             needles = composer.draw_needles(generator, sample, len(settings.depths))
             distractors = composer.draw_distractors(generator, sample, needles)
             insertions = [composer.needle(each, depth) for each, depth in zip(needles, settings.depths)]
-            insertions += [
-                composer.distractor(index, each, float(place))
-                for index, (each, place) in enumerate(zip(distractors, generator.random(len(distractors))))
-            ]
+            insertions += composer.distractors(distractors, generator.random(len(distractors)).tolist())
             # The longest question decides how long the text can be that all of them share.
             longest = max(needles, key=lambda each: composer.count("", [each]))
             context = composer.context(sample, length, insertions, asked=[longest], exact=None)

@@ -216,6 +216,12 @@ def heat_map(
     bottom = mean_top + cell_h
     canvas = Canvas(width, bottom + (36 if not compact else 34))
     prints = cell_w >= font * 2.1
+
+    def draw(column: int, y: float, tally: Tally) -> None:
+        box = (left + column * cell_w + gap, y + gap, cell_w - 2 * gap, cell_h - 2 * gap)
+        _cell(canvas, box, tally, font, prints)
+        canvas.close()
+
     for row, place in enumerate(table.rows):
         y = top + row * cell_h
         canvas.text(left - 8, y + cell_h / 2 + font * 0.34, row_texts[row], cls="tick", text_anchor="end")
@@ -229,22 +235,13 @@ def heat_map(
                 else {"data_tip": "", "role": "img"}
             )
             canvas.open(cls="cell", aria_label=label, **cell)
-            box = (left + column * cell_w + gap, y + gap, cell_w - 2 * gap, cell_h - 2 * gap)
-            _cell(canvas, box, tally, font, prints)
-            canvas.close()
+            draw(column, y, tally)
     canvas.text(left - 8, mean_top + cell_h / 2 + font * 0.34, "mean", cls="tick", text_anchor="end")
     for column, place in enumerate(table.columns):
         tally = table.by_column[place]
         tip = f"{name}, {value_words(layout.columns, place)}, all rows: {tally_text(tally)}"
         canvas.open(cls="cell mean", role="img", aria_label=tip, data_tip="")
-        _cell(
-            canvas,
-            (left + column * cell_w + gap, mean_top + gap, cell_w - 2 * gap, cell_h - 2 * gap),
-            tally,
-            font,
-            prints,
-        )
-        canvas.close()
+        draw(column, mean_top, tally)
     x = AxisScale(0, columns, left, left + columns * cell_w)
     widest = max(text_width(text, font) for text in texts) + 4
     for tick in thinned([float(n) for n in range(columns)], x, widest):

@@ -16,6 +16,7 @@ from longspan.report.tables import (
     RULER_SUBTASKS,
     RULER_THRESHOLD,
     Grid,
+    Tally,
     all_columns,
     ruler_effective,
     ruler_mean,
@@ -126,7 +127,7 @@ def _cells_table(layout: Layout, label: str, grid: Grid, data: SampleData) -> di
     )
     caption = f"{short_name(label)}: accuracy in percent"
     table = Table(caption, [axis_words(layout.rows), *columns, "all"], rows)
-    return {"name": short_name(label), "aside": _aside(grid), "table": table}
+    return {"name": short_name(label), "aside": _aside(grid.total), "table": table}
 
 
 def _by_column(layout: Layout, grids: Mapping[str, Grid], data: SampleData) -> dict[str, Any]:
@@ -151,10 +152,8 @@ def _by_column(layout: Layout, grids: Mapping[str, Grid], data: SampleData) -> d
     medians = any(grid.layout.columns != layout.columns for grid in grids.values())
     caption = f"Accuracy by the {by_words}" + ("; lengths are medians" if medians else "")
     whole = tally_of(s for grid in grids.values() for group in grid.cells.values() for s in group)
-    lost = lost_text(whole)
-    aside = f"{whole.scored:,} scored" + (f", {lost}" if lost else "")
     table = Table(caption, [layout.short, *heads, "all"], rows)
-    return {"tables": [{"name": f"By {by_words}", "aside": aside, "table": table}]}
+    return {"tables": [{"name": f"By {by_words}", "aside": _aside(whole), "table": table}]}
 
 
 def _columns_of(layout: Layout, grid: Grid) -> dict[Any, Any]:
@@ -177,6 +176,6 @@ def _head(layout: Layout, place: Any, grids: Mapping[str, Grid], own: Mapping[st
     return f"{text} ({shortest if shortest == longest else f'{shortest} to {longest}'} tokens)"
 
 
-def _aside(grid: Grid) -> str:
-    lost = lost_text(grid.total)
-    return f"{grid.total.scored:,} scored" + (f", {lost}" if lost else "")
+def _aside(tally: Tally) -> str:
+    lost = lost_text(tally)
+    return f"{tally.scored:,} scored" + (f", {lost}" if lost else "")

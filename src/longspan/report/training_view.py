@@ -90,7 +90,7 @@ def _length_panels(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, Lengt
         for group in groups.values()
         for s in group
         for n, edge in enumerate(s.edges)
-        if _touches(s.shares, n)
+        if any(share > 0 for share in s.shares[max(n - 1, 0) : n + 1])
     ]
     lo, hi = max(min(edges, default=1), 1), max(edges, default=2)
     powers = [2**n for n in range(40) if lo <= 2**n <= hi]
@@ -106,10 +106,6 @@ def _length_panels(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, Lengt
         (name, LengthHistogram(f"Token share by document length, {name}", group, axis, top))
         for name, group in groups.items()
     ]
-
-
-def _touches(shares: Sequence[float], edge: int) -> bool:
-    return any(shares[n] > 0 for n in (edge - 1, edge) if 0 <= n < len(shares))
 
 
 def _shares(name: str, color: int, edges: Sequence[float], tokens: Sequence[float]) -> Shares:
