@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from longspan.cli.counts import count_option
 from longspan.cli.from_settings import Part, Used, from_settings, write_used
 from longspan.cli.output import Json, Seed, example, percent, print_json, print_table
+from longspan.core.errors import ArgumentError
+from longspan.core.units import parse_count
 
 if TYPE_CHECKING:
     from longspan.data.exchange.token_documents import TokenDocuments
@@ -36,6 +37,14 @@ NumShards = Annotated[int, typer.Option(min=1, help="Shards of the retrieval cor
 Shard = Annotated[int, typer.Option(min=0, help="Shard of the retrieval corpus to write, from 0.")]
 
 
+def _count(value: str | int) -> int:
+    """Read a count: `2e6`, `2M` and `2,000,000` are two million."""
+    try:
+        return parse_count(value)
+    except ArgumentError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 @from_settings(
     settings=Part(
         "longspan.data.pairs.windows:PairConfig",
@@ -48,7 +57,10 @@ def pairs(
     used: Used,
     out: Out,
     retrieval_samples: Annotated[
-        int, count_option(help="Chunks of the shard of the retrieval corpus; 0: none.")
+        int,
+        typer.Option(
+            parser=_count, metavar="COUNT", help="Chunks of the shard of the retrieval corpus; 0: none."
+        ),
     ] = 0,
     shard: Shard = 0,
     num_shards: NumShards = 100,
@@ -64,7 +76,6 @@ def pairs(
     as_json: Json = False,
 ) -> None:
     """Cut documents into pairs of an encoder and a decoder window, split into test, train and retrieval."""
-    from longspan.core.errors import ArgumentError
     from longspan.data.exchange.token_documents import open_documents
     from longspan.data.pairs.retrieval import RetrievalConfig
     from longspan.data.pairs.windows import plan_pairs, write_pairs

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from longspan.eval.metrics import f_measure, rouge_l
+from longspan.eval.metrics import f_measure
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -39,11 +39,6 @@ def f1(expected: str, output: str) -> float:
         return 0.0
     words = left.split(), right.split()
     return f_measure((Counter(words[0]) & Counter(words[1])).total(), len(words[0]), len(words[1]))
-
-
-def rouge_l_f1(expected: str, output: str) -> float:
-    """Return ROUGE-L with stemmed words."""
-    return rouge_l(expected, output, stemmed=True)
 
 
 def after_label(output: str, label: str) -> str:

@@ -371,7 +371,23 @@ class NeedleTask:
 
     def plan(self) -> list[Planned]:
         """Return all samples; those of one number share a haystack and stand together."""
-        return plan_grid(self.settings, self._composer.form)
+        settings, form = self.settings, self._composer.form
+        beyond = form.beyond(settings.max_new_tokens) if settings.mode == "generate" else 0
+        if settings.original == "longllm":  # whose length is that of the bare prompt
+            beyond += form.count("") + form.within(settings.max_new_tokens)
+        counts: dict[str, Any] = {"num_distractors": settings.num_distractors}
+        if settings.num_needles > 1:
+            counts["num_needles"] = settings.num_needles
+        return [
+            Planned(
+                (length, depth, number),
+                length + beyond,
+                group=f"haystack {number}",
+                fields={"length": length, "depth": depth, "sample": number, **counts},
+            )
+            for number in range(settings.samples)
+            for length, depth in settings.cells()
+        ]
 
     def build(self, planned: Planned) -> Built:
         """Compose one sample, a pure function of the settings and its key. Raises DataError."""
@@ -395,7 +411,9 @@ class NeedleTask:
 
     def summary(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return means by cell and by length, and the effective context."""
-        return summarise_grid(samples)
+        by_length = mean_by(samples, "length")
+        cells = mean_by(samples, "length", "depth")
+        return {"cells": cells, "by_length": by_length, **effective_of(by_length)}
 
     def _to_the_letter(self, needle: Facts, length: int, depth: float) -> Context:
         assert self._original is not None and self.settings.original is not None
@@ -405,32 +423,6 @@ class NeedleTask:
         parts = Parts(before, composer.needle(needle, depth).text, after)
         planted = self._original.planted(self.settings.original, parts, length, depth)
         return Context(planted.text, planted)
-
-
-def plan_grid(settings: NeedleConfig, form: PromptForm) -> list[Planned]:
-    """Return every sample of a grid, grouped by the haystack that samples share."""
-    beyond = form.beyond(settings.max_new_tokens) if settings.mode == "generate" else 0
-    if settings.original == "longllm":  # whose length is that of the bare prompt
-        beyond += form.count("") + form.within(settings.max_new_tokens)
-    counts: dict[str, Any] = {"num_distractors": settings.num_distractors}
-    if settings.num_needles > 1:
-        counts["num_needles"] = settings.num_needles
-    return [
-        Planned(
-            (length, depth, number),
-            length + beyond,
-            group=f"haystack {number}",
-            fields={"length": length, "depth": depth, "sample": number, **counts},
-        )
-        for number in range(settings.samples)
-        for length, depth in settings.cells()
-    ]
-
-
-def summarise_grid(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return means by cell and by length, and the effective context."""
-    by_length = mean_by(samples, "length")
-    return {"cells": mean_by(samples, "length", "depth"), "by_length": by_length, **effective_of(by_length)}
 
 
 def effective_of(

@@ -161,7 +161,7 @@ _RULES = (
     Scorer("helmet_label_match", 1, _labelled(helmet.exact_match, parsed_only=True), "HELMET: behind its label"),
     Scorer("helmet_substring_exact_match", 1, _labelled(helmet.substring_exact_match), "HELMET: it holds the value"),
     Scorer("helmet_f1", 1, _labelled(helmet.f1), "HELMET: F-measure of words"),
-    Scorer("helmet_rouge_l", 1, _labelled(helmet.rouge_l_f1), "HELMET: rouge-l F"),
+    Scorer("helmet_rouge_l", 1, _labelled(partial(metrics.rouge_l, stemmed=True)), "HELMET: rouge-l F"),
     Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
     Scorer("mrcr_ratio", 1, _mrcr_ratio, "MRCR: difflib's ratio behind the drawn string, else 0"),
     Scorer("graphwalks_f1", 1, _all(metrics.graphwalks_f1), "GraphWalks: F-measure of nodes in the last line"),

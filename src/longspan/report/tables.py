@@ -104,8 +104,6 @@ class Grid:
     by_column: dict[Place, Tally] = field(default_factory=dict)
     by_row: dict[Place, Tally] = field(default_factory=dict)
     total: Tally = field(default_factory=Tally)
-    unplaced: int = 0
-    """Samples that could not be composed, so that they have no cell; they are unscored in `total`."""
 
     @property
     def samples_per_cell(self) -> int:
@@ -156,8 +154,7 @@ def score_grid(samples: Iterable[ScoredSample], layout: Layout) -> Grid:
         grid.total.add(sample)
         row = ALL if layout.rows is None else sample.row
         if row is None or sample.column is None:
-            grid.unplaced += 1
-            continue
+            continue  # it could not be composed: it has no cell, and is unscored in `total`
         cell = (row, sample.column)
         grid.cells.setdefault(cell, []).append(sample)
         grid.tallies.setdefault(cell, Tally(higher)).add(sample)
