@@ -289,7 +289,7 @@ def test_broken_override(override, part):
 def test_override_of_an_unknown_setting_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text("title: x\n")
     with pytest.raises(ConfigError, match=r"extra\.lrr.*did you mean 'lr'"):
-        Recipe.from_yaml(tmp_path / "r.yaml", ["extra.lrr=1"])
+        Recipe.from_dict(apply_overrides(read_yaml(tmp_path / "r.yaml"), ["extra.lrr=1"]))
 
 
 # --- fingerprints

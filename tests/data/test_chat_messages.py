@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longspan.core.errors import DataError
-from longspan.data.chat import MessagesError, as_messages, document_messages
+from longspan.data.chat import MessagesError, as_messages
 from longspan.data.readers import read_documents
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -14,10 +13,7 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He
 def test_both_spellings_are_one():
     shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "weight": 1}]
     assert as_messages(shared) == [TURNS[0], {**TURNS[1], "weight": 1}]
-    assert document_messages({"conversations": TURNS}, "conversations") == as_messages(TURNS) == TURNS
-    assert document_messages({"chat": {"messages": TURNS}}, "chat.messages") == TURNS
-    with pytest.raises(DataError, match="no field 'messages'"):
-        document_messages({"conversations": shared}, "messages")
+    assert as_messages(TURNS) == TURNS
 
 
 def test_first_system_turn_null_content_and_repeated_roles_are_kept():

@@ -27,8 +27,8 @@ from longspan.data.readers import (
     list_inputs,
     plan_parts,
     read_documents,
+    read_objects,
     read_part,
-    read_values,
 )
 from longspan.data.readers.json_values import BLOCK_CHARACTERS
 from longspan.data.store import Column, MDSWriter
@@ -204,7 +204,7 @@ def test_any_fields_of_any_format(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "n": 1}) + "\n")
     for name in ("a.parquet", "a.jsonl"):
         (file,) = list_inputs([tmp_path / name], report=ReadReport())
-        ((_, values),) = read_values(FilePart(file), ["messages", "n"], report=ReadReport())
+        ((_, values),) = read_objects(tmp_path / name, report=ReadReport())
         assert values == {"messages": turns, "n": 1}
         (document,) = read_part(FilePart(file), Fields(messages="messages"), report=ReadReport())
         assert document.messages == turns

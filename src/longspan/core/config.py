@@ -4,7 +4,7 @@
         lr: float = 1e-4
         '''Peak learning rate.'''
 
-    recipe = Recipe.from_yaml("recipe.yaml", overrides=["optimizer.lr=3e-4"])
+    recipe = Recipe.from_dict(apply_overrides(read_yaml("recipe.yaml"), ["optimizer.lr=3e-4"]))
 
 A key that does not exist is an error that names the key and the nearest one that does.
 """
@@ -94,11 +94,9 @@ class Config(pydantic.BaseModel):
             raise ConfigError(f"{where} is not valid:\n  {error}") from None
 
     @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, apply `a.b=c` overrides, validate. Raises ConfigError naming file and key."""
-        path = Path(path)
-        values = read_yaml(path)
-        return cls.from_dict(apply_overrides(values, overrides), where=str(path))
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file and validate it. Raises ConfigError naming file and key."""
+        return cls.from_dict(read_yaml(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for YAML or JSON."""

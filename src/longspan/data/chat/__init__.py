@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from longspan.data.chat.encoder import ChatTokens
 from longspan.data.chat.format import ChatFormat, load_chat_format
-from longspan.data.chat.messages import Message, MessagesError, as_messages, document_messages
+from longspan.data.chat.messages import Message, MessagesError, as_messages
 from longspan.data.chat.prompt import ChatPrompt
 from longspan.data.chat.template import shipped_templates
 
@@ -19,7 +19,6 @@ __all__ = [
     "Message",
     "MessagesError",
     "as_messages",
-    "document_messages",
     "load_chat_format",
     "shipped_templates",
 ]

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longspan.core.errors import DataError
-from longspan.data.readers.base import MissingFieldError
-from longspan.data.readers.fields import lookup
 
 ROLES: dict[str, str] = {
     "system": "system",
@@ -52,19 +50,6 @@ Message = dict[str, Any]
 
 class MessagesError(DataError):
     """One conversation that cannot be used; others of the same file may be sound."""
-
-
-def document_messages(record: Mapping[str, Any], field: str) -> list[Message]:
-    """Return the conversation in `field` ("messages", "conversations", a dotted path) of a record.
-
-    Raises:
-        DataError: there is no such field.
-        MessagesError: it does not hold a conversation; see `as_messages`.
-    """
-    try:
-        return as_messages(lookup(dict(record), field))
-    except MissingFieldError as error:
-        raise DataError(f"the record has {error.reason}", found=error.found) from None
 
 
 def as_messages(turns: Any) -> list[Message]:

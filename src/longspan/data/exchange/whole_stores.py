@@ -129,7 +129,7 @@ def split_store(path: str | Path, parts: Mapping[str, float]) -> dict[str, Token
     return {name: TokenStore(name) for name in parts}
 
 
-def split_plans(lengths: LengthTable, parts: Mapping[str, float], *, seed: int = 0) -> dict[str, MixturePlan]:
+def split_plans(lengths: LengthTable, parts: Mapping[str, float]) -> dict[str, MixturePlan]:
     """Split the documents of stores by the hashes of their keys, as one mixture plan a part; nothing is copied.
 
     Which part a document goes to depends on its source and text alone: stores made of more files put the
@@ -137,7 +137,6 @@ def split_plans(lengths: LengthTable, parts: Mapping[str, float], *, seed: int =
 
     Args:
         parts: names and shares.
-        seed: of the order of documents in each plan, not of the split.
 
     Raises:
         ArgumentError: the shares do not sum to 1.
@@ -146,7 +145,7 @@ def split_plans(lengths: LengthTable, parts: Mapping[str, float], *, seed: int =
     _parts(lengths, parts)
     bounds = [0.0, *np.cumsum(list(parts.values()))[:-1].tolist(), 1.0]
     specs = [MixtureConfig(mode="none", part=(start, stop)) for start, stop in pairwise(bounds)]
-    return {name: plan_mixture(spec, lengths, seed) for name, spec in zip(parts, specs)}
+    return {name: plan_mixture(spec, lengths, 0) for name, spec in zip(parts, specs)}
 
 
 def split_parts(keys: np.ndarray, shares: Sequence[float]) -> np.ndarray:

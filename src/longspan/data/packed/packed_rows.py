@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.core.errors import ArgumentError, DataError
-from longspan.core.files import sha256_bytes
+from longspan.core.files import hash_sample, sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.packed.row_files import (
     ArrowRows,
@@ -54,8 +54,6 @@ from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
 
-SAMPLE_BLOCKS = 16
-SAMPLE_BYTES = 1 << 16
 SUFFIXES = (".parquet", ".jsonl", ".arrow")
 _TRAIN = re.compile(r"(?:^|[/._-])train(?:[/._-]|$)")
 _OTHER_SPLIT = re.compile(r"(?:^|[/._-])(?:validation|valid|val|dev|eval|test)(?:[/._-]|$)")
@@ -390,7 +388,5 @@ def _sampled(files: Sequence[Path]) -> str:
         size = file.stat().st_size
         digest.update(os.fsencode(f"{file.name} {size}\n"))
         with open(file, "rb") as stream:
-            for block in range(SAMPLE_BLOCKS):
-                stream.seek(max(size - SAMPLE_BYTES, 0) * block // (SAMPLE_BLOCKS - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
+            hash_sample(stream, size, digest)
     return digest.hexdigest()[:16]

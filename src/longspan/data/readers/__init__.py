@@ -40,7 +40,6 @@ from longspan.data.readers.reading import (
     plan_parts,
     read_objects,
     read_part,
-    read_values,
 )
 
 
@@ -111,5 +110,4 @@ __all__ = [
     "read_grouped",
     "read_objects",
     "read_part",
-    "read_values",
 ]

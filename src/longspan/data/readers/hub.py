@@ -24,7 +24,6 @@ class HubAddress(NamedTuple):
 
     repo: str
     """Path of the repository in the hub's file system, with its revision."""
-    name: str
     path: str
     """What is asked for inside: a file, a folder, a pattern, a split, or nothing."""
 
@@ -40,7 +39,7 @@ def parse_address(given: str, kind: Kind = "dataset") -> HubAddress:
         )
     org, name, revision, path = found.groups()
     folder = "datasets/" if kind == "dataset" else ""
-    return HubAddress(f"{folder}{org}/{name}{revision or ''}", name, path or "")
+    return HubAddress(f"{folder}{org}/{name}{revision or ''}", path or "")
 
 
 def expand_hub(given: str, *, is_data: Callable[[str], bool]) -> list[Entry]:

@@ -102,29 +102,6 @@ def read_part(
             yield document
 
 
-def read_values(
-    part: FilePart, names: Sequence[str], *, strict: bool = False, report: ReadReport
-) -> Iterator[tuple[RecordPlace, dict[str, Any]]]:
-    """Yield place and values of the named fields (dots reach into objects) of every record of a part.
-
-    For records that are not texts: conversations, lists of tokens. Those without such a field, and broken ones, are
-    skipped and counted.
-
-    Raises:
-        DataError: (`strict`) a record is broken or lacks a field.
-    """
-    for record in records_of(part, names, report=report):
-        values = parse_values_of(record, strict=strict, report=report)
-        if values is None:
-            continue
-        try:
-            found = {name: lookup(values, name) for name in names}
-        except MissingFieldError as error:
-            skip_record(record, error, strict=strict, report=report)
-            continue
-        yield record.place, found
-
-
 def read_objects(
     path: str | os.PathLike[str], *, strict: bool = False, report: ReadReport
 ) -> Iterator[tuple[RecordPlace, dict[str, Any]]]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.core.errors import ArgumentError, DataError, LongspanError
@@ -179,11 +178,26 @@ class CorpusJob:
         Raises:
             DataError: `out` holds something else.
         """
-        if not _is_done(self.out, self._config):
+        out = self.out
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return None
+        if not (out / MANIFEST).is_file():
+            raise DataError(
+                f"{out} already exists and is not a complete token store",
+                fix="remove it or choose another --out",
+            )
+        found = read_manifest(out).config
+        wanted = {**self._settings, "inputs": [file_identity(file) for file in self._files]}
+        if found != wanted:
+            names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+            raise DataError(
+                f"{out} is a token store made otherwise",
+                found=f"other {', '.join(names) or 'settings'}",
+                fix="choose another --out, or remove the store to make it again",
+            )
         if not quiet:
-            get_logger("data.tokenize").info("%s is complete and made from the same inputs", self.out)
-        return TokenStore(self.out)
+            get_logger("data.tokenize").info("%s is complete and made from the same inputs", out)
+        return TokenStore(out)
 
     def run(self, executor: Executor, share: ArrayJob | None = None) -> TokenStore | None:
         """Make the missing pieces (of this job's share), and the store if then all are there.
@@ -324,9 +338,6 @@ class CorpusJob:
         self._pieces.remove()
         return store
 
-    def _config(self) -> dict[str, Any]:
-        return {**self._settings, "inputs": [file_identity(file) for file in self._files]}
-
     def _deal(self, executor: Executor, share: ArrayJob) -> None:
         """Deal what is missing of a share of the input; nothing to do where records are not grouped."""
         if not self._deals:
@@ -407,26 +418,3 @@ class CorpusJob:
                 if characters >= ESTIMATE_CHARACTERS:
                     return size / tokens
         return size / tokens if tokens else 4.0
-
-
-def _is_done(out: Path, config: Any) -> bool:
-    """Whether `out` holds the store of the very config that `config()` returns; an empty folder is replaced.
-
-    Raises:
-        DataError: something else is there.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    if not (out / MANIFEST).is_file():
-        raise DataError(
-            f"{out} already exists and is not a complete token store", fix="remove it or choose another --out"
-        )
-    found, wanted = read_manifest(out).config, config()
-    if found != wanted:
-        names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-        raise DataError(
-            f"{out} is a token store made otherwise",
-            found=f"other {', '.join(names) or 'settings'}",
-            fix="choose another --out, or remove the store to make it again",
-        )
-    return True

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
+from longspan.core.files import hash_sample
 from longspan.data.readers import FilePart, InputFile, plan_parts
 from longspan.data.readers.opening import is_remote, open_raw
 
 UNIT_BYTES = 16 << 20
 MAX_UNITS = 4096
-SAMPLE_BLOCKS = 16
-SAMPLE_BLOCK_BYTES = 1 << 16
 
 
 class Unit(NamedTuple):
@@ -91,10 +90,7 @@ def _sampled_sha256(path: str, size: int, changed: int) -> str:
             _hash_folder(path, digest)
             return digest.hexdigest()
         with open_raw(path) as stream:
-            last = max(size - SAMPLE_BLOCK_BYTES, 0)
-            for block in range(SAMPLE_BLOCKS):
-                stream.seek(last * block // (SAMPLE_BLOCKS - 1))
-                digest.update(stream.read(SAMPLE_BLOCK_BYTES))
+            hash_sample(stream, size, digest)
     except OSError as error:
         raise DataError(f"cannot read {path}", found=error.strerror or str(error)) from None
     return digest.hexdigest()
