@@ -215,32 +215,30 @@ class Annotations:
     def __len__(self) -> int:
         return self.manifest.rows
 
-    def row(self, index: int) -> TeacherRow:
-        """Return the predictions of a row of T tokens, each with the row's most words. Raises DataError for damage."""
-        return self._read(index, None)
+    def row(self, index: int, ids: NDArray[Any] | None = None) -> TeacherRow:
+        """Return the predictions of a row of T tokens, each with the row's most words.
 
-    def checked_row(self, index: int, ids: NDArray[Any]) -> TeacherRow:
-        """Return the predictions of a row. Raises DataError if it was annotated for other token ids."""
-        return self._read(index, row_digest(ids))
-
-    def _read(self, index: int, digest: int | None) -> TeacherRow:
+        Raises:
+            DataError: it is damaged, or was annotated for other token ids than `ids`.
+        """
         sample = self._rows[index]
         where = f"row {index} of {self.path}"
+        digest = None if ids is None else row_digest(ids)
         if digest is not None and sample.get("row_digest", digest) != digest:
             raise DataError(
                 f"{where} was annotated for other tokens",
                 fix="annotate the rows that are trained on, in the same order",
             )
-        ids, logprobs, tail = sample["topk_ids"], sample["topk_logprobs"], sample["tail_logprob"]
+        words, logprobs, tail = sample["topk_ids"], sample["topk_logprobs"], sample["tail_logprob"]
         if "topk_offsets" in sample:
-            ids, logprobs = _padded(ids, logprobs, sample["topk_offsets"], where)
-        if ids.ndim != 2 or ids.shape != logprobs.shape or tail.shape != ids.shape[:1]:
+            words, logprobs = _padded(words, logprobs, sample["topk_offsets"], where)
+        if words.ndim != 2 or words.shape != logprobs.shape or tail.shape != words.shape[:1]:
             raise DataError(
                 f"{where} is damaged",
-                found=f"topk_ids {list(ids.shape)}, topk_logprobs {list(logprobs.shape)}, "
+                found=f"topk_ids {list(words.shape)}, topk_logprobs {list(logprobs.shape)}, "
                 f"tail_logprob {list(tail.shape)}",
             )
-        return TeacherRow(ids.astype(np.int32), logprobs.astype(np.float32), tail.astype(np.float32))
+        return TeacherRow(words.astype(np.int32), logprobs.astype(np.float32), tail.astype(np.float32))
 
 
 def _padded(ids: np.ndarray, logprobs: np.ndarray, offsets: np.ndarray, where: str) -> tuple[np.ndarray, ...]:
@@ -343,7 +341,7 @@ class TaughtRows(RowsOver):
         """
         row = self._rows.row(index)
         if self._documents is None:
-            return row._replace(teacher=self._annotations[0].checked_row(index, row.input_ids))
+            return row._replace(teacher=self._annotations[0].row(index, row.input_ids))
         return row._replace(teacher=self._of_spans(index, row, self._documents))
 
     def _of_spans(self, index: int, row: PackedRow, documents: LengthTable) -> TeacherRow:

@@ -49,9 +49,9 @@ def split_of(group: str) -> str:
     return SPLITS[sum(share >= border for border in SPLIT_BORDERS)]
 
 
-def python_documents(library: Path | None = None) -> Iterator[CorpusDocument]:
+def python_documents() -> Iterator[CorpusDocument]:
     """Yield the documents in a fixed order. Raises DataError when no standard-library source is found."""
-    library = library or Path(sysconfig.get_paths()["stdlib"])
+    library = Path(sysconfig.get_paths()["stdlib"])
     packages = _packages(library)
     if not packages:
         raise DataError(

@@ -62,7 +62,7 @@ def make_piece(job: PieceJob, unit: Unit | GroupUnit) -> PieceSummary:
             documents=len(columns.rows),
             tokens=int(columns.rows["tokens"].sum(dtype="u8")),
             has_mask=columns.has_mask,
-            source_names=list(columns.source_names),
+            source_names=columns.source_names,
             report=encoder.report,
             seen=encoder.seen,
         )

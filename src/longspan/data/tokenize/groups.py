@@ -91,16 +91,6 @@ def deal_unit(job: DealJob, unit: Unit) -> PieceSummary:
             report=report,
         )
         report.documents = 0
-        summary = PieceSummary(
-            plan=job.plan,
-            inputs=inputs,
-            size=unit.size,
-            documents=0,
-            tokens=0,
-            has_mask=False,
-            source_names=[],
-            report=report,
-            seen={},
-        )
+        summary = PieceSummary(job.plan, inputs, unit.size, report)
         write_summary(folder, summary)
     return summary

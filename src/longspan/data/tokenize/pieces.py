@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ class PieceSummary(NamedTuple):
     """Identities of the files that it was made of."""
     size: int
     """About how many bytes of input it stands for."""
-    documents: int
-    tokens: int
-    has_mask: bool
-    source_names: list[str]
     report: ReadReport
-    seen: dict[str, SourceCounts]
+    documents: int = 0
+    tokens: int = 0
+    has_mask: bool = False
+    source_names: Sequence[str] = ()
+    seen: Mapping[str, SourceCounts] = {}
     """What was read and taken of each source; only where documents are sampled while reading."""
 
 
