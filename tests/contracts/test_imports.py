@@ -41,7 +41,7 @@ WINGS: dict[str, set[str]] = {
     "texts": set(),
     "tokenizer": set(),
     "readers": {"store"},
-    "chat": {"readers", "tokenizer"},
+    "chat": {"tokenizer"},
     "plans": {"store"},
     "tokenize": {"store", "jobs", "tokenizer", "readers", "chat", "plans"},
     "rows": {"store", "plans"},
