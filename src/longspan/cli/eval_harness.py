@@ -105,20 +105,16 @@ def _lm_eval(name: str, settings: HarnessConfig, common: _Common) -> Run:
 
     loaded = load_tasks(
         [name],
-        data_root=_folder(settings.data_root),
+        data_root=settings.data_root,
         num_fewshot=settings.num_fewshot,
         max_seq_lengths=settings.max_seq_lengths,
-        include_path=_folder(settings.include_path),
+        include_path=settings.include_path,
     )
     chat = common.form.params()["chat_template"] is not None
     length = settings.input_length
     return lambda asked, out: run_harness(
         loaded, asked.answerer, label=asked.label, out=out, chat=chat, max_length=length, **common._asdict()
     )
-
-
-def _folder(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
 
 
 def _released(name: str, settings: HarnessConfig, common: _Common) -> Run:
@@ -131,9 +127,9 @@ def _released(name: str, settings: HarnessConfig, common: _Common) -> Run:
             found=repr(name),
             allowed=[f"{release}:{part}" for release, parts in RELEASES.items() for part in parts],
         )
-    root = _folder(settings.data_root)
-    if root is None:
+    if settings.data_root is None:
         raise ArgumentError(f"{name} is read from files", fix="name their folder with --data-root")
+    root = Path(settings.data_root)
     if name == "long-llm:mmlu":
         from longspan.eval.released.mmlu import run_mmlu
 
