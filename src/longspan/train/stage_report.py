@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from longspan.core.errors import RunError
@@ -20,6 +19,7 @@ from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.data.rows.loader import PackedRow
 from longspan.models.hf import rope_fingerprint
+from longspan.parallel.mesh import Mesh
 from longspan.train.checkpoint import Saved
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown, StepFlops, peak_memory
@@ -86,12 +86,11 @@ class StageReport:
         *,
         step: int,
         stage_step: int,
-        device: torch.device,
-        num_ranks: int,
+        mesh: Mesh,
     ) -> None:
-        self._run, self._stage, self._device = run, stage, device
+        self._run, self._stage, self._device = run, stage, mesh.device
         self._flops = StepFlops(
-            model.config, frozen=config.lora is not None, device=device, num_devices=num_ranks
+            model.config, frozen=config.lora is not None, device=mesh.device, num_devices=mesh.world
         )
         run.event(
             "stage", stage=stage.name, step=step, rope=rope_fingerprint(model), context=stage.context_length

@@ -269,7 +269,7 @@ def _train_stage(
         report = (
             StageReport(
                 stack, run.folder, config, stage, ready.model,
-                step=step, stage_step=stage_step, device=spread.mesh.device, num_ranks=spread.mesh.world,
+                step=step, stage_step=stage_step, mesh=spread.mesh,
             )
             if spread.is_first else None
         )  # fmt: skip
@@ -288,14 +288,8 @@ def _train_stage(
                 report.saved(before)
             return time.monotonic() - started
 
-        def measure() -> None:
-            if run.plan.validation is not None:
-                records = validate(ready.trained, run.plan.validation, spread)
-                if report is not None:
-                    report.validated(records, step=step, tokens=tokens)
-
         if step == 0:
-            measure()
+            _measure(run, ready, report, step, tokens)
 
         def read(number: int) -> list[PackedRow]:
             return stage_rows(plan, number * stage.rows_per_step, stage.rows_per_step, seed=config.seed)
@@ -325,7 +319,7 @@ def _train_stage(
             _empty_cache(config, step)
             last = stage_step == stage.num_steps
             if config.validation is not None and (last or step % config.validation.every_steps == 0):
-                measure()
+                _measure(run, ready, report, step, tokens)
             held = save() if last or stage_step % config.checkpoint.every_steps == 0 else 0.0
         if stage.num_steps == 0 and not resumed:
             save()
@@ -336,6 +330,13 @@ def _train_stage(
     found = run.checkpointer.latest() or state
     assert found is not None
     return found, seconds
+
+
+def _measure(run: _RunContext, ready: _Stage, report: StageReport | None, step: int, tokens: int) -> None:
+    if run.plan.validation is not None:
+        records = validate(ready.trained, run.plan.validation, run.spread)
+        if report is not None:
+            report.validated(records, step=step, tokens=tokens)
 
 
 def _set_rates(optimizers: Sequence[torch.optim.Optimizer], stage: StageConfig, stage_step: int) -> float:
@@ -399,7 +400,8 @@ def train_step(
         told.append((batch, to_host(result.per_token_nll), None if kl is None else to_host(kl)))
     if weight > 0:
         # Of gradients on the host it is there already.
-        losses.append(_clip(model, max_grad_norm).to(losses[0]))
+        norm_of_all = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+        losses.append(norm_of_all.to(losses[0]))
     # The one place of a step where the host waits for the device; by then all of `told` has arrived.
     numbers = torch.stack(losses).tolist()
     norm = numbers.pop() if weight > 0 else 0.0
@@ -422,11 +424,6 @@ def train_step(
         grad_norm=norm if finite else None,
         tokens=sum(len(row.input_ids) for row in rows),
     )
-
-
-def _clip(model: nn.Module, max_grad_norm: float) -> torch.Tensor:
-    """Scale the gradients down to `max_grad_norm`; return their norm over all processes."""
-    return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
 
 
 def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
