@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from benchmarks.offloaded_step import Step, best_steps, simulate
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
