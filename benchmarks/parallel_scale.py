@@ -20,6 +20,7 @@ from longspan.plan import scale as simulation
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS
 from longspan.plan.scale import arrangement_name, attention_seconds
+from offloaded_step import Step, best_steps, simulate
 
 CONTEXTS = [2**power for power in range(17, 25)]
 NUM_GPUS = [2**power for power in range(3, 11)]
