@@ -41,7 +41,7 @@ from longspan.infer.memory import (
 )
 from longspan.infer.packed import inference
 from longspan.infer.prefix_tree import PrefixTree, Strand, build_tree
-from longspan.infer.share import STEP_TOKENS
+from longspan.infer.share import Share
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.head import predict
 from longspan.models.head import backbone, output_head
@@ -104,8 +104,8 @@ class Engine:
         available: Callable[[torch.device], int | None] = available_memory,
     ) -> None:
         self.counters = Counters()
-        self.on_share: Callable[[float], None] | None = None
-        """Called while `run` reads and writes, with the share of its work that is done."""
+        self.share = Share(model)
+        """Told while `run` reads and writes, how much of its work is done."""
         self.model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
         self._available = available
         self._pass_tokens = batch_tokens
@@ -137,7 +137,7 @@ class Engine:
             return
         run = _JobsRun(self, jobs, build_tree([job.ids for job in jobs]), length)
         run.limit = self._check_memory(run)
-        run.measure(self._flops)
+        self.share.begin(run.work())
         yield from run.branches(run.tree.roots)
 
     def _check_memory(self, run: _JobsRun) -> int:
@@ -203,7 +203,7 @@ class Engine:
                 self._predict(hidden_TD[rows_A], run, [each for _, each in part])
         self.counters.attention_flops += documents.attention_flops
         for strand, first, last in segments:
-            run.worked(self._flops.reading(strand.start + first, last - first))
+            self.share.done(self.share.reading(strand.start + first, last - first))
 
     def decode(self, run: _JobsRun, answering: Sequence[tuple[int, Strand]]) -> Iterator[None]:
         """Generate the answers of (job, strand) whose prompts have been read; yield when some are done."""
@@ -224,10 +224,10 @@ class Engine:
                         documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
                     going_on = self._step(run, live, documents, said)
                     steps -= 1
-                    run.worked(STEP_TOKENS * self._flops.per_token)
+                    self.share.done(self.share.steps(1))
             live = going_on
             yield
-        run.worked(steps * STEP_TOKENS * self._flops.per_token)  # answers ended before they had to
+        self.share.done(self.share.steps(steps))  # answers ended before they had to
 
     def _step(
         self,
@@ -293,8 +293,7 @@ class _JobsRun:
         self.limit = 0
         self._engine, self._length = engine, length
         self._ending: dict[Strand, list[int]] = {}
-        self._spent = self._work = 0.0
-        self._total = 1.0
+        self._spent = 0.0
         for index, (job, end) in enumerate(zip(jobs, tree.ends)):
             for place in range(job.wanted):
                 position = len(job.ids) - job.wanted + place
@@ -346,20 +345,16 @@ class _JobsRun:
         """Return the steps of decoding that the answers of some jobs take at most."""
         return max(max((self.progress[job].job.max_new_tokens for job in jobs), default=0) - 1, 0)
 
-    def measure(self, flops: ModelFlops) -> None:
-        """Reckon the work that is to be done, in operations: of what is read, and of the steps of decoding."""
-        total = sum(flops.reading(strand.start, len(strand.ids)) for strand in self.tree.strands())
+    def work(self) -> float:
+        """Return the work that is to be done, in operations: of what is read, and of the steps of decoding."""
+        share = self._engine.share
+        total = sum(share.reading(strand.start, len(strand.ids)) for strand in self.tree.strands())
         for batch, opened in self._all_batches(self.limit):
             strands = batch if opened else [strand for top in batch for strand in _below(top)]
-            steps = self.steps(job for strand in strands for job in self._ending.get(strand, ()))
-            total += steps * STEP_TOKENS * flops.per_token
-        self._total = max(total, 1.0)
-
-    def worked(self, operations: float) -> None:
-        """Report how far the run has come."""
-        self._work += operations
-        if self._engine.on_share is not None:
-            self._engine.on_share(min(1.0, self._work / self._total))
+            total += share.steps(
+                self.steps(job for strand in strands for job in self._ending.get(strand, ()))
+            )
+        return total
 
     def branches(self, siblings: Sequence[Strand]) -> Iterator[tuple[int, JobOutcome]]:
         """Answer the jobs of subtrees whose ancestors have been read."""

@@ -167,7 +167,7 @@ class LocalAnswerer(InProcess):
         for group in alike(self._model, longest_first, prompts):
             length, weight = prompts[group[0]], sum(prompts[index] for index in group) / whole
             broken: list[tuple[int, JobOutcome]] = []
-            self._engine.on_share = _part_of(self._on_share, before, weight)
+            self._engine.share.on_share = _part_of(self._on_share, before, weight)
             before += weight
             for place, outcome in self._engine.run([job(index) for index in group], length=length):
                 if outcome.finite:
@@ -177,7 +177,7 @@ class LocalAnswerer(InProcess):
             if len(broken) == len(group):
                 yield from broken
                 continue
-            self._engine.on_share = None
+            self._engine.share.on_share = None
             for index, _ in broken:
                 for _, outcome in self._engine.run([job(index)], length=length):
                     yield index, outcome
