@@ -1,6 +1,6 @@
 """Estimated memory of a training step beside the tensors that are really alive in one.
 
-    python benchmarks/plan.py
+    python -m benchmarks.plan
 
 Small models of Llama's kind make two optimizer steps on CPU, one setting after another. Every tensor that lives is
 counted, at every operation; what an accelerator would keep on the host counts as host memory. The peak of the second
