@@ -119,8 +119,9 @@ def test_killed_runs_of_two_ranks_go_on_with_the_same_bits(
 def test_a_run_killed_again_and_again_on_one_rank_ends_with_the_same_bits(
     data_root: Path, tmp_path: Path, kill_and_go_on: Driver
 ) -> None:
-    """What a resumed run leaves must be what a resumed run can start from."""
-    common = {"recipe": write_recipe(tmp_path, "one"), "data_root": str(data_root)}
+    """What a resumed run leaves must be what a resumed run can start from; the mean over steps is part of it."""
+    stages = [{**stage, "loss_average": "steps"} for stage in recipe()["stages"]]
+    common = {"recipe": write_recipe(tmp_path, "one", stages=stages), "data_root": str(data_root)}
     whole, out = tmp_path / "undisturbed", tmp_path / "disturbed"
     moments = kill_and_go_on([{**common, "out": str(whole)}])[0][0]
     assert moments is not None

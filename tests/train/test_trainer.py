@@ -16,6 +16,7 @@ from longspan.core.records import read_jsonl
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import train_bpe
 from longspan.models.hf import build_model, load_model, save_model
+from longspan.train.batch import total_weight
 from longspan.train.config import TrainConfig
 from longspan.train.optim import build_optimizers, set_lr
 from longspan.train.run_plan import plan_run
@@ -95,6 +96,34 @@ def test_a_mean_over_samples_is_that_of_one_conversation_a_batch(
     result = train_step(model, optimizers, rows, rows_per_micro_batch=rows_per_micro_batch, max_grad_norm=1.0)
     assert len(alone) > 8, "several documents stand in a row"
     assert result.loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+def test_a_mean_over_steps_is_the_running_one_of_prolong(data_root: Path, tmp_path: Path) -> None:
+    """ProLong divides the sum of a step by the mean of all steps so far; a step with few labels moves little.
+
+    Nothing is learnt at such a rate, so both runs see the same sums.
+    """
+    losses_by, weights = {}, []
+    for over in ("tokens", "steps"):
+        settings = config(
+            stages=[{**stages(0, loss_average=over, lr=1e-30, adamw_lr=1e-30)[0], "batch_tokens": 64}]
+        )
+        out = tmp_path / over
+        train(settings, out, data_root=data_root)
+        if over == "steps":
+            plan = plan_stage(settings.stages[0], data_root=data_root, seed=settings.seed)
+            count = settings.stages[0].rows_per_step
+            weights = [
+                total_weight(stage_rows(plan, step * count, count, seed=settings.seed))
+                for step in range(settings.stages[0].num_steps)
+            ]
+        losses_by[over] = losses(out)
+    assert len(set(weights)) > 1, "all steps weigh alike"
+    means = [sum(weights[: step + 1]) / (step + 1) for step in range(len(weights))]
+    expected = [
+        loss * own / mean for loss, own, mean in zip(losses_by["tokens"], weights, means, strict=True)
+    ]
+    assert losses_by["steps"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_learns_changes_rope_between_stages_and_leaves_loadable_models(

@@ -52,6 +52,8 @@ class TrainProgress(NamedTuple):
     """Tokens seen over all stages."""
     loader: dict[str, Any]
     """Stream fingerprint and row position of the current stage."""
+    weight: float = 0.0
+    """Weight of the labels of all steps done in it; counted with `loss_average: steps`."""
 
 
 class Checkpoint(NamedTuple):
@@ -282,7 +284,7 @@ def _open(path: Path, config_fingerprint: str | None, *, verify: bool = True) ->
         }
     except DataError as error:
         raise _Damaged(str(error)) from error
-    progress = TrainProgress(**{name: head[name] for name in TrainProgress._fields})
+    progress = TrainProgress(**{name: head[name] for name in TrainProgress._fields if name in head})
     return Checkpoint(path, progress, files["model"], files["optimizer"])
 
 

@@ -160,7 +160,8 @@ class StageConfig(Config):
     loss_average: LossAverage = "tokens"
     """What the loss of a step is a mean of. tokens: all trained tokens of the step count the same. samples: the mean
     of each document first, then of these, as a trainer with one conversation a batch does: four tokens of an answer
-    weigh what a thousand of another text weigh. rows: the same by rows."""
+    weigh what a thousand of another text weigh. rows: the same by rows. steps: the sum over a step's tokens divided by
+    the mean weight of the stage's steps so far (ProLong's token-scaled loss): a step with few labels moves little."""
     distill: DistillConfig | None = None
     """Of `objective: distill`. None: its defaults."""
     optimizer_state: Literal["fresh", "carry"] = "fresh"

@@ -8,7 +8,7 @@ import pydantic
 
 from longspan.core.config import Config, Length
 
-LossAverage = Literal["tokens", "samples", "rows"]
+LossAverage = Literal["tokens", "samples", "rows", "steps"]
 """What the loss of a step is a mean of."""
 
 

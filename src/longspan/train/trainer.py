@@ -263,7 +263,7 @@ def _train_stage(
     if resumed and plan.mixer is not None:
         plan.mixer.check_state(done.loader)
     step, tokens = done.step, done.tokens
-    stage_step = done.stage_step if resumed else 0
+    stage_step, weight = (done.stage_step, done.weight) if resumed else (0, 0.0)
     held = 0.0
     with contextlib.ExitStack() as stack:
         report = (
@@ -280,7 +280,7 @@ def _train_stage(
             spread.beat(f"the checkpoint of step {step}")
             loader = plan.mixer.state(stage_step * stage.rows_per_step) if plan.mixer is not None else {}
             before = run.checkpointer.save(
-                TrainProgress(step, index, stage_step, tokens, loader),
+                TrainProgress(step, index, stage_step, tokens, loader, weight),
                 own_tensors(ready.model),
                 optimizer_tensors(ready.optimizers),
             )
@@ -304,8 +304,10 @@ def _train_stage(
             # A model with dropout draws from a stream that is a function of the step, so there is no state.
             others = ("rank", spread.mesh.rank) if spread.mesh.world > 1 else ()
             torch.manual_seed(derive_seed(config.seed, "step", step, *others))
+            if stage.loss_average == "steps":
+                weight += total_weight(rows)
             result = train_step(
-                ready.trained, ready.optimizers, rows, spread=spread,
+                ready.trained, ready.optimizers, rows, spread=spread, divisor=weight / (stage_step + 1) or None,
                 rows_per_micro_batch=stage.rows_per_micro_batch, max_grad_norm=config.optimizer.max_grad_norm,
                 chunk_tokens=config.memory.chunk_tokens, offload_chunk_cache=config.memory.offload_chunk_cache,
             )  # fmt: skip
@@ -359,6 +361,7 @@ def train_step(
     *,
     rows_per_micro_batch: int,
     max_grad_norm: float,
+    divisor: float | None = None,
     spread: Spread | None = None,
     chunk_tokens: int | None = None,
     offload_chunk_cache: bool = False,
@@ -371,11 +374,13 @@ def train_step(
 
     Args:
         model: a causal language model, or what `Spread.shard` made of one.
+        divisor: what the sum is divided by; None = the total weight of the labels.
         chunk_tokens: walk each micro-batch in chunks of so many tokens (`recurrent_step`); None = all at once.
         offload_chunk_cache: keep what earlier chunks leave for later ones in host memory.
     """
     trained = model if isinstance(model, ModelWithLoss) else ModelWithLoss(model)
     weight = total_weight(rows)
+    divisor = divisor or weight
     _check_ids(trained.model, rows)
     # Parameters may be on the host, and computed with elsewhere.
     device = next(model.parameters()).device if spread is None else spread.mesh.device
@@ -389,10 +394,10 @@ def train_step(
         if chunk_tokens is None:
             result = trained(batch.to(device))
             if weight > 0:
-                (result.loss / weight).backward()
+                (result.loss / divisor).backward()
         else:
             result = recurrent_step(
-                trained, batch, chunk_tokens=chunk_tokens, weight=weight, offload=offload_chunk_cache,
+                trained, batch, chunk_tokens=chunk_tokens, weight=divisor, offload=offload_chunk_cache,
                 device=device,
             )  # fmt: skip
         kl = result.per_token_kl
@@ -420,7 +425,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     return StepResult.of(
         breakdown,
-        loss=loss_sum / weight if finite and weight > 0 else None,
+        loss=loss_sum / divisor if finite and weight > 0 else None,
         grad_norm=norm if finite else None,
         tokens=sum(len(row.input_ids) for row in rows),
     )
