@@ -110,8 +110,10 @@ def test_balanced_gives_equal_work_up_to_one_token_a_cut(
     """Guards the necklace split: equal tokens, equal work, at most 2 * world cuts, whatever the documents."""
     shards = SequenceShards("balanced", borders_of(lengths), world, window=window)
     work = shards.work(window=window).sum(axis=1)
-    # Each halving is exact up to the work of one token, of which there are log2(world) in a row.
-    most_of_a_token = min(max(lengths), window or max(lengths))
+    # Each halving is exact up to the work of one token, of which there are log2(world) in a row; what fills the ranks
+    # up is a document too.
+    longest = max(max(lengths), -sum(lengths) % (2 * world))
+    most_of_a_token = min(longest, window or longest)
     assert work.max() - work.min() <= 2 * most_of_a_token * (1 + np.log2(world))
     assert sum(len(runs) for runs in shards.runs) <= 3 * world
 
