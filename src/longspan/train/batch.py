@@ -75,10 +75,10 @@ def total_weight(rows: Sequence[PackedRow]) -> float:
 def averaged(rows: Sequence[PackedRow], over: LossAverage) -> list[PackedRow]:
     """Return `rows` with weights under which the loss of a step is a mean over `over`.
 
-    "tokens" and "steps" leave them as they are. "samples" and "rows" divide the weights of a document's, or a row's, labels by
-    their sum, so each counts 1 and the step's total weight is the number of those that train at all. Because the
-    weights say it all, accumulation, ranks and chunks need to know nothing of it. A part of a document in another row
-    is a sample of its own.
+    "tokens" and "steps" leave them as they are. "samples" and "rows" divide the weights of a document's, or a row's,
+    labels by their sum, so each counts 1 and the step's total weight is the number of those that train at all.
+    Because the weights say it all, accumulation, ranks and chunks need to know nothing of it. A part of a document in
+    another row is a sample of its own.
     """
     if over in ("tokens", "steps"):
         return list(rows)
