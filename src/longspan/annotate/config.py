@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from longspan.core.config import Config, Length, TokenBudget
-from longspan.core.schedule_table import ScheduleName
+from longspan.core.schedule_table import CpScheduleName
 
 __all__ = ["AnnotateConfig", "PairWindows", "TeacherConfig"]
 
@@ -28,7 +28,7 @@ class TeacherConfig(Config):
     """Keep the teacher's linear layers in 4 bits."""
     cp: int = pydantic.Field(1, ge=1)
     """Processes that share each row (context parallelism); GPUs under torchrun."""
-    schedule: ScheduleName = "ring"
+    schedule: CpScheduleName = "ring"
     """Context-parallel schedule: how keys travel among the processes of `cp`."""
     batch_tokens: TokenBudget = pydantic.Field(16_384, gt=0)
     """Tokens in one forward pass, at least one row."""

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["SCHEDULES", "ScheduleEntry", "ScheduleName", "arranged", "schedule_of_degrees"]
+__all__ = ["SCHEDULES", "CpScheduleName", "ScheduleEntry", "ScheduleName", "arranged", "schedule_of_degrees"]
 
-ScheduleName = Literal["none", "ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
+CpScheduleName = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
+"""Of a sequence that several ranks share."""
+ScheduleName = Literal["none", CpScheduleName]
 
 
 class ScheduleEntry(NamedTuple):

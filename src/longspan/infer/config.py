@@ -9,9 +9,7 @@ import pydantic
 from longspan.api import ServerConfig, remote_model
 from longspan.api.providers import MODEL_NAMES
 from longspan.core.config import Config, Length, changed_fields
-
-Schedule = Literal["ring", "striped", "dist_flash", "ulysses", "usp", "all_gather"]
-
+from longspan.core.schedule_table import CpScheduleName
 
 RUN_HERE = (
     "rope", "rope_theta", "dtype", "tp", "cp", "replicas", "schedule", "batch_tokens", "prefix_reuse"
@@ -46,7 +44,7 @@ class AnswererConfig(Config):
     replicas: pydantic.PositiveInt | None = None
     """Copies of the model, each on a process (or on `cp`), that share out the samples. None: as many as torchrun or
     srun has started processes for, else 1."""
-    schedule: Schedule | None = None
+    schedule: CpScheduleName | None = None
     """Context-parallel schedule: how keys travel among the processes of `cp`. None: ring."""
     batch_tokens: pydantic.PositiveInt = 16384
     """Tokens in one forward pass, at least one sample."""

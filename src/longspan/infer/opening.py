@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from longspan.api import ServerConfig
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
-from longspan.core.schedule_table import ScheduleName
+from longspan.core.schedule_table import CpScheduleName
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.config import AnswererConfig
 from longspan.infer.context_parallel import SpreadModel
@@ -122,7 +122,7 @@ class _Part(NamedTuple):
         return self.config.replicas or 1
 
     @property
-    def schedule(self) -> ScheduleName:
+    def schedule(self) -> CpScheduleName:
         return self.config.schedule or "ring"
 
 
