@@ -8,10 +8,11 @@ import pytest
 
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
+from longspan.core.places import load_place
 from longspan.eval import registry
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
-from longspan.eval.registry import Axes, TaskEntry, entries, entry_of, loaded, register
+from longspan.eval.registry import Axes, TaskEntry, entries, entry_of, register
 from longspan.eval.scorers import SCORERS, Scorer, register_scorer, scorer_named
 
 SMALL = {"lengths": (4096,), "samples": 1}
@@ -32,10 +33,10 @@ def own(monkeypatch):
 def test_every_task_is_made_in_one_way(tokenizer, name):
     """An entry whose places, name, scorers or axes are not those of the task would break its command or its report."""
     entry = entries()[name]
-    config_class = loaded(entry.config)
+    config_class = load_place(entry.config)
     values = {key: value for key, value in SMALL.items() if key in config_class.model_fields}
     config = config_class.from_dict(values | CONFIGS.get(name, {}))
-    task = loaded(entry.task).from_config(config, TaskDataConfig(), PromptForm(tokenizer))
+    task = load_place(entry.task).from_config(config, TaskDataConfig(), PromptForm(tokenizer))
     assert issubclass(config_class, Config)
     assert task.name == name
     assert task.scorer in (*entry.scorers, "by_metric")

@@ -19,7 +19,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -37,6 +36,7 @@ from longspan.api.providers import PROVIDERS
 from longspan.api.transport import Transport
 from longspan.core.errors import LongspanError, RunError, UserError
 from longspan.core.log import get_logger
+from longspan.core.places import load_place
 
 _log = get_logger("api")
 _Id = TypeVar("_Id", bound=Hashable)
@@ -92,8 +92,7 @@ class Client:
         self.endpoint = endpoint
         self.limits = limits or Limits()
         self._clock = clock or Clock()
-        module, _, name = PROVIDERS[endpoint.kind].protocol.partition(":")
-        self._protocol: WireProtocol = getattr(import_module(f"longspan.api.{module}"), name)()
+        self._protocol: WireProtocol = load_place(f"longspan.api.{PROVIDERS[endpoint.kind].protocol}")()
         self._transport = Transport(
             endpoint, self._protocol, connections=self.limits.concurrency, clock=self._clock
         )

@@ -19,6 +19,7 @@ from longspan.cli.eval_options import (
 from longspan.cli.from_settings import FromSettings, Part, Used
 from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
 from longspan.cli.output import Json, percent, print_json, print_table
+from longspan.core.places import load_place
 
 if TYPE_CHECKING:
     from longspan.core.config import Config
@@ -56,11 +57,9 @@ def command_of(entry: TaskEntry) -> FromSettings:
         note: Note = None,
         as_json: Json = False,
     ) -> None:
-        from longspan.eval.registry import loaded
-
         if "cache" in entry.reads and not dry_run:
             data = data.model_copy(update={"cache": data.cache or str(out / f"{entry.name}-samples")})
-        task = loaded(entry.task).from_config(settings, data, form_of(model, prompts))
+        task = load_place(entry.task).from_config(settings, data, form_of(model, prompts))
         if dry_run:
             show_plan(task, as_json=as_json)
             return

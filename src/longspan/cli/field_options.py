@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
+
+from longspan.core.places import load_place
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -43,8 +44,7 @@ class Part(NamedTuple):
 
     def load(self) -> type[Config]:
         """Import the class."""
-        module, _, name = self.config.partition(":")
-        return getattr(import_module(module), name)
+        return load_place(self.config)
 
 
 class OptionField(NamedTuple):

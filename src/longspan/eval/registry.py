@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
@@ -249,12 +248,6 @@ def entry_of(name: str) -> TaskEntry | None:
     if name not in _REGISTERED:
         _register_installed()
     return _REGISTERED.get(name)
-
-
-def loaded(place: str) -> Any:
-    """Return what stands at "module:Class"."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
 
 
 @cache

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError
+from longspan.core.places import load_place
 from longspan.core.schedule_table import SCHEDULES, ScheduleName
 from longspan.parallel.schedules.base import CpSchedule, sequence_attention
 
@@ -53,8 +52,7 @@ def build_schedule(
     )
     check_degrees(name, ring=ring, ulysses=ulysses)
     entry = SCHEDULES[name]
-    module, _, kind = entry.place.partition(":")
-    make = getattr(import_module(f"{__name__}.{module}"), kind)
+    make = load_place(f"{__name__}.{entry.place}")
     if entry.trades_heads:
         built: CpSchedule = make(ulysses_group, ring_group=ring_group, **entry.arguments)
     else:
