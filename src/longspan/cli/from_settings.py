@@ -24,7 +24,8 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -68,14 +69,16 @@ class FromSettings:
     @cached_property
     def own(self) -> dict[str, inspect.Parameter]:
         """The arguments that typer reads as they are."""
-        names = vars(
-            import_module(self.command.__module__)
-        )  # a part's type may be known to type checkers alone
-        return {
-            name: each.replace(annotation=eval(each.annotation, names))
+        own = {
+            name: each
             for name, each in inspect.signature(self.command).parameters.items()
             if name not in self.parts and name != "used"
         }
+        # Of these alone: a part's type may be known to type checkers only.
+        written = SimpleNamespace(__annotations__={name: each.annotation for name, each in own.items()})
+        names = vars(import_module(self.command.__module__))
+        kinds = get_type_hints(written, names, include_extras=True)
+        return {name: each.replace(annotation=kinds[name]) for name, each in own.items()}
 
     @cached_property
     def fields(self) -> dict[str, list[OptionField]]:
@@ -150,7 +153,8 @@ class FromSettings:
     ) -> Config:
         """Return the Config of a part. Raises ConfigError naming the option."""
         config = part.load()
-        inside = {name: value for name, value in values.items() if name in self._keys(part)}
+        keys = self._keys(part)
+        inside = {name: value for name, value in values.items() if name in keys}
         if part.under is not None:
             inside = _merged(part.under(values), inside)
         missing = {
