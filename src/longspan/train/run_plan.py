@@ -53,14 +53,12 @@ class RunPlan(NamedTuple):
     """What `memory: auto` chose and why, a line each."""
 
     def fitted(self, budget: MemoryBudget) -> RunPlan:
-        """Return the plan with the settings that `memory: auto` stands for.
+        """Return the plan of a recipe with `memory: auto` with the settings that it stands for.
 
         Raises:
             ArgumentError: nothing fits.
             DataError: there is no estimate for such a model.
         """
-        if not self.config.memory.auto:
-            return self
         assert self.model.config is not None
         memory, choice = fit_memory(self.config, self.model.config.to_dict(), budget)
         config = self.config.model_copy(update={"memory": memory})

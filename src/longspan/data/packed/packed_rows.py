@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longspan.core.errors import ArgumentError, DataError
+from longspan.core.errors import DataError
 from longspan.core.files import hash_sample, sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.packed.row_files import (
@@ -49,7 +49,7 @@ from longspan.data.plans.packing import PAD_DOCUMENT
 from longspan.data.readers import ReadReport, list_inputs
 from longspan.data.readers.hub import SCHEME, expand_hub
 from longspan.data.readers.walking import files_below
-from longspan.data.rows.loader import PAD_SOURCE, PackedRow
+from longspan.data.rows.loader import PAD_SOURCE, PackedRow, check_row
 from longspan.data.store import MDSDirectory
 from longspan.data.store.mds import INDEX
 from longspan.data.store.token_store import MANIFEST
@@ -169,8 +169,7 @@ class PackedRows:
             ArgumentError: there is no such row.
             DataError: it is damaged.
         """
-        if not 0 <= index < self.num_rows:
-            raise ArgumentError("there is no such row", found=index, allowed=f"0 to {self.num_rows - 1}")
+        check_row(index, self.num_rows)
         found = self._read(index)
         if found.mask is not None and len(found.mask) != len(found.ids):
             raise DataError(

@@ -14,13 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.plans.pack_config import STRATEGIES, PackConfig
 from longspan.data.plans.packing import plan_packing
-from longspan.data.rows.loader import PAD_SOURCE, PackedRow, RowLoader
+from longspan.data.rows.loader import PAD_SOURCE, PackedRow, RowLoader, check_row
 from longspan.data.rows.read_otherwise import RowsOver
 from longspan.data.store.lengths import LengthTable
 
@@ -155,8 +155,7 @@ class HeadRows:
             ArgumentError: there is no such row.
             DataError: it is damaged.
         """
-        if not 0 <= index < self.num_rows:
-            raise ArgumentError("there is no such row", found=index, allowed=f"0 to {self.num_rows - 1}")
+        check_row(index, self.num_rows)
         row, length = self._rows.row_of_any_length(int(self._numbers[index])), self.length
         count = int(np.searchsorted(row.cu_seqlens, length, side="left"))
         return row._replace(

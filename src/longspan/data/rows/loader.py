@@ -113,6 +113,12 @@ class RowSource(Protocol):
         """Read one row."""
 
 
+def check_row(index: int, num_rows: int) -> None:
+    """Raise ArgumentError where there is no such row."""
+    if not 0 <= index < num_rows:
+        raise ArgumentError("there is no such row", found=index, allowed=f"0 to {num_rows - 1}")
+
+
 class RowLoader:
     """The rows of one pack plan.
 
@@ -150,8 +156,7 @@ class RowLoader:
             DataError: the plan does not fit the documents in the store.
         """
         plan = self.plan
-        if not 0 <= index < plan.num_rows:
-            raise ArgumentError("there is no such row", found=index, allowed=f"0 to {plan.num_rows - 1}")
+        check_row(index, plan.num_rows)
         spans = slice(int(plan.row_offsets[index]), int(plan.row_offsets[index + 1]))
         documents = np.array(plan.span_document[spans])
         starts = plan.span_start[spans]
