@@ -13,21 +13,25 @@ card, by the rules of the published sources (flash_api.cpp, FlashAttention-2's b
 
 With `wide=True` the operators take fp32 and fp64 too and compute in them, and so does the kernel: limits of 1e-6
 then hold through the same launches.
+
+A test with the mark `both_kernels` runs twice: as on a CPU, and with these operators in place (`tests/conftest.py`), in
+the ranks that it starts as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from longspan.kernels.attention import api, cuda_varlen
+from longspan.parallel import launch
 
-__all__ = ["calls", "flash_operators", "in_process_with_flash", "real_window"]
+__all__ = ["calls", "flash_operators", "in_process_with_flash", "ranks_with_flash", "real_window"]
 
 Result = TypeVar("Result")
 
@@ -76,7 +80,29 @@ def flash_operators(*, wide: bool = False) -> Iterator[None]:
 def in_process_with_flash(rank: int, wide: bool, function: Callable[..., Result], *args: Any) -> Result:
     """Return `function(rank, *args)` with the operators in place: for `spawn_local`."""
     with flash_operators(wide=wide):
-        return function(rank, *args)
+        result = function(rank, *args)
+        assert calls, "the operators were never called"
+        return result
+
+
+@contextlib.contextmanager
+def ranks_with_flash() -> Iterator[None]:
+    """Put the operators in place in every rank that `spawn_local` starts, as well as here; they must be called."""
+    with pytest.MonkeyPatch.context() as patch, flash_operators(wide=True):
+        patch.setattr(launch, "_local_rank", _local_rank)
+        gather, ranks = launch._gather, list[Any]()
+        patch.setattr(
+            launch, "_gather", lambda started, *rest: ranks.append(started) or gather(started, *rest)
+        )
+        yield
+        assert calls or ranks, "the operators were never called: this test need not run twice"
+
+
+_one_rank = launch._local_rank
+
+
+def _local_rank(function: Callable[..., Any], rank: int, world: int, args: Sequence[Any], *rest: Any) -> None:
+    _one_rank(in_process_with_flash, rank, world, (True, function, *args), *rest)
 
 
 def _check(

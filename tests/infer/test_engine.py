@@ -34,6 +34,7 @@ PROMPTS = grid([40, 60, 25], [0.0, 0.3, 0.5, 1.0])
 LIMITS = [(10_000, None), (17, 100), (5, 1)]
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize(("batch_tokens", "cache_tokens"), LIMITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_generated_answers_equal_the_plain_way(
@@ -47,6 +48,7 @@ def test_generated_answers_equal_the_plain_way(
     assert len({answer.text for answer in ours}) >= 3  # a short window sees little of the difference
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize(("batch_tokens", "cache_tokens"), LIMITS)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_equal_the_plain_way(name: str, batch_tokens: int, cache_tokens: int | None) -> None:
@@ -57,6 +59,7 @@ def test_scores_equal_the_plain_way(name: str, batch_tokens: int, cache_tokens: 
     assert_same(ours, in_order(plain(name).score(requests)))
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen"])
 def test_the_library_gives_the_same_answers(name: str) -> None:
     """The twin shares our attention; this one reads all tokens again at every step, without a cache."""
@@ -66,6 +69,7 @@ def test_the_library_gives_the_same_answers(name: str) -> None:
         assert answer.token_ids.tolist() == library_answer(name, ids, 4)
 
 
+@pytest.mark.both_kernels
 def test_prompts_within_prompts() -> None:
     """One token, the same prompt twice, a prompt that begins another, answers of different lengths."""
     whole = PROMPTS[3]
@@ -76,6 +80,7 @@ def test_prompts_within_prompts() -> None:
         assert_same(in_order(local("llama", cache_tokens=limit).generate(requests)), expected)
 
 
+@pytest.mark.both_kernels
 def test_every_token_of_the_tree_is_read_once() -> None:
     """The counted work of a small ladder equals the closed form to the last token and pair."""
     lengths, depths, rest = [30, 40, 60], [0.0, 0.25, 0.5, 1.0], 7
@@ -94,6 +99,7 @@ def test_every_token_of_the_tree_is_read_once() -> None:
         assert expected.tokens < 0.75 * work_by_themselves(cells).tokens
 
 
+@pytest.mark.both_kernels
 def test_answers_are_decoded_together() -> None:
     """Twelve answers of six tokens are five passes after those over the prompts, not sixty."""
     answerer = local("llama")
@@ -172,6 +178,7 @@ def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -
     assert max(batches) <= 70
 
 
+@pytest.mark.both_kernels
 def test_room_for_long_answers_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys moved to a larger block must stay those of their strand."""
     from longspan.infer import engine
@@ -191,6 +198,7 @@ def test_what_does_not_fit_is_refused_before_it_is_run() -> None:
     assert answerer.counters.tokens == 0
 
 
+@pytest.mark.both_kernels
 def test_branches_are_read_in_smaller_batches_where_memory_is_short() -> None:
     """The answers are the same; only the trunk and one branch have to fit."""
     requests = [request(ids, max_new_tokens=2) for ids in PROMPTS]
@@ -254,6 +262,7 @@ def test_requests_that_cannot_be_answered() -> None:
     assert list(local("llama").generate([])) == []
 
 
+@pytest.mark.both_kernels
 def test_output_that_is_no_number() -> None:
     """The argmax of NaN is a token like any other."""
     model = build_model(MODELS["llama"], seed=3).eval()
@@ -265,6 +274,7 @@ def test_output_that_is_no_number() -> None:
         assert [answer.error for answer in answers] == ["the model's output is not a finite number"] * 2
 
 
+@pytest.mark.both_kernels
 def test_a_prompt_without_numbers_leaves_the_others_theirs() -> None:
     """Keys lie side by side, and 0 * NaN is NaN: others of the batch lost their answers to it."""
     model = build_model(MODELS["llama"], seed=3).eval()
@@ -281,6 +291,7 @@ def test_a_prompt_without_numbers_leaves_the_others_theirs() -> None:
     assert sum(answer.error is None for answer in in_order(ours.generate(asked))) == 3
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_frequencies_of_the_length_are_those_of_each_prompt(name: str) -> None:
     """In one pass all prompts would have the frequencies of the longest; afterwards the model is as it was."""
@@ -298,6 +309,7 @@ def test_frequencies_of_the_length_are_those_of_each_prompt(name: str) -> None:
     assert torch.equal(model_of(name).model.rotary_emb.inv_freq, before)
 
 
+@pytest.mark.both_kernels
 @settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8),

@@ -139,6 +139,7 @@ def test_answers_stream_as_they_come() -> None:
     assert again == pieces
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize("limit", [10_000, 20])
 def test_answers_that_end_at_different_times(limit: int) -> None:
     """Whoever goes on keeps its own keys when others leave the batch."""

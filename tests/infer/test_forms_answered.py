@@ -17,6 +17,7 @@ from longspan.infer.requests import Answer, Request
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
 from tests.attention_forms import FORMS, eager, with_ours
+from tests.flash_operators import calls, flash_operators
 from tests.infer.engines import Bytes, assert_same, grid, in_order, random_ids, request
 from tests.patience import PATIENCE_SECONDS
 
@@ -38,6 +39,18 @@ def both(answerer: Any) -> list[Answer]:
 @pytest.mark.parametrize("name", FORMS)
 def test_prefix_reuse_equals_the_plain_way(name: str) -> None:
     """Chunks count from the first token of a prompt and not of a branch; a sink is one, whatever the parts."""
+    assert_prefix_reuse_equals_the_plain_way(name)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "llama4_text", "phimoe"])
+def test_prefix_reuse_through_the_cuda_kernel(name: str) -> None:
+    """The same of those that its operators take: their parts and log-sum-exps are joined with sinks and chunks."""
+    with flash_operators(wide=True):
+        assert_prefix_reuse_equals_the_plain_way(name)
+        assert calls
+
+
+def assert_prefix_reuse_equals_the_plain_way(name: str) -> None:
     model = with_ours(eager(name))
     plain = both(PlainAnswerer(model, Bytes(), identity={}, batch_tokens=10_000))  # type: ignore[arg-type]
     for batch_tokens, cache_tokens in ((10_000, None), (7, 60)):
@@ -64,6 +77,7 @@ def spread(rank: int, names: list[str]) -> dict[str, tuple[list[Answer], list[np
     return found
 
 
+@pytest.mark.both_kernels
 @pytest.mark.slow
 def test_two_ranks_answer_as_one() -> None:
     """Sinks are given their share after the parts of all ranks are joined, chunks find their keys on either."""

@@ -23,6 +23,7 @@ def brute_force(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     return -log_probs[:-1].gather(1, tensor[1:, None])[:, 0].numpy()
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize("batch_tokens", [1, 70, 10_000])
 def test_token_losses_equal_brute_force(twins: Any, batch_tokens: int) -> None:
     """Whole logits of the library's model, a window at a time, in every way of batching."""
@@ -35,6 +36,7 @@ def test_token_losses_equal_brute_force(twins: Any, batch_tokens: int) -> None:
         np.testing.assert_allclose(nll, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.both_kernels
 def test_windows_do_not_see_each_other(twins: Any) -> None:
     """Another window in the same row must not change a loss, nor supply the label of the last token."""
     first, second, other = windows_of([40, 41, 42])

@@ -19,6 +19,7 @@ def random_ids(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 97, size=count).astype(np.uint32)
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize("sizes", [(5, 3), (40, 1), (1, 1), (17, 6), (90, 2)])
 def test_scores_equal_whole_logits_of_the_library(twins: Any, sizes: tuple[int, int]) -> None:
     """Off by one position, every answer would be judged by the prediction of its neighbour."""
@@ -43,6 +44,7 @@ def test_an_answer_of_most_likely_tokens_is_what_greedy_generation_gives(twins: 
     assert teacher_forced(twins.ours, prompt, answer)[1][:4].tolist() == generated[:4].tolist()
 
 
+@pytest.mark.both_kernels
 def test_generation_equals_the_plain_model(twins: Any) -> None:
     """Our attention with a growing key-value cache must give what the library's own attention gives."""
     prompt = random_ids(9, 60)

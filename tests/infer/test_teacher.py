@@ -84,6 +84,7 @@ def test_half_precision_is_normalised_in_fp32():
     assert logprobs.dtype == tail.dtype == torch.float32
 
 
+@pytest.mark.both_kernels
 def test_entry_t_is_the_prediction_after_token_t(twins):
     """Alignment, and the borders of documents: against plain transformers, one document at a time."""
     documents = [np.arange(7) % 97, np.array([5, 90, 3, 3]), np.array([11])]
@@ -127,6 +128,7 @@ def share_teacher(rank: int, store: str, schedule: str, told: multiprocessing.Si
     dist.destroy_process_group()
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize("schedule", ["ring", "ulysses"])
 def test_a_shared_teacher_says_the_same(schedule, tmp_path):
     """Tokens of several processes come back in the order of the row, without the padding of the layout."""

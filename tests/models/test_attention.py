@@ -47,6 +47,7 @@ def test_window_means_what_transformers_means(window: int) -> None:
     assert torch.equal(mask[0, 0] == 0, ours)
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize(
     "fields", [{}, {"model_type": "mistral", "sliding_window": 8}, {"model_type": "qwen3", "head_dim": 8}]
 )
@@ -74,6 +75,7 @@ def test_generation_with_cache_equals_sdpa(fields: dict[str, Any], batch: int) -
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(truth.logits), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.both_kernels
 def test_several_new_tokens_after_a_cache() -> None:
     """A prompt fed in two pieces gives the states of the whole prompt, also under a window."""
     model = build_model({**TINY, "model_type": "mistral", "sliding_window": 8}, seed=3)
@@ -144,6 +146,7 @@ def test_other_arithmetic_is_refused_by_name(changes: dict[str, Any], message: s
     assert "Linear" in str(caught.value)
 
 
+@pytest.mark.both_kernels
 def test_scaling_is_honoured() -> None:
     """Some families scale scores by something other than 1/sqrt(head_dim)."""
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -152,6 +155,7 @@ def test_scaling_is_honoured() -> None:
     torch.testing.assert_close(found, truth.transpose(1, 2))
 
 
+@pytest.mark.both_kernels
 def test_enable_switches_a_model_in_place() -> None:
     """A model from anywhere gets the attention; its outputs stay what they were."""
     model = build_model(TINY, seed=0)

@@ -13,7 +13,7 @@ from longspan.models.head import output_head
 from longspan.models.hf import Documents, build_model, hidden_states
 
 TINY = {
-    "hidden_size": 48,
+    "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -43,6 +43,7 @@ def summed_loss(
     return linear_cross_entropy(hidden_states(model, ids, documents), output_head(model), labels).loss
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize(("model_type", "fields"), FAMILIES)
 def test_packed_equals_each_document_alone(model_type: str, fields: dict[str, Any]) -> None:
     """Guards loss and every gradient against leaks between documents, wrong positions and wrong windows."""
@@ -75,6 +76,7 @@ def test_the_window_acts() -> None:
     assert (states[0][64:] - states[1][64:]).abs().max() > 1e-3
 
 
+@pytest.mark.both_kernels
 @pytest.mark.parametrize(("model_type", "fields"), FAMILIES)
 def test_another_document_does_not_change_a_bit(model_type: str, fields: dict[str, Any]) -> None:
     """One changed token of a document changes it and leaves every bit of the others."""
