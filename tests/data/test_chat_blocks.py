@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.data.chat import ChatFormat
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.tokenizer import Tokenizer
 from tests.data.chat_tokenizers import chatty_tokenizer, hugging_face, llama_like
 
@@ -220,3 +221,37 @@ def test_turns_that_are_not_to_be_learnt(known, name, mark):
     found = learnt(tokenizer, STRUCTURES[name], turns)
     assert "RIGHT" in found and "WRONG" not in found and "BAD" not in found
     assert found.count("<|im_end|>") == 1 and "<think>" not in found
+
+
+@pytest.mark.parametrize("name", ["eos in, newline out", "thought, content, calls", "no blocks"])
+def test_which_turns_and_thoughts_are_learnt(known, name):
+    """All answers were learnt, whatever was wanted; thoughts could not be read without being learnt."""
+    tokenizer, _ = known["bytes"]
+    template = STRUCTURES["eos in, newline out"]
+    if name == "no blocks":
+        template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        template += "{% if add_generation_prompt %}" + HEAD[1:] + "{% endif %}"
+    else:
+        template = STRUCTURES[name]
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "ONE", "reasoning_content": "hm", "weight": 1},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "", "reasoning_content": "so", "tool_calls": [CALL], "train": False},
+        {"role": "tool", "content": "12 C"},
+        {"role": "assistant", "content": "<think>well</think>TWO"},
+    ]
+
+    def found(**config: Any) -> str:
+        ids, mask = ChatFormat(tokenizer, template, config=ChatConfig(**config)).encode(turns)
+        return tokenizer.decode(ids[mask == 1])
+
+    one, two = "<think>\nhm\n</think>\n\nONE<|im_end|>", "<think>\nwell\n</think>\n\nTWO<|im_end|>"
+    assert found() == one + two
+    assert found(train_turns="last") == two
+    assert found(train_turns="marked") == one
+    assert found(train_thoughts=False) == "ONE<|im_end|>TWO<|im_end|>"
+    turns[3] = {**turns[3], "train": True}
+    call = found(train_thoughts=False).removeprefix("ONE<|im_end|>").removesuffix("TWO<|im_end|>")
+    assert call.lstrip().startswith("<call>\nlook")
+    assert found(train_turns="marked", train_thoughts=False) == "ONE<|im_end|>" + call

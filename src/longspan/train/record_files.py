@@ -5,9 +5,9 @@
     long-llm:papers.json     below the recipe's data_root, whichever folder the command runs in
     sft.jsonl[:5000]         the first 5000
 
-A record with `messages` or `conversations` is written out by the chat template and masked, as `longspan data tokenize`
-does it; one with `text` is text. The first record with any of them says which a file holds. Each file becomes a token
-store in `stores/` below `data_root`, once for each tokenizer and template.
+A record with `messages`, `conversations` or `trajectory` is written out by the chat template and masked, as `longspan
+data tokenize` does it; one with `text` is text. The first record with any of them says which a file holds. Each file
+becomes a token store in `stores/` below `data_root`, once for each tokenizer and template.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ import numpy as np
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.seeds import rng
 from longspan.core.units import parse_count
-from longspan.data.chat import load_chat_format
+from longspan.data.chat import ChatFormat, load_chat_format
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.readers import ReadReport, read_objects
 from longspan.data.store import TokenStore
 from longspan.data.store.lengths import LengthTable
@@ -34,7 +35,7 @@ from longspan.data.tokenizer import Tokenizer
 __all__ = ["RecordStore", "Records", "draw_records", "parse_records", "record_stores"]
 
 DATA_ROOT_PREFIX = "long-llm:"
-CONVERSATIONS = ("messages", "conversations")
+CONVERSATIONS = ("messages", "conversations", "trajectory")
 """Fields that hold a conversation; the first of them that a record has."""
 _SAMPLED = re.compile(r"(?P<path>.*?)(?:\[(?P<first>:?)(?P<count>[^\[\]]*)\])?", re.DOTALL)
 
@@ -87,6 +88,7 @@ def record_stores(
     tokenizer: Tokenizer | None,
     template: str | None,
     begin_with_user: bool = False,
+    conversations: ChatConfig | None = None,
     opened: dict[Path, TokenStore],
 ) -> list[RecordStore]:
     """Return the token store of each entry, made now unless it is there; the same file may be named twice.
@@ -100,32 +102,34 @@ def record_stores(
     parsed = [parse_records(entry) for entry in entries]
     if tokenizer is None:
         raise ConfigError("records need a tokenizer", fix="set the recipe's tokenizer")
+
+    def load() -> ChatFormat:
+        return load_chat_format(tokenizer, template, begin_with_user=begin_with_user, config=conversations)
+
     return [
-        RecordStore(_store_of(each.path, data_root, tokenizer, template, begin_with_user, opened), each)
+        RecordStore(_store_of(data_root / _plain(each.path), load, tokenizer, data_root, opened), each)
         for each in parsed
     ]
 
 
+def _plain(path: str) -> str:
+    # Only a prefix: a second one further on is part of the name.
+    return path.removeprefix(DATA_ROOT_PREFIX)
+
+
 def _store_of(
-    path: str,
-    data_root: Path,
+    file: Path,
+    load: Callable[[], ChatFormat],
     tokenizer: Tokenizer,
-    template: str | None,
-    begin_with_user: bool,
+    data_root: Path,
     opened: dict[Path, TokenStore],
 ) -> TokenStore:
-    # Only a prefix: a second one further on is part of the name.
-    file = data_root / path.removeprefix(DATA_ROOT_PREFIX)
     if not file.is_file():
         raise DataError(
             "a file of records is missing", found=str(file), fix="relative paths start at data_root"
         )
     field = _field_of(file)
-    chat = (
-        load_chat_format(tokenizer, template, begin_with_user=begin_with_user)
-        if field in CONVERSATIONS
-        else None
-    )
+    chat = load() if field in CONVERSATIONS else None
     identity = [str(file.resolve()), tokenizer.fingerprint, chat.fingerprint if chat else None]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     place = data_root / "stores" / f"{file.stem}-{name}"
@@ -148,7 +152,7 @@ def _field_of(file: Path) -> str:
     raise DataError(
         f"{file} holds neither texts nor conversations",
         found="nothing" if fields is None else f"fields {', '.join(fields)}"[:200],
-        allowed="JSON lines with `text`, or with conversations in `messages` or `conversations`",
+        allowed="JSON lines with `text`, or with conversations in `messages`, `conversations` or `trajectory`",
     )
 
 

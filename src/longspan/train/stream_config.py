@@ -8,6 +8,7 @@ import pydantic
 
 from longspan.core.config import Config
 from longspan.core.log import log_once
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.plans.mixture import MixtureConfig
 from longspan.data.plans.pack_config import STRATEGIES
 from longspan.data.plans.store_packing import StorePackConfig
@@ -69,6 +70,8 @@ class StreamConfig(Config):
     """Loss mask: whether only what a conversation's mask marks is learnt. None: as the stage says."""
     begin_with_user: bool = False
     """Leave out the first turn of conversations in `records` that is not the user's, such as a system turn."""
+    conversations: ChatConfig = ChatConfig()
+    """What is learnt of the conversations in `records`, and what becomes of parts that are no text."""
     shuffle: bool = True
     """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
     document_mask: bool | None = None
@@ -130,4 +133,6 @@ class StreamConfig(Config):
             )
         if self.records is None and self.chat_template is not None:
             raise ValueError("chat_template has an effect on records only: a store is tokenized already")
+        if self.records is None and self.conversations != ChatConfig():
+            raise ValueError("conversations has an effect on records only: a store is tokenized already")
         return self

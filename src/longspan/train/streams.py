@@ -265,6 +265,7 @@ def _planned(
             tokenizer=tokenizer,
             template=stream.chat_template,
             begin_with_user=stream.begin_with_user,
+            conversations=stream.conversations,
             opened=opened.stores,
         )
         stores = [part.store for part in parts]

@@ -29,9 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.chat.encoder import ChatTokens, MarkedEncoder
 from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_marks, with_system
-from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans
+from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans, learnt_turns, without_thoughts
 from longspan.data.chat.messages import (
     GUARD,
     LEARNT,
@@ -39,15 +40,15 @@ from longspan.data.chat.messages import (
     Message,
     MessagesError,
     as_messages,
-    is_learnt,
 )
 from longspan.data.chat.points import MarkedText, Pointer, read
+from longspan.data.chat.stored import Stored, rewritten
 from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.tokenizer.roles import named_tokens
 
-RULES = 4
+RULES = 5
 """Raised whenever the same template and conversation would be encoded otherwise."""
 
 # Awkward content: a template that escapes, lowers, or splits it is found out before the corpus is read.
@@ -79,6 +80,7 @@ class ChatFormat:
         special: texts of bos_token, eos_token and the like, for the template to write. None: those of the
             tokenizer.
         begin_with_user: leave out the first turn where it is not the user's, such as a system turn, and count it.
+        config: what is learnt, and what becomes of parts that are no text.
 
     Raises:
         DataError: the template is not valid or fails; or it has no `{% generation %}` blocks and rewrites contents,
@@ -92,9 +94,12 @@ class ChatFormat:
         *,
         special: Mapping[str, str] | None = None,
         begin_with_user: bool = False,
+        config: ChatConfig | None = None,
     ) -> None:
         self.begin_with_user = begin_with_user
         """Whether a first turn that is not the user's is left out."""
+        self.config = ChatConfig() if config is None else config
+        """What is learnt, and what becomes of parts that are no text."""
         self._special = dict(special_texts(tokenizer) if special is None else special)
         self.template = template
         """The Jinja text."""
@@ -116,6 +121,8 @@ class ChatFormat:
         parts = [self.template, self._special, DATE.isoformat(), RULES]
         if self.begin_with_user:
             parts.append("begin_with_user")
+        if self.config != ChatConfig():
+            parts.append(self.config.to_dict())
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -126,7 +133,7 @@ class ChatFormat:
 
     def render(self, messages: Any, variables: Mapping[str, Any] | None = None) -> str:
         """Return the text of a conversation as the template writes it."""
-        return self._given(messages, variables)[0].text
+        return self._given(*self.read(messages, variables)[:2])[0].text
 
     def encode(self, messages: Any, variables: Mapping[str, Any] | None = None) -> ChatTokens:
         """Return ids and mask of a conversation: {"role", "content"} or {"from", "value"} turns.
@@ -143,17 +150,56 @@ class ChatFormat:
 
     def encode_record(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Encoded:
         """Return ids and mask of a conversation, and notes of what the template left out; see `encode`."""
-        cut = self._from_user(messages)
-        given, turns = self._given(cut, variables)
+        turns, values, notes = self.read(messages, variables)
+        encoded = self.encode_turns(turns, values)
+        return encoded._replace(notes=notes + encoded.notes)
+
+    def read(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Stored:
+        """Return a conversation in the one form that templates are given, whichever it is stored in.
+
+        Raises:
+            MessagesError: it is none.
+        """
+        stored = rewritten(
+            messages,
+            dict(variables or {}),
+            names=self._template.names,
+            replace_images=self.config.images == "replace",
+        )
+        values = dict(stored.values)
+        turns = with_marks(as_messages(stored.turns), values, self._template)
+        notes = stored.notes
+        if self.begin_with_user and turns[0]["role"] != "user":
+            turns = turns[1:]
+            notes["conversations without their first turn, which is not the user's"] += 1
+            if not turns:
+                raise MessagesError("nothing is left behind the first turn, which is not the user's")
+        return Stored(turns, values, notes)
+
+    def encode_turns(
+        self, turns: list[Message], values: Mapping[str, Any], *, learn: Collection[int] | None = None
+    ) -> Encoded:
+        """Return ids and mask of what `read` returned.
+
+        Args:
+            learn: the turns to learn, of those that are to be learnt anyway. None: all of them.
+        """
+        given, learnt = self._given(turns, values)
+        if learn is not None:
+            before = len(given.messages) - len(turns)
+            learnt = [
+                turn._replace(learnt=turn.learnt and number - before in learn)
+                for number, turn in enumerate(learnt)
+            ]
         reading = self._read(given)
         notes = check_written(given, reading, self._template, special=self._encoder.special)
-        if len(cut) < len(messages):
-            notes["conversations without their first turn, which is not the user's"] += 1
         if self._template.has_blocks:
-            spans = block_spans(reading, turns)
+            spans = block_spans(reading, learnt)
         else:
             assert self._ends is not None, "found on the probe"
-            spans = answer_spans(reading, turns, self._ends, self._encoder.special, self._pointer.tags)
+            spans = answer_spans(reading, learnt, self._ends, self._encoder.special, self._pointer.tags)
+        if not self.config.train_thoughts:
+            spans = without_thoughts(spans, reading, self._encoder.special)
         text, places = self._encoder.marked(reading.text, [place for span in spans for place in span])
         pairs = list(zip(places[0::2], places[1::2]))
         tokens = self._encoder.encode(text, pairs, blocks=self._template.has_blocks)
@@ -163,24 +209,10 @@ class ChatFormat:
             notes[f"records with a `{name}` that says nothing of turns"] += 1
         return Encoded(*tokens, notes)
 
-    def _from_user(self, messages: Any) -> Any:
-        """Return a conversation without a first turn that is not the user's, where that is asked for."""
-        if not self.begin_with_user:
-            return messages
-        turns = as_messages(messages)
-        return turns if turns[0]["role"] == "user" else turns[1:]
-
-    def _given(self, messages: Any, variables: Mapping[str, Any] | None) -> tuple[Given, list[Turn]]:
-        values = dict(variables or {})
-        marked = with_marks(as_messages(messages), values, self._template)
+    def _given(self, messages: list[Message], values: Mapping[str, Any]) -> tuple[Given, list[Turn]]:
         found = variables_of(values, self._template)
-        turns = with_system(marked, found, self._template)
-        answers = [turn["role"] == "assistant" for turn in turns]
-        learnt = [
-            Turn(answers[number], answers[number] and is_learnt(turn, number))
-            for number, turn in enumerate(turns)
-        ]
-        return give(self._template, turns, found), learnt
+        turns = with_system(messages, found, self._template)
+        return give(self._template, turns, found), learnt_turns(turns, self.config.train_turns)
 
     def _read(self, given: Given) -> MarkedText:
         """Return the text with the places of what each turn says, as many of them as can be shown.
@@ -294,7 +326,11 @@ class ChatFormat:
 
 
 def load_chat_format(
-    tokenizer: Tokenizer, template: str | Path | None = None, *, begin_with_user: bool = False
+    tokenizer: Tokenizer,
+    template: str | Path | None = None,
+    *,
+    begin_with_user: bool = False,
+    config: ChatConfig | None = None,
 ) -> ChatFormat:
     """Return a tokenizer's chat format.
 
@@ -302,13 +338,14 @@ def load_chat_format(
         template: None takes the tokenizer's own: `chat_template` in its tokenizer_config.json (one text, or
             named ones) or chat_template.jinja beside it. Else the name of one of these, a shipped name
             (llama-2, llama-3, llama-3-untrimmed, mistral, qwen), or a Jinja file.
-        begin_with_user: see `ChatFormat`.
+        begin_with_user, config: see `ChatFormat`.
 
     Raises:
         DataError: there is no such template, or it cannot be used; see `ChatFormat`.
     """
     name = None if template is None else str(template)
-    return ChatFormat(tokenizer, find_template(tokenizer.path.parent, name), begin_with_user=begin_with_user)
+    text = find_template(tokenizer.path.parent, name)
+    return ChatFormat(tokenizer, text, begin_with_user=begin_with_user, config=config)
 
 
 def special_texts(tokenizer: Tokenizer) -> dict[str, str]:

@@ -21,7 +21,7 @@ SETTINGS = "chat_template_kwargs"
 """Field of a record with further variables of the template."""
 SYSTEM = "system"
 LISTS = ("tools", "documents")
-FIELDS = (*LISTS, SYSTEM, SETTINGS)
+FIELDS = (*LISTS, "functions", SYSTEM, SETTINGS)
 """Fields that belong to a conversation whatever the template reads."""
 
 

@@ -6,8 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from longspan.data.chat.messages import CALLS, MessagesError
+from longspan.data.chat.messages import CALLS, Message, MessagesError, is_learnt, is_marked
 from longspan.data.chat.points import THOUGHT, GenerationBlock, MarkedText, Point
+
+_THOUGHTS = re.compile(r"<think>.*?</think>\s*|\[THINK\].*?\[/THINK\]\s*", re.DOTALL)
+_CLOSING = re.compile(r"\s*(?:</[^<>\s]{1,38}>|\[/[^\[\]\s]{1,38}\])\s*")
+_OPENING_CHARACTERS = 40
 
 
 class Turn(NamedTuple):
@@ -26,6 +30,59 @@ class Ends(NamedTuple):
     """The special token that ends it."""
     opening: str
     """How it begins: the generation prompt; "" where that is not known."""
+
+
+def learnt_turns(turns: Sequence[Message], which: str) -> list[Turn]:
+    """Return what decides the learning of each turn: `which` is "all", "last" or "marked" answers.
+
+    Raises:
+        MessagesError: a key that marks a turn says neither yes nor no.
+    """
+    answers = [turn["role"] == "assistant" for turn in turns]
+    last = max((number for number, answer in enumerate(answers) if answer), default=-1)
+    return [
+        Turn(
+            answer,
+            answer
+            and is_learnt(turn, number)
+            and (which == "all" or (number == last if which == "last" else is_marked(turn))),
+        )
+        for number, (turn, answer) in enumerate(zip(turns, answers))
+    ]
+
+
+def without_thoughts(
+    spans: Sequence[tuple[int, int]], reading: MarkedText, special: re.Pattern[str]
+) -> list[tuple[int, int]]:
+    """Return the spans without thoughts: from where a thought is opened to behind what closes it.
+
+    Thoughts are known by their points, and in a text by the tags that models write around them.
+    """
+    thoughts = [match.span() for match in _THOUGHTS.finditer(reading.text)]
+    opened: dict[int, int] = {}
+    for point in reading.points:
+        if reading.leaves[point.leaf].field != THOUGHT:
+            continue
+        start = opened.pop(point.leaf, None)
+        if start is None:
+            opened[point.leaf] = point.place
+            continue
+        behind = _CLOSING.match(reading.text, point.place) or special.match(reading.text, point.place)
+        thoughts.append((start, behind.end() if behind else point.place))
+    cut: list[tuple[int, int]] = []
+    for start, end in spans:
+        for first, last in sorted(thoughts):
+            if last <= start or first >= end:
+                continue
+            # What opens the thought, and stands before all else, goes with it.
+            if first > start and len(reading.text[start:first].strip()) <= _OPENING_CHARACTERS:
+                first = start
+            if start < first:
+                cut.append((start, first))
+            start = max(start, min(last, end))
+        if start < end:
+            cut.append((start, end))
+    return cut
 
 
 def block_spans(reading: MarkedText, turns: Sequence[Turn]) -> list[tuple[int, int]]:

@@ -115,6 +115,11 @@ def is_learnt(message: Message, number: int) -> bool:
     return all(says.values())
 
 
+def is_marked(message: Message) -> bool:
+    """Say whether a key of a turn says anything of its learning."""
+    return any(key in message for key in (*LEARNT, *NOT_LEARNT))
+
+
 def strings_of(value: Any) -> list[str]:
     """Return all texts in a JSON value, keys included."""
     if isinstance(value, str):

@@ -145,7 +145,11 @@ def _title(value: Any) -> str:
     """Return the text by which a tool or a document is looked for: its name, or the first that it holds."""
     if isinstance(value, Mapping):
         inner = value.get("function", value)
-        named: Any = inner.get("name", "") if isinstance(inner, Mapping) else ""
+        named = inner.get("name", "") if isinstance(inner, Mapping) else ""
+        if not isinstance(named, str):
+            raise MessagesError(
+                "a tool or document of the record has a name that is not text", found=str(named)[:80]
+            )
         texts: Sequence[str] = [each for each in map(str, value.values())] if not named else [named]
         return texts[0] if texts else ""
     return str(value)

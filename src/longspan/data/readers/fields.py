@@ -81,7 +81,9 @@ def document_of(values: dict[str, Any], record: RawRecord, fields: Fields) -> Do
     if not isinstance(text, str):
         raise _wrong_type(f"field {fields.text!r} is not text", text)
     # An escaped half of a surrogate pair ("\ud83d" alone) is legal JSON and has no UTF-8 form.
-    if not (isinstance(values, UTF8Values) or text.isascii()):
+    # What is checked of a record is not checked of JSON in one of its texts.
+    checked = isinstance(values, UTF8Values) and messages is None
+    if not (checked or text.isascii()):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

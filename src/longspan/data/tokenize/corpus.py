@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from longspan.core.errors import ArgumentError, DataError, LongspanError
 from longspan.core.files import behind_link, disk_errors
 from longspan.core.log import get_logger
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.jobs import ArrayJob, Executor, LocalExecutor
 from longspan.data.jobs.job_lock import BusyError, JobLock, hold_share, share_lock
 from longspan.data.readers import (
@@ -151,6 +152,7 @@ class CorpusJob:
             shard_bytes=config.shard_bytes,
             chat_template=None if chat is None else chat.template,
             begin_with_user=chat is not None and chat.begin_with_user,
+            conversations=ChatConfig() if chat is None else chat.config,
         )
         self._units: Sequence[Unit | GroupUnit] = units
         self._deals: Sequence[Unit] = ()

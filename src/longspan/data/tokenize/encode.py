@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.readers import Document, Fields, ReadReport, read_part
 from longspan.data.readers.base import SkippedRecordError
 from longspan.data.store.assemble import save_rows
@@ -38,6 +39,7 @@ class PieceJob(NamedTuple):
     shard_bytes: int
     chat_template: str | None = None
     begin_with_user: bool = False
+    conversations: ChatConfig = ChatConfig()
     """See `ChatFormat`."""
     sampling: Sampling | None = None
 
@@ -119,7 +121,7 @@ class _Encoder:
         self._chat = (
             None
             if job.chat_template is None
-            else _chat(job.tokenizer, job.chat_template, job.begin_with_user)
+            else _chat(job.tokenizer, job.chat_template, job.begin_with_user, job.conversations)
         )
 
     def encode(self, document: Document, writer: DocumentWriter) -> None:
@@ -197,7 +199,7 @@ def _encode_chat(
 
 
 @lru_cache(maxsize=4)
-def _chat(tokenizer: Tokenizer, template: str, begin_with_user: bool) -> ChatFormat:
+def _chat(tokenizer: Tokenizer, template: str, begin_with_user: bool, config: ChatConfig) -> ChatFormat:
     from longspan.data.chat import ChatFormat
 
-    return ChatFormat(tokenizer, template, begin_with_user=begin_with_user)
+    return ChatFormat(tokenizer, template, begin_with_user=begin_with_user, config=config)

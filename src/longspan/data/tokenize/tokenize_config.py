@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 import pydantic
 
 from longspan.core.config import Config
+from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.plans.mixture import MixtureConfig
 from longspan.data.readers import Grouping
 from longspan.data.store.token_store import SHARD_BYTES
@@ -37,6 +38,8 @@ class TokenizeConfig(Config):
     """Template of conversations: a shipped name or a Jinja file. None: the tokenizer's."""
     begin_with_user: bool = False
     """Leave out a first turn of conversations that is not the user's, such as a system turn; counted."""
+    conversations: ChatConfig = ChatConfig()
+    """What is learnt of conversations, and what becomes of parts that are no text."""
     mix: MixtureConfig | None = None
     """Sample while reading: settings of a mixture such as mode=per_source,tokens=5B,keep_short=0.1, or a YAML file of
     them; `data mix` then makes the exact mixture. None: every document."""
@@ -76,8 +79,14 @@ class TokenizeConfig(Config):
 
     def chat_format(self, tokenizer: Tokenizer) -> ChatFormat | None:
         """Return the format of conversations, None where texts are read. Raises DataError as `load_chat_format`."""
-        if self.messages_field is None and self.chat_template is None and not self.begin_with_user:
+        plain = not self.begin_with_user and self.conversations == ChatConfig()
+        if self.messages_field is None and self.chat_template is None and plain:
             return None
         from longspan.data.chat import load_chat_format
 
-        return load_chat_format(tokenizer, self.chat_template, begin_with_user=self.begin_with_user)
+        return load_chat_format(
+            tokenizer,
+            self.chat_template,
+            begin_with_user=self.begin_with_user,
+            config=self.conversations,
+        )

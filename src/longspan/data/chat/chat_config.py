@@ -1,0 +1,19 @@
+"""What is learnt of conversations, and what becomes of parts that are no text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from longspan.core.config import Config
+
+
+class ChatConfig(Config):
+    """What is learnt of conversations, and what becomes of parts that are no text."""
+
+    train_turns: Literal["all", "last", "marked"] = "all"
+    """Which answers are learnt: all, the last one, or those that a key of the turn marks (`weight: 1`, `train: true`).
+    A turn that is marked not to be learnt never is; what tools return never is."""
+    train_thoughts: bool = True
+    """Learn the assistant's thoughts. false: they are only read, and the answer behind them is learnt."""
+    images: Literal["refuse", "replace"] = "refuse"
+    """What becomes of images and other parts that are no text: the record is left out, or `[image]` stands for it."""

@@ -1,0 +1,145 @@
+"""Conversations as tools and data sets store them: one form of all, and nothing lost without a count."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from longspan.data.chat import ChatFormat, MessagesError
+from longspan.data.chat.chat_config import ChatConfig
+from longspan.data.tokenize import tokenize_corpus
+from longspan.data.tokenizer import Tokenizer
+from tests.data.chat_tokenizers import chatty_tokenizer
+from tests.data.malformed_chats import ARGUMENTS, CALL, DIALECTS, STEPS, XML, malformed
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+    "</think>\n{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return chatty_tokenizer(tmp_path_factory.mktemp("stored"))
+
+
+@pytest.fixture(scope="module")
+def chat(chatty: Tokenizer) -> ChatFormat:
+    return ChatFormat(chatty, TEMPLATE)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_is_the_same_conversation(chat, dialect):
+    """A call kept as a text, a result in the user's turn, a thought in a turn of its own were learnt as they stood."""
+    wanted = chat.render(*DIALECTS["openai"])
+    assert chat.render(*DIALECTS[dialect]) == wanted
+    assert wanted.count("<think>look first</think>\n<call>") == wanted.count("12 C") == 1
+
+
+def test_calls_in_xml(chat, chatty):
+    """Values of an XML call are texts; what is broken, or goes on behind the call, stays what the turn says."""
+    ask, said = {"role": "user", "content": "Where?"}, "I look.\n\n"
+    for wrapped in (XML, f"<tool_call>\n{XML}\n</tool_call>"):
+        answer = {"role": "assistant", "content": said + wrapped}
+        call = json.dumps({"name": "look", "arguments": {**ARGUMENTS, "n": "3"}})
+        assert f"I look.<call>{call}</call>" in chat.render([ask, answer])
+        assert said + wrapped in ChatFormat(chatty, TEXTS).render([ask, answer])
+    for content in (
+        "<tool_call>{</tool_call>",
+        '<tool_call>{"name": "a", "id": 1}</tool_call>',
+        f"<tool_call>{json.dumps(CALL)}</tool_call> done",
+        f"<tool_call>{json.dumps(CALL)}</tool_call> and <tool_call>{json.dumps(CALL)}</tool_call>",
+        "<function=a><parameter=b>1</parameter><parameter=b>2</parameter></function>",
+    ):
+        assert content in chat.render([ask, {"role": "assistant", "content": content}])
+
+
+def test_parallel_calls_and_ids(chat):
+    """Results without ids belong to calls in their order; calls of one answer in turns of their own are one turn."""
+    calls = [{"from": "function_call", "value": json.dumps({**CALL, "name": name})} for name in ("a", "b")]
+    turns = [
+        {"from": "human", "value": "x"},
+        *calls,
+        *({"from": "observation", "value": v} for v in ("1", "2")),
+    ]
+    stored = chat.read([*turns, *calls])
+    made = stored.turns
+    assert [turn["role"] for turn in made] == ["user", "assistant", "tool", "tool", "assistant"]
+    ids = [call["id"] for call in made[1]["tool_calls"]]
+    assert [turn["tool_call_id"] for turn in made[2:4]] == ids and len({*ids}) == 2
+    assert all(len(each) == 9 and each.isalnum() for each in ids)
+    several = [{"from": "function_call", "value": json.dumps([CALL, CALL])}]
+    assert len(chat.read([turns[0], *several]).turns[1]["tool_calls"]) == 2
+
+
+def test_steps_of_an_agent(chat):
+    """Trajectories name turns otherwise, and some keep what a tool said in the step that asked for it."""
+    made = chat.read(STEPS).turns
+    assert [(turn["role"], turn["content"]) for turn in made] == [
+        ("system", "Be brief."),
+        ("user", "Fix it."),
+        ("assistant", "I look.\n\nls"),
+        ("assistant", "It is there.\n\ncat a.py"),
+        ("user", "x = 1"),
+        ("assistant", "Done."),
+    ]
+
+
+def test_what_is_lost_is_counted(chatty):
+    """Encrypted thoughts, images and a second system turn vanished, or took their record with them."""
+    blocks = [{"type": "image", "source": {}}, {"type": "text", "text": "What?"}]
+    turns = [
+        {"role": "system", "content": "a"},
+        {"role": "developer", "content": "b"},
+        {"role": "user", "content": blocks},
+        {
+            "role": "assistant",
+            "content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "A cat."}],
+        },
+    ]
+    with pytest.raises(MessagesError, match="part of type image"):
+        ChatFormat(chatty, TEMPLATE).encode(turns)
+    chat = ChatFormat(chatty, TEMPLATE, config=ChatConfig(images="replace"))
+    assert "a\n\nb" in chat.render(turns) and "[image]\nWhat?" in chat.render(turns)
+    assert chat.encode_record(turns).notes == {
+        "conversations whose first system turns are joined to one": 1,
+        "images and the like replaced by a word": 1,
+        "thoughts that the record keeps encrypted or not at all": 1,
+    }
+
+
+def crash_test(chats: list[ChatFormat], numbers: range) -> int:
+    left_out = 0
+    for number in numbers:
+        turns, values = malformed(number)
+        for chat in chats:
+            try:
+                encoded = chat.encode_record(turns, values)
+                assert len(encoded.ids) == len(encoded.mask)
+            except MessagesError:
+                left_out += 1
+    return left_out
+
+
+def test_malformed_records_of_every_dialect(chat, chatty):
+    """A traceback names no record."""
+    left_out = crash_test([chat, ChatFormat(chatty, TEXTS)], range(250))
+    assert 50 < left_out < 450
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_records(chat, chatty, tmp_path):
+    """None crashes; those of a file are in the store or counted, none is neither."""
+    records = [dict(zip(("messages", "more"), malformed(number))) for number in range(10_000)]
+    lines = [json.dumps({"messages": each["messages"], **each["more"]}) for each in records]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(lines))
+    store = tokenize_corpus([path], chatty, tmp_path / "store", chat=chat)
+    counts = store.manifest.counts
+    kinds = ("broken_records", "missing_fields", "wrong_types", "invalid_text", "empty_documents")
+    assert len(store) + sum(counts.get(kind, 0) for kind in kinds) == 10_000
