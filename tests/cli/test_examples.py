@@ -17,6 +17,7 @@ STORY = (
     ("data", "fetch"),
     ("data", "tokenize"),
     ("data", "lengths"),
+    ("data", "audit"),
     ("data", "mix"),
     ("data", "pack"),
     ("data", "peek"),

@@ -47,6 +47,7 @@ WINGS: dict[str, set[str]] = {
     "rows": {"store", "plans"},
     "packed": {"store", "jobs", "readers", "plans", "rows"},
     "exchange": {"store", "readers", "plans", "packed"},
+    "audit": {"store", "jobs", "tokenizer"},
     "pairs": {"store", "jobs", "tokenizer", "exchange"},
 }
 """The wings of `data`: what each may import. `data/verify.py` stands above them."""

@@ -16,6 +16,7 @@ from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import plan_packing
 from longspan.data.store import TokenStore
+from longspan.data.store.measures import AuditedStore, Measures, digest_of
 from longspan.models.hf import build_model
 from longspan.train.batch import collate, total_weight
 from longspan.train.config import StageConfig
@@ -249,3 +250,21 @@ def test_the_rows_of_the_next_step_are_read_meanwhile() -> None:
     with pytest.raises(DataError, match="torn"):
         next(ahead)
     assert list(rows_ahead(read, range(2))) == [[0], [1]] and list(rows_ahead(read, range(0))) == []
+
+
+def test_a_stream_chooses_documents_by_an_audit_under_the_data_root(data_root: Path) -> None:
+    """An audit looked for beside the recipe, or not asked at all, would train on what was to be left out."""
+    store = TokenStore(data_root / "plain")
+    kept = np.arange(len(store)) % 2 == 0
+    columns = {
+        "exact_duplicate": np.zeros(len(store), np.uint8),
+        "near_duplicate": (~kept).astype(np.uint8),
+        "repeated": np.zeros(len(store), np.float32),
+        "compression": np.ones(len(store), np.float32),
+    }
+    digest = digest_of(store.lengths.key, store.lengths.tokens)
+    Measures(columns, (AuditedStore("plain", len(store), digest),)).save(data_root / "audits" / "plain")
+    chosen = {"mode": "none", "where": "near_duplicate == 0", "audit": "audits/plain"}
+    planned = plan_stage(stage(store="plain", mixture=chosen), data_root=data_root, seed=0)
+    (report,) = [plan.report for plan in planned.mixtures.values()]
+    assert (report.documents, report.excluded) == (kept.sum(), (~kept).sum())

@@ -82,11 +82,11 @@ def mix(
     as_json: Json = False,
 ) -> None:
     """Choose documents by length and source; writes a mixture plan."""
-    from longspan.data.plans.mixture import plan_mixture
+    from longspan.data.plans.mixture import load_audit, plan_mixture
     from longspan.data.plans.shares import parse_stream
 
     table, paths = lengths_of(_part([parse_stream(store).path for store in stores])[0])
-    plan = plan_mixture(settings, table, seed)
+    plan = plan_mixture(settings, table, seed, audit=load_audit(settings))
     plan.save(out, stores=paths)
     # What names and presets asked for stands in the settings now.
     write_settings({**used, "stores": paths, "preset": None}, out)
@@ -332,6 +332,8 @@ def print_mixture(title: str, report: Any) -> None:
         "source", "available", "share", "documents", "chosen tokens", "share", "above budget", "missing"
     )  # fmt: skip
     print_table(f"mixture: {title}", columns, rows)
+    if report.excluded:
+        typer.echo(f"documents that do not fulfil the condition: {report.excluded}")
 
 
 def _print_packing(title: str, plan: PackPlan) -> None:

@@ -260,6 +260,45 @@ def lengths_figure(summaries: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def audit_figure(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> Figure:
+    """Draw what an audit found: a panel a measure, a bar for each source and length.
+
+    `rows` and `measures` are what `data.audit.summary` says; measures without a mean are left out.
+    """
+    drawn = [name for name in measures if any(row[name].get("mean") is not None for row in rows)]
+    columns = min(len(drawn), 3) or 1
+    height = 0.9 + 0.22 * len(rows)
+    figure = Figure(
+        figsize=(4.6 * columns, height * (-(-len(drawn) // columns) or 1)), dpi=160, layout="constrained"
+    )
+    grid = figure.subplots(-(-len(drawn) // columns) or 1, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(drawn) :]:
+        axes.set_visible(False)
+    labels = [_literal(cut_name(f"{row['source']}, {row['lengths']}", 40)) for row in rows]
+    for axes, name in zip(grid.flat, drawn):
+        _style(axes, "", "")
+        values = [row[name]["mean"] for row in rows]
+        known = [place for place, value in enumerate(values) if value is not None]
+        axes.barh(known, [values[place] for place in known], color=LINES[0][0], height=0.7)
+        for place, value in enumerate(values):
+            text = "not measured" if value is None else f"{value:.3g}"
+            axes.annotate(
+                text,
+                (value or 0, place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=_MUTED,
+            )
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.18)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(name.replace("_", " "), fontsize=10, color=_INK, loc="left")
+    return figure
+
+
 def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
     """Draw the training loss, every step and smoothed, and by source."""
     figure, axes = _plain("tokens trained on", "loss (nats per token)")

@@ -16,7 +16,7 @@ from longspan.core.errors import ConfigError, DataError
 from longspan.core.log import get_logger
 from longspan.data.packed.packed_rows import PackedRows
 from longspan.data.packed.recut import HeadRows, Overflow, RecutRows, recut
-from longspan.data.plans.mixture import MixturePlan, plan_mixture
+from longspan.data.plans.mixture import MixturePlan, load_audit, plan_mixture
 from longspan.data.plans.packing import KIND as PACK_PLAN
 from longspan.data.plans.packing import PackPlan, plan_packing
 from longspan.data.readers.hub import SCHEME as HUB
@@ -275,7 +275,7 @@ def _planned(
         parts = []
         stores = open_stores((data_root / path for path in paths), opened.stores)
     lengths = LengthTable.concatenate([store.lengths for store in stores])
-    mixture = plan_mixture(stream.mixture, lengths, seed)
+    mixture = plan_mixture(stream.mixture, lengths, seed, audit=load_audit(stream.mixture, data_root))
     chats = np.array([_is_chat(store) for store in stores])
     pack = stream.pack
     settled = pack.settle(

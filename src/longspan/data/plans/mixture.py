@@ -28,8 +28,11 @@ import pydantic
 from longspan.core.columns import load_columns, save_columns
 from longspan.core.config import Config, Length, TokenBudget
 from longspan.core.errors import ConfigError, DataError
+from longspan.core.log import get_logger
 from longspan.core.shuffling import hashed
+from longspan.data.plans.where import documents_where, parse_condition
 from longspan.data.store.lengths import LengthTable
+from longspan.data.store.measures import Measures
 
 KIND = "mixture-plan"
 BLOCK = 2**20
@@ -39,7 +42,7 @@ BLOCK = 2**20
 class MixtureConfig(Config):
     """What to choose from a length table."""
 
-    ADDED_LATER = frozenset({"characters_per_token"})
+    ADDED_LATER = frozenset({"characters_per_token", "where", "audit"})
 
     mode: Literal["none", "global", "per_source", "upsample", "proportions", "repeat"] = "per_source"
     """none: every document. global: short documents are kept with probability `keep_short`. per_source: the same, and
@@ -66,6 +69,11 @@ class MixtureConfig(Config):
     part: tuple[float, float] | None = None
     """Part of the documents to choose from, as `data split` cuts them: from and to which share of all, so (0, 0.98)
     is the first of train=0.98,validation=0.02. None: all."""
+    where: str | None = None
+    """Condition on documents to choose from, such as `near_duplicate == 0 and tokens >= 4096`: `tokens`, `source` and
+    what `audit` measured. A comparison with what is not known does not hold. None: all."""
+    audit: str | None = None
+    """Folder of `data audit` that `where` asks."""
 
     @pydantic.model_validator(mode="after")
     def _settings_have_an_effect(self) -> Self:
@@ -82,9 +90,18 @@ class MixtureConfig(Config):
             raise ValueError("tokens and max_repeat have no effect in mode repeat: its weights say how much")
         if self.part is not None and not 0 <= self.part[0] < self.part[1] <= 1:
             raise ValueError("a part is two shares in order, from 0 to 1, such as [0, 0.98]")
+        if self.audit is not None and self.where is None:
+            raise ValueError("an audit has an effect only on a condition: give where")
         if self.mode == "none" and self.keep_short is not None:
             raise ValueError("keep_short has no effect in mode none; use global or per_source")
         return self
+
+    @pydantic.field_validator("where")
+    @classmethod
+    def _is_a_condition(cls, where: str | None) -> str | None:
+        if where is not None:
+            parse_condition(where)
+        return where
 
     @property
     def keep_probability(self) -> float:
@@ -126,6 +143,8 @@ class MixtureReport(Config):
     overshoot: int
     shortfall: int
     sources: dict[str, SourceReport]
+    excluded: int = 0
+    """Documents that do not fulfil the condition `where`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,17 +200,31 @@ class MixturePlan:
         return plan
 
 
-def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> MixturePlan:
+def load_audit(spec: MixtureConfig, root: Path = Path()) -> Measures | None:
+    """Open the audit that a condition asks; a relative path is one under `root`."""
+    return None if spec.audit is None else Measures.load(root / spec.audit)
+
+
+def plan_mixture(
+    spec: MixtureConfig, lengths: LengthTable, seed: int, *, audit: Measures | None = None
+) -> MixturePlan:
     """Choose and order documents; 0.2 s for 1 million documents, about 40 bytes of memory for each of them.
 
+    `audit`: from `load_audit`.
+
     Raises:
-        ConfigError: a source in `sources` or `weights` does not exist.
+        ConfigError: a source in `sources` or `weights` does not exist, or `where` asks for what is not known.
         DataError: no document is left to choose from, or (without a budget) a wanted source has none left.
     """
     fingerprint = lengths.fingerprint
+    fulfils = _fulfilling(spec, lengths, audit)
     if spec.group == "store":
         lengths = _by_store(lengths)
     candidates = _candidates(spec, lengths)
+    excluded = 0
+    if fulfils is not None:
+        excluded = int(np.count_nonzero(candidates & ~fulfils))
+        candidates &= fulfils
     counted = lengths
     ratio = spec.characters_per_token
     if ratio is not None:
@@ -202,7 +235,8 @@ def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> Mixtur
         raise DataError(
             "no document is left to choose from",
             found=f"{int(candidates.sum())} documents before short ones were dropped",
-            fix="raise keep_short, lower threshold, or choose other sources",
+            fix="raise keep_short, lower threshold, or choose other sources"
+            + ("" if spec.where is None else f"; {excluded} documents do not fulfil the condition"),
         )
     asked = (
         spec
@@ -219,7 +253,9 @@ def plan_mixture(spec: MixtureConfig, lengths: LengthTable, seed: int) -> Mixtur
     documents = taken.documents[order]
     return MixturePlan(
         documents=documents,
-        report=_report(lengths.source_names, counts, requested, budgets),
+        report=_report(lengths.source_names, counts, requested, budgets).model_copy(
+            update={"excluded": excluded}
+        ),
         spec=spec,
         seed=seed,
         lengths_fingerprint=fingerprint,
@@ -237,6 +273,26 @@ def _in_characters(lengths: LengthTable, candidates: np.ndarray) -> LengthTable:
             fix="tokenize the texts again, or leave it out",
         )
     return replace(lengths, tokens=characters)
+
+
+def _fulfilling(spec: MixtureConfig, lengths: LengthTable, audit: Measures | None) -> np.ndarray | None:
+    """Return which documents fulfil the condition; None without one. Says of how many something is not known."""
+    if spec.where is None:
+        return None
+    known = {} if audit is None else audit.of(lengths)
+    columns = {
+        **known,
+        "tokens": np.asarray(lengths.tokens),
+        "source": np.array(lengths.source_names)[lengths.source],
+    }
+    chosen = documents_where(spec.where, columns, len(lengths))
+    for name, count in chosen.unknown.items():
+        get_logger("data.mix").warning(
+            "%s is not known of %d documents: comparisons with it do not hold of them; `not known(%s) or ...` "
+            "keeps them",
+            name, count, name,
+        )  # fmt: skip
+    return chosen.fulfils
 
 
 def _by_store(lengths: LengthTable) -> LengthTable:

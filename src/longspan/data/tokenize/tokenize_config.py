@@ -59,6 +59,8 @@ class TokenizeConfig(Config):
             return mix
         if mix.tokens is None:
             raise ValueError("sampling while reading needs a number of tokens, such as tokens=5B")
+        if mix.where is not None:
+            raise ValueError("a condition (where) is for `data mix`: what is read first has not been audited")
         if mix.mode == "repeat" or mix.group != "source":
             raise ValueError(
                 f"mode {mix.mode} by {mix.group} cannot be sampled while reading; modes none, global, per_source, "

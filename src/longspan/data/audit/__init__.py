@@ -1,0 +1,1 @@
+"""What is in token stores: duplicates, repetition, boilerplate, languages; nothing is rewritten."""
