@@ -112,7 +112,7 @@ def test_rows_that_are_none(released: Path, tokenizer: Tokenizer, caplog: pytest
     )
     with pytest.raises(DataError, match="holds no conversation"):
         mrcr(released, PromptForm(tokenizer), strict=True)
-    with pytest.raises(DataError, match="no row of mrcr is in a bin"):
+    with pytest.raises(DataError, match="no row of mrcr is asked"):
         mrcr(released, PromptForm(tokenizer), lengths=[64])
     with pytest.raises(DataError, match="holds no rows"):
         Mrcr.from_config(MrcrConfig(), TaskDataConfig(paths=(str(released / "none"),)), PromptForm(tokenizer))

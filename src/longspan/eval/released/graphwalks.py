@@ -11,6 +11,7 @@ from typing import Any
 
 from longspan.core.errors import DataError
 from longspan.eval.released.binned import BinnedConfig, BinnedTask
+from longspan.eval.released.row_task import texts_in
 from longspan.eval.released.rows import Rows
 from longspan.eval.task import Built, Planned
 
@@ -23,9 +24,9 @@ class GraphWalksConfig(BinnedConfig):
 
 
 class GraphWalks(BinnedTask[GraphWalksConfig]):
-    """The task; arguments are those of `BinnedTask`."""
+    """The task; arguments are those of `RowTask`."""
 
-    name, scorer, axis = "graphwalks", "graphwalks_f1", "problem_type"
+    name, scorer, axes = "graphwalks", "graphwalks_f1", ("problem_type", "length")
     answer_tokens = 2048
 
     def place(self, rows: Rows, number: int, row: dict[str, Any]) -> str | None:
@@ -36,14 +37,12 @@ class GraphWalks(BinnedTask[GraphWalksConfig]):
     def texts(self, rows: Rows, number: int, row: dict[str, Any]) -> list[str]:
         """Return the prompt."""
         _nodes(rows, number)
-        if not isinstance(rows.field(number, "prompt"), str):
-            raise DataError(f"{rows.path}: row {number + 1} has no text 'prompt'")
-        return [row["prompt"]]
+        return texts_in(rows, number, "prompt")
 
     def build(self, planned: Planned) -> Built:
         """Return the prompt of a row as the message of a user."""
         found = self._rows[planned.key]
-        prompt = str(found.rows[found.number]["prompt"])
+        prompt = str(found.values["prompt"])
         request = self._form.request(prompt, max_new_tokens=self.answer_tokens)
         fields = {"question": prompt[-400:], "achieved_length": found.tokens}
         return Built(request, fields, _nodes(found.rows, found.number) or [""])

@@ -12,6 +12,7 @@ from typing import Any
 
 from longspan.core.errors import DataError
 from longspan.eval.released.binned import BinnedConfig, BinnedTask
+from longspan.eval.released.row_task import texts_in
 from longspan.eval.released.rows import Rows
 from longspan.eval.task import Built, Planned
 
@@ -24,9 +25,9 @@ class MrcrConfig(BinnedConfig):
 
 
 class Mrcr(BinnedTask[MrcrConfig]):
-    """The task; arguments are those of `BinnedTask`."""
+    """The task; arguments are those of `RowTask`."""
 
-    name, scorer, axis = "mrcr", "mrcr_ratio", "num_needles"
+    name, scorer, axes = "mrcr", "mrcr_ratio", ("num_needles", "length")
     answer_tokens = 2048
 
     def place(self, rows: Rows, number: int, row: dict[str, Any]) -> int | None:
@@ -36,15 +37,13 @@ class Mrcr(BinnedTask[MrcrConfig]):
 
     def texts(self, rows: Rows, number: int, row: dict[str, Any]) -> list[str]:
         """Return the turns and the answer."""
-        for name in ("answer", "random_string_to_prepend"):
-            if not isinstance(rows.field(number, name), str):
-                raise DataError(f"{rows.path}: row {number + 1} has no text {name!r}")
-        return [*(turn["content"] for turn in _turns(rows, number)), row["answer"]]
+        answer, _ = texts_in(rows, number, "answer", "random_string_to_prepend")
+        return [*(turn["content"] for turn in _turns(rows, number)), answer]
 
     def build(self, planned: Planned) -> Built:
         """Return the conversation of a row, to be continued."""
         found = self._rows[planned.key]
-        row, turns = found.rows[found.number], _turns(found.rows, found.number)
+        row, turns = found.values, _turns(found.rows, found.number)
         request = self._form.conversation(turns, max_new_tokens=self.answer_tokens)
         fields = {
             "question": turns[-1]["content"],
