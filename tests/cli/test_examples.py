@@ -43,6 +43,10 @@ STORY = (
     ("eval", "longqa"),
     ("eval", "mrcr"),
     ("eval", "graphwalks"),
+    ("eval", "nolima"),
+    ("eval", "babilong"),
+    ("eval", "longbench_v2"),
+    ("eval", "lveval"),
     ("eval", "rescore"),
     ("eval", "harness"),
     ("ask",),
@@ -74,7 +78,7 @@ def test_every_command_is_in_the_story():
 
 
 def write_released_files(root: Path) -> None:
-    """Write long-llm/ with a question of each kind that the examples ask, and a row of MRCR and of GraphWalks."""
+    """Write long-llm/ with a question of each kind that the examples ask, and a row of other benchmarks."""
     talk = [
         {"role": "user", "content": "write a poem"},
         {"role": "assistant", "content": "Ada wrote it. " * 20},
@@ -83,6 +87,26 @@ def write_released_files(root: Path) -> None:
     graph = {"prompt": "n1 -> n2\n" * 30, "answer_nodes": ["n1"], "problem_type": "parents"}
     (root / "mrcr.jsonl").write_text(json.dumps({"prompt": json.dumps([*talk, talk[0]]), **wanted}))
     (root / "graphwalks.jsonl").write_text(json.dumps(graph))
+    fact = {"input": "Mary went home. " * 9, "question": "Where is Mary?", "target": "kitchen"}
+    choices = {f"choice_{letter}": letter for letter in "ABCD"}
+    kinds = {"difficulty": "easy", "length": "short", "domain": "Code"}
+    long = {"context": "Ada wrote it. " * 40, "input": "Who wrote it?", "answers": ["Ada"], "answer": "A"}
+    needle = {
+        "id": "0001",
+        "needle": "{CHAR} is here.",
+        "questions": {"onehop": "Who is?"},
+        "character_set": ["Ada"],
+    }
+    files = {
+        "babilong/data/qa1/1k.json": [fact],
+        "longbench-v2.json": [{**long, **choices, **kinds, "question": "Who?"}],
+        "lveval/hotpotwikiqa_mixup_16k.jsonl": long,
+        "nolima/needle_set.json": [{**needle, "tests": {"T1": {"input_args": []}}}],
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(content))
+    (root / "nolima/book.txt").write_text("Ada wrote it on a day.\n" * 200)
     row = {"query": "Which?", "subject": "anatomy", "choices": list("wxyz"), "answer": 2, "query_id": 0}
     question = {"context": "Ada wrote it.", "input": "Who wrote it?", "answers": ["Ada"]}
     rows = {"mmlu/test.json": row, "mmlu/dev.json": row, "longbench/qasper.jsonl": question}

@@ -14,14 +14,18 @@ FIELDS = {
     "options": ["48213", "a day"],
     "all_classes": ["48213", "a day"],
     "metric": "contains",
+    "question": "Where?",
+    "subtask": "qa1",
 }
-NEEDS_JIEBA = ("qa_f1_zh", "rouge_l_summary_zh")
+NEEDS_JIEBA = ("qa_f1_zh", "rouge_l_summary_zh", "lveval_f1_zh", "lveval_rouge_l_zh")
 VALUES = {"retrieval", "count", "first_number", "last_number", "first_decimal", "word_found", "name_found"}
 """Rules for single values; sentences are not their answers."""
 LISTS: dict[str, tuple[list[str], str]] = {
     "leading_numbers": (["48213", "7"], "48213, 7"),
     "function_chosen": (["get", "B"], "B"),
     "letter_chosen": (["Paris", "B"], "B"),
+    "babilong": (["kitchen", "office"], "Mary is in the kitchen."),
+    "longbench_v2": (["B"], "The correct answer is (B)"),
     "graphwalks_f1": (["a1", "b2"], "Final Answer: [a1, b2]"),
 }
 """Rules for a list of a certain form, and a perfect answer."""

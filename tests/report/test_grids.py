@@ -14,7 +14,10 @@ import pytest
 from longspan.core.errors import DataError
 from longspan.eval.registry import entry_of
 from longspan.report import write_report
+from longspan.report.layouts import Layout
 from longspan.report.load import load_run
+from longspan.report.samples import ScoredSample
+from longspan.report.tables import score_grid
 from tests.report.conftest import page_of
 from tests.report.synthetic_run import header, needle_lines, sample_line, write_records
 
@@ -119,6 +122,17 @@ def test_one_axis_and_rows_of_words(tmp_path: Path, rows: str | None) -> None:
     assert section is not None and section[1].count("data-cell=") == (4 if rows is None else 8)
     assert "A value is asked for by its key." in section[1] and 'id="models"' in page
     assert ("chain" in section[1]) == (rows is not None)
+
+
+def test_places_in_words_have_an_order() -> None:
+    """Short, medium, long by the alphabet, or qa10 before qa2, is an order that nobody reads in."""
+    samples = [
+        ScoredSample(f"{row}{size}", row, size)
+        for row in ("qa10", "qa2")
+        for size in ("long", "short", "medium")
+    ]
+    grid = score_grid(samples, Layout("babilong", columns="size", rows="subtask"))
+    assert grid.columns == ["short", "medium", "long"] and grid.rows == ["qa2", "qa10"]
 
 
 def test_lower_is_better_turns_colours_and_worst_round(tmp_path: Path) -> None:

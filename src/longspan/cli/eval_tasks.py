@@ -109,7 +109,8 @@ def print_scores(summary: dict[str, Any]) -> None:
     grid.append(["mean", *(percent(row["mean"]) for row in means_of)])
     grid.append(["95% interval", *(_interval(row["interval"]) for row in counts)])
     grid.append(["unscored", *(row["samples"] - row["scored"] for row in counts)])
-    print_table(title, (axes.rows, *(f"{column:,}" for column in columns)), grid)
+    names = (column if isinstance(column, str) else f"{column:,}" for column in columns)
+    print_table(title, (axes.rows, *names), grid)
 
 
 def _interval(interval: tuple[float, float] | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Prompts of a wanted number of tokens, made of a number of like units: sentences, words, documents.
+"""Prompts of a wanted number of tokens, made of a number of like units (sentences, words, documents), or cut to it.
 
 A prompt is tokenised as a whole, mostly once: how many units fit is known from the prompts before it and from
 counts of single units. It is never grown unit by unit.
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from longspan.core.errors import DataError
+from longspan.eval.prompts import PromptForm
+from longspan.eval.truncation import cut_middle
 
 T = TypeVar("T")
 _MAX_TRIES = 64
@@ -75,3 +77,23 @@ def fit_units(
     if best is None:
         raise DataError(f"the text could not be cut to {budget} tokens", found=f"{tokens} tokens")
     return best
+
+
+def cut_prompt(prompt: str, form: PromptForm, room: int) -> tuple[str, int]:
+    """Return a prompt of at most `room` tokens, BOS and chat template counted, and how many its middle lost.
+
+    Raises:
+        DataError: there is no room for a prompt.
+    """
+    around = form.count("a") - len(form.tokenizer.encode("a"))
+    if room - around < 2:
+        raise DataError(f"an answer leaves {max(0, room - around)} tokens for the prompt")
+    removed, allowed = 0, room - around
+    for _ in range(3):  # where the halves meet, tokenised anew, there can be a few tokens more
+        cut = cut_middle(prompt, form.tokenizer, allowed)
+        removed = cut.removed
+        excess = form.count(cut.text) - room if removed else 0
+        if excess <= 0:
+            return cut.text, removed
+        allowed -= excess + 1
+    raise DataError(f"a prompt could not be cut to {room} tokens")

@@ -25,12 +25,12 @@ from longspan.core.log import get_logger
 from longspan.data.readers import ReadReport, read_objects
 from longspan.data.readers.fields import printable
 from longspan.data.readers.opening import COMPRESSION
+from longspan.eval.fitting import cut_prompt
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_by, means_of_means
 from longspan.eval.task import Built, Mode, Planned
-from longspan.eval.truncation import cut_middle
 
 PROMPT_VERSION = 1
 """Raised whenever the same settings would compose another prompt."""
@@ -163,9 +163,8 @@ class LongQa:
         prompt = rule.prompt.format(context=sample.context, input=sample.question)
         removed = 0
         if self.settings.max_length is not None:
-            prompt, removed = self._cut(
-                prompt, form, self.settings.max_length - form.room(rule.max_new_tokens)
-            )
+            room = self.settings.max_length - form.room(rule.max_new_tokens)
+            prompt, removed = cut_prompt(prompt, form, room)
         request = form.request(prompt, max_new_tokens=rule.max_new_tokens)
         assert request.prompt_ids is not None
         fields: dict[str, Any] = {
@@ -192,21 +191,6 @@ class LongQa:
             for kind, means in kinds.items()
         ]
         return {"by_dataset": by_dataset, "by_kind": by_kind, "averages": means_of_means(by_dataset)}
-
-    def _cut(self, prompt: str, form: PromptForm, room: int) -> tuple[str, int]:
-        """Return a prompt of at most `room` tokens, BOS and chat template counted, and how many were removed."""
-        around = form.count("a") - len(form.tokenizer.encode("a"))
-        if room - around < 2:
-            raise DataError(f"an answer leaves {max(0, room - around)} tokens for the prompt")
-        removed, allowed = 0, room - around
-        for _ in range(3):  # where the halves meet, tokenised anew, there can be a few tokens more
-            cut = cut_middle(prompt, form.tokenizer, allowed)
-            removed = cut.removed
-            excess = form.count(cut.text) - room if removed else 0
-            if excess <= 0:
-                return cut.text, removed
-            allowed -= excess + 1
-        raise DataError(f"a prompt could not be cut to {room} tokens")
 
     def _metric(self, sample: LongQaSample) -> str:
         return sample.metric or rule_for(sample.dataset).metric

@@ -29,6 +29,16 @@ def contains(expected: str, output: str) -> float:
     return float(wanted in output.casefold()) if wanted else exact_match(expected, output)
 
 
+def contains_exactly(expected: str, output: str) -> float:
+    """Return 1.0 when the value stands in the output as it is written, else 0.0."""
+    return float(expected in output)
+
+
+def last_line_contains(expected: str, output: str) -> float:
+    """Return 1.0 when the value stands in the last line of the output as it is written, else 0.0."""
+    return float(expected in output.strip().split("\n")[-1])
+
+
 def ruler_part(expected: str, output: str) -> float:
     """Return whether RULER finds `expected` in an output: in lower case, control characters as new lines."""
     return float(expected.lower() in _CONTROL.sub("\n", output).strip().lower())

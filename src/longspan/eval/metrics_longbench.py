@@ -20,7 +20,6 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
-from types import ModuleType
 
 from rapidfuzz.distance import Indel
 
@@ -48,7 +47,7 @@ def first_line(output: str) -> str:
 
 def qa_f1(expected: str, output: str) -> float:
     """Return the F1 of the words that both texts hold, without case, punctuation and articles."""
-    return _bag_f1(_english_words(expected), _english_words(output))
+    return bag_f1(english_words(expected), english_words(output))
 
 
 def qa_f1_zh(expected: str, output: str) -> float:
@@ -57,11 +56,7 @@ def qa_f1_zh(expected: str, output: str) -> float:
     Raises:
         MissingDependencyError: jieba, which finds the words, is not installed.
     """
-    left, right = (
-        [word for word in map(without_chinese_punctuation, _jieba().cut(text, cut_all=False)) if word]
-        for text in (expected, output)
-    )
-    return _bag_f1(left, right)
+    return bag_f1(chinese_words(expected), chinese_words(output))
 
 
 def rouge_l_summary(expected: str, output: str) -> float:
@@ -87,7 +82,7 @@ def rouge_l_summary_zh(expected: str, output: str) -> float:
     Raises:
         MissingDependencyError: jieba, which finds the words, is not installed.
     """
-    left, right = (" ".join(_jieba().cut(text, cut_all=False)) for text in (expected, output))
+    left, right = (" ".join(cut_chinese(text)) for text in (expected, output))
     return rouge_l_summary(left, right)
 
 
@@ -153,8 +148,21 @@ def similarity_difflib(expected: str, output: str) -> float:
     return round(100 * SequenceMatcher(None, output, expected).ratio()) / 100
 
 
-def _english_words(text: str) -> list[str]:
+def english_words(text: str) -> list[str]:
+    """Return the words of a text, without case, punctuation and articles."""
     return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def cut_chinese(text: str) -> list[str]:
+    """Return a text cut into words, nothing left out. Raises MissingDependencyError: jieba is not installed."""
+    jieba = require("jieba", extra="chinese", feature="scoring of Chinese text")
+    jieba.setLogLevel("WARNING")  # else it reports on stderr that it reads its dictionary
+    return list(jieba.cut(text, cut_all=False))
+
+
+def chinese_words(text: str) -> list[str]:
+    """Return the words of a Chinese text without punctuation. Raises as `cut_chinese`."""
+    return [word for word in map(without_chinese_punctuation, cut_chinese(text)) if word]
 
 
 def without_chinese_punctuation(text: str) -> str:
@@ -162,7 +170,8 @@ def without_chinese_punctuation(text: str) -> str:
     return "".join(text.lower().translate(_CHINESE_PUNCTUATION).split())
 
 
-def _bag_f1(expected: Sequence[str], given: Sequence[str]) -> float:
+def bag_f1(expected: Sequence[str], given: Sequence[str]) -> float:
+    """Return the F-measure of the words that both texts hold, each as often as in both."""
     common = Counter(expected) & Counter(given)
     return f_measure(common.total(), len(expected), len(given))
 
@@ -188,7 +197,10 @@ def _common_words(left: Sequence[str], right: Sequence[str]) -> set[str]:
     return words
 
 
-def _jieba() -> ModuleType:
-    module = require("jieba", extra="chinese", feature="scoring of Chinese text")
-    module.setLogLevel("WARNING")  # else it reports on stderr that it reads its dictionary
-    return module
+def choice_stated(expected: str, output: str) -> float:
+    """Return 1.0 where LongBench v2 reads the expected letter behind "The correct answer is", bracketed ones first."""
+    said = output.replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", said) or re.search(
+        r"The correct answer is ([A-D])", said
+    )
+    return float(found is not None and found.group(1) == expected)

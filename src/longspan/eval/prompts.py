@@ -136,6 +136,11 @@ class PromptForm:
         """Whether the beginning of an answer can stand in the assistant's turn."""
         return self._continues if self._chat_server else self._chat is not None
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a prompt is put as a chat: by a template here, or by a server's."""
+        return self._chat is not None or self._chat_server
+
     def room(self, own: int) -> int:
         """Return how many tokens a generated answer may have where the task itself gives it `own`."""
         return self._max_new_tokens or own + (THOUGHT_TOKENS if self.thinks else 0)
@@ -235,7 +240,7 @@ class PromptForm:
         return Request(
             prompt=text,
             prompt_ids=ids.astype(np.int64),
-            messages=turns if self._chat is not None or self._chat_server else None,
+            messages=turns if self.takes_turns else None,
             max_new_tokens=self.room(max_new_tokens),
             stop_ids=self.stop_ids,
             thinking=self._request_thinking,

@@ -22,6 +22,8 @@ from longspan.eval import metrics
 from longspan.eval import metrics_helmet as helmet
 from longspan.eval import metrics_infinitebench as infinite
 from longspan.eval import metrics_longbench as longbench
+from longspan.eval import metrics_lveval as lveval
+from longspan.eval.metrics_babilong import label_named
 
 Rule = Callable[[Sequence[str], str, Mapping[str, Any]], float]
 """Expected texts (at least one), output, fields of the sample -> 0..1."""
@@ -114,6 +116,17 @@ def _mrcr_ratio(expected: Sequence[str], output: str, fields: Mapping[str, Any])
     return max(metrics.mrcr_ratio(each, output, prefix) for each in expected)
 
 
+def _babilong(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    question, subtask = (_field(fields, name, scorer="babilong") for name in ("question", "subtask"))
+    return max(label_named(each, output, question=question, subtask=subtask) for each in expected)
+
+
+def _with_keywords(metric: Callable[[str, str, str | None], float]) -> Rule:
+    return lambda expected, output, fields: max(
+        metric(each, output, fields.get("answer_keywords")) for each in expected
+    )
+
+
 def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
     if not fields.get(name):
         raise ArgumentError(f"scorer {scorer} needs the field {name!r} of a sample, which has none")
@@ -165,6 +178,13 @@ _RULES = (
     Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
     Scorer("mrcr_ratio", 1, _mrcr_ratio, "MRCR: difflib's ratio behind the drawn string, else 0"),
     Scorer("graphwalks_f1", 1, _all(metrics.graphwalks_f1), "GraphWalks: F-measure of nodes in the last line"),
+    Scorer("contains_exactly", 1, _best(metrics.contains_exactly), "NoLiMa: the value stands in it as it is written"),
+    Scorer("last_line_contains", 1, _best(metrics.last_line_contains), "NoLiMa: it stands in the last line"),
+    Scorer("babilong", 1, _babilong, "BABILong: its label and no other, in the first sentence"),
+    Scorer("longbench_v2", 1, _best(longbench.choice_stated), "LongBench v2: the letter that it says is correct"),
+    Scorer("lveval_f1", 1, _with_keywords(lveval.f1), "LV-Eval: F-measure of words, 0 without the key words"),
+    Scorer("lveval_f1_zh", 1, _with_keywords(lveval.f1_zh), "LV-Eval: the same of Chinese words"),
+    Scorer("lveval_rouge_l_zh", 1, _best(lveval.rouge_l_zh), "LV-Eval: rouge-l F without common Chinese words"),
     Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
     Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
 )

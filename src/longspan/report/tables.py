@@ -8,6 +8,7 @@ them says it; no other label has a part in it.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ RULER_SUBTASKS = (
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
 )  # fmt: skip
 """The 13 subtasks in the order of Hsieh et al. (2024), table 3."""
+_ORDERED = (*RULER_SUBTASKS, "short", "medium", "long")
 RULER_THRESHOLD = 0.856
 """Mean over the 13 subtasks that a length must reach to be effective in RULER: that of Llama-2-7B at 4K."""
 
@@ -171,11 +173,11 @@ def all_columns(grids: Iterable[Grid]) -> list[Any]:
 
 
 def _place_order(place: Place) -> tuple[bool, float, str]:
-    """Sort key: numbers, the subtasks of RULER as published, other words."""
+    """Sort key: numbers, the words of `_ORDERED` as they stand there, other words (qa2 before qa10)."""
     if not isinstance(place, str):
         return (False, place, "")
-    known = place in RULER_SUBTASKS
-    return (True, RULER_SUBTASKS.index(place) if known else len(RULER_SUBTASKS), place)
+    known = _ORDERED.index(place) if place in _ORDERED else len(_ORDERED)
+    return (True, known, re.sub(r"\d+", lambda digits: digits[0].zfill(9), place))
 
 
 def ruler_effective(grid: Grid) -> int | None:

@@ -30,7 +30,7 @@ BinnedConfigT = TypeVar("BinnedConfigT", bound=BinnedConfig)
 
 
 class BinnedTask(RowTask[BinnedConfigT]):
-    """A benchmark says what of a row is counted (`texts`), its row of the grid (`place`), and what is asked (`build`)."""
+    """A benchmark says what of a row is counted (`texts`), its row of the grid (`place`), what is asked (`build`)."""
 
     def texts(self, rows: Rows, number: int, row: dict[str, Any]) -> list[str]:
         """Return what the bins count of a row. Raises DataError: the row is none."""

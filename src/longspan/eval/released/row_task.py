@@ -142,9 +142,7 @@ def texts_in(rows: Rows, number: int, *names: str) -> list[str]:
     found = [rows.field(number, name) for name in names]
     for name, value in zip(names, found):
         if not isinstance(value, str):
-            raise DataError(
-                f"{rows.path}: row {number + 1} has no text {name!r}", found=type(value).__name__
-            )
+            raise DataError(f"{rows.path}: row {number + 1} has no text {name!r}", found=type(value).__name__)
     return found
 
 
@@ -152,7 +150,9 @@ def files_of(paths: Sequence[str], endings: Sequence[str] = _ENDINGS) -> dict[st
     """Return the files of some files and folders, by name; in a folder by their place in it. Raises DataError."""
     found: dict[str, Path] = {}
     for path in map(Path, paths):
-        inside = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in endings)
+        inside = (
+            [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in endings)
+        )
         if not inside:
             raise DataError(f"{path} holds no rows", allowed=f"a file or folder of {', '.join(endings)}")
         for each in inside:
