@@ -25,7 +25,7 @@ class MemoryConfig(Config):
     """Activation (gradient) checkpointing: recompute each block in the backward pass from its input; `offload` keeps
     the inputs in host memory."""
     tiled_mlp: TokenBudget | None = pydantic.Field(None, gt=0)
-    """Tokens that an MLP computes at a time. None: all at once."""
+    """Tokens that an MLP, or the experts of a mixture, compute at a time. None: all at once."""
     offload_parameters: bool = False
     """CPU offloading: keep parameters, gradients and optimizer state in host memory."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
