@@ -8,6 +8,8 @@ are called in the same way.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -32,8 +34,14 @@ def takes_choices(module: torch.nn.Module) -> bool:
     inner = innermost(module)
     if not any(weight.ndim == 3 for weight in inner.parameters(recurse=False)):
         return False
-    arguments = list(inspect.signature(type(inner).forward).parameters.values())[1:]
-    return len([each for each in arguments if each.kind is each.POSITIONAL_OR_KEYWORD]) == 1 + CHOICES
+    # The family's own, whatever stands in front of it (tiles, FSDP).
+    forwards = (kind.__dict__["forward"] for kind in type(inner).__mro__ if "forward" in kind.__dict__)
+    return any(len(_arguments(forward)) == 1 + CHOICES for forward in forwards)
+
+
+def _arguments(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    arguments = list(inspect.signature(forward).parameters.values())[1:]
+    return [each for each in arguments if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
 def innermost(module: torch.nn.Module) -> torch.nn.Module:

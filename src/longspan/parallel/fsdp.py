@@ -1,7 +1,8 @@
 """Parameters, gradients and optimizer state sharded over ranks (FSDP2).
 
 Each transformer block is one unit: its parameters are gathered when it is computed and dropped after; embeddings,
-last norm and head are the unit of the root. Master weights stay in the type of the model (fp32), blocks compute
+last norm and head are the unit of the root. The experts of a mixture, most of a block's weights, are a unit of their
+own: they are not there while the block attends. Master weights stay in the type of the model (fp32), blocks compute
 in `compute_dtype`, gradients are reduced in fp32.
 
 Gradients are SUMS over ranks. The loss of each rank is a sum already divided by the weight of the whole step, so
@@ -29,6 +30,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from longspan.core.errors import ArgumentError
+from longspan.kernels.experts import experts_in
 
 __all__ = ["OwnPart", "fill", "full_tensor", "own_part", "shard_like", "shard_model"]
 
@@ -42,8 +44,8 @@ def shard_model(
     offload: bool = False,
     from_first: bool = False,
 ) -> None:
-    """Shard the parameters of `root` in place: every member of an outermost module list by itself, the rest with the
-    root.
+    """Shard the parameters of `root` in place: every member of an outermost module list by itself, its experts apart
+    from it, the rest with the root.
 
     From then on parameters are DTensors, of which each rank holds its part, and only `root` and what it calls may
     be run. Parameters that two modules share (tied heads) stay one. Optimizers are built afterwards.
@@ -66,8 +68,9 @@ def shard_model(
     blocks = [block for module in lists if id(module) not in inside for block in module]
     if not blocks:
         raise ArgumentError(f"{type(root).__name__} has no list of blocks to shard")
+    experts = [unit for block in blocks for unit in experts_in(block).values()]
     pinned = mesh.device_type == "cuda"
-    for module in (*blocks, root):
+    for module in (*experts, *blocks, root):
         if from_first:
             _receive(module, torch.device(mesh.device_type))
         fully_shard(

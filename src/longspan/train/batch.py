@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from longspan.data.rows.loader import PackedRow
+from longspan.data.rows.loader import PAD_SOURCE, PackedRow
 from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL
 from longspan.kernels.transfers import to_device
@@ -60,6 +60,12 @@ class Batch(NamedTuple):
             teacher=teacher,
             places=to_device(places, device),
         )
+
+    def real_tokens(self) -> torch.Tensor | None:
+        """Return which tokens are none of padding, bool [N], where the ids are; None = all."""
+        if PAD_SOURCE not in self.source_names:
+            return None
+        return to_device(self.sources != self.source_names.index(PAD_SOURCE), self.input_ids.device)
 
 
 def total_weight(rows: Sequence[PackedRow]) -> float:
@@ -139,13 +145,14 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
 def take(batch: Batch, documents: ShardedDocuments) -> Batch:
     """Return the tokens of a batch that this rank holds; padding is token 0 without a label."""
     weights = batch.loss_weights
+    names = batch.source_names if PAD_SOURCE in batch.source_names else (*batch.source_names, PAD_SOURCE)
     return Batch(
         input_ids=documents.take(batch.input_ids, padding=0),
         labels=documents.take(batch.labels, padding=IGNORE_LABEL),
         loss_weights=None if weights is None else documents.take(weights, padding=0),
         positions=documents.take(batch.positions, padding=0),
-        sources=documents.take(batch.sources, padding=0),
-        source_names=batch.source_names,
+        sources=documents.take(batch.sources, padding=names.index(PAD_SOURCE)),
+        source_names=names,
         documents=documents,
         lengths=None if batch.lengths is None else documents.take(batch.lengths, padding=1),
         # Padding, like every token without a label, needs no teacher.

@@ -29,6 +29,7 @@ from longspan.train.loop_config import (
     DistillConfig,
     InitConfig,
     LossAverage,
+    RouterConfig,
     RuntimeConfig,
     TrackingConfig,
     ValidationConfig,
@@ -306,6 +307,8 @@ class ParallelConfig(MeshConfig):
 class TrainConfig(Config):
     """A whole recipe."""
 
+    ADDED_LATER = frozenset({"router"})
+
     seed: int = 0
     """Of initialisation, mixture, packing and row order."""
     data_root: str = "."
@@ -316,6 +319,8 @@ class TrainConfig(Config):
     model: ModelConfig
     lora: LoraConfig | None = None
     """Train adapters beside frozen weights, which may be quantised. None: train all weights."""
+    router: RouterConfig = RouterConfig()
+    """Losses that keep the experts of a mixture in balance."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -39,6 +39,17 @@ class DistillConfig(Config):
     """Temperature: flattens both distributions before they are compared; the divergence is scaled by its square."""
 
 
+class RouterConfig(Config):
+    """Losses of the routers of a mixture of experts, over all tokens of a step (models/routing.py)."""
+
+    aux_loss: float | None = pydantic.Field(None, ge=0)
+    """Weight of the load-balancing loss. None: the model's `router_aux_loss_coef` where its config has
+    `output_router_logits`, else 0, as transformers trains it. In a step of several micro-batches, or with
+    `memory.chunk_tokens`, it costs one more forward pass."""
+    z_loss: float = pydantic.Field(0.0, ge=0)
+    """Weight of the z-loss, the mean square of the logits' logsumexp."""
+
+
 class ValidationConfig(Config):
     """Perplexity on text that is not trained on, by length, while the run goes on."""
 

@@ -19,6 +19,7 @@ from longspan.kernels.loss import LossSum, linear_cross_entropy
 from longspan.models.documents import Documents
 from longspan.models.head import output_head
 from longspan.models.hf import hidden_states
+from longspan.models.routing import Routing
 from longspan.train.batch import Batch
 from longspan.train.config import StageConfig
 from longspan.train.loop_config import DistillConfig
@@ -77,10 +78,14 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.routing: Routing | None = None
+        """Of a mixture of experts: counts what its routers do."""
 
     def forward(self, batch: Batch) -> LossSum:
         """Return the loss sum of a batch."""
         # A table for a row that is spread over ranks stands in for one of a whole row.
         documents = cast(Documents, batch.documents)
+        if self.routing is not None:
+            self.routing.tokens(batch.real_tokens())
         hidden_TD = hidden_states(self.model, batch.input_ids, documents, position_ids=batch.positions)
         return self.loss(batch, hidden_TD, output_head(self.model))

@@ -27,7 +27,7 @@ from longspan.models.recurrent import ChunkedRow
 from longspan.train.batch import Batch
 from longspan.train.objectives import ModelWithLoss
 
-__all__ = ["recurrent_step"]
+__all__ = ["recurrent_step", "walk_through"]
 
 
 def recurrent_step(
@@ -76,9 +76,7 @@ def recurrent_step(
         with torch.no_grad():
             for index in range(len(row) - 1):
                 if row.is_read_later(index) or _others_wait():
-                    beat()
-                    with _own_randomness(seed + index, device):
-                        root(_part(batch, row, index, first_walk=True).to(device))
+                    _read(root, batch, row, index, seed, device)
         for index in reversed(range(len(row))):
             beat()
             with _own_randomness(seed + index, device):
@@ -93,6 +91,26 @@ def recurrent_step(
         torch.cat([each.per_token_nll for each in losses]),
         _divergence(losses),
     )
+
+
+def walk_through(
+    model: ModelWithLoss, batch: Batch, *, chunk_tokens: int, offload: bool, device: torch.device
+) -> None:
+    """Run the forward pass of all chunks of a batch, as `recurrent_step` will; to be called without gradients."""
+    assert isinstance(batch.documents, Documents)
+    row = ChunkedRow(batch.documents, chunk_tokens, offload=offload)
+    seed = int(torch.randint(1 << 62, ()))
+    for index in range(len(row)):
+        _read(model, batch, row, index, seed, device)
+
+
+def _read(
+    root: nn.Module, batch: Batch, row: ChunkedRow, index: int, seed: int, device: torch.device
+) -> None:
+    """Run a chunk in the first walk, for the keys and values that later ones read."""
+    beat()
+    with _own_randomness(seed + index, device):
+        root(_part(batch, row, index, first_walk=True).to(device))
 
 
 def _divergence(losses: list[LossSum]) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from longspan.data.tokenizer import load_tokenizer
 from longspan.models.families import refuse_quantized
 from longspan.models.head import output_head
 from longspan.models.lora import check_lora
+from longspan.models.routing import check_router_losses
 from longspan.models.stand_in import check_forward
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.fit import MemoryBudget, fit_memory
@@ -153,6 +154,7 @@ def _check_model(config: TrainConfig, known: KnownModel) -> list[str]:
     if known.path is not None:
         refuse_quantized(known.config, known.path, verb="trained")
     check_forward(model.config)
+    check_router_losses(model, aux_loss=config.router.aux_loss, z_loss=config.router.z_loss)
     check_ropes(config, known.config)
     adapters = [] if config.lora is None else check_lora(model, config.lora)
     return rope_notes(config, known.config) + adapters

@@ -19,10 +19,12 @@ from longspan.core.records import JsonlWriter, read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.data.rows.loader import PackedRow
 from longspan.models.hf import rope_fingerprint
+from longspan.models.routing import RoutingReport
 from longspan.parallel.mesh import Mesh
 from longspan.train.checkpoint import Saved
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.metrics import LossBreakdown, StepFlops, peak_memory
+from longspan.train.routing import routing_record
 from longspan.train.tracking import open_trackers, scalars
 
 METRICS = "metrics.jsonl"
@@ -42,10 +44,18 @@ class StepResult(NamedTuple):
     tokens: int
     kl: float | None = None
     """Divergence from the teacher, where there is one."""
+    routing: RoutingReport | None = None
+    """What the routers did, where the model has experts."""
 
     @classmethod
     def of(
-        cls, breakdown: LossBreakdown, *, loss: float | None, grad_norm: float | None, tokens: int
+        cls,
+        breakdown: LossBreakdown,
+        *,
+        loss: float | None,
+        grad_norm: float | None,
+        tokens: int,
+        routing: RoutingReport | None = None,
     ) -> StepResult:
         """Return the result of a step; one without a gradient norm was skipped."""
         skipped = grad_norm is None
@@ -57,6 +67,7 @@ class StepResult(NamedTuple):
             loss_by_length={} if skipped else breakdown.by_length(),
             tokens=tokens,
             kl=None if skipped else breakdown.kl(),
+            routing=None if skipped else routing,
         )
 
 
@@ -134,6 +145,8 @@ class StageReport:
         }  # fmt: skip
         if result.kl is not None:
             record["kl"] = result.kl
+        if result.routing is not None:
+            record |= routing_record(result.routing)
         self._metrics.write(record)
         for tracker in self._trackers:
             tracker.write(scalars(record, "train"), step)

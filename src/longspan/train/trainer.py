@@ -34,6 +34,7 @@ from longspan.models.head import vocab_size
 from longspan.models.hf import save_model
 from longspan.models.lora import save_adapter
 from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
+from longspan.models.routing import watch_routing
 from longspan.parallel.fsdp import full_tensor
 from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_all_ranks, on_first_rank, process_group
 from longspan.train.batch import Batch, collate, total_weight
@@ -54,6 +55,7 @@ from longspan.train.objectives import OBJECTIVES, ModelWithLoss
 from longspan.train.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_lr
 from longspan.train.profiling import profiled
 from longspan.train.recurrent import recurrent_step
+from longspan.train.routing import count_choices
 from longspan.train.run_plan import RunPlan, plan_run
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.spread import Spread, build_spread
@@ -229,6 +231,7 @@ def _ready(run: _RunContext, stage: StageConfig, state: Checkpoint | None, *, ca
     prepare_blocks(model, config)
     trained = spread.shard(model, config.memory, from_first=from_first)
     trained.loss = OBJECTIVES[stage.objective](stage)
+    trained.routing = watch_routing(model, aux_loss=config.router.aux_loss, z_loss=config.router.z_loss)
     # Of a model that has values by now, on every process.
     hold_frequencies(model, stage.reach)
     if stage.reach > EXACT_FROM:
@@ -384,31 +387,45 @@ def train_step(
     _check_ids(trained.model, rows)
     # Parameters may be on the host, and computed with elsewhere.
     device = next(model.parameters()).device if spread is None else spread.mesh.device
+    share = rows if spread is None else spread.rows(rows)
+    parts = [share[i : i + rows_per_micro_batch] for i in range(0, len(share), rows_per_micro_batch)]
+    make = collate if spread is None else spread.batch
     losses: list[torch.Tensor] = []
     told: list[tuple[Batch, torch.Tensor, torch.Tensor | None]] = []
-    share = rows if spread is None else spread.rows(rows)
-    for start in range(0, len(share), rows_per_micro_batch):
-        beat()
-        part = share[start : start + rows_per_micro_batch]
-        batch = collate(part) if spread is None else spread.batch(part)
-        if chunk_tokens is None:
-            result = trained(batch.to(device))
-            if weight > 0:
-                (result.loss / divisor).backward()
-        else:
-            result = recurrent_step(
-                trained, batch, chunk_tokens=chunk_tokens, weight=divisor, offload=offload_chunk_cache,
-                device=device,
+    routing = trained.routing
+    with contextlib.nullcontext() if routing is None else routing.step():
+        # One micro-batch has made its choices when its forward pass ends.
+        if routing is not None and weight > 0 and (len(parts) > 1 or chunk_tokens is not None):
+            count_choices(
+                trained, routing, (make(part) for part in parts),
+                chunk_tokens=chunk_tokens, offload=offload_chunk_cache, device=device,
             )  # fmt: skip
-        kl = result.per_token_kl
-        losses.append(result.loss.detach().double())
-        told.append((batch, to_host(result.per_token_nll), None if kl is None else to_host(kl)))
+        for part in parts:
+            beat()
+            batch = make(part)
+            if chunk_tokens is None:
+                result = trained(batch.to(device))
+                if weight > 0:
+                    if routing is not None:
+                        routing.settle()
+                    (result.loss / divisor).backward()
+            else:
+                result = recurrent_step(
+                    trained, batch, chunk_tokens=chunk_tokens, weight=divisor, offload=offload_chunk_cache,
+                    device=device,
+                )  # fmt: skip
+            kl = result.per_token_kl
+            losses.append(result.loss.detach().double())
+            told.append((batch, to_host(result.per_token_nll), None if kl is None else to_host(kl)))
+    no_numbers = torch.zeros(0, dtype=torch.float64, device=losses[0].device)
+    routed = no_numbers if routing is None or weight == 0 else routing.numbers()
     if weight > 0:
         # Of gradients on the host it is there already.
         norm_of_all = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
         losses.append(norm_of_all.to(losses[0]))
     # The one place of a step where the host waits for the device; by then all of `told` has arrived.
-    numbers = torch.stack(losses).tolist()
+    numbers = torch.cat((torch.stack(losses), routed)).tolist()
+    numbers, routed_numbers = numbers[: len(losses)], numbers[len(losses) :]
     norm = numbers.pop() if weight > 0 else 0.0
     loss_sum, breakdown = sum(numbers), LossBreakdown()
     for each in told:
@@ -428,6 +445,7 @@ def train_step(
         loss=loss_sum / divisor if finite and weight > 0 else None,
         grad_norm=norm if finite else None,
         tokens=sum(len(row.input_ids) for row in rows),
+        routing=None if routing is None or weight == 0 else routing.report(routed_numbers),
     )
 
 
