@@ -19,13 +19,20 @@ def report(
     out: Annotated[Path, typer.Option(help="HTML file; figures/ and tables/ are written beside it.")] = Path(
         "report.html"
     ),
+    group: Annotated[
+        bool,
+        typer.Option(
+            "--group",
+            help="Sum up runs that differ in their seed alone: mean, spread, and what is inside training noise.",
+        ),
+    ] = False,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make one self-contained HTML page, with PNG figures and CSV tables beside it."""
     from longspan.report import write_report
 
-    result = write_report(runs, out, title=title)
+    result = write_report(runs, out, title=title, group=group)
     if as_json:
         figures, tables = (list(map(str, paths)) for paths in (result.figures, result.tables))
         print_json(

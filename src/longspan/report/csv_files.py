@@ -40,7 +40,7 @@ def csv_tables(ev: Evaluation) -> dict[str, str]:
             for label, group in by_label.items()
             for key, samples in by_group(group, "dataset", "subtask", "metric").items()
         ]
-        tables[task] = _csv(["label", "dataset", "subtask", "metric", *_COUNTS], rows)
+        tables[task] = csv_text(["label", "dataset", "subtask", "metric", *_COUNTS], rows)
     tables["perplexity"] = ppl_csv(ev.ppl)
     tables["effective_context"] = _effective_csv(ev)
     tables["short_context"] = _delta_csv(ev)
@@ -55,7 +55,7 @@ def grid_csv(grids: Mapping[str, Grid], layout: Layout) -> str:
         for row in grid.rows
         for column in grid.columns
     ]
-    return _csv(["label", _name(layout.columns), _name(layout.rows), *_COUNTS], rows)
+    return csv_text(["label", _name(layout.columns), _name(layout.rows), *_COUNTS], rows)
 
 
 def column_csv(grids: Mapping[str, Grid], layout: Layout) -> str:
@@ -67,7 +67,7 @@ def column_csv(grids: Mapping[str, Grid], layout: Layout) -> str:
         for (_, column), samples in sorted(grid.cells.items())
     ]
     names = [_name(layout.columns), "median_length"] if medians else [_name(layout.columns)]
-    return _csv(["label", *names, *_COUNTS], rows)
+    return csv_text(["label", *names, *_COUNTS], rows)
 
 
 def _name(axis: str | None) -> str:
@@ -93,7 +93,7 @@ def ppl_csv(tables: Mapping[str, PplTable]) -> str:
             ]
             for by, group, sums in groups
         ]
-    return _csv(["label", "by", "group", "perplexity", "tokens", "bits_per_byte", "bytes"], rows)
+    return csv_text(["label", "by", "group", "perplexity", "tokens", "bits_per_byte", "bytes"], rows)
 
 
 def _distractor_csv(ev: Evaluation) -> str:
@@ -104,7 +104,7 @@ def _distractor_csv(ev: Evaluation) -> str:
         for depth in grid.rows
         for length in grid.columns
     ]
-    return _csv(["label", "distractors", "length", "depth", *_COUNTS], rows)
+    return csv_text(["label", "distractors", "length", "depth", *_COUNTS], rows)
 
 
 def _effective_csv(ev: Evaluation) -> str:
@@ -122,7 +122,7 @@ def _effective_csv(ev: Evaluation) -> str:
         for label, grid in grids.items()
     ]
     columns = ["label", "task", "trained_length", "effective_context", "ruler_effective", "longest_measured"]
-    return _csv([*columns, "note"], rows)
+    return csv_text([*columns, "note"], rows)
 
 
 def _delta_csv(ev: Evaluation) -> str:
@@ -134,7 +134,7 @@ def _delta_csv(ev: Evaluation) -> str:
             numbers = [change.before, change.after, change.value, low, high, change.pairs]
             rows.append([*names, *numbers, ", ".join(row.differ)])
     columns = ["dataset", "subtask", "metric", "label", "compared_with"]
-    return _csv([*columns, "before", "after", "change", "low95", "high95", "pairs", "differ"], rows)
+    return csv_text([*columns, "before", "after", "change", "low95", "high95", "pairs", "differ"], rows)
 
 
 def _counts(tally: Tally) -> list[Any]:
@@ -146,7 +146,8 @@ def _blank(value: float | None) -> float | str:
     return "" if value is None else value
 
 
-def _csv(columns: list[str], rows: list[list[Any]]) -> str:
+def csv_text(columns: list[str], rows: list[list[Any]]) -> str:
+    """Write a table as CSV that a spreadsheet opens without running anything of it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -19,6 +19,7 @@ from longspan.report.csv_files import csv_tables
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.figures import file_name, write_figures
 from longspan.report.grids_view import grid_section
+from longspan.report.groups_view import RunGroup, group_runs, groups_csv, groups_sections
 from longspan.report.headline import headline, models_section
 from longspan.report.load import LoadedRun, RecordFile, load_runs
 from longspan.report.maps_view import map_section
@@ -43,13 +44,17 @@ class ReportResult:
     results: dict[str, dict[str, Any]]
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | None = None) -> ReportResult:
+def write_report(
+    runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, group: bool = False
+) -> ReportResult:
     """Write the page `out` (.html), figures/*.png and tables/*.csv beside it.
 
-    Several runs share one page; labels that two runs have carry the names of their runs.
+    Several runs share one page; labels that two runs have carry the names of their runs. `group`: runs that differ in
+    their seed alone are summed up first, with mean and spread.
 
     Raises:
-        ArgumentError: no run is named, one is named twice, or `out` is not an .html file name.
+        ArgumentError: no run is named, one is named twice, `out` is not an .html file name, or a run that is to be
+            grouped does not say how it was trained.
         DataError: a run folder is missing, holds nothing to report, or has a malformed record.
     """
     out = Path(out)
@@ -59,19 +64,20 @@ def write_report(runs: Sequence[str | Path], out: str | Path, *, title: str | No
         raise ArgumentError("the report is one HTML file", found=out, fix=f"--out {out / 'report.html'}")
     loaded = load_runs(runs)
     evaluation = Evaluation.from_records(merge_records(loaded))
-    page = render(loaded, title=title)
+    groups = group_runs(loaded) if group else []
+    page = render(loaded, title=title, groups=groups)
     with atomic_write(out, "w") as file:
         file.write(page)
     figures = write_figures(loaded, evaluation, out.parent / "figures")
     tables = []
-    for name, text in csv_tables(evaluation).items():
+    for name, text in {**csv_tables(evaluation), **groups_csv(groups)}.items():
         tables.append(out.parent / "tables" / f"{file_name(name)}.csv")
         with atomic_write(tables[-1], "w") as file:
             file.write(text)
     return ReportResult(out, figures, tables, {run.name: summarise(run) for run in loaded})
 
 
-def render(runs: Sequence[LoadedRun], *, title: str | None = None) -> str:
+def render(runs: Sequence[LoadedRun], *, title: str | None = None, groups: Sequence[RunGroup] = ()) -> str:
     """Return the page as text; the same runs give the same bytes."""
     records = merge_records(runs)
     evaluation = Evaluation.from_records(records)
@@ -79,6 +85,7 @@ def render(runs: Sequence[LoadedRun], *, title: str | None = None) -> str:
     data = SampleData()
     drawn = evaluation.maps + ["needle_distractors"] * bool(evaluation.distractors)
     sections = [
+        *(groups_sections(groups) if groups else []),
         models_section(evaluation),
         *(map_section(evaluation, task, data) for task in evaluation.layouts if task in drawn),
         *(grid_section(evaluation, task, data) for task in evaluation.grids if task not in drawn),
