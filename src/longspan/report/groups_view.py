@@ -144,7 +144,9 @@ def _by_task(entries: Sequence[tuple[str, Quantity, TableCell]], caption: str) -
     for task, rows in tables.items():
         measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
         missing = TableCell(MISSING, "num muted")
-        lines = [[name, *(row.get(measure, missing) for measure in measures)] for name, row in rows.items()]
+        lines: list[list[str | TableCell]] = [
+            [name, *(row.get(measure, missing) for measure in measures)] for name, row in rows.items()
+        ]
         found.append(Table(f"{task.replace('_', ' ')}: {caption}", ["model", *measures], lines))
     return found
 
