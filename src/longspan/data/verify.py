@@ -171,6 +171,7 @@ def _check_store(path: Path, counts: dict[str, int], problems: _Problems) -> Non
     digest = hashlib.sha256()
     for column in (store.lengths.key, store.lengths.tokens, digests):
         digest.update(np.ascontiguousarray(column).data)
+    digest.update(store.part_table.tobytes())
     if not problems.lines and digest.hexdigest() != manifest.fingerprint:
         problems.add("the fingerprint in the manifest is not that of the documents")
 
@@ -178,7 +179,7 @@ def _check_store(path: Path, counts: dict[str, int], problems: _Problems) -> Non
 def _check_document(store: TokenStore, document: int, sample: dict[str, Any]) -> tuple[str | None, int]:
     """Return what is wrong with a document, and the digest of its mask (0 where all weights are 1)."""
     try:
-        ids, mask = store.tokens(document), store.mask(document)
+        ids, mask = store.tree_tokens(document), store.mask(document)
         name = store.source(document)
     except (DataError, IndexError) as error:
         return str(error), 0

@@ -22,6 +22,7 @@ from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL
 from longspan.kernels.transfers import to_device
 from longspan.models.documents import Documents
+from longspan.models.tree_documents import TreeDocuments
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.train.loop_config import LossAverage
 
@@ -128,7 +129,7 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
         labels[weights == 0] = IGNORE_LABEL
         if np.isin(weights, (0, 1)).all():
             weights = None
-    documents = Documents.from_cu_seqlens(cu_seqlens)
+    documents = _table(rows, np.array(cu_seqlens, np.int64))
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -140,6 +141,20 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
         lengths=torch.from_numpy(np.repeat(np.diff(cu_seqlens), np.diff(cu_seqlens))),
         teacher=_teacher(rows),
     )
+
+
+def _table(rows: Sequence[PackedRow], cu_seqlens: np.ndarray) -> Documents:
+    """Return the document table of rows laid end to end."""
+    if all(row.branches is None for row in rows):
+        return Documents.from_cu_seqlens(cu_seqlens)
+    tables, first = [], 0
+    for row in rows:
+        plain = np.repeat([[-1, 0]], len(row.documents), axis=0)
+        table = np.array(plain if row.branches is None else row.branches)
+        table[:, 0] += np.where(table[:, 0] >= 0, first, 0)
+        tables.append(table)
+        first += len(table)
+    return TreeDocuments(cu_seqlens, np.concatenate(tables))
 
 
 def take(batch: Batch, documents: ShardedDocuments) -> Batch:

@@ -15,7 +15,7 @@ from longspan.core.log import get_logger
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
-from longspan.models.families import refuse_quantized
+from longspan.models.families import ATTENTION_LAYERS, refuse_quantized
 from longspan.models.head import output_head
 from longspan.models.lora import check_lora
 from longspan.models.routing import check_router_losses
@@ -63,6 +63,8 @@ class RunPlan(NamedTuple):
         assert self.model.config is not None
         memory, choice = fit_memory(self.config, self.model.config.to_dict(), budget)
         config = self.config.model_copy(update={"memory": memory})
+        if _has_trees(self.stages):
+            _refuse_trees(config, self.model)
         return self._replace(config=config, memory=tuple(choice.reasons()))
 
     def identity(self) -> dict[str, Any]:
@@ -126,6 +128,8 @@ def plan_run(
     stages = [
         next(planned) if is_ready else unplanned(stage) for stage, is_ready in zip(config.stages, ready)
     ]
+    if _has_trees(stages):
+        _refuse_trees(config, model)
     validation = None
     if whole:
         made_by = {name: store for plan in stages for name, store in plan.tokenizers.items()}
@@ -185,6 +189,28 @@ def _waits(stage: StageConfig, missing: Sequence[str]) -> bool:
     return any(stream.records for stream in stage.streams.values()) or not set(missing).isdisjoint(
         _data_of(stage)
     )
+
+
+def _has_trees(stages: Sequence[StagePlan]) -> bool:
+    return any(getattr(rows, "has_trees", False) for plan in stages for rows in plan.sources.values())
+
+
+def _refuse_trees(config: TrainConfig, model: KnownModel) -> None:
+    """Refuse a run whose rows branch and cannot be computed as they are. Raises ConfigError."""
+    text = None if model.config is None else model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
+    wrong = {
+        f"parallel.cp_ring and cp_ulysses ({config.parallel.cp} processes share a row)": config.parallel.cp
+        > 1,
+        "memory.chunk_tokens": config.memory.chunk_tokens is not None,
+        f"layers that are not attention ({', '.join(sorted(kinds))})": bool(kinds),
+    }
+    if found := [words for words, is_wrong in wrong.items() if is_wrong]:
+        raise ConfigError(
+            "documents that branch (true_prefixes) train on one device, in one piece, by attention",
+            found=", ".join(found),
+            fix="leave these out, or tokenize the conversations without true_prefixes",
+        )
 
 
 def _check_tokenizers(

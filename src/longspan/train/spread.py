@@ -18,6 +18,7 @@ from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.rows.loader import PackedRow, balance
 from longspan.models.documents import Documents
 from longspan.models.quantize import plain_parameters
+from longspan.models.tree_documents import TreeDocuments
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
@@ -103,6 +104,8 @@ class Spread:
             return collate(rows)
         whole = collate(rows)
         assert isinstance(whole.documents, Documents)
+        if isinstance(whole.documents, TreeDocuments):
+            raise ArgumentError("rows of documents that branch cannot be spread over processes")
         borders = whole.documents.cu_seqlens
         if not self._checked:
             check_same_batch(self.mesh, [whole.input_ids.numpy(), whole.labels.numpy(), borders])

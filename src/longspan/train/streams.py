@@ -165,6 +165,8 @@ def plan_stage(
             sources[name] = TaughtRows(sources[name], annotations, stores=behind)
         if masks and not stage.learns_by_mask(name):
             sources[name] = _unmasked(sources[name], behind, where)
+        if getattr(sources[name], "has_trees", False):
+            _refuse_trees(stage, name, where)
         if not stage.keeps_apart(name):
             sources[name] = WholeRows(sources[name])
         if stage.needs_mask(name) and not masked:
@@ -194,6 +196,22 @@ def plan_stage(
     for store in stores:
         tokenizers.setdefault(store.manifest.tokenizer["fingerprint"], store)
     return StagePlan(stage, mixer, sources, mixtures, needed, tokenizers, left_out)
+
+
+def _refuse_trees(stage: StageConfig, name: str, where: str) -> None:
+    """Refuse what a stage cannot do with documents that branch (`true_prefixes`). Raises ConfigError."""
+    wrong = {
+        "document_mask: false": not stage.keeps_apart(name),
+        "pose": stage.pose is not None,
+        f"loss_average: {stage.loss_average}": stage.loss_average == "samples",
+        "a teacher": stage.streams[name].teacher is not None,
+    }
+    if found := [words for words, is_wrong in wrong.items() if is_wrong]:
+        raise ConfigError(
+            f"{where} has documents that branch, which a stage of these settings cannot read",
+            found=", ".join(found),
+            fix="leave them out, or tokenize the conversations without true_prefixes",
+        )
 
 
 def _refuse_repeats(stage: StageConfig, needed: Mapping[str, int], sources: Mapping[str, RowSource]) -> None:

@@ -15,5 +15,9 @@ class ChatConfig(Config):
     A turn that is marked not to be learnt never is; what tools return never is."""
     train_thoughts: bool = True
     """Learn the assistant's thoughts. false: they are only read, and the answer behind them is learnt."""
+    true_prefixes: bool = False
+    """Learn each answer behind what the template writes before it when the model is asked for it. Templates that drop
+    thoughts of earlier turns write another text then: such answers become branches of one document, which holds what
+    they share once. Rows of such documents train on one device, in one piece."""
     images: Literal["refuse", "replace"] = "refuse"
     """What becomes of images and other parts that are no text: the record is left out, or `[image]` stands for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -24,6 +25,17 @@ class ChatTokens(NamedTuple):
     """[tokens]; with the BOS and other special tokens that the template writes."""
     mask: NDArray[np.uint8]
     """[tokens]; 1 = learnt, 0 = all else."""
+
+
+class Encoded(NamedTuple):
+    """An encoded conversation of a record."""
+
+    ids: NDArray[np.uint32]
+    mask: NDArray[np.uint8]
+    notes: Counter[str]
+    """What the template left out of it, with a number of turns."""
+    parts: NDArray[np.uint32] | None = None
+    """[parts, 3] of a conversation that branches, see `branches.TokenTree`; None: it is one text."""
 
 
 class MarkedEncoder:

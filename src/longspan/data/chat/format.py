@@ -20,17 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from longspan.core.errors import DataError
 from longspan.data.chat.chat_config import ChatConfig
-from longspan.data.chat.encoder import ChatTokens, MarkedEncoder
+from longspan.data.chat.encoder import ChatTokens, Encoded, MarkedEncoder
 from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_marks, with_system
 from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans, learnt_turns, without_thoughts
 from longspan.data.chat.messages import (
@@ -44,6 +40,7 @@ from longspan.data.chat.messages import (
 from longspan.data.chat.points import MarkedText, Pointer, read
 from longspan.data.chat.stored import Stored, rewritten
 from longspan.data.chat.template import DATE, Template, find_template
+from longspan.data.chat.true_prefixes import encode_tree
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.tokenizer.roles import named_tokens
@@ -61,15 +58,6 @@ PROBE: tuple[Message, ...] = (
 _SYSTEM: Message = {"role": "system", "content": "Be brief."}
 PROBES = (PROBE, (_SYSTEM, *PROBE), PROBE[:2], (_SYSTEM, *PROBE[:2]))
 """The first that a template does not refuse shows what it is like."""
-
-
-class Encoded(NamedTuple):
-    """An encoded conversation of a record."""
-
-    ids: NDArray[np.uint32]
-    mask: NDArray[np.uint8]
-    notes: Counter[str]
-    """What the template left out of it, with a number of turns."""
 
 
 class ChatFormat:
@@ -113,7 +101,7 @@ class ChatFormat:
         if not self._template.has_blocks:
             self._ends = self._find_ends(probe)
         if probe:
-            self.encode(probe)
+            self.encode_turns(*self.read(probe)[:2])
 
     @property
     def fingerprint(self) -> str:
@@ -146,12 +134,19 @@ class ChatFormat:
         Raises:
             MessagesError: this conversation cannot be used, others may.
         """
-        return ChatTokens(*self.encode_record(messages, variables)[:2])
+        encoded = self.encode_record(messages, variables)
+        if encoded.parts is not None:
+            raise MessagesError("the conversation branches (true_prefixes): `encode_record` has its parts")
+        return ChatTokens(encoded.ids, encoded.mask)
 
     def encode_record(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Encoded:
         """Return ids and mask of a conversation, and notes of what the template left out; see `encode`."""
         turns, values, notes = self.read(messages, variables)
-        encoded = self.encode_turns(turns, values)
+        if self.config.true_prefixes:
+            answers = learnt_turns(turns, self.config.train_turns)
+            encoded = encode_tree(self, turns, values, [n for n, turn in enumerate(answers) if turn.learnt])
+        else:
+            encoded = self.encode_turns(turns, values)
         return encoded._replace(notes=notes + encoded.notes)
 
     def read(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Stored:
@@ -175,6 +170,19 @@ class ChatFormat:
             if not turns:
                 raise MessagesError("nothing is left behind the first turn, which is not the user's")
         return Stored(turns, values, notes)
+
+    def text(self, turns: list[Message], values: Mapping[str, Any], *, asked: bool = False) -> str:
+        """Return the text of what `read` returned; `asked`: with what the template writes before the next answer."""
+        given = self._given(turns, values)[0]
+        if not asked:
+            return given.text
+        return self._template.render(given.messages, given.variables, add_generation_prompt=True)
+
+    def ends_with_special(self, text: str) -> bool:
+        """Return whether a text ends with a special token."""
+        return any(
+            match.end() == len(text) for match in self._encoder.special.finditer(text, max(0, len(text) - 64))
+        )
 
     def encode_turns(
         self, turns: list[Message], values: Mapping[str, Any], *, learn: Collection[int] | None = None

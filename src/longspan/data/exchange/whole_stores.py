@@ -31,7 +31,7 @@ from longspan.data.store import (
     token_dtype,
 )
 from longspan.data.store.assemble import ShardFolder, assemble_store
-from longspan.data.store.document_columns import ROW, DocumentColumns, SourceNumbers, mask_digest
+from longspan.data.store.document_columns import PARTS, ROW, DocumentColumns, SourceNumbers, mask_digest
 from longspan.data.store.lengths import LengthTable
 from longspan.data.store.mds import INDEX
 from longspan.data.store.shard_files import write_index
@@ -273,7 +273,8 @@ def _document_columns(store: TokenStore) -> DocumentColumns:
         rows["characters"] = store.lengths.characters
     if store.has_mask:
         rows["mask_digest"] = [mask_digest(store.mask(document)) for document in range(len(store))]
-    return DocumentColumns(rows, store.lengths.source_names, store.has_mask)
+    parts = np.ascontiguousarray(store.part_table).view(PARTS).reshape(-1)
+    return DocumentColumns(rows, store.lengths.source_names, store.has_mask, parts)
 
 
 def _columns(path: Path) -> set[Column]:
@@ -289,8 +290,9 @@ def _own_columns(store: TokenStore) -> set[Column]:
 def _copy(store: TokenStore, document: int, writer: TokenStoreWriter) -> None:
     mask, characters = store.mask(document), store.lengths.characters
     writer.add(
-        store.tokens(document),
+        store.tree_tokens(document),
         source=store.source(document),
+        parts=store.parts(document),
         key=int(store.lengths.key[document]),
         mask=None if mask is None or bool((mask == 1).all()) else mask,
         characters=0 if characters is None else int(characters[document]),

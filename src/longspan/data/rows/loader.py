@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +42,21 @@ class DocumentStore(Protocol):
 
     def mask(self, index: int, /) -> np.ndarray | None:
         """Return uint8 loss weights, one a token, or None."""
+
+
+@runtime_checkable
+class BranchingStore(DocumentStore, Protocol):
+    """A store that may hold documents that branch, as a `TokenStore` does."""
+
+    @property
+    def branching(self) -> np.ndarray:
+        """Return the documents that branch."""
+
+    def tree_tokens(self, index: int, /) -> np.ndarray:
+        """Return the tokens of a document, also of one that branches."""
+
+    def parts(self, index: int, /) -> np.ndarray | None:
+        """Return the parts of a document that branches, or None."""
 
 
 class TeacherRow(NamedTuple):
@@ -76,6 +91,9 @@ class PackedRow(NamedTuple):
     """int64 [T] positions that do not count on within each document; None = they do."""
     teacher: TeacherRow | None = None
     """What a teacher predicts after each token; None = nobody was asked."""
+    branches: np.ndarray | None = None
+    """int64 [n, 2] where documents are parts of trees: the part of the row that each branches off, -1 = none, and the
+    position of its first token; None = each is a document of its own. See `models.tree_documents`."""
     token_sources: np.ndarray | None = None
     """uint16 [T] index into `source_names` of each token, where a document has several; None = as `sources` says."""
 
@@ -139,6 +157,10 @@ class RowLoader:
                 allowed=plan.lengths_fingerprint,
                 fix="give the same stores in the same order, or pack again",
             )
+        self.has_trees = any(len(_branching(store)) for store in self._stores)
+        """Whether documents branch: `PackedRow.branches` says how."""
+        if self.has_trees:
+            self._refuse_cut_trees()
         pads = plan.spec.remainder == "pad"
         self.source_names = self._lengths.source_names + ((PAD_SOURCE,) if pads else ())
 
@@ -176,10 +198,14 @@ class RowLoader:
             place = slice(int(cu_seqlens[number]), int(cu_seqlens[number + 1]))
             again = 0 if repeated is None else int(repeated[number])
             self._fill(document, int(starts[number]), again, input_ids[place], weights[place])
+        branches = None
+        if self.has_trees:
+            documents, starts, cu_seqlens, branches = self._parts(documents, starts, cu_seqlens)
         sources = np.full(len(documents), len(self._lengths.source_names), np.uint16)
         real = documents != PAD_DOCUMENT
         sources[real] = self._lengths.source[documents[real]]
         return PackedRow(
+            branches=branches,
             input_ids=input_ids,
             cu_seqlens=cu_seqlens.astype(np.int32),
             documents=documents,
@@ -189,6 +215,44 @@ class RowLoader:
             weights=weights,
         )
 
+    def _refuse_cut_trees(self) -> None:
+        """Refuse a plan that cuts or frames documents that branch. Raises DataError."""
+        spec, plan = self.plan.spec, self.plan
+        branching = np.zeros(len(self._lengths), bool)
+        for number, store in enumerate(self._stores):
+            positions = np.flatnonzero(self._lengths.store == number)
+            branching[positions] = np.isin(self._lengths.position[positions], _branching(store))
+        spans = np.flatnonzero(plan.span_document != PAD_DOCUMENT)
+        spans = spans[branching[plan.span_document[spans]]]
+        cut = self._lengths.tokens[plan.span_document[spans]] != plan.span_tokens[spans]
+        if cut.any() or (len(spans) and spec.num_bos + spec.num_eos):
+            raise DataError(
+                "documents that branch cannot be cut, nor framed by special tokens",
+                found=f"{int(cut.sum())} of {len(spans)} do not stand in a row as a whole",
+                fix="pack them without a strategy, or with best_fit, overflow drop and specials none",
+            )
+
+    def _parts(
+        self, documents: np.ndarray, starts: np.ndarray, cu_seqlens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return documents, starts and borders with the parts of trees as documents, and where they branch."""
+        counts, borders, branches = [], [], []
+        total = 0
+        for number, document in enumerate(documents.tolist()):
+            parts = None
+            if document != PAD_DOCUMENT:
+                store = self._stores[int(self._lengths.store[document])]
+                position = int(self._lengths.position[document])
+                parts = store.parts(position) if isinstance(store, BranchingStore) else None
+            table = np.zeros((1, 3), np.int64) if parts is None else parts.astype(np.int64)
+            own = table[:, 1] == np.arange(len(table))
+            counts.append(len(table))
+            borders.append(cu_seqlens[number] + table[:, 0])
+            branches.append(np.stack([np.where(own, -1, total + table[:, 1]), table[:, 2]], axis=1))
+            total += len(table)
+        every = np.append(np.concatenate(borders), cu_seqlens[-1])
+        return np.repeat(documents, counts), np.repeat(starts, counts), every, np.concatenate(branches)
+
     def _fill(self, document: int, start: int, repeated: int, ids: np.ndarray, weights: np.ndarray) -> None:
         """Fill `ids`, and `weights` that are 1, with a span from framed token `start` on."""
         spec, lengths = self.plan.spec, self._lengths
@@ -197,7 +261,7 @@ class RowLoader:
             ids[:], weights[:] = spec.pad_id, 0
             return
         store, position = self._stores[int(lengths.store[document])], int(lengths.position[document])
-        tokens = store.tokens(position)
+        tokens = store.tree_tokens(position) if isinstance(store, BranchingStore) else store.tokens(position)
         if spec.mos_id is not None and start:
             ids[0] = spec.mos_id
             ids, weights = ids[1:], weights[1:]
@@ -223,6 +287,10 @@ class RowLoader:
             if mask is not None:
                 weights[place] = mask[low:high]
         weights[:repeated] = 0
+
+
+def _branching(store: DocumentStore) -> np.ndarray:
+    return store.branching if isinstance(store, BranchingStore) else np.zeros(0, np.uint32)
 
 
 class RowAddress(NamedTuple):

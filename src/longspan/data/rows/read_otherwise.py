@@ -6,7 +6,7 @@ import numpy as np
 
 from longspan.core.files import sha256_bytes
 from longspan.data.plans.packing import PAD_DOCUMENT
-from longspan.data.rows.loader import DocumentStore, PackedRow, RowSource
+from longspan.data.rows.loader import BranchingStore, PackedRow, RowSource
 from longspan.data.store.lengths import LengthTable
 
 
@@ -62,7 +62,7 @@ def whole(row: PackedRow) -> PackedRow:
 class UnmaskedStore:
     """A token store without its masks, as `RowLoader` reads it."""
 
-    def __init__(self, store: DocumentStore) -> None:
+    def __init__(self, store: BranchingStore) -> None:
         self._store = store
 
     @property
@@ -78,6 +78,19 @@ class UnmaskedStore:
     def tokens(self, index: int, /) -> np.ndarray:
         """Return the tokens of a document."""
         return self._store.tokens(index)
+
+    def tree_tokens(self, index: int, /) -> np.ndarray:
+        """Return the tokens of a document, also of one that branches."""
+        return self._store.tree_tokens(index)
+
+    def parts(self, index: int, /) -> np.ndarray | None:
+        """Return the parts of a document that branches, or None."""
+        return self._store.parts(index)
+
+    @property
+    def branching(self) -> np.ndarray:
+        """Return the documents that branch."""
+        return self._store.branching
 
     def mask(self, index: int, /) -> np.ndarray | None:
         """Return None: every token has weight 1."""

@@ -12,7 +12,7 @@ import numpy as np
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, link_file, read_json, remove_leftovers
 from longspan.data.store.directory import MDSDirectory
-from longspan.data.store.document_columns import ROW, DocumentColumns, DocumentWriter, join_columns
+from longspan.data.store.document_columns import PARTS, ROW, DocumentColumns, DocumentWriter, join_columns
 from longspan.data.store.mds import INDEX
 from longspan.data.store.shard_files import write_index
 from longspan.data.store.token_store import SHARD_BYTES, TokenizerIdentity, TokenStore, seal_store
@@ -92,17 +92,26 @@ def _write_mask(folder: ShardFolder, aside: Path, vocab_size: int, shard_bytes: 
 
 
 def save_rows(path: Path, columns: DocumentColumns) -> None:
-    """Write the rows of `columns` as one .npy file, into a folder that is not in place yet."""
+    """Write the rows of `columns` as one .npy file, and their parts beside, into a folder not in place yet."""
     with open(path, "wb") as file:
         np.save(file, columns.rows, allow_pickle=False)
+    if len(columns.parts):
+        with open(path.with_suffix(".parts.npy"), "wb") as file:
+            np.save(file, columns.parts, allow_pickle=False)
 
 
-def load_rows(path: Path) -> np.ndarray:
-    """Read what `save_rows` wrote. Raises DataError when the file is damaged."""
+def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read the rows and parts that `save_rows` wrote. Raises DataError when a file is damaged."""
+    beside = path.with_suffix(".parts.npy")
+    parts = _load_rows(beside, PARTS) if beside.is_file() else np.zeros(0, PARTS)
+    return _load_rows(path, ROW), parts
+
+
+def _load_rows(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     try:
         rows: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read", found=str(error), fix="remove its folder") from None
-    if rows.dtype != ROW:
+    if rows.dtype != dtype:
         raise DataError(f"{path} was written by another version", fix="remove its folder")
     return rows

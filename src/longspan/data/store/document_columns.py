@@ -37,6 +37,10 @@ ROW = np.dtype(
 """One document: see `LengthTable`; mask_digest is BLAKE2b of the loss weights, 0 where all are 1; characters is 0
 where the text is not known."""
 
+PARTS = np.dtype([("document", "<u4"), ("start", "<u4"), ("parent", "<u4"), ("position", "<u4")])
+"""A part of a document that branches: its first token there, the part that it branches off (its own number: none) and
+the position of its first token. Documents in one piece have none."""
+
 _ROW = struct.Struct("<QQQQIIIH")
 _TWO_SIZES, _THREE_SIZES = struct.Struct("<2I"), struct.Struct("<3I")
 
@@ -61,6 +65,8 @@ class DocumentColumns(NamedTuple):
     """ROW [documents], in the order of the shards."""
     source_names: tuple[str, ...]
     has_mask: bool
+    parts: NDArray[Any] = np.zeros(0, PARTS)
+    """PARTS of all documents that branch, by document."""
 
     def length_table(self) -> LengthTable:
         """Return the length table of a store that holds these documents and no other."""
@@ -79,6 +85,7 @@ class DocumentColumns(NamedTuple):
         digest = hashlib.sha256()
         for name in ("key", "tokens", "mask_digest"):
             digest.update(np.ascontiguousarray(self.rows[name]).data)
+        digest.update(self.parts.tobytes())
         return digest.hexdigest()
 
 
@@ -116,6 +123,7 @@ class DocumentWriter:
         self.dtype = token_dtype(vocab_size)
         self._shard_bytes = shard_bytes
         self._sources = SourceNumbers()
+        self._count, self._parts = 0, bytearray()
         self._start(has_mask=False)
 
     def add(
@@ -126,6 +134,7 @@ class DocumentWriter:
         key: int,
         mask: NDArray[Any] | None = None,
         characters: int = 0,
+        parts: NDArray[Any] | None = None,
     ) -> None:
         """Append a document; see `TokenStoreWriter.add`. Raises DataError when ids or mask do not fit."""
         if (
@@ -146,6 +155,11 @@ class DocumentWriter:
             )
         if mask is not None and not self._has_mask:
             self._rewrite_with_mask()
+        if parts is not None:
+            number = np.full((len(parts), 1), self._count)
+            columns = np.concatenate([number, np.asarray(parts).reshape(-1, 3)], axis=1)
+            self._parts += columns.astype("<u4").tobytes()
+        self._count += 1
         self._append(ids.astype(self.dtype, copy=False), source, key, mask, characters)
 
     def finish(self) -> DocumentColumns:
@@ -156,7 +170,8 @@ class DocumentWriter:
         rows["offset"] += body_start
         if self._has_mask:
             rows["mask_offset"] += body_start
-        return DocumentColumns(rows, self._sources.names, self._has_mask)
+        parts = np.frombuffer(bytes(self._parts), PARTS)
+        return DocumentColumns(rows, self._sources.names, self._has_mask, parts)
 
     def _start(self, *, has_mask: bool) -> None:
         self._has_mask = has_mask
@@ -211,12 +226,15 @@ def join_columns(parts: Sequence[DocumentColumns], first_shards: Sequence[int]) 
     """Return the columns of all parts, in order; `first_shards[i]` is added to the shards of part i."""
     sources = SourceNumbers()
     rows = np.empty(sum(len(part.rows) for part in parts), ROW)
+    branching = [part.parts.copy() for part in parts]
     start = 0
-    for part, first_shard in zip(parts, first_shards):
+    for part, first_shard, branches in zip(parts, first_shards, branching):
+        branches["document"] += np.uint32(start)
         stop = start + len(part.rows)
         rows[start:stop] = part.rows
         rows["shard"][start:stop] += np.uint32(first_shard)
         renumber = np.array([sources[name] for name in part.source_names] or [0], np.uint16)
         rows["source"][start:stop] = renumber[part.rows["source"]]
         start = stop
-    return DocumentColumns(rows, sources.names, any(part.has_mask for part in parts))
+    has_mask = any(part.has_mask for part in parts)
+    return DocumentColumns(rows, sources.names, has_mask, np.concatenate(branching))

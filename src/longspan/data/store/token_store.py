@@ -2,6 +2,7 @@
 
     STORE/index.json, shard.00000.mds ...   columns domain, input_ids, length and, where used, mask
     STORE/lengths/                          the length table: where the ids of every document stand
+    STORE/parts/                            where documents branch, which then are trees of answers; mostly not there
     STORE/longspan.json                     the manifest, written last: without it the store is incomplete
 
 The store holds document text only: no BOS, EOS or padding. The mask is a loss weight for each token: 0 = not
@@ -20,19 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 import longspan
+from longspan.core.columns import load_columns, save_columns
 from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
 from longspan.core.log import get_logger
 from longspan.data.store.directory import MDSDirectory
-from longspan.data.store.document_columns import DocumentColumns, DocumentWriter, token_dtype
+from longspan.data.store.document_columns import PARTS, DocumentColumns, DocumentWriter, token_dtype
 from longspan.data.store.lengths import LengthTable
 from longspan.data.store.mds import INDEX, array_header
 
 MANIFEST = "longspan.json"
 LENGTHS = "lengths"
+PARTS_KIND = "document-parts"
 FORMAT = "longspan token store"
 SCHEMA = 1
 SHARD_BYTES = 1 << 26
+_PARTS_COLUMNS = dict.fromkeys(PARTS.names or (), np.uint32)
 
 
 class TokenizerIdentity(Protocol):
@@ -157,6 +161,7 @@ class TokenStoreWriter:
         key: int,
         mask: NDArray[Any] | None = None,
         characters: int = 0,
+        parts: NDArray[Any] | None = None,
     ) -> None:
         """Append a document. The arrays are kept by reference until their shard is written.
 
@@ -166,8 +171,10 @@ class TokenStoreWriter:
             key: 64-bit identity of the document.
             mask: uint8 loss weight of each token [tokens]; None: all 1.
             characters: of its text; 0: not known.
+            parts: of a document that branches, [parts, 3]: first token, the part that it branches off (its own number:
+                none), position of its first token.
         """
-        self._documents.add(ids, source=source, key=key, mask=mask, characters=characters)
+        self._documents.add(ids, source=source, key=key, mask=mask, characters=characters, parts=parts)
 
     def _finish(self) -> None:
         columns = self._documents.finish()
@@ -187,6 +194,13 @@ def seal_store(
     """Write length table and manifest beside finished shards: with them `folder` is a token store."""
     lengths = columns.length_table()
     lengths.save(folder / LENGTHS)
+    if len(columns.parts):
+        save_columns(
+            folder / "parts",
+            kind=PARTS_KIND,
+            head={},
+            columns={name: np.ascontiguousarray(columns.parts[name]) for name in _PARTS_COLUMNS},
+        )
     manifest = Manifest(
         documents=len(lengths),
         tokens=lengths.total_tokens,
@@ -247,6 +261,8 @@ class TokenStore:
         self.lengths = LengthTable.load(self.path / LENGTHS)
         """The length table: one row per document, `position` = document index."""
         self._check_lengths()
+        self.part_table = self._load_parts()
+        """uint32 [parts, 4]: document, first token, part that it branches off, position; see `PARTS`."""
 
     def __len__(self) -> int:
         return self.manifest.documents
@@ -271,8 +287,32 @@ class TokenStore:
         """Whether documents carry a loss weight for each token."""
         return self.manifest.has_mask
 
+    @property
+    def branching(self) -> NDArray[np.uint32]:
+        """Documents that branch: their ids are those of several samples, whose beginnings they share."""
+        return np.unique(self.part_table[:, 0])
+
+    def parts(self, document: int) -> NDArray[np.uint32] | None:
+        """Return the parts of a document that branches, [parts, 3] as `TokenStoreWriter.add` has them; None: it does
+        not."""
+        first, last = np.searchsorted(self.part_table[:, 0], [document, document + 1])
+        return None if first == last else self.part_table[first:last, 1:]
+
     def tokens(self, document: int) -> NDArray[Any]:
-        """Return the ids of a document [tokens], a read-only uint16 or uint32 view, perhaps unaligned."""
+        """Return the ids of a document [tokens], a read-only uint16 or uint32 view, perhaps unaligned.
+
+        Raises:
+            DataError: the document branches; see `tree_tokens`.
+        """
+        if len(self.part_table) and self.parts(document) is not None:
+            raise DataError(
+                f"document {document} of {self.path} branches: its ids are not one text",
+                fix="tokenize without true_prefixes, or train on the store as it is",
+            )
+        return self.tree_tokens(document)
+
+    def tree_tokens(self, document: int) -> NDArray[Any]:
+        """Return the ids of a document, also of one that branches, whose `parts` say what follows what."""
         return self._view(document, self.lengths.offset, self._dtype)
 
     def mask(self, document: int) -> NDArray[np.uint8] | None:
@@ -295,6 +335,17 @@ class TokenStore:
                 fix="copy or make the store again",
             )
         return np.frombuffer(shard.data, dtype, count=count, offset=start)
+
+    def _load_parts(self) -> NDArray[np.uint32]:
+        """Return [parts, 4]: document, first token, part that it branches off, position."""
+        if not (self.path / "parts").is_dir():
+            return np.zeros((0, 4), np.uint32)
+        _, columns = load_columns(self.path / "parts", kind=PARTS_KIND, dtypes=_PARTS_COLUMNS)
+        table = np.stack([columns[name] for name in _PARTS_COLUMNS], axis=1)
+        inside = table[:, 0] < len(self.lengths)
+        if not inside.all() or (np.diff(table[:, 0].astype(np.int64)) < 0).any():
+            raise DataError(f"{self.path / 'parts'} does not fit its store", fix="make the store again")
+        return table
 
     def _check_lengths(self) -> None:
         """Check that no row of the length table points outside its shard."""

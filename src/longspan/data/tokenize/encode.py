@@ -135,7 +135,7 @@ class _Encoder:
             if not sampling.wants(document.source) or not sampling.may_take(key, size, len(document.text)):
                 return
         try:
-            ids, mask = self._ids_and_mask(document, utf8)
+            ids, mask, parts = self._ids_and_mask(document, utf8)
         except SkippedRecordError as error:
             self._skip(document, error.kind, str(error))
             return
@@ -148,7 +148,7 @@ class _Encoder:
             if not sampling.takes(key, length):
                 return
             add_counts(self.seen, [(document.source, SourceCounts(0, 0, 1, round(length)))])
-        writer.add(ids, source=document.source, key=key, mask=mask, characters=characters)
+        writer.add(ids, source=document.source, key=key, mask=mask, characters=characters, parts=parts)
 
     def _skip(self, document: Document, kind: str, reason: str) -> None:
         self.report.documents -= 1
@@ -156,17 +156,18 @@ class _Encoder:
 
     def _ids_and_mask(
         self, document: Document, utf8: bytes | None
-    ) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    ) -> tuple[NDArray[Any], NDArray[np.uint8] | None, NDArray[np.uint32] | None]:
         if self._chat is not None:
             return _encode_chat(self._chat, document, strict=self._job.strict, report=self.report)
         if document.weights is None:
             if utf8 is not None:
-                return self._tokenizer.encode(document.text, utf8=utf8), None
+                return self._tokenizer.encode(document.text, utf8=utf8), None, None
             # In the dtype of the store at once: half of the memory where that is uint16.
             parts = [ids.astype(self._dtype) for ids in self._tokenizer.encode_pieces(document.text)]
-            return np.concatenate(parts), None
+            return np.concatenate(parts), None, None
         ids, starts, ends = self._tokenizer.encode_with_offsets(document.text)
-        return ids, token_weights(document.weights, starts, ends, num_characters=len(document.text))
+        weights = token_weights(document.weights, starts, ends, num_characters=len(document.text))
+        return ids, weights, None
 
 
 def _key_and_size(document: Document) -> tuple[int, int]:
@@ -182,7 +183,7 @@ def _key_and_size(document: Document) -> tuple[int, int]:
 
 def _encode_chat(
     chat: ChatFormat, document: Document, *, strict: bool, report: ReadReport
-) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8], NDArray[np.uint32] | None]:
     from longspan.core.errors import DataError
     from longspan.data.chat import MessagesError
 
@@ -195,7 +196,7 @@ def _encode_chat(
             ) from None
         raise SkippedRecordError("broken_records", str(error)) from None
     report.note(encoded.notes)
-    return encoded.ids, encoded.mask
+    return encoded.ids, encoded.mask, encoded.parts
 
 
 @lru_cache(maxsize=4)

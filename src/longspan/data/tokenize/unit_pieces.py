@@ -71,7 +71,8 @@ class UnitPieces:
     def shards(self, unit: Unit | GroupUnit, summary: PieceSummary) -> ShardFolder:
         """Return the shards of a finished piece and where its documents stand."""
         path = self.path(unit)
-        columns = DocumentColumns(load_rows(path / ROWS), tuple(summary.source_names), summary.has_mask)
+        rows, parts = load_rows(path / ROWS)
+        columns = DocumentColumns(rows, tuple(summary.source_names), summary.has_mask, parts)
         return ShardFolder(path, columns)
 
     def read(self, unit: Unit | GroupUnit) -> PieceSummary | None:

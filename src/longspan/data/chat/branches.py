@@ -1,0 +1,77 @@
+"""Answers behind their true prefixes, as one tree: what samples have in common once, and branches behind it.
+
+A template that drops old thoughts writes answer k as a model wrote it, thoughts and all, only where nothing follows.
+So each answer is a sample of its own: the text up to it, as the model was asked, and the answer. Most of these texts
+begin alike; as a tree a trace of n answers costs its length and its thoughts, and not n times its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TokenTree(NamedTuple):
+    """Samples as one run of tokens in parts."""
+
+    ids: NDArray[np.uint32]
+    """[tokens]; a branch begins with a copy of the last token that it shares."""
+    mask: NDArray[np.uint8]
+    """[tokens]; a sample's first token, and such a copy, is no label."""
+    parts: NDArray[np.uint32]
+    """[parts, 3]: first token, the part that it branches off (its own number: none), position of its first token."""
+
+
+class _Branch:
+    def __init__(self, ids: NDArray[np.uint32], mask: NDArray[np.uint8], parent: int, position: int) -> None:
+        self.ids, self.mask, self.parent, self.position = ids, mask.copy(), parent, position
+        self.children: list[int] = []
+
+
+def token_tree(samples: Sequence[tuple[NDArray[np.uint32], NDArray[np.uint8]]]) -> TokenTree:
+    """Return the tree of samples (ids, mask). The first is its trunk: let it be the longest.
+
+    What several samples learn weighs so many times.
+    """
+    parts: list[_Branch] = []
+    roots: list[int] = []
+    for ids, mask in samples:
+        place = next((root for root in roots if parts[root].ids[0] == ids[0]), None)
+        if place is None:
+            roots.append(len(parts))
+            parts.append(_Branch(ids, mask, len(parts), 0))
+            continue
+        _add(parts, place, ids, mask)
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)])[:-1]
+    table = [(start, part.parent, part.position) for start, part in zip(starts.tolist(), parts)]
+    return TokenTree(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.mask for part in parts]),
+        np.array(table, np.uint32).reshape(-1, 3),
+    )
+
+
+def _add(parts: list[_Branch], place: int, ids: NDArray[np.uint32], mask: NDArray[np.uint8]) -> None:
+    """Add a sample below the part `place`, with whose first token it agrees."""
+    while True:
+        part = parts[place]
+        rest = ids[part.position :]
+        size = min(len(rest), len(part.ids))
+        other = np.flatnonzero(rest[:size] != part.ids[:size])
+        shared = int(other[0]) if len(other) else size
+        part.mask[1:shared] += mask[part.position + 1 : part.position + shared]
+        end = part.position + shared
+        if end == len(ids):
+            return
+        following = (each for each in part.children if parts[each].position == end - 1)
+        child = next((each for each in following if parts[each].ids[1] == ids[end]), None)
+        if child is None:
+            own = mask[end - 1 :].copy()
+            own[0] = 0
+            part.children.append(len(parts))
+            parts.append(_Branch(ids[end - 1 :], own, place, end - 1))
+            return
+        place = child

@@ -1,0 +1,88 @@
+"""Each answer behind the text that a template writes before it when the model is asked for it.
+
+    what was said      user  [thought] answer  user  [thought] answer
+    sample 1           user  [thought] answer
+    sample 2           user            answer  user  [thought] answer
+
+Answers whose text goes on in that of a later one are learnt there; the others become branches of one document.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from longspan.data.chat.branches import token_tree
+from longspan.data.chat.encoder import Encoded
+from longspan.data.chat.messages import Message, MessagesError
+
+LEFT_OUT = "turns whose thoughts the chat template leaves out"
+"""The note of `written` that says what branches are for."""
+
+
+class _Sample(NamedTuple):
+    """A conversation up to an answer."""
+
+    turns: int
+    """It ends with the answer before this turn."""
+    text: str
+    learn: list[int]
+    """Answers that are learnt in it."""
+
+
+class TurnEncoder(Protocol):
+    """What is needed of a `ChatFormat`."""
+
+    def text(self, turns: list[Message], values: Mapping[str, Any], *, asked: bool = False) -> str:
+        """Return the text of turns."""
+
+    def ends_with_special(self, text: str) -> bool:
+        """Return whether a text ends with a special token."""
+
+    def encode_turns(
+        self, turns: list[Message], values: Mapping[str, Any], *, learn: Collection[int] | None = None
+    ) -> Encoded:
+        """Return ids and mask of turns."""
+
+
+def encode_tree(
+    chat: TurnEncoder, turns: list[Message], values: Mapping[str, Any], answers: Sequence[int]
+) -> Encoded:
+    """Return a conversation in which each answer stands behind its true prefix; one that needs no branch has no parts.
+
+    Args:
+        answers: the turns to learn, in order.
+
+    Raises:
+        MessagesError: the template does not begin an answer as it does when the model is asked for it.
+    """
+    samples: list[_Sample] = []
+    for number in reversed(answers):
+        text = chat.text(turns[: number + 1], values)
+        asked = chat.text(turns[:number], values, asked=True) if number else ""
+        if not text.startswith(asked):
+            raise MessagesError(
+                f"the chat template does not begin turn {number} (assistant) as when the model is asked for it",
+                found=repr(asked[-60:]),
+            )
+        # Whitespace behind the end of an answer may grow together with what follows.
+        ended = text.rstrip()
+        within = (each for each in samples if each.text.startswith(ended))
+        sample = next(within, None) if chat.ends_with_special(ended) else None
+        if sample is None:
+            samples.append(_Sample(number + 1, text, [number]))
+        else:
+            sample.learn.append(number)
+    if not samples:
+        return chat.encode_turns(turns, values)
+    encoded = [chat.encode_turns(turns[: each.turns], values, learn=each.learn) for each in samples]
+    notes = Counter({name: count for name, count in encoded[0].notes.items() if name != LEFT_OUT})
+    if len(encoded) == 1:
+        return encoded[0]._replace(notes=notes)
+    tree = token_tree([(each.ids, each.mask) for each in encoded])
+    notes["answers behind their true prefix, as branches of one document"] += len(encoded) - 1
+    notes["tokens that branches share with what they branch off"] += sum(
+        len(each.ids) for each in encoded
+    ) - len(tree.ids)
+    return encoded[0]._replace(ids=tree.ids, mask=tree.mask, parts=tree.parts, notes=notes)

@@ -1,0 +1,237 @@
+"""Conversations as trees: each answer behind its true prefix, what they share once, the same losses and gradients."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.data.chat import ChatFormat, MessagesError
+from longspan.data.chat.branches import token_tree
+from longspan.data.chat.chat_config import ChatConfig
+from longspan.data.exchange.whole_stores import merge_stores
+from longspan.data.plans.pack_config import PackConfig
+from longspan.data.plans.packing import plan_packing
+from longspan.data.rows.loader import PackedRow, RowLoader
+from longspan.data.store import TokenStore
+from longspan.data.tokenize import tokenize_corpus
+from longspan.data.tokenizer import Tokenizer
+from longspan.data.verify import verify
+from longspan.kernels.loss import IGNORE_LABEL
+from longspan.models.hf import build_model, hidden_states
+from longspan.models.tree_documents import TreeDocuments
+from longspan.train.batch import Batch, collate, total_weight
+from longspan.train.config import TrainConfig
+from longspan.train.recurrent import recurrent_step
+from longspan.train.run_plan import plan_run
+from tests.data.chat_tokenizers import chatty_tokenizer
+
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set later = messages[loop.index:] | selectattr('role', 'equalto', 'user') | list %}"
+    "{% if m.reasoning_content and not later %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Thoughts before the last question are dropped, as in most templates of thinking models."""
+
+
+def trace(number: int, answers: int) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = [{"role": "system", "content": f"Rule {number}."}]
+    for step in range(answers):
+        turns.append(
+            {"role": "tool" if step % 3 == 1 else "user", "content": f"Question {step} of {number}?"}
+        )
+        answer = {"role": "assistant", "content": f"It is {step * number}."}
+        turns.append({**answer, "reasoning_content": f"I think of {step}."} if step % 4 != 3 else answer)
+    return turns
+
+
+TRACES = [trace(number, answers) for number, answers in ((1, 5), (2, 1), (3, 3))]
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return chatty_tokenizer(tmp_path_factory.mktemp("trees"))
+
+
+@pytest.fixture(scope="module")
+def store(chatty: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    folder = tmp_path_factory.mktemp("trees")
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in TRACES))
+    chat = ChatFormat(chatty, FORGETFUL, config=ChatConfig(true_prefixes=True))
+    return tokenize_corpus([path], chatty, folder / "store", chat=chat)
+
+
+def samples_of(chat: ChatFormat, turns: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return each answer as a row of its own, behind what the template writes when it is asked for."""
+    found = []
+    for number, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            encoded = chat.encode_turns(turns[: number + 1], {}, learn=[number])
+            found.append((encoded.ids, encoded.mask))
+    return found
+
+
+def loss_of(model: Any, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    hidden = hidden_states(model, batch.input_ids, batch.documents, position_ids=batch.positions)
+    logits = model.lm_head(hidden)
+    loss = torch.nn.functional.cross_entropy(
+        logits, batch.labels, ignore_index=IGNORE_LABEL, reduction="none"
+    )
+    weights = torch.ones(len(loss)) if batch.loss_weights is None else batch.loss_weights
+    total = (loss * weights.double()).sum()
+    total.backward()
+    return float(total.detach()), [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def row_of(ids: np.ndarray, mask: np.ndarray) -> PackedRow:
+    one = np.zeros(1, np.uint16)
+    borders = np.array([0, len(ids)], np.int32)
+    return PackedRow(ids.astype(np.int64), borders, one.astype(np.uint32), one, ("a",), one > 0, mask)
+
+
+def packed(store: TokenStore, length: int, **more: Any) -> RowLoader:
+    spec = PackConfig(**{"length": length, "strategy": "best_fit", "remainder": "pad", "pad_id": 0, **more})
+    return RowLoader(store, plan_packing(spec, store.lengths, np.arange(len(store)), 0))
+
+
+def test_answers_stand_behind_their_true_prefixes(chatty, store):
+    """Thoughts of all but the last answers were in no row, or behind thoughts that no model would have seen."""
+    plain = ChatFormat(chatty, FORGETFUL)
+    own = [sample for turns in TRACES for sample in samples_of(plain, turns)]
+    assert store.branching.tolist() == [0, 2] and not verify(store.path).problems
+    learnt = sum(int(store.mask(number).sum()) for number in range(3))
+    assert learnt == sum(int(mask.sum()) for _, mask in own)
+    # Two questions of the first trace are followed by others: its length, and twice an answer with its thoughts.
+    ids, parts = store.tree_tokens(0), store.parts(0)
+    ends = [*parts[1:, 0].tolist(), len(ids)]
+    texts = [chatty.decode(ids[start:end]) for start, end in zip(parts[:, 0].tolist(), ends)]
+    assert texts[0].startswith("<|im_start|>system\nRule 1.") and texts[0].count("<think>") == 1
+    assert [text.count("<think>") for text in texts[1:]] == [1, 2]
+    assert len(ids) < sum(len(sample) for sample, _ in samples_of(plain, TRACES[0])) / 2
+    notes = store.manifest.counts["notes"]
+    shared = notes["tokens that branches share with what they branch off"]
+    assert shared > 0 and "thoughts" not in str(notes)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_loss_and_gradients_are_those_of_separate_rows(chatty, store, model_type):
+    """A branch at a wrong position, or one that sees too much or too little, is learnt without a word."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    window = {"sliding_window": 37} if model_type == "mistral" else {}
+    fields = {"model_type": model_type, "vocab_size": chatty.vocab_size, "max_position_embeddings": 4096}
+    model = build_model({**fields, **sizes, **window, "num_key_value_heads": 1}, seed=0).double().train()
+    plain = ChatFormat(chatty, FORGETFUL)
+    own = [row_of(*sample) for turns in TRACES for sample in samples_of(plain, turns)]
+    wanted = [loss_of(model, collate([row])) for row in own]
+    rows = packed(store, 512)
+    trees = [rows.row(number) for number in range(rows.num_rows)]
+    assert total_weight(trees) == total_weight(own)
+    # Two rows end to end, of which one has no tree, are one batch.
+    found = [loss_of(model, collate(trees)), *(loss_of(model, collate([row])) for row in trees)]
+    assert found[0][0] == pytest.approx(sum(loss for loss, _ in wanted), rel=1e-9)
+    assert found[0][0] == pytest.approx(sum(loss for loss, _ in found[1:]), rel=1e-9)
+    for number, gradient in enumerate(found[0][1]):
+        expected = sum(gradients[number] for _, gradients in wanted)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+words = st.lists(st.integers(0, 3), min_size=1, max_size=8)
+
+
+@given(
+    first=words,
+    others=st.lists(st.tuples(st.integers(1, 20), words), max_size=5),
+    window=st.none() | st.integers(1, 6),
+    chunk=st.none() | st.integers(1, 6),
+)
+@settings(max_examples=100, deadline=None)
+def test_random_trees_see_what_their_samples_see(first, others, window, chunk):
+    """Every token sees its own sample's tokens before it, within window and chunk, each once; labels are all there."""
+    samples = [first]
+    for size, rest in others:
+        samples.append([*samples[-1][:size], *rest])
+    samples.reverse()
+    masks = [np.ones(len(sample), np.uint8) for sample in samples]
+    tree = token_tree([(np.array(sample, np.uint32), mask) for sample, mask in zip(samples, masks)])
+    starts, parents = tree.parts[:, 0].astype(int), tree.parts[:, 1].astype(int)
+    parents[parents == np.arange(len(parents))] = -1
+    borders = np.append(starts, len(tree.ids))
+    documents = TreeDocuments(borders, np.stack([parents, tree.parts[:, 2]], axis=1))
+    positions = documents.positions().numpy()
+    sees = np.zeros((len(tree.ids), len(tree.ids)), int)
+    bands = documents.bands(window, chunk)
+    columns = (bands.q_start, bands.q_len, bands.k_start, bands.k_len, bands.lo, bands.hi)
+    for q, q_len, k, k_len, lo, hi in zip(*(column.tolist() for column in columns)):
+        distance = np.arange(q_len)[:, None] - np.arange(k_len)
+        sees[q : q + q_len, k : k + k_len] += (lo <= distance) & (distance <= hi)
+    assert sees.max() == 1
+    full = Counter()
+    for token, row in enumerate(sees):
+        position = int(positions[token])
+        oldest = max(0, position - (window or position + 1) + 1, position // chunk * chunk if chunk else 0)
+        seen = np.flatnonzero(row)
+        assert sorted(positions[seen]) == list(range(oldest, position + 1))
+        if token not in starts:
+            order = seen[np.argsort(positions[seen])]
+            full[tuple(tree.ids[order].tolist())] += int(tree.mask[token])
+    if window is None and chunk is None:
+        expected = Counter(tuple(sample[: end + 1]) for sample in samples for end in range(1, len(sample)))
+        assert full == expected
+
+
+def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):
+    """A reader that takes a tree for a text would learn answers behind the thoughts of others."""
+    with pytest.raises(DataError, match="branches"):
+        store.tokens(0)
+    assert len(store.tokens(1))
+    for more in ({"strategy": "concat", "length": 100}, {"specials": "bos", "bos_id": 1, "length": 512}):
+        with pytest.raises(DataError, match="cut"):
+            packed(store, **more)
+    merged = merge_stores([store.path, store.path], tmp_path / "merged")
+    assert merged.branching.tolist() == [0, 2, 3, 5] and not verify(merged.path).problems
+    assert np.array_equal(merged.parts(5), store.parts(2))
+    with pytest.raises(ArgumentError, match="tree"):
+        TreeDocuments(np.array([0, 3, 5]), np.array([[-1, 0], [0, 4]]))
+    batch = collate([packed(store, 512).row(0)])
+    with pytest.raises(ArgumentError, match="chunks"):
+        recurrent_step(torch.nn.Linear(1, 1), batch, chunk_tokens=64, weight=1)
+    # The template opens a thought when it is asked, and writes none where there is none.
+    opening = FORGETFUL.replace("|>assistant\n{% endif %}", "|>assistant\n<think>\n{% endif %}")
+    chat = ChatFormat(chatty, opening, config=ChatConfig(true_prefixes=True))
+    with pytest.raises(MessagesError, match="as when the model is asked"):
+        chat.encode_record([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"memory": {"chunk_tokens": 64}}, "memory.chunk_tokens"),
+        ({"parallel": {"cp_ring": 2}}, "2 processes share a row"),
+        ({"stage": {"document_mask": False}}, "document_mask"),
+        ({"stage": {"loss_average": "samples"}}, "loss_average"),
+        ({"stage": {"pose": {"target_length": 1024}}}, "pose"),
+    ],
+)
+def test_runs_that_cannot_read_trees_end_before_they_begin(chatty, store, changes, words):
+    """What is found out in the first step is found out behind hours of a queue."""
+    stage = {
+        "name": "chat", "lr": 1e-3, "objective": "sft", "context_length": 512, "tokens": 512, "batch_tokens": 512,
+        "max_epochs": 9, "streams": {"a": {"store": str(store.path)}}, **changes.pop("stage", {}),
+    }  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = {"model_type": "llama", "vocab_size": chatty.vocab_size, **sizes}
+    config = TrainConfig.from_dict({"model": {"hf_config": fields}, "stages": [stage], **changes})
+    with pytest.raises(ConfigError, match=words):
+        plan_run(config, data_root=store.path.parent)
