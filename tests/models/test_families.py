@@ -24,9 +24,8 @@ def test_every_family_is_right_or_refused() -> None:
     ("family", "reason"),
     [
         ("nemotron", ""),
-        ("lfm2", "short convolutions"),
         ("deepseek_v32", "indexer"),
-        ("granitemoehybrid", "carry a state"),
+        ("recurrent_gemma", "carry a state"),
         ("doge", "mask of its own"),
         ("mamba", "registry"),
     ],

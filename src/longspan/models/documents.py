@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionForm, Bands, attention, choose_kernel, cut_documents
+from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
 
 __all__ = ["Documents"]
 
@@ -93,3 +94,14 @@ class Documents:
         bands = self.bands(form.window, form.attention_chunk)
         kernel = choose_kernel(q.device, softcap=form.softcap)
         return attention(q, k, v, bands, scale=form.scale, kernel=kernel, sinks=form.sinks)
+
+    def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
+        """Return a causal convolution of the row, [tokens, channels], each document by itself.
+
+        `models.mixers` calls this and `scan` as `models.attention` calls `attend`.
+        """
+        return convolve_documents(call, self.cu_seqlens)
+
+    def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
+        """Return a recurrence over the row, [tokens, heads, ...], started anew in each document."""
+        return scan_documents(scan, self.cu_seqlens)[0]

@@ -14,11 +14,13 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.log import log_once
 from longspan.models.head import backbone
 from longspan.models.hf_config import text_config
+from longspan.models.mixers import mixers
 
 __all__ = [
     "RIGHT",
     "check_family",
     "check_layers",
+    "check_registry",
     "hand_documents_on",
     "language_model",
     "quantized_as",
@@ -26,7 +28,8 @@ __all__ = [
     "refuse_quantized",
 ]
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+ATTENTION_LAYERS = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
+STATELESS_LAYERS = {"mlp", "moe"}
 STATE = "they carry a state over document borders"
 # Kinds of layers that are known to be something else.
 OTHER_LAYERS = {
@@ -37,18 +40,27 @@ OTHER_LAYERS = {
     "mamba": STATE,
 }
 DROPS_KEYWORDS = ("nemotron",)
+TAKES_REGISTRY_UNSAID = frozenset({
+    "BailingHybridForCausalLM", "BambaForCausalLM", "FalconH1ForCausalLM", "JambaForCausalLM", "KimiLinearForCausalLM",
+    "NemotronHForCausalLM", "OlmoHybridForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForCausalLM", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
+    "ZambaForCausalLM", "Zamba2ForCausalLM",
+})  # fmt: skip
+"""Classes whose attention does come from the transformers registry, though they do not say so."""
 RIGHT = frozenset({
-    "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "cohere2_moe", "ctrl",
-    "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3", "ernie4_5", "ernie4_5_moe", "exaone4",
-    "exaone_moe", "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n_text",
-    "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
-    "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe",
-    "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
-    "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4",
-    "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text",
+    "afmoe", "apertus", "arcee", "aria_text", "axk1", "bailing_hybrid", "bamba", "beam", "bitnet", "cohere",
+    "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "flint", "fuyu", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm", "glm4",
+    "glm4_moe", "glm4_moe_lite", "got_ocr2", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba",
+    "jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama", "llama4", "llama4_text",
+    "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax", "minimax_m2", "minimax_m3_vl_text",
     "ministral", "ministral3", "mistral", "mixtral", "mllama", "moshi", "moss_transcribe_diarize", "nanochat",
-    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma", "youtu",
+    "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "persimmon", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma", "youtu", "zamba2",
 })  # fmt: skip
 """Families that docs/models.md lists as right, which a test compares: they are not tried when they are opened."""
 
@@ -60,11 +72,22 @@ def check_family(config: PretrainedConfig) -> None:
         ArgumentError: one that does not take its attention from the transformers registry.
     """
     family = AutoModelForCausalLM._model_mapping.get(type(text_config(config)), None)
-    if family is not None and not getattr(family, "_supports_attention_backend", False):
-        raise ArgumentError(
-            f"{family.__name__} does not take its attention from the transformers registry",
-            fix="use a model family that does, such as llama, qwen3 or mistral",
-        )
+    if family is not None:
+        check_registry(family)
+
+
+def check_registry(family: type[PreTrainedModel]) -> None:
+    """Refuse a class of models that does not take its attention from the transformers registry.
+
+    Raises:
+        ArgumentError: naming it.
+    """
+    if getattr(family, "_supports_attention_backend", False) or family.__name__ in TAKES_REGISTRY_UNSAID:
+        return
+    raise ArgumentError(
+        f"{family.__name__} does not take its attention from the transformers registry",
+        fix="use a model family that does, such as llama, qwen3 or mistral",
+    )
 
 
 def check_layers(model: PreTrainedModel) -> None:
@@ -73,7 +96,13 @@ def check_layers(model: PreTrainedModel) -> None:
     Raises:
         ArgumentError: naming their kind.
     """
-    kinds = set(getattr(text_config(model.config), "layer_types", None) or ()) - ATTENTION_LAYERS
+    kinds = (
+        set(getattr(text_config(model.config), "layer_types", None) or ())
+        - ATTENTION_LAYERS
+        - STATELESS_LAYERS
+    )
+    if any(mixers(model)):
+        kinds -= OTHER_LAYERS.keys() - {"indexed_attention"}
     for kind in sorted(kinds):
         raise ArgumentError(
             f"{type(model).__name__} has layers that longspan attention does not take the place of",

@@ -31,6 +31,7 @@ from longspan.models.documents import Documents
 from longspan.models.families import (
     check_family,
     check_layers,
+    check_registry,
     hand_documents_on,
     language_model,
     reading_quantized,
@@ -47,6 +48,7 @@ from longspan.models.hf_config import (
 )
 from longspan.models.init import INITS, seeded
 from longspan.models.known_checkpoints import with_known_rope
+from longspan.models.mixers import mix_documents
 from longspan.models.places import adapter_base, adapter_folder
 from longspan.models.rotary import depends_on_length, hold_frequencies
 from longspan.models.sharding import attach_schedule
@@ -99,11 +101,7 @@ def enable(
             layers that are not attention: their state would run from each document into the next.
     """
     register()
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ArgumentError(
-            f"{type(model).__name__} does not take its attention from the transformers registry",
-            fix="use a model family that does, such as llama, qwen3 or mistral",
-        )
+    check_registry(type(model))
     check_layers(model)
     if (schedule is None) != (mesh is None):
         raise ArgumentError(
@@ -114,6 +112,7 @@ def enable(
         attach_schedule(model, schedule, mesh, num_heads=num_heads, num_kv_heads=num_kv_heads)
     model.set_attn_implementation(ATTENTION_NAME)
     hand_documents_on(model)
+    mix_documents(model)
     if context is not None:
         hold_frequencies(model, context)
     return model
