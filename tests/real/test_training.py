@@ -127,6 +127,7 @@ def test_a_ring_of_two_has_the_same_losses(smollm2: Path, root: Path, run: Path)
     assert losses(root / "ring") == pytest.approx(losses(run), abs=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
 def test_export_is_what_peft_has(smollm2: Path, run: Path, tmp_path: Path) -> None:
     """The adapter beside its base in peft, and the merged folder in plain transformers, are one model."""
     stage = run / "stages" / "long"
