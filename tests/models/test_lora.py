@@ -268,6 +268,57 @@ def test_experts_that_adapters_do_not_reach_are_said_and_the_merged_model_is_exp
     assert check_lora(empty_model(tmp_path / "dense"), config) == []
 
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.mark.parametrize("fields", [{}, {"quantize": "nf4"}], ids=["lora", "nf4"])
+def test_experts_get_adapters_that_come_back_and_are_merged(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """An adapter around another one, which is lost where the model is saved, walked in tiles or merged."""
+    base = tmp_path / "base"
+    save_model(build_model({**TINY, "model_type": "mixtral", "num_local_experts": 4}, seed=0), base)
+    config = LoraConfig(rank=2, target_modules=("q_proj",), target_parameters=EXPERTS, **fields)
+    notes = check_lora(empty_model(base), config)
+    assert ["not quantised" in note for note in notes] == ([True] if fields else [])
+    model = load_model(base).train()
+    plain = hidden_states(model, tokens(50))
+    apply_lora(model, config, seed=1)
+    if not fields:
+        assert torch.equal(hidden_states(model, tokens(50)), plain)
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    losses = steps(model)
+    assert losses[-1] < losses[0] - 0.05
+    assert all(torch.equal(value, frozen[name]) for name, value in model.named_parameters() if name in frozen)
+    assert sum("experts" in name for name, p in model.named_parameters() if p.requires_grad) == 2 * 4
+    save_adapter(model, tmp_path / "adapter", base=base)
+    loaded = load_model(tmp_path / "adapter")
+    expected = model(tokens(1, 20)).logits
+    assert torch.equal(loaded(tokens(1, 20)).logits, expected)
+    if not fields:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+        assert torch.equal(theirs(tokens(1, 20)).logits, expected)
+    loss(model).backward()
+    enable_tiled_mlp(enable_checkpointing(loaded.train(), "full"), 16)
+    loss(loaded).backward()
+    for (name, one), other in zip(model.named_parameters(), loaded.parameters()):
+        if one.requires_grad:
+            torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6, msg=name)
+    report = export_model(load_model(tmp_path / "adapter"), tmp_path / "out")
+    assert report.kind == "merged"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(merged(tokens(1, 20)).logits, expected, rtol=0, atol=1e-3)
+
+
+def test_tensors_of_experts_that_are_not_there_are_refused(base: Path) -> None:
+    """A misspelt name, or a dense model, would train attention alone."""
+    config = LoraConfig(target_parameters=EXPERTS)
+    with pytest.raises(ConfigError, match="no tensor of experts is called"):
+        apply_lora(load_model(base), config, seed=0)
+    with pytest.raises(ValueError, match="no dropout and no dora"):
+        LoraConfig(target_parameters=EXPERTS, dropout=0.1)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "hqq", "torchao"])
 def test_a_folder_that_is_quantised_is_one_message(method: str, tmp_path: Path) -> None:
     """The package that reads it was missing: an ImportError traceback, in every command."""

@@ -19,7 +19,7 @@ from longspan.data.rows.loader import PAD_SOURCE, PackedRow
 from longspan.kernels.experts import experts_in
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models.checkpointing import enable_checkpointing
-from longspan.models.hf import build_model
+from longspan.models.hf import build_model, save_model
 from longspan.models.routing import aux_loss_weight, watch_routing
 from longspan.parallel.launch import spawn_local
 from longspan.train.batch import collate, total_weight
@@ -189,18 +189,32 @@ def train_all(rank: int, runs: list[tuple[dict[str, Any], str]], data_root: str)
 @pytest.mark.slow
 def test_every_way_to_share_the_work_follows_one_process(data_root: Path, tmp_path: Path) -> None:
     """Losses of each rank's own tokens, experts that one rank alone gathers, padding of the layout that counts."""
-    train(TrainConfig.from_dict(small_run()), tmp_path / "alone", data_root=data_root)
     memory = {"tiled_mlp": 16, "activation_checkpointing": "full"}
-    runs = [
-        (small_run(parallel={"dp_shard": 2}, memory=memory), str(tmp_path / "dp")),
-        (small_run(parallel={"cp_ring": 2}), str(tmp_path / "ring")),
-        (small_run(parallel={"cp_ulysses": 2}, memory=memory), str(tmp_path / "ulysses")),
-    ]
+    base = tmp_path / "base"
+    save_model(build_model(small_run()["model"]["hf_config"], seed=0), base)
+    adapters = {
+        "model": {"path": str(base)},
+        "lora": {"rank": 2, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    }
+    ways: dict[str, dict[str, dict[str, Any]]] = {
+        "whole": {
+            "dp": {"parallel": {"dp_shard": 2}, "memory": memory},
+            "ring": {"parallel": {"cp_ring": 2}},
+            "ulysses": {"parallel": {"cp_ulysses": 2}, "memory": memory},
+        },
+        "adapters": {"adapted dp": {"parallel": {"dp_shard": 2}, "memory": memory}},
+    }
+    changes = {"whole": {}, "adapters": adapters}
+    runs = []
+    for kind, names in ways.items():
+        train(TrainConfig.from_dict(small_run(**changes[kind])), tmp_path / kind, data_root=data_root)
+        runs += [(small_run(**changes[kind], **each), str(tmp_path / name)) for name, each in names.items()]
     spawn_local(train_all, 2, runs, str(data_root), timeout_seconds=PATIENCE_SECONDS)
-    expected = list(read_jsonl(tmp_path / "alone" / "metrics.jsonl"))
-    assert all(record["experts"]["dropped"] == 0 for record in expected)
-    for _, out in runs:
-        for one, many in zip(expected, read_jsonl(Path(out) / "metrics.jsonl"), strict=True):
-            for name in ("loss", "grad_norm", "router_aux_loss", "router_z_loss"):
-                assert many[name] == pytest.approx(one[name], rel=1e-4), (out, name)
-            assert many["experts"]["max_load_by_layer"] == one["experts"]["max_load_by_layer"]
+    for kind, names in ways.items():
+        expected = list(read_jsonl(tmp_path / kind / "metrics.jsonl"))
+        assert all(record["experts"]["dropped"] == 0 for record in expected)
+        for name in names:
+            for one, many in zip(expected, read_jsonl(tmp_path / name / "metrics.jsonl"), strict=True):
+                for key in ("loss", "grad_norm", "router_aux_loss", "router_z_loss"):
+                    assert many[key] == pytest.approx(one[key], rel=1e-4), (name, key)
+                assert many["experts"]["max_load_by_layer"] == one["experts"]["max_load_by_layer"]

@@ -126,8 +126,10 @@ def export_adapter(
         f"the base {base} has to be loaded with the settings of config.json: rope_parameters "
         f"{json.dumps(text.rope_parameters)}, max_position_embeddings {text.max_position_embeddings}",
     ]
-    if settings["use_dora"] or settings["modules_to_save"]:
-        notes.append("vLLM serves no adapter with DoRA or with layers trained whole: export it merged")
+    if settings["use_dora"] or settings["modules_to_save"] or settings["target_parameters"]:
+        notes.append(
+            "vLLM serves no adapter with DoRA, with layers trained whole or on experts: export it merged"
+        )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return ExportReport(Path(out), "adapter", "float32", trained, None, None, notes)
 

@@ -19,7 +19,7 @@ An adapter folder is one of peft's, with three more files:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -70,10 +70,12 @@ ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
 class _TargetLayers(NamedTuple):
-    """Full names of the layers of a model that a config means."""
+    """Full names of what a config means in a model: layers, and tensors of experts."""
 
     targets: list[str]
     trainable: list[str]
+    parameters: list[str]
+    """Tensors of experts."""
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -85,8 +87,8 @@ def check_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     """Refuse settings that name no layer of a model, or packages that are missing; no weight is looked at.
 
     Returns:
-        What is to be said of the weights that get no adapter and are not quantised: the experts of a mixture are one
-        tensor a layer and no linear layers.
+        What is to be said of experts that get no adapter or are not quantised: they are one tensor a layer and no
+        linear layers.
 
     Raises:
         ConfigError: a target that matches nothing; the message lists the linear layers there are.
@@ -96,21 +98,44 @@ def check_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     if config.quantize != "none":
         bitsandbytes()
     places = _places(model, config)
-    # The weights of linear layers and embeddings have two dimensions.
-    left = {
+    experts = {
         name: weight.numel()
-        for name, weight in model.named_parameters()
-        if weight.ndim > 2 and not any(name.startswith(f"{place}.") for place in places.trainable)
+        for name, weight in _expert_tensors(model).items()
+        if not any(name.startswith(f"{place}.") for place in places.trainable)
     }
-    if not left:
-        return []
-    share = sum(left.values()) / sum(weight.numel() for weight in model.parameters())
-    names = sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in left})
-    stored = " and are not quantised" if config.quantize != "none" else ""
-    return [
-        f"{share:.0%} of the weights, the experts, get no adapter{stored}: {', '.join(names)}; "
-        "adapters and 4 bits are for linear layers"
-    ]
+    all_weights = sum(weight.numel() for weight in model.parameters())
+    notes = []
+    left = {name: count for name, count in experts.items() if name not in places.parameters}
+    if left:
+        stored = " and are not quantised" if config.quantize != "none" else ""
+        notes.append(
+            f"{sum(left.values()) / all_weights:.0%} of the weights, the experts, get no adapter{stored}: "
+            f"{', '.join(_without_numbers(left))}; all-linear and 4 bits are for linear layers, lora.target_parameters "
+            "adapts tensors like these"
+        )
+    reached = {name: count for name, count in experts.items() if name in places.parameters}
+    if reached and config.quantize != "none":
+        notes.append(
+            f"{sum(reached.values()) / all_weights:.0%} of the weights, the experts, get an adapter and are not "
+            f"quantised: {', '.join(_without_numbers(reached))}; 4 bits are for linear layers"
+        )
+    return notes
+
+
+def _expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors of a model that hold a matrix of each expert."""
+    # The weights of linear layers and embeddings have two dimensions, those of convolutions their modules.
+    return {
+        f"{place}.{name}": weight
+        for place, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3
+    }
+
+
+def _without_numbers(names: Iterable[str]) -> list[str]:
+    return sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
 
 
 def apply_lora(model: ModelT, config: LoraConfig, *, seed: int) -> ModelT:
@@ -146,6 +171,7 @@ def apply_lora(model: ModelT, config: LoraConfig, *, seed: int) -> ModelT:
         lora_dropout=config.dropout,
         use_dora=config.dora,
         target_modules=places.targets,
+        target_parameters=places.parameters or None,
         modules_to_save=places.trainable or None,
         ensure_weight_tying=_is_tied(model, places.trainable),
     )
@@ -278,8 +304,9 @@ def detach(model: PreTrainedModel) -> tuple[Any, dict[str, torch.Tensor]]:
     peft = _peft()
     config, tensors = model.peft_config[ADAPTER], adapter_tensors(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            replace_layer(model, name, module.base_layer)
+        if isinstance(module, peft.tuners.lora.LoraLayer) and not name.endswith(".base_layer"):
+            # Experts stand in one adapter for each of their tensors.
+            replace_layer(model, name, module.get_base_layer())
         elif isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper):
             replace_layer(model, name, module.original_module)
     del model.peft_config
@@ -379,7 +406,23 @@ def _places(model: nn.Module, config: LoraConfig) -> _TargetLayers:
                     fix="what is not a linear layer, such as an embedding, can be named in lora.trainable",
                 )
             targets += [name for name in found if name not in targets]
-    return _TargetLayers(targets, _trainable(model, config, targets))
+    return _TargetLayers(targets, _trainable(model, config, targets), _parameters(model, config))
+
+
+def _parameters(model: nn.Module, config: LoraConfig) -> list[str]:
+    tensors = _expert_tensors(model)
+    chosen: list[str] = []
+    for word in config.target_parameters:
+        found = [name for name in tensors if is_called(word, name)]
+        if not found:
+            raise ConfigError(
+                f"lora.target_parameters: no tensor of experts is called {word!r}",
+                found=f"a {type(model).__name__}",
+                allowed=sorted({".".join(name.split(".")[-2:]) for name in tensors})
+                or "none: it has no experts",
+            )
+        chosen += [name for name in found if name not in chosen]
+    return chosen
 
 
 def _trainable(model: nn.Module, config: LoraConfig, targets: list[str]) -> list[str]:

@@ -24,6 +24,8 @@ class Quantization(Config):
 class LoraConfig(Config):
     """What is trained in place of the weights: `lora: {rank: 32, alpha: 16, target_modules: [q_proj, v_proj]}`."""
 
+    ADDED_LATER = frozenset({"target_parameters"})
+
     rank: int = pydantic.Field(32, ge=1)
     """Columns of B and rows of A."""
     alpha: float = pydantic.Field(32.0, gt=0)
@@ -32,6 +34,9 @@ class LoraConfig(Config):
     """Share of the inputs of A that is dropped in training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Linear layers that get an adapter, by the end of their name. all-linear: all but the output embedding."""
+    target_parameters: tuple[str, ...] = ()
+    """Weights of experts that get an adapter, by the end of their name, such as experts.gate_up_proj and
+    experts.down_proj: one tensor holds those of all experts of a layer. Each expert has matrices of its own."""
     dora: bool = False
     """Train the length of each row of the sum too."""
     trainable: tuple[str, ...] = ()
@@ -47,6 +52,8 @@ class LoraConfig(Config):
     def _something_to_train(self) -> Self:
         if not self.target_modules:
             raise ValueError("target_modules names no layer")
+        if self.target_parameters and (self.dropout or self.dora):
+            raise ValueError("adapters of target_parameters have no dropout and no dora: leave one out")
         # By value: the settings of a run are written with all defaults, and read again.
         if self.quantize == "none" and (not self.double_quant or self.compute_dtype is not None):
             raise ValueError("double_quant and compute_dtype have no effect without quantize: nf4")
