@@ -47,6 +47,7 @@ STORY = (
     ("eval", "babilong"),
     ("eval", "longbench_v2"),
     ("eval", "lveval"),
+    ("eval", "longproc"),
     ("eval", "rescore"),
     ("eval", "harness"),
     ("ask",),
@@ -101,6 +102,8 @@ def write_released_files(root: Path) -> None:
         "babilong/data/qa1/1k.json": [fact],
         "longbench-v2.json": [{**long, **choices, **kinds, "question": "Who?"}],
         "lveval/hotpotwikiqa_mixup_16k.jsonl": long,
+        "longproc/countdown/countdown_0.5k.json": [{"nums": [9, 16, 6, 18], "target": 12}],
+        "longproc/countdown/prompts.yaml": {"USER_PROMPT": "Numbers: {nums} Target: {target}"},
         "nolima/needle_set.json": [{**needle, "tests": {"T1": {"input_args": []}}}],
     }
     for name, content in files.items():

@@ -22,6 +22,7 @@ from longspan.eval import metrics
 from longspan.eval import metrics_helmet as helmet
 from longspan.eval import metrics_infinitebench as infinite
 from longspan.eval import metrics_longbench as longbench
+from longspan.eval import metrics_longproc as longproc
 from longspan.eval import metrics_lveval as lveval
 from longspan.eval.metrics_babilong import label_named
 
@@ -127,6 +128,14 @@ def _with_keywords(metric: Callable[[str, str, str | None], float]) -> Rule:
     )
 
 
+def _longproc(expected: Sequence[str], output: str, fields: Mapping[str, Any], *, partial: bool) -> float:
+    if _field(fields, "subtask", scorer="longproc") not in longproc.SUBTASKS:
+        raise ArgumentError(
+            "this is no subtask of LongProc", found=fields["subtask"], allowed=longproc.SUBTASKS
+        )
+    return max(longproc.score(each, output, fields, partial=partial) for each in expected)
+
+
 def _field(fields: Mapping[str, Any], name: str, *, scorer: str) -> Any:
     if not fields.get(name):
         raise ArgumentError(f"scorer {scorer} needs the field {name!r} of a sample, which has none")
@@ -185,6 +194,8 @@ _RULES = (
     Scorer("lveval_f1", 1, _with_keywords(lveval.f1), "LV-Eval: F-measure of words, 0 without the key words"),
     Scorer("lveval_f1_zh", 1, _with_keywords(lveval.f1_zh), "LV-Eval: the same of Chinese words"),
     Scorer("lveval_rouge_l_zh", 1, _best(lveval.rouge_l_zh), "LV-Eval: rouge-l F without common Chinese words"),
+    Scorer("longproc", 1, partial(_longproc, partial=False), "LongProc: it ends right; F1 of a table's rows"),
+    Scorer("longproc_partial", 1, partial(_longproc, partial=True), "LongProc: share that is right from the start"),
     Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
     Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
 )
