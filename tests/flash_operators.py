@@ -9,6 +9,8 @@ card, by the rules of the published sources (flash_api.cpp, FlashAttention-2's b
                 one limit is left, the other becomes max_k; with o = k_len - q_len, query i sees keys
                 i + o - left .. i + o + right
     results     lse is [heads, tokens] in fp32, +inf with out 0 where nothing is seen
+    keys        with seqused_k the keys of a sequence begin at its border, and so many are its own: the border behind
+                them is not read (forward only)
     undefined   rows that no sequence covers hold what was in memory before: NaN here
 
 With `wide=True` the operators take fp32 and fp64 too and compute in them, and so does the kernel: limits of 1e-6
@@ -114,6 +116,7 @@ def _check(
     max_q: int,
     max_k: int,
     dropout: float,
+    k_used: torch.Tensor | None = None,
 ) -> None:
     assert q.dtype in _taken, f"FlashAttention only supports fp16 and bf16 data type, not {q.dtype}"
     assert k.dtype == q.dtype == v.dtype, "query, key and value must have the same dtype"
@@ -126,7 +129,14 @@ def _check(
         assert borders.dtype == torch.int32 and borders.ndim == 1 and borders.is_contiguous()
         lengths = borders.diff()
         assert 0 < len(lengths) <= 65_535, f"{len(lengths)} sequences in a launch"
-        assert borders[0] == 0 and int(borders[-1]) <= len(tensor), "illegal memory access"
+        if borders is cu_k and k_used is not None:
+            assert k_used.dtype == torch.int32 and k_used.is_contiguous() and k_used.shape == lengths.shape
+            assert (borders >= 0).all() and int((borders[:-1] + k_used).max()) <= len(tensor), (
+                "illegal memory access"
+            )
+            lengths = k_used
+        else:
+            assert borders[0] == 0 and int(borders[-1]) <= len(tensor), "illegal memory access"
         assert (lengths >= 0).all() and int(lengths.max()) <= longest, "sequences longer than said"
     assert len(cu_q) == len(cu_k)
 
@@ -141,9 +151,12 @@ def _visible(q_len: int, k_len: int, left: int, right: int) -> torch.Tensor:
     return seen
 
 
-def _pairs(cu_q: torch.Tensor, cu_k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _pairs(
+    cu_q: torch.Tensor, cu_k: torch.Tensor, k_used: torch.Tensor | None = None
+) -> Iterator[tuple[slice, slice]]:
     q, k = cu_q.tolist(), cu_k.tolist()
-    return zip(map(slice, q[:-1], q[1:]), map(slice, k[:-1], k[1:]))
+    ends = k[1:] if k_used is None else (cu_k[:-1] + k_used).tolist()
+    return zip(map(slice, q[:-1], q[1:]), map(slice, k[:-1], ends))
 
 
 def _scores(
@@ -171,10 +184,11 @@ def _forward(
     scale: float,
     window_size_left: int = -1,
     window_size_right: int = -1,
+    seqused_k: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, ...]:
     assert not unused and not return_debug_mask
-    _check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p)
+    _check(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, seqused_k)
     calls.append(("forward", len(cum_seq_q) - 1))
     if max_q == 1 and query.shape[1] > key.shape[1] and window_size_left < 0 and window_size_right < 0:
         assert len(query) == len(cum_seq_q) - 1, "one query a sequence, whose heads become rows"
@@ -182,7 +196,7 @@ def _forward(
     wide = torch.promote_types(query.dtype, torch.float32)
     out = torch.full_like(query, math.nan)
     lse = torch.full((query.shape[1], len(query)), math.nan, dtype=wide)
-    for rows, keys in _pairs(cum_seq_q, cum_seq_k):
+    for rows, keys in _pairs(cum_seq_q, cum_seq_k, seqused_k):
         seen = _visible(rows.stop - rows.start, keys.stop - keys.start, left, right)
         scores, _, _ = _scores(query[rows], key[keys], scale, seen)
         if not seen.numel():

@@ -9,9 +9,9 @@ room for what they are going to say:
 A query sees the keys of its own strand up to itself, and of each ancestor those before the fork. Each is a band
 (`kernels.attention.Bands`). Bands over one block in which no query stands twice make one `KernelCall`;
 parts cover disjoint keys and are joined by their log-sum-exp. Keys are never copied: branches read the trunk's
-where they lie.
+where they lie, all in one call.
 
-Shape legend: T = tokens of a pass, S = rows of a block, H = query heads, K = key/value heads, G = H / K, D = head dim.
+Shape legend: T = tokens of a pass, S = rows of a block, H = query heads, K = key/value heads, D = head dim.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 from longspan.infer.prefix_tree import Strand
+from longspan.infer.token_spans import TokenSpans
 from longspan.kernels.attention import (
     NO_LIMIT,
     AttentionForm,
@@ -102,40 +103,34 @@ class Segment(NamedTuple):
 
 
 class KernelCall(NamedTuple):
-    """One kernel call: some queries over some rows of a block."""
+    """One kernel call: the queries of a pass over some rows of a block."""
 
-    queries: slice
     block: KvBlock
     keys: slice
     bands: Bands
-    """Counted from the starts of `queries` and `keys`."""
+    """Keys are counted from the start of `keys`."""
 
 
 def attend_parts(
     q_THD: torch.Tensor, parts: Sequence[KernelCall], *, layer: int, scale: float, kernel: AttentionKernel
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [T, H, D] and lse [T, H] over the keys of all parts; the first part covers every query.
+    """Return out [T, H, D] and lse [T, H] over the keys of all parts.
 
     Keys that are held elsewhere, by another rank say, can be joined to these by `kernels.attention.merge`.
     """
     joined: tuple[torch.Tensor, torch.Tensor] | None = None
-    for queries, block, keys, bands in parts:
+    for block, keys, bands in parts:
         k_SKD, v_SKD = block.read(layer, keys)
-        q = q_THD[queries].to(k_SKD.dtype)
-        found = kernel.forward(q, k_SKD, v_SKD, bands, scale)
-        if joined is None:
-            joined = found if len(parts) == 1 else (found[0].to(found[1].dtype), found[1])
-        elif len(q) == len(q_THD):
-            joined = merge(*joined, *found)
-        else:
-            out, lse = joined
-            out[queries], lse[queries] = merge(out[queries], lse[queries], *found)
+        found = kernel.forward(q_THD.to(k_SKD.dtype), k_SKD, v_SKD, bands, scale)
+        joined = found if joined is None else merge(*joined, *found)
     assert joined is not None
     return joined
 
 
 _Reach = tuple[int | None, int | None]
 """Window and chunk of a layer's attention, None where they hide nothing."""
+
+_Spans = tuple[KvBlock, TokenSpans]
 
 
 def _reach(form: AttentionForm, longest: int) -> _Reach:
@@ -232,7 +227,7 @@ class PrefillPass:
                 table = above.setdefault((place.block, level), _Table(place.block))
                 table.add(offset, last - first, place.row + skipped, seen - skipped, lo=-NO_LIMIT, hi=hi)
         tables = [own, *above.values()]
-        return [part for table in tables for part in table.parts(self.num_tokens, self._kernel)]
+        return [part for table in tables for part in table.parts()]
 
     def _cut(self, attention_chunk: int | None) -> Iterator[tuple[Strand, int, int, int]]:
         """Yield (strand, first, last, row of the pass) of the segments, cut where chunks of attention begin."""
@@ -250,9 +245,6 @@ class PrefillPass:
 class DecodePass:
     """One new token for each of several strands, again and again.
 
-    The queries of heads that read the same key head stand as rows of their own, [T * G, K, D]: what a single token
-    sees is a rectangle, and for a kernel G rows of one head cost less than G heads of one row.
-
     Args:
         strands: a place has room for what is said.
         places: of the strands, all in one block, and of their ancestors.
@@ -266,8 +258,8 @@ class DecodePass:
         self._first_row = np.array([places[strand].row for strand in strands], dtype=np.int64)
         self._start = np.array([strand.start for strand in strands], dtype=np.int64)
         self._own = np.array([len(strand.ids) for strand in strands], dtype=np.int64)
-        self._above: dict[int, list[KernelCall]] = {}
-        self._now: dict[tuple[_Reach, int], tuple[list[KernelCall], int]] = {}
+        self._above: list[_Spans] | None = None
+        self._now: dict[_Reach, list[_Spans]] = {}
         self._rows: torch.Tensor | None = None
         self.attention_flops = 0
 
@@ -300,57 +292,46 @@ class DecodePass:
         assert self._rows is not None
         self._rows = self._rows.to(k.device)
         self._block.append(layer, self._rows, k, v)
-        num_tokens, num_heads, head_dim = q.shape
-        groups = num_heads // k.shape[1]
         reach = _reach(form, int((self._start + self._length).max()))
-        if (reach, groups) not in self._now:
-            found = self._parts(reach, groups)
-            self._now[reach, groups] = found, sum(part.bands.num_pairs() for part in found)
-        parts, num_pairs = self._now[reach, groups]
+        if reach not in self._now:
+            self._now[reach] = self._spans(reach)
         kernel = _kernel_of(form, q, self._kernel)
-        # [T, H, D] -> [T, K, G, D] -> [T, G, K, D] -> [T * G, K, D]
-        folded = q.view(num_tokens, -1, groups, head_dim).transpose(1, 2).reshape(-1, k.shape[1], head_dim)
-        out, lse = attend_parts(folded, parts, layer=layer, scale=form.factor(q), kernel=kernel)
-        self.attention_flops += 4 * num_pairs * folded.shape[1] * head_dim
-        unfolded = out.view(num_tokens, groups, -1, head_dim).transpose(1, 2).reshape(q.shape)
-        if form.sinks is not None:
-            lse = lse.view(num_tokens, groups, -1).transpose(1, 2).reshape(q.shape[:2])
-            unfolded, _ = with_sinks(unfolded, lse, form.sinks)
-        return unfolded.to(q.dtype)
+        joined: tuple[torch.Tensor, torch.Tensor] | None = None
+        for block, spans in self._now[reach]:
+            k_SKD, v_SKD = block.read(layer, spans.keys)
+            found = spans.attend(q.to(k_SKD.dtype), k_SKD, v_SKD, form.factor(q), kernel)
+            joined = found if joined is None else merge(*joined, *found)
+            self.attention_flops += 4 * spans.num_pairs * q.shape[1] * q.shape[2]
+        assert joined is not None
+        return with_sinks(*joined, form.sinks)[0].to(q.dtype)
 
     def _oldest(self, reach: _Reach) -> NDArray[np.int64]:
         """Return the first position that each token sees."""
         positions = (self._start + self._length - 1).tolist()
         return np.array([oldest_seen(position, *reach) for position in positions], dtype=np.int64)
 
-    def _parts(self, reach: _Reach, groups: int) -> list[KernelCall]:
-        rows = self.num_tokens * groups
+    def _spans(self, reach: _Reach) -> list[_Spans]:
+        """Return what the tokens see of their own strand, which is something for each, and of those above."""
         first = np.maximum(self._oldest(reach) - self._start, 0)
-        own = _Table(self._block)
-        for index in range(self.num_tokens):
-            own.add(
-                index * groups,
-                groups,
-                int(self._first_row[index] + first[index]),
-                int(self._length[index] - first[index]),
-            )
-        parts = own.parts(rows, self._kernel)
+        own = TokenSpans(self._first_row + first, self._length - first)
         if reach != (None, None):
-            return parts + self._parts_above(reach, groups)
-        if groups not in self._above:
-            self._above[groups] = self._parts_above(reach, groups)
-        return parts + self._above[groups]
+            return [(self._block, own), *self._spans_above(reach)]
+        if self._above is None:
+            self._above = self._spans_above(reach)
+        return [(self._block, own), *self._above]
 
-    def _parts_above(self, reach: _Reach, groups: int) -> list[KernelCall]:
-        tables: dict[tuple[KvBlock, int], _Table] = {}
+    def _spans_above(self, reach: _Reach) -> list[_Spans]:
+        columns: dict[tuple[KvBlock, int], NDArray[np.int64]] = {}
         for index, (strand, oldest) in enumerate(zip(self.strands, self._oldest(reach).tolist())):
             for level, (ancestor, seen) in enumerate(reversed(list(strand.ancestors()))):
                 place = self._places[ancestor]
                 skipped = min(max(oldest - ancestor.start, 0), seen)
-                table = tables.setdefault((place.block, level), _Table(place.block))
-                table.add(index * groups, groups, place.row + skipped, seen - skipped)
-        rows = self.num_tokens * groups
-        return [part for table in tables.values() for part in table.parts(rows, self._kernel)]
+                empty = np.zeros((2, self.num_tokens), dtype=np.int64)
+                columns.setdefault((place.block, level), empty)[:, index] = (
+                    place.row + skipped,
+                    seen - skipped,
+                )
+        return [(block, TokenSpans(*column)) for (block, _), column in columns.items() if column[1].any()]
 
 
 class _Table:
@@ -371,26 +352,12 @@ class _Table:
                 return
         self._bands.append((q_start, q_len, k_start, k_len, lo, hi))
 
-    def parts(self, num_queries: int, kernel: AttentionKernel) -> list[KernelCall]:
-        """Return the kernel calls for `num_queries` query rows."""
+    def parts(self) -> list[KernelCall]:
+        """Return the kernel call, if anything is seen."""
         q_start, q_len, k_start, k_len, lo, hi = np.array(self._bands, dtype=np.int64).T
         first, last = int(k_start.min()), int((k_start + k_len).max())
         bands = Bands(q_start, q_len, k_start - first, k_len, lo=lo, hi=hi)
-        if len(bands) == 0:
-            return []
-        if kernel.name == "cpu_flash" or int(bands.k_len.sum()) <= last - first:
-            return [KernelCall(slice(0, num_queries), self._block, slice(first, last), bands)]
-        # Other kernels gather the keys of their bands: they would copy those that several of them read.
-        columns = zip(*(c.tolist() for c in (bands.q_start, bands.q_len, bands.k_start, bands.k_len)))
-        return [
-            KernelCall(
-                slice(q, q + rows),
-                self._block,
-                slice(first + k, first + k + keys),
-                Bands([0], [rows], [0], [keys], lo=bands.lo[n : n + 1], hi=bands.hi[n : n + 1]),
-            )
-            for n, (q, rows, k, keys) in enumerate(columns)
-        ]
+        return [KernelCall(self._block, slice(first, last), bands)] if len(bands) else []
 
 
 def _as_rows(spans: Sequence[tuple[int, int]]) -> slice | torch.Tensor:

@@ -36,6 +36,8 @@ class AttentionKernel(Protocol):
     name: str
     upcasts: bool
     """Computes fp16 and bf16 in fp32: who joins partial results casts up first and keeps them unrounded."""
+    spread_by_queries: bool
+    """Its work is spread over sequences, heads and blocks of queries: few queries over many keys are few blocks."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float

@@ -58,6 +58,7 @@ class CpuFlashKernel:
 
     name = "cpu_flash"
     upcasts = True
+    spread_by_queries = False
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float

@@ -5,6 +5,9 @@ diagonal: with o = k_len - q_len, query i sees keys i + o - left .. i + o + righ
 left = hi + o, right = -lo - o (-1 = no limit). `Bands` trims its segments, which makes both non-negative.
 Bands share one call where one (left, right) is right for all: a document that is shorter than the window of the
 others, or that has a single token, sees the same with their limits. So any packed documents are a single launch.
+In the forward pass each sequence of a launch says where its keys begin (`cu_seqlens_k`, read for nothing else then) and
+how many it has (`seqused_k`): bands may read the same keys, or leave some out, and none are copied. The backward
+operator does not know that, so what is not in order is gathered there.
 
 The operators do not take a window as it is given. A limit of at least max_k becomes none, and if one side is then
 limited and the other not, the other becomes max_k. With more queries than keys this shows keys that a limit hides,
@@ -53,10 +56,17 @@ class Launch(NamedTuple):
     max_k: int
     left: int
     right: int
+    k_used: torch.Tensor | None = None
+    """Keys of each sequence where they do not follow each other: those of sequence n begin at row cu_k[n]."""
 
 
-def launches(bands: Bands, *, num_queries: int, num_keys: int, device: torch.device) -> list[Launch]:
-    """Sort bands into as few kernel launches as their windows around the bottom-right diagonal allow."""
+def launches(
+    bands: Bands, *, num_queries: int, num_keys: int, device: torch.device, gathered: bool = False
+) -> list[Launch]:
+    """Sort bands into as few kernel launches as their windows around the bottom-right diagonal allow.
+
+    `gathered`: keys that do not follow each other are gathered, as the backward operator needs them.
+    """
     result = []
     for window, found in _by_window(bands):
         for first in range(0, len(found), MAX_SEQUENCES):
@@ -66,12 +76,19 @@ def launches(bands: Bands, *, num_queries: int, num_keys: int, device: torch.dev
             if window.left >= 0 or window.right > 0:
                 # See the head of this module: a limit is lost, or a missing one set, beyond max_k.
                 max_k = max(max_k, max_q)
+            k_start, k_used = bands.k_start[indices], None
+            k_rows = _span(k_start, k_len, num_keys)
+            if k_rows is None and not gathered:
+                k_rows, k_used = ALL, _int32(k_len, device)
             result.append(
                 Launch(
                     q_rows=_rows(bands.q_start[indices], q_len, num_queries, device),
-                    k_rows=_rows(bands.k_start[indices], k_len, num_keys, device),
+                    k_rows=_rows(k_start, k_len, num_keys, device) if k_rows is None else k_rows,
                     cu_q=_borders(q_len, device),
-                    cu_k=_borders(k_len, device),
+                    cu_k=_borders(k_len, device)
+                    if k_used is None
+                    else _int32(np.append(k_start, num_keys), device),
+                    k_used=k_used,
                     max_q=max_q,
                     max_k=max_k,
                     left=window.left,
@@ -141,17 +158,25 @@ def why_tiled(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
+class _Place(NamedTuple):
+    """What launches depend on beside their bands: which rows are the whole tensor depends on its length."""
+
+    num_queries: int
+    num_keys: int
+    device: torch.device
+    gathered: bool
+
+
 class CudaVarlenKernel:
     """torch's variable-length flash attention over a table of bands."""
 
     name = "cuda_varlen"
     upcasts = False
+    spread_by_queries = True
 
     def __init__(self) -> None:
         self._fallback = TiledKernel()
-        self._launches: WeakKeyDictionary[Bands, dict[tuple[int, int, torch.device], list[Launch]]] = (
-            WeakKeyDictionary()
-        )
+        self._launches: WeakKeyDictionary[Bands, dict[_Place, list[Launch]]] = WeakKeyDictionary()
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bands: Bands, scale: float
@@ -190,7 +215,7 @@ class CudaVarlenKernel:
         """Return dq, dk, dv; `out` and `lse` belong to the whole attention; k, v may be a part of it."""
         if self._falls_back(q):
             return self._fallback.backward(dout, q, k, v, out, lse, bands, scale)
-        todo = self._plan(q, k, bands)
+        todo = self._plan(q, k, bands, gathered=True)
         if len(todo) == 1 and isinstance(todo[0].q_rows, slice) and isinstance(todo[0].k_rows, slice):
             # Nothing to add up: fp32 sums would only be rounded again.
             grads = _launch_backward(todo[0], dout, q, k, v, out, lse, scale)
@@ -214,13 +239,18 @@ class CudaVarlenKernel:
         log_once("kernels.attention", f"attention: tiled (dense, slow) because of {reason}")
         return True
 
-    def _plan(self, q: torch.Tensor, k: torch.Tensor, bands: Bands) -> list[Launch]:
-        # Which rows are the whole tensor depends on its length.
+    def _plan(
+        self, q: torch.Tensor, k: torch.Tensor, bands: Bands, *, gathered: bool = False
+    ) -> list[Launch]:
         plans = self._launches.setdefault(bands, {})
-        key = (q.shape[0], k.shape[0], q.device)
-        if key not in plans:
-            plans[key] = launches(bands, num_queries=q.shape[0], num_keys=k.shape[0], device=q.device)
-        return list(plans[key])
+        place = _Place(q.shape[0], k.shape[0], q.device, gathered)
+        if place not in plans:
+            other = plans.get(place._replace(gathered=not gathered), [])
+            same = other and all(
+                isinstance(launch.k_rows, slice) and launch.k_used is None for launch in other
+            )
+            plans[place] = other if same else launches(bands, **place._asdict())
+        return list(plans[place])
 
 
 def _launch_forward(
@@ -240,6 +270,7 @@ def _launch_forward(
         scale=scale,
         window_size_left=launch.left,
         window_size_right=launch.right,
+        seqused_k=launch.k_used,
     )
     return out, lse.T  # The kernel lays lse out as [H, T].
 
@@ -290,15 +321,27 @@ def _put(part: torch.Tensor, rows: slice, like: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _rows(start: np.ndarray, length: np.ndarray, total: int, device: torch.device) -> Rows:
+def _span(start: np.ndarray, length: np.ndarray, total: int) -> slice | None:
+    """Return the rows of bands that follow each other; None if they do not."""
     end = start + length
-    if (end[:-1] == start[1:]).all():
-        whole = start[0] == 0 and end[-1] == total
-        return ALL if whole else slice(int(start[0]), int(end[-1]))
+    if (end[:-1] != start[1:]).any():
+        return None
+    whole = start[0] == 0 and end[-1] == total
+    return ALL if whole else slice(int(start[0]), int(end[-1]))
+
+
+def _rows(start: np.ndarray, length: np.ndarray, total: int, device: torch.device) -> Rows:
+    span = _span(start, length, total)
+    if span is not None:
+        return span
     before = np.cumsum(length) - length
     rows = np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - before, length)
     return to_device(torch.from_numpy(rows), device)
 
 
 def _borders(length: np.ndarray, device: torch.device) -> torch.Tensor:
-    return to_device(torch.from_numpy(np.concatenate([[0], np.cumsum(length)]).astype(np.int32)), device)
+    return _int32(np.concatenate([[0], np.cumsum(length)]), device)
+
+
+def _int32(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    return to_device(torch.from_numpy(numbers.astype(np.int32)), device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["accumulation_dtype", "merge", "sink_gradient", "with_sinks"]
+__all__ = ["accumulation_dtype", "merge", "merge_pieces", "sink_gradient", "with_sinks"]
 
 
 def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -39,6 +39,16 @@ def merge(
     return out_a.to(dtype) * (weight_a / share)[..., None] + out_b.to(dtype) * (weight_b / share)[
         ..., None
     ], lse
+
+
+def merge_pieces(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join partial attentions out [pieces, ..., head_dim] and lse [pieces, ...] as `merge` does two."""
+    top = lse.amax(0)
+    base = top.masked_fill(top == float("-inf"), 0.0)
+    weights = torch.exp(lse - base)
+    total = weights.sum(0)
+    share = weights / total.clamp_min(1.0)
+    return (out.to(lse.dtype) * share[..., None]).sum(0), base + torch.log(total)
 
 
 def with_sinks(

@@ -32,6 +32,7 @@ class ReferenceKernel:
 
     name = "reference"
     upcasts = True
+    spread_by_queries = False
 
     def __init__(self, *, softcap: float | None = None) -> None:
         self.softcap = softcap

@@ -33,6 +33,7 @@ class TiledKernel:
 
     name = "tiled"
     upcasts = True
+    spread_by_queries = False
 
     def __init__(self, *, softcap: float | None = None) -> None:
         self._reference = ReferenceKernel(softcap=softcap)
