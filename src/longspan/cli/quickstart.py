@@ -18,6 +18,7 @@ class QuickstartPreset(StrEnum):
 
     small = "small"
     tiny = "tiny"
+    real = "real"
 
 
 def quickstart(
@@ -27,9 +28,27 @@ def quickstart(
     preset: Annotated[
         QuickstartPreset,
         typer.Option(
-            help="small: a model that learns it, some minutes. tiny: every step once, about a minute."
+            help="small: a model that learns it, some minutes. tiny: every step once, about a minute. real: "
+            "SmolLM2-135M-Instruct from the hub or the package index, in its chat; an hour, or see --budget."
         ),
     ] = QuickstartPreset.small,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Of --preset real: 20m goes part of the way in about so long on two idle cores."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --preset real: another pretrained model with a chat template, folder or hub name."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of --preset real: long texts to train on, files, folders, patterns; many times. Default: what "
+            "every CPython carries."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random choice. Default: 0.")] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Train the controls too; takes several times as long.")
@@ -43,10 +62,21 @@ def quickstart(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Extend a small model's context on this machine, from raw text to a report, with nothing to download."""
+    """Extend a small model's context on this machine, from raw text to a report, with nothing to download.
+
+    With --preset real a pretrained model learns to find what stands far back in its chat.
+    """
     from longspan.quickstart import load_config, run_quickstart
 
-    config = load_config(file or preset.value, seed=seed, ablate=ablate, overrides=settings or [])
+    config = load_config(
+        file or preset.value,
+        seed=seed,
+        ablate=ablate,
+        budget=budget,
+        model=model,
+        data=data or (),
+        overrides=settings or [],
+    )
     quiet_transformers()
     results = run_quickstart(out, config)
     if as_json:

@@ -1,0 +1,119 @@
+"""The models that are compared: before, after, what can be done without training, and controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longspan.core.errors import ConfigError
+from longspan.core.files import read_json
+from longspan.quickstart.base import BASE
+from longspan.quickstart.config import QuickstartConfig
+from longspan.train.config import StageConfig, TrainConfig
+
+RECALL_OF_CONTROLS = "recall_of_controls"
+
+
+class Control(NamedTuple):
+    """A training run that differs from the main one in one thing, at equal tokens."""
+
+    train: TrainConfig
+    note: str
+
+
+def controls(config: QuickstartConfig) -> dict[str, Control]:
+    """Return the controls that a reader would ask for, with what each shows and does not show.
+
+    Raises:
+        ConfigError: the base is a pretrained model.
+    """
+    if config.pretrain is None:
+        raise ConfigError("controls are those of a model from scratch", fix="leave ablate out")
+    main = config.extend
+    long = main.stages[-1]
+    short = config.pretrain.stages[-1]
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "ablate_short_rows": (
+            {
+                "context_length": short.context_length,
+                "rope": short.rope,
+                "streams": _short_streams(long, short),
+            },
+            f"The same number of further tokens in rows of {short.context_length}, theta unchanged. Shows how much is "
+            "more training and not longer rows. Does not separate row length from theta.",
+        ),
+        "ablate_same_theta": (
+            {"rope": short.rope},
+            "Rows and data of the main run, theta unchanged. Shows what raising theta adds once the rows are long. "
+            "One theta only was tried.",
+        ),
+        "ablate_no_upsampling": (
+            {"streams": _without_upsampling(long)},
+            "Rows and theta of the main run, documents of every length kept as they come. Shows what length "
+            "upsampling adds on this corpus, where packages of code are long already; says nothing of web text.",
+        ),
+    }
+    return {
+        name: Control(main.model_copy(update={"stages": (long.model_copy(update=change),)}), note)
+        for name, (change, note) in changes.items()
+    }
+
+
+def _short_streams(long: StageConfig, short: StageConfig) -> dict[str, Any]:
+    """Return the streams of the short stage at the weights of the long one; recall keeps its share."""
+    total = sum(stream.weight for stream in long.streams.values())
+    text = long.streams["text"].weight / total
+    weights = {"text": text, "recall": 1 - text}
+    streams = {
+        name: stream.model_copy(update={"weight": weights[name]}) for name, stream in short.streams.items()
+    }
+    streams["recall"] = streams["recall"].model_copy(update={"store": f"stores/{RECALL_OF_CONTROLS}"})
+    return streams
+
+
+def _without_upsampling(long: StageConfig) -> dict[str, Any]:
+    text = long.streams["text"]
+    plain = text.mixture.model_copy(
+        update={"mode": "none", "keep_short": None, "tokens": None, "max_repeat": 1}
+    )
+    return {**long.streams, "text": text.model_copy(update={"mixture": plain})}
+
+
+class Variant(NamedTuple):
+    """A model to evaluate: a folder, and a RoPE that differs from the one it was saved with."""
+
+    label: str
+    path: Path
+    trained_length: int
+    rope: dict[str, Any] | None = None
+    note: str | None = None
+
+
+def variants(work: Path, config: QuickstartConfig) -> list[Variant]:
+    """Return before, after, what can be done without training (theta alone, NTK, position interpolation), controls."""
+
+    def trained(label: str, run: str, train: TrainConfig, **differs: Any) -> Variant:
+        last = train.stages[-1]
+        return Variant(label, work / run / "stages" / last.name, last.context_length, **differs)
+
+    long = config.extend.stages[-1]
+    if config.pretrain is None:
+        positions = read_json(work / BASE / "config.json")["max_position_embeddings"]
+        before = Variant("before", work / BASE, positions)
+    else:
+        before = trained("before", "pretrain", config.pretrain)
+    factor = long.context_length / before.trained_length
+    methods: dict[str, Any] = {
+        "theta_only": long.rope,
+        "ntk": {"rope_type": "ntk", "factor": factor},
+        "pi": {"rope_type": "linear", "factor": factor},
+    }
+    return [
+        before,
+        trained("after", "extend", config.extend),
+        *(before._replace(label=name, rope=methods[name]) for name in config.evaluation.methods),
+        *(
+            trained(name, name, control.train, note=control.note)
+            for name, control in (controls(config) if config.ablate else {}).items()
+        ),
+    ]
