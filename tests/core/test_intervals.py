@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.intervals import (
     Effective,
+    clustered_interval,
     effective_context,
     independent_difference,
     paired_difference,
     samples_needed,
+    score_interval,
     wilson_interval,
 )
 
@@ -79,3 +82,44 @@ def test_a_paired_interval_holds_zero_shrunk_mean_and_stays_in_range(differences
     low, high = paired_difference(differences) or (1.0, -1.0)
     centre = sum(differences) / (len(differences) + 2)
     assert -1 <= low <= centre <= high <= 1 and low < high
+
+
+def test_samples_on_one_text_are_fewer_than_they_look():
+    """The interval of 220 independent answers says more than 20 texts with 11 questions each can say."""
+    right = [1.0] * 10 + [0.0] * 10
+    scores, texts = (
+        [score for score in right for _ in range(11)],
+        [text for text in range(20) for _ in range(11)],
+    )
+    assert clustered_interval(scores, texts) == pytest.approx(wilson_interval(9.5, 19, z=2.0930), abs=1e-3)
+    assert clustered_interval(right, list(range(20))) == score_interval(right)
+    assert clustered_interval([1.0] * 22, [0] * 11 + [1] * 11) == wilson_interval(2, 2)
+    assert clustered_interval([1.0, 0.0], ["one", "one"]) is None and clustered_interval([], []) is None
+    low, high = paired_difference([1.0] * 11 + [0.0] * 11, [0] * 11 + [1] * 11)
+    plain = paired_difference([1.0] * 11 + [0.0] * 11)
+    assert low < plain[0] < plain[1] < high
+    assert paired_difference([1.0, 0.0], [1, 2]) == paired_difference([1.0, 0.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("alike", [0.05, 0.2, 0.5])
+def test_clustered_intervals_hold_what_they_promise(share, alike):
+    """95 % intervals that hold the mean in half of the draws make noise look like progress.
+
+    20 and 50 texts, 11 questions each, whose answers are `alike` within a text (their intraclass correlation).
+    """
+    for texts in (20, 50):
+        draw = np.random.default_rng(texts)
+        a, b = share * (1 - alike) / alike, (1 - share) * (1 - alike) / alike
+        names = [text for text in range(texts) for _ in range(11)]
+        held = np.zeros(2)
+        for _ in range(2000):
+            scores = (
+                (draw.random((texts, 11)) < draw.beta(a, b, size=(texts, 1))).astype(float).ravel().tolist()
+            )
+            found = clustered_interval(scores, names), score_interval(scores)
+            held += [low <= share <= high for low, high in found]
+        clustered, plain = held / 2000
+        assert 0.93 <= clustered <= 0.97
+        assert plain < clustered - 0.03

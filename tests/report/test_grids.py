@@ -55,7 +55,7 @@ def test_identical_samples_have_the_same_sections_by_any_name(tmp_path: Path) ->
     for task, fields in (
         ("needle", {}),
         ("kv_retrieval", needle._replace(name="kv_retrieval", short="kv").described()),
-        ("by_fields", {}),  # a name that nobody knows, and a header that says nothing
+        ("by_fields", {"cluster": "sample"}),  # a name that nobody knows, and a header that says no axes
     ):
         run = write(tmp_path / task / "run", task, lines, **fields)
         result = write_report([run], tmp_path / task / "report.html")

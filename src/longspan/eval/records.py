@@ -30,7 +30,7 @@ _SHOWN = 60
 _HEADER_BEGINS = b'{"kind": "header"'
 HEADER_FORMAT = 2
 """Since 2 a header says of the task what a report needs: title, axes, ... (`TaskEntry.described`)."""
-_DESCRIBES = ("format", "title", "heading", "short", "axes", "higher_is_better")
+_DESCRIBES = ("format", "title", "heading", "short", "axes", "higher_is_better", "cluster")
 # A remark, what a command was told, the date, the versions and how a report shows it do not make it another evaluation.
 _NOT_IDENTITY = ("kind", "fingerprint", "note", "settings", "versions", "created", *_DESCRIBES)
 

@@ -50,6 +50,8 @@ class TaskEntry(NamedTuple):
     """None: a table of scores by data set and metric."""
     scorers: tuple[str, ...] = ()
     """Names of `eval.scorers`, the usual one first."""
+    cluster: str = ""
+    """The field of a sample that names the text which it shares with others; empty: each has its own."""
     higher_is_better: bool = True
     """Of the score; where a scorer gives it, the scorer says so."""
     heading: str = ""
@@ -75,6 +77,7 @@ class TaskEntry(NamedTuple):
             "short": short,
             "axes": None if self.axes is None else self.axes._asdict(),
             "higher_is_better": self.higher_is_better,
+            "cluster": self.cluster,
         }
 
 
@@ -87,6 +90,7 @@ _NEEDLE = TaskEntry(
     axes=_GRID,
     scorers=("teacher_forced", "contains", "string_match_all"),
     heading="Needle in a haystack",
+    cluster="sample",
     data="Haystack: files, folders, patterns; many times. Default: Python's reference prose.",
 )
 _TOPICS = TaskEntry(
@@ -207,6 +211,7 @@ _BUILT_IN = (
         axes=Axes(rows="question_type", columns="length"),
         scorers=("contains_exactly", "last_line_contains", "exact_match"),
         heading="NoLiMa",
+        cluster="haystack",
         short="NoLiMa",
         data="Needle set and books of amodaresi/NoLiMa: files or folders; many times.",
         reads=("paths",),

@@ -28,8 +28,9 @@ from longspan.core.progress import Progress, progress
 from longspan.core.units import format_count
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.records import RecordsWriter, make_header, sample_id
+from longspan.eval.registry import entry_of
 from longspan.eval.scorers import Scorer, scorer_named
-from longspan.eval.summaries import count_no_answer, mean_score
+from longspan.eval.summaries import clustered, count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, copies_of, no_answer
 
@@ -77,8 +78,9 @@ def run_task(
 
     Returns:
         task, label, records (the path), samples, scored, unscored (reason -> count), no_answer (the same of scored
-        samples whose answer is empty: cut while thinking, ...), mean, interval (95 %), samples_per_s of this
-        call, and the task's own numbers (`Task.summary`).
+        samples whose answer is empty: cut while thinking, ...), mean, interval (95 %), interval_by_cluster where
+        samples share texts (`registry.TaskEntry.cluster`), samples_per_s of this call, and the
+        task's own numbers (`Task.summary`).
 
     Raises:
         ConfigError: `out` holds an evaluation with other settings; or samples are too long for the model.
@@ -106,7 +108,9 @@ def run_task(
             _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
 
     summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored)
-    return {**summary, **mean_score(records), **task.summary(records)}
+    entry = entry_of(task.name)
+    by_cluster = clustered(records, "" if entry is None else entry.cluster)
+    return {**summary, **mean_score(records), **by_cluster, **task.summary(records)}
 
 
 class Fillable(Protocol):

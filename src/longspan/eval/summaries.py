@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from longspan.core.intervals import score_interval
+from longspan.core.intervals import clustered_interval, score_interval
 
 
 def mean_score(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -15,6 +15,20 @@ def mean_score(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     scores = [float(sample["score"]) for sample in samples if sample.get("score") is not None]
     mean = math.fsum(scores) / len(scores) if scores else None
     return {"mean": mean, "interval": score_interval(scores)}
+
+
+def clustered(samples: Iterable[Mapping[str, Any]], field: str) -> dict[str, Any]:
+    """Return `interval_by_cluster`: the 95 % interval of the mean where samples with one value of a field share a text.
+
+    Empty where no field is named, or no score has it.
+    """
+    scored = [
+        sample for sample in samples if sample.get("score") is not None and sample.get(field) is not None
+    ]
+    if not field or not scored:
+        return {}
+    scores = [float(sample["score"]) for sample in scored]
+    return {"interval_by_cluster": clustered_interval(scores, [sample[field] for sample in scored])}
 
 
 def count_no_answer(samples: Iterable[Mapping[str, Any]]) -> dict[str, int]:

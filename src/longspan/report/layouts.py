@@ -28,6 +28,8 @@ class Layout(NamedTuple):
     """Field of a sample; None: a table of scores by data set and metric."""
     rows: str | None = None
     higher_is_better: bool = True
+    cluster: str = ""
+    """Field of a sample that names the text which it shares with others."""
     said: bool = True
     """Whether header or registry say so; where the fields do, any number may be a score."""
 
@@ -62,7 +64,8 @@ def layout_of(header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], whe
         )
     columns, rows = (None, None) if axes is None else (axes["columns"], axes.get("rows"))
     title, heading, short = (str(known.get(name) or "") for name in ("title", "heading", "short"))
-    return Layout(task, title, heading, short, columns, rows, known["higher_is_better"] is not False, said)
+    higher, cluster = known["higher_is_better"] is not False, str(known.get("cluster") or "")
+    return Layout(task, title, heading, short, columns, rows, higher, cluster, said)
 
 
 def _axes_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

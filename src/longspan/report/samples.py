@@ -51,6 +51,8 @@ class ScoredSample(NamedTuple):
     """What the model wrote before its answer; it has no part in the score."""
     no_answer: str = ""
     """Why an answer that is scored is empty, such as `cut while thinking`."""
+    cluster: str = ""
+    """Names the text that it shares with others; empty: it has its own."""
 
 
 class PositionBucket(NamedTuple):
@@ -103,6 +105,7 @@ def parse_sample(layout: Layout, line: dict[str, Any], where: str) -> ScoredSamp
         expected=_texts(line.get("expected")),
         window=_words(line.get("needle_window")),
         distractors=_whole(line, "num_distractors") or 0,
+        cluster=_words(line.get(layout.cluster)) if layout.cluster else "",
         **read,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from longspan.report.tables import (
     Tally,
     bits_per_byte,
     by_group,
+    difference,
     perplexity,
     tabulate,
     tally_of,
@@ -24,7 +26,9 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
     confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
-    place and why), no_answer (scored samples with an empty answer, by reason). mean, confidence, scored and unscored
+    place and why), no_answer (scored samples with an empty answer, by reason), confidence_by_cluster (the interval that
+    takes samples on one text for dependent), and of labels after the first `difference` from it, paired by question
+    (value, confidence, pairs). mean, confidence, scored and unscored
     are over all lengths, also those beyond the trained one.
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
@@ -39,7 +43,7 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     run = run if isinstance(run, LoadedRun) else load_run(run)
     tables = tabulate(run.records)
     further = {
-        task: {label: _grid_summary(grid) for label, grid in grids.items()}
+        task: {label: {**_grid_summary(grid), **_differs(grids, label)} for label, grid in grids.items()}
         for task, grids in tables.grids.items()
     }
     scores = {
@@ -62,6 +66,17 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
         **further,
         **scores,
     }
+
+
+def _differs(grids: Mapping[str, Grid], label: str) -> dict[str, Any]:
+    """Return how a label differs from the first one on the questions that both were asked, if there are such."""
+    first = next(iter(grids))
+    old, new = ([s for group in grids[name].cells.values() for s in group] for name in (first, label))
+    found = None if label == first else difference(old, new)
+    if found is None or not found.pairs:
+        return {}
+    values = {"value": found.value, "confidence": _listed(found.interval), "pairs": found.pairs}
+    return {"difference": {"from": first, **values}}
 
 
 def _grid_summary(table: Grid) -> dict[str, Any]:
@@ -106,6 +121,7 @@ def _tally_summary(tally: Tally) -> dict[str, Any]:
     return {
         "mean": tally.mean,
         "confidence": _listed(tally.interval),
+        "confidence_by_cluster": _listed(tally.interval_by_cluster),
         "scored": tally.scored,
         "unscored": tally.unscored,
         "no_answer": dict(tally.no_answer),

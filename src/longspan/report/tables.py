@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from longspan.core.errors import DataError
 from longspan.core.intervals import (
     Effective,
+    clustered_interval,
     effective_context,
     independent_difference,
     paired_difference,
@@ -43,6 +44,8 @@ class Tally:
 
     higher_is_better: bool = True
     scores: list[float] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
+    """Of each score the text that it shares with others; empty: its own."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Samples without a score, by reason."""
     no_answer: Counter[str] = field(default_factory=Counter)
@@ -54,6 +57,7 @@ class Tally:
             self.reasons[sample.unscored or "no score"] += 1
         else:
             self.scores.append(sample.score)
+            self.clusters.append(sample.cluster)
             if sample.no_answer:
                 self.no_answer[sample.no_answer] += 1
 
@@ -88,6 +92,13 @@ class Tally:
         if any(not 0 <= score <= 1 for score in self.scores):
             return None
         return score_interval(self.scores)
+
+    @property
+    def interval_by_cluster(self) -> tuple[float, float] | None:
+        """95 % interval that takes samples on one text for dependent; None where no texts are known, or only one."""
+        if not all(self.clusters) or any(not 0 <= score <= 1 for score in self.scores):
+            return None
+        return clustered_interval(self.scores, self.clusters)
 
 
 ALL = "all"
@@ -223,13 +234,13 @@ def difference(before: Sequence[ScoredSample], after: Sequence[ScoredSample]) ->
     Paired samples alone are compared when there are any. None when one side has no score.
     """
     old, new = _by_question(before), _by_question(after)
-    common = [key for key in old if key in new]
+    common: list[_Question] = [key for key in old if key in new]
     if common:
         first, second = [old[key] for key in common], [new[key] for key in common]
         return Difference(
             math.fsum(first) / len(first),
             math.fsum(second) / len(second),
-            paired_difference([b - a for a, b in zip(first, second)]),
+            paired_difference([b - a for a, b in zip(first, second)], _clusters_of(before, common)),
             len(common),
         )
     tallies = tally_of(before), tally_of(after)
@@ -242,14 +253,26 @@ def difference(before: Sequence[ScoredSample], after: Sequence[ScoredSample]) ->
     return Difference(first_mean, second_mean, interval, 0)
 
 
-def _by_question(samples: Sequence[ScoredSample]) -> dict[tuple[str, str, str], float]:
+_Question = tuple[str, str, str, Place | None, Place | None]
+
+
+def _question(sample: ScoredSample) -> _Question:
+    return (sample.subtask, sample.sample, sample.metric, sample.row, sample.column)
+
+
+def _by_question(samples: Sequence[ScoredSample]) -> dict[_Question, float]:
     """Return scores by question, of those questions that stand once; a sample without a number cannot be paired."""
-    keys = Counter((s.subtask, s.sample, s.metric) for s in samples)
+    keys = Counter(map(_question, samples))
     return {
-        key: s.score
-        for s in samples
-        if s.score is not None and s.sample and keys[key := (s.subtask, s.sample, s.metric)] == 1
+        key: s.score for s in samples if s.score is not None and s.sample and keys[key := _question(s)] == 1
     }
+
+
+def _clusters_of(samples: Sequence[ScoredSample], questions: Sequence[_Question]) -> list[str] | None:
+    """Return the texts of some questions; None where they are not known."""
+    known = {_question(sample): sample.cluster for sample in samples}
+    found = [known[question] for question in questions]
+    return found if all(found) else None
 
 
 class Sums(NamedTuple):

@@ -30,6 +30,8 @@ from longspan.eval.task import Built, Planned
 _PARTS = ("instruction", "examples", "post_prompt")
 _TASK, _LENGTH = re.compile(r"(?<![a-z])qa\d+"), re.compile(r"(?<![0-9a-zA-Z])(\d+)(k|M)(?![a-zA-Z])")
 _UNITS = {"k": 1024, "M": 1024**2}
+_FACTS_ALONE = 256
+"""Where 0k stands on an axis of lengths: the facts alone have about so many tokens."""
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -87,8 +89,8 @@ class Babilong(RowTask[BabilongConfig]):
         """Return task and length, which are those of the file."""
         context, *_ = texts_in(rows, number, "input", "question", "target")
         subtask, length = place_of("/".join(rows.path.parts[-3:]))
-        digits, unit = length[:-1], length[-1:]
-        return Placed((subtask, int(digits) * _UNITS[unit]), len(context) // _CHARACTERS_PER_TOKEN)
+        tokens = int(length[:-1]) * _UNITS[length[-1]] or _FACTS_ALONE
+        return Placed((subtask, tokens), len(context) // _CHARACTERS_PER_TOKEN)
 
     def build(self, planned: Planned) -> Built:
         """Return the question behind the context, and the instructions before it."""
