@@ -100,6 +100,18 @@ def test_a_checkpoint_is_exported_from_any_folder(longspan, run, monkeypatch):
     assert folders[0] == folders[1] == folders[2]
 
 
+def test_a_card_holds_the_records_of_what_is_exported(longspan, run):
+    """The fingerprint of an adapter's records was looked for in the weights that merging makes."""
+    evaluated = longspan(f"eval ppl --model {run} --data texts --lengths 64 --num-documents 2 --out {run}")
+    assert evaluated.code == 0, evaluated.err
+    outcome = longspan(f"export {run} --card {run} --out carded")
+    assert outcome.code == 0, outcome.err
+    card = Path("carded", "README.md").read_text()
+    assert "## Perplexity" in card and "| 64 |" in card and "# carded" in card
+    outcome = longspan(f"export base --card {run} --out other")
+    assert outcome.code == 2 and "no record is of the model" in outcome.err and not Path("other").exists()
+
+
 def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
     stage = run / "stages" / "long"
     (run / "checkpoints" / "step-00000004" / "model-00000-of-00001.safetensors").write_bytes(b"torn")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -39,6 +39,12 @@ def export(
     settings: ExportConfig,
     used: Used,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    card: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Run folder with records of this model: README.md says what they show. Many times."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a folder that transformers and vLLM load without longspan, with its RoPE and context length.
@@ -61,6 +67,15 @@ def export(
     quiet_transformers()
     source = _find(settings.checkpoint, settings)
     words = words or source.tokenizer
+    fingerprint = None
+    if card:
+        from longspan.models.identity import model_identity
+
+        if settings.adapter:
+            raise ArgumentError("--card is for whole models: an adapter has a README.md of its own")
+        fingerprint = model_identity(source.model, find_folder(settings.checkpoint))["fingerprint"]
+        # Records of another model are refused before anything is written.
+        _card(card, fingerprint, out.name, source.model.config.to_dict(), source.base)
     if settings.adapter:
         if source.base is None:
             raise ArgumentError(f"{settings.checkpoint} has no adapter", fix="export it without --adapter")
@@ -69,12 +84,25 @@ def export(
         report = export_model(
             source.model, out, dtype=settings.dtype, tokenizer=words, generation=source.generation
         )
+    if card and fingerprint is not None:
+        from longspan.core.files import atomic_write, read_json
+
+        text = _card(card, fingerprint, out.name, read_json(out / "config.json"), source.base)
+        with atomic_write(out / "README.md", "w") as file:
+            file.write(text)
     write_used(used, out)
     report.notes[:0] = source.notes
     if as_json:
         print_json({**report._asdict(), "path": str(report.path)})
     else:
         _print(report)
+
+
+def _card(runs: list[Path], fingerprint: str, name: str, config: dict[str, Any], base: str | None) -> str:
+    from longspan.report.card import model_card
+    from longspan.report.load import load_runs
+
+    return model_card(load_runs(runs), fingerprint=fingerprint, name=name, config=config, base=base)
 
 
 def _find(checkpoint: str, settings: ExportConfig) -> _Source:
