@@ -151,20 +151,20 @@ def _look(family: str, *, windows: bool) -> Finding:
     try:
         config = AutoConfig.for_model(family, **FIELDS.get(family, {}))
     except Exception as error:  # noqa: BLE001
-        return Finding("unbuilt", _line(error))
+        return Finding("unbuilt", line(error))
     try:
         check_family(config)
     except UserError as error:
-        return Finding("refused", _line(error))
+        return Finding("refused", line(error))
     ids = torch.arange(3, 3 + sum(LENGTHS)) % 60 + 1
     try:
-        model = _built(_shrunk(config, windows))
+        model = built(shrunk(config, windows))
         alone = torch.cat(
             [model(input_ids=part[None], use_cache=False).logits[0] for part in ids.split(LENGTHS)]
         )
         _loss(alone, ids).backward()
     except Exception as error:  # noqa: BLE001
-        return Finding("unbuilt", _line(error))
+        return Finding("unbuilt", line(error))
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     try:
@@ -172,9 +172,9 @@ def _look(family: str, *, windows: bool) -> Finding:
         hidden = hidden_states(model, ids, Documents.from_cu_seqlens([0, LENGTHS[0], len(ids)]))
         logits = reference_logits(hidden, output_head(model))
     except UserError as error:
-        return Finding("refused", _line(error))
+        return Finding("refused", line(error))
     except Exception as error:  # noqa: BLE001
-        return Finding("wrong", f"the forward pass fails: {_line(error)}")
+        return Finding("wrong", f"the forward pass fails: {line(error)}")
     distance = float((logits - alone).detach().abs().max() / alone.detach().abs().max())
     if not distance < 1e-4:
         return Finding("wrong", f"logits are off by {distance:.1e} of the largest")
@@ -194,7 +194,7 @@ def _loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
 
 
-def _shrunk(config: PretrainedConfig, windows: bool) -> PretrainedConfig:
+def shrunk(config: PretrainedConfig, windows: bool) -> PretrainedConfig:
     small = small_config(config)
     text = text_config(small)
     for field in ("sliding_window", "attention_chunk_size"):
@@ -205,7 +205,7 @@ def _shrunk(config: PretrainedConfig, windows: bool) -> PretrainedConfig:
     return small
 
 
-def _built(config: PretrainedConfig) -> Any:
+def built(config: PretrainedConfig) -> Any:
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     weights = sum(parameter.numel() for parameter in empty.parameters())
@@ -222,7 +222,7 @@ def _built(config: PretrainedConfig) -> Any:
     return model
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()]
     found = [line for line in lines[1:] if line.startswith("found: ")]
     if not isinstance(error, UserError):

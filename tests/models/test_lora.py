@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError, MissingDependencyError
 from longspan.kernels.loss import linear_cross_entropy
@@ -266,6 +266,22 @@ def test_experts_that_adapters_do_not_reach_are_said_and_the_merged_model_is_exp
     assert report.kind == "merged"
     save_model(build_model(TINY, seed=0), tmp_path / "dense")
     assert check_lora(empty_model(tmp_path / "dense"), config) == []
+
+
+def test_layers_that_kernels_read_past_an_adapter_are_left_out_and_said() -> None:
+    """Fused kernels of Mamba-2 take the weight of out_proj: peft refuses some such families, others train in vain."""
+    fields = {
+        "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": 61, "num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+        "mamba_n_groups": 2, "mamba_d_state": 8,
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bamba", **fields))
+    notes = check_lora(model, LoraConfig())
+    assert len(notes) == 1 and "model.layers.mamba.out_proj" in notes[0]
+    with pytest.raises(ConfigError, match="read the weight past it"):
+        check_lora(model, LoraConfig(target_modules=("out_proj",)))
+    assert check_lora(model, LoraConfig(target_modules=("in_proj", "o_proj"))) == []
 
 
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")

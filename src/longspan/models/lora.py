@@ -19,10 +19,10 @@ An adapter folder is one of peft's, with three more files:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,18 +30,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, read_json, sha256_bytes, write_json
 from longspan.core.optional import require
 from longspan.models.adapter_card import adapter_card
 from longspan.models.hf import load_base, own_config, reading_folder, rope_of
 from longspan.models.init import seeded
 from longspan.models.lora_config import LoraConfig, Quantization
+from longspan.models.lora_targets import expert_tensors, is_tied, target_layers, without_numbers
 from longspan.models.places import ADAPTER_FILES, OLD_WEIGHTS, OWN_FILE, adapter_base, adapter_folder
 from longspan.models.quantize import (
     bitsandbytes,
-    is_called,
     linears,
+    passed_by,
     quantize,
     replace_layer,
     stored_as,
@@ -69,15 +70,6 @@ ADAPTER = "default"
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-class _TargetLayers(NamedTuple):
-    """Full names of what a config means in a model: layers, and tensors of experts."""
-
-    targets: list[str]
-    trainable: list[str]
-    parameters: list[str]
-    """Tensors of experts."""
-
-
 def is_adapted(model: nn.Module) -> bool:
     """Return whether a model has an adapter."""
     return bool(getattr(model, "peft_config", None))
@@ -87,8 +79,8 @@ def check_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     """Refuse settings that name no layer of a model, or packages that are missing; no weight is looked at.
 
     Returns:
-        What is to be said of experts that get no adapter or are not quantised: they are one tensor a layer and no
-        linear layers.
+        What is to be said of experts that get no adapter or are not quantised, which are one tensor a layer and no
+        linear layers, and of layers that cannot have one.
 
     Raises:
         ConfigError: a target that matches nothing; the message lists the linear layers there are.
@@ -97,45 +89,34 @@ def check_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     _peft()
     if config.quantize != "none":
         bitsandbytes()
-    places = _places(model, config)
+    places = target_layers(model, config)
     experts = {
         name: weight.numel()
-        for name, weight in _expert_tensors(model).items()
+        for name, weight in expert_tensors(model).items()
         if not any(name.startswith(f"{place}.") for place in places.trainable)
     }
     all_weights = sum(weight.numel() for weight in model.parameters())
     notes = []
+    if config.target_modules == "all-linear" and (passed := passed_by(model, linears(model))):
+        notes.append(
+            f"{', '.join(without_numbers(passed))} of state-space layers get no adapter: their kernels read the "
+            "weight past it"
+        )
     left = {name: count for name, count in experts.items() if name not in places.parameters}
     if left:
         stored = " and are not quantised" if config.quantize != "none" else ""
         notes.append(
             f"{sum(left.values()) / all_weights:.0%} of the weights, the experts, get no adapter{stored}: "
-            f"{', '.join(_without_numbers(left))}; all-linear and 4 bits are for linear layers, lora.target_parameters "
+            f"{', '.join(without_numbers(left))}; all-linear and 4 bits are for linear layers, lora.target_parameters "
             "adapts tensors like these"
         )
     reached = {name: count for name, count in experts.items() if name in places.parameters}
     if reached and config.quantize != "none":
         notes.append(
             f"{sum(reached.values()) / all_weights:.0%} of the weights, the experts, get an adapter and are not "
-            f"quantised: {', '.join(_without_numbers(reached))}; 4 bits are for linear layers"
+            f"quantised: {', '.join(without_numbers(reached))}; 4 bits are for linear layers"
         )
     return notes
-
-
-def _expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the tensors of a model that hold a matrix of each expert."""
-    # The weights of linear layers and embeddings have two dimensions, those of convolutions their modules.
-    return {
-        f"{place}.{name}": weight
-        for place, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3
-    }
-
-
-def _without_numbers(names: Iterable[str]) -> list[str]:
-    return sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in names})
 
 
 def apply_lora(model: ModelT, config: LoraConfig, *, seed: int) -> ModelT:
@@ -160,7 +141,7 @@ def apply_lora(model: ModelT, config: LoraConfig, *, seed: int) -> ModelT:
             found=str(model.peft_config[ADAPTER].base_model_name_or_path),
             fix="merge it with `longspan export` first",
         )
-    places = _places(model, config)
+    places = target_layers(model, config)
     if config.quantization is not None:
         quantize(model, config.quantization, keep=places.trainable)
     settings = peft.LoraConfig(
@@ -173,7 +154,7 @@ def apply_lora(model: ModelT, config: LoraConfig, *, seed: int) -> ModelT:
         target_modules=places.targets,
         target_parameters=places.parameters or None,
         modules_to_save=places.trainable or None,
-        ensure_weight_tying=_is_tied(model, places.trainable),
+        ensure_weight_tying=is_tied(model, places.trainable),
     )
     with seeded(seed, "lora"):
         _inject(model, settings)
@@ -386,79 +367,6 @@ def _set_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *,
     with torch.no_grad():
         for name, value in expected.items():
             value.copy_(tensors[name])
-
-
-def _places(model: nn.Module, config: LoraConfig) -> _TargetLayers:
-    found_linears = linears(model)
-    names = sorted({name.rpartition(".")[2] for name in found_linears})
-    if config.target_modules == "all-linear":
-        targets = [
-            name for name in found_linears if not any(is_called(word, name) for word in config.trainable)
-        ]
-    else:
-        targets = []
-        for word in config.target_modules:
-            found = [name for name in found_linears if is_called(word, name)]
-            if not found:
-                raise ConfigError(
-                    f"lora.target_modules: no linear layer is called {word!r}",
-                    allowed="all-linear, or of " + ", ".join(names),
-                    fix="what is not a linear layer, such as an embedding, can be named in lora.trainable",
-                )
-            targets += [name for name in found if name not in targets]
-    return _TargetLayers(targets, _trainable(model, config, targets), _parameters(model, config))
-
-
-def _parameters(model: nn.Module, config: LoraConfig) -> list[str]:
-    tensors = _expert_tensors(model)
-    chosen: list[str] = []
-    for word in config.target_parameters:
-        found = [name for name in tensors if is_called(word, name)]
-        if not found:
-            raise ConfigError(
-                f"lora.target_parameters: no tensor of experts is called {word!r}",
-                found=f"a {type(model).__name__}",
-                allowed=sorted({".".join(name.split(".")[-2:]) for name in tensors})
-                or "none: it has no experts",
-            )
-        chosen += [name for name in found if name not in chosen]
-    return chosen
-
-
-def _trainable(model: nn.Module, config: LoraConfig, targets: list[str]) -> list[str]:
-    with_parameters = {
-        name: module
-        for name, module in model.named_modules()
-        if name and next(module.parameters(recurse=False), None) is not None
-    }
-    chosen: list[str] = []
-    for word in config.trainable:
-        found = [name for name in with_parameters if is_called(word, name)]
-        if not found:
-            names = sorted({name.rpartition(".")[2] for name in with_parameters})
-            raise ConfigError(f"lora.trainable: no layer is called {word!r}", allowed=names)
-        if both := sorted(set(found) & set(targets)):
-            raise ConfigError(
-                "a layer gets an adapter or is trained whole, not both",
-                found=f"{both[0]} in lora.target_modules and in lora.trainable",
-            )
-        chosen += [name for name in found if name not in chosen]
-    if not isinstance(model, PreTrainedModel) or not _is_tied(model, chosen):
-        return chosen
-    # A tied head is trained through the embedding that it shares.
-    modules = dict(model.named_modules(remove_duplicate=False))
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    chosen = [name for name in chosen if modules[name] is not head and modules[name] is not embedding]
-    return [next(name for name, module in modules.items() if module is embedding), *chosen]
-
-
-def _is_tied(model: nn.Module, trainable: list[str]) -> bool:
-    """Return whether one of these layers shares its weight between the two embeddings."""
-    if not isinstance(model, PreTrainedModel) or not model.config.tie_word_embeddings:
-        return False
-    both = (model.get_input_embeddings(), model.get_output_embeddings())
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return any(modules[name] is embedding for name in trainable for embedding in both)
 
 
 def _require_adapter(model: nn.Module) -> None:

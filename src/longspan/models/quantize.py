@@ -25,6 +25,7 @@ __all__ = [
     "dequantize",
     "is_called",
     "linears",
+    "passed_by",
     "plain_parameters",
     "quantize",
     "replace_layer",
@@ -41,15 +42,17 @@ def quantize(model: nn.Module, how: Quantization, *, keep: Iterable[str] = ()) -
 
     Each weight is rounded by up to 15 % of the largest in its block.
 
-    The output embedding and the layers named in `keep` stay as they are. Cost: one pass over the weights, where
-    they are (faster on a GPU).
+    The output embedding, layers whose weight kernels take by itself and the layers named in `keep` stay as they are.
+    Cost: one pass over the weights, where they are (faster on a GPU).
 
     Raises:
         MissingDependencyError: bitsandbytes is not installed.
     """
     bnb = bitsandbytes()
-    for name, layer in linears(model).items():
-        if any(is_called(kept, name) for kept in keep):
+    found = linears(model)
+    kept = [*keep, *passed_by(model, found)]
+    for name, layer in found.items():
+        if any(is_called(word, name) for word in kept):
             continue
         small = bnb.nn.Linear4bit(
             layer.in_features,
@@ -129,6 +132,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and module is not head
     }
+
+
+def passed_by(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the layers whose weight the fused kernels of Mamba and Mamba-2 take by itself, so not by its layer."""
+    found = []
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        mixer = model.get_submodule(parent)
+        if last == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D"):
+            found.append(name)
+    return found
 
 
 def is_called(word: str, name: str) -> bool:

@@ -30,6 +30,7 @@ DOCUMENTS = (7, 5)
 REACH = 4
 WIDTH = 16
 VOCABULARY = 64
+EXPERTS = 8
 TOLERANCE = 1e-2
 """Of the largest number: fp32 of a few layers is off by 1e-5."""
 MOST_WEIGHTS = 100_000_000
@@ -78,7 +79,7 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     # Mixtures of experts begin with so many dense layers.
     dense = fields.get("first_k_dense_replace")
     changes = _few_layers(fields, 1 + max(1, *firsts, dense if isinstance(dense, int) else 0))
-    changes |= _few_heads(fields)
+    changes |= _few_heads(fields) | _few_experts(fields)
     for name, value in fields.items():
         if not isinstance(value, int) or isinstance(value, bool):
             continue
@@ -120,6 +121,16 @@ def _few_heads(fields: dict[str, Any]) -> dict[str, Any]:
     share = max(part for part in range(1, share + 1) if share % part == 0 and (part == 1 or kv_heads > part))
     made = {"num_attention_heads": heads // share, "hidden_size": hidden // share}
     return made | ({"num_key_value_heads": kv_heads // share} if fields.get("num_key_value_heads") else {})
+
+
+def _few_experts(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fewer experts, in as many groups: each group has two, and those that are chosen enough."""
+    numbers = {name: value for name, value in fields.items() if isinstance(value, int) and value > 0}
+    groups = numbers.get("n_group", 1)
+    chosen = max((numbers.get(name, 1) for name in ("num_experts_per_tok", "moe_topk", "moe_k")), default=1)
+    size = max(2, -(-EXPERTS // groups), -(-2 * chosen // numbers.get("topk_group", 1)))
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return {name: groups * size for name in names if numbers.get(name, 0) > groups * size}
 
 
 def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
