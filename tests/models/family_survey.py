@@ -184,9 +184,9 @@ def _look(family: str, *, windows: bool) -> Finding:
         if parameter.grad is None and name not in wanted:
             continue
         mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        error = float((mine - wanted.get(name, 0.0)).norm())
-        if not error <= 1e-3 * (float(mine.norm()) + 1e-3 * largest):
-            return Finding("wrong", f"the gradient of {name} is off by {error:.1e}")
+        off = float((mine - wanted.get(name, 0.0)).norm())
+        if not off <= 1e-3 * (float(mine.norm()) + 1e-3 * largest):
+            return Finding("wrong", f"the gradient of {name} is off by {off:.1e}")
     return Finding("right", "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longspan.models.families import RIGHT
+from tests.models.family_columns import columns_alone
 from tests.models.family_survey import PAGE, page, survey, survey_all
 
 
@@ -34,3 +35,11 @@ def test_refusals_name_what_the_family_has(family: str, reason: str) -> None:
     """Sparse attention was said to carry a state, and a family that drops the document table to lack one."""
     finding = survey(family)
     assert finding.verdict == ("refused" if reason else "right") and reason in finding.reason, finding
+
+
+def test_a_layer_that_attends_twice_is_refused_where_its_keys_are_kept() -> None:
+    """Differential attention calls twice in a layer: the second keys took the first ones' place, without a word."""
+    found = columns_alone("diffllama", ("apart", "chunks", "prefix"))
+    assert found["apart"].verdict == "yes"
+    for name in ("chunks", "prefix"):
+        assert found[name].verdict == "refused" and "more than once" in found[name].reason, found

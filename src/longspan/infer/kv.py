@@ -36,6 +36,7 @@ from longspan.kernels.attention import (
     with_sinks,
 )
 from longspan.kernels.attention.bands import oldest_seen
+from longspan.models.documents import refuse_second_call
 
 __all__ = ["DecodePass", "KernelCall", "KvBlock", "PrefillPass", "Segment", "StrandPlace", "attend_parts"]
 
@@ -165,6 +166,7 @@ class PrefillPass:
         self._longest = max(strand.start + last for strand, _, last in segments)
         self._parts: dict[_Reach, list[KernelCall]] = {}
         self._pairs: dict[_Reach, int] = {}
+        self._attended: set[int] = set()
         self.attention_flops = 0
 
     @property
@@ -194,6 +196,7 @@ class PrefillPass:
     ) -> torch.Tensor:
         """Keep k, v [T, K, D] and return the attention of q [T, H, D] over all that its tokens see."""
         layer = _numbered(layer)
+        refuse_second_call(self._attended, layer)
         if isinstance(self._rows, torch.Tensor):
             self._rows = self._rows.to(k.device)
         self._block.append(layer, self._rows, k, v)

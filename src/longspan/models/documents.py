@@ -12,7 +12,7 @@ from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionForm, Bands, attention, choose_kernel, cut_documents
 from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
 
-__all__ = ["Documents"]
+__all__ = ["Documents", "refuse_second_call"]
 
 
 class Documents:
@@ -105,3 +105,17 @@ class Documents:
     def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
         """Return a recurrence over the row, [tokens, heads, ...], started anew in each document."""
         return scan_documents(scan, self.cu_seqlens)[0]
+
+
+def refuse_second_call(attended: set[int], layer: int) -> None:
+    """Note that a layer attends in a pass whose keys are kept by layer.
+
+    Raises:
+        ArgumentError: it has already (differential attention): its second keys would take the place of its first.
+    """
+    if layer in attended:
+        raise ArgumentError(
+            f"layer {layer} of this model attends more than once, and its keys are kept once",
+            fix="train it without chunks (memory.chunk_tokens), or ask it with prefix_reuse off (--no-prefix-reuse)",
+        )
+    attended.add(layer)

@@ -47,7 +47,7 @@ from longspan.kernels.attention import (
     with_sinks,
 )
 from longspan.kernels.attention.merging import accumulation_dtype
-from longspan.models.documents import Documents
+from longspan.models.documents import Documents, refuse_second_call
 from longspan.parallel.schedules.base import Partial
 
 __all__ = ["ChunkDocuments", "ChunkedRow", "KeyValueCache"]
@@ -259,6 +259,7 @@ class ChunkDocuments:
     def __init__(self, row: ChunkedRow, index: int, *, write: bool) -> None:
         self.row, self.index, self.write = row, index, write
         self._bands: dict[tuple[int | None, int | None], tuple[Bands, list[tuple[int, Bands]]]] = {}
+        self._attended: set[int] = set()
 
     def __repr__(self) -> str:
         return f"ChunkDocuments({self.index} of {len(self.row)})"
@@ -285,13 +286,15 @@ class ChunkDocuments:
         """Return the attention of the chunk's queries over its own keys and those of the chunks before.
 
         Raises:
-            ArgumentError: `layer` is None: the cache is kept by layer.
+            ArgumentError: `layer` is None, or has attended already: the cache is kept by layer.
         """
         if layer is None:
             raise ArgumentError(
                 "this model does not number its attention layers, so their keys cannot be kept from chunk to chunk",
                 fix="train this model without chunks",
             )
+        if self.write:
+            refuse_second_call(self._attended, layer)
         reach = form.window, form.attention_chunk
         if reach not in self._bands:
             self._bands[reach] = self.row.bands(self.index, *reach)
