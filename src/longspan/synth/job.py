@@ -45,15 +45,13 @@ from longspan.synth.conversation import Composer, Conversation
 from longspan.synth.figure import draw_depths
 from longspan.synth.filters import NearDuplicates, content_words, knows
 from longspan.synth.items import Item, Rejected, Shown, read_reply
-from longspan.synth.offline import make_questions
+from longspan.synth.offline import make_questions, turn_tokens
 from longspan.synth.output import Reject, rejected_lines, write_lines
 from longspan.synth.sections import TokenRuler
 from longspan.synth.selection import DocumentFile, Inputs, Selected, select_documents
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", "job.lock"
 _log = get_logger("synth")
-_TURN_TOKENS = 60
-"""About what a question of the kind `offline` takes in a conversation."""
 
 
 class SynthConfig(Config):
@@ -351,7 +349,7 @@ class SynthJob:
         """Return a document, cut to what fits, with facts planted in it, and questions on it."""
         count, length = self._spec.questions, self.settings.sample.length
         ruler = TokenRuler(document["text"], self._student.tokenizer)
-        room = max(length // 2, length - _TURN_TOKENS * (count + 1))
+        room = max(length // 2, length - round(turn_tokens(*self._student) * (count + 1)))
         text = document["text"]
         if ruler.tokens > room:
             share = float(rng(self.settings.seed, "synth", "window", document["id"]).random())

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.core.seeds import rng
+from longspan.data.chat import ChatFormat
 from longspan.data.texts.facts import Fact, collect_keys, draw_facts
 from longspan.data.texts.sentences import is_whole, place_between, sentence_around
+from longspan.data.tokenizer import Tokenizer
 from longspan.synth.depth import stratified
 from longspan.synth.headings import heading_pairs
 from longspan.synth.items import Item
@@ -30,6 +32,10 @@ MIN_MENTIONS = 3
 MAX_SENTENCE_CHARACTERS = 400
 _BORDER_CHARACTERS = 400
 _MOST_KEY_MENTIONS = 20
+_LONG_FACT = Fact("understand", "48213")
+"""Takes about as much room as any."""
+_OTHER_QUESTIONS = 1.15
+"""Names and titles, a part of what is asked, take more room than facts do."""
 
 _GAP = r"(?: |[ \t]*\n[ \t]*)"
 _NAME = re.compile(rf"\b[A-Z][a-z]+(?:{_GAP}(?:(?:of|the|de|van|von){_GAP})?[A-Z][a-z]+)+\b")
@@ -76,6 +82,20 @@ def make_questions(number: int, document: Mapping[str, Any], count: int, *, seed
     return Made(planted.text, [*planted.items, *moved], dict(kinds))
 
 
+def turn_tokens(tokenizer: Tokenizer, chat: ChatFormat) -> float:
+    """Return about how many tokens a question takes in a conversation, with its answer and what is planted for it."""
+    turn = [
+        {"role": "user", "content": _question(_LONG_FACT)},
+        {"role": "assistant", "content": _LONG_FACT.value},
+    ]
+    once, twice = (len(chat.encode(turn * count).ids) for count in (1, 2))
+    return _OTHER_QUESTIONS * (twice - once + len(tokenizer.encode(f"{_LONG_FACT.sentence}\n")))
+
+
+def _question(fact: Fact) -> str:
+    return f"What is the magic number of {fact.key}?"
+
+
 class _Planted(NamedTuple):
     text: str
     items: list[Item]
@@ -101,7 +121,7 @@ def _plant(text: str, depths: Sequence[float], draw: np.random.Generator) -> _Pl
         line = f"{lead}{fact.sentence}\n"
         start_of_fact = length + len(before) + len(lead)
         span = Span(start_of_fact, start_of_fact + len(fact.sentence))
-        items.append(Item(f"What is the magic number of {fact.key}?", fact.value, (span,)))
+        items.append(Item(_question(fact), fact.value, (span,)))
         pieces += [before, line]
         length += len(before) + len(line)
         added.append(len(line))
