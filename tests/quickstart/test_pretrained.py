@@ -98,7 +98,7 @@ def test_from_a_model_to_a_report_and_a_model(root: Path, done: Path) -> None:
 
 
 def test_rows_hold_several_questions_whose_answers_alone_are_learnt(done: Path) -> None:
-    """A row that is half padding, or of which little is asked, is a minute lost; questions that are learnt teach to ask."""
+    """A row that is half padding is a minute lost; questions that are learnt teach to ask."""
     samples = list(read_jsonl(done / "questions" / "chat-2k" / "train.jsonl"))
     assert len(samples) >= 4 and all(len(sample["conversations"]) == 6 for sample in samples)
     assert all(0.8 * 384 < sample["length"] <= 384 for sample in samples)
