@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan.core.errors import ArgumentError, ConfigError, RunError
+from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.core.heartbeat import beat, watched_by
-from longspan.parallel import launch
-from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_first_rank, process_group, spawn_local
+from longspan.parallel import launch, signs_of_life
+from longspan.parallel.launch import Watchdog, lost_ranks, on_first_rank, process_group, spawn_local
+from longspan.parallel.signs_of_life import first_reads, growing
 from tests.patience import PATIENCE_SECONDS
 
 
@@ -162,7 +163,7 @@ def _wait_for_a_slow_disk(rank: int, folder: Path) -> int:
         store.wait(["beaten"])
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(launch, "GROWTH_SECONDS", 0.02)
+    patch.setattr(signs_of_life, "GROWTH_SECONDS", 0.02)
     with watched_by(watcher), growing(folder):
         dist.barrier()  # both have looked
         on_first_rank(write, group=dist.new_group(backend="gloo", timeout=launch.PATIENCE))
@@ -175,6 +176,43 @@ def test_ranks_that_wait_for_what_is_written_are_not_stuck(tmp_path: Path) -> No
     (tmp_path / "stage").mkdir()
     beats = spawn_local(_wait_for_a_slow_disk, 2, tmp_path, timeout_seconds=PATIENCE_SECONDS)
     assert beats[1] > 0
+
+
+def _wait_for_a_large_model(rank: int) -> tuple[int, str | None, str]:
+    """Rank 0 reads until rank 1 has beaten; return the beats, what was read and the message of a failure."""
+    store, beats = dist.distributed_c10d._get_default_store(), []
+
+    def watcher() -> None:
+        beats.append(rank)
+        if rank == 1:
+            store.set("beaten", "yes")
+
+    def read() -> str:
+        while not store.check(["beaten"]):
+            bytearray(1 << 22)  # memory that was not there before
+        return "model"
+
+    def fail() -> str:
+        raise DataError("half of it is missing")
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(signs_of_life, "GROWTH_SECONDS", 0.02)
+    group, message = dist.new_group(backend="gloo", timeout=launch.PATIENCE), ""
+    with watched_by(watcher):
+        found = first_reads(read, group=group)
+    try:
+        first_reads(fail, group=group)
+    except DataError as error:
+        message = str(error)
+    return len(beats), found, message
+
+
+def test_ranks_that_wait_for_the_first_to_read_a_model_are_not_stuck() -> None:
+    """A large model is read by one rank for longer than the timeout: each watchdog ended its rank, the reader's too."""
+    first, other = spawn_local(_wait_for_a_large_model, 2, timeout_seconds=PATIENCE_SECONDS)
+    assert first[0] > 0 and other[0] > 0
+    assert (first[1], other[1]) == ("model", None)
+    assert first[2] == other[2] == "half of it is missing"
 
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}

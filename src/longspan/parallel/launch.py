@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.core.errors import ArgumentError, LongspanError, RunError
-from longspan.core.heartbeat import beat, watched_by
+from longspan.core.heartbeat import watched_by
 from longspan.core.launched import Launched, is_first, launched
 from longspan.core.log import ROOT
 
@@ -41,7 +41,6 @@ __all__ = [
     "PATIENCE",
     "Watchdog",
     "collective_timeout",
-    "growing",
     "is_first_process",
     "lost_ranks",
     "on_all_ranks",
@@ -56,9 +55,6 @@ comes before the watchdog; NCCL's own ends the process with a dump, so it comes 
 
 PATIENCE = timedelta(days=7)
 """Of a group whose collectives the watchdog ends when nothing moves: writing may take longer than the timeout."""
-
-GROWTH_SECONDS = 1.0
-"""Between two looks at what is written."""
 
 EXIT_SECONDS = 20.0
 """What a failed process has to end by itself before it is ended: NCCL's clean-up may wait for dead ranks."""
@@ -237,37 +233,6 @@ def on_all_ranks(action: Callable[[], Result], *, group: dist.ProcessGroup | Non
         if kind is not None:
             raise kind(message)
     return [value for value, _, _ in told]
-
-
-@contextlib.contextmanager
-def growing(folder: Path) -> Iterator[None]:
-    """Beat whenever the bytes below `folder` change, by this process or another: waiting is progress."""
-    done = threading.Event()
-    before = _bytes_below(folder)
-
-    def look() -> None:
-        nonlocal before
-        while not done.wait(GROWTH_SECONDS):
-            if (now := _bytes_below(folder)) != before:
-                before = now
-                beat()
-
-    thread = threading.Thread(target=look, name="longspan-growing", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # moved away in between
-                total += os.stat(os.path.join(place, name)).st_size
-    return total
 
 
 class Watchdog:

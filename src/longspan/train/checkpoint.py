@@ -30,7 +30,8 @@ from longspan.core.errors import DataError
 from longspan.core.files import atomic_dir, disk_errors, read_json, remove_leftovers, sha256_file, write_json
 from longspan.core.log import get_logger
 from longspan.parallel.fsdp import own_part
-from longspan.parallel.launch import PATIENCE, growing, on_all_ranks, on_first_rank
+from longspan.parallel.launch import PATIENCE, on_all_ranks, on_first_rank
+from longspan.parallel.signs_of_life import growing
 from longspan.train.shard_files import PartFiles, TensorPart, Written, write_parts
 
 VERSION = 2

@@ -36,7 +36,8 @@ from longspan.models.lora import save_adapter
 from longspan.models.rotary import EXACT_FROM, exact_angles, hold_frequencies
 from longspan.models.routing import watch_routing
 from longspan.parallel.fsdp import full_tensor
-from longspan.parallel.launch import Watchdog, growing, lost_ranks, on_all_ranks, on_first_rank, process_group
+from longspan.parallel.launch import Watchdog, lost_ranks, on_all_ranks, on_first_rank, process_group
+from longspan.parallel.signs_of_life import first_reads, growing, reading
 from longspan.train.batch import Batch, collate, total_weight
 from longspan.train.checkpoint import (
     Checkpoint,
@@ -224,10 +225,13 @@ def _ready(run: _RunContext, stage: StageConfig, state: Checkpoint | None, *, ca
     config, spread = run.plan.config, run.spread
     # Adapters stand beside frozen weights that no checkpoint holds, so each process reads the base.
     from_first = spread.mesh.world > 1 and config.lora is None
-    if from_first and not spread.is_first:
-        model = empty_stage_model(config, stage, run.plan.model)
+    if from_first:
+        model = first_reads(
+            lambda: stage_model(config, stage, None, run.plan.model), group=run.checkpointer.group
+        ) or empty_stage_model(config, stage, run.plan.model)
     else:
-        model = stage_model(config, stage, None, run.plan.model)
+        with reading():
+            model = stage_model(config, stage, None, run.plan.model)
     prepare_blocks(model, config)
     trained = spread.shard(model, config.memory, from_first=from_first)
     trained.loss = OBJECTIVES[stage.objective](stage)
