@@ -20,8 +20,8 @@ from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.documents import Documents
 from longspan.models.head import output_head
 from longspan.models.hf import build_model, hidden_states
-from longspan.plan.hardware import GPUS
-from longspan.plan.models import shape_of
+from longspan.models.shape import model_shape
+from longspan.plan.hardware import gpu_named
 
 SHAPES = {
     "llama-3.2-1b": (16, 2048, 32, 8, 64, 8192),
@@ -91,9 +91,9 @@ def _train_case(scale: Scale, name: str, tokens: int, kept: list[Any]) -> Row:
     seconds = row["total_ms"] / 1e3
     row["tokens_per_second"] = tokens / seconds
     if scale.device == "cuda":
-        gpu = torch.cuda.get_device_name().lower()
-        peak = next((known.flops for key, known in GPUS.items() if key in gpu), None)
-        flops = shape_of(model.config.to_dict()).model_flops(tokens)
+        known = gpu_named(torch.cuda.get_device_name())
+        peak = None if known is None else known.flops
+        flops = model_shape(model.config).model_flops(tokens)
         row["mfu"] = None if peak is None else flops / seconds / peak
     return row
 

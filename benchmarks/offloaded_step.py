@@ -21,7 +21,7 @@ from longspan.plan import scale
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES, attention_buffers
 from longspan.plan.models import ModelShape
-from longspan.plan.scale import arrangements, layer_seconds
+from longspan.plan.scale import arrangements, kind_seconds
 
 WORKSPACE = 4e9
 """CUDA context, communication buffers, tiles of MLP and loss, fragmentation."""
@@ -90,7 +90,7 @@ def simulate(
     """
     world = parallel.cp
     tokens = -(-context // world)
-    linear, forward, backward, gather, scatter, of_head, free_of = layer_seconds(
+    linear, forward, backward, gather, scatter, of_head, free_of = kind_seconds(
         model, gpu, parallel, context=context, num_gpus=num_gpus
     )
     pass_forward = max(linear + forward, gather)

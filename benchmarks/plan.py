@@ -25,11 +25,13 @@ from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models import checkpointing
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.hf import Documents, build_model
+from longspan.models.hf_config import new_config
 from longspan.models.lora import LoraConfig, apply_lora
 from longspan.models.recurrent import KeyValueCache
+from longspan.models.shape import model_shape
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import spawn_local
-from longspan.plan.models import shape_of
+from longspan.plan.models import ModelShape
 from longspan.plan.training import training_memory
 from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 from longspan.train.batch import IGNORE_LABEL, Batch
@@ -59,6 +61,10 @@ class Case(NamedTuple):
     step: TrainingStep
     model: dict[str, Any]
     """A transformers configuration."""
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(new_config(self.model, None))
 
 
 def _case(name: str, fields: dict[str, Any] | None = None, tokens: int = TOKENS, **settings: Any) -> Case:
@@ -210,7 +216,7 @@ def main() -> None:
     )
     for case in CASES:
         counted = measure(case)
-        memory = training_memory(shape_of(case.model), case.step)
+        memory = training_memory(case.shape, case.step)
         print(
             f"| {case.name} | {counted / 1e6:.1f} | {memory.device / 1e6:.1f} | {memory.device / counted:.3f} "
             f"| {memory.moment} |",

@@ -7,9 +7,9 @@ import pytest
 from longspan.core.errors import ArgumentError
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.choose import choose_memory
-from longspan.plan.hardware import GPUS
+from longspan.plan.hardware import GPUS, parse_gpus
 from longspan.plan.models import MODELS
-from longspan.plan.search import parse_gpus, search
+from longspan.plan.search import search
 from longspan.plan.training import WORKSPACE
 from longspan.plan.training_step import MemoryConfig, TrainingStep
 

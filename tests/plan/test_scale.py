@@ -42,7 +42,7 @@ def test_flops_of_one_device_by_hand():
     step = simulate(LLAMA, H100, MeshConfig(), context=tokens, num_gpus=1, sequences=1)
     rate = H100.flops * EFFICIENCY * tokens / (tokens + HALF_ROWS)
     attention = 2 * tokens**2 * 4096 * 32
-    layers = 2 * tokens * LLAMA.layer_parameters * 32
+    layers = 2 * tokens * LLAMA.layer_active * 32
     head = 2 * tokens * LLAMA.vocab * 4096
     # Recomputed forward and backward: matrices 1 + 1 + 2, attention 1 + 1 + 2.5.
     by_hand = (4 * (layers + head) + 4.5 * attention) / rate

@@ -9,7 +9,7 @@ import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.core.records import read_jsonl
-from longspan.plan.models import shape_of
+from longspan.plan.models import MODELS
 from longspan.plan.training import training_memory
 from longspan.plan.training_step import LINEARS
 from longspan.train.config import TrainConfig
@@ -22,6 +22,8 @@ LLAMA = {
     "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
     "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
 }  # fmt: skip
+
+SHAPE = MODELS["llama-3-8b"]
 
 
 def recipe(**fields: Any) -> TrainConfig:
@@ -83,7 +85,7 @@ def test_adapters_are_those_of_the_recipe(names: Any, adapted: tuple[str, ...]) 
     step = training_step(config, config.stages[1], cuda=True)
     assert step.lora is not None and step.lora.targets == adapted
     every = step._replace(lora=step.lora._replace(targets=LINEARS))
-    shape = shape_of(LLAMA)
+    shape = SHAPE
     ratio = training_memory(shape, every).device / training_memory(shape, step).device
     assert ratio > 1.1 if adapted != LINEARS else ratio == 1
 
@@ -91,18 +93,18 @@ def test_adapters_are_those_of_the_recipe(names: Any, adapted: tuple[str, ...]) 
 def test_the_longest_stage_decides() -> None:
     """What fits the short stage alone would end in the long one, days later."""
     config = recipe()
-    memory, choice = fit_memory(config, LLAMA, MemoryBudget(60e9, 200e9, True))
+    memory, choice = fit_memory(config, SHAPE, MemoryBudget(60e9, 200e9, True))
     assert memory.compute_dtype == "bfloat16" and memory.activation_checkpointing != "none"
     chosen = config.model_copy(update={"memory": memory})
     for stage in config.stages:
         step = training_step(chosen, stage, cuda=True)
-        assert training_memory(shape_of(LLAMA), step).device <= 60e9
+        assert training_memory(SHAPE, step).device <= 60e9
     assert choice.reasons()[0].startswith("memory: activation_checkpointing")
 
 
 def test_nothing_is_sent_away_from_a_cpu() -> None:
     """Host to host is a copy for nothing."""
-    memory, _ = fit_memory(recipe(), LLAMA, MemoryBudget(60e9, 0.0, False))
+    memory, _ = fit_memory(recipe(), SHAPE, MemoryBudget(60e9, 0.0, False))
     assert memory.activation_checkpointing != "offload" and not memory.offload_parameters
     found = machine_budget()
     assert found.device > 1e8 and (found.cuda or found.host == 0)
@@ -111,7 +113,7 @@ def test_nothing_is_sent_away_from_a_cpu() -> None:
 def test_what_does_not_fit_is_said_before_it_runs() -> None:
     """An out-of-memory error after an hour of loading."""
     with pytest.raises(ArgumentError, match="does not fit"):
-        fit_memory(recipe(), LLAMA, MemoryBudget(5e9, 1e9, True))
+        fit_memory(recipe(), SHAPE, MemoryBudget(5e9, 1e9, True))
 
 
 def test_auto_is_a_word_and_chooses_alone() -> None:
@@ -131,7 +133,7 @@ def test_a_single_gpu_walks_in_chunks_where_nothing_else_fits() -> None:
         "micro_batch_tokens": None,
     }
     config = recipe(parallel={}, stages=[{**recipe().stages[0].to_dict(), **long}])
-    roomy, tight = (fit_memory(config, LLAMA, MemoryBudget(size, 1e12, True))[0] for size in (400e9, 40e9))
+    roomy, tight = (fit_memory(config, SHAPE, MemoryBudget(size, 1e12, True))[0] for size in (400e9, 40e9))
     assert roomy.chunk_tokens is None and not roomy.offload_chunk_cache
     assert tight.chunk_tokens is not None and tight.offload_chunk_cache and tight.offload_parameters
 

@@ -43,7 +43,8 @@ def plan(
     """Estimate memory and time of a training step and show the fastest arrangement that fits."""
     from longspan.core.errors import ArgumentError
     from longspan.core.units import parse_length, parse_tokens
-    from longspan.plan.search import parse_gpus, search
+    from longspan.plan.hardware import parse_gpus
+    from longspan.plan.search import search
     from longspan.plan.training_step import Adapters
 
     num_gpus, gpu = parse_gpus(gpus)
@@ -53,7 +54,7 @@ def plan(
     tokens = parse_length(context)
     if tokens < 1:
         raise ArgumentError("a sequence needs at least one token", found=context)
-    shape = _shape(model)
+    shape = find_shape(model)
     found = search(
         shape,
         gpu,
@@ -76,28 +77,53 @@ def plan(
     _print(title, found, num_gpus)
 
 
-def _shape(model: str) -> ModelShape:
-    """Return the shape of what MODEL names; a recipe is read for its model."""
-    from longspan.core.errors import ConfigError
-    from longspan.plan.models import MODELS, find_model, shape_of
+def find_shape(model: str) -> ModelShape:
+    """Return the shape of what MODEL names; a recipe is read for its model.
+
+    Raises:
+        ArgumentError, ConfigError, DataError: nothing of that name, or a model without an estimate.
+    """
+    from longspan.core.config import read_yaml
+    from longspan.core.errors import ArgumentError, ConfigError
+    from longspan.plan.models import MODELS, known_shape, plain_name, published_configs
 
     path = Path(model)
-    if path.suffix not in (".yaml", ".yml") or model in MODELS:
-        return find_model(model)
-    import yaml
+    if path.suffix in (".yaml", ".yml") and model not in MODELS:
+        recipe = read_yaml(path)
+        of_model = recipe.get("model")
+        if isinstance(of_model, dict) and isinstance(of_model.get("hf_config"), dict):
+            return _shape_of_config(of_model["hf_config"], path.stem)
+        origin = of_model.get("path") if isinstance(of_model, dict) else None
+        if not isinstance(origin, str):
+            raise ConfigError(f"the recipe {path} names no model", allowed="model.path or model.hf_config")
+        folder = path.parent / str(recipe.get("data_root") or ".") / origin
+        return find_shape(str(folder) if folder.is_dir() else origin)
+    if not path.exists() and (shape := known_shape(model)) is not None:
+        return shape
+    published = published_configs()
+    if not path.exists() and (name := plain_name(model)) in published:
+        return _shape_of_config(published[name], name)
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ArgumentError(
+            "unknown model",
+            found=model,
+            allowed=f"{', '.join([*MODELS, *published])}; a folder with config.json; a config.json; a recipe",
+        )
+    return _shape_of_config(file, path.name if path.is_dir() else path.parent.name or path.stem)
 
-    try:
-        recipe: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the recipe {path}", found=str(error).splitlines()[0]) from error
-    of_model = recipe.get("model") if isinstance(recipe, dict) else None
-    if isinstance(of_model, dict) and isinstance(of_model.get("hf_config"), dict):
-        return shape_of(of_model["hf_config"], path.stem)
-    origin = of_model.get("path") if isinstance(of_model, dict) else None
-    if not isinstance(origin, str):
-        raise ConfigError(f"the recipe {path} names no model", allowed="model.path or model.hf_config")
-    folder = path.parent / str(recipe.get("data_root") or ".") / origin
-    return find_model(folder if folder.is_dir() else origin.rpartition("/")[2])
+
+def _shape_of_config(config: Path | dict[str, Any], name: str) -> ModelShape:
+    from longspan.core.errors import DataError
+    from longspan.core.files import read_json
+    from longspan.models.shape import shape_of_fields
+
+    fields = read_json(config) if isinstance(config, Path) else config
+    if not isinstance(fields, dict):
+        raise DataError(
+            f"{config} holds no configuration", found=type(fields).__name__, allowed="a JSON object"
+        )
+    return shape_of_fields(fields, name)
 
 
 def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:

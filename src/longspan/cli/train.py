@@ -68,7 +68,7 @@ def train(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="GPU that a dry run estimates for: a100, h100, h200 ... Default: what this machine has."
+            help="GPU that a dry run estimates for, as `longspan plan` takes it: h100, b200 ... Default: this machine."
         ),
     ] = None,
     profile: Annotated[

@@ -23,7 +23,14 @@ from longspan.kernels.attention import AttentionForm, Bands, attention, choose_k
 from longspan.models.documents import Documents
 from longspan.parallel.sharded_documents import ShardedDocuments
 
-__all__ = ["ATTENTION_NAME", "keep_out_of_compiler", "longspan_attention", "longspan_mask", "register"]
+__all__ = [
+    "ATTENTION_NAME",
+    "attention_form",
+    "keep_out_of_compiler",
+    "longspan_attention",
+    "longspan_mask",
+    "register",
+]
 
 ATTENTION_NAME = "longspan"
 
@@ -142,7 +149,7 @@ def longspan_attention(
     if isinstance(attention_mask, KeyOffset):
         forgotten, attention_mask = attention_mask.tokens, None
     _refuse_unsupported(module, attention_mask, dropout, is_causal, kwargs)
-    form = _form(module, query, scaling, sliding_window, softcap, s_aux)
+    form = attention_form(module, query, scaling, sliding_window, softcap, s_aux)
     batch, num_heads, num_queries, head_dim = query.shape
     num_keys, value_dim = key.shape[2], value.shape[-1]
     if head_dim != value_dim:
@@ -168,7 +175,7 @@ def longspan_attention(
     return out if out.shape[-1] == value_dim else out[..., :value_dim], None
 
 
-def _form(
+def attention_form(
     module: torch.nn.Module,
     query: torch.Tensor,
     scaling: float | None,

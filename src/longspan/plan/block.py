@@ -1,13 +1,17 @@
 """The operations of one transformer block as a tape: what each keeps for its backward step.
 
 A block is that of Llama and its kin: two RMS norms, grouped-query attention with RoPE, a gated MLP. Sizes are those
-of `longspan.models` with transformers' layers and peft's adapters, operation by operation:
+of `longspan.models` with transformers' layers and peft's adapters, operation by operation. Other layers are drawn near:
+an MLP of another form counts as a gated one of as many weights, latent attention as attention with heads of its wider
+side, a layer with a state by the outputs of its matrices and a state every STATE_TOKENS tokens:
 
     norm        x in fp32 (x itself, if it is fp32), and what the weight multiplies
     linear      its input, if its weight is trained
     adapter     its input in fp32, A x; beside the output a copy of it in fp32 while B A x is added
     attention   q, k, v, out, lse
     MLP         gate, silu(gate), up and their product; in tiles only its input
+    experts     besides, for each expert of a token, its row as it is sorted and what comes out
+    state       twice what its matrices put out, and the states
 
 Shape legend: T = tokens, D = hidden, H = query heads, K = key/value heads, F = intermediate.
 """
@@ -25,6 +29,8 @@ FLASH_HEAD_DIM = 256
 """Largest head dimension of the flash kernels, which take 16 bits and multiples of 8."""
 DQ_ROWS = 128
 """Rows of dq's sums that the flash kernel adds for each document."""
+STATE_TOKENS = 64
+"""Tokens of a chunk of the kernels for layers with a state, which keep one state for each (flash-linear-attention)."""
 TILE_BYTES = 1 << 28
 """Of one tile's scores where no flash kernel takes the model (`kernels.attention.tiled`)."""
 
@@ -38,8 +44,11 @@ def block_walk(model: ModelShape, s: TrainingStep, *, attention_bytes: float = 0
             gradients.
     """
     hidden = s.tokens * model.hidden * s.compute_bytes
-    ops = _attention_ops(model, s, attention_bytes) + _mlp_ops(model, s, s.tokens)
-    ops.append(Op(("middle", "mlp"), "out", hidden, passes=True))
+    ops = _mixer_ops(model, s, attention_bytes)
+    if model.intermediate:
+        before = ops[-1].writes if ops else "x"
+        ops += _mlp_ops(model, s, s.tokens, before)
+        ops.append(Op((before, "mlp"), "out", hidden, passes=True))
     return walk(ops, {"x": hidden})
 
 
@@ -59,14 +68,30 @@ def _norm(name: str, read: str, write: str, elements: float, s: TrainingStep) ->
 
 
 def _linear(
-    name: str, read: str, write: str, rows: float, fan_in: int, fan_out: int, s: TrainingStep
+    name: str,
+    read: str,
+    write: str,
+    rows: float,
+    fan_in: int,
+    fan_out: int,
+    s: TrainingStep,
+    scale: float = 1.0,
 ) -> list[Op]:
     size = rows * fan_out * s.compute_bytes
     weight = float(fan_in * fan_out * s.compute_bytes)
     scratch = weight if s.lora is not None and s.lora.quantized else 0.0
     if s.lora is None or name not in s.lora.targets:
         saves = (read,) if s.lora is None else ()
-        return [Op((read,), write, size, saves, scratch=scratch, weights=weight if s.lora is None else 0.0)]
+        return [
+            Op(
+                (read,),
+                write,
+                size,
+                saves,
+                scratch=scratch,
+                weights=weight * scale if s.lora is None else 0.0,
+            )
+        ]
     narrow = s.compute_bytes < SUM_BYTES
     inner = (f"{name}.inner", rows * s.lora.rank * SUM_BYTES)
     wide_in = (f"{name}.wide", rows * fan_in * SUM_BYTES)
@@ -86,15 +111,39 @@ def _linear(
     ]
 
 
+def _mixer_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -> list[Op]:
+    ops = _attention_ops(model, s, attention_bytes) if model.heads else []
+    weights = model.layer_active - 3 * model.hidden * model.intermediate
+    if model.state or (not model.heads and weights > model.hidden):
+        # Outputs of its matrices, before and after the convolution.
+        wide = 2 * s.tokens * weights / model.hidden * s.compute_bytes
+        states = s.tokens / STATE_TOKENS * model.state * SUM_BYTES
+        before, after = (ops[-1].writes, "with state") if ops else ("x", "middle")
+        ops.append(_norm("norm1", before, "y1.state", s.tokens * model.hidden, s))
+        ops.append(
+            Op(
+                ("y1.state",),
+                after,
+                s.tokens * model.hidden * s.compute_bytes,
+                ("y1.state", "mixer.wide", "mixer.states"),
+                (("mixer.wide", wide), ("mixer.states", states)),
+                scratch=wide + states,
+                weights=0.0 if s.lora is not None else float(weights * s.compute_bytes),
+            )
+        )
+    return ops
+
+
 def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -> list[Op]:
     t, b = s.tokens, s.compute_bytes
     hidden = t * model.hidden
-    query, key = t * model.heads * model.head_dim, t * model.kv_heads * model.head_dim
-    width, kv_width = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    width, kv_width = model.heads * model.held_dim, model.kv_heads * model.held_dim
+    query, key = t * width, t * kv_width
+    scale = model.weight_scale
     ops = [_norm("norm1", "x", "y1", hidden, s)]
-    ops += _linear("q", "y1", "q.flat", t, model.hidden, width, s)
-    ops += _linear("k", "y1", "k.flat", t, model.hidden, kv_width, s)
-    ops += _linear("v", "y1", "v", t, model.hidden, kv_width, s)
+    ops += _linear("q", "y1", "q.flat", t, model.hidden, width, s, scale)
+    ops += _linear("k", "y1", "k.flat", t, model.hidden, kv_width, s, scale)
+    ops += _linear("v", "y1", "v", t, model.hidden, kv_width, s, scale)
     flat = ["q.flat", "k.flat"]
     if model.head_norms:
         ops.append(_norm("q.norm", "q.flat", "q.normed", query, s))
@@ -104,7 +153,7 @@ def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -
     ops.append(Op((flat[0],), "q", query * b, scratch=2 * query * b))
     ops.append(Op((flat[1],), "k", key * b, scratch=2 * key * b))
     lse = ("lse", t * model.heads * SUM_BYTES)
-    if s.cuda and (b >= SUM_BYTES or model.head_dim % 8 or model.head_dim > FLASH_HEAD_DIM):
+    if s.cuda and (b >= SUM_BYTES or model.held_dim % 8 or model.held_dim > FLASH_HEAD_DIM):
         # In tiles: five copies of the scores of one; keys, values and their gradients in fp32, laid out for products.
         scratch = 5.0 * max(TILE_BYTES, t * model.heads * SUM_BYTES) + 7 * 2 * key * SUM_BYTES
     elif s.cuda:
@@ -122,7 +171,7 @@ def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -
             scratch=scratch + attention_bytes,
         )
     )
-    ops += _linear("o", "a", "o", t, width, model.hidden, s)
+    ops += _linear("o", "a", "o", t, width, model.hidden, s, scale)
     ops.append(Op(("x", "o"), "middle", hidden * b, passes=True))
     return ops
 
@@ -132,15 +181,15 @@ def flash_backward_bytes(model: ModelShape, s: TrainingStep) -> float:
 
     dq in fp32, its heads rounded up, with 128 rows more for each document; dk and dv of every query head.
     """
-    step = 32 if model.head_dim <= 128 else 64
-    rounded = -(-model.head_dim // step) * step
+    step = 32 if model.held_dim <= 128 else 64
+    rounded = -(-model.held_dim // step) * step
     sums = (s.tokens + DQ_ROWS * s.documents) * model.heads * rounded * SUM_BYTES
     shared = model.kv_heads < model.heads
-    return float(sums + shared * 2 * s.tokens * model.heads * model.head_dim * s.compute_bytes)
+    return float(sums + shared * 2 * s.tokens * model.heads * model.held_dim * s.compute_bytes)
 
 
-def _mlp_ops(model: ModelShape, s: TrainingStep, tokens: int) -> list[Op]:
-    norm = _norm("norm2", "middle", "y2", tokens * model.hidden, s)
+def _mlp_ops(model: ModelShape, s: TrainingStep, tokens: int, before: str) -> list[Op]:
+    norm = _norm("norm2", before, "y2", tokens * model.hidden, s)
     if s.memory.tiled_mlp is None or s.memory.tiled_mlp >= tokens:
         return [norm, *_gated(model, s, tokens)]
     tile = walk(
@@ -165,11 +214,33 @@ def _mlp_ops(model: ModelShape, s: TrainingStep, tokens: int) -> list[Op]:
 
 def _gated(model: ModelShape, s: TrainingStep, tokens: int) -> list[Op]:
     inner = tokens * model.intermediate * s.compute_bytes
-    hidden, wide = model.hidden, model.intermediate
-    return [
-        *_linear("gate", "y2", "gate", tokens, hidden, wide, s),
+    hidden, wide, scale = model.hidden, model.intermediate, model.weight_scale
+    ops = [
+        *_linear("gate", "y2", "gate", tokens, hidden, wide, s, scale),
         Op(("gate",), "silu", inner, ("gate",)),
-        *_linear("up", "y2", "up", tokens, hidden, wide, s),
+        *_linear("up", "y2", "up", tokens, hidden, wide, s, scale),
         Op(("silu", "up"), "product", inner, ("silu", "up")),
-        *_linear("down", "product", "mlp", tokens, wide, hidden, s),
+        *_linear("down", "product", "mlp", tokens, wide, hidden, s, scale),
     ]
+    if not model.experts:
+        return ops
+    rows = tokens * model.chosen * hidden * s.compute_bytes
+    sorted_rows = Op(("y2",), "y2.sorted", 0.0, ("rows.in",), (("rows.in", rows),), scratch=rows)
+    summed = Op(
+        ("mlp.sorted",),
+        "mlp",
+        tokens * hidden * s.compute_bytes,
+        ("rows.out",),
+        (("rows.out", rows),),
+        scratch=rows,
+    )
+    renamed = [
+        op._replace(
+            reads=tuple("y2.sorted" if name == "y2" else name for name in op.reads),
+            writes="mlp.sorted" if op.writes == "mlp" else op.writes,
+            size=0.0 if op.writes == "mlp" else op.size,
+            saves=tuple(name for name in op.saves if name != "y2"),
+        )
+        for op in ops
+    ]
+    return [sorted_rows, *renamed, summed]

@@ -9,7 +9,7 @@ fit the fastest is taken, of equally fast ones that with fewest settings. On mos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from longspan.core.errors import ArgumentError
@@ -77,7 +77,7 @@ def candidates(
     model: ModelShape,
     step: TrainingStep,
     gpu: Gpu,
-    layer: LayerSeconds,
+    layers: Sequence[LayerSeconds],
     *,
     num_gpus: int,
     micro_steps: float = 1.0,
@@ -87,7 +87,7 @@ def candidates(
         Candidate(
             one,
             training_memory(model, one),
-            step_seconds(model, gpu, one, layer, num_gpus=num_gpus, micro_steps=micro_steps),
+            step_seconds(model, gpu, one, layers, num_gpus=num_gpus, micro_steps=micro_steps),
         )
         for one in _combinations(step)
     ]
@@ -137,8 +137,8 @@ def choose_memory(
     """
     # Another GPU hardly changes the order.
     gpu, world = GPUS["h100"], step.parallel.world
-    layer = layer_seconds(model, gpu, step.parallel, context=step.tokens, num_gpus=world)
-    found = candidates(model, step, gpu, layer, num_gpus=world)
+    layers = layer_seconds(model, gpu, step.parallel, context=step.tokens, num_gpus=world)
+    found = candidates(model, step, gpu, layers, num_gpus=world)
     free = device_bytes - (WORKSPACE if step.cuda else 0.0)
     refused: list[tuple[Candidate, str]] = []
     plain = min(each.seconds for each in found if each.effort == 0)

@@ -13,6 +13,8 @@ Beside the pass itself (`plan.scale`), per layer and micro-step:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import SUM_BYTES
 from longspan.plan.models import ModelShape
@@ -25,15 +27,13 @@ UPDATE_BYTES = 28
 """Read and written for one parameter by AdamW in fp32: weight, both moments and, once, the gradient."""
 HOST_BANDWIDTH = 200e9
 """Bytes a second of a node's host memory, which its GPUs share; a guess on the low side."""
-DEVICE_BANDWIDTH = 2e12
-"""Bytes a second of device memory: that of an A100, the slowest here."""
 
 
 def step_seconds(
     model: ModelShape,
     gpu: Gpu,
     s: TrainingStep,
-    layer: LayerSeconds,
+    layers: Sequence[LayerSeconds],
     *,
     num_gpus: int,
     micro_steps: float,
@@ -41,10 +41,22 @@ def step_seconds(
     """Return seconds of one optimizer step.
 
     Args:
-        layer: of a micro-step, from `scale.layer_seconds`.
+        layers: of a micro-step, one for each kind of layers, from `scale.layer_seconds`.
         num_gpus: all GPUs.
         micro_steps: passes of a rank in a step.
     """
+    micro_step = 3 * layers[0].head
+    for kind, layer in zip(model.kinds, layers, strict=True):
+        micro_step += kind.layers * _layer(kind, gpu, s, layer)
+    trained = model.parameters / s.parallel.shards if s.lora is None else 0.0
+    bandwidth = gpu.bandwidth
+    if s.memory.offload_parameters:
+        bandwidth = HOST_BANDWIDTH / min(num_gpus, gpu.per_node)
+    return micro_steps * micro_step + trained * UPDATE_BYTES / bandwidth
+
+
+def _layer(kind: ModelShape, gpu: Gpu, s: TrainingStep, layer: LayerSeconds) -> float:
+    """Return seconds of one layer in one micro-step: forward, backward, and what either waits for."""
     tokens = -(-s.tokens // s.parallel.cp)
     link = gpu.host_link * LINK_EFFICIENCY
     chunks = 1 if s.memory.chunk_tokens is None else max(1, -(-s.tokens // s.memory.chunk_tokens))
@@ -52,26 +64,21 @@ def step_seconds(
     if chunks > 1 and s.memory.chunk_tokens is not None:
         slower = (1 + HALF_ROWS / s.memory.chunk_tokens) / (1 + HALF_ROWS / tokens)
         # Each part is added to the sum so far, which is read and written in fp32.
-        merges = (chunks - 1) / 2 * tokens * model.heads * model.head_dim * 3 * SUM_BYTES / DEVICE_BANDWIDTH
+        merges = (chunks - 1) / 2 * tokens * kind.heads * kind.held_dim * 3 * SUM_BYTES / gpu.bandwidth
         linear, attend, attend_back = linear * slower, attend * slower + merges, attend_back * slower + merges
     forward = linear + attend
     again = 0.0
     if s.memory.activation_checkpointing != "none":
         again = forward
     elif s.memory.tiled_mlp is not None:
-        again = linear * 3 * model.hidden * model.intermediate / model.layer_parameters
+        again = linear * min(1.0, 3 * kind.hidden * kind.intermediate / kind.layer_active)
     # With frozen weights the matrices have one product in the backward pass, not two.
     products = 2 if s.lora is None else 1
     backward = again + products * linear + attend_back
-    to_host = (
-        tokens * model.hidden * s.compute_bytes if s.memory.activation_checkpointing == "offload" else 0.0
-    )
-    shard = (
-        model.layer_parameters / s.parallel.shards * s.parameter_bytes if s.memory.offload_parameters else 0.0
-    )
-    cache = (
-        2 * tokens * model.kv_heads * model.head_dim if s.memory.offload_chunk_cache and chunks > 1 else 0.0
-    )
+    to_host = tokens * kind.hidden * s.compute_bytes
+    to_host *= s.memory.activation_checkpointing == "offload"
+    shard = kind.layer_parameters / s.parallel.shards * s.parameter_bytes * s.memory.offload_parameters
+    cache = 2 * tokens * kind.kv_heads * kind.held_dim * (s.memory.offload_chunk_cache and chunks > 1)
     # Chunk i reads i chunks before it: (chunks - 1) / 2 of the whole cache on average, forward and backward.
     walked = cache * (chunks - 1) / 2
     of_forward = max(
@@ -80,9 +87,4 @@ def step_seconds(
     returned = to_host + 2 * shard * chunks + walked * (s.compute_bytes + 2 * SUM_BYTES)
     of_backward = max(backward, layer.gather * chunks + layer.scatter * chunks, returned / link)
     first_walk = of_forward * (chunks - 1) / chunks
-    micro_step = model.layers * (of_forward + first_walk + of_backward) + layer.head * 3
-    trained = model.parameters / s.parallel.shards if s.lora is None else 0.0
-    bandwidth = DEVICE_BANDWIDTH
-    if s.memory.offload_parameters:
-        bandwidth = HOST_BANDWIDTH / min(num_gpus, gpu.per_node)
-    return micro_steps * micro_step + trained * UPDATE_BYTES / bandwidth
+    return of_forward + first_walk + of_backward

@@ -27,20 +27,20 @@ def attention_buffers(
         tokens: tokens of this rank.
         ring_degree, ulysses_degree: as in a recipe.
     """
-    query = tokens * model.heads * model.head_dim
+    query = tokens * model.heads * model.held_dim
     if schedule == "all_gather":
         # Two heads' keys and values of the whole sequence, their gradients in the kernel's type and one fp32 sum
         # under way, and one head's share of the queries with its gradient.
-        whole = 2 * tokens * ring_degree * model.head_dim
+        whole = 2 * tokens * ring_degree * model.held_dim
         share = query / model.kv_heads
         return whole * (3 * BYTES + 2 * SUM_BYTES) + 5 * share * BYTES
     if schedule == "none":
         return query * SUM_BYTES
-    pair = 2 * tokens * model.kv_heads * model.head_dim
+    pair = 2 * tokens * model.kv_heads * model.held_dim
     traded = 0.0
     if schedule in ("ulysses", "usp") and ulysses_degree > 1:
         kv = kv_heads_of_rank(model.heads, model.kv_heads, ulysses_degree, 0)
-        pair = 2 * tokens * ulysses_degree * kv * model.head_dim
+        pair = 2 * tokens * ulysses_degree * kv * model.held_dim
         # q, k, v, out, dout of the place beside the tokens' own, and one trade's send and receive buffers.
         traded = (3 * query + pair) * BYTES + 2 * (query + pair) * BYTES
     sums = query * SUM_BYTES

@@ -31,7 +31,7 @@ from longspan.core.mesh_config import MeshConfig
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES
-from longspan.plan.models import ModelShape
+from longspan.plan.models import FLOPS_OF_STATE, ModelShape
 
 __all__ = [
     "EFFICIENCY",
@@ -41,6 +41,7 @@ __all__ = [
     "arrangement_name",
     "arrangements",
     "attention_seconds",
+    "kind_seconds",
     "layer_seconds",
 ]
 
@@ -84,11 +85,33 @@ class _Links(NamedTuple):
 
 
 def layer_seconds(
-    model: ModelShape, gpu: Gpu, parallel: MeshConfig, *, context: int, num_gpus: int
+    model: ModelShape,
+    gpu: Gpu,
+    parallel: MeshConfig,
+    *,
+    context: int,
+    num_gpus: int,
+    kernel: str | None = None,
+) -> list[LayerSeconds]:
+    """Return what a layer of each kind takes in one micro-step; parameters are sharded over all GPUs."""
+    return [
+        kind_seconds(kind, gpu, parallel, context=context, num_gpus=num_gpus, kernel=kernel)
+        for kind in model.kinds
+    ]
+
+
+def kind_seconds(
+    model: ModelShape,
+    gpu: Gpu,
+    parallel: MeshConfig,
+    *,
+    context: int,
+    num_gpus: int,
+    kernel: str | None = None,
 ) -> LayerSeconds:
-    """Return what a layer of one micro-step takes, part by part; parameters are sharded over all GPUs."""
+    """Return what a layer of one kind takes in one micro-step, part by part."""
     tokens = -(-context // parallel.cp)
-    linear = _seconds(2 * tokens * model.layer_parameters, gpu, tokens)
+    linear = _seconds(tokens * (2 * model.layer_active + FLOPS_OF_STATE * model.state), gpu, tokens)
     forward, forward_free = attention_seconds(model, gpu, parallel, context=context, backward=False)
     backward, backward_free = attention_seconds(model, gpu, parallel, context=context, backward=True)
     gather, scatter = _fsdp(model, gpu, num_gpus)
@@ -104,14 +127,14 @@ def arrangements(model: ModelShape, gpu: Gpu, world: int) -> Iterator[MeshConfig
     yield MeshConfig(cp_ring=world, schedule="ring")
     yield MeshConfig(cp_ring=world, schedule="dist_flash")
     yield MeshConfig(cp_ring=world, schedule="all_gather")
-    if model.heads % world == 0:
+    if all(kind.heads % world == 0 for kind in model.kinds):
         yield MeshConfig(cp_ulysses=world, schedule="ulysses")
     for ulysses in (2, 4, 8, 16, 32, 64):
         if (
             ulysses <= gpu.per_node
             and ulysses < world
             and world % ulysses == 0
-            and model.heads % ulysses == 0
+            and all(kind.heads % ulysses == 0 for kind in model.kinds)
         ):
             yield MeshConfig(cp_ring=world // ulysses, cp_ulysses=ulysses, schedule="usp")
 
@@ -145,8 +168,18 @@ def attention_seconds(
     """Return seconds of one layer's attention on one rank, one pass, and what they were with free communication."""
     schedule, ring, ulysses = parallel.planned_schedule, parallel.cp_ring, parallel.cp_ulysses
     tokens = -(-context // parallel.cp)
-    flops = 2 * context**2 * model.heads * model.head_dim / parallel.cp * (2.5 if backward else 1.0)
-    shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, BYTES)
+    if not model.heads:
+        return 0.0, 0.0
+    # What attention computes: values that are narrower than keys are filled up.
+    flops = (
+        4
+        * float(model.pairs(context))
+        * model.heads
+        * model.held_dim
+        / parallel.cp
+        * (2.5 if backward else 1.0)
+    )
+    shape = AttentionShape(tokens, model.heads, model.kv_heads, model.held_dim, BYTES)
     direction = int(backward)
     # Ranks differ in dist_flash only, where the first sends most forward and the last most backward.
     total = max(

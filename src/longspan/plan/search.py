@@ -7,24 +7,20 @@ sharded over all of them.
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
-from longspan.core.errors import ArgumentError
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.choose import Candidate, candidates
 from longspan.plan.communication import AttentionShape, bytes_sent
-from longspan.plan.hardware import GPUS, Gpu
+from longspan.plan.hardware import Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import arrangement_name, arrangements, layer_seconds
 from longspan.plan.training import WORKSPACE
 from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
-__all__ = ["MISSING", "Arrangement", "parse_gpus", "search"]
+__all__ = ["MISSING", "Arrangement", "search"]
 
 MISSING = "nothing fits: take more GPUs, GPUs with more memory, a shorter context, LoRA or QLoRA"
-
-_GPUS = re.compile(r"(?:(\d+)x)?([a-z0-9]+)")
 
 
 class Arrangement(NamedTuple):
@@ -71,22 +67,6 @@ class Arrangement(NamedTuple):
             "host_bytes": memory.host_bytes,
             "host_parts": memory.host,
         }
-
-
-def parse_gpus(text: str) -> tuple[int, Gpu]:
-    """Parse `8xh100` (or `h100` for one).
-
-    Raises:
-        ArgumentError: no such GPU, or none of them.
-    """
-    match = _GPUS.fullmatch(text.strip().lower())
-    if match is None or match.group(2) not in GPUS or int(match.group(1) or 1) < 1:
-        raise ArgumentError(
-            "these are no GPUs that are known here",
-            found=repr(text),
-            allowed=f"a number and one of {', '.join(GPUS)}, such as 8xh100",
-        )
-    return int(match.group(1) or 1), GPUS[match.group(2)]
 
 
 def search(
@@ -142,7 +122,7 @@ def _of(
         lora=lora,
         accumulates=micro_steps > 1,
     )
-    layer = layer_seconds(model, gpu, parallel, context=context, num_gpus=num_gpus)
+    layers = layer_seconds(model, gpu, parallel, context=context, num_gpus=num_gpus)
     # Frozen weights get no gradient: one product less.
     saved = 0 if lora is None else context * model.linear_flops()
     flops = rows * (model.model_flops(context) - saved)
@@ -155,7 +135,7 @@ def _of(
             micro_steps * _sent(model, candidate.step, num_gpus),
             candidate.memory.limit(gpu, num_gpus),
         )
-        for candidate in candidates(model, step, gpu, layer, num_gpus=num_gpus, micro_steps=micro_steps)
+        for candidate in candidates(model, step, gpu, layers, num_gpus=num_gpus, micro_steps=micro_steps)
     ]
 
 
@@ -170,15 +150,19 @@ def _rank(found: Arrangement, gpu: Gpu, num_gpus: int) -> tuple[bool, float, int
 def _sent(model: ModelShape, s: TrainingStep, num_gpus: int) -> float:
     """Return bytes that a GPU sends in one micro-step: attention of all layers, and FSDP's gathers and sums."""
     tokens = -(-s.tokens // s.parallel.cp)
-    shape = AttentionShape(tokens, model.heads, model.kv_heads, model.head_dim, s.compute_bytes)
-    forward, backward = bytes_sent(
-        s.parallel.planned_schedule,
-        shape,
-        ring_degree=s.parallel.cp_ring,
-        ulysses_degree=s.parallel.cp_ulysses,
-    )
     again = s.memory.activation_checkpointing != "none"
-    attention = model.layers * (forward * (1 + again) + backward)
+    attention = 0
+    for kind in model.kinds:
+        if not kind.heads:
+            continue
+        shape = AttentionShape(tokens, kind.heads, kind.kv_heads, kind.held_dim, s.compute_bytes)
+        forward, backward = bytes_sent(
+            s.parallel.planned_schedule,
+            shape,
+            ring_degree=s.parallel.cp_ring,
+            ulysses_degree=s.parallel.cp_ulysses,
+        )
+        attention += kind.layers * (forward * (1 + again) + backward)
     chunks = 1 if s.memory.chunk_tokens is None else -(-s.tokens // s.memory.chunk_tokens)
     share = (num_gpus - 1) / num_gpus
     # Gathered forward and backward, in a first walk over chunks too; gradients are summed in fp32.

@@ -158,12 +158,12 @@ class _Weights:
     def __init__(self, model: ModelShape, s: TrainingStep) -> None:
         self.model, self.s = model, s
         self.embeddings = model.vocab * model.hidden
-        self.layers = model.layers * model.layer_parameters
-        self.outside = model.parameters - self.layers
+        self.layers = model.parameters - model.outside
+        self.outside = model.outside
         lora = s.lora
         self.adapters = 0
         if lora is not None:
-            width, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+            width, kv = model.heads * model.held_dim, model.kv_heads * model.held_dim
             wide = model.hidden + model.intermediate
             # The two sides of each.
             sides = {
@@ -197,9 +197,9 @@ class _Weights:
         if not s.is_sharded:
             return 0.0
         lora = s.lora
-        layer: float = model.layer_parameters * s.compute_bytes
+        layer: float = model.largest_layer * s.compute_bytes
         if lora is not None:
-            layer = model.layer_parameters * (NF4_BYTES if lora.quantized else s.compute_bytes)
+            layer = model.largest_layer * (NF4_BYTES if lora.quantized else s.compute_bytes)
             layer += self.adapters * s.compute_bytes
         return (3 if s.parallel.shards > 1 else 1) * layer + self.outside * s.compute_bytes
 
@@ -217,14 +217,29 @@ class _Weights:
             widest = 2 * model.layers * model.hidden * model.intermediate if s.lora is None else matrices
             scratch = matrices * SUM_BYTES + 5 * widest * SUM_BYTES
         # The root of the second moment, of one parameter after the other on a CPU; a GPU's operation holds nothing.
-        largest = max(self.embeddings if s.lora is None else 0, model.hidden * model.intermediate)
+        largest = max(
+            self.embeddings if s.lora is None else 0,
+            *(max(kind.layer_matrices, default=0) for kind in model.kinds),
+        )
         roots = 0.0 if s.cuda else 2 * min(rest, largest) * self.trained_bytes
         return state, 0.0 if s.memory.offload_parameters else max(scratch, roots)
 
 
 def _block(model: ModelShape, s: TrainingStep, alive: int) -> Walk:
-    query, key = alive * model.heads * model.head_dim, alive * model.kv_heads * model.head_dim
-    if s.memory.chunk_tokens is not None and alive < s.tokens:
+    """Return what a block needs: of several kinds the most at a peak, and what each keeps on average."""
+    walks = [_kind_block(kind, s, alive) for kind in model.kinds]
+    if len(walks) == 1:
+        return walks[0]
+    saved = sum(kind.layers * walk.saved for kind, walk in zip(model.kinds, walks)) / model.layers
+    weights = sum(kind.layers * walk.weights for kind, walk in zip(model.kinds, walks)) / model.layers
+    return Walk(max(walk.forward for walk in walks), saved, max(walk.backward for walk in walks), weights)
+
+
+def _kind_block(model: ModelShape, s: TrainingStep, alive: int) -> Walk:
+    query, key = alive * model.heads * model.held_dim, alive * model.kv_heads * model.held_dim
+    if not model.heads:
+        attention = 0.0
+    elif s.memory.chunk_tokens is not None and alive < s.tokens:
         # Sums of out and dq in fp32; keys and values of an earlier chunk, the next one, their gradients twice.
         attention = 2.0 * query * SUM_BYTES + 2 * key * (2 * s.compute_bytes + 3 * SUM_BYTES)
     elif s.parallel.planned_schedule == "none":
@@ -255,9 +270,8 @@ def _resident(
 
 def _matrices(model: ModelShape) -> list[int]:
     """Return the elements of every matrix."""
-    query, key = model.hidden * model.heads * model.head_dim, model.hidden * model.kv_heads * model.head_dim
-    layer = [query, key, key, query, *[model.hidden * model.intermediate] * 3]
-    return layer * model.layers + [model.vocab * model.hidden] * (1 if model.tied else 2)
+    layers = [size for kind in model.kinds for size in kind.layer_matrices * kind.layers]
+    return layers + [model.vocab * model.hidden] * (1 if model.tied else 2)
 
 
 def _pinned(size: float, s: TrainingStep) -> float:
@@ -279,11 +293,14 @@ def _kept(model: ModelShape, s: TrainingStep, block: Walk, unit: float) -> tuple
 def _cache(model: ModelShape, s: TrainingStep, tokens: int, alive: int) -> float:
     if s.memory.chunk_tokens is None or alive >= tokens:
         return 0.0
-    chunk = 2 * alive * model.kv_heads * model.head_dim
-    sizes = [float(chunk * item) for item in (s.compute_bytes, SUM_BYTES)]
-    if s.memory.offload_chunk_cache:
-        sizes = [_pinned(size, s) for size in sizes]
-    return (tokens - alive) / alive * model.layers * sum(sizes)
+    total = 0.0
+    for kind in model.kinds:
+        chunk = 2 * alive * kind.kv_heads * kind.held_dim
+        sizes = [float(chunk * item) for item in (s.compute_bytes, SUM_BYTES)]
+        if s.memory.offload_chunk_cache:
+            sizes = [_pinned(size, s) for size in sizes]
+        total += (tokens - alive) / alive * kind.layers * sum(sizes)
+    return total
 
 
 def _loss(model: ModelShape, s: TrainingStep, alive: int, weights: _Weights) -> dict[str, float]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from longspan.models.lora_config import LoraConfig
 from longspan.plan.choose import Choice, choose_memory
-from longspan.plan.models import shape_of
+from longspan.plan.models import ModelShape
 from longspan.plan.training_step import LINEARS, Adapters, MemoryConfig, TrainingStep
 from longspan.train.config import StageConfig, TrainConfig
 
@@ -77,9 +76,7 @@ def _adapted(lora: LoraConfig) -> tuple[str, ...]:
     )
 
 
-def fit_memory(
-    config: TrainConfig, hf_config: Mapping[str, Any], budget: MemoryBudget
-) -> tuple[MemoryConfig, Choice]:
+def fit_memory(config: TrainConfig, shape: ModelShape, budget: MemoryBudget) -> tuple[MemoryConfig, Choice]:
     """Return `config.memory` with the cheapest settings with which every stage fits, and why.
 
     Types (`compute_dtype`, `reduce_dtype`) stay: they change what is computed. The stage with most tokens at once
@@ -88,7 +85,6 @@ def fit_memory(
     Raises:
         ArgumentError: nothing fits.
     """
-    shape = shape_of(hf_config)
     steps = [training_step(config, stage, cuda=budget.cuda) for stage in config.stages]
     hardest = max(steps, key=lambda step: (step.tokens, step.accumulates))
     choice = choose_memory(shape, hardest, device_bytes=budget.device, host_bytes=budget.host)

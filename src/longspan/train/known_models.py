@@ -9,10 +9,11 @@ from transformers import PretrainedConfig
 
 from longspan.core.errors import DataError
 from longspan.models.hf import own_config, rope_of
-from longspan.models.hf_config import head_counts, new_config, window_of_all_layers
+from longspan.models.hf_config import changed_config, head_counts, new_config, window_of_all_layers
 from longspan.models.known_checkpoints import with_known_rope
 from longspan.models.places import adapter_folder
-from longspan.plan.models import MODELS, ModelShape, shape_of
+from longspan.models.shape import model_shape
+from longspan.plan.models import MODELS, ModelShape
 from longspan.train.config import ModelConfig
 
 __all__ = ["AttentionSizes", "KnownModel", "known_model", "model_path"]
@@ -47,7 +48,7 @@ class KnownModel(NamedTuple):
     as_saved: PretrainedConfig | None
     """As its files have it; None, too, for an adapter and a model from scratch."""
     shape: ModelShape | None
-    """None: no dense decoder, which trains all the same and has no estimate, or a name that says nothing."""
+    """None: a model without an estimate, which trains all the same, or a name that says nothing."""
     own_context: int | None
 
     @property
@@ -93,7 +94,7 @@ def known_model(model: ModelConfig, root: Path, *, fetch: bool = False) -> Known
             config = own_config(path)
     if config is not None:
         try:
-            shape = shape_of(config.to_dict() | model.config_overrides, "model")
+            shape = model_shape(changed_config(config, overrides=model.config_overrides))
         except DataError:
             shape = None
         text = config.get_text_config(decoder=True)

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig
 
 from longspan.core.errors import DataError
 from longspan.data.rows.loader import PackedRow
-from longspan.plan.hardware import GPUS
-from longspan.plan.models import ModelShape, shape_of
+from longspan.models.shape import model_shape
+from longspan.plan.hardware import gpu_named
+from longspan.plan.models import ModelShape
 from longspan.train.batch import IGNORE_LABEL, Batch
 
 FIRST_BUCKET = 128
@@ -98,7 +99,7 @@ class StepFlops:
     gradients are needed: two forward passes instead of three for the matrices.
 
     Args:
-        config: the model's configuration; of mixtures of experts nothing is known.
+        config: the model's configuration; where `models.shape` knows no estimate nothing is said.
         frozen: whether most weights are frozen.
         device: whose peak is meant; known for the GPUs of `plan.hardware`.
         num_devices: devices that share a step.
@@ -109,11 +110,11 @@ class StepFlops:
     ) -> None:
         self._shape: ModelShape | None = None
         with contextlib.suppress(DataError):
-            self._shape = shape_of(config.to_dict())
+            self._shape = model_shape(config)
         self._passes = 2 if frozen else 3
         self._num_devices = num_devices
-        name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-        self._peak = next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
+        gpu = gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = None if gpu is None else gpu.flops
 
     def of(self, rows: Sequence[PackedRow]) -> float | None:
         """Return the FLOPs of a step on `rows`; None where the model's are not known."""
@@ -121,7 +122,7 @@ class StepFlops:
             return None
         tokens = sum(len(row.input_ids) for row in rows)
         lengths = np.concatenate([np.diff(row.cu_seqlens) for row in rows]).astype(np.float64)
-        attention = self._shape.attention_flops(1) * float((lengths**2).sum())
+        attention = float(self._shape.attention_flops(lengths).sum())
         return self._passes * tokens * self._shape.linear_flops() + 3 * attention
 
     def rates(self, rows: Sequence[PackedRow], seconds: float) -> tuple[float | None, float | None]:

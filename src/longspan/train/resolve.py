@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from longspan.core.errors import ArgumentError, ConfigError
+from longspan.core.errors import ArgumentError
 from longspan.data.plans.framing import frame_words
 from longspan.data.plans.packing import PackPlan
 from longspan.data.rows.loader import RowSource
 from longspan.plan.cost import step_seconds
-from longspan.plan.hardware import GPUS, Gpu
+from longspan.plan.hardware import GPUS, Gpu, gpu_named, parse_gpus
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import layer_seconds
 from longspan.plan.training import WORKSPACE, training_memory
@@ -97,9 +97,7 @@ def resolve(config: TrainConfig, command: str, *, data_root: Path, gpu: str | No
     Raises:
         ConfigError, DataError, ArgumentError: what training would raise for all that is at hand.
     """
-    if gpu is not None and gpu not in GPUS:
-        raise ConfigError("there is no estimate for this GPU", found=gpu, allowed=list(GPUS))
-    here, device = _machine_gpu() if gpu is None else (GPUS[gpu], "")
+    here, device = _machine_gpu() if gpu is None else (parse_gpus(gpu).gpu, "")
     cuda = here is not None or torch.cuda.is_available()
     plan = plan_run(on_gpu(config) if cuda else config, data_root=data_root, at_hand=True)
     model, notes = plan.model, []
@@ -140,7 +138,7 @@ def _machine_gpu() -> tuple[Gpu | None, str]:
     if not torch.cuda.is_available():
         return None, "this machine, which has no GPU"
     name = torch.cuda.get_device_name()
-    return next((gpu for key, gpu in GPUS.items() if key in name.lower()), None), f"this machine's {name}"
+    return gpu_named(name), f"this machine's {name}"
 
 
 def _stage(
@@ -159,9 +157,9 @@ def _stage(
         host = estimate.host_bytes
     if model is not None and stage.steps != 0 and gpu is not None:
         world = config.parallel.world
-        layer = layer_seconds(model, gpu, config.parallel, context=step.tokens, num_gpus=world)
+        layers = layer_seconds(model, gpu, config.parallel, context=step.tokens, num_gpus=world)
         micro = _micro_steps(config.parallel, stage)
-        step_time = step_seconds(model, gpu, step, layer, num_gpus=world, micro_steps=micro)
+        step_time = step_seconds(model, gpu, step, layers, num_gpus=world, micro_steps=micro)
         seconds = None if steps is None else steps * step_time
     return ResolvedStage(
         stage.name,

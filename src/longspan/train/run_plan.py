@@ -17,8 +17,10 @@ from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
 from longspan.models.families import ATTENTION_LAYERS, refuse_quantized
 from longspan.models.head import output_head
+from longspan.models.hf_config import changed_config
 from longspan.models.lora import check_lora
 from longspan.models.routing import check_router_losses
+from longspan.models.shape import model_shape
 from longspan.models.stand_in import check_forward
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.fit import MemoryBudget, fit_memory
@@ -61,7 +63,8 @@ class RunPlan(NamedTuple):
             DataError: there is no estimate for such a model.
         """
         assert self.model.config is not None
-        memory, choice = fit_memory(self.config, self.model.config.to_dict(), budget)
+        shape = model_shape(changed_config(self.model.config, overrides=self.config.model.config_overrides))
+        memory, choice = fit_memory(self.config, shape, budget)
         config = self.config.model_copy(update={"memory": memory})
         if _has_trees(self.stages):
             _refuse_trees(config, self.model)
