@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "synth": {"core", "data", "api"},
     "kernels": {"core"},
     "parallel": {"core", "kernels"},
-    "models": {"core", "kernels", "parallel"},
+    "models": {"core", "plan", "kernels", "parallel"},
     "infer": {"core", "data", "api", "kernels", "parallel", "models"},
     "train": {"core", "data", "plan", "kernels", "parallel", "models"},
     "eval": {"core", "data", "api", "infer"},
