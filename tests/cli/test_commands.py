@@ -248,10 +248,18 @@ def test_reader_that_goes_away_leaves_no_complaint(store):
     assert "BrokenPipe" not in done.stderr
 
 
-def test_what_is_to_be_proved_needs_the_proof(longspan):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--world 2", "--certify"),
+        ("--layers gdn", "--certify"),
+        ("--certify --layers rwkv", "mamba2, mamba1"),
+    ],
+)
+def test_what_is_to_be_proved_needs_the_proof(longspan, asked, said):
     """--world 2 without --certify proved nothing and said nothing."""
-    outcome = longspan("doctor --world 2")
-    assert outcome.code == 2 and "--certify" in outcome.err
+    outcome = longspan(f"doctor {asked}")
+    assert outcome.code == 2 and said in outcome.err
 
 
 def test_doctor_as_json(longspan):

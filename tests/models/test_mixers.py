@@ -213,8 +213,8 @@ def test_a_fused_kernel_is_passed_by_and_a_cache_refused(in_a_block: Documents) 
     assert fused(torch.zeros(1, 5, 2)) == "whole layer"
 
 
-def test_wrappers_are_put_once_and_states_counted() -> None:
-    """A wrapper around a wrapper with every model; heads that context parallelism cannot spread go unnoticed."""
+def test_wrappers_are_put_once() -> None:
+    """A wrapper around a wrapper, and hooks once more, with every model."""
     config = modeling_nemotron_h.NemotronHConfig(
         hidden_size=16, layer_types=["linear_attention"], mamba_num_heads=4, mamba_head_dim=8, n_groups=2
     )
@@ -223,5 +223,4 @@ def test_wrappers_are_put_once_and_states_counted() -> None:
         mixers.mix_documents(block)
     function = modeling_nemotron_h.mamba2_chunk_scan
     assert not hasattr(function.longspan_original, "longspan_original")
-    assert mixers.heads_of_states(block) == {4}
     assert len(block[0]._forward_pre_hooks) == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longspan.cli.output import print_json, print_table
 from longspan.core.errors import ArgumentError
@@ -13,6 +14,8 @@ from longspan.core.units import format_bytes
 
 if TYPE_CHECKING:
     from longspan.parallel.certify import CertifyResult
+
+Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 1800.0
 """For one world; thousands of small collectives take minutes when processes share a core."""
@@ -29,26 +32,10 @@ def certify_schedules(schedules: str, worlds: str, *, as_json: bool) -> bool:
         RunError: a process failed.
     """
     from longspan.parallel.certify import HALF_GROWTH_LIMIT, certify_world, half_growth
-    from longspan.parallel.launch import process_group, spawn_local
 
-    names = _names(schedules)
     results: list[CertifyResult] = []
     half: Half = defaultdict(dict)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        import torch.distributed as dist
-
-        with process_group(timeout_seconds=TIMEOUT_SECONDS) as device:
-            ran = {dist.get_world_size(): certify_world(dist.get_rank(), names, device.type)}
-            first = dist.get_rank() == 0
-    else:
-        ran, first = {}, True
-        sizes = _worlds(worlds)
-        with progress("certify", total=sum(sizes), unit="processes") as bar:
-            for size in sizes:
-                bar.note(f"{size} processes")
-                # Every rank returns the same.
-                ran[size] = spawn_local(certify_world, size, names, timeout_seconds=TIMEOUT_SECONDS)[0]
-                bar.advance(size)
+    ran, first = in_worlds(certify_world, worlds, schedule_names(schedules))
     for size, (cells, errors) in ran.items():
         results += cells
         for name, by_seed in errors.items():
@@ -61,7 +48,37 @@ def certify_schedules(schedules: str, worlds: str, *, as_json: bool) -> bool:
     return passed
 
 
-def _names(schedules: str) -> list[Any]:
+def in_worlds(certify: Callable[..., Result], worlds: str, *asked: Any) -> tuple[dict[int, Result], bool]:
+    """Return what `certify(rank, *asked, device type)` returns on every number of processes, and whether to print it.
+
+    Under a launcher its processes are the only world.
+
+    Raises:
+        ArgumentError: no number of processes.
+        RunError: a process failed.
+    """
+    from longspan.parallel.launch import process_group, spawn_local
+
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        import torch.distributed as dist
+
+        with process_group(timeout_seconds=TIMEOUT_SECONDS) as device:
+            return {
+                dist.get_world_size(): certify(dist.get_rank(), *asked, device.type)
+            }, dist.get_rank() == 0
+    ran = {}
+    sizes = _worlds(worlds)
+    with progress("certify", total=sum(sizes), unit="processes") as bar:
+        for size in sizes:
+            bar.note(f"{size} processes")
+            # Every rank returns the same.
+            ran[size] = spawn_local(certify, size, *asked, timeout_seconds=TIMEOUT_SECONDS)[0]
+            bar.advance(size)
+    return ran, True
+
+
+def schedule_names(schedules: str) -> list[Any]:
+    """Return the context-parallel schedules of an option. Raises ArgumentError for an unknown one."""
     from longspan.parallel.schedules import SCHEDULES
 
     known = [name for name in SCHEDULES if name != "none"]

@@ -23,7 +23,11 @@ from longspan.cli.output import Json, example, print_json, print_table
 from longspan.core.errors import ArgumentError
 from longspan.core.log import get_logger
 
-EXAMPLE = example("longspan doctor --json", "longspan doctor --certify --schedule striped --world 2")
+EXAMPLE = example(
+    "longspan doctor --json",
+    "longspan doctor --certify --schedule striped --world 2",
+    "longspan doctor --certify --layers gdn --world 2",
+)
 FIRST_STEPS = "\b\nFirst steps:\n  longspan doctor\n  longspan quickstart --out quickstart-run"
 
 REQUIRED = ("torch", "transformers", "tokenizers", "gigatoken", "numpy", "pyarrow", "safetensors")
@@ -43,6 +47,13 @@ def doctor(
     world: Annotated[
         str, typer.Option(help="With --certify: numbers of processes, with commas between.")
     ] = "2,3,4,8",
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="With --certify: instead of attention, kinds of layers with a state (gdn, kda, mamba2, mamba1, conv, "
+            "lightning), with commas between, or all."
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Say what is installed, which backends are usable and why the others are not.
@@ -52,12 +63,17 @@ def doctor(
     """
     if certify:
         from longspan.cli.certify import certify_schedules
+        from longspan.cli.certify_layers import certify_state_layers
 
-        if not certify_schedules(schedule, world, as_json=as_json):
+        if layers:
+            passed = certify_state_layers(layers, schedule, world, as_json=as_json)
+        else:
+            passed = certify_schedules(schedule, world, as_json=as_json)
+        if not passed:
             raise typer.Exit(1)
         return
-    if (schedule, world) != ("all", "2,3,4,8"):
-        raise ArgumentError("--schedule and --world say what is proved", fix="give --certify")
+    if (schedule, world, layers) != ("all", "2,3,4,8", ""):
+        raise ArgumentError("--schedule, --world and --layers say what is proved", fix="give --certify")
     get_logger("longspan").setLevel(logging.WARNING)  # what the parts say while they are tried is no result
     report = examine()
     if as_json:

@@ -42,6 +42,7 @@ from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.head import output_head
 from longspan.models.hf import hidden_states
 from longspan.models.hf_config import head_counts, window_of_all_layers
+from longspan.models.mixers import check_states
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
@@ -90,6 +91,7 @@ class SpreadModel:
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
         )
         self._schedule.check_heads(*head_counts(model.config))
+        check_states(model, mesh.cp_size)
         self._window = window_of_all_layers(model.config)
         self._share = Share(model, ranks=mesh.cp_size)
 

@@ -25,6 +25,7 @@ from longspan.models.documents import Documents
 from longspan.models.head import output_head, vocab_size
 from longspan.models.hf import hidden_states
 from longspan.models.hf_config import head_counts
+from longspan.models.mixers import check_states
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import CpSchedule, ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
@@ -117,6 +118,7 @@ class SharedTeacher:
             schedule, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group
         )
         self._schedule.check_heads(*head_counts(model.config))
+        check_states(model, mesh.cp_size)
 
     @property
     def vocab_size(self) -> int:

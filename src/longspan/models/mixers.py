@@ -26,8 +26,9 @@ from torch import nn
 from longspan.core.errors import ArgumentError
 from longspan.core.log import log_once
 from longspan.kernels.scans import Convolution, Recurrence, Scan, document_ids
+from longspan.parallel.sharded_scans import check_state_heads
 
-__all__ = ["heads_of_states", "mix_documents", "mixers"]
+__all__ = ["check_states", "mix_documents", "mixers"]
 
 
 class _Running(NamedTuple):
@@ -51,17 +52,23 @@ def mixers(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
                 yield layer, block
 
 
-def heads_of_states(model: nn.Module) -> set[int]:
-    """Return how many heads the states of a model have: what has to be spread over ranks that share a row."""
-    heads = set()
+def check_states(model: nn.Module, world: int) -> None:
+    """Refuse a model whose states have fewer heads than ranks share a row.
+
+    Raises:
+        ArgumentError: with both numbers.
+    """
     for mixer, _ in mixers(model):
-        if _functions(type(mixer)) == {"causal_conv1d_fn"}:
-            continue
-        names = ("num_v_heads", "num_heads", "num_attention_heads")
-        found = next((getattr(mixer, name) for name in names if hasattr(mixer, name)), None)
-        # Mamba-1 has a state for each channel.
-        heads.add(int(mixer.intermediate_size if found is None else found))  # type: ignore[arg-type]
-    return heads
+        check_state_heads(_heads(mixer), world)
+
+
+def _heads(mixer: Any) -> int:
+    """Return the heads of a layer's state: what can be dealt out to ranks."""
+    for name in ("num_v_heads", "num_heads", "num_attention_heads", "mamba_head_dim", "intermediate_size"):
+        # Mamba-1 has a state for each channel, Zamba's for each of those of a head.
+        if hasattr(mixer, name):
+            return int(getattr(mixer, name))
+    return next(layer.in_channels for layer in mixer.modules() if isinstance(layer, nn.Conv1d))
 
 
 def mix_documents(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from longspan.core.errors import ArgumentError
 from longspan.kernels.loss import IGNORE_LABEL
 from longspan.models.hf_config import window_of_all_layers
+from longspan.models.mixers import check_states
 from longspan.models.rotary import varying_ropes
 from longspan.parallel.layout import Layout
 from longspan.parallel.mesh import Mesh
@@ -34,6 +35,7 @@ def attach_schedule(
     """
     schedule = build_schedule(name, ring_group=mesh.ring_group, ulysses_group=mesh.ulysses_group)
     schedule.check_heads(num_heads, num_kv_heads)
+    check_states(model, schedule.world)
     setattr(model, SCHEDULE_ATTRIBUTE, schedule)
 
 

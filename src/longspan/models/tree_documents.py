@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import NO_LIMIT, Bands, cut_documents
+from longspan.kernels.scans import Convolution, Scan
 from longspan.models.documents import Documents
 
 __all__ = ["TreeDocuments"]
@@ -99,3 +100,11 @@ class TreeDocuments(Documents):
                 end, parent = min(end, base), int(self.branches[parent, 0])
         q_start, q_len, k_start, k_len, lo, limits = map(np.array, zip(*found))
         return Bands(q_start, q_len, k_start, k_len, lo=lo, hi=limits)
+
+    def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
+        """Refuse it: a branch would need what its parent's tokens left behind. Raises ArgumentError."""
+        raise ArgumentError("documents that branch are not computed by layers with a state")
+
+    def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
+        """Refuse it, as `convolve`. Raises ArgumentError."""
+        raise ArgumentError("documents that branch are not computed by layers with a state")

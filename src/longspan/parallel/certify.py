@@ -45,6 +45,7 @@ __all__ = [
     "certify_world",
     "half_growth",
     "half_precision_error",
+    "schedules_of",
 ]
 
 EXACT_LIMIT = 1e-12
@@ -144,7 +145,7 @@ def certify_world(
     device = torch.device(device_type)
     world = dist.get_world_size()
     for name in names:
-        schedules = list(_schedules(name, world, device_type))
+        schedules = list(schedules_of(name, world, device_type))
         if not schedules:
             cell = CertifyCase(name, "-", "-", "-", 0, 0, 0)
             reason = f"no two degrees above 1 make {world} ranks"
@@ -157,7 +158,7 @@ def certify_world(
     return results, half
 
 
-def _schedules(name: ScheduleName, world: int, device_type: str) -> Iterator[tuple[str, CpSchedule]]:
+def schedules_of(name: ScheduleName, world: int, device_type: str) -> Iterator[tuple[str, CpSchedule]]:
     """Yield the degrees and the schedule for every way to split the world that `name` allows."""
     if name == "none":
         raise ArgumentError("there is nothing to certify without context parallelism", found=name)

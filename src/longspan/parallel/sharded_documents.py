@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from longspan.kernels.attention import AttentionForm
+from longspan.kernels.scans import Convolution, Scan
 from longspan.parallel.schedules.base import CpSchedule, check_layout, sequence_attention
+from longspan.parallel.sharded_scans import sharded_convolution, sharded_scan
 from longspan.parallel.shards import SequenceShards
 
 __all__ = ["ShardedDocuments"]
@@ -69,3 +71,11 @@ class ShardedDocuments:
     ) -> torch.Tensor:
         """Return the causal attention of this rank's tokens [num_tokens, heads, head_dim] over their documents."""
         return sequence_attention(q, k, v, self.shards, self.schedule, form)
+
+    def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
+        """Return a causal convolution of this rank's tokens [num_tokens, channels] over their documents."""
+        return sharded_convolution(call, self.shards, self.schedule)
+
+    def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
+        """Return a recurrence over this rank's tokens, [num_tokens, heads, ...], started anew in each document."""
+        return sharded_scan(scan, self.shards, self.schedule)

@@ -15,10 +15,11 @@ from longspan.core.log import get_logger
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
-from longspan.models.families import ATTENTION_LAYERS, refuse_quantized
+from longspan.models.families import ATTENTION_LAYERS, STATELESS_LAYERS, refuse_quantized
 from longspan.models.head import output_head
 from longspan.models.hf_config import changed_config
 from longspan.models.lora import check_lora
+from longspan.models.mixers import check_states
 from longspan.models.routing import check_router_losses
 from longspan.models.shape import model_shape
 from longspan.models.stand_in import check_forward
@@ -158,6 +159,7 @@ def _check_model(config: TrainConfig, known: KnownModel) -> list[str]:
     for stage in config.stages:
         model = empty_stage_model(config, stage, known)
         output_head(model)
+        check_states(model, config.parallel.cp)
     if known.path is not None:
         refuse_quantized(known.config, known.path, verb="trained")
     check_forward(model.config)
@@ -201,7 +203,7 @@ def _has_trees(stages: Sequence[StagePlan]) -> bool:
 def _refuse_trees(config: TrainConfig, model: KnownModel) -> None:
     """Refuse a run whose rows branch and cannot be computed as they are. Raises ConfigError."""
     text = None if model.config is None else model.config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS
+    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS - STATELESS_LAYERS
     wrong = {
         f"parallel.cp_ring and cp_ulysses ({config.parallel.cp} processes share a row)": config.parallel.cp
         > 1,

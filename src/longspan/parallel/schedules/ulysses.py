@@ -11,8 +11,6 @@ K = key/value heads, h, k = those of one rank, D = head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,18 +24,9 @@ from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import AllGradients, AttentionCall, Forward
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.shards import SequenceShards
+from longspan.parallel.trade import HeadShare, shared_heads, to_heads, to_tokens
 
-__all__ = ["HeadShare", "Ulysses", "head_share"]
-
-
-class HeadShare(NamedTuple):
-    """The heads that one rank computes."""
-
-    q_heads: range
-    kv_heads: range
-    """The heads that `q_heads` look at."""
-    expand: list[int] | None
-    """For each of `q_heads` the index into `kv_heads`; None where those are shared evenly already."""
+__all__ = ["Ulysses", "head_share"]
 
 
 def head_share(num_heads: int, num_kv_heads: int, degree: int, rank: int) -> HeadShare:
@@ -57,14 +46,8 @@ def head_share(num_heads: int, num_kv_heads: int, degree: int, rank: int) -> Hea
             allowed=f"degrees that divide {num_heads}",
             fix="choose another degree, or a schedule that leaves heads alone (ring, striped, all_gather)",
         )
-    per_rank, group = num_heads // degree, num_heads // num_kv_heads
-    q_heads = range(rank * per_rank, (rank + 1) * per_rank)
-    kv_heads = range(q_heads.start // group, (q_heads.stop - 1) // group + 1)
-    used = [head // group - kv_heads.start for head in q_heads]
-    even = per_rank % len(kv_heads) == 0 and used == [
-        i // (per_rank // len(kv_heads)) for i in range(per_rank)
-    ]
-    return HeadShare(q_heads, kv_heads, None if even else used)
+    per_rank = num_heads // degree
+    return shared_heads(range(rank * per_rank, (rank + 1) * per_rank), num_heads // num_kv_heads)
 
 
 class Ulysses:
@@ -109,12 +92,12 @@ class Ulysses:
         shares = self._shares(q.shape[1], k.shape[1])
         mine, order = shares[self.channel.rank], self._order(call, q.device)
         ranges = [(share.q_heads, share.kv_heads, share.kv_heads) for share in shares]
-        q_UThD, k_UTkD, v_UTkD = (_take(x, order) for x in self._to_heads((q, k, v), ranges))
+        q_UThD, k_UTkD, v_UTkD = (_take(x, order) for x in to_heads(self.channel, (q, k, v), ranges))
         if mine.expand is not None:
             k_UTkD, v_UTkD = k_UTkD[:, mine.expand], v_UTkD[:, mine.expand]
         out_UThD, saved = self.ring.forward(q_UThD, k_UTkD, v_UTkD, _of_heads(call, mine))
-        (out,) = self._to_tokens(
-            (_put(out_UThD, order),), [(share.q_heads,) for share in shares], (q.shape[1],)
+        (out,) = to_tokens(
+            self.channel, (_put(out_UThD, order),), [(share.q_heads,) for share in shares], (q.shape[1],)
         )
         # The shape of k's heads is not to be read off the expanded ones: keep it by an empty tensor.
         return out, (*saved, k.new_empty(0, k.shape[1]))
@@ -127,13 +110,15 @@ class Ulysses:
         num_heads, num_kv_heads = dout.shape[1], kv_shape.shape[1]
         shares = self._shares(num_heads, num_kv_heads)
         mine, order = shares[self.channel.rank], self._order(call, dout.device)
-        (dout_UThD,) = (_take(x, order) for x in self._to_heads((dout,), [(s.q_heads,) for s in shares]))
+        (dout_UThD,) = (
+            _take(x, order) for x in to_heads(self.channel, (dout,), [(s.q_heads,) for s in shares])
+        )
         dq, dk, dv, dsinks = self.ring.backward(dout_UThD, tuple(inner), _of_heads(call, mine))
         if mine.expand is not None:
             dk, dv = (_fold(grad, mine.expand, len(mine.kv_heads)) for grad in (dk, dv))
         ranges = [(share.q_heads, share.kv_heads, share.kv_heads) for share in shares]
         heads = (num_heads, num_kv_heads, num_kv_heads)
-        dq, dk, dv = self._to_tokens(tuple(_put(x, order) for x in (dq, dk, dv)), ranges, heads)
+        dq, dk, dv = to_tokens(self.channel, tuple(_put(x, order) for x in (dq, dk, dv)), ranges, heads)
         if dsinks is not None:
             # Of all tokens for this rank's heads: the sum over ranks is that of all heads.
             whole = dsinks.new_zeros(num_heads)
@@ -154,50 +139,6 @@ class Ulysses:
         if device not in orders:
             orders[device] = torch.from_numpy(order).to(device)
         return orders[device]
-
-    def _to_heads(
-        self, tensors: tuple[torch.Tensor, ...], ranges: Sequence[tuple[range, ...]]
-    ) -> list[torch.Tensor]:
-        """Trade: of each tensor [T, heads, D] rank r gets `ranges[r]`; returns [U * T, its own range, D]."""
-        parts = [
-            torch.cat([x[:, heads.start : heads.stop].flatten() for x, heads in zip(tensors, of_rank)])
-            for of_rank in ranges
-        ]
-        num_tokens, _, head_dim = tensors[0].shape
-        sizes = [num_tokens * len(heads) * head_dim for heads in ranges[self.channel.rank]]
-        received, transfer = self.channel.all_to_all(parts, [(sum(sizes),)] * self.degree)
-        transfer.wait()
-        split = [chunk.split(sizes) for chunk in received]
-        return [
-            torch.cat([chunk[i] for chunk in split]).view(self.degree * num_tokens, len(heads), head_dim)
-            for i, heads in enumerate(ranges[self.channel.rank])
-        ]
-
-    def _to_tokens(
-        self,
-        tensors: tuple[torch.Tensor, ...],
-        ranges: Sequence[tuple[range, ...]],
-        num_heads: tuple[int, ...],
-    ) -> list[torch.Tensor]:
-        """Trade back: from [U * T, heads of this rank, D] to [T, all heads, D]; copies of a head add up."""
-        head_dim = tensors[0].shape[2]
-        num_tokens = tensors[0].shape[0] // self.degree
-        chunks = [x.chunk(self.degree) for x in tensors]
-        parts = [torch.cat([chunk[r].flatten() for chunk in chunks]) for r in range(self.degree)]
-        sizes = [[num_tokens * len(heads) * head_dim for heads in of_rank] for of_rank in ranges]
-        received, transfer = self.channel.all_to_all(parts, [(sum(size),) for size in sizes])
-        transfer.wait()
-        split = [chunk.split(size) for chunk, size in zip(received, sizes)]
-        out = []
-        for i, (x, heads) in enumerate(zip(tensors, num_heads)):
-            taken = sum(len(of_rank[i]) for of_rank in ranges)
-            dtype = x.dtype if taken == heads else accumulation_dtype(x)
-            whole = x.new_zeros(num_tokens, heads, head_dim, dtype=dtype)
-            for rank, of_rank in enumerate(ranges):
-                part = split[rank][i].view(num_tokens, len(of_rank[i]), head_dim)
-                whole[:, of_rank[i].start : of_rank[i].stop] += part
-            out.append(whole.to(x.dtype))
-        return out
 
 
 def _of_heads(call: AttentionCall, share: HeadShare) -> AttentionCall:
