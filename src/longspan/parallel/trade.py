@@ -98,7 +98,7 @@ def _by_type(tensors: Sequence[torch.Tensor]) -> Iterator[list[int]]:
     yield from places.values()
 
 
-class _Stage(NamedTuple):
+class _GroupTrade(NamedTuple):
     """A trade within one group."""
 
     channel: Channel
@@ -119,7 +119,7 @@ class HeadTrade:
     def __init__(
         self, channels: Sequence[Channel], shares: Sequence[tuple[range, ...]], num_heads: tuple[int, ...]
     ) -> None:
-        self._stages: list[_Stage] = []
+        self._stages: list[_GroupTrade] = []
         for channel in channels:
             size = len(shares) // channel.world
             blocks = [shares[i * size : (i + 1) * size] for i in range(channel.world)]
@@ -127,7 +127,7 @@ class HeadTrade:
                 tuple(range(first.start, last.stop) for first, last in zip(block[0], block[-1]))
                 for block in blocks
             ]
-            self._stages.append(_Stage(channel, unions, num_heads))
+            self._stages.append(_GroupTrade(channel, unions, num_heads))
             mine = unions[channel.rank]
             num_heads = tuple(len(heads) for heads in mine)
             shares = [
