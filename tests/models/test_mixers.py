@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.minimax.modeling_minimax import MiniMaxConfig, MiniMaxLightningAttention
 from transformers.models.nemotron_h import modeling_nemotron_h
@@ -20,7 +22,10 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from longspan.core.errors import ArgumentError
 from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
 from longspan.models import mixers
+from longspan.models.certify_layers import LAYER_KINDS
+from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.documents import Documents
+from longspan.models.hf import enable, hidden_states
 from tests.models.family_survey import survey
 
 HYBRIDS = (
@@ -124,17 +129,18 @@ def test_lightning_attention_is_transformers_own() -> None:
     torch.testing.assert_close(carried, state)
 
 
-class _Block(nn.Module):
-    longspan_layer = 3
+class _Layer(nn.Module):
+    longspan_documents = None
+    layer_idx = 3
 
 
 @pytest.fixture
-def in_a_block() -> Any:
-    """Make the table of two documents, of 3 and 2 tokens, that of the block that runs."""
+def in_a_layer() -> Any:
+    """Make the table of two documents, of 3 and 2 tokens, that of the layer that runs."""
     documents = Documents.from_cu_seqlens([0, 3, 5])
-    mixers._begin(_Block(), (), {"documents": documents})
+    mixers._begin(_Layer(), (), {"documents": documents})
     yield documents
-    mixers._end(_Block(), (), None)
+    mixers._end(_Layer(), (), None)
 
 
 def _with_package(monkeypatch: pytest.MonkeyPatch, package: str, name: str, plain: Any, kernel: Any) -> Any:
@@ -146,7 +152,7 @@ def _with_package(monkeypatch: pytest.MonkeyPatch, package: str, name: str, plai
 
 
 def test_kernels_are_called_once_with_the_documents(
-    monkeypatch: pytest.MonkeyPatch, in_a_block: Documents
+    monkeypatch: pytest.MonkeyPatch, in_a_layer: Documents
 ) -> None:
     """A kernel of CUDA that is not told where documents begin, or is called once for each."""
     calls: list[dict[str, Any]] = []
@@ -172,7 +178,7 @@ def test_kernels_are_called_once_with_the_documents(
     conv = mixers._WRAPPERS["causal_conv1d_fn"](
         _with_package(monkeypatch, "longspan_stand_in", "causal_conv1d_fn", torch_conv, convolution)
     )
-    conv(torch.zeros(1, 2, 5), torch.zeros(2, 4), None, activation="silu", documents=in_a_block)
+    conv(torch.zeros(1, 2, 5), torch.zeros(2, 4), None, activation="silu", documents=in_a_layer)
     rule = mixers._WRAPPERS["torch_chunk_gated_delta_rule"](
         _with_package(monkeypatch, "longspan_stand_in", "chunk_gated_delta_rule", torch_conv, delta)
     )
@@ -201,7 +207,7 @@ def test_kernels_are_called_once_with_the_documents(
     assert calls[2]["softplus"]
 
 
-def test_a_fused_kernel_is_passed_by_and_a_cache_refused(in_a_block: Documents) -> None:
+def test_a_fused_kernel_is_passed_by_and_a_cache_refused(in_a_layer: Documents) -> None:
     """mamba-ssm's whole layer in one call, which would run over borders; a state of a cache that is dropped."""
     fused = mixers._WRAPPERS["mamba2_split_conv1d_scan_combined"](lambda *args, **kwargs: "whole layer")
     assert fused(torch.zeros(1, 5, 2)) is None
@@ -209,7 +215,7 @@ def test_a_fused_kernel_is_passed_by_and_a_cache_refused(in_a_block: Documents) 
     q, k, v, g, beta = (x[None] for x in _delta(5))
     with pytest.raises(ArgumentError, match="use_cache=False"):
         rule(q, k, v, g=g, beta=beta, output_final_state=True)
-    mixers._end(_Block(), (), None)
+    mixers._end(_Layer(), (), None)
     assert fused(torch.zeros(1, 5, 2)) == "whole layer"
 
 
@@ -223,4 +229,24 @@ def test_wrappers_are_put_once() -> None:
         mixers.mix_documents(block)
     function = modeling_nemotron_h.mamba2_chunk_scan
     assert not hasattr(function.longspan_original, "longspan_original")
-    assert len(block[0]._forward_pre_hooks) == 1
+    assert len(block[0]._forward_pre_hooks) == 1 and len(block[0].mixer._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "mamba1", "lightning"])
+def test_recomputed_blocks_know_their_documents(kind: str) -> None:
+    """A checkpointed block that is computed again as if the row were one document; Jamba's drop the keyword, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**LAYER_KINDS[kind]), dtype=torch.float32
+        )
+    enable(model).train()
+    ids, found = torch.arange(3, 33), []
+    for mode in ("none", "full"):
+        enable_checkpointing(model, mode)
+        model.zero_grad()
+        hidden = hidden_states(model, ids, Documents.from_cu_seqlens([0, 7, 19, 30]))
+        hidden.square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

@@ -48,7 +48,7 @@ from longspan.models.hf_config import (
 )
 from longspan.models.init import INITS, seeded
 from longspan.models.known_checkpoints import with_known_rope
-from longspan.models.mixers import mix_documents
+from longspan.models.mixers import mix_documents, mixers
 from longspan.models.places import adapter_base, adapter_folder
 from longspan.models.rotary import depends_on_length, hold_frequencies
 from longspan.models.sharding import attach_schedule
@@ -406,8 +406,10 @@ def without_bars() -> Iterator[None]:
 def rope_fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hex characters for the RoPE that a built model really uses, from its frequency buffers.
 
+    "none" of a hybrid that has none.
+
     Raises:
-        ArgumentError: the model has no rotary frequencies, or they are still on the meta device.
+        ArgumentError: another model without rotary frequencies, or they are still on the meta device.
     """
     parts = []
     for name, module in model.named_modules():
@@ -423,6 +425,9 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
             scaling = float(getattr(module, "attention_scaling", 1.0))
             parts.append(f"{key}={inv_freq_hash(first, attention_scaling=scaling)}")
     if not parts:
+        if any(mixers(model)):
+            # Layers with a state tell positions apart by themselves.
+            return "none"
         raise ArgumentError(f"{type(model).__name__} has no rotary frequencies")
     settings = text_config(model.config).rope_parameters or {}
     if any(depends_on_length(found.get("rope_type")) for found in rope_by_layer_type(settings).values()):

@@ -2,7 +2,7 @@
 
 In transformers each such layer, a mixer, calls functions of its modeling file: a causal convolution, and a recurrence
 that works head by head. `mix_documents` puts wrappers of ours in their places, once a modeling file. A wrapper calls
-the function as it was unless the block that runs was handed a document table; then the table does the work, as it
+the function as it was unless the layer that runs was handed a document table; then the table does the work, as it
 does for attention: it is given the tensors and the function (`kernels.scans`), by its methods `convolve` and `scan`.
 
 The function may be that of a package (flash-linear-attention, mamba-ssm, causal-conv1d), which keeps documents apart,
@@ -32,7 +32,7 @@ __all__ = ["check_states", "mix_documents", "mixers"]
 
 
 class _Running(NamedTuple):
-    """The block that is computed."""
+    """The layer that is computed."""
 
     documents: Any
     """Its document table."""
@@ -83,18 +83,27 @@ def mix_documents(model: nn.Module) -> None:
                 function = getattr(module, name, None)
                 if function is not None and not hasattr(function, "longspan_original"):
                     setattr(module, name, wrap(function))
-        if not hasattr(block, "longspan_layer"):
-            block.longspan_layer = getattr(mixer, "layer_idx", None)  # type: ignore[assignment]
-            block.register_forward_pre_hook(_begin, with_kwargs=True)
-            block.register_forward_hook(_end, always_call=True)
+        if not hasattr(mixer, "longspan_documents"):
+            mixer.longspan_documents = None  # type: ignore[assignment]
+            block.register_forward_pre_hook(_note, with_kwargs=True)
+            mixer.register_forward_pre_hook(_begin, with_kwargs=True)
+            mixer.register_forward_hook(_end, always_call=True)
 
 
-def _begin(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    documents = kwargs.get("documents")
-    _running.set(None if documents is None else _Running(documents, block.longspan_layer))
+def _note(block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    # For blocks that do not hand it on. Hooks of a checkpointed block are not called again when it is recomputed.
+    for layer in block.children():
+        if hasattr(layer, "longspan_documents"):
+            layer.longspan_documents = kwargs.get("documents")
 
 
-def _end(block: Any, args: Any, output: Any) -> None:
+def _begin(mixer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    documents = kwargs.get("documents", mixer.longspan_documents)
+    running = None if documents is None else _Running(documents, getattr(mixer, "layer_idx", None))
+    _running.set(running)
+
+
+def _end(mixer: Any, args: Any, output: Any) -> None:
     _running.set(None)
 
 
