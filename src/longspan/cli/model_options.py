@@ -109,11 +109,34 @@ def opened(options: AnswererConfig, prompts: PromptConfig | None = None) -> Iter
     load = None
     if not options.is_remote:
         config, load = find_weights(config)
+    if config.serve is not None:
+        with _served(config, tokenizer) as served:
+            yield AskedModel(served, tokenizer, label)
+        return
     answerer = open_answerer(config, tokenizer=tokenizer, load=load)
     try:
         yield AskedModel(answerer, tokenizer, label)
     finally:
         answerer.close()
+
+
+@contextlib.contextmanager
+def _served(config: AnswererConfig, tokenizer: Tokenizer) -> Iterator[Answerer]:
+    """Start a server for a model, and stop it in the end."""
+    from longspan.core.errors import ArgumentError
+    from longspan.infer.serving import served
+    from longspan.models.hf import rope_settings
+    from longspan.models.places import OWN_FILE
+
+    if _is_checkpoint(config.model) or (Path(config.model) / OWN_FILE).is_file():
+        raise ArgumentError(
+            f"{config.model} is a {'checkpoint' if _is_checkpoint(config.model) else 'adapter'}, which no server reads",
+            fix="write it as a model folder with `longspan export`",
+        )
+    told = config.rope is not None or config.rope_theta is not None
+    rope = rope_settings(config.model, config.rope, config.rope_theta) if told else None
+    with served(config, tokenizer, rope) as answerer:
+        yield answerer
 
 
 def replicas_of(options: AnswererConfig) -> int:
@@ -234,7 +257,11 @@ def label_of(options: AnswererConfig) -> str:
     name = options.model.partition(":")[2] if options.is_remote else options.model
     if not name:
         raise ArgumentError("no model is named", found=repr(options.model), allowed=_model_kinds())
-    label = options.label or Path(name).absolute().name
+    label = options.label or Path(name).absolute().name.removesuffix(".gguf")
+    if options.kv_dtype is not None:
+        label += (
+            f"-kv-{options.kv_dtype}"  # what a smaller cache loses is not to be mixed with what the model can
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label):
         raise ArgumentError(
             "a label is part of a file name",

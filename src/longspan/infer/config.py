@@ -15,6 +15,7 @@ RUN_HERE = (
     "rope", "rope_theta", "dtype", "tp", "cp", "replicas", "schedule", "batch_tokens", "prefix_reuse"
 )  # fmt: skip
 """Settings of a model that is run here."""
+_NOT_SERVED = ("cp", "replicas", "schedule", "batch_tokens", "prefix_reuse")
 
 
 class AnswererConfig(Config):
@@ -50,6 +51,12 @@ class AnswererConfig(Config):
     """Tokens in one forward pass, at least one sample."""
     prefix_reuse: bool = True
     """Read what several prompts begin with once. Off: every prompt from its first token."""
+    serve: Literal["vllm", "sglang", "llama.cpp", "transformers"] | None = None
+    """Start this server for the model, ask it, and stop it in the end. None: the model is run here, or its name says
+    the server."""
+    kv_dtype: Literal["fp8", "q8_0", "q4_0"] | None = None
+    """Type of that server's KV cache: fp8 (vllm, sglang), q8_0, q4_0 (llama.cpp). It is part of the label. None: the
+    server's own."""
     server: ServerConfig | None = None
     """How the server is asked, as YAML, a YAML file or its address: base_url, trained_length, limits (concurrency,
     tokens_per_minute ...), budget, cache, extra, continue_final_message, key_variable, api_version."""
@@ -57,7 +64,7 @@ class AnswererConfig(Config):
     @pydantic.model_validator(mode="after")
     def _all_have_effect(self) -> Self:
         if self.is_remote:
-            if changed := changed_fields(self, RUN_HERE):
+            if changed := changed_fields(self, (*RUN_HERE, "serve", "kv_dtype")):
                 raise ValueError(
                     f"how a model runs behind a server is decided there: leave out {', '.join(changed)}"
                 )
@@ -66,6 +73,16 @@ class AnswererConfig(Config):
                     "continue_final_message has an effect in chats alone: completions go on with the text anyway"
                 )
             return self
+        if self.serve is not None:
+            if changed := changed_fields(self, _NOT_SERVED):
+                raise ValueError(
+                    f"a server that is started decides that itself: leave out {', '.join(changed)}"
+                )
+            if self.server is not None and self.server.base_url:
+                raise ValueError(f"serve {self.serve} starts a server of its own: leave out its address")
+            return self
+        if self.kv_dtype is not None:
+            raise ValueError("kv_dtype has an effect with serve alone: it is that server's cache")
         if self.server is not None:
             raise ValueError(
                 f"server and its address are for models behind a server ({', '.join(MODEL_NAMES)}); "

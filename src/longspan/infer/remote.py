@@ -72,6 +72,8 @@ class RemoteAnswerer:
         self._tokenizer, self._temperature = tokenizer, temperature
         self._explained: set[str] = set()
         self._reached = False
+        self.sends_ids = False
+        """Whether a prompt is sent as the ids of its request, for servers that take them."""
         self.identity = identify_endpoint(client.endpoint, trained_length)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
@@ -118,9 +120,12 @@ class RemoteAnswerer:
         begun = kind == "chat" and bool(messages) and messages[-1]["role"] == "assistant"
         # A server looks for stop texts in thoughts too, and whether a chat's model thinks may not be known.
         thinks = ("expected", "opened") if kind == "completions" else ("unknown", "expected", "opened")
+        text: str | list[int] = request.prompt
+        if self.sends_ids and request.prompt_ids is not None:
+            text = request.prompt_ids.tolist()
         return ChatRequest(
             messages=messages,
-            prompt=None if chats else request.prompt,
+            prompt=None if chats else text,
             max_tokens=request.max_new_tokens,
             temperature=self._temperature,
             stop=() if request.thinking in thinks else request.stop,

@@ -1,0 +1,297 @@
+"""Servers that an evaluation starts for itself: `--serve vllm` and the like start one, wait, and stop it in the end.
+
+    with served(config, tokenizer) as answerer:      flags fit the model, its RoPE, the length and the processes
+        answerer.generate(...)                       the server is gone afterwards, whatever happens
+
+What is started is one process group: it ends with the evaluation, on Ctrl-C, on SIGTERM and on failure. Its output goes
+to a log file, whose last lines are part of the message where it does not come up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import numpy as np
+
+from longspan.api import ServerConfig
+from longspan.core.errors import ArgumentError, ConfigError, RunError
+from longspan.core.files import sha256_bytes, sha256_file
+from longspan.core.log import get_logger
+from longspan.data.tokenizer import Tokenizer
+from longspan.infer.config import AnswererConfig
+from longspan.infer.remote import RemoteAnswerer, open_remote
+from longspan.infer.requests import Request
+
+READY_SECONDS = 1800.0
+"""Most seconds until a server answers: weights of hundreds of gigabytes are read first."""
+_POLL_SECONDS, _STOP_SECONDS = 0.1, 20.0
+_LAST_LINES = 12
+_GREETING = "One, two, three, four, five, six, seven,"
+_TRANSFORMERS = "from transformers.cli.transformers import main; main()"
+_log = get_logger("infer")
+
+Flags = Callable[[AnswererConfig, Mapping[str, Any] | None], list[str]]
+"""Settings, RoPE that is told -> flags, without host and port."""
+
+
+class Engine(NamedTuple):
+    """How a server is started."""
+
+    command: tuple[str, ...]
+    """Before the model's name, which the flags begin with."""
+    flags: Flags
+    package: str
+    """Whose version is recorded; empty: the command says it (--version)."""
+    kv_dtypes: tuple[str, ...] = ()
+    """Types that its KV cache can be told to have."""
+    takes_ids: bool = True
+    """Whether a prompt may be token ids, so that it is the same here and there."""
+
+
+def _vllm(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]:
+    flags = [config.model, "--enable-prefix-caching", "--tensor-parallel-size", str(config.tp)]
+    flags += _if("--max-model-len", config.max_length) + _if("--dtype", config.dtype)
+    flags += _if("--kv-cache-dtype", config.kv_dtype)
+    return flags + _if("--hf-overrides", _overrides(config, rope))
+
+
+def _sglang(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]:
+    flags = ["--model-path", config.model, "--tp", str(config.tp)]  # prefixes are kept by default
+    flags += _if("--context-length", config.max_length) + _if("--dtype", config.dtype)
+    flags += _if("--kv-cache-dtype", {"fp8": "fp8_e5m2"}.get(str(config.kv_dtype), config.kv_dtype))
+    return flags + _if("--json-model-override-args", _overrides(config, rope))
+
+
+def _llama_cpp(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]:
+    if not config.model.endswith(".gguf"):
+        raise ConfigError(
+            "llama.cpp reads one GGUF file", found=config.model, fix="name that file with --model"
+        )
+    flags = ["--model", config.model, "--parallel", "1"] + _if("--ctx-size", config.max_length)
+    if config.kv_dtype is not None:
+        flags += ["--cache-type-k", config.kv_dtype, "--cache-type-v", config.kv_dtype, "--flash-attn", "on"]
+    if rope is not None:
+        kind = str(rope.get("rope_type", "default"))
+        if kind not in ("default", "linear", "yarn"):
+            raise ConfigError("llama.cpp is told no such RoPE", found=kind, allowed="default, linear, yarn")
+        flags += ["--rope-scaling", {"default": "none"}.get(kind, kind)] + _if(
+            "--rope-scale", rope.get("factor")
+        )
+        flags += _if("--rope-freq-base", rope.get("rope_theta"))
+        flags += _if("--yarn-orig-ctx", rope.get("original_max_position_embeddings"))
+    return flags
+
+
+def _transformers(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]:
+    if rope is not None or config.tp > 1:
+        raise ConfigError(
+            "transformers serve takes no other RoPE and no --tp", fix="write the RoPE with `longspan export`"
+        )
+    return [config.model, *_if("--dtype", config.dtype)]
+
+
+ENGINES: Mapping[str, Engine] = {
+    "vllm": Engine(("vllm", "serve"), _vllm, "vllm", ("fp8",)),
+    "sglang": Engine((sys.executable, "-m", "sglang.launch_server"), _sglang, "sglang", ("fp8",)),
+    "llama.cpp": Engine(("llama-server",), _llama_cpp, "", ("q8_0", "q4_0")),
+    "transformers": Engine(
+        (sys.executable, "-c", _TRANSFORMERS, "serve"), _transformers, "transformers", takes_ids=False
+    ),
+}
+
+
+@contextlib.contextmanager
+def served(
+    config: AnswererConfig, tokenizer: Tokenizer, rope: Mapping[str, Any] | None = None
+) -> Iterator[RemoteAnswerer]:
+    """Start the server that `config.serve` names, wait until it answers, stop it in the end.
+
+    Its first request is checked before it is given out (`shake_hands`).
+
+    Args:
+        rope: RoPE that the server is to use instead of the model's own.
+
+    Raises:
+        ConfigError: the engine cannot do what is asked, or is not installed.
+        RunError: it ended, or did not answer in time.
+    """
+    engine = ENGINES[str(config.serve)]
+    if config.kv_dtype is not None and config.kv_dtype not in engine.kv_dtypes:
+        raise ConfigError(
+            f"{config.serve} has no such KV cache",
+            found=f"--kv-dtype {config.kv_dtype}",
+            allowed=engine.kv_dtypes or "none but its own",
+        )
+    flags = engine.flags(config, rope)
+    beside = str(Path(sys.executable).parent)
+    program = shutil.which(engine.command[0]) or shutil.which(engine.command[0], path=beside)
+    if program is None:
+        raise ConfigError(f"{config.serve} is not installed", found=f"no {engine.command[0]} on PATH")
+    command = [program, *engine.command[1:], *flags]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = Path(tempfile.mkdtemp(prefix="longspan-serve-")) / "log.txt"
+    _log.info("%s; its output: %s", " ".join(command), log)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        with _ended_by_sigterm():
+            _wait(process, f"http://127.0.0.1:{port}/health", log, name=str(config.serve))
+            base = config.server or ServerConfig()
+            server = base.model_copy(
+                update={"base_url": f"http://127.0.0.1:{port}/v1", "max_length": config.max_length}
+            )
+            answerer = open_remote(f"completions:{config.model}", server, tokenizer=tokenizer)
+            answerer.identity, answerer.sends_ids = (
+                _identity(config, engine, program, flags, rope),
+                engine.takes_ids,
+            )
+            with contextlib.closing(answerer):
+                shake_hands(answerer, tokenizer, name=str(config.serve))
+                yield answerer
+    finally:
+        _stop(process)
+
+
+def shake_hands(answerer: RemoteAnswerer, tokenizer: Tokenizer, *, name: str) -> None:
+    """Ask for one token and look at what comes back, so that a wrong server ends a job before it begins.
+
+    Whether given answers can be measured is logged, with the place of their log-probabilities.
+
+    Raises:
+        RunError: there is no answer, or the server counts other tokens.
+    """
+    ids = tokenizer.encode(_GREETING).astype(np.int64)
+    request = Request(prompt=_GREETING, prompt_ids=ids, max_new_tokens=1)
+    [(_, answer)] = answerer.generate([request])
+    if answer.error is not None:
+        raise RunError(f"{name} gave no answer to a first request", found=answer.error)
+    counted = answer.prompt_tokens or len(ids)
+    # A server that is sent text may begin it with a BOS.
+    if not len(ids) <= counted <= len(ids) + (not answerer.sends_ids):
+        raise RunError(
+            f"{name} counts other tokens than the tokenizer here",
+            found=f"{counted} in a prompt of {len(ids)}",
+            fix="name the server's tokenizer with --tokenizer",
+        )
+    try:
+        [(_, measured)] = answerer.score([request._replace(prompt_ids=ids[:-2], answer_ids=ids[-2:])])
+        told = measured.error or "given answers can be measured"
+    except ArgumentError as error:
+        told = str(error).split("\n")[0]
+    _log.info("%s answers in %.2f s; %s", name, answer.seconds, told)
+
+
+def _wait(process: subprocess.Popen[bytes], address: str, log: Path, *, name: str) -> None:
+    ends = time.monotonic() + READY_SECONDS
+    while time.monotonic() < ends:
+        if process.poll() is not None:
+            raise RunError(
+                f"{name} ended before it answered (exit code {process.returncode})", found=_tail(log)
+            )
+        try:
+            with urlopen(address, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (URLError, OSError):
+            pass
+        time.sleep(_POLL_SECONDS)
+    raise RunError(f"{name} did not answer within {READY_SECONDS:,.0f} s", found=_tail(log))
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started, gently first."""
+    for number, seconds in ((signal.SIGTERM, _STOP_SECONDS), (signal.SIGKILL, _STOP_SECONDS)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)  # workers of its group may outlive it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into the exception of Ctrl-C, so that what was started is stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _identity(
+    config: AnswererConfig, engine: Engine, program: str, flags: list[str], rope: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    path = Path(config.model)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    parts = [sha256_file(file) for file in files] or [config.model]
+    own = path / "config.json"
+    said = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    text = said.get("text_config", said)
+    used = rope or text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return {
+        "path": config.model,
+        "fingerprint": sha256_bytes(" ".join([*parts, json.dumps(used, sort_keys=True)]).encode())[:16],
+        "rope": dict(used),
+        "trained_length": text.get("max_position_embeddings"),
+        "backend": str(config.serve),
+        "version": _version(engine, program),
+        "flags": [flag for flag in flags if flag != config.model],
+        "kv_dtype": config.kv_dtype or "auto",
+    }
+
+
+def _version(engine: Engine, program: str) -> str:
+    if engine.package:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(engine.package)
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (done.stdout + done.stderr).strip().split("\n")[0] or "unknown"
+
+
+def _overrides(config: AnswererConfig, rope: Mapping[str, Any] | None) -> str | None:
+    """Return what a server is told of the model's config; None: it reads all in the folder."""
+    told: dict[str, Any] = {} if rope is None else {"rope_parameters": dict(rope)}
+    if rope is not None and config.max_length is not None:
+        told["max_position_embeddings"] = int(config.max_length)
+    return json.dumps(told) if told else None
+
+
+def _if(flag: str, value: object) -> list[str]:
+    return [] if value is None else [flag, str(value)]
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
