@@ -180,6 +180,8 @@ def test_records_hold_thoughts_apart_and_count_what_was_cut(tokenizer: Tokenizer
     model = Thinking(tokenizer)
     first = run_task(task, model, tokenizer=tokenizer, label="a", out=tmp_path / "a.jsonl")
     assert (first["mean"], first["no_answer"]) == (0.0, {})
+    cost = len(tokenizer.encode("48213?"))
+    assert first["thoughts"] == {"samples": 2, "tokens": 2 * cost, "most": cost}
     header, samples, _ = read_records(tmp_path / "a.jsonl")
     assert header["params"]["max_new_tokens"] == 500 == model.seen[0].max_new_tokens
     assert {(each["output"], each["thoughts"], each["finish"]) for each in samples} == {

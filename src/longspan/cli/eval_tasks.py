@@ -71,6 +71,8 @@ def command_of(entry: TaskEntry) -> FromSettings:
             print_json(summary)
         else:
             print_scores(summary)
+            if thoughts := summary.get("thoughts"):
+                print_table("thoughts, which are not scored", tuple(thoughts), [list(thoughts.values())])
 
     evaluate.__name__, evaluate.__doc__ = entry.name, entry.title
     settings = Part(entry.config)

@@ -30,7 +30,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.registry import entry_of
 from longspan.eval.scorers import Scorer, scorer_named
-from longspan.eval.summaries import clustered, count_no_answer, mean_score
+from longspan.eval.summaries import clustered, cost_of_thoughts, count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, copies_of, no_answer
 
@@ -79,8 +79,8 @@ def run_task(
     Returns:
         task, label, records (the path), samples, scored, unscored (reason -> count), no_answer (the same of scored
         samples whose answer is empty: cut while thinking, ...), mean, interval (95 %), interval_by_cluster where
-        samples share texts (`registry.TaskEntry.cluster`), samples_per_s of this call, and the
-        task's own numbers (`Task.summary`).
+        samples share texts (`registry.TaskEntry.cluster`), thoughts (samples with such, their tokens, the most of
+        one) where the model thought, samples_per_s of this call, and the task's own numbers (`Task.summary`).
 
     Raises:
         ConfigError: `out` holds an evaluation with other settings; or samples are too long for the model.
@@ -105,12 +105,18 @@ def run_task(
 
     def ask(missing: Sequence[_PendingSample], writer: RecordsWriter, bar: Progress) -> None:
         for part in _parts(missing, copies_of(answerer)):
-            _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar)
+            _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar, tokenizer=tokenizer)
 
     summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored)
     entry = entry_of(task.name)
     by_cluster = clustered(records, "" if entry is None else entry.cluster)
-    return {**summary, **mean_score(records), **by_cluster, **task.summary(records)}
+    return {
+        **summary,
+        **mean_score(records),
+        **by_cluster,
+        **cost_of_thoughts(records),
+        **task.summary(records),
+    }
 
 
 class Fillable(Protocol):
@@ -253,6 +259,7 @@ def _run_part(
     scorer: Scorer,
     writer: RecordsWriter,
     bar: Progress,
+    tokenizer: Tokenizer,
 ) -> None:
     """Compose a part of the samples, ask for the answers, and write each as it comes."""
     asked: list[tuple[_PendingSample, Built]] = []
@@ -276,7 +283,10 @@ def _run_part(
         answers = answerer.score(requests) if teacher_forced else answerer.generate(requests)
         for index, answer in answers:
             sample, built = asked[index]
-            writer.write(_answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced))
+            record = _answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced)
+            if answer.thoughts:
+                record["thought_tokens"] = len(tokenizer.encode(answer.thoughts))
+            writer.write(record)
             answered(sample.planned.tokens)
 
 

@@ -31,6 +31,14 @@ def clustered(samples: Iterable[Mapping[str, Any]], field: str) -> dict[str, Any
     return {"interval_by_cluster": clustered_interval(scores, [sample[field] for sample in scored])}
 
 
+def cost_of_thoughts(samples: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `thoughts`: samples that have such, their tokens and the most of one; empty where no model thought."""
+    tokens = [int(sample["thought_tokens"]) for sample in samples if sample.get("thought_tokens")]
+    return (
+        {"thoughts": {"samples": len(tokens), "tokens": sum(tokens), "most": max(tokens)}} if tokens else {}
+    )
+
+
 def count_no_answer(samples: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Return how many scored samples have an empty answer, by why that is; they count as wrong in every mean."""
     return dict(Counter(sample["no_answer"] for sample in samples if sample.get("no_answer")))

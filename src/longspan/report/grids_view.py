@@ -178,4 +178,5 @@ def _head(layout: Layout, place: Any, grids: Mapping[str, Grid], own: Mapping[st
 
 def _aside(tally: Tally) -> str:
     lost = lost_text(tally)
-    return f"{tally.scored:,} scored" + (f", {lost}" if lost else "")
+    thoughts = f", {tally.thought_tokens:,} tokens of thoughts" if tally.thought_tokens else ""
+    return f"{tally.scored:,} scored{thoughts}" + (f", {lost}" if lost else "")

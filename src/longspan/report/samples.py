@@ -14,7 +14,7 @@ from longspan.report.layouts import Layout
 Place = float | int | str
 """A value on an axis."""
 _TEXTS = ("sample", "question", "output", "dataset", "subtask", "metric", "finish", "thoughts", "no_answer")
-_COUNTS = ("achieved_length", "num_topics", "prompt_tokens", "completion_tokens")
+_COUNTS = ("achieved_length", "num_topics", "prompt_tokens", "completion_tokens", "thought_tokens")
 _NUMBERS = ("achieved_depth", "seconds", "cost")
 
 
@@ -49,6 +49,7 @@ class ScoredSample(NamedTuple):
     """How a generated answer ended: stop, length."""
     thoughts: str = ""
     """What the model wrote before its answer; it has no part in the score."""
+    thought_tokens: int | None = None
     no_answer: str = ""
     """Why an answer that is scored is empty, such as `cut while thinking`."""
     cluster: str = ""

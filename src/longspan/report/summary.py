@@ -27,8 +27,8 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
     confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
     place and why), no_answer (scored samples with an empty answer, by reason), confidence_by_cluster (the interval that
-    takes samples on one text for dependent), and of labels after the first `difference` from it, paired by question
-    (value, confidence, pairs). mean, confidence, scored and unscored
+    takes samples on one text for dependent), thought_tokens (of all thoughts), and of labels after the first
+    `difference` from it, paired by question (value, confidence, pairs). mean, confidence, scored and unscored
     are over all lengths, also those beyond the trained one.
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
@@ -125,6 +125,7 @@ def _tally_summary(tally: Tally) -> dict[str, Any]:
         "scored": tally.scored,
         "unscored": tally.unscored,
         "no_answer": dict(tally.no_answer),
+        "thought_tokens": tally.thought_tokens,
     }
 
 

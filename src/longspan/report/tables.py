@@ -46,6 +46,8 @@ class Tally:
     scores: list[float] = field(default_factory=list)
     clusters: list[str] = field(default_factory=list)
     """Of each score the text that it shares with others; empty: its own."""
+    thought_tokens: int = 0
+    """Tokens of all thoughts."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Samples without a score, by reason."""
     no_answer: Counter[str] = field(default_factory=Counter)
@@ -58,6 +60,7 @@ class Tally:
         else:
             self.scores.append(sample.score)
             self.clusters.append(sample.cluster)
+            self.thought_tokens += sample.thought_tokens or 0
             if sample.no_answer:
                 self.no_answer[sample.no_answer] += 1
 
