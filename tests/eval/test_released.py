@@ -517,6 +517,62 @@ def test_helmet_long_qa(tmp_path, tokenizer, model_info):
         assert request.prompt.endswith("\n\nAnswer:")
 
 
+def test_helmet_re_ranking(tmp_path, tokenizer, model_info):
+    """A ranking is scored by the labels of its first ten passages; what is shown are other questions than the asked."""
+
+    def row(number, passages):
+        texts = [{"id": str(10 * number + n), "text": f"text {n}", "label": n % 3} for n in range(passages)]
+        return {"qid": f"q{number}", "query": f"query {number}", "ctxs": texts}
+
+    write_lines(tmp_path / "msmarco/test_reranking_data_k50_dep3.jsonl", [row(n, 6) for n in range(3)])
+    write_lines(tmp_path / "msmarco/test_reranking_data_k10_dep3.jsonl", [row(n, 3) for n in (*range(3), 7)])
+    task = helmet_task(tmp_path, "rerank", (), tokenizer)
+    first = task.build(task.plan()[0])
+    assert first.expected == ["2 > 5 > 1 > 4 > 0 > 3"] and first.fields["relevant"] == {
+        "1": 1,
+        "2": 2,
+        "4": 1,
+        "5": 2,
+    }
+    prompt = first.request.prompt
+    assert prompt.count("\nRanking: ") == 3 and prompt.endswith(
+        "[ID: 5] Document: text 5\n\nQuery: query 0\nRanking:"
+    )
+    assert prompt.count("Query: query 0") == 1
+    score = scorer_named("helmet_ndcg_10").score
+    assert score(first.expected, "Ranking: [ID2] > ID: 5 > 1 > 4", first.fields) == pytest.approx(1.0)
+    gains = [1, 0, 2, 1, 2]  # of 1 > 0 > 2 > 4 > 5, by hand
+    ideal = 2 + 2 / np.log2(3) + 1 / 2 + 1 / np.log2(5)
+    found = sum(gain / np.log2(place + 2) for place, gain in enumerate(gains))
+    assert score(first.expected, "7. So: 1 > 0 > 2 > 4 > 1 > 5 > 99", first.fields) == pytest.approx(
+        found / ideal
+    )
+    assert score(first.expected, "none", first.fields) == 0.0
+
+
+def test_helmet_summaries(tmp_path, tokenizer, model_info, monkeypatch):
+    """A book's own summary among the examples, or a lawsuit without one, would be another question than HELMET's."""
+    book = {"input": "", "options": []}
+    books = [{**book, "id": n, "context": f"Book {n}. " * 9, "answer": [f" sum {n} "]} for n in range(4)]
+    write_lines(tmp_path / "infinitebench/longbook_sum_eng.jsonl", books)
+    suits = [
+        {"sources": ["Ada sued. ", "Bob paid. "], "summary/short": short}
+        for short in ("A case.", None, "B case.")
+    ]
+    write_lines(tmp_path / "multi_lexsum/validation.jsonl", suits)
+    write_lines(tmp_path / "multi_lexsum/train.jsonl", suits)
+    monkeypatch.setattr(helmet, "_LONG", 3)
+    task = helmet_task(tmp_path, "summ", (), tokenizer)
+    built = {p.key[1:]: task.build(p) for p in task.plan()}
+    assert [key[0] for key in built] == ["infbench_sum"] * 4 + ["multi_lexsum"] * 2
+    for (name, _), each in built.items():
+        shown = each.request.prompt
+        assert shown.count("Summary:") == 3
+        assert name == "multi_lexsum" or each.expected[0].strip() not in shown.split("Now")[0]
+    last = built["multi_lexsum", 0].request.prompt
+    assert "Legal documents:\nAda sued. \n\nBob paid. \n\nNow please summarize the case.\n\nSummary:" in last
+
+
 def test_helmet_metrics_by_eye():
     """Without the label of the prompt, a later "Answer:" of an output that goes on would be taken."""
     fields = {"label": "Answer:", "label_in_prompt": "Answer:"}

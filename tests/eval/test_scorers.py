@@ -29,7 +29,7 @@ LISTS: dict[str, tuple[list[str], str]] = {
     "graphwalks_f1": (["a1", "b2"], "Final Answer: [a1, b2]"),
 }
 """Rules for a list of a certain form, and a perfect answer."""
-OF_PROBLEMS = ("longproc", "longproc_partial")
+OF_PROBLEMS = ("longproc", "longproc_partial", "helmet_ndcg_10")
 """Rules that need a problem beside the texts: tests/eval/test_longproc.py."""
 HERE = sorted(set(SCORERS) - {*NEEDS_JIEBA, *OF_PROBLEMS})
 

@@ -26,7 +26,7 @@ EXAMPLE = example(
 RELEASES = {
     "long-llm": ("longbench", "infbench", "longeval", "mmlu", "needle"),
     "fu-2024": ("infbench",),
-    "helmet": ("recall", "rag", "icl", "longqa", "ruler"),
+    "helmet": ("recall", "rag", "rerank", "icl", "longqa", "summ", "ruler"),
 }
 """Collections that are read from their released files, and what is read of each."""
 

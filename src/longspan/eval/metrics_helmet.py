@@ -7,6 +7,7 @@ output first; otherwise a later "Answer:" of an output that goes on with questio
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -72,3 +73,22 @@ def choice(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> f
 
 def _normalised(text: str) -> str:
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def ndcg_10(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    """Return NDCG at 10 of the ranking in an output, as trec_eval has it: gains as they are, log2 discounts.
+
+    A ranking is the longest run of `3 > 1 > 2`; brackets, colons and "ID" are no part of it. `fields` holds `relevant`,
+    the labels above 0 by ID.
+    """
+    labels: Mapping[str, int] = fields.get("relevant") or {}
+    plain = re.sub(r"[\[\]:]", "", output).lower().replace("id", "")
+    runs = [found.group(0) for found in re.finditer(r"(\d+)(?:\s*>\s*(\d+))*", plain)]
+    ids = dict.fromkeys(number.strip() for number in max(runs, key=len, default="").split(">"))
+    gained = _discounted([labels.get(id_, 0) for id_ in ids])
+    best = _discounted(sorted(labels.values(), reverse=True))
+    return gained / best if best else 0.0
+
+
+def _discounted(gains: Sequence[int]) -> float:
+    return sum(gain / math.log2(place + 2) for place, gain in enumerate(gains[:10]))

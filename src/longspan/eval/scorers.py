@@ -185,6 +185,7 @@ _RULES = (
     Scorer("helmet_f1", 1, _labelled(helmet.f1), "HELMET: F-measure of words"),
     Scorer("helmet_rouge_l", 1, _labelled(partial(metrics.rouge_l, stemmed=True)), "HELMET: rouge-l F"),
     Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
+    Scorer("helmet_ndcg_10", 1, helmet.ndcg_10, "HELMET: NDCG at 10 of the ranking"),
     Scorer("mrcr_ratio", 1, _mrcr_ratio, "MRCR: difflib's ratio behind the drawn string, else 0"),
     Scorer("graphwalks_f1", 1, _all(metrics.graphwalks_f1), "GraphWalks: F-measure of nodes in the last line"),
     Scorer("contains_exactly", 1, _best(metrics.contains_exactly), "NoLiMa: the value stands in it as it is written"),

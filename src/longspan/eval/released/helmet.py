@@ -1,17 +1,18 @@
-"""HELMET's released folders: recall, RULER, RAG, and ICL and long QA from the data sets that it reads.
+"""HELMET's released folders: recall, RULER, RAG, re-ranking; ICL, long QA, summaries from the data sets it reads.
 
     ROOT/json_kv/test_k1800_dep6.jsonl                     context, question, answer, demos, num_kvs
     ROOT/ruler/niah_multikey_2/validation_131072.jsonl     context, query, type_needle_v, answer or outputs
     ROOT/kilt/nq-dev-multikilt_1000_k1000_dep6.jsonl       question, answers, ctxs (title, text); demos beside it
     ROOT/trec/train.jsonl, test.jsonl                      text, coarse_label, fine_label; others likewise
-    ROOT/infinitebench/longbook_qa_eng.jsonl, ROOT/narrativeqa/test.jsonl
+    ROOT/msmarco/test_reranking_data_k1000_dep3.jsonl      qid, query, ctxs (id, text, label)
+    ROOT/infinitebench/longbook_qa_eng.jsonl, ROOT/narrativeqa/test.jsonl, ROOT/multi_lexsum/validation.jsonl
 
 Which questions are asked, which examples stand before them and how labels are renamed is drawn as HELMET draws
 it (seed 42, SHA-256 of the question, the orders of `datasets` and `random`), so questions and prompts are those of
 its published runs; templates, sizes and metrics are data (helmet.yaml). Different here: contexts are cut by
 the model's tokenizer where HELMET takes Llama-2's, and answers do not end at a new line, which HELMET's
-configurations ask for by a name that it does not know. Re-ranking, citations and summaries need judges or
-packages that are not here, and are left out.
+configurations ask for by a name that it does not know. Summaries are scored by ROUGE-L until a judge
+scores them. Citations are left out: their score needs a model of entailment.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from longspan.eval.released.longllm import read_settings
 from longspan.eval.released.rows import Rows, find_rows, texts_of
 from longspan.eval.released.sets import Question, Rule
 
-CATEGORIES = ("recall", "rag", "icl", "longqa", "ruler")
+CATEGORIES = ("recall", "rag", "rerank", "icl", "longqa", "summ", "ruler")
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 SEED = 42
+_LONG = 65536
 _PASSAGE = "Document (Title: {title}): {text}"
 _OMITTED = " ... [the rest of the text is omitted]"
 
@@ -60,7 +62,13 @@ def open_sets(
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ArgumentError(f"{category} has no such set", found=", ".join(unknown), allowed=list(known))
-    kinds = {"json_kv": JsonKV, "rag": Rag, "icl": Icl, "narrativeqa": NarrativeQA, "longqa": InfiniteQA}
+    kinds: dict[str, type[HelmetSet]] = {"json_kv": JsonKV, "rag": Rag, "rerank": Rerank, "icl": Icl}
+    kinds |= {
+        "narrativeqa": NarrativeQA,
+        "longqa": InfiniteQA,
+        "multi_lexsum": LexSum,
+        "summ": InfiniteSummary,
+    }
     sets = []
     for name in names or known:
         kind = kinds.get(name) or kinds.get(category) or HelmetRuler
@@ -94,7 +102,7 @@ class HelmetSet:
             settings["max_new_tokens"],
             max_length=length - settings["max_new_tokens"],
             cut="end of context",
-            omitted=_OMITTED if category == "longqa" else "",
+            omitted=_OMITTED if category in ("longqa", "summ") else "",
         )
         self._open()
 
@@ -119,6 +127,7 @@ class HelmetSet:
         fields = {"label": label, "label_in_prompt": "" if chat else label, "question": values["question"]}
         if not self._settings["metric"].startswith("helmet_"):
             fields = {"question": values["question"]}
+        fields |= self._more(self._chosen[number])
         return Question(template, values, expected, fields)
 
     def _open(self) -> None:
@@ -134,6 +143,10 @@ class HelmetSet:
     def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
         """Return the template's values and the expected answers of a row."""
         raise AssertionError  # each kind of set has its own
+
+    def _more(self, place: int) -> dict[str, Any]:
+        """Return what else the metric needs of a row."""
+        return {}
 
 
 class JsonKV(HelmetSet):
@@ -200,6 +213,42 @@ class Rag(HelmetSet):
             if len(shown) == self._shots:
                 break
         return list(shown.values())
+
+
+class Rerank(HelmetSet):
+    """Passages to be put in the order of their relevance; two questions with ten passages each stand first."""
+
+    def _open(self) -> None:
+        self._rows, demos = self._file("file"), self._file("demo_file").load()
+        ids = [self._rows.field(place, "qid") for place in range(len(self._rows))]
+        different = sorted(set(ids))
+        drawn = set(random.Random(SEED).sample(different, min(self._settings["max_samples"], len(different))))
+        self._chosen = [place for place, id_ in enumerate(ids) if id_ in drawn]
+        others = [demo for demo in demos if demo["qid"] not in drawn]
+        # As published: those of all that are asked go if enough are left, else that of the question alone.
+        self._whole = len(demos) <= 2 * len(self._chosen)
+        self._demos = list(demos) if self._whole else others
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        query, own = self._rows.field(place, "query"), self._rows.field(place, "qid")
+        demos = [demo for demo in self._demos if demo["qid"] != own] if self._whole else self._demos
+        shown: dict[str, dict[str, Any]] = {}
+        for number in shuffled(len(demos), seed_of(own)):
+            shown.setdefault(demos[number]["qid"], demos[number])
+            if len(shown) == self._shots:
+                break
+        texts = [
+            f"{_ranked(demo['ctxs'])}\n\nQuery: {demo['query']}\nRanking: {_ranking(demo['ctxs'])}\n\n"
+            for demo in shown.values()
+        ]
+        passages = self._rows.field(place, "ctxs")
+        values = {"context": _ranked(passages), "question": query, "demos": "".join(texts)}
+        return values, [_ranking(passages)]
+
+    def _more(self, place: int) -> dict[str, Any]:
+        return {
+            "relevant": {each["id"]: each["label"] for each in self._rows[place]["ctxs"] if each["label"]}
+        }
 
 
 class Icl(HelmetSet):
@@ -296,6 +345,41 @@ class InfiniteQA(HelmetSet):
         return {"question": question, "options": "\n".join(lines)}, [letter, f"{letter}. {answers[0]}"]
 
 
+class InfiniteSummary(InfiniteQA):
+    """InfiniteBench's novels, to be summarised; summaries of others stand first."""
+
+    def _demo(self, place: int) -> str:
+        return f"[story text]\nSummary: {texts_of(self._rows.field(place, 'answer'))[0].strip()}"
+
+
+class LexSum(HelmetSet):
+    """The documents of lawsuits, to be summarised: those of at least 65,536 tokens, with two summaries before them."""
+
+    def _open(self) -> None:
+        self._rows, train = self._file("file"), self._file("demo_file")
+        self._summaries = [row["summary/short"] for row in train if row["summary/short"] is not None]
+        asked = [
+            place
+            for place, row in enumerate(self._rows)
+            if row["summary/short"] is not None and len(self._tokenizer.encode(_lawsuit(row))) >= _LONG
+        ]
+        most = self._settings["max_samples"]
+        if len(asked) > most:
+            asked = [asked[number] for number in shuffled(len(asked), SEED)[:most]]
+        self._chosen = asked
+
+    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
+        row = self._rows[place]
+        # HELMET draws these without a seed; here they are the same for a question every time.
+        drawn = shuffled(len(self._summaries), seed_of(row["summary/short"]))[: self._shots]
+        shown = "\n\n".join(f"Summary: {self._summaries[number]}" for number in drawn)
+        if drawn:
+            shown = (
+                f"Example summaries:\n\n{shown}\n\nNow, write a summary of the following legal documents.\n"
+            )
+        return {"context": _lawsuit(row), "question": "", "demos": shown}, [row["summary/short"]]
+
+
 class NarrativeQA(HelmetSet):
     """Questions on whole novels and scripts, those of at least 131,072 tokens."""
 
@@ -324,6 +408,23 @@ class NarrativeQA(HelmetSet):
             demos = f"For example:\n\n{demos}\n\nNow, use the following story to answer the question:\n\n"
         values = {"context": self._story(place), "question": row["question"]["text"], "demos": demos}
         return values, [answer["text"] for answer in row["answers"]]
+
+
+def _lawsuit(row: dict[str, Any]) -> str:
+    return "\n\n".join(row["sources"])
+
+
+def _ranking(passages: Sequence[dict[str, Any]]) -> str:
+    return " > ".join(each["id"] for each in sorted(passages, key=lambda each: each["label"], reverse=True))
+
+
+def _ranked(passages: Sequence[dict[str, Any]]) -> str:
+    titled = "title" in passages[0]
+    heads = (f"(Title: {each['title']})" if titled else "" for each in passages)
+    return "\n\n".join(
+        f"[ID: {each['id']}] Document{f' {head}' if head else ''}: {each['text']}"
+        for head, each in zip(heads, passages)
+    )
 
 
 def _passages(passages: Sequence[dict[str, str]]) -> str:
