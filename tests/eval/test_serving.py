@@ -17,7 +17,7 @@ from longspan.core.errors import ConfigError, RunError
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.config import AnswererConfig
 from longspan.infer.requests import Request
-from longspan.infer.serving import ENGINES, served
+from longspan.infer.serving import PROGRAMS, served
 from tests.patience import PATIENCE_SECONDS
 
 PROGRAM = """#!{python}
@@ -151,16 +151,18 @@ def test_flags_of_the_others(tmp_path: Path) -> None:
     """Each has its own words for length, cache and RoPE; what it cannot be told is refused."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
     gguf = AnswererConfig(model="m.gguf", serve="llama.cpp", max_length=32768, kv_dtype="q8_0")
-    assert " ".join(ENGINES["llama.cpp"].flags(gguf, yarn)) == (
+    assert " ".join(PROGRAMS["llama.cpp"].flags(gguf, yarn)) == (
         "--model m.gguf --parallel 1 --ctx-size 32768 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on "
         "--rope-scaling yarn --rope-scale 4.0 --rope-freq-base 500000.0 --yarn-orig-ctx 8192"
     )
     plain = AnswererConfig(model="m", serve="sglang", kv_dtype="fp8")
-    assert " ".join(ENGINES["sglang"].flags(plain, None)) == "--model-path m --tp 1 --kv-cache-dtype fp8_e5m2"
+    assert (
+        " ".join(PROGRAMS["sglang"].flags(plain, None)) == "--model-path m --tp 1 --kv-cache-dtype fp8_e5m2"
+    )
     with pytest.raises(ConfigError, match="one GGUF file"):
-        ENGINES["llama.cpp"].flags(AnswererConfig(model="m", serve="llama.cpp"), None)
+        PROGRAMS["llama.cpp"].flags(AnswererConfig(model="m", serve="llama.cpp"), None)
     with pytest.raises(ConfigError, match="takes no other RoPE"):
-        ENGINES["transformers"].flags(AnswererConfig(model="m", serve="transformers"), yarn)
+        PROGRAMS["transformers"].flags(AnswererConfig(model="m", serve="transformers"), yarn)
     for values, message in (
         ({"model": "openai:m", "serve": "vllm"}, "leave out serve"),
         ({"model": "m", "serve": "vllm", "cp": 2}, "leave out cp"),

@@ -50,7 +50,7 @@ Flags = Callable[[AnswererConfig, Mapping[str, Any] | None], list[str]]
 """Settings, RoPE that is told -> flags, without host and port."""
 
 
-class Engine(NamedTuple):
+class ServerProgram(NamedTuple):
     """How a server is started."""
 
     command: tuple[str, ...]
@@ -106,11 +106,11 @@ def _transformers(config: AnswererConfig, rope: Mapping[str, Any] | None) -> lis
     return [config.model, *_if("--dtype", config.dtype)]
 
 
-ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine(("vllm", "serve"), _vllm, "vllm", ("fp8",)),
-    "sglang": Engine((sys.executable, "-m", "sglang.launch_server"), _sglang, "sglang", ("fp8",)),
-    "llama.cpp": Engine(("llama-server",), _llama_cpp, "", ("q8_0", "q4_0")),
-    "transformers": Engine(
+PROGRAMS: Mapping[str, ServerProgram] = {
+    "vllm": ServerProgram(("vllm", "serve"), _vllm, "vllm", ("fp8",)),
+    "sglang": ServerProgram((sys.executable, "-m", "sglang.launch_server"), _sglang, "sglang", ("fp8",)),
+    "llama.cpp": ServerProgram(("llama-server",), _llama_cpp, "", ("q8_0", "q4_0")),
+    "transformers": ServerProgram(
         (sys.executable, "-c", _TRANSFORMERS, "serve"), _transformers, "transformers", takes_ids=False
     ),
 }
@@ -131,7 +131,7 @@ def served(
         ConfigError: the engine cannot do what is asked, or is not installed.
         RunError: it ended, or did not answer in time.
     """
-    engine = ENGINES[str(config.serve)]
+    engine = PROGRAMS[str(config.serve)]
     if config.kv_dtype is not None and config.kv_dtype not in engine.kv_dtypes:
         raise ConfigError(
             f"{config.serve} has no such KV cache",
@@ -249,7 +249,11 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _identity(
-    config: AnswererConfig, engine: Engine, program: str, flags: list[str], rope: Mapping[str, Any] | None
+    config: AnswererConfig,
+    engine: ServerProgram,
+    program: str,
+    flags: list[str],
+    rope: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     path = Path(config.model)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -270,7 +274,7 @@ def _identity(
     }
 
 
-def _version(engine: Engine, program: str) -> str:
+def _version(engine: ServerProgram, program: str) -> str:
     if engine.package:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(engine.package)
