@@ -71,7 +71,7 @@ class StreamConfig(Config):
     begin_with_user: bool = False
     """Leave out the first turn of conversations in `records` that is not the user's, such as a system turn."""
     conversations: ChatConfig = ChatConfig()
-    """What is learnt of the conversations in `records`, and what becomes of parts that are no text."""
+    """What is learnt of the conversations in `records`, and what becomes of what does not fit."""
     shuffle: bool = True
     """Rows are read in random order, another one in each epoch. false: in the order in which they stand, always."""
     document_mask: bool | None = None

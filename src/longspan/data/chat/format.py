@@ -40,6 +40,7 @@ from longspan.data.chat.messages import (
 from longspan.data.chat.points import MarkedText, Pointer, read
 from longspan.data.chat.stored import Stored, rewritten
 from longspan.data.chat.template import DATE, Template, find_template
+from longspan.data.chat.too_long import fitted, shortened
 from longspan.data.chat.true_prefixes import encode_tree
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ class ChatFormat:
         special: texts of bos_token, eos_token and the like, for the template to write. None: those of the
             tokenizer.
         begin_with_user: leave out the first turn where it is not the user's, such as a system turn, and count it.
-        config: what is learnt, and what becomes of parts that are no text.
+        config: what is learnt, and what becomes of what does not fit.
 
     Raises:
         DataError: the template is not valid or fails; or it has no `{% generation %}` blocks and rewrites contents,
@@ -87,11 +88,12 @@ class ChatFormat:
         self.begin_with_user = begin_with_user
         """Whether a first turn that is not the user's is left out."""
         self.config = ChatConfig() if config is None else config
-        """What is learnt, and what becomes of parts that are no text."""
+        """What is learnt, and what becomes of what does not fit."""
         self._special = dict(special_texts(tokenizer) if special is None else special)
         self.template = template
         """The Jinja text."""
         self._template = Template(template, self._special)
+        self._tokenizer = tokenizer
         self._encoder = MarkedEncoder(tokenizer)
         self._pointer = Pointer(
             self._encoder.guard, self._template.names, self._template.texts, self._encoder.special.search
@@ -140,14 +142,41 @@ class ChatFormat:
         return ChatTokens(encoded.ids, encoded.mask)
 
     def encode_record(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Encoded:
-        """Return ids and mask of a conversation, and notes of what the template left out; see `encode`."""
+        """Return ids and mask of a conversation, and notes of what the template left out; see `encode`.
+
+        Raises:
+            MessagesError: `too_long: split` makes several of it.
+        """
+        encoded = self.encode_all(messages, variables)
+        if len(encoded) > 1:
+            raise MessagesError("the conversation is split: `encode_all` returns what it becomes")
+        return encoded[0]
+
+    def encode_all(self, messages: Any, variables: Mapping[str, Any] | None = None) -> list[Encoded]:
+        """Return what a record becomes: one encoded conversation, or several where a long one is split.
+
+        Raises:
+            MessagesError: this conversation cannot be used, others may.
+        """
         turns, values, notes = self.read(messages, variables)
-        if self.config.true_prefixes:
-            answers = learnt_turns(turns, self.config.train_turns)
-            encoded = encode_tree(self, turns, values, [n for n, turn in enumerate(answers) if turn.learnt])
-        else:
-            encoded = self.encode_turns(turns, values)
-        return encoded._replace(notes=notes + encoded.notes)
+        config = self.config
+        if config.truncate_tool_results is not None:
+            turns, more = shortened(turns, self._tokenizer, config.truncate_tool_results)
+            notes += more
+
+        def encode(some: list[Message]) -> Encoded:
+            if not config.true_prefixes:
+                return self.encode_turns(some, values)
+            answers = learnt_turns(some, config.train_turns)
+            return encode_tree(self, some, values, [n for n, turn in enumerate(answers) if turn.learnt])
+
+        encoded = [encode(turns)]
+        if config.max_tokens is not None and len(encoded[0].ids) > config.max_tokens:
+            encoded = fitted(
+                turns, encode, max_tokens=config.max_tokens, too_long=config.too_long, whole=encoded[0]
+            )
+        encoded[0] = encoded[0]._replace(notes=notes + encoded[0].notes)
+        return encoded
 
     def read(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Stored:
         """Return a conversation in the one form that templates are given, whichever it is stored in.

@@ -110,6 +110,15 @@ def token_weights(
     return np.where(first < np.maximum(ends, starts + 1), weight[first], 1).astype(np.uint8)
 
 
+class _Tokens(NamedTuple):
+    """A document of the store."""
+
+    ids: NDArray[Any]
+    mask: NDArray[np.uint8] | None = None
+    parts: NDArray[np.uint32] | None = None
+    """Where it branches; see `TokenStoreWriter.add`."""
+
+
 class _Encoder:
     """Encodes the documents of one unit and counts what is left out."""
 
@@ -135,39 +144,40 @@ class _Encoder:
             if not sampling.wants(document.source) or not sampling.may_take(key, size, len(document.text)):
                 return
         try:
-            ids, mask, parts = self._ids_and_mask(document, utf8)
+            encoded = self._encoded(document, utf8)
         except SkippedRecordError as error:
             self._skip(document, error.kind, str(error))
             return
-        if not len(ids):
+        if not any(len(each.ids) for each in encoded):
             self._skip(document, "empty_documents", "no token")
             return
         characters = 0 if self._chat is not None else len(document.text)
         if sampling is not None:
-            length = sampling.length(len(ids), characters)
+            length = sampling.length(sum(len(each.ids) for each in encoded), characters)
             if not sampling.takes(key, length):
                 return
             add_counts(self.seen, [(document.source, SourceCounts(0, 0, 1, round(length)))])
-        writer.add(ids, source=document.source, key=key, mask=mask, characters=characters, parts=parts)
+        for number, (ids, mask, parts) in enumerate(encoded):
+            # What a record is split into has keys of its own.
+            own = key if number == 0 else xxhash.xxh3_64_intdigest(key.to_bytes(8, "little"), number)
+            writer.add(ids, source=document.source, key=own, mask=mask, characters=characters, parts=parts)
 
     def _skip(self, document: Document, kind: str, reason: str) -> None:
         self.report.documents -= 1
         self.report.skip(kind, document.place, reason)
 
-    def _ids_and_mask(
-        self, document: Document, utf8: bytes | None
-    ) -> tuple[NDArray[Any], NDArray[np.uint8] | None, NDArray[np.uint32] | None]:
+    def _encoded(self, document: Document, utf8: bytes | None) -> list[_Tokens]:
         if self._chat is not None:
             return _encode_chat(self._chat, document, strict=self._job.strict, report=self.report)
         if document.weights is None:
             if utf8 is not None:
-                return self._tokenizer.encode(document.text, utf8=utf8), None, None
+                return [_Tokens(self._tokenizer.encode(document.text, utf8=utf8))]
             # In the dtype of the store at once: half of the memory where that is uint16.
             parts = [ids.astype(self._dtype) for ids in self._tokenizer.encode_pieces(document.text)]
-            return np.concatenate(parts), None, None
+            return [_Tokens(np.concatenate(parts))]
         ids, starts, ends = self._tokenizer.encode_with_offsets(document.text)
         weights = token_weights(document.weights, starts, ends, num_characters=len(document.text))
-        return ids, weights, None
+        return [_Tokens(ids, weights)]
 
 
 def _key_and_size(document: Document) -> tuple[int, int]:
@@ -181,22 +191,21 @@ def _key_and_size(document: Document) -> tuple[int, int]:
     return digest.intdigest(), size
 
 
-def _encode_chat(
-    chat: ChatFormat, document: Document, *, strict: bool, report: ReadReport
-) -> tuple[NDArray[np.uint32], NDArray[np.uint8], NDArray[np.uint32] | None]:
+def _encode_chat(chat: ChatFormat, document: Document, *, strict: bool, report: ReadReport) -> list[_Tokens]:
     from longspan.core.errors import DataError
     from longspan.data.chat import MessagesError
 
     try:
-        encoded = chat.encode_record(document.messages, document.variables)
+        encoded = chat.encode_all(document.messages, document.variables)
     except MessagesError as error:
         if strict:
             raise DataError(
                 f"{document.place}: {error}", fix="mend the record, or leave out --strict to skip it"
             ) from None
         raise SkippedRecordError("broken_records", str(error)) from None
-    report.note(encoded.notes)
-    return encoded.ids, encoded.mask, encoded.parts
+    for each in encoded:
+        report.note(each.notes)
+    return [_Tokens(each.ids, each.mask, each.parts) for each in encoded]
 
 
 @lru_cache(maxsize=4)

@@ -39,7 +39,7 @@ class TokenizeConfig(Config):
     begin_with_user: bool = False
     """Leave out a first turn of conversations that is not the user's, such as a system turn; counted."""
     conversations: ChatConfig = ChatConfig()
-    """What is learnt of conversations, and what becomes of parts that are no text."""
+    """What is learnt of conversations, and what becomes of what does not fit."""
     mix: MixtureConfig | None = None
     """Sample while reading: settings of a mixture such as mode=per_source,tokens=5B,keep_short=0.1, or a YAML file of
     them; `data mix` then makes the exact mixture. None: every document."""
