@@ -13,6 +13,7 @@ from longspan.core.errors import DataError
 from longspan.data.chat import ChatFormat, MessagesError, load_chat_format, shipped_templates
 from longspan.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.chat_tokenizers import SPECIAL, chatty_tokenizer, hugging_face, llama_like
+from tests.data.test_chat_shipped import WRITTEN_BY_THE_MODELS_OWN
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -66,7 +67,7 @@ def trained_text(tokenizer: Tokenizer, ids: np.ndarray, mask: np.ndarray) -> str
 
 
 def test_every_shipped_template_has_a_golden_text():
-    assert shipped_templates() == sorted(GOLDEN)
+    assert shipped_templates() == sorted([*GOLDEN, *WRITTEN_BY_THE_MODELS_OWN])
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
@@ -195,7 +196,9 @@ def test_what_a_template_leaves_of_an_answer_is_learnt(chatty):
     content = "{{ m.content.split('</think>')[-1] }}"
     chat = ChatFormat(chatty, CHATML.replace("{{ CONTENT }}", content))
     chat.encode(TALK)
-    ids, mask, notes = chat.encode_record([TALK[1], {"role": "assistant", "content": "<think>hm</think>Yes"}])[:3]
+    ids, mask, notes = chat.encode_record(
+        [TALK[1], {"role": "assistant", "content": "<think>hm</think>Yes"}]
+    )[:3]
     assert trained_text(chatty, ids, mask) == "Yes<|im_end|>" and notes.total() == 1
 
 

@@ -121,8 +121,8 @@ class QaConfig(Config):
     tokenizer: str
     """Tokenizer of the model that will be trained."""
     chat_template: str | None = None
-    """Chat template of the model that will be trained. None: the tokenizer's own; else llama-2, llama-3, mistral, qwen
-    or a Jinja file."""
+    """Chat template of the model that will be trained. None: the tokenizer's own; else a shipped name
+    (docs/inputs.md) or a Jinja file."""
     question_set: str | None = None
     """Which questions: a name of `synth list`, or a YAML file like those."""
     offline_templates: bool = False

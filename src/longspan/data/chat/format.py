@@ -374,7 +374,7 @@ def load_chat_format(
     Args:
         template: None takes the tokenizer's own: `chat_template` in its tokenizer_config.json (one text, or
             named ones) or chat_template.jinja beside it. Else the name of one of these, a shipped name
-            (llama-2, llama-3, llama-3-untrimmed, mistral, qwen), or a Jinja file.
+            (`shipped_templates()`), or a Jinja file.
         begin_with_user, config: see `ChatFormat`.
 
     Raises:

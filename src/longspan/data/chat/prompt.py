@@ -33,8 +33,8 @@ class ChatPrompt:
     """A tokenizer's chat template around one message of the user.
 
     Args:
-        template: None takes the tokenizer's own. Else the name of one of its own, a shipped one (llama-2,
-            llama-3, mistral, qwen), or a Jinja file.
+        template: None takes the tokenizer's own. Else the name of one of its own, a shipped one, or
+            a Jinja file.
         variables: of the template, by name (`enable_thinking`).
         answer_begins: what is put behind the template's text, as its own: how each answer begins.
 
