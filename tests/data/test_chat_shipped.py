@@ -30,8 +30,8 @@ WRITTEN_BY_THE_MODELS_OWN: dict[str, tuple[dict[str, bool], str]] = {
 writes of forty random ones, each whole and as a prompt for its last answer."""
 SPECIAL = [
     "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>",
-    "<start_of_turn>", "<end_of_turn>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
-    "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>",
+    "<start_of_turn>", "<end_of_turn>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|observation|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>",
     *(f"<\uff5c{word}\uff5c>" for word in (
         "User", "Assistant", "end\u2581of\u2581sentence", "tool\u2581calls\u2581begin", "tool\u2581calls\u2581end",
         "tool\u2581call\u2581begin", "tool\u2581call\u2581end", "tool\u2581sep", "tool\u2581outputs\u2581begin",
@@ -81,7 +81,7 @@ def test_text_is_that_of_the_published_template(name, known):
 
 @pytest.mark.parametrize("name", WRITTEN_BY_THE_MODELS_OWN)
 def test_ids_and_masks_are_those_of_transformers(name, known):
-    """What is learnt ends with the token that ends the turn, and holds each answer, call and thought that is written."""
+    """What is learnt ends with the token that ends the turn, and holds every answer that is written."""
     tokenizer, reference = known
     template = find_template(tokenizer.path.parent, name)
     template = template.replace("strftime_now('%Y-%m-%d')", "'2024-07-26'")
