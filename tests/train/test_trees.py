@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from longspan.cli.main import app
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.chat import ChatFormat, MessagesError
 from longspan.data.chat.branches import token_tree
@@ -189,6 +191,16 @@ def test_random_trees_see_what_their_samples_see(first, others, window, chunk):
     if window is None and chunk is None:
         expected = Counter(tuple(sample[: end + 1]) for sample in samples for end in range(1, len(sample)))
         assert full == expected
+
+
+def test_peek_shows_branches(store):
+    """A tree that is shown as one text reads as an answer behind another."""
+    result = CliRunner().invoke(app, ["data", "peek", str(store.path), "--json"])
+    found = json.loads(result.stdout)
+    assert [each["branches off"] for each in found["branches"]] == [0, 0, 0]
+    assert found["learnt_tokens"] == int(store.mask(0).sum())
+    result = CliRunner().invoke(app, ["data", "peek", str(store.path)])
+    assert result.exit_code == 0 and "where they branch" in result.stdout
 
 
 def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from longspan.cli import data_audit, data_convert, data_fetch, data_look, data_plan, data_tokenize
+from longspan.cli import data_audit, data_chat, data_convert, data_fetch, data_look, data_plan, data_tokenize
 
 app = typer.Typer(
     help="Tokenize text once, choose documents, place them in rows.",
@@ -16,6 +16,7 @@ app.command(epilog=data_tokenize.EXAMPLE)(data_tokenize.tokenize)
 app.command(epilog=data_fetch.EXAMPLE)(data_fetch.fetch)
 app.command(epilog=data_look.LENGTHS_EXAMPLE)(data_look.lengths)
 app.command(epilog=data_audit.EXAMPLE)(data_audit.audit)
+app.command(epilog=data_chat.EXAMPLE)(data_chat.chat)
 app.command(epilog=data_plan.MIX_EXAMPLE)(data_plan.mix)
 app.command(epilog=data_plan.PACK_EXAMPLE)(data_plan.pack)
 app.command(epilog=data_look.PEEK_EXAMPLE)(data_look.peek)

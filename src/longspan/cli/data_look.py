@@ -33,6 +33,7 @@ PEEK_EXAMPLE = example("longspan data peek rows --index 0 --tokenizer tokenizer"
 VERIFY_EXAMPLE = example("longspan data verify store --against texts", "longspan data verify rows")
 
 _COLORS = ("cyan", "magenta", "yellow", "green", "blue")
+_BRANCH = ("start", "branches off", "position")
 _HEAD_TOKENS = 160
 _TAIL_TOKENS = 32
 _SHOWN_SPANS = 20
@@ -123,7 +124,7 @@ def _peek_document(path: Path, index: int, tokenizer: str | None, as_json: bool)
     store = TokenStore(path)
     if index >= len(store):
         raise ArgumentError("there is no such document", found=index, allowed=f"0 to {len(store) - 1}")
-    ids, mask = store.tokens(index), store.mask(index)
+    ids, mask, parts = store.tree_tokens(index), store.mask(index), store.parts(index)
     reader = open_tokenizer(tokenizer, store)
     found = {
         "store": str(path),
@@ -137,15 +138,19 @@ def _peek_document(path: Path, index: int, tokenizer: str | None, as_json: bool)
         "text": decode(reader, ids[:256]),
     }
     spans = [] if mask is None else _learnt_spans(ids, mask, reader)
+    branches = [] if parts is None else [dict(zip(_BRANCH, row)) for row in parts.tolist()]
     if as_json:
-        print_json({**found, "learnt": None if mask is None else spans})
+        print_json({**found, "branches": branches, "learnt": None if mask is None else spans})
         return
     print_table(f"document {index} of {path}", ("what", "found"), list(found.items())[1:])
+    if branches:
+        rows = [[number, *row] for number, row in enumerate(parts.tolist())]
+        print_table("answers behind their true prefixes: where they branch", ("part", *_BRANCH), rows)
     if mask is not None:
         _print_learnt(f"learnt of document {index}; all else is only read", spans)
         if reader is not None:
             console = _console()
-            console.rule(" bold: learnt ", align="left", characters="-")
+            console.rule(" green: learnt, reversed: what ends it ", align="left", characters="-")
             console.print(_masked_text(ids, mask, reader))
 
 
@@ -212,7 +217,8 @@ def _shortened(text: str | None) -> str | None:
 
 
 def _masked_text(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer, *, color: str = "") -> Text:
-    """Return the text of a document, its middle left out where it is long: bold is learnt, dim is only read."""
+    """Return the text of a document, its middle left out where it is long: bold is learnt, the token that ends it
+    reversed, dim is only read."""
     from rich.text import Text
 
     text = Text()
@@ -223,10 +229,16 @@ def _masked_text(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer, *, 
         if number:
             text.append(f"\n[... {len(ids) - _HEAD_TOKENS - _TAIL_TOKENS:,} tokens ...]\n", style=color)
         for start, end in _stretches(weights[first:last] > 0):
-            style = "bold" if weights[first + start] > 0 else "dim"
-            text.append(
-                tokenizer.decode(ids[first + start : first + end].tolist()), style=f"{style} {color}".strip()
-            )
+            learnt = weights[first + start] > 0
+            ends = learnt and (first + end == len(ids) or weights[first + end] == 0)
+            said, last = tokenizer.decode(ids[first + start : first + end].tolist()), ""
+            if ends:
+                last = tokenizer.decode(ids[first + end - 1 : first + end].tolist())
+                # A token that is a part of a character has no text of its own.
+                last = last if said.endswith(last) else ""
+            style = f"bold {color or 'green'}" if learnt else f"dim {color}".strip()
+            text.append(said.removesuffix(last), style=style)
+            text.append(last, style=f"{style} reverse")
     return text
 
 

@@ -1,0 +1,221 @@
+"""What is in a file of conversations: turns, calls, thoughts, lengths by role, what would be learnt, and faults."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longspan.core.errors import DataError
+from longspan.data.chat.format import ChatFormat
+from longspan.data.chat.given import FIELDS
+from longspan.data.chat.messages import (
+    LEARNT,
+    NOT_LEARNT,
+    THOUGHTS,
+    Message,
+    MessagesError,
+    as_messages,
+    strings_of,
+)
+from longspan.data.chat.stored import rewritten
+from longspan.data.readers import ReadReport, read_documents
+from longspan.data.tokenizer import Tokenizer
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "longest": 1.0}
+_NAMES = ("tool_calls", *THOUGHTS)
+
+
+class ChatContents(NamedTuple):
+    """What was found."""
+
+    unit: str
+    """Of lengths: "tokens", or "characters" without a tokenizer."""
+    counts: dict[str, int]
+    """Conversations, turns, calls ..., and those that cannot be used."""
+    parts: dict[str, dict[str, int]]
+    """By what is said (system, user, answers, thoughts, calls, results of tools, schemas of tools): how many, the sum
+    of their lengths, and quantiles of these."""
+    lengths: dict[str, int]
+    """Quantiles of whole conversations, as the template writes them where there is one."""
+    learnt: dict[str, float] | None
+    """Tokens and share of them that are learnt; None without a template."""
+    notes: dict[str, int]
+    """What was rewritten or is left out at a loss, with a number of turns."""
+    faults: dict[str, int]
+    """Why conversations cannot be used, most frequent first."""
+    examples: dict[str, str]
+    """Where the first of each stands."""
+
+
+def chat_contents(
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    messages_field: str = "messages",
+    tokenizer: Tokenizer | None = None,
+    chat: ChatFormat | None = None,
+) -> ChatContents:
+    """Read conversations and count what is in them; one that cannot be used is counted by its reason.
+
+    Args:
+        tokenizer: counts tokens; None: characters are counted.
+        chat: writes them out, and says what would be learnt.
+
+    Raises:
+        DataError: a missing input, a field that nothing has, or no conversation at all.
+    """
+    report = ReadReport()
+    found = _Counting(tokenizer, chat)
+    fields = (*FIELDS, *LEARNT, *NOT_LEARNT) if chat is None else chat.fields
+    for document in read_documents(
+        inputs, messages_field=messages_field, variable_fields=fields, report=report
+    ):
+        assert document.messages is not None, "asked for"
+        try:
+            found.add(document.messages, document.variables or {})
+        except MessagesError as error:
+            found.fault(str(error).split("\n")[0], str(document.place))
+    for example in report.examples:
+        found.examples.setdefault(example.reason, str(example.place))
+    unreadable = {
+        name: count
+        for name, count in report.to_dict().items()
+        if name in ("broken_records", "missing_fields", "wrong_types", "invalid_text", "empty_documents")
+        and count
+    }
+    for name, count in unreadable.items():
+        found.faults[name.replace("_", " ")] += int(count)
+    if not found.counts["conversations"] and not found.faults:
+        raise DataError("there is no conversation", found=", ".join(map(str, inputs)))
+    return found.contents()
+
+
+class _Counting:
+    """Sums over conversations."""
+
+    def __init__(self, tokenizer: Tokenizer | None, chat: ChatFormat | None) -> None:
+        self._chat = chat
+        self._size: Callable[[str], int] = (
+            len if tokenizer is None else lambda text: len(tokenizer.encode(text))
+        )
+        self._unit = "characters" if tokenizer is None else "tokens"
+        self.counts: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self._sizes: dict[str, list[int]] = defaultdict(list)
+        self._whole: list[int] = []
+        self._tokens = self._learnt = 0
+
+    def fault(self, reason: str, place: str) -> None:
+        self.faults[reason] += 1
+        self.examples.setdefault(reason, place)
+
+    def add(self, messages: list[Any], values: dict[str, Any]) -> None:
+        """Count a conversation. Raises MessagesError where it cannot be used."""
+        if self._chat is None:
+            stored = rewritten(messages, values, names=_NAMES, replace_images=True)
+            turns, notes = as_messages(stored.turns), stored.notes
+            values = stored.values
+        else:
+            given = values
+            turns, values, notes = self._chat.read(messages, given)
+            encoded = self._chat.encode_all(messages, given)
+            for each in encoded:
+                self.notes.update(each.notes)
+                self._whole.append(len(each.ids))
+                self._tokens += len(each.ids)
+                self._learnt += int((each.mask > 0).sum())
+            notes = Counter()
+        self.notes.update(notes)
+        sizes = sum(self._turn(turn) for turn in turns)
+        tools = values.get("tools")
+        if isinstance(tools, list) and tools:
+            self.counts["conversations with tools"] += 1
+            sizes += self._part("schemas of tools", "".join(strings_of(tools)))
+        self._pairs(turns)
+        self.counts["conversations"] += 1
+        if self._chat is None:
+            self._whole.append(sizes)
+
+    def _turn(self, turn: Message) -> int:
+        """Count a turn; returns its length."""
+        role = str(turn["role"])
+        self.counts["turns"] += 1
+        content = turn["content"]
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        name = {"assistant": "answers", "tool": "results of tools"}.get(role, role)
+        size = self._part(name, text) if text or role != "assistant" else 0
+        thoughts = next((turn[key] for key in THOUGHTS if isinstance(turn.get(key), str) and turn[key]), "")
+        if thoughts:
+            size += self._part("thoughts", thoughts)
+        calls = _calls(turn)
+        self.counts["answers with several calls"] += len(calls) > 1
+        for call in calls:
+            size += self._part("calls", "".join(strings_of(call.get("function", call))))
+        return size
+
+    def _pairs(self, turns: Sequence[Message]) -> None:
+        """Count calls that nothing answers, and results that nobody called for."""
+        waiting = 0
+        for turn in turns:
+            if turn["role"] == "assistant":
+                self.counts["calls without a result"] += waiting
+                waiting = len(_calls(turn))
+            elif turn["role"] == "tool":
+                self.counts["results without a call"] += waiting == 0
+                waiting = max(waiting - 1, 0)
+        if turns and turns[-1]["role"] != "assistant":
+            self.counts["conversations that end without an answer"] += 1
+        else:
+            # The last call may be what is to be learnt.
+            waiting = 0
+        self.counts["calls without a result"] += waiting
+
+    def _part(self, name: str, text: str) -> int:
+        size = self._size(text)
+        self._sizes[name].append(size)
+        return size
+
+    def contents(self) -> ChatContents:
+        """Return what was found."""
+        counts = {name: self.counts[name] for name in ("conversations", "turns")}
+        counts |= {name: count for name, count in sorted(self.counts.items()) if count and name not in counts}
+        if self.faults:
+            counts["conversations that cannot be used"] = self.faults.total()
+        parts = {
+            name: {"number": len(sizes), "sum": sum(sizes), **_quantiles(sizes)}
+            for name, sizes in sorted(self._sizes.items(), key=lambda item: -sum(item[1]))
+        }
+        learnt = None
+        if self._chat is not None:
+            learnt = {
+                "tokens": self._tokens,
+                "learnt": self._learnt,
+                "share": self._learnt / max(self._tokens, 1),
+            }
+        return ChatContents(
+            self._unit if self._chat is None else "tokens",
+            counts,
+            parts,
+            _quantiles(self._whole),
+            learnt,
+            dict(self.notes.most_common()),
+            dict(self.faults.most_common()),
+            {name: self.examples[name] for name in self.faults if name in self.examples},
+        )
+
+
+def _calls(turn: Message) -> list[Any]:
+    return list(turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else []))
+
+
+def _quantiles(sizes: Iterable[int]) -> dict[str, int]:
+    values = np.array(list(sizes), np.int64)
+    if not len(values):
+        return dict.fromkeys(QUANTILES, 0)
+    found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf")
+    return {name: int(value) for name, value in zip(QUANTILES, found)}
