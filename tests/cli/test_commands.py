@@ -104,7 +104,7 @@ def test_peek_shows_what_is_learnt(longspan, store):
     assert (found["learnt_tokens"], found["weighted_tokens"]) == (learnt["tokens"], 0)
     assert learnt["text"].strip().startswith("RIGHT") and learnt["text"].endswith(learnt["last_token"])
     shown = longspan("data peek talk --tokenizer tokenizer").out
-    assert "ends with" in shown and repr(learnt["last_token"]) in shown and "bold: learnt" in shown
+    assert "ends with" in shown and repr(learnt["last_token"]) in shown and "green: learnt" in shown
     # Packed whole, without a strategy.
     assert longspan("data pack talk --length 256 --out rows").code == 0
     span = json.loads(longspan("data peek rows --tokenizer tokenizer --json").out)["spans"][0]

@@ -138,14 +138,15 @@ def _peek_document(path: Path, index: int, tokenizer: str | None, as_json: bool)
         "text": decode(reader, ids[:256]),
     }
     spans = [] if mask is None else _learnt_spans(ids, mask, reader)
-    branches = [] if parts is None else [dict(zip(_BRANCH, row)) for row in parts.tolist()]
+    rows = [] if parts is None else parts.tolist()
+    branches = [dict(zip(_BRANCH, row)) for row in rows]
     if as_json:
         print_json({**found, "branches": branches, "learnt": None if mask is None else spans})
         return
     print_table(f"document {index} of {path}", ("what", "found"), list(found.items())[1:])
     if branches:
-        rows = [[number, *row] for number, row in enumerate(parts.tolist())]
-        print_table("answers behind their true prefixes: where they branch", ("part", *_BRANCH), rows)
+        numbered = [[number, *row] for number, row in enumerate(rows)]
+        print_table("answers behind their true prefixes: where they branch", ("part", *_BRANCH), numbered)
     if mask is not None:
         _print_learnt(f"learnt of document {index}; all else is only read", spans)
         if reader is not None:
@@ -231,14 +232,14 @@ def _masked_text(ids: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer, *, 
         for start, end in _stretches(weights[first:last] > 0):
             learnt = weights[first + start] > 0
             ends = learnt and (first + end == len(ids) or weights[first + end] == 0)
-            said, last = tokenizer.decode(ids[first + start : first + end].tolist()), ""
+            said, closing = tokenizer.decode(ids[first + start : first + end].tolist()), ""
             if ends:
-                last = tokenizer.decode(ids[first + end - 1 : first + end].tolist())
+                closing = tokenizer.decode(ids[first + end - 1 : first + end].tolist())
                 # A token that is a part of a character has no text of its own.
-                last = last if said.endswith(last) else ""
+                closing = closing if said.endswith(closing) else ""
             style = f"bold {color or 'green'}" if learnt else f"dim {color}".strip()
-            text.append(said.removesuffix(last), style=style)
-            text.append(last, style=f"{style} reverse")
+            text.append(said.removesuffix(closing), style=style)
+            text.append(closing, style=f"{style} reverse")
     return text
 
 
