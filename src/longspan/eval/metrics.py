@@ -6,6 +6,7 @@ runs of a-z and 0-9 in lower case, so text in other scripts has none.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -48,6 +49,23 @@ def first_number(expected: str, output: str) -> float:
     """Return 1.0 when the first run of digits in the output is the expected one, else 0.0."""
     found = re.search(r"\d+", output)
     return float(found is not None and found.group() == expected.strip())
+
+
+def call_match(expected: str, output: str) -> float:
+    """Return 1.0 when the first JSON object in the output is the expected one, as a value, else 0.0."""
+    wanted, found = _first_object(expected), _first_object(output)
+    if wanted is None:
+        return exact_match(expected, output)
+    # As text: 1 and true are equal to Python, and not the same argument.
+    return float(json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True))
+
+
+def _first_object(text: str) -> Any:
+    start = text.find("{")
+    try:
+        return json.JSONDecoder().raw_decode(text, start)[0] if start >= 0 else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def word_recall(expected: str, output: str) -> float:

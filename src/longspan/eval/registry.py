@@ -138,6 +138,17 @@ _BUILT_IN = (
         examples=("--lengths 512,640 --depths 0,1 --samples 1",),
     ),
     TaskEntry(
+        "tool_calls",
+        "In the long log of an agent, the call that was made at one step and what it returned, word for word.",
+        config="longspan.eval.tool_calls:ToolCallsConfig",
+        task="longspan.eval.tool_calls:ToolCalls",
+        axes=_GRID,
+        scorers=("call_match",),
+        heading="Calls in long histories",
+        short="tool calls",
+        examples=("--lengths 700 --depths 0,1 --samples 1",),
+    ),
+    TaskEntry(
         "ruler",
         "RULER's 13 subtasks: needles of many kinds, variable tracking, frequent words, questions among documents.",
         config="longspan.eval.ruler.task:RulerConfig",

@@ -148,6 +148,7 @@ _RULES = (
     Scorer("teacher_forced", 1, _best(metrics.exact_match), "the most likely tokens along the value spell it"),
     Scorer("contains", 1, _best(metrics.contains), "the value stands in the answer, in any case"),
     Scorer("first_number", 1, _best(metrics.first_number), "the first number of the answer is the value"),
+    Scorer("call_match", 1, _best(metrics.call_match), "the first JSON object of the answer is the call, as a value"),
     Scorer("word_recall", 1, _best(metrics.word_recall), "share of the value's words that the answer holds"),
     Scorer("word_recall_spaced", 1, _best(metrics.word_recall_spaced), "the same of what white space parts"),
     Scorer("word_recall_repeated", 1, _best(metrics.word_recall_spaced, repeated=True), "the same, over all words"),
