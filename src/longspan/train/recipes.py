@@ -48,6 +48,8 @@ __all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
 
 SCALE = 1024
 SHORTEST_ROW, SHORTEST_LIMIT = 32, 16
+TRACE_ROW = 2048
+"""Tokens of a row that holds an agent's trace: schemas of tools take some hundred."""
 STEPS, ROWS, RANK = 4, 4, 4
 TINY_MODEL, TINY_TOKENIZER = "model", "tokenizer"
 _FOLDER = importlib.resources.files("longspan") / "recipes"
@@ -126,7 +128,8 @@ def scale_tiny(config: TrainConfig) -> TrainConfig:
 
 
 def _tiny_stage(stage: StageConfig) -> StageConfig:
-    length = max(SHORTEST_ROW, stage.context_length // SCALE)
+    branches = any(stream.conversations.true_prefixes for stream in stage.streams.values())
+    length = max(TRACE_ROW if branches else SHORTEST_ROW, stage.context_length // SCALE)
     rows = min(ROWS, stage.rows_per_step)
     changes: dict[str, Any] = {
         "context_length": length,
@@ -135,7 +138,9 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
         "epochs": None,
         "batch_tokens": rows * length,
         "micro_batch_tokens": min(rows, stage.rows_per_micro_batch) * length,
-        "streams": {name: _tiny_stream(stream, rows * length) for name, stream in stage.streams.items()},
+        "streams": {
+            name: _tiny_stream(stream, rows * length, length) for name, stream in stage.streams.items()
+        },
     }
     if stage.objective == "distill":
         # No teacher can be asked at this scale.
@@ -156,7 +161,7 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
     return stage.model_copy(update=changes)
 
 
-def _tiny_stream(stream: StreamConfig, step_tokens: int) -> StreamConfig:
+def _tiny_stream(stream: StreamConfig, step_tokens: int, length: int) -> StreamConfig:
     changes: dict[str, Any] = {"teacher": None}
     if stream.rows is not None:
         # Made here, whatever reads it there.
@@ -174,6 +179,9 @@ def _tiny_stream(stream: StreamConfig, step_tokens: int) -> StreamConfig:
         changes |= {
             "mixture": stream.mixture.model_copy(update=mixture),
             "pack": stream.pack.model_copy(update=limits),
+            "conversations": stream.conversations.model_copy(
+                update={} if stream.conversations.max_tokens is None else {"max_tokens": length}
+            ),
         }
     return stream.model_copy(update=changes)
 

@@ -155,10 +155,32 @@ def _conversation(text: str) -> dict[str, Any]:
     }
 
 
+def _trace(text: str) -> dict[str, Any]:
+    """Return two questions, a call with its result, and a thought before each answer."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing"]
+    function = {"name": "first_line", "arguments": {"of": lines[-1]}}
+    call = {"id": "call00000", "type": "function", "function": function}
+    parameters = {"type": "object", "properties": {"of": {"type": "string"}}}
+    tool = {"name": "first_line", "description": "The first line.", "parameters": parameters}
+    thought = {"reasoning_content": "It begins the text."}
+    return {
+        "messages": [
+            {"role": "user", "content": text.strip() or "nothing"},
+            {"role": "assistant", "content": "", "tool_calls": [call], **thought},
+            {"role": "tool", "tool_call_id": "call00000", "content": lines[0]},
+            {"role": "assistant", "content": lines[0], **thought},
+            {"role": "user", "content": "And the last?"},
+            {"role": "assistant", "content": lines[-1], **thought},
+        ],
+        "tools": [{"type": "function", "function": tool}],
+    }
+
+
 def _records(entry: str, stream: StreamConfig, stage: StageConfig, texts: _Texts, work: Path) -> None:
     path = work / parse_records(entry).path.removeprefix(DATA_ROOT_PREFIX)
+    answers = _trace if stream.conversations.true_prefixes else _conversation
     make: Callable[[str], dict[str, Any]] = (
-        _conversation
+        answers
         if stream.chat_template is not None or stage.objective == "sft"
         else lambda text: {"text": text}
     )
