@@ -62,7 +62,7 @@ def settings_of(student: Student, texts: Path) -> Make:
     ) -> SynthConfig:
         own = {key: changes.pop(key) for key in list(changes) if key in SynthConfig.model_fields}
         spec = load_set(name)
-        values = {**spec.to_dict(), **(SMALL if name != "offline" else {}), **changes}
+        values = {**spec.to_dict(), **({} if name.startswith("offline") else SMALL), **changes}
         return SynthConfig(
             set=type(spec).from_dict(values),
             inputs=tuple(map(str, inputs or [texts])),

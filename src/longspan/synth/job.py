@@ -349,13 +349,20 @@ class SynthJob:
         """Return a document, cut to what fits, with facts planted in it, and questions on it."""
         count, length = self._spec.questions, self.settings.sample.length
         ruler = TokenRuler(document["text"], self._student.tokenizer)
-        room = max(length // 2, length - round(turn_tokens(*self._student) * (count + 1)))
+        each = turn_tokens(*self._student, in_sentences=self._spec.in_sentences)
+        room = max(length // 2, length - round(each * (count + 1)))
         text = document["text"]
         if ruler.tokens > room:
             share = float(rng(self.settings.seed, "synth", "window", document["id"]).random())
             start = ruler.last_before(share * (ruler.tokens - room))
             text = text[start : ruler.last_before(float(ruler.before([start])[0]) + room)]
-        made = make_questions(number, {**document, "text": text}, count, seed=self.settings.seed)
+        made = make_questions(
+            number,
+            {**document, "text": text},
+            count,
+            seed=self.settings.seed,
+            in_sentences=self._spec.in_sentences,
+        )
         self._questions.update(made.kinds)
         return {**document, "text": made.text}, made.items
 

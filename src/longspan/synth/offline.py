@@ -50,7 +50,9 @@ class Made(NamedTuple):
     """Questions by kind."""
 
 
-def make_questions(number: int, document: Mapping[str, Any], count: int, *, seed: int) -> Made:
+def make_questions(
+    number: int, document: Mapping[str, Any], count: int, *, seed: int, in_sentences: bool = False
+) -> Made:
     """Make about `count` questions on a document, one in each of `count` equal parts of it.
 
     A third at most ask for titles and a third for names; facts are planted in the parts that these leave.
@@ -70,7 +72,7 @@ def make_questions(number: int, document: Mapping[str, Any], count: int, *, seed
     depths = [
         float(depth) for part, depth in enumerate(stratified(count, number, start)) if part not in found
     ]
-    planted = _plant(text, depths, rng(seed, "synth", "facts", document["id"]))
+    planted = _plant(text, depths, rng(seed, "synth", "facts", document["id"]), in_sentences=in_sentences)
     # Text without borders may have been parted in the middle of what would be quoted.
     whole = [
         (kind, item)
@@ -82,11 +84,11 @@ def make_questions(number: int, document: Mapping[str, Any], count: int, *, seed
     return Made(planted.text, [*planted.items, *moved], dict(kinds))
 
 
-def turn_tokens(tokenizer: Tokenizer, chat: ChatFormat) -> float:
+def turn_tokens(tokenizer: Tokenizer, chat: ChatFormat, *, in_sentences: bool) -> float:
     """Return about how many tokens a question takes in a conversation, with its answer and what is planted for it."""
     turn = [
         {"role": "user", "content": _question(_LONG_FACT)},
-        {"role": "assistant", "content": _LONG_FACT.value},
+        {"role": "assistant", "content": _LONG_FACT.sentence if in_sentences else _LONG_FACT.value},
     ]
     once, twice = (len(chat.encode(turn * count).ids) for count in (1, 2))
     return _OTHER_QUESTIONS * (twice - once + len(tokenizer.encode(f"{_LONG_FACT.sentence}\n")))
@@ -105,7 +107,7 @@ class _Planted(NamedTuple):
     """Characters put in at each."""
 
 
-def _plant(text: str, depths: Sequence[float], draw: np.random.Generator) -> _Planted:
+def _plant(text: str, depths: Sequence[float], draw: np.random.Generator, *, in_sentences: bool) -> _Planted:
     """Put facts at these depths, in order, each on a line of its own; fewer where words for keys lack."""
     keys = _keys(text)
     facts: list[Fact] = draw_facts(draw, keys, min(len(depths), len(keys)))
@@ -121,7 +123,7 @@ def _plant(text: str, depths: Sequence[float], draw: np.random.Generator) -> _Pl
         line = f"{lead}{fact.sentence}\n"
         start_of_fact = length + len(before) + len(lead)
         span = Span(start_of_fact, start_of_fact + len(fact.sentence))
-        items.append(Item(_question(fact), fact.value, (span,)))
+        items.append(Item(_question(fact), fact.sentence if in_sentences else fact.value, (span,)))
         pieces += [before, line]
         length += len(before) + len(line)
         added.append(len(line))
