@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "words" / "chat_template.jinja").write_text(TEMPLATE)
     fields = {
         "model_type": "llama", "vocab_size": 440, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 512,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 1024,
         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     save_model(build_model(fields, seed=0), folder / "model", tokenizer=folder / "words")
@@ -95,6 +95,8 @@ def test_from_a_model_to_a_report_and_a_model(root: Path, done: Path) -> None:
     headers = {path.name: next(iter(read_jsonl(path))) for path in (done / "records").iterdir()}
     assert headers["needle-before.jsonl"]["params"]["chat_template"]
     assert headers["needle-before.jsonl"]["params"]["split"] == "test"
+    # Rows that are shorter than the model's own context take nothing from it: no "8K to 4K" in the report.
+    assert {header["model"]["trained_length"] for header in headers.values()} == {1024}
 
 
 def test_rows_hold_several_questions_whose_answers_alone_are_learnt(done: Path) -> None:

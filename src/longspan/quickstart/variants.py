@@ -91,14 +91,19 @@ class Variant(NamedTuple):
 
 def variants(work: Path, config: QuickstartConfig) -> list[Variant]:
     """Return before, after, what can be done without training (theta alone, NTK, position interpolation), controls."""
+    positions = 0
+    if config.pretrain is None:
+        positions = read_json(work / BASE / "config.json")["max_position_embeddings"]
 
     def trained(label: str, run: str, train: TrainConfig, **differs: Any) -> Variant:
         last = train.stages[-1]
-        return Variant(label, work / run / "stages" / last.name, last.context_length, **differs)
+        # Rows may be shorter than what the pretrained model has learnt before.
+        return Variant(
+            label, work / run / "stages" / last.name, max(positions, last.context_length), **differs
+        )
 
     long = config.extend.stages[-1]
     if config.pretrain is None:
-        positions = read_json(work / BASE / "config.json")["max_position_embeddings"]
         before = Variant("before", work / BASE, positions)
     else:
         before = trained("before", "pretrain", config.pretrain)
