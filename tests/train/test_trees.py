@@ -232,6 +232,10 @@ def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):
         ({"memory": {"chunk_tokens": 64}}, "memory.chunk_tokens"),
         ({"parallel": {"cp_ring": 2}}, "2 processes share a row"),
         ({"stage": {"document_mask": False}}, "document_mask"),
+        (
+            {"model": {"model_type": "lfm2", "num_key_value_heads": 2, "layer_types": ["conv"]}},
+            "layers with a state",
+        ),
         ({"stage": {"loss_average": "samples"}}, "loss_average"),
         ({"stage": {"pose": {"target_length": 1024}}}, "pose"),
     ],
@@ -243,7 +247,7 @@ def test_runs_that_cannot_read_trees_end_before_they_begin(chatty, store, change
         "max_epochs": 9, "streams": {"a": {"store": str(store.path)}}, **changes.pop("stage", {}),
     }  # fmt: skip
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    fields = {"model_type": "llama", "vocab_size": chatty.vocab_size, **sizes}
+    fields = {"model_type": "llama", "vocab_size": chatty.vocab_size, **sizes, **changes.pop("model", {})}
     config = TrainConfig.from_dict({"model": {"hf_config": fields}, "stages": [stage], **changes})
     with pytest.raises(ConfigError, match=words):
         plan_run(config, data_root=store.path.parent)

@@ -15,11 +15,11 @@ from longspan.core.log import get_logger
 from longspan.data.readers.hub import SCHEME as HUB
 from longspan.data.store import TokenStore
 from longspan.data.tokenizer import load_tokenizer
-from longspan.models.families import ATTENTION_LAYERS, STATELESS_LAYERS, refuse_quantized
+from longspan.models.families import refuse_quantized
 from longspan.models.head import output_head
 from longspan.models.hf_config import changed_config
 from longspan.models.lora import check_lora
-from longspan.models.mixers import check_states
+from longspan.models.mixers import check_states, mixers
 from longspan.models.routing import check_router_losses
 from longspan.models.shape import model_shape
 from longspan.models.stand_in import check_forward
@@ -202,13 +202,13 @@ def _has_trees(stages: Sequence[StagePlan]) -> bool:
 
 def _refuse_trees(config: TrainConfig, model: KnownModel) -> None:
     """Refuse a run whose rows branch and cannot be computed as they are. Raises ConfigError."""
-    text = None if model.config is None else model.config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS - STATELESS_LAYERS
+    empty = None if model.config is None else empty_stage_model(config, config.stages[0], model)
+    kinds = set() if empty is None else {type(mixer).__name__ for mixer, _ in mixers(empty)}
     wrong = {
         f"parallel.cp_ring and cp_ulysses ({config.parallel.cp} processes share a row)": config.parallel.cp
         > 1,
         "memory.chunk_tokens": config.memory.chunk_tokens is not None,
-        f"layers that are not attention ({', '.join(sorted(kinds))})": bool(kinds),
+        f"layers with a state ({', '.join(sorted(kinds))})": bool(kinds),
     }
     if found := [words for words, is_wrong in wrong.items() if is_wrong]:
         raise ConfigError(
