@@ -65,9 +65,9 @@ def measure(name: str, tokens: int, *, quick: bool) -> dict[str, float]:
     from longspan.kernels.loss import reference_linear_cross_entropy
     from longspan.kernels.tiled_mlp import enable_tiled_mlp
     from longspan.models.checkpointing import HostOffload, enable_checkpointing
+    from longspan.models.chunk_cache import ChunkCache
     from longspan.models.head import output_head
     from longspan.models.hf import Documents, build_model, hidden_states
-    from longspan.models.recurrent import KeyValueCache
     from longspan.train.batch import Batch
     from longspan.train.objectives import ModelWithLoss
     from longspan.train.recurrent import recurrent_step
@@ -110,7 +110,7 @@ def measure(name: str, tokens: int, *, quick: bool) -> dict[str, float]:
     batch, held = batch_of(tokens), memory_mib("VmRSS")
     _watch(HostOffload, "_pack", lambda saved: counter.move_to_host(saved.host))
     if method.host_cache:
-        _watch(KeyValueCache, "_leave", counter.move_to_host)
+        _watch(ChunkCache, "_leave", counter.move_to_host)
     with counter:
         loss = step(batch)
     resident = (memory_mib("VmHWM") - held) * 2**20

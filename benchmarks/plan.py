@@ -24,10 +24,10 @@ from longspan.core.mesh_config import MeshConfig
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
 from longspan.models import checkpointing
 from longspan.models.checkpointing import enable_checkpointing
+from longspan.models.chunk_cache import ChunkCache
 from longspan.models.hf import Documents, build_model
 from longspan.models.hf_config import new_config
 from longspan.models.lora import LoraConfig, apply_lora
-from longspan.models.recurrent import KeyValueCache
 from longspan.models.shape import model_shape
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import spawn_local
@@ -186,7 +186,7 @@ def _step(root: ModelWithLoss, optimizers: list[Any], s: TrainingStep, vocabular
 @contextmanager
 def _host_memory(counter: LiveBytes) -> Iterator[None]:
     """Count what is sent away as host memory, and what comes back as a tensor of its own, as on an accelerator."""
-    made, leave = checkpointing._Saved.__init__, KeyValueCache._leave
+    made, leave = checkpointing._Saved.__init__, ChunkCache._leave
 
     def note_saved(self: Any, tensor: torch.Tensor, before: Any) -> None:
         made(self, tensor, before)
@@ -196,7 +196,7 @@ def _host_memory(counter: LiveBytes) -> Iterator[None]:
         self._settle()
         saved.on_device = saved.host.clone()
 
-    def note_cache(self: KeyValueCache, tensor: torch.Tensor, into: Any = None) -> torch.Tensor:
+    def note_cache(self: ChunkCache, tensor: torch.Tensor, into: Any = None) -> torch.Tensor:
         kept = leave(self, tensor, into)
         if self.offload:
             counter.move_to_host(kept)
@@ -205,7 +205,7 @@ def _host_memory(counter: LiveBytes) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(checkpointing._Saved, "__init__", note_saved))
         stack.enter_context(patch.object(checkpointing.HostOffload, "_fetch", fetch))
-        stack.enter_context(patch.object(KeyValueCache, "_leave", note_cache))
+        stack.enter_context(patch.object(ChunkCache, "_leave", note_cache))
         yield
 
 

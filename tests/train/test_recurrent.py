@@ -18,12 +18,13 @@ from longspan.kernels.attention import api
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.kernels.loss import LossSum
 from longspan.kernels.tiled_mlp import enable_tiled_mlp
-from longspan.models import recurrent
+from longspan.models import chunk_cache, recurrent
 from longspan.models.checkpointing import enable_checkpointing
+from longspan.models.chunk_cache import ChunkCache
 from longspan.models.hf import Documents, build_model
 from longspan.models.lora import apply_lora
 from longspan.models.lora_config import LoraConfig
-from longspan.models.recurrent import ChunkedRow, KeyValueCache
+from longspan.models.recurrent import ChunkedRow
 from longspan.parallel.fsdp import full_tensor, shard_model
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
@@ -268,19 +269,19 @@ def test_chunks_that_nobody_reads_run_once() -> None:
 @pytest.mark.both_kernels
 def test_the_cache_is_empty_after_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that nobody took is a gradient that is missing; what stays is memory lost."""
-    caches: list[KeyValueCache] = []
+    caches: list[ChunkCache] = []
     peaks: list[int] = []
-    release = KeyValueCache.release
+    release = ChunkCache.release
 
-    def note(self: KeyValueCache, chunk: int) -> None:
+    def note(self: ChunkCache, chunk: int) -> None:
         caches.append(self)
         peaks.append(self.num_bytes)
         assert not [key for key in self._gradients if key[1] == chunk]
         release(self, chunk)
 
-    monkeypatch.setattr(KeyValueCache, "release", note)
+    monkeypatch.setattr(ChunkCache, "release", note)
     recurrent_step(model_of(), batch_of([0, 96]), chunk_tokens=32, weight=1.0)
-    assert caches[0]._kv == {} and caches[0]._gradients == {}
+    assert caches[0]._kept == {} and caches[0]._gradients == {}
     # Keys, values and gradients of 64 tokens, 3 layers, 2 heads of 8 in fp32; then of 32 (32 have been read).
     assert peaks[0] == 2 * 64 * 3 * 2 * 2 * 8 * 4 and peaks[-1] == 32 * 3 * 2 * 2 * 8 * 4
 
@@ -290,14 +291,14 @@ def peak_beside_the_cache(tokens: int, chunk_tokens: int | None) -> int:
     model = enable_tiled_mlp(model_of(), 16)
     batch = batch_of([0, tokens // 3, tokens])
     with LiveBytes() as counter, pytest.MonkeyPatch.context() as patch:
-        leave = KeyValueCache._leave
+        leave = ChunkCache._leave
 
-        def elsewhere(self: KeyValueCache, tensor: torch.Tensor, into: Any = None) -> torch.Tensor:
+        def elsewhere(self: ChunkCache, tensor: torch.Tensor, into: Any = None) -> torch.Tensor:
             kept = leave(self, tensor, into)
             counter.move_to_host(kept)
             return kept
 
-        patch.setattr(KeyValueCache, "_leave", elsewhere)
+        patch.setattr(ChunkCache, "_leave", elsewhere)
         if chunk_tokens is None:
             at_once(model, batch, 1.0)
         else:
@@ -373,9 +374,9 @@ def test_micro_batches_share_one_stream_for_copies(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    recurrent._stream.cache_clear()
+    chunk_cache._stream.cache_clear()
     for _ in range(3):
-        with KeyValueCache(offload=True)._copying(torch.device("cuda", 0), behind_compute=True) as found:
+        with ChunkCache(offload=True)._copying(torch.device("cuda", 0), behind_compute=True) as found:
             assert found is stream
-    recurrent._stream.cache_clear()
+    chunk_cache._stream.cache_clear()
     assert made == [torch.device("cuda", 0)]

@@ -23,10 +23,7 @@ head dim.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +32,6 @@ from numpy.typing import NDArray
 from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
-from longspan.core.log import log_once
 from longspan.kernels.attention import (
     NO_LIMIT,
     AttentionForm,
@@ -47,124 +43,11 @@ from longspan.kernels.attention import (
     with_sinks,
 )
 from longspan.kernels.attention.merging import accumulation_dtype
+from longspan.models.chunk_cache import ChunkCache
 from longspan.models.documents import Documents, refuse_second_call
 from longspan.parallel.schedules.base import Partial
 
-__all__ = ["ChunkDocuments", "ChunkedRow", "KeyValueCache"]
-
-
-class _Arriving(NamedTuple):
-    """A tensor on its way to the device, and the event behind its copy."""
-
-    tensor: torch.Tensor
-    copied: torch.cuda.Event | None
-
-    def wait(self) -> torch.Tensor:
-        """Let the computing stream wait for it."""
-        if self.copied is not None:
-            current = torch.cuda.current_stream(self.tensor.device)
-            current.wait_event(self.copied)
-            self.tensor.record_stream(current)
-        return self.tensor
-
-
-class KeyValueCache:
-    """Keys, values and their gradients by layer and chunk.
-
-    Args:
-        offload: wait on the host, pinned, and come back chunk by chunk on a stream of its own, one ahead of use.
-    """
-
-    def __init__(self, *, offload: bool = False) -> None:
-        self.offload = offload
-        self._kv: dict[tuple[int, int], torch.Tensor] = {}
-        self._gradients: dict[tuple[int, int], torch.Tensor] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that wait here now."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return what waits here now: keys and values, [2, S, K, D] in their own type, and fp32 gradients."""
-        return [*self._kv.values(), *self._gradients.values()]
-
-    def write(self, layer: int, chunk: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Keep k, v [S, K, D] of a chunk."""
-        self._kv[layer, chunk] = self._leave(torch.stack((k, v)))
-
-    def write_gradients(self, layer: int, chunk: int, gradients: torch.Tensor) -> None:
-        """Keep the gradients of a chunk so far, [2, S, K, D], in place of those before."""
-        self._gradients[layer, chunk] = self._leave(gradients, into=self._gradients.get((layer, chunk)))
-
-    def take_gradients(self, layer: int, chunk: int, device: torch.device) -> torch.Tensor | None:
-        """Return the gradients that others added for the keys and values of a chunk, and forget them."""
-        kept = self._gradients.pop((layer, chunk), None)
-        return None if kept is None else self._come(kept, device).wait()
-
-    def walk(
-        self, layer: int, chunks: Sequence[int], device: torch.device, *, gradients: bool = False
-    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor | None]]:
-        """Yield (chunk, keys and values, gradients so far) on the device; the next ones are on their way then."""
-        ahead = self._start(layer, chunks[0], device, gradients) if chunks else None
-        for place, chunk in enumerate(chunks):
-            assert ahead is not None
-            kv, gradients_so_far = ahead[0].wait(), None if ahead[1] is None else ahead[1].wait()
-            if place + 1 < len(chunks):
-                ahead = self._start(layer, chunks[place + 1], device, gradients)
-            yield chunk, kv, gradients_so_far
-
-    def release(self, chunk: int) -> None:
-        """Forget a chunk, whose keys are not read again."""
-        for kept in (self._kv, self._gradients):
-            for key in [key for key in kept if key[1] == chunk]:
-                del kept[key]
-
-    def _start(
-        self, layer: int, chunk: int, device: torch.device, gradients: bool
-    ) -> tuple[_Arriving, _Arriving | None]:
-        kept = self._gradients.get((layer, chunk)) if gradients else None
-        return self._come(self._kv[layer, chunk], device), None if kept is None else self._come(kept, device)
-
-    def _leave(self, tensor: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Return where `tensor` waits."""
-        if not self.offload:
-            return tensor
-        on_gpu = tensor.device.type == "cuda"
-        if not on_gpu:
-            log_once("models.recurrent", "keys and values are offloaded from host to host: needless copies")
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu) if into is None else into
-        with self._copying(tensor.device, behind_compute=True) as stream:
-            host.copy_(tensor, non_blocking=True)
-            if stream is not None:
-                tensor.record_stream(stream)
-        return host
-
-    def _come(self, kept: torch.Tensor, device: torch.device) -> _Arriving:
-        """Start bringing a tensor to the device."""
-        if not self.offload:
-            return _Arriving(kept, None)
-        # One stream for both ways: what comes back has left before.
-        with self._copying(device, behind_compute=False) as stream:
-            arriving = kept.to(device, non_blocking=True, copy=True)
-            return _Arriving(arriving, None if stream is None else stream.record_event())
-
-    @contextlib.contextmanager
-    def _copying(self, device: torch.device, *, behind_compute: bool) -> Iterator[torch.cuda.Stream | None]:
-        if device.type != "cuda":
-            yield None
-            return
-        stream = _stream(device)
-        if behind_compute:
-            stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            yield stream
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all rows: the allocator keeps memory by stream, and gives none of it back to another."""
-    return torch.cuda.Stream(device)
+__all__ = ["ChunkDocuments", "ChunkedRow"]
 
 
 class ChunkedRow:
@@ -183,7 +66,7 @@ class ChunkedRow:
         if chunk_tokens < 1:
             raise ArgumentError("a chunk needs at least one token", found=chunk_tokens, allowed=">= 1")
         self.documents, self.chunk_tokens = documents, chunk_tokens
-        self.cache = KeyValueCache(offload=offload)
+        self.cache = ChunkCache(offload=offload)
         self._positions = documents.positions()
         self._cuts: dict[int | None, NDArray[np.int64]] = {}
 
@@ -303,7 +186,7 @@ class ChunkDocuments:
             if kept.start < kept.stop:
                 start = self.row.span(self.index).start
                 here = slice(kept.start - start, kept.stop - start)
-                self.row.cache.write(layer, self.index, k.detach()[here], v.detach()[here])
+                self.row.cache.write(layer, self.index, torch.stack((k.detach()[here], v.detach()[here])))
         own, earlier = self._bands[reach]
         kernel = choose_kernel(q.device, softcap=form.softcap)
         call = _Call(self.row.cache, layer, self.index, own, dict(earlier), form.factor(q), kernel)
@@ -311,7 +194,7 @@ class ChunkDocuments:
 
 
 class _Call(NamedTuple):
-    cache: KeyValueCache
+    cache: ChunkCache
     layer: int
     chunk: int
     own: Bands
