@@ -43,7 +43,9 @@ from longspan.kernels.attention import (
     with_sinks,
 )
 from longspan.kernels.attention.merging import accumulation_dtype
+from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
 from longspan.models.chunk_cache import ChunkCache
+from longspan.models.chunk_states import Handover
 from longspan.models.documents import Documents, refuse_second_call
 from longspan.parallel.schedules.base import Partial
 
@@ -91,6 +93,12 @@ class ChunkedRow:
         first = max(span.start, self._document_at(span.stop, attention_chunk)[0])
         # The next token, at span.stop, sees itself and window - 1 tokens before it.
         return slice(first if window is None else max(first, span.stop - (window - 1)), span.stop)
+
+    def borders(self, chunk: int) -> NDArray[np.int64]:
+        """Return the borders of the documents of a chunk, from 0 to its number of tokens, without empty ones."""
+        span = self.span(chunk)
+        inside = np.clip(self.documents.cu_seqlens, span.start, span.stop) - span.start
+        return np.unique(inside)
 
     def bands(
         self, chunk: int, window: int | None, attention_chunk: int | None = None
@@ -191,6 +199,56 @@ class ChunkDocuments:
         kernel = choose_kernel(q.device, softcap=form.softcap)
         call = _Call(self.row.cache, layer, self.index, own, dict(earlier), form.factor(q), kernel)
         return _ChunkAttention.apply(q, k, v, form.sinks, call)
+
+    def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
+        """Return a causal convolution of the chunk, [C, channels]; a document that goes on sees what it had before.
+
+        Raises:
+            ArgumentError: `layer` is None.
+        """
+        borders, entering, leaving = self._borders(layer, "convolution")
+        tail = None if entering is None else entering.enter(call.x.device, call.x)
+        out = convolve_documents(call, borders, tail=tail)
+        if leaving is None:
+            return out
+        last = call.x[borders[-2] :]
+        if tail is not None and len(borders) == 2:
+            last = torch.cat((tail, last))
+        return leaving.leave(last[max(0, len(last) - call.reach) :], out, write=self.write)
+
+    def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
+        """Return a recurrence over the chunk, [C, heads, ...]; a document that goes on starts from its state.
+
+        Raises:
+            ArgumentError: `layer` is None, or a recurrence that takes no state to begin with.
+        """
+        borders, entering, leaving = self._borders(layer, "state")
+        if not scan.carries and (entering or leaving):
+            raise ArgumentError(
+                "this model has a recurrence that cannot go on from a state, so its rows cannot be cut into chunks",
+                fix="train this model without chunks (train.chunk_tokens)",
+            )
+        state = None
+        if entering is not None:
+            state = entering.enter(scan.tensors[0].device, *scan.tensors, *scan.weights)
+        out, last = scan_documents(scan, borders, state=state, final=leaving is not None)
+        if leaving is None:
+            return out
+        assert last is not None
+        return leaving.leave(last, out, write=self.write)
+
+    def _borders(
+        self, layer: int | None, name: str
+    ) -> tuple[NDArray[np.int64], Handover | None, Handover | None]:
+        """Return the documents' borders in this chunk, and where what goes on enters and leaves it."""
+        if layer is None:
+            raise ArgumentError(
+                "this model does not number its layers with a state, so it cannot be kept from chunk to chunk",
+                fix="train this model without chunks",
+            )
+        before, here = (Handover(self.row.cache, (layer, name), chunk) for chunk in (self.index - 1, self.index))
+        entering = before if self.index > 0 and self.row.is_read_later(self.index - 1) else None
+        return self.row.borders(self.index), entering, here if self.row.is_read_later(self.index) else None
 
 
 class _Call(NamedTuple):
