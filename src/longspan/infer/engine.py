@@ -42,6 +42,7 @@ from longspan.infer.memory import (
 from longspan.infer.packed import inference
 from longspan.infer.prefix_tree import PrefixTree, Strand, build_tree
 from longspan.infer.share import Share
+from longspan.infer.states import TreeStates
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.head import predict
 from longspan.models.head import backbone, output_head
@@ -188,7 +189,7 @@ class Engine:
 
     def _prefill_pass(self, run: _JobsRun, segments: Sequence[Segment]) -> None:
         device = self.model.device
-        documents = PrefillPass(segments, run.places, self.kernel)
+        documents = PrefillPass(segments, run.places, run.states, self.kernel)
         wanted = [
             (offset + each.row - first, each)
             for (strand, first, last), offset in zip(segments, documents.offsets.tolist())
@@ -216,15 +217,17 @@ class Engine:
         while live:
             doing = memory_errors(self.model.device, doing="answers are generated")
             with inference(self.model), doing:
-                documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
+                documents = run.decoding(live)
                 going_on = live
                 while len(going_on) == len(live):
                     said = np.array([len(run.progress[job].generated) for job, _ in live]) - 1
                     if run.make_room(live, said + 1):
-                        documents = DecodePass([strand for _, strand in live], run.places, self.kernel)
+                        documents.hand_back()
+                        documents = run.decoding(live)
                     going_on = self._step(run, live, documents, said)
                     steps -= 1
                     self.share.done(self.share.steps(1))
+                documents.hand_back()
             live = going_on
             yield
         self.share.done(self.share.steps(steps))  # answers ended before they had to
@@ -288,6 +291,7 @@ class _JobsRun:
     def __init__(self, engine: Engine, jobs: Sequence[Job], tree: PrefixTree, length: int) -> None:
         self.tree = tree
         self.places: dict[Strand, StrandPlace] = {}
+        self.states = TreeStates()
         self.progress = [_Progress(job) for job in jobs]
         self.wanted: dict[Strand, list[_Wanted]] = {}
         self.limit = 0
@@ -435,6 +439,11 @@ class _JobsRun:
         finally:
             for strand in strands:
                 del self.places[strand]
+                self.states.drop(strand)
+
+    def decoding(self, live: Sequence[tuple[int, Strand]]) -> DecodePass:
+        """Return the table for the next steps of some answers."""
+        return DecodePass([strand for _, strand in live], self.places, self.states, self._engine.kernel)
 
     def make_room(self, live: Sequence[tuple[int, Strand]], needed: NDArray[np.int64]) -> bool:
         """Let each answer have room for `needed` tokens; return whether anything was moved."""

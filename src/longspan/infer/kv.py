@@ -16,7 +16,7 @@ Shape legend: T = tokens of a pass, S = rows of a block, H = query heads, K = ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,15 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 from longspan.infer.prefix_tree import Strand
+from longspan.infer.states import (
+    TreeStates,
+    convolve_pieces,
+    padded_tail,
+    place_of,
+    scan_pieces,
+    step_convolution,
+    step_scan,
+)
 from longspan.infer.token_spans import TokenSpans
 from longspan.kernels.attention import (
     NO_LIMIT,
@@ -36,6 +45,7 @@ from longspan.kernels.attention import (
     with_sinks,
 )
 from longspan.kernels.attention.bands import oldest_seen
+from longspan.kernels.scans import Convolution, Scan
 from longspan.models.documents import refuse_second_call
 
 __all__ = ["DecodePass", "KernelCall", "KvBlock", "PrefillPass", "Segment", "StrandPlace", "attend_parts"]
@@ -153,12 +163,17 @@ class PrefillPass:
         segments: what is read, each strand's tokens in order; what they see of other strands was read before, or
             stands in front of them here.
         places: where the keys of strands lie; all segments in one block.
+        states: of the strands, in layers that have some.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], places: dict[Strand, StrandPlace], kernel: AttentionKernel
+        self,
+        segments: Sequence[Segment],
+        places: dict[Strand, StrandPlace],
+        states: TreeStates,
+        kernel: AttentionKernel,
     ) -> None:
-        self.segments, self._places, self._kernel = segments, places, kernel
+        self.segments, self._places, self._states, self._kernel = segments, places, states, kernel
         lengths = [last - first for _, first, last in segments]
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._block = places[segments[0].strand].block
@@ -209,6 +224,39 @@ class PrefillPass:
         out, lse = attend_parts(q, self._parts[reach], layer=layer, scale=form.factor(q), kernel=kernel)
         return with_sinks(out, lse, form.sinks)[0].to(q.dtype)
 
+    def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
+        """Return a causal convolution [T, channels] of strands behind what they leave, and keep their tails."""
+        place = place_of(_numbered(layer), "convolution")
+        lengths, tails = [], []
+        for (strand, first, last), offset in zip(self.segments, self.offsets.tolist()):
+            tail = self._states.before(strand, first, place)
+            rows = call.x[offset : offset + last - first]
+            seen = rows if tail is None else torch.cat((tail, rows.to(tail.dtype)))
+            skipped = len(seen) - len(rows) - first
+            for tokens in self._stops(strand, first, last):
+                self._states.keep(strand, tokens, place, padded_tail(seen[: skipped + tokens], call.reach))
+            lengths.append(last - first)
+            tails.append(tail)
+        return convolve_pieces(call, lengths, tails)
+
+    def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
+        """Return a recurrence [T, H, ...] over strands, from the states where they leave others, and keep theirs."""
+        place = place_of(_numbered(layer), "state")
+        outs: list[torch.Tensor] = []
+        for (strand, first, last), offset in zip(self.segments, self.offsets.tolist()):
+            stops = self._stops(strand, first, last)
+            begins = [first, *stops[:-1]]
+            spans = [(offset + begin - first, offset + stop - first) for begin, stop in zip(begins, stops)]
+            found, states = scan_pieces(scan, spans, self._states.before(strand, first, place))
+            outs += found
+            for tokens, state in zip(stops, states):
+                self._states.keep(strand, tokens, place, state)
+        return torch.cat(outs)
+
+    def _stops(self, strand: Strand, first: int, last: int) -> list[int]:
+        """Return behind which tokens of a segment a state is wanted: where others leave it, and at its end."""
+        return sorted({last, *(tokens for tokens in self._states.forks(strand) if first < tokens < last)})
+
     def parts(self, window: int | None, attention_chunk: int | None = None) -> list[KernelCall]:
         """Return the kernel calls of a layer with such a window or chunks; the first covers every query."""
         own = _Table(self._block)
@@ -251,12 +299,18 @@ class DecodePass:
     Args:
         strands: a place has room for what is said.
         places: of the strands, all in one block, and of their ancestors.
+        states: of the strands, in layers that have some; those of the steps are there after `hand_back`.
     """
 
     def __init__(
-        self, strands: Sequence[Strand], places: dict[Strand, StrandPlace], kernel: AttentionKernel
+        self,
+        strands: Sequence[Strand],
+        places: dict[Strand, StrandPlace],
+        states: TreeStates,
+        kernel: AttentionKernel,
     ) -> None:
-        self.strands, self._places, self._kernel = strands, places, kernel
+        self.strands, self._places, self._states, self._kernel = strands, places, states, kernel
+        self._now_states: dict[Hashable, torch.Tensor] = {}
         self._block = places[strands[0]].block
         self._first_row = np.array([places[strand].row for strand in strands], dtype=np.int64)
         self._start = np.array([strand.start for strand in strands], dtype=np.int64)
@@ -307,6 +361,33 @@ class DecodePass:
             self.attention_flops += 4 * spans.num_pairs * q.shape[1] * q.shape[2]
         assert joined is not None
         return with_sinks(*joined, form.sinks)[0].to(q.dtype)
+
+    def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
+        """Return a causal convolution [T, channels] of the tokens of a step."""
+        place = place_of(_numbered(layer), "convolution")
+        out, self._now_states[place] = step_convolution(call, self._side_by_side(place))
+        return out
+
+    def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
+        """Return a recurrence [T, H, ...] over the tokens of a step."""
+        place = place_of(_numbered(layer), "state")
+        out, self._now_states[place] = step_scan(scan, self._side_by_side(place))
+        return out
+
+    def _side_by_side(self, place: Hashable) -> torch.Tensor:
+        """Return what the tokens of a step find, [T, ...]."""
+        if place not in self._now_states:
+            read = (self._length - 1).tolist()
+            found = [self._states.before(*each, place) for each in zip(self.strands, read)]
+            self._now_states[place] = torch.stack([state for state in found if state is not None])
+        return self._now_states[place]
+
+    def hand_back(self) -> None:
+        """Let the states of the last step be those of the strands."""
+        for place, states in self._now_states.items():
+            for strand, tokens, state in zip(self.strands, self._length.tolist(), states):
+                self._states.keep(strand, tokens, place, state)
+        self._now_states.clear()
 
     def _oldest(self, reach: _Reach) -> NDArray[np.int64]:
         """Return the first position that each token sees."""
