@@ -50,6 +50,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     # Short convolutions, no recurrence.
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
+# Of a jamba: its recurrence takes no state to begin with.
+MAMBA_1 = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_dt_rank": 4, "num_experts": 1, "attn_layer_period": 2,
+           "attn_layer_offset": 1, "num_hidden_layers": 2}  # fmt: skip
 
 
 def eager(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> PreTrainedModel:

@@ -60,6 +60,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Bytes:
     """A tokenizer whose tokens are bytes, so that characters and texts reach over the borders of tokens."""
 
+    vocab_size = VOCAB
+
     def decode(self, ids: Any) -> str:
         return bytes(int(token) for token in ids).decode("utf-8", "replace")
 

@@ -156,17 +156,17 @@ def test_a_given_answer_is_measured_when_its_last_token_is_read() -> None:
 
 def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of cells that are answered must not pile up until the run ends."""
-    from longspan.infer import engine
+    from longspan.infer import jobs_run
 
     blocks: list[int] = []
-    original = engine.KvBlock
+    original = jobs_run.KvBlock
 
     class Watched(original):  # type: ignore[valid-type, misc]
         def __init__(self, rows: int, kernel: object) -> None:
             super().__init__(rows, kernel)
             blocks.append(rows)
 
-    monkeypatch.setattr(engine, "KvBlock", Watched)
+    monkeypatch.setattr(jobs_run, "KvBlock", Watched)
     answerer = local("llama", cache_tokens=70)
     seen = []
     for index, _ in answerer.generate([request(ids, max_new_tokens=3) for ids in PROMPTS]):
@@ -181,9 +181,9 @@ def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.both_kernels
 def test_room_for_long_answers_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys moved to a larger block must stay those of their strand."""
-    from longspan.infer import engine
+    from longspan.infer import jobs_run
 
-    monkeypatch.setattr(engine, "FIRST_ROOM", 2)
+    monkeypatch.setattr(jobs_run, "FIRST_ROOM", 2)
     requests = [request(ids, max_new_tokens=3 + 4 * n) for n, ids in enumerate(PROMPTS[:4])]
     expected = in_order(plain("qwen").generate(requests))
     for limit in (10_000, 30):

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from longspan.core.errors import ArgumentError, RunError
+from longspan.infer.config import AnswererConfig
+from longspan.infer.flops import ModelFlops
+from longspan.infer.kv import KvBlock
 from longspan.infer.local import LocalAnswerer
+from longspan.infer.memory import cache_bytes_per_token
+from longspan.infer.opening import open_answerer
 from longspan.infer.perplexity import token_nll
 from longspan.infer.plain import PlainAnswerer
 from longspan.infer.requests import Request
-from tests.hybrids import HYBRIDS, eager, with_ours
-from tests.infer.engines import Bytes, assert_same, grid, in_order, random_ids, request
+from longspan.infer.states import TreeStates
+from longspan.models.states import state_bytes
+from tests.hybrids import HYBRIDS, MAMBA_1, eager, with_ours
+from tests.infer.engines import Bytes, grid, in_order, random_ids, request
 
 # Forks in the trunk, at its end, and of a prompt that is the beginning of another.
 PROMPTS = [*grid([40, 25], [0.0, 0.4, 1.0]), random_ids(5, 9), random_ids(5, 9)[:4], random_ids(5, 9) + [3]]
@@ -40,7 +49,11 @@ def continued_alone(name: str) -> list[list[int]]:
     for ids in PROMPTS:
         row = torch.tensor([ids])
         out = twins(name)[1].generate(
-            row, attention_mask=torch.ones_like(row), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+            row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
         )
         found.append(out[0, len(ids) :].tolist())
     return found
@@ -94,3 +107,62 @@ def test_losses_of_windows_equal_transformers(name: str) -> None:
             alone(name, ids)[:-1], torch.tensor(ids[1:]), reduction="none"
         )
         np.testing.assert_allclose(nll, truth.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_memory_is_counted_as_it_is_held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys were counted for layers that have none, and states, of which each fork has one, were not counted."""
+    model = twins(name)[0]
+    blocks: list[KvBlock] = []
+    peaks: list[int] = []
+    append, keep = KvBlock.append, TreeStates.keep
+    monkeypatch.setattr(KvBlock, "append", lambda self, *args: blocks.append(self) or append(self, *args))
+    monkeypatch.setattr(
+        TreeStates, "keep", lambda self, *args: keep(self, *args) or peaks.append(self.num_bytes)
+    )
+    # Two leave the trunk at different tokens.
+    prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9], [1, 2, 8]]
+    answerer = LocalAnswerer(model, Bytes(), identity={}, batch_tokens=100)  # type: ignore[arg-type]
+    found = in_order(answerer.generate([request(ids, max_new_tokens=1) for ids in prompts]))
+    assert all(answer.error is None for answer in found)
+    assert max(peaks) == (2 + 3) * state_bytes(model)
+    assert blocks[0].num_bytes == (6 + 1 + 1) * cache_bytes_per_token(model, upcasts=True)
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    """A grid of many forks has more bytes in states than in keys, and the message says so."""
+    model = twins("qwen3_next")[0]
+    free = 2 * state_bytes(model)
+    answerer = LocalAnswerer(
+        model, Bytes(), identity={}, batch_tokens=1000, available=lambda device: free  # type: ignore[arg-type]
+    )  # fmt: skip
+    with pytest.raises(RunError, match=r"\d+ states of "):
+        list(answerer.generate(questions()))
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_operations_are_those_of_the_layers(name: str) -> None:
+    """Attention was reckoned for every layer, also for those that see no keys."""
+    model = twins(name)[0]
+    weights = sum(p.numel() for n, p in model.model.named_parameters() if p.ndim > 1 and "embed" not in n)
+    flops = ModelFlops.of_model(model)
+    states = {"qwen3_next": 2 * 4 * 8 * 8, "nemotron_h": 2 * 32 * 8, "falcon_h1": 2 * 32 * 8, "lfm2": 0}
+    assert flops.per_token == 2 * weights + 6 * states[name]
+    attending = 2 if name == "falcon_h1" else 1
+    assert flops.per_pair == 4 * attending * 4 * 8
+
+
+def test_what_cannot_go_on_from_a_state_is_read_at_once(tmp_path: Path) -> None:
+    """Mamba-1 read in pieces forgets all but the last one without a word."""
+    plain = eager("jamba", **MAMBA_1)
+    model, ids = with_ours(plain), PROMPTS[0]
+    shared = LocalAnswerer(model, Bytes(), identity={}, batch_tokens=10_000)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="cannot go on from a state"):
+        list(shared.generate([request(ids, max_new_tokens=2)]))
+    plain.save_pretrained(tmp_path)
+    config = AnswererConfig(model=str(tmp_path), batch_tokens=7)
+    answerer = open_answerer(config, tokenizer=Bytes())  # type: ignore[arg-type]
+    (_, answer), *_ = answerer.generate([request(ids, max_new_tokens=4)])
+    row = torch.tensor([ids])
+    truth = plain.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=4, do_sample=False)
+    assert answer.token_ids.tolist() == truth[0, len(ids) :].tolist()

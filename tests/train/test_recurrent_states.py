@@ -11,13 +11,11 @@ from longspan.core.errors import ArgumentError
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.models.chunk_cache import ChunkCache
 from longspan.train.recurrent import recurrent_step
-from tests.hybrids import HYBRIDS, eager, with_ours
+from tests.hybrids import HYBRIDS, MAMBA_1, eager, with_ours
 from tests.train.test_recurrent import batch_of, check_equal, gradients
 
 # Documents that end inside chunks of 16 and on their borders, fill several, and are shorter than a convolution.
 BORDERS = [0, 10, 16, 17, 70, 72, 101]
-JAMBA = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_dt_rank": 4, "num_experts": 1, "attn_layer_period": 2,
-         "attn_layer_offset": 1, "num_hidden_layers": 2}  # fmt: skip
 
 
 @pytest.fixture
@@ -44,9 +42,7 @@ def test_equals_the_row_at_once(name: str, chunk_tokens: int, in_fp64: None) -> 
 def test_composes_with_what_saves_memory(checkpointing: Any) -> None:
     """A block that is computed again must find the state that it found the first time."""
     model = enable_checkpointing(model_of("falcon_h1"), checkpointing)
-    check_equal(
-        model, batch_of(BORDERS), tolerance=2e-5, chunk_tokens=16, offload=checkpointing == "offload"
-    )
+    check_equal(model, batch_of(BORDERS), tolerance=2e-5, chunk_tokens=16, offload=checkpointing == "offload")
 
 
 @pytest.mark.parametrize("trained", ["0.mixer.A_log", "0.mixer.conv1d", "2.mixer"])
@@ -83,7 +79,7 @@ def test_what_waits_is_one_state_a_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_recurrence_that_takes_no_state_is_refused() -> None:
     """Mamba-1's function begins at zero: a document cut by chunks would forget what it read, without a word."""
-    model = model_of("jamba", **JAMBA)
+    model = model_of("jamba", **MAMBA_1)
     with pytest.raises(ArgumentError, match="cannot go on from a state"):
         recurrent_step(model, batch_of([0, 40]), chunk_tokens=16, weight=1.0)
     check_equal(model, batch_of([0, 16, 32]), tolerance=2e-5, chunk_tokens=16)

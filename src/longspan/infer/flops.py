@@ -50,6 +50,18 @@ class ModelFlops(NamedTuple):
             per_logit_row=2.0 * hidden * config.vocab_size,
         )
 
+    @classmethod
+    def of_model(cls, model: Any) -> ModelFlops:
+        """Return the costs of a model: of one with a state in some layers, those of its own weights and states."""
+        from longspan.models.states import layers_with_keys, operations_per_token  # keeps this module light
+
+        plain = cls.of(model.config)
+        per_token = operations_per_token(model)
+        if per_token is None:
+            return plain
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        return plain._replace(per_token=per_token, per_pair=plain.per_pair * layers_with_keys(model) / layers)
+
     def reading(self, start: int, tokens: int) -> float:
         """Return the operations of reading some tokens behind `start` others, without output embedding."""
         return self.per_token * tokens + self.per_pair * (tokens * start + _triangle(tokens))

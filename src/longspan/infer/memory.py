@@ -16,6 +16,7 @@ from longspan.kernels.attention import NO_LIMIT
 from longspan.kernels.attention.cuda_varlen import why_tiled
 from longspan.kernels.attention.tiled import tiled_bytes
 from longspan.models.hf_config import attention_width, head_counts, text_config
+from longspan.models.states import layers_with_keys
 
 FIX = (
     "ask for shorter contexts, lower --batch-tokens, load the weights as --dtype bfloat16, or use more processes "
@@ -62,8 +63,13 @@ def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool) -> int:
     _, kv_heads = head_counts(model.config)
     dtype = torch.promote_types(model.dtype, torch.float32) if upcasts else model.dtype
     ranks = getattr(model, "tp_size", None) or 1
-    layers = text_config(model.config).num_hidden_layers
-    return 2 * layers * max(1, kv_heads // ranks) * attention_width(model.config) * dtype.itemsize
+    return (
+        2
+        * layers_with_keys(model)
+        * max(1, kv_heads // ranks)
+        * attention_width(model.config)
+        * dtype.itemsize
+    )
 
 
 def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -95,19 +101,27 @@ def dense_bytes(model: PreTrainedModel, keys: int) -> int:
 
 
 def refuse_excess(
-    *, cache_tokens: int, cache_bytes: int, activations: int, available: int, device: torch.device
+    *,
+    cache_tokens: int,
+    cache_bytes: int,
+    activations: int,
+    available: int,
+    device: torch.device,
+    states: int = 0,
+    state_bytes: int = 0,
 ) -> None:
     """Refuse what does not fit, before anything is run.
 
     Raises:
         RunError: more is needed than is available.
     """
-    needed = cache_tokens * cache_bytes + activations
+    needed = cache_tokens * cache_bytes + states * state_bytes + activations
     if needed > available:
+        held_states = f"{states:,} states of {format_bytes(state_bytes)}, " if state_bytes else ""
         raise RunError(
             f"these prompts do not fit into the memory of {device}",
             found=f"about {format_bytes(needed)}: keys and values of {cache_tokens:,} tokens, "
-            f"{format_bytes(cache_bytes)} each, and {format_bytes(activations)} of activations",
+            f"{format_bytes(cache_bytes)} each, {held_states}and {format_bytes(activations)} of activations",
             allowed=f"{format_bytes(available)} that are free",
             fix=FIX,
         )

@@ -35,6 +35,7 @@ from longspan.infer.requests import Answerer
 from longspan.models.hf import evaluated_dtype, load_model, rope_settings, say_narrowed, usable_device
 from longspan.models.identity import model_identity
 from longspan.models.stand_in import check_unknown_family
+from longspan.models.states import goes_on_from_states
 from longspan.parallel.mesh import MeshConfig, build_mesh
 
 Load = Callable[[AnswererConfig], PreTrainedModel]
@@ -155,7 +156,12 @@ def _build_member(device: torch.device, part: _Part) -> Member:
     if mesh is not None:
         shared["prefix_reuse"] = config.prefix_reuse
         return SpreadModel(model, part.tokenizer, mesh=mesh, schedule=part.schedule, **shared)
-    if not config.prefix_reuse:
+    if not config.prefix_reuse or not goes_on_from_states(model):
+        if config.prefix_reuse:
+            get_logger("infer").info(
+                "%s has a recurrence that cannot go on from a state: every prompt is read from its first token",
+                config.model,
+            )
         return PlainAnswerer(model, part.tokenizer, **shared)
     # Ranks that heard different numbers would read different batches, and wait for each other.
     available = shared_memory if config.tp > 1 else partial(_available, part.replicas)

@@ -28,7 +28,7 @@ class Share:
 
     def __init__(self, model: PreTrainedModel, *, ranks: int = 1) -> None:
         self.on_share: Callable[[float], None] | None = None
-        self._flops, self._ranks = ModelFlops.of(model.config), ranks
+        self._flops, self._ranks = ModelFlops.of_model(model), ranks
         self._layers = _layers(model)
         self._done, self._total = 0.0, 1.0
 

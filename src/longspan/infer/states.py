@@ -18,10 +18,19 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import torch
 
+from longspan.core.errors import ArgumentError
 from longspan.infer.prefix_tree import Strand
 from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
 
-__all__ = ["TreeStates", "convolve_pieces", "padded_tail", "place_of", "scan_pieces", "step_convolution", "step_scan"]
+__all__ = [
+    "TreeStates",
+    "convolve_pieces",
+    "padded_tail",
+    "place_of",
+    "scan_pieces",
+    "step_convolution",
+    "step_scan",
+]
 
 # Shape suffixes: T = tokens of a pass, B = sequences side by side, C = channels, W = width of a convolution, H = heads.
 
@@ -41,7 +50,9 @@ class TreeStates:
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        tensors = (t for by_tokens in self._held.values() for states in by_tokens.values() for t in states.values())
+        tensors = (
+            t for by_tokens in self._held.values() for states in by_tokens.values() for t in states.values()
+        )
         return sum(tensor.nbytes for tensor in tensors)
 
     def forks(self, strand: Strand) -> frozenset[int]:
@@ -53,9 +64,10 @@ class TreeStates:
     def before(self, strand: Strand, tokens: int, place: Hashable) -> torch.Tensor | None:
         """Return what the token behind the first `tokens` of a strand finds; None: it is the first of its sequence."""
         if tokens == 0:
-            if strand.parent is None:
+            parent = strand.parent
+            if parent is None:
                 return None
-            strand, tokens = strand.parent, strand.start - strand.parent.start
+            strand, tokens = parent, strand.start - parent.start
         return self._held[strand][tokens][place]
 
     def keep(self, strand: Strand, tokens: int, place: Hashable, state: torch.Tensor) -> None:
@@ -82,7 +94,7 @@ def padded_tail(rows_TC: torch.Tensor, reach: int) -> torch.Tensor:
 def convolve_pieces(
     call: Convolution, lengths: Sequence[int], tails: Sequence[torch.Tensor | None]
 ) -> torch.Tensor:
-    """Return the convolution [T, C] of pieces that lie one behind the other, each behind its tail (None: at a start)."""
+    """Return the convolution [T, C] of pieces one behind the other, each behind its tail (None: it is a beginning)."""
     parts, rows, row = [], [], 0
     borders = [0]
     for piece_TC, tail in zip(call.x.split(list(lengths)), tails):
@@ -101,6 +113,7 @@ def scan_pieces(
     scan: Scan, spans: Sequence[tuple[int, int]], state: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return outputs and last states of spans of a pass, each behind the one before; the first finds `state`."""
+    _refuse_beginners(scan)
     outs, states = [], []
     for first, last in spans:
         part = scan.on(*(tensor[first:last] for tensor in scan.tensors))
@@ -120,7 +133,16 @@ def step_convolution(call: Convolution, tails_BWC: torch.Tensor) -> tuple[torch.
 
 def step_scan(scan: Scan, states_BH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the outputs [B, H, ...] of one new token for each sequence, and the states behind it."""
+    _refuse_beginners(scan)
     tokens = tuple(tensor[:, None] for tensor in scan.tensors)
     out, states = scan.run(tokens, scan.weights, state=states_BH, final=True, borders=None)
     assert states is not None
     return out[:, 0], states
+
+
+def _refuse_beginners(scan: Scan) -> None:
+    if not scan.carries:
+        raise ArgumentError(
+            "this model has a recurrence that cannot go on from a state, so what prompts begin with cannot be shared",
+            fix="read every prompt from its first token: --no-prefix-reuse, on one process",
+        )

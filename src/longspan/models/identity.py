@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from longspan.core.files import read_json, sha256_bytes, sha256_file
 from longspan.models.hf import rope_fingerprint
+from longspan.models.hf_config import text_config
 from longspan.models.places import OWN_FILE
 
 
 def model_identity(
     model: PreTrainedModel, path: str | Path, *, shown_as: str | None = None
 ) -> dict[str, Any]:
-    """Return path, fingerprint and RoPE of a model loaded from the folder or hub name `path`.
+    """Return path, fingerprint and RoPE ({}: none) of a model loaded from the folder or hub name `path`.
 
     The fingerprint covers the bytes of the weight files (a hub name is taken as given), those of an adapter's
     base by the fingerprint that it keeps, and the frequencies that the model really uses, so the same weights with
@@ -30,5 +31,5 @@ def model_identity(
     return {
         "path": shown_as or str(path),
         "fingerprint": sha256_bytes(" ".join(parts).encode())[:16],
-        "rope": dict(model.config.get_text_config(decoder=True).rope_parameters),
+        "rope": dict(getattr(text_config(model.config), "rope_parameters", None) or {}),
     }

@@ -246,7 +246,9 @@ class ChunkDocuments:
                 "this model does not number its layers with a state, so it cannot be kept from chunk to chunk",
                 fix="train this model without chunks",
             )
-        before, here = (Handover(self.row.cache, (layer, name), chunk) for chunk in (self.index - 1, self.index))
+        before, here = (
+            Handover(self.row.cache, (layer, name), chunk) for chunk in (self.index - 1, self.index)
+        )
         entering = before if self.index > 0 and self.row.is_read_later(self.index - 1) else None
         return self.row.borders(self.index), entering, here if self.row.is_read_later(self.index) else None
 

@@ -1,0 +1,88 @@
+"""What the layers of a model hold of a sequence that is read on: keys of every token, or a state of one size."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from longspan.models.hf_config import text_config
+from longspan.models.mixers import mixers
+
+__all__ = [
+    "goes_on_from_states",
+    "layers_with_keys",
+    "operations_per_token",
+    "state_bytes",
+    "state_elements",
+]
+
+STATE_BYTES = 4
+"""Of an element of a recurrent state, which families keep in fp32."""
+
+
+def layers_with_keys(model: PreTrainedModel) -> int:
+    """Return how many layers of a model keep keys and values."""
+    layers = int(text_config(model.config).num_hidden_layers)
+    if not any(mixers(model)):
+        return layers
+    return sum(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
+
+
+def state_elements(mixer: nn.Module) -> int:
+    """Return the elements of the recurrent state of a layer: heads by what each remembers; 0 of a convolution alone."""
+    sizes = {name: value for name, value in vars(mixer).items() if isinstance(value, int)}
+    if "num_v_heads" in sizes:  # gated delta net
+        return sizes["num_v_heads"] * sizes["head_k_dim"] * sizes["head_v_dim"]
+    if "ssm_state_size" in sizes:  # Mamba
+        return sizes["intermediate_size"] * sizes["ssm_state_size"]
+    heads = sizes.get("num_heads", sizes.get("num_attention_heads", 0))  # KDA, lightning attention
+    return heads * sizes.get("head_dim", 0) ** 2
+
+
+def state_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the states and convolution tails of one sequence in all layers, whatever its length."""
+    total = 0
+    for mixer, _ in mixers(model):
+        tails = sum(
+            conv.in_channels * (conv.kernel_size[0] - 1)
+            for conv in mixer.children()
+            if isinstance(conv, nn.Conv1d)
+        )
+        total += STATE_BYTES * state_elements(mixer) + model.dtype.itemsize * tails
+    return total
+
+
+def operations_per_token(model: PreTrainedModel) -> float | None:
+    """Return the operations of a token in the layers of a model with states, without attention over keys; else None.
+
+    Two for each weight that it meets, of experts those of the chosen ones, and six for each element of a state, which
+    is decayed, written to and read.
+    """
+    found = [mixer for mixer, _ in mixers(model)]
+    if not found:
+        return None
+    config = text_config(model.config)
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    head, total = model.get_output_embeddings(), 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            total += module.in_features * module.out_features
+        elif isinstance(module, nn.Conv1d):
+            total += module.weight.numel()
+        else:
+            # Experts have their matrices in one parameter.
+            stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+            total += sum(p.numel() * chosen / p.shape[0] for p in stacks)
+    return 2.0 * total + 6.0 * sum(map(state_elements, found))
+
+
+def goes_on_from_states(model: PreTrainedModel) -> bool:
+    """Whether every layer with a state can read further tokens, several at a time, behind those that it has read.
+
+    Mamba-1's function begins at zero.
+    """
+    forwards = (inspect.unwrap(type(mixer).forward) for mixer, _ in mixers(model))
+    return not any("mamba_selective_scan" in forward.__code__.co_names for forward in forwards)
