@@ -31,7 +31,7 @@ class Handover(NamedTuple):
     def enter(self, device: torch.device, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Return what the chunk before the border left, in the chunk behind it.
 
-        `inputs` are those of the layer's function: where one of them has a gradient, what the same function left has one.
+        `inputs` are those of the layer's function: where one of them has a gradient, so has what it left.
         """
         found: torch.Tensor = _Entering.apply(self, device, *inputs)
         return found
