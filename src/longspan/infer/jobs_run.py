@@ -29,7 +29,7 @@ FIRST_ROOM = 256
 _END = object()
 
 
-class Progress:
+class JobProgress:
     """The predictions of one job as they arrive."""
 
     def __init__(self, job: Job) -> None:
@@ -54,16 +54,16 @@ class Wanted(NamedTuple):
     """Among the job's wanted ones."""
 
 
-class Held(NamedTuple):
+class HeldAtOnce(NamedTuple):
     """What is held at once."""
 
     tokens: int
     states: int
     """Of all layers that have some, together."""
 
-    def with_strands(self, run: JobsRun, strands: Iterable[Strand]) -> Held:
+    def with_strands(self, run: JobsRun, strands: Iterable[Strand]) -> HeldAtOnce:
         tokens, states = zip(*((run.room(strand), run.num_states(strand)) for strand in strands))
-        return Held(self.tokens + sum(tokens), self.states + sum(states))
+        return HeldAtOnce(self.tokens + sum(tokens), self.states + sum(states))
 
     def num_bytes(self, token_bytes: int, state_bytes: int) -> int:
         return self.tokens * token_bytes + self.states * state_bytes
@@ -76,7 +76,7 @@ class JobsRun:
         self.tree = tree
         self.places: dict[Strand, StrandPlace] = {}
         self.states = TreeStates()
-        self.progress = [Progress(job) for job in jobs]
+        self.progress = [JobProgress(job) for job in jobs]
         self.wanted: dict[Strand, list[Wanted]] = {}
         self.limit = 0
         self._engine, self._length = engine, length
@@ -190,10 +190,10 @@ class JobsRun:
         if batch:
             yield batch, False
 
-    def most_held(self, limit: int, token_bytes: int, state_bytes: int) -> Held:
+    def most_held(self, limit: int, token_bytes: int, state_bytes: int) -> HeldAtOnce:
         """Return what is held at once at most, if batches have at most `limit` tokens."""
-        found = [Held(0, 0)]
-        waiting: list[tuple[Sequence[Strand], Held]] = [(self.tree.roots, Held(0, 0))]
+        found = [HeldAtOnce(0, 0)]
+        waiting: list[tuple[Sequence[Strand], HeldAtOnce]] = [(self.tree.roots, HeldAtOnce(0, 0))]
         while waiting:
             siblings, held = waiting.pop()
             for batch, opened in self._batches(siblings, limit):
