@@ -12,6 +12,7 @@ import torch
 
 from longspan.core.errors import ArgumentError, RunError
 from longspan.infer.config import AnswererConfig
+from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.flops import ModelFlops
 from longspan.infer.kv import KvBlock
 from longspan.infer.local import LocalAnswerer
@@ -166,3 +167,11 @@ def test_what_cannot_go_on_from_a_state_is_read_at_once(tmp_path: Path) -> None:
     row = torch.tensor([ids])
     truth = plain.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=4, do_sample=False)
     assert answer.token_ids.tolist() == truth[0, len(ids) :].tolist()
+
+
+def test_ranks_that_share_sequences_do_not_continue_them() -> None:
+    """Their states lie with other ranks: the first generated token would fail, after all has been read."""
+    model = object.__new__(SpreadModel)
+    model._model, model._has_states = twins("lfm2")[0], True
+    with pytest.raises(ArgumentError, match="do not continue them in a Lfm2ForCausalLM"):
+        next(model.generate(questions()))

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.held_keys import HeldKeys, KeepingDocuments, NextTokens, held_rows
@@ -42,7 +43,7 @@ from longspan.kernels.loss import linear_cross_entropy
 from longspan.models.head import output_head
 from longspan.models.hf import hidden_states
 from longspan.models.hf_config import head_counts, window_of_all_layers
-from longspan.models.mixers import check_states
+from longspan.models.mixers import check_states, mixers
 from longspan.parallel.mesh import Mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
@@ -82,7 +83,9 @@ class SpreadModel:
         prefix_reuse: bool = True,
     ) -> None:
         self.identity, self.max_length = identity, max_length
-        self._prefix_reuse = prefix_reuse
+        # States of what was read lie with the ranks that have their heads: nothing is read behind them.
+        self._has_states = any(mixers(model))
+        self._prefix_reuse = prefix_reuse and not self._has_states
         self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._mesh = mesh
@@ -101,7 +104,17 @@ class SpreadModel:
         return True
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
-        """Continue each prompt greedily; see `Answerer`."""
+        """Continue each prompt greedily; see `Answerer`.
+
+        Raises:
+            ArgumentError: a model with layers that carry a state.
+        """
+        if self._has_states:
+            raise ArgumentError(
+                f"processes that share sequences do not continue them in a {type(self._model).__name__}, whose layers "
+                "carry a state",
+                fix="ask it on one process or with --replicas; given answers and perplexities work with --cp",
+            )
         refuse_unknown_tokens(requests, self._vocabulary)
         fitting = yield from self._refuse(requests)
         prompts = [np.asarray(prompt_of(requests[index]), np.int64) for index in fitting]
