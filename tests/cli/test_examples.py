@@ -18,6 +18,7 @@ STORY = (
     ("data", "tokenize"),
     ("data", "lengths"),
     ("data", "audit"),
+    ("data", "chat"),
     ("data", "mix"),
     ("data", "pack"),
     ("data", "peek"),
@@ -38,6 +39,7 @@ STORY = (
     ("eval", "needle"),
     ("eval", "ppl"),
     ("eval", "passkey"),
+    ("eval", "tool_calls"),
     ("eval", "topics"),
     ("eval", "ruler"),
     ("eval", "longqa"),
@@ -86,6 +88,7 @@ def write_released_files(root: Path) -> None:
     ]
     wanted = {"answer": "k1Ada wrote it.", "random_string_to_prepend": "k1", "n_needles": 2}
     graph = {"prompt": "n1 -> n2\n" * 30, "answer_nodes": ["n1"], "problem_type": "parents"}
+    (root / "chats.jsonl").write_text(json.dumps({"messages": talk}))
     (root / "mrcr.jsonl").write_text(json.dumps({"prompt": json.dumps([*talk, talk[0]]), **wanted}))
     (root / "graphwalks.jsonl").write_text(json.dumps(graph))
     fact = {"input": "Mary went home. " * 9, "question": "Where is Mary?", "target": "kitchen"}
