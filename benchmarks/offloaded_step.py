@@ -76,6 +76,7 @@ def simulate(
     num_gpus: int,
     sequences: int,
     recompute: bool = True,
+    kernel: str | None = None,
 ) -> Step:
     """Return the time and memory of one optimizer step.
 
@@ -91,7 +92,7 @@ def simulate(
     world = parallel.cp
     tokens = -(-context // world)
     linear, forward, backward, gather, scatter, of_head, free_of = kind_seconds(
-        model, gpu, parallel, context=context, num_gpus=num_gpus
+        model, gpu, parallel, context=context, num_gpus=num_gpus, kernel=kernel
     )
     pass_forward = max(linear + forward, gather)
     again = linear + forward if recompute else 0.0

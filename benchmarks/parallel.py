@@ -45,7 +45,7 @@ def main() -> None:
     elif arguments.part == "scale":
         print(scale_report(arguments.out))
     else:
-        tables = (scale.speeds_table, scale.longest_table, scale.ring_table, scale.sensitivity_table)
+        tables = (scale.ring_table, scale.sensitivity_table)
         print("\n\n".join(table() for table in tables))
 
 

@@ -20,7 +20,7 @@ from longspan.plan import scale as simulation
 from longspan.plan.hardware import GPUS
 from longspan.plan.models import MODELS
 from longspan.plan.scale import arrangement_name, attention_seconds
-from offloaded_step import Step, best_steps, simulate
+from offloaded_step import Step, best_steps
 
 CONTEXTS = [2**power for power in range(17, 25)]
 NUM_GPUS = [2**power for power in range(3, 11)]
@@ -108,127 +108,8 @@ def schedules_table(cells: dict[tuple[int, int], Cell], places: list[tuple[int, 
     return "\n".join(lines)
 
 
-class Published(NamedTuple):
-    """A row somebody published: seconds a step or MFU of a model on some GPUs."""
-
-    who: str
-    model: str
-    gpu: str
-    num_gpus: int
-    context: int
-    schedule: str
-    value: float
-    kind: str
-    recompute: bool = True
-    note: str = ""
-
-
 M = 2**20
-SPEEDS = [
-    Published("UPipe", "llama-3-8b", "h100", 8, 2**17, "ulysses", 2280, "tokens/s/GPU", note="calibrates"),
-    Published("TRL 1.13", "qwen3-8b", "h100", 8, M, "ring", 380, "s"),
-    Published("TRL 1.13", "qwen3-32b", "h100", 8, M, "ring", 1295, "s", note="GPUs not stated: 8 taken"),
-    Published("TRL 1.13", "qwen3-0.6b", "h100", 8, 4 * M, "ring", 2135, "s", note="GPUs not stated: 8 taken"),
-    Published("torchtitan 2024-12", "llama-3-8b", "h100", 8, 2**15, "ring", 3890, "tokens/s/GPU"),
-    Published("torchtitan 2024-12", "llama-3-8b", "h100", 8, 2**16, "ring", 2540, "tokens/s/GPU"),
-    Published("torchtitan 2024-12", "llama-3-8b", "h100", 8, 2**17, "ring", 1071, "tokens/s/GPU"),
-    Published("torchtitan 2024-12", "llama-3-8b", "h100", 8, 2**18, "ring", 548, "tokens/s/GPU"),
-    Published(
-        "MEMO", "llama-2-7b", "a800", 8, M, "ulysses", 0.523, "MFU", False, "saves, does not recompute"
-    ),
-    Published("FPDT", "llama-3-8b", "a100", 4, 2 * M, "ulysses", 0.55, "MFU", note="way of counting unknown"),
-    Published("ms-swift, LoRA", "qwq-32b", "a100", 8, 2**19, "ulysses", 150, "s", note="see below"),
-]
-"""Where a source names no schedule, the one that it describes."""
-
-
-def speeds_table() -> str:
-    """Return predicted against published speed."""
-    lines = [
-        "| row | model | GPUs | context | published | predicted | predicted / published | |",
-        "|---|---|---|---:|---:|---:|---:|---|",
-    ]
-    for row in SPEEDS:
-        step = _of_row(row)
-        predicted = {"s": step.seconds, "MFU": step.mfu, "tokens/s/GPU": step.tokens_per_second}[row.kind]
-        unit = "" if row.kind == "MFU" else f" {row.kind}"
-        form = ".3f" if row.kind == "MFU" else ",.0f"
-        lines.append(
-            f"| {row.who} | {row.model} | {row.num_gpus} {row.gpu} | {length_text(row.context)} "
-            f"| {row.value:{form}}{unit} | {predicted:{form}}{unit} | {predicted / row.value:.2f} | {row.note} |"
-        )
-    return "\n".join(lines)
-
-
-def _of_row(row: Published) -> Step:
-    return simulate(
-        MODELS[row.model],
-        GPUS[row.gpu],
-        _all_ranks(row.schedule, row.num_gpus),
-        context=row.context,
-        num_gpus=row.num_gpus,
-        sequences=1,
-        recompute=row.recompute,
-    )
-
-
-def _all_ranks(schedule: str, num_gpus: int) -> MeshConfig:
-    return MeshConfig() if num_gpus == 1 else MeshConfig.of_schedule(schedule, num_gpus)
-
-
-class Longest(NamedTuple):
-    """A longest context somebody published."""
-
-    who: str
-    gpu: str
-    num_gpus: int
-    schedule: str
-    context: float
-
-
-LONGEST = [
-    Longest("ALST recipe", "h200", 1, "none", 1.2e6),
-    Longest("ALST", "h100", 1, "none", 0.5e6),
-    Longest("ALST", "h100", 8, "ulysses", 3.7e6),
-    Longest("ALST", "h100", 16, "ulysses", 8e6),
-    Longest("ALST", "h100", 32, "ulysses", 15e6),
-    Longest("UPipe (heads in chunks)", "h100", 8, "all_gather", 5e6),
-    Longest("UPipe (heads in chunks)", "h100", 16, "all_gather", 8e6),
-]
-
-
-def longest_context(gpu: str, num_gpus: int, schedule: str, *, model: str = "llama-3-8b") -> tuple[int, str]:
-    """Return the longest context that fits, to 32K tokens, and what limits it."""
-    low, high = 0, 2**13
-    degrees = _all_ranks(schedule, num_gpus)
-
-    def limit(units: int) -> str | None:
-        return simulate(
-            MODELS[model], GPUS[gpu], degrees, context=units * 2**15, num_gpus=num_gpus, sequences=1
-        ).limit
-
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if limit(middle) else (middle, high)
-    return low * 2**15, limit(high) or ""
-
-
-def longest_table() -> str:
-    """Return predicted against published length, Llama-3-8B."""
-    lines = [
-        "| row | GPUs | schedule | published | predicted | predicted / published | limited by |",
-        "|---|---|---|---:|---:|---:|---|",
-    ]
-    for row in LONGEST:
-        found, limit = longest_context(row.gpu, row.num_gpus, row.schedule)
-        lines.append(
-            f"| {row.who} | {row.num_gpus} {row.gpu} | {row.schedule} | {row.context / 1e6:.1f}M "
-            f"| {found / 1e6:.1f}M | {found / row.context:.2f} | {limit} |"
-        )
-    return "\n".join(lines)
-
-
-ASSUMED = {"EFFICIENCY": (0.45, 0.6), "LINK_EFFICIENCY": (0.6, 0.9), "HALF_ROWS": (256, 1024)}
+ASSUMED = {"LINK_EFFICIENCY": (0.6, 0.9), "HALF_ROWS": (256, 1024)}
 """Other values of what the simulation assumes."""
 
 

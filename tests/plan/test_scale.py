@@ -6,11 +6,11 @@ import pytest
 from benchmarks.offloaded_step import WORKSPACE, best_steps, simulate, step_memory
 
 from longspan.core.mesh_config import MeshConfig
+from longspan.plan.efficiency import shares_of
 from longspan.plan.hardware import GPUS
 from longspan.plan.memory import attention_buffers
 from longspan.plan.models import MODELS
 from longspan.plan.scale import (
-    EFFICIENCY,
     HALF_ROWS,
     arrangement_name,
     arrangements,
@@ -40,12 +40,18 @@ def test_flops_of_one_device_by_hand():
     """FLOPs per token are 2 per weight, and attention is half of 4 * tokens^2 * width a layer."""
     tokens = 2**17
     step = simulate(LLAMA, H100, MeshConfig(), context=tokens, num_gpus=1, sequences=1)
-    rate = H100.flops * EFFICIENCY * tokens / (tokens + HALF_ROWS)
+    rate = H100.flops * tokens / (tokens + HALF_ROWS)
+    shares = shares_of("hopper")
     attention = 2 * tokens**2 * 4096 * 32
     layers = 2 * tokens * LLAMA.layer_active * 32
     head = 2 * tokens * LLAMA.vocab * 4096
     # Recomputed forward and backward: matrices 1 + 1 + 2, attention 1 + 1 + 2.5.
-    by_hand = (4 * (layers + head) + 4.5 * attention) / rate
+    by_hand = (
+        4 * (layers + head) / shares.linear
+        + 2 * attention / shares.forward
+        + 2.5 * attention / shares.backward
+    )
+    by_hand /= rate
     update = LLAMA.parameters * 4 / (H100.host_link * 0.8)
     assert step.seconds == pytest.approx(by_hand + update)
     assert step.mfu == pytest.approx(3 * (layers + head + attention) / step.seconds / H100.flops)

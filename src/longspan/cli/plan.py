@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +11,23 @@ import typer
 from longspan.cli.output import Json, example, print_json, print_table
 
 if TYPE_CHECKING:
+    from longspan.plan.hardware import Gpu
     from longspan.plan.models import ModelShape
     from longspan.plan.search import Arrangement
 
 EXAMPLE = example(
     "longspan plan llama-3-8b --context 512k --gpus 8xh100",
     "longspan plan llama-3-8b --context 80k --gpus a800 --qlora 32 --json",
+    "longspan plan qwen3-30b-a3b --max-context --gpus 8xh200 --price 3.5",
+    "longspan plan gemma-3-27b --mode infer --context 128k --gpus 2xl40s",
 )
+
+
+class PlanMode(StrEnum):
+    """What the GPUs are for."""
+
+    train = "train"
+    infer = "infer"
 
 
 def plan(
@@ -27,8 +38,20 @@ def plan(
             help="A name such as llama-3-8b, a Hugging Face folder, a config.json, or a recipe.",
         ),
     ],
-    context: Annotated[str, typer.Option(help="Tokens of a sequence, such as 512k.")],
-    gpus: Annotated[str, typer.Option(help="How many of which GPU, such as 8xh100.")],
+    gpus: Annotated[
+        str,
+        typer.Option(
+            help="How many of which GPU, such as 8xh100; 4x2xl40s for four nodes of two; "
+            "'8x{like: h100, memory: 94e9}' for other figures."
+        ),
+    ],
+    context: Annotated[str | None, typer.Option(help="Tokens of a sequence, such as 512k.")] = None,
+    max_context: Annotated[
+        bool, typer.Option("--max-context", help="Find the longest sequence that fits, and plan that.")
+    ] = False,
+    mode: Annotated[
+        PlanMode, typer.Option(help="train; or infer: weights, keys and values, reading a prompt, answering.")
+    ] = PlanMode.train,
     batch_tokens: Annotated[
         str, typer.Option(help="Tokens of an optimizer step, one sequence at least.")
     ] = "4194304",
@@ -38,43 +61,174 @@ def plan(
     qlora: Annotated[
         int | None, typer.Option(min=1, help="Train adapters of this rank beside weights in 4 bits.")
     ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="FlashAttention that is installed: fa2, fa3, fa4. Default: the one made for the GPU."
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, help="Money for one GPU and hour: what a billion tokens cost.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="With --price: how many tokens this money trains.")
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the fastest that fits as the start of a recipe.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the formulas of the fastest with numbers and sources.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate memory and time of a training step and show the fastest arrangement that fits."""
-    from longspan.core.errors import ArgumentError
-    from longspan.core.units import parse_length, parse_tokens
+    """Estimate memory and time of a training step and show the fastest arrangement that fits; or of answering."""
+    from longspan.core.units import parse_tokens
     from longspan.plan.hardware import parse_gpus
-    from longspan.plan.search import search
+    from longspan.plan.search import longest_context, search
     from longspan.plan.training_step import Adapters
 
     num_gpus, gpu = parse_gpus(gpus)
-    if lora is not None and qlora is not None:
-        raise ArgumentError("--lora and --qlora exclude each other")
-    rank = qlora or lora
-    tokens = parse_length(context)
-    if tokens < 1:
-        raise ArgumentError("a sequence needs at least one token", found=context)
-    shape = find_shape(model)
-    found = search(
-        shape,
-        gpu,
-        context=tokens,
-        num_gpus=num_gpus,
-        batch_tokens=parse_tokens(batch_tokens),
-        lora=None if rank is None else Adapters(rank, quantized=qlora is not None),
+    tokens = _check(
+        context, max_context=max_context, mode=mode, lora=lora, qlora=qlora, price=price, budget=budget
     )
+    shape = find_shape(model)
+    rank = qlora or lora
+    settings: dict[str, Any] = {
+        "num_gpus": num_gpus,
+        "batch_tokens": parse_tokens(batch_tokens),
+        "lora": None if rank is None else Adapters(rank, quantized=qlora is not None),
+        "kernel": kernel,
+    }
+    if mode is PlanMode.infer:
+        _infer(shape, gpu, num_gpus, tokens, kernel, as_json=as_json)
+        return
+    if tokens is None:
+        tokens = longest_context(shape, gpu, **settings)
+    found = search(shape, gpu, context=tokens, **settings)
+    if write is not None:
+        _write(write, model, found, tokens, rank, quantized=qlora is not None)
     if as_json:
         print_json({
             "model": shape.name,
             "parameters": shape.parameters,
+            "active_parameters": shape.active_parameters,
             "context_length": tokens,
             "gpu": gpu.name,
             "num_gpus": num_gpus,
-            "arrangements": [each.to_dict(num_gpus) for each in found],
+            "arrangements": [
+                each.to_dict(num_gpus) | _money(each, num_gpus, price, budget) for each in found
+            ],
         })  # fmt: skip
         return
     title = f"{shape.name} at {tokens:,} tokens on {num_gpus} x {gpu.name}"
     _print(title, found, num_gpus)
+    for name, value in _money(found[0], num_gpus, price, budget).items() if found else ():
+        typer.echo(
+            f"{name.replace('_', ' ')}: {value:,.2f}"
+            if value < 1e6
+            else f"{name.replace('_', ' ')}: {value:,.0f}"
+        )
+    if explain and found:
+        from longspan.plan.explain import explain as explained
+
+        typer.echo(
+            "\n".join(explained(shape, gpu, found[0], context=tokens, num_gpus=num_gpus, kernel=kernel))
+        )
+
+
+def _check(
+    context: str | None,
+    *,
+    max_context: bool,
+    mode: PlanMode,
+    lora: int | None,
+    qlora: int | None,
+    price: float | None,
+    budget: float | None,
+) -> int | None:
+    """Return the tokens of a sequence, None if they are to be found; refuse options that exclude each other."""
+    from longspan.core.errors import ArgumentError
+    from longspan.core.units import parse_length
+
+    if lora is not None and qlora is not None:
+        raise ArgumentError("--lora and --qlora exclude each other")
+    if (context is None) != max_context:
+        raise ArgumentError("give --context or --max-context, one of them")
+    if mode is PlanMode.infer and (max_context or lora or qlora or price or budget):
+        raise ArgumentError(
+            "--mode infer takes --context, and none of --max-context, --lora, --qlora, --price, --budget"
+        )
+    if budget is not None and not price:
+        raise ArgumentError("--budget needs --price, the money for one GPU and hour")
+    if context is None:
+        return None
+    tokens = parse_length(context)
+    if tokens < 1:
+        raise ArgumentError("a sequence needs at least one token", found=context)
+    return tokens
+
+
+def _money(found: Arrangement, num_gpus: int, price: float | None, budget: float | None) -> dict[str, float]:
+    if price is None:
+        return {}
+    of_token = found.seconds / found.tokens * num_gpus / 3600 * price
+    costs = {"cost_of_a_billion_tokens": of_token * 1e9}
+    return costs if budget is None else costs | {"tokens_for_the_budget": budget / of_token}
+
+
+def _infer(
+    shape: ModelShape, gpu: Gpu, num_gpus: int, tokens: int | None, kernel: str | None, *, as_json: bool
+) -> None:
+    from longspan.core.units import format_bytes, format_seconds
+    from longspan.plan.inference import answering
+
+    assert tokens is not None
+    found = answering(shape, gpu, context=tokens, num_gpus=num_gpus, kernel=kernel)
+    if as_json:
+        print_json({
+            "model": shape.name, "parameters": shape.parameters, "active_parameters": shape.active_parameters,
+            "context_length": tokens, "gpu": gpu.name, "num_gpus": num_gpus, **found._asdict(), "device": found.device,
+        })  # fmt: skip
+        return
+    rows = [(name, format_bytes(size)) for name, size in found.parts.items()]
+    rows.append(("together", f"{format_bytes(found.device)} of {format_bytes(gpu.memory)}"))
+    print_table(f"{shape.name} answers at {tokens:,} tokens on {num_gpus} x {gpu.name}: bytes of a GPU; an estimate",
+                ("what", "bytes"), rows)  # fmt: skip
+    typer.echo(
+        f"{'fits' if found.fits else 'does not fit'}; the prompt is read in {format_seconds(found.prefill_seconds)}, "
+        f"then {found.tokens_per_second:,.1f} tokens/s"
+    )
+
+
+def _write(
+    path: Path, model: str, found: list[Arrangement], tokens: int, rank: int | None, *, quantized: bool
+) -> None:
+    """Write the fastest arrangement as a recipe whose data are still to be named."""
+    import yaml
+
+    from longspan.core.errors import ArgumentError
+    from longspan.core.files import atomic_write
+
+    best = found[0]
+    if best.limit is not None:
+        raise ArgumentError("no recipe was written: nothing fits", found=f"lacks {best.limit}")
+    memory = {**best.candidate.used, "compute_dtype": "bfloat16"}
+    recipe: dict[str, Any] = {
+        "model": {"path": model, "dtype": best.candidate.step.dtype},
+        "parallel": {name: value for name, value in best.parallel().items() if name != "schedule" and value != 1},
+        "memory": memory,
+        "stages": [{
+            "name": "long", "context_length": tokens, "batch_tokens": best.tokens, "tokens": 100 * best.tokens,
+            "lr": 1e-5, "streams": {"text": {"rows": "ROWS"}},
+        }],
+    }  # fmt: skip
+    if best.candidate.step.parallel.cp > 1:
+        recipe["parallel"]["schedule"] = best.candidate.step.parallel.schedule_name
+    if rank is not None:
+        recipe["lora"] = {"rank": rank, **({"quantize": "nf4"} if quantized else {})}
+    head = "# From `longspan plan`: name your rows (`longspan data pack`), tokens and learning rate.\n"
+    with atomic_write(path, "w") as file:
+        file.write(head + yaml.safe_dump(recipe, sort_keys=False))
 
 
 def find_shape(model: str) -> ModelShape:

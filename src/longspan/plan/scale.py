@@ -2,7 +2,8 @@
 
 A layer of one micro-step (one sequence over the ranks of the sequence group), per pass:
 
-    compute   FLOPs / (peak * EFFICIENCY * rows / (rows + HALF_ROWS)),  rows = queries of one kernel call
+    compute   FLOPs / (peak * share * rows / (rows + HALF_ROWS)),  rows = queries of one kernel call; the share of
+              matrices and of attention, forward and backward: plan.efficiency
     ring      degree blocks; the next one travels while a block is computed: max of the two, degree - 1 times
     dist_flash   the same with half as many steps of whole blocks; in an even world half the ranks idle in the last
     ulysses   trades are waited for: compute + trades
@@ -18,7 +19,7 @@ forward: scores are recomputed; matrices twice). The sequence is one causal docu
     collectives         all adapters of a node at once (as NCCL's rings do)
 
 What is not in it: stragglers, memory traffic of merges and norms, data loading, checkpoints, pipeline or tensor
-parallelism. Kernel efficiency is one number, taken from one published row (see `EFFICIENCY`), the links' another.
+parallelism.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from typing import NamedTuple
 
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.communication import AttentionShape, bytes_sent
+from longspan.plan.efficiency import shares_of
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES
 from longspan.plan.models import FLOPS_OF_STATE, ModelShape
 
 __all__ = [
-    "EFFICIENCY",
     "HALF_ROWS",
     "LINK_EFFICIENCY",
     "LayerSeconds",
@@ -45,9 +46,6 @@ __all__ = [
     "layer_seconds",
 ]
 
-EFFICIENCY = 0.513
-"""Share of the bf16 peak that matrices and flash attention reach on many rows. Calibrated on one published row:
-Llama-3-8B at 128K on 8 H100, 2,280 tokens/s a GPU (UPipe, arXiv:2602.21196). All other rows are checks."""
 HALF_ROWS = 512
 """Rows at which a kernel call reaches half of that: a guess, which decides little (see benchmarks/parallel.md)."""
 LINK_EFFICIENCY = 0.8
@@ -111,11 +109,18 @@ def kind_seconds(
 ) -> LayerSeconds:
     """Return what a layer of one kind takes in one micro-step, part by part."""
     tokens = -(-context // parallel.cp)
-    linear = _seconds(tokens * (2 * model.layer_active + FLOPS_OF_STATE * model.state), gpu, tokens)
-    forward, forward_free = attention_seconds(model, gpu, parallel, context=context, backward=False)
-    backward, backward_free = attention_seconds(model, gpu, parallel, context=context, backward=True)
+    shares = shares_of(gpu.family, kernel)
+    linear = _seconds(
+        tokens * (2 * model.layer_active + FLOPS_OF_STATE * model.state), gpu, tokens, shares.linear
+    )
+    forward, forward_free = attention_seconds(
+        model, gpu, parallel, context=context, backward=False, kernel=kernel
+    )
+    backward, backward_free = attention_seconds(
+        model, gpu, parallel, context=context, backward=True, kernel=kernel
+    )
     gather, scatter = _fsdp(model, gpu, num_gpus)
-    head = _seconds(2 * tokens * model.vocab * model.hidden, gpu, tokens)
+    head = _seconds(2 * tokens * model.vocab * model.hidden, gpu, tokens, shares.linear)
     return LayerSeconds(linear, forward, backward, gather, scatter, head, (forward_free, backward_free))
 
 
@@ -147,8 +152,8 @@ def arrangement_name(parallel: MeshConfig) -> str:
     return name if parallel.cp == 1 else f"{name} {parallel.cp}"
 
 
-def _seconds(flops: float, gpu: Gpu, rows: int) -> float:
-    return flops / (gpu.flops * EFFICIENCY * rows / (rows + HALF_ROWS))
+def _seconds(flops: float, gpu: Gpu, rows: int, share: float) -> float:
+    return flops / (gpu.flops * share * rows / (rows + HALF_ROWS))
 
 
 def _links(gpu: Gpu, world: int, stride: int) -> _Links:
@@ -163,7 +168,13 @@ def _links(gpu: Gpu, world: int, stride: int) -> _Links:
 
 
 def attention_seconds(
-    model: ModelShape, gpu: Gpu, parallel: MeshConfig, *, context: int, backward: bool
+    model: ModelShape,
+    gpu: Gpu,
+    parallel: MeshConfig,
+    *,
+    context: int,
+    backward: bool,
+    kernel: str | None = None,
 ) -> tuple[float, float]:
     """Return seconds of one layer's attention on one rank, one pass, and what they were with free communication."""
     schedule, ring, ulysses = parallel.planned_schedule, parallel.cp_ring, parallel.cp_ulysses
@@ -181,6 +192,7 @@ def attention_seconds(
     )
     shape = AttentionShape(tokens, model.heads, model.kv_heads, model.held_dim, BYTES)
     direction = int(backward)
+    share = shares_of(gpu.family, kernel)[1 + direction]
     # Ranks differ in dist_flash only, where the first sends most forward and the last most backward.
     total = max(
         bytes_sent(schedule, shape, ring_degree=ring, ulysses_degree=ulysses, rank=rank)[direction]
@@ -189,22 +201,22 @@ def attention_seconds(
     traded = bytes_sent("ulysses", shape, ulysses_degree=ulysses)[direction]
     trade = _trade(gpu, ulysses, traded)
     if ring == 1:
-        compute = _seconds(flops, gpu, context)
+        compute = _seconds(flops, gpu, context, share)
         return compute + trade, compute
     rows = tokens * ulysses
     links = _links(gpu, ring, ulysses)
     if schedule == "all_gather":
-        compute = _seconds(flops, gpu, rows)
+        compute = _seconds(flops, gpu, rows, share)
         return _by_head(compute, total, links, model.kv_heads, ring, backward=backward), compute
     if schedule == "dist_flash":
         # Whole blocks after half a one; perfect balance would be `ring` half blocks.
         steps = ring // 2
-        block = _seconds(flops, gpu, rows) * 2 / ring + LAUNCH
+        block = _seconds(flops, gpu, rows, share) * 2 / ring + LAUNCH
         first = block / 2
     else:
         # Zigzag: half the queries see a whole block, or all of them half of one.
         steps = ring - 1
-        block = _seconds(flops, gpu, rows // 2) / ring + LAUNCH
+        block = _seconds(flops, gpu, rows // 2, share) / ring + LAUNCH
         first = block
     transfer = (total - traded) / steps / links.neighbour + links.latency
     return trade + first + steps * max(block, transfer), first + steps * block

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from longspan.core.errors import ArgumentError
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.choose import Candidate, candidates
 from longspan.plan.communication import AttentionShape, bytes_sent
@@ -18,7 +19,7 @@ from longspan.plan.scale import arrangement_name, arrangements, layer_seconds
 from longspan.plan.training import WORKSPACE
 from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
-__all__ = ["MISSING", "Arrangement", "search"]
+__all__ = ["MISSING", "Arrangement", "longest_context", "search"]
 
 MISSING = "nothing fits: take more GPUs, GPUs with more memory, a shorter context, LoRA or QLoRA"
 
@@ -77,6 +78,7 @@ def search(
     num_gpus: int,
     batch_tokens: int,
     lora: Adapters | None = None,
+    kernel: str | None = None,
 ) -> list[Arrangement]:
     """Return the best of every schedule, possible ones first and fastest first.
 
@@ -86,6 +88,7 @@ def search(
     Args:
         context: tokens of a sequence, one causal document.
         batch_tokens: tokens of an optimizer step, one sequence a group of GPUs at least.
+        kernel: FlashAttention's version, `efficiency.KERNELS`; None: the one made for the GPU.
     """
     sequences = max(1, batch_tokens // context)
     best: dict[str, Arrangement] = {}
@@ -96,11 +99,55 @@ def search(
         # Equally many for each group, so steps may differ by some rows.
         rows = round(sequences / groups) * groups
         for parallel in arrangements(model, gpu, world):
-            for found in _of(model, gpu, parallel, context, num_gpus, rows, lora):
+            for found in _of(model, gpu, parallel, context, num_gpus, rows, lora, kernel):
                 other = best.get(parallel.schedule_name)
                 if other is None or _rank(found, gpu, num_gpus) < _rank(other, gpu, num_gpus):
                     best[parallel.schedule_name] = found
     return sorted(best.values(), key=lambda each: _rank(each, gpu, num_gpus))
+
+
+CONTEXT_UNIT = 4096
+"""Tokens to which the longest context is found."""
+
+
+def longest_context(
+    model: ModelShape,
+    gpu: Gpu,
+    *,
+    num_gpus: int,
+    batch_tokens: int,
+    lora: Adapters | None = None,
+    kernel: str | None = None,
+) -> int:
+    """Return the longest sequence with which some arrangement fits, to CONTEXT_UNIT tokens, found by halving.
+
+    Raises:
+        ArgumentError: not even CONTEXT_UNIT tokens fit.
+    """
+
+    def fits(units: int) -> bool:
+        found = search(
+            model,
+            gpu,
+            context=units * CONTEXT_UNIT,
+            num_gpus=num_gpus,
+            batch_tokens=batch_tokens,
+            lora=lora,
+            kernel=kernel,
+        )
+        return any(each.limit is None for each in found)
+
+    if not fits(1):
+        raise ArgumentError(
+            f"{MISSING} ({CONTEXT_UNIT:,} tokens do not fit)", found=f"{num_gpus} x {gpu.name}"
+        )
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * CONTEXT_UNIT
 
 
 def _of(
@@ -111,6 +158,7 @@ def _of(
     num_gpus: int,
     rows: int,
     lora: Adapters | None,
+    kernel: str | None,
 ) -> list[Arrangement]:
     groups = num_gpus // parallel.cp
     micro_steps = rows / groups
@@ -122,7 +170,7 @@ def _of(
         lora=lora,
         accumulates=micro_steps > 1,
     )
-    layers = layer_seconds(model, gpu, parallel, context=context, num_gpus=num_gpus)
+    layers = layer_seconds(model, gpu, parallel, context=context, num_gpus=num_gpus, kernel=kernel)
     # Frozen weights get no gradient: one product less.
     saved = 0 if lora is None else context * model.linear_flops()
     flops = rows * (model.model_flops(context) - saved)

@@ -157,7 +157,9 @@ def _stage(
         host = estimate.host_bytes
     if model is not None and stage.steps != 0 and gpu is not None:
         world = config.parallel.world
-        layers = layer_seconds(model, gpu, config.parallel, context=step.tokens, num_gpus=world)
+        layers = layer_seconds(
+            model, gpu, config.parallel, context=step.tokens, num_gpus=world, kernel=_kernel(config)
+        )
         micro = _micro_steps(config.parallel, stage)
         step_time = step_seconds(model, gpu, step, layers, num_gpus=world, micro_steps=micro)
         seconds = None if steps is None else steps * step_time
@@ -226,6 +228,10 @@ def _shares(name: str, stream: StreamConfig, plan: StagePlan) -> Mapping[str, fl
     if stream.mixture.mode == "proportions" and weights:
         return {source: weight / sum(weights.values()) for source, weight in weights.items() if weight}
     return {name: 1.0}
+
+
+def _kernel(config: TrainConfig) -> str | None:
+    return None if config.runtime.flash == "auto" else config.runtime.flash
 
 
 def _micro_steps(parallel: ParallelConfig, stage: StageConfig) -> float:
