@@ -23,6 +23,23 @@ EXAMPLE = example(
 )
 
 
+MODEL_HELP = "A name such as llama-3-8b, a Hugging Face folder, a config.json, or a recipe."
+GPUS_HELP = (
+    "How many of which GPU, such as 8xh100; 4x2xl40s for four nodes of two; "
+    "'8x{like: h100, memory: 94e9}' for other figures."
+)
+MODE_HELP = "train; or infer: weights, keys and values, reading a prompt, answering."
+MAX_CONTEXT_HELP = "Find the longest sequence that fits, and plan that."
+BATCH_HELP = "Tokens of an optimizer step, one sequence at least."
+LORA_HELP = "Train adapters of this rank, not the weights."
+QLORA_HELP = "Train adapters of this rank beside weights in 4 bits."
+KERNEL_HELP = "FlashAttention that is installed: fa2, fa3, fa4. Default: the one made for the GPU."
+PRICE_HELP = "Money for one GPU and hour: what a billion tokens cost."
+BUDGET_HELP = "With --price: how many tokens this money trains."
+WRITE_HELP = "Write the fastest that fits as the start of a recipe."
+EXPLAIN_HELP = "Show the formulas of the fastest with numbers and sources."
+
+
 class PlanMode(StrEnum):
     """What the GPUs are for."""
 
@@ -31,54 +48,19 @@ class PlanMode(StrEnum):
 
 
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name such as llama-3-8b, a Hugging Face folder, a config.json, or a recipe.",
-        ),
-    ],
-    gpus: Annotated[
-        str,
-        typer.Option(
-            help="How many of which GPU, such as 8xh100; 4x2xl40s for four nodes of two; "
-            "'8x{like: h100, memory: 94e9}' for other figures."
-        ),
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    gpus: Annotated[str, typer.Option(help=GPUS_HELP)],
     context: Annotated[str | None, typer.Option(help="Tokens of a sequence, such as 512k.")] = None,
-    max_context: Annotated[
-        bool, typer.Option("--max-context", help="Find the longest sequence that fits, and plan that.")
-    ] = False,
-    mode: Annotated[
-        PlanMode, typer.Option(help="train; or infer: weights, keys and values, reading a prompt, answering.")
-    ] = PlanMode.train,
-    batch_tokens: Annotated[
-        str, typer.Option(help="Tokens of an optimizer step, one sequence at least.")
-    ] = "4194304",
-    lora: Annotated[
-        int | None, typer.Option(min=1, help="Train adapters of this rank, not the weights.")
-    ] = None,
-    qlora: Annotated[
-        int | None, typer.Option(min=1, help="Train adapters of this rank beside weights in 4 bits.")
-    ] = None,
-    kernel: Annotated[
-        str | None,
-        typer.Option(
-            help="FlashAttention that is installed: fa2, fa3, fa4. Default: the one made for the GPU."
-        ),
-    ] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0.0, help="Money for one GPU and hour: what a billion tokens cost.")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(min=0.0, help="With --price: how many tokens this money trains.")
-    ] = None,
-    write: Annotated[
-        Path | None, typer.Option(help="Write the fastest that fits as the start of a recipe.")
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Show the formulas of the fastest with numbers and sources.")
-    ] = False,
+    max_context: Annotated[bool, typer.Option("--max-context", help=MAX_CONTEXT_HELP)] = False,
+    mode: Annotated[PlanMode, typer.Option(help=MODE_HELP)] = PlanMode.train,
+    batch_tokens: Annotated[str, typer.Option(help=BATCH_HELP)] = "4194304",
+    lora: Annotated[int | None, typer.Option(min=1, help=LORA_HELP)] = None,
+    qlora: Annotated[int | None, typer.Option(min=1, help=QLORA_HELP)] = None,
+    kernel: Annotated[str | None, typer.Option(help=KERNEL_HELP)] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help=PRICE_HELP)] = None,
+    budget: Annotated[float | None, typer.Option(min=0.0, help=BUDGET_HELP)] = None,
+    write: Annotated[Path | None, typer.Option(help=WRITE_HELP)] = None,
+    explain: Annotated[bool, typer.Option("--explain", help=EXPLAIN_HELP)] = False,
     as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a training step and show the fastest arrangement that fits; or of answering."""
@@ -107,33 +89,37 @@ def plan(
     found = search(shape, gpu, context=tokens, **settings)
     if write is not None:
         _write(write, model, found, tokens, rank, quantized=qlora is not None)
+    money = [_money(each, num_gpus, price, budget) for each in found]
     if as_json:
-        print_json({
-            "model": shape.name,
-            "parameters": shape.parameters,
-            "active_parameters": shape.active_parameters,
-            "context_length": tokens,
-            "gpu": gpu.name,
-            "num_gpus": num_gpus,
-            "arrangements": [
-                each.to_dict(num_gpus) | _money(each, num_gpus, price, budget) for each in found
-            ],
-        })  # fmt: skip
+        _print_as_json(shape, gpu, num_gpus, tokens, found, money)
         return
-    title = f"{shape.name} at {tokens:,} tokens on {num_gpus} x {gpu.name}"
-    _print(title, found, num_gpus)
-    for name, value in _money(found[0], num_gpus, price, budget).items() if found else ():
-        typer.echo(
-            f"{name.replace('_', ' ')}: {value:,.2f}"
-            if value < 1e6
-            else f"{name.replace('_', ' ')}: {value:,.0f}"
-        )
+    _print(f"{shape.name} at {tokens:,} tokens on {num_gpus} x {gpu.name}", found, num_gpus)
+    for name, value in money[0].items() if money else ():
+        typer.echo(f"{name.replace('_', ' ')}: {value:,.2f}")
     if explain and found:
         from longspan.plan.explain import explain as explained
 
-        typer.echo(
-            "\n".join(explained(shape, gpu, found[0], context=tokens, num_gpus=num_gpus, kernel=kernel))
-        )
+        lines = explained(shape, gpu, found[0], context=tokens, num_gpus=num_gpus, kernel=kernel)
+        typer.echo("\n".join(lines))
+
+
+def _print_as_json(
+    shape: ModelShape,
+    gpu: Gpu,
+    num_gpus: int,
+    tokens: int,
+    found: list[Arrangement],
+    money: list[dict[str, float]],
+) -> None:
+    print_json({
+        "model": shape.name,
+        "parameters": shape.parameters,
+        "active_parameters": shape.active_parameters,
+        "context_length": tokens,
+        "gpu": gpu.name,
+        "num_gpus": num_gpus,
+        "arrangements": [each.to_dict(num_gpus) | costs for each, costs in zip(found, money)],
+    })  # fmt: skip
 
 
 def _check(
