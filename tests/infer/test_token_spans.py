@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan.infer import token_spans
 from longspan.infer.kv import DecodePass, KvBlock, PrefillPass, Segment, StrandPlace
 from longspan.infer.prefix_tree import Strand, build_tree
+from longspan.infer.states import TreeStates
 from longspan.infer.token_spans import TokenSpans
 from longspan.kernels.attention import AttentionForm, AttentionKernel, Bands, choose_kernel
 from longspan.kernels.attention.reference import ReferenceKernel
@@ -126,13 +127,15 @@ def test_forks_of_a_needle_tree_are_one_launch(window: int | None) -> None:
         kernel = choose_kernel("cpu")
         for strands in ([trunk], branches):
             place(strands, kernel, places)
-            reading = PrefillPass([Segment(each, 0, len(each.ids)) for each in strands], places, kernel)
+            reading = PrefillPass(
+                [Segment(each, 0, len(each.ids)) for each in strands], places, TreeStates(), kernel
+            )
             launches, operators = attend(reading, form)
             assert (launches, operators <= 45) == (1 if strands == [trunk] else 2, True), (
                 launches,
                 operators,
             )
-        writing = DecodePass(branches, places, kernel)
+        writing = DecodePass(branches, places, TreeStates(), kernel)
         writing.step(np.zeros(len(branches), dtype=np.int64))
         launches, operators = attend(writing, form)
     assert len(branches) == 19

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longspan.kernels.transfers import to_device, to_host
-from longspan.models import recurrent
+from longspan.models import chunk_cache
 from longspan.models.checkpointing import enable_checkpointing
 from longspan.train.recurrent import recurrent_step
 from longspan.train.trainer import train_step
@@ -25,7 +25,7 @@ def offloaded(what: str, forgetting: str = "") -> Streams:
     truth = gradients(model)
     if what == "blocks":
         enable_checkpointing(model, "offload")
-    recurrent._stream.cache_clear()
+    chunk_cache._stream.cache_clear()
     with (
         flash_operators(wide=True),
         Streams([*model.parameters(), *model.buffers()], forgetting=forgetting) as card,
@@ -34,7 +34,7 @@ def offloaded(what: str, forgetting: str = "") -> Streams:
             at_once(model, batch_of(BORDERS), 37.0)
         else:
             recurrent_step(model, batch_of(BORDERS), chunk_tokens=16, weight=37.0, offload=True)
-    recurrent._stream.cache_clear()
+    chunk_cache._stream.cache_clear()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, truth[name], rtol=1e-4, atol=1e-5)
     return card
