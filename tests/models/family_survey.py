@@ -249,6 +249,15 @@ with zeros, so DeepSeek's values take 1.5 times their memory and work) and logit
 them, on one process or several, in chunks and with shared prefixes. Capped attention scores (Gemma 2) have no flash
 kernel: they are computed dense, in tiles, which is slow.
 
+Hybrids are among them, too: gated delta nets (Qwen3-Next, Qwen3.5, Olmo-Hybrid) and KDA (Kimi-Linear), Mamba-2
+(Nemotron-H, Granite 4-H, Falcon-H1, Bamba, Zamba2) and Mamba-1 (Jamba, Zamba), short convolutions (LFM2, LFM3) and
+lightning attention (MiniMax). State and convolution start anew at each document. The kernels of
+`pip install 'longspan[hybrid]'` are told where documents begin (but Mamba-1's, which takes none); without them plain
+torch computes documents apart, which is slow. On several processes these layers trade tokens for heads, as Ulysses
+does, beside any schedule of attention: `longspan doctor --certify --layers all` proves it. Heads that do not divide are
+dealt out unevenly; fewer heads than processes to a row are refused, and so are `compile_blocks` and documents that
+branch.
+
 """
 
 

@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from longspan.core.errors import ArgumentError
 from longspan.models.attention import keep_out_of_compiler
+from longspan.models.mixers import mixers
 
 __all__ = ["compile_blocks"]
 
@@ -19,7 +21,15 @@ def compile_blocks(model: nn.Module) -> None:
 
     Call it after `enable_checkpointing`. A block under checkpointing is compiled for training only: in eval mode it
     runs as it is.
+
+    Raises:
+        ArgumentError: a model with layers that carry a state, whose functions take tables of documents.
     """
+    if any(mixers(model)):
+        raise ArgumentError(
+            f"blocks of {type(model).__name__} are not compiled: layers with a state are handed tables of documents",
+            fix="set runtime.compile_blocks to false",
+        )
     keep_out_of_compiler()
     compiled = _Compiled()
     for module in model.modules():
