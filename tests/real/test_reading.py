@@ -110,7 +110,7 @@ def test_annotations_are_the_likeliest_words(model: Path, prose: Path, tmp_path:
     ):
         outcome = longspan(command)
         assert outcome.code == 0, outcome.err
-    ids = TokenStore(store)[0][:128].astype(np.int64)
+    ids = TokenStore(store).tokens(0)[:128].astype(np.int64)
     known = Annotations(taught).row(0)
     with torch.no_grad():
         logits = alone(model)(torch.from_numpy(ids)[None]).logits[0]
