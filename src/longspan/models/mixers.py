@@ -236,15 +236,15 @@ def _mamba2(function: Callable[..., Any]) -> Callable[..., Any]:
         **_: Any,
     ) -> torch.Tensor:
         _refuse_cache(initial_states, return_final_states)
-        options = {"chunk_size": chunk_size, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
+        options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
 
         def run(tensors: Any, weights: Any, *, state: Any, final: bool, borders: Any) -> Any:
             (x, dt, B, C), (A, D, dt_bias) = tensors, weights
             # A state that is given is of document 0, which mamba-ssm takes as the one before the row.
             apart = {} if borders is None else {"seq_idx": document_ids(borders)}
             found = function(
-                x, dt, A, B, C, D=D, dt_bias=dt_bias, initial_states=state, return_final_states=final,
-                **apart, **options,
+                x, dt, A, B, C, chunk_size=_filled(chunk_size, x.shape[1]), D=D, dt_bias=dt_bias,
+                initial_states=state, return_final_states=final, **apart, **options,
             )  # fmt: skip
             return found if final else (found, None)
 
@@ -254,6 +254,11 @@ def _mamba2(function: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return by_table
+
+
+def _filled(chunk_size: int, length: int) -> int:
+    """Return a chunk that so few tokens fill: a step of decoding would cost one of 256. Kernels want a power of two."""
+    return min(chunk_size, max(16, 1 << (length - 1).bit_length()))
 
 
 def _mamba1(function: Callable[..., Any]) -> Callable[..., Any]:
