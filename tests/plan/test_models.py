@@ -26,6 +26,7 @@ EXPERTS = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, 
 WITHOUT = {
     "jetmoe": "its attention chooses among experts by numbers that a model without weights has not",
     "hrm_text": "runs its layers in a loop",
+    "minimax": "wants a cache of its own",
 }
 """Families that longspan runs and that have no estimate: they are refused."""
 

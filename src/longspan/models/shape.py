@@ -210,6 +210,8 @@ def _look_at(model: PreTrainedModel, layers: nn.ModuleList, name: str) -> list[_
         layer.register_forward_pre_hook(partial(_enter, look, index))
     experts = {module: _chosen(module, model, name) for module in layers.modules() if _are_experts(module)}
     states = {module for module in layers.modules() if _has_state(module)}
+    # A gate inside of one is a part of it.
+    states -= {part for module in states for part in module.modules() if part is not module}
     for module in (*experts, *states):
         module.forward = _step_over
     ids = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
@@ -300,6 +302,9 @@ def _state_elements(module: nn.Module, name: str) -> int:
             for size in sizes:
                 product *= size  # type: ignore[operator]
             return product
+    if "DeltaAttention" in type(module).__name__:
+        # Kimi's delta attention: keys and values of one width.
+        return int(module.num_heads * module.head_dim**2)  # type: ignore[operator]
     if "ShortConv" in type(module).__name__:
         return 0
     raise DataError(
