@@ -255,7 +255,7 @@ def _distance(one: torch.Tensor, two: torch.Tensor) -> float:
 def _as_transformers_reads(folder: Path, expected: torch.Tensor) -> Finding:
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     distance = _distance(_logits(theirs, row_of(1)), expected)
-    return YES if distance < 1e-4 else Finding("wrong", f"exported, logits are off by {distance:.1e}")
+    return YES if distance < 1e-3 else Finding("wrong", f"exported, logits are off by {distance:.1e}")
 
 
 @contextlib.contextmanager

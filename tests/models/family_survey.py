@@ -76,6 +76,13 @@ MAMBA2 = {
 # Fields that a family's default config lacks or has too large, and kinds of layers that it has in practice.
 FIELDS: dict[str, dict[str, Any]] = {
     "beam": TWO_LAYERS,
+    "dbrx": {"d_model": 64, "n_heads": 4, "n_layers": 2,
+             "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}},
+    "deepseek_v4": {**TWO_LAYERS, "hidden_size": 64, "num_attention_heads": 4, "n_routed_experts": 4,
+                    "moe_intermediate_size": 16},
+    "xmod": {**TWO_LAYERS, "default_language": "en_XX", "hidden_size": 64, "intermediate_size": 64,
+             "num_attention_heads": 4},
     "deepseek_v2": MOE,
     "dots1": MOE,
     "gemma3n_text": {**TWO_LAYERS, "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],

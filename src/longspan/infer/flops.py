@@ -36,13 +36,14 @@ class ModelFlops(NamedTuple):
             attention_width,
             head_counts,
             text_config,
+            widest,
         )
 
         config = text_config(config)
         hidden, layers = config.hidden_size, config.num_hidden_layers
         heads, kv_heads = head_counts(config)
         channels = attention_width(config)
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
+        inner = widest(config, "intermediate_size") or 4 * hidden
         attention = hidden * channels * (2 * heads + 2 * kv_heads)
         return cls(
             per_token=2.0 * layers * (attention + 3 * hidden * inner),

@@ -15,7 +15,7 @@ from longspan.core.units import format_bytes
 from longspan.kernels.attention import NO_LIMIT
 from longspan.kernels.attention.cuda_varlen import why_tiled
 from longspan.kernels.attention.tiled import tiled_bytes
-from longspan.models.hf_config import attention_width, head_counts, text_config
+from longspan.models.hf_config import attention_width, head_counts, text_config, widest
 from longspan.models.states import layers_with_keys
 
 FIX = (
@@ -80,7 +80,7 @@ def pass_bytes(model: PreTrainedModel, tokens: int) -> int:
     """
     config = text_config(model.config)
     width = attention_width(config) * head_counts(config)[0]
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = widest(config, "intermediate_size") or 4 * config.hidden_size
     size = model.dtype.itemsize
     per_token = 4 * config.hidden_size * size + width * (4 * size + 8) + 3 * inner * size
     logits = min(tokens, LOGIT_ROWS) * config.vocab_size * (size + 8)

@@ -177,8 +177,12 @@ def check_folder(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     values = read_json(folder / "config.json")
+    config = AutoConfig.from_pretrained(folder)
+    # What others call it: GPT-2's n_positions.
+    own_names = config.attribute_map
     for key in ("architectures", "model_type", "dtype", "vocab_size", "max_position_embeddings"):
-        if not (values.get(key) or values.get("text_config", {}).get(key)):
+        names = (key, own_names.get(key, key))
+        if not any(values.get(name) or values.get("text_config", {}).get(name) for name in names):
             raise DataError(
                 f"{folder}/config.json has no {key}", fix="export the model from a complete folder"
             )
@@ -187,7 +191,6 @@ def check_folder(folder: str | Path) -> list[str]:
         raise DataError(
             f"{folder}/config.json names an architecture that transformers lacks", found=unknown[0]
         )
-    config = AutoConfig.from_pretrained(folder)
     text = config.get_text_config(decoder=True)
     written = values.get("rope_parameters") or values.get("text_config", {}).get("rope_parameters")
     context = text.max_position_embeddings

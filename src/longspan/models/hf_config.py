@@ -230,16 +230,29 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def widest(config: PretrainedConfig, name: str) -> int | None:
+    """Return a size that a config names, the largest where layers differ (Gemma 3n, Gemma 4); None = it does not."""
+    text = text_config(config)
+    each = getattr(text, "per_layer_config", None)
+    layers = [each[index] for index in range(text.num_hidden_layers)] if each else [text]
+    found: list[int] = []
+    for layer in layers:
+        value = getattr(layer, name, None)
+        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return max(found, default=None)
+
+
 def head_counts(config: PretrainedConfig) -> tuple[int, int]:
     """Return the numbers of query heads and of key/value heads."""
-    text = text_config(config)
-    return text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = widest(config, "num_attention_heads")
+    assert heads is not None
+    return heads, widest(config, "num_key_value_heads") or heads
 
 
 def head_dim(config: PretrainedConfig) -> int:
     """Return the channels of a head."""
     text = text_config(config)
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return int(widest(text, "head_dim") or text.hidden_size // text.num_attention_heads)
 
 
 def attention_width(config: PretrainedConfig) -> int:

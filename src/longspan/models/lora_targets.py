@@ -27,6 +27,11 @@ class TargetLayers(NamedTuple):
 def target_layers(model: nn.Module, config: LoraConfig) -> TargetLayers:
     """Return what a config means in a model. Raises ConfigError for a name that matches nothing."""
     found_linears = linears(model)
+    if not found_linears and not config.target_parameters:
+        raise ConfigError(
+            f"{type(model).__name__} has no linear layers that an adapter could stand beside",
+            fix="train its weights whole: leave lora out",
+        )
     names = sorted({name.rpartition(".")[2] for name in found_linears})
     passed = passed_by(model, found_linears)
     if config.target_modules == "all-linear":
