@@ -12,12 +12,10 @@ A column is "yes", a refusal with its reason, or wrong: there must be none of th
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
+import re
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +32,9 @@ from longspan.infer.requests import Request
 from longspan.kernels.loss import IGNORE_LABEL
 from longspan.models.documents import Documents
 from longspan.models.export import export_model
-from longspan.models.hf import enable, hidden_states, load_model, save_model, without_bars
+from longspan.models.hf import enable, hidden_states, load_model, save_model
 from longspan.models.lora import LoraConfig, apply_lora, save_adapter
+from longspan.parallel.launch import spawn_local
 from longspan.parallel.mesh import MeshConfig, build_mesh
 from longspan.parallel.schedules import ScheduleName, build_schedule
 from longspan.parallel.sharded_documents import ShardedDocuments
@@ -44,10 +43,13 @@ from longspan.train.batch import Batch, take
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.recurrent import recurrent_step
 from tests.infer.engines import Bytes
-from tests.models.family_survey import FIELDS, LENGTHS, Finding, built, line, shrunk
+from tests.models.family_survey import FIELDS, LENGTHS, Finding, built, line, quiet, shrunk
+from tests.patience import PATIENCE_SECONDS
 
 YES = Finding("yes", "")
 CHUNK = 12
+MOST_CHARACTERS = 160
+PER_WORLD = 16
 RANKED: dict[ScheduleName, MeshConfig] = {"ring": MeshConfig(cp_ring=2), "ulysses": MeshConfig(cp_ulysses=2)}
 
 
@@ -184,6 +186,18 @@ def columns_of_two(rank: int, families: Iterable[str]) -> dict[str, dict[str, Fi
     return found
 
 
+def all_columns(names: Iterable[str]) -> dict[str, dict[str, Finding]]:
+    """Return every column of some families; starts two processes."""
+    names = list(names)
+    found = {family: columns_alone(family) for family in names}
+    for start in range(0, len(names), PER_WORLD):
+        part = names[start : start + PER_WORLD]
+        ranks = spawn_local(columns_of_two, 2, part, timeout_seconds=PER_WORLD * PATIENCE_SECONDS)
+        for family, columns in ranks[0].items():
+            found[family] |= columns
+    return found
+
+
 def _of_two(model: Any, schedule: Any, expected: tuple[float, dict[str, torch.Tensor]]) -> Finding:
     row = row_of(2)
     assert isinstance(row.documents, Documents)
@@ -205,7 +219,8 @@ def _safely(check: Callable[[Any], Finding], model: Any) -> Finding:
     try:
         return check(model)
     except UserError as error:
-        return Finding("refused", line(error))
+        # Without the folder, which has another name each time.
+        return Finding("refused", re.sub(r"/\S*/tmp\w+/", "", line(error))[:MOST_CHARACTERS])
     except Exception as error:  # noqa: BLE001
         return Finding("wrong", line(error))
 
@@ -256,15 +271,3 @@ def _as_transformers_reads(folder: Path, expected: torch.Tensor) -> Finding:
     theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     distance = _distance(_logits(theirs, row_of(1)), expected)
     return YES if distance < 1e-3 else Finding("wrong", f"exported, logits are off by {distance:.1e}")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what transformers and longspan say of odd sizes out of the way."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), without_bars():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

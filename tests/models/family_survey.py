@@ -5,23 +5,19 @@
     unbuilt    no small model can be made of its config here
     wrong      anything else: there must be none
 
-`python -m tests.models.family_survey` writes what it finds to docs/models.md.
+`tests.models.family_page` writes what it finds to docs/models.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-import sys
-import textwrap
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -30,11 +26,10 @@ from longspan.kernels.loss import reference_logits
 from longspan.models.documents import Documents
 from longspan.models.families import check_family
 from longspan.models.head import output_head
-from longspan.models.hf import enable, hidden_states
+from longspan.models.hf import enable, hidden_states, without_bars
 from longspan.models.hf_config import text_config
 from longspan.models.stand_in import small_config
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LENGTHS = (23, 14)
 """Tokens of the two documents: longer than the windows."""
 WINDOW = 5
@@ -240,74 +235,19 @@ def line(error: Exception) -> str:
     return rest if rest and any(letter.isupper() for letter in first) else said
 
 
-HEAD = """# Model families
-
-Every causal language model of transformers {version}, built small from its config class and compared with
-transformers' own eager attention: two documents in one row have to give each document's own logits and every gradient,
-with windows where the family has them. A test does this and compares the page with what it finds;
-`python -m tests.models.family_survey` writes it.
-
-## Right: {count}
-
-{names}
-
-Attention sinks, chunked attention, values of another width than keys (latent attention: the narrower side is filled up
-with zeros, so DeepSeek's values take 1.5 times their memory and work) and logits that are scaled or capped are among
-them, on one process or several, in chunks and with shared prefixes. Capped attention scores (Gemma 2) have no flash
-kernel: they are computed dense, in tiles, which is slow.
-
-Hybrids are among them, too: gated delta nets (Qwen3-Next, Qwen3.5, Olmo-Hybrid) and KDA (Kimi-Linear), Mamba-2
-(Nemotron-H, Granite 4-H, Falcon-H1, Bamba, Zamba2) and Mamba-1 (Jamba, Zamba), short convolutions (LFM2, LFM3) and
-lightning attention (MiniMax). State and convolution start anew at each document. The kernels of
-`pip install 'longspan[hybrid]'` are told where documents begin (but Mamba-1's, which takes none); without them plain
-torch computes documents apart, which is slow. On several processes these layers trade tokens for heads, as Ulysses
-does, beside any schedule of attention: `longspan doctor --certify --layers all` proves it. Heads that do not divide are
-dealt out unevenly; fewer heads than processes to a row are refused, and so are `compile_blocks` and documents that
-branch.
-
-"""
-
-
-def page(findings: Mapping[str, Finding]) -> str:
-    """Return the page of families."""
-    right = [family for family, finding in findings.items() if finding.verdict == "right"]
-    names = textwrap.fill(", ".join(right), width=120, break_on_hyphens=False)
-    tables = [
-        *_grouped("Refused, with the reason that the message gives", "refused", findings),
-        *_grouped("Not built small, so not known", "unbuilt", findings),
-    ]
-    head = HEAD.format(version=transformers.__version__, count=len(right), names=names)
-    return head + "\n".join(tables)
-
-
-def _grouped(title: str, verdict: str, findings: Mapping[str, Finding]) -> Iterator[str]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for family, finding in findings.items():
-        if finding.verdict == verdict:
-            groups[finding.reason].append(family)
-    yield f"## {title}: {sum(map(len, groups.values()))}"
-    yield ""
-    yield "| Families | Reason |"
-    yield "|---|---|"
-    for reason, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        yield f"| {', '.join(names)} | {reason.replace('|', '/')} |"
-    yield ""
-
-
 def survey_all() -> dict[str, Finding]:
     """Return what becomes of every family."""
+    with quiet():
+        return {family: survey(family) for family in families()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what transformers and longspan say of odd sizes out of the way."""
     logging.disable(logging.CRITICAL)
-    found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for family in families():
-            found[family] = survey(family)
-    logging.disable(logging.NOTSET)
-    return found
-
-
-if __name__ == "__main__":
-    findings = survey_all()
-    PAGE.write_text(page(findings).rstrip() + "\n", encoding="utf-8")
-    wrong = {family: finding for family, finding in findings.items() if finding.verdict == "wrong"}
-    sys.exit(f"wrong: {wrong}" if wrong else 0)
+    try:
+        with warnings.catch_warnings(), without_bars():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
