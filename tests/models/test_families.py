@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 
 from longspan.models.families import RIGHT
-from tests.models.family_columns import ALONE, COLUMNS, all_columns, columns_alone
+from longspan.models.hf import hidden_states, load_model, save_model
+from longspan.parallel.launch import spawn_local
+from tests.models.family_columns import (
+    ALONE,
+    COLUMNS,
+    all_columns,
+    columns_alone,
+    row_of,
+    small_model,
+)
 from tests.models.family_page import PAGE, page, rows_of, wrong_ones
-from tests.models.family_survey import survey, survey_all
+from tests.models.family_survey import quiet, survey, survey_all
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.mark.slow
@@ -27,6 +41,32 @@ def test_the_page_says_what_works_with_a_family(family: str) -> None:
     cells = dict(zip(COLUMNS, rows_of(PAGE.read_text(encoding="utf-8"))[family], strict=True))
     found = columns_alone(family)
     assert {name: found[name].reason or "yes" for name in ALONE} == {name: cells[name] for name in ALONE}
+
+
+SHARED = ("gpt_oss", "deepseek_v3", "minicpm3", "llama4_text", "mixtral", "gemma3_text", "qwen3_next")
+
+
+def shared_hidden(rank: int, folders: dict[str, str]) -> dict[str, np.ndarray]:
+    with quiet(), torch.no_grad():
+        return {
+            family: hidden_states(load_model(folder, tp=2), row_of(1).input_ids).numpy()
+            for family, folder in folders.items()
+        }
+
+
+@pytest.mark.slow
+def test_matrices_shared_by_two_processes_are_the_same_model(tmp_path: Path) -> None:
+    """Sinks of all heads beside half of them, latent keys that are split as if they had heads."""
+    folders = {family: str(tmp_path / family) for family in SHARED}
+    expected = {}
+    with quiet(), torch.no_grad():
+        for family, folder in folders.items():
+            model = small_model(family)
+            save_model(model, folder)
+            expected[family] = hidden_states(model, row_of(1).input_ids).numpy()
+    found = spawn_local(shared_hidden, 2, folders, timeout_seconds=4 * PATIENCE_SECONDS)[0]
+    for family, whole in expected.items():
+        assert np.abs(found[family] - whole).max() <= 1e-5 * np.abs(whole).max(), family
 
 
 def test_the_page_lists_the_families_that_are_not_tried_when_opened() -> None:
