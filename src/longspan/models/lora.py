@@ -99,7 +99,7 @@ def check_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     notes = []
     if config.target_modules == "all-linear" and (passed := passed_by(model, linears(model))):
         notes.append(
-            f"{', '.join(without_numbers(passed))} of state-space layers get no adapter: their kernels read the "
+            f"{', '.join(without_numbers(passed))} get no adapter: state-space layers and routers like these read the "
             "weight past it"
         )
     left = {name: count for name, count in experts.items() if name not in places.parameters}

@@ -52,7 +52,7 @@ def target_layers(model: nn.Module, config: LoraConfig) -> TargetLayers:
                 )
             if both := [name for name in found if name in passed]:
                 raise ConfigError(
-                    "an adapter on the output of a state-space layer does nothing: its kernels read the weight past it",
+                    "an adapter does nothing where the weight of its layer is read past it, as state-space layers do",
                     found=f"{both[0]} by {word!r} in lora.target_modules",
                     fix="leave it out, or name it in lora.trainable",
                 )

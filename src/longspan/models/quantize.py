@@ -135,12 +135,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def passed_by(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the layers whose weight the fused kernels of Mamba and Mamba-2 take by itself, so not by its layer."""
+    """Return the linear layers whose weight is read by itself and not by its layer, so past an adapter.
+
+    Those are the outputs of Mamba and Mamba-2, whose fused kernels take the weight, and routers that compute their
+    logits in fp32 (LongCat).
+    """
     found = []
     for name in names:
         parent, _, last = name.rpartition(".")
-        mixer = model.get_submodule(parent)
-        if last == "out_proj" and hasattr(mixer, "A_log") and hasattr(mixer, "D"):
+        holder = model.get_submodule(parent)
+        state_space = last == "out_proj" and hasattr(holder, "A_log") and hasattr(holder, "D")
+        if state_space or (last == "classifier" and hasattr(holder, "e_score_correction_bias")):
             found.append(name)
     return found
 

@@ -107,7 +107,11 @@ def _few_layers(fields: dict[str, Any], layers: int) -> dict[str, Any]:
         for name, value in fields.items()
         if isinstance(value, list) and len(value) == number
     }
-    return {"num_hidden_layers": layers, **lists}
+    # Layers that differ from the others, by their number (Gemma 4).
+    each = {
+        index: own for index, own in (fields.get("per_layer_config") or {}).items() if int(index) < layers
+    }
+    return {"num_hidden_layers": layers, **lists, **({"per_layer_config": each} if each else {})}
 
 
 def _few_heads(fields: dict[str, Any]) -> dict[str, Any]:
