@@ -110,7 +110,9 @@ def test_annotations_are_the_likeliest_words(model: Path, prose: Path, tmp_path:
     ):
         outcome = longspan(command)
         assert outcome.code == 0, outcome.err
-    ids = TokenStore(store).tokens(0)[:128].astype(np.int64)
+    tokenizer = load_tokenizer(model)
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []  # the packing's own
+    ids = np.array([*bos, *TokenStore(store).tokens(0).astype(np.int64)])[:128]
     known = Annotations(taught).row(0)
     with torch.no_grad():
         logits = alone(model)(torch.from_numpy(ids)[None]).logits[0]
