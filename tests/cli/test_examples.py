@@ -107,7 +107,9 @@ def write_released_files(root: Path) -> None:
         "lveval/hotpotwikiqa_mixup_16k.jsonl": long,
         "longproc/countdown/countdown_0.5k.json": [{"nums": [9, 16, 6, 18], "target": 12}],
         "longproc/countdown/prompts.yaml": {"USER_PROMPT": "Numbers: {nums} Target: {target}"},
-        "nolima/needle_set.json": [{**needle, "tests": {"T1": {"input_args": []}}}],
+        "nolima/needle_set.json": [
+            {**needle, "tests": {"T1": {"input_args": []}}, "task_template": "{haystack} {question}"}
+        ],
     }
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,9 @@ def nolima(tmp_path: Path) -> Path:
 
 def test_needles_in_books(nolima: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A needle elsewhere, another name or another order of draws is another test than the published one."""
-    config = NolimaConfig.from_dict({"lengths": [300, 600], "num_depths": 4})
+    (tmp_path / "form.md").write_text("Read.\n{haystack}\nSay {question}")
+    wanted = {"lengths": [300, 600], "num_depths": 4, "template": str(tmp_path / "form.md")}
+    config = NolimaConfig.from_dict(wanted)
     task = Nolima.from_config(config, data(nolima), PromptForm(tokenizer))
     planned = task.plan()
     assert len(planned) == 2 * 2 * 4 * 2 and {p.fields["question_type"] for p in planned} == {
@@ -106,6 +108,11 @@ def test_needle_sets_that_are_none(nolima: Path, tokenizer: Tokenizer) -> None:
     form = PromptForm(tokenizer)
     with pytest.raises(DataError, match="NoLiMa needs books"):
         Nolima.from_config(NolimaConfig(), data(nolima / "book_a.txt"), form)
+    with pytest.raises(DataError, match="no prompt of its own"):
+        Nolima.from_config(NolimaConfig(), data(nolima), form)
+    (nolima / "bad.md").write_text("{question}")
+    with pytest.raises(DataError, match="no place for"):
+        Nolima.from_config(NolimaConfig(template=str(nolima / "bad.md")), data(nolima), form)
     with pytest.raises(DataError, match="no such questions"):
         Nolima.from_config(NolimaConfig(questions=("threehop",)), data(nolima), form)
     (nolima / "needle_set.json").write_text('[{"id": 3}]')

@@ -30,13 +30,6 @@ from longspan.eval.prompts import PromptForm
 from longspan.eval.released.row_task import files_of
 from longspan.eval.task import Built, Planned, PromptTask
 
-_TEMPLATE = (
-    "You will answer a question based on the following book snippet:\n\n{haystack}\n\n"
-    "Use the information provided in the book snippet to answer the question. Your answer should be short and based on "
-    "either explicitly stated facts or strong, logical inferences.\n\nQuestion: {question}\n\n"
-    " Return only the final answer with no additional explanation or reasoning."
-)
-"""Of a needle set that has none of its own."""
 _SYSTEM = "You are a helpful assistant"
 _SEED = 42
 _NAME = "{CHAR}"
@@ -56,6 +49,9 @@ class NolimaConfig(Config):
     """Kinds of question; those of a literal match (direct) are not part of the published means."""
     metric: Literal["contains_exactly", "last_line_contains", "exact_match"] = "contains_exactly"
     """How answers are scored; the sets that ask for reasoning first by their last line."""
+    template: str | None = None
+    """File with the prompt of needle sets that have none of their own, `{haystack}` and `{question}` in it: that of the
+    released configuration makes the published prompts. None: such sets are refused."""
     samples: pydantic.PositiveInt | None = None
     """The first so many depths of each needle, question and book, for a trial. Default: all."""
 
@@ -129,10 +125,13 @@ class Nolima(PromptTask[NolimaConfig]):
         books: Mapping[str, str],
     ) -> None:
         super().__init__(settings, form)
-        self._sha256 = sha256_bytes(json.dumps([needles, books]).encode())
+        template = None if settings.template is None else _read_template(settings.template)
+        self._sha256 = sha256_bytes(json.dumps([needles, books, template]).encode())
         self._books = {name: Book(text, form.tokenizer) for name, text in books.items()}
         try:
-            tests = [test for number, name in enumerate(books) for test in _tests(needles, name, number)]
+            tests = [
+                test for number, name in enumerate(books) for test in _tests(needles, name, number, template)
+            ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 "this is no needle set of NoLiMa", found=f"{type(error).__name__}: {error}"
@@ -141,6 +140,12 @@ class Nolima(PromptTask[NolimaConfig]):
         if not self._tests:
             raise DataError(
                 "the needle set holds no such questions", found=sorted({test.kind for test in tests})
+            )
+
+        if any(not test.template for test in self._tests.values()):
+            raise DataError(
+                "the needle set has no prompt of its own",
+                fix="--template FILE: a text with {haystack} and {question}, as in the released configuration",
             )
 
     @classmethod
@@ -167,7 +172,8 @@ class Nolima(PromptTask[NolimaConfig]):
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""
-        return {**super().params(), "data_sha256": self._sha256}
+        # Of the template its text counts, not where it stands.
+        return {**super().params(), "template": None, "data_sha256": self._sha256}
 
     def plan(self) -> list[Planned]:
         """Return a sample for each needle, question, book, length and depth."""
@@ -242,7 +248,25 @@ class Nolima(PromptTask[NolimaConfig]):
         return f"{text[:place]} {test.distractor}\n{text[place:]}"
 
 
-def _tests(needles: Sequence[Mapping[str, Any]], book: str, number: int) -> Iterator[_Test]:
+def _read_template(path: str) -> str:
+    """Read the prompt of a needle set. Raises DataError: it is none."""
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"the template {path} cannot be read", found=str(error)) from None
+    missing = [mark for mark in ("{haystack}", "{question}") if mark not in template]
+    if missing:
+        raise DataError(f"the template {path} has no place for {' and '.join(missing)}")
+    try:
+        template.format(haystack="", question="")
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(f"the template {path} has braces that are no place", found=str(error)) from None
+    return template
+
+
+def _tests(
+    needles: Sequence[Mapping[str, Any]], book: str, number: int, template: str | None
+) -> Iterator[_Test]:
     for each in needles:
         for kind, asked in each["questions"].items():
             for name, test in each["tests"].items():
@@ -263,6 +287,6 @@ def _tests(needles: Sequence[Mapping[str, Any]], book: str, number: int) -> Iter
                     distractor,
                     [] if _NAME in needle else list(test["gold_answers"]),
                     names if _NAME in needle else [],
-                    each.get("task_template", _TEMPLATE),
+                    each.get("task_template", template) or "",
                     _SEED + int(each["id"][:4]) + number,
                 )
