@@ -194,11 +194,8 @@ def test_families_run_in_tiles(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(hidden_states(model, tokens(0)), truth)
 
 
-def test_mixtures_of_experts_are_refused_and_models_without_weights_are_not() -> None:
-    """A router sees each token alone, but experts with a capacity do not: nothing is known about them here."""
-    experts = build_model({**TINY, "model_type": "qwen3_moe", "num_experts": 4}, seed=0)
-    with pytest.raises(ArgumentError, match="Qwen3MoeSparseMoeBlock is not known"):
-        enable_tiled_mlp(experts, 16)
+def test_models_without_weights_run_in_tiles() -> None:
+    """The planner looks at a model on the meta device: trying a tile there has no numbers to compare."""
     with torch.device("meta"):
         empty = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
     enable_tiled_mlp(empty, 16)

@@ -11,7 +11,7 @@ import numpy as np
 
 from longspan.core.errors import DataError
 from longspan.data.chat.format import ChatFormat
-from longspan.data.chat.given import FIELDS
+from longspan.data.chat.given import FIELDS, SYSTEM
 from longspan.data.chat.messages import (
     LEARNT,
     NOT_LEARNT,
@@ -136,6 +136,10 @@ class _Counting:
         if isinstance(tools, list) and tools:
             self.counts["conversations with tools"] += 1
             sizes += self._part("schemas of tools", "".join(strings_of(tools)))
+        text = values.get(SYSTEM)
+        if isinstance(text, str) and text.strip() and turns[0]["role"] != "system":
+            # Where no template was asked it is a turn of its own still.
+            sizes += self._part("system", text)
         self._pairs(turns)
         self.counts["conversations"] += 1
         if self._chat is None:
