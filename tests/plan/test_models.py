@@ -24,6 +24,7 @@ SMALL = {
 EXPERTS = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
            "head_dim": 16, "intermediate_size": 128, "moe_intermediate_size": 32, "vocab_size": 100}  # fmt: skip
 WITHOUT = {
+    "dbrx": "keeps its experts as one matrix and chooses among them by numbers that a model without weights has not",
     "jetmoe": "its attention chooses among experts by numbers that a model without weights has not",
     "hrm_text": "runs its layers in a loop",
     "minimax": "wants a cache of its own",
