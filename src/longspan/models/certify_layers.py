@@ -180,7 +180,7 @@ def _alone(model: PreTrainedModel, device: torch.device) -> _Alone:
     for ids, labels in zip(_ids().split(sizes), _labels().split(sizes)):
         total = total + _loss(model, hidden_states(model, ids.to(device)), labels.to(device))
     total.backward()
-    return _Alone(float(total), dict(_gradients(model)))
+    return _Alone(float(total.detach()), dict(_gradients(model)))
 
 
 def _gradients(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
