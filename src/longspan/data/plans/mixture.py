@@ -28,9 +28,8 @@ import pydantic
 from longspan.core.columns import load_columns, save_columns
 from longspan.core.config import Config, Length, TokenBudget
 from longspan.core.errors import ConfigError, DataError
-from longspan.core.log import get_logger
 from longspan.core.shuffling import hashed
-from longspan.data.plans.where import documents_where, parse_condition
+from longspan.data.plans.where import fulfilling, parse_condition
 from longspan.data.store.lengths import LengthTable
 from longspan.data.store.measures import Measures
 
@@ -217,7 +216,7 @@ def plan_mixture(
         DataError: no document is left to choose from, or (without a budget) a wanted source has none left.
     """
     fingerprint = lengths.fingerprint
-    fulfils = _fulfilling(spec, lengths, audit)
+    fulfils = None if spec.where is None else fulfilling(spec.where, lengths, audit)
     if spec.group == "store":
         lengths = _by_store(lengths)
     candidates = _candidates(spec, lengths)
@@ -273,26 +272,6 @@ def _in_characters(lengths: LengthTable, candidates: np.ndarray) -> LengthTable:
             fix="tokenize the texts again, or leave it out",
         )
     return replace(lengths, tokens=characters)
-
-
-def _fulfilling(spec: MixtureConfig, lengths: LengthTable, audit: Measures | None) -> np.ndarray | None:
-    """Return which documents fulfil the condition; None without one. Says of how many something is not known."""
-    if spec.where is None:
-        return None
-    known = {} if audit is None else audit.of(lengths)
-    columns = {
-        **known,
-        "tokens": np.asarray(lengths.tokens),
-        "source": np.array(lengths.source_names)[lengths.source],
-    }
-    chosen = documents_where(spec.where, columns, len(lengths))
-    for name, count in chosen.unknown.items():
-        get_logger("data.mix").warning(
-            "%s is not known of %d documents: comparisons with it do not hold of them; `not known(%s) or ...` "
-            "keeps them",
-            name, count, name,
-        )  # fmt: skip
-    return chosen.fulfils
 
 
 def _by_store(lengths: LengthTable) -> LengthTable:

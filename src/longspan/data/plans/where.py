@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import ConfigError
+from longspan.core.log import get_logger
+from longspan.data.store.lengths import LengthTable
+from longspan.data.store.measures import Measures
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -74,6 +77,30 @@ def documents_where(text: str, columns: Mapping[str, NDArray[Any]], documents: i
     unknown: dict[str, int] = {}
     fulfils = _work_out(expression, columns, documents, text, unknown)
     return Chosen(np.broadcast_to(fulfils, (documents,)).copy(), unknown)
+
+
+def fulfilling(where: str, lengths: LengthTable, audit: Measures | None) -> NDArray[np.bool_]:
+    """Return which documents of a length table fulfil a condition on what an audit measured, `tokens` and `source`.
+
+    Says of how many documents something is not known.
+
+    Raises:
+        ConfigError: see `documents_where`.
+        DataError: the audit is of other stores.
+    """
+    columns = {
+        **({} if audit is None else audit.of(lengths)),
+        "tokens": np.asarray(lengths.tokens),
+        "source": np.array(lengths.source_names)[lengths.source],
+    }
+    chosen = documents_where(where, columns, len(lengths))
+    for name, count in chosen.unknown.items():
+        get_logger("data.mix").warning(
+            "%s is not known of %d documents: comparisons with it do not hold of them; `not known(%s) or ...` "
+            "keeps them",
+            name, count, name,
+        )  # fmt: skip
+    return chosen.fulfils
 
 
 def _check(node: ast.expr, text: str) -> None:
