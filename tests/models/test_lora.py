@@ -373,3 +373,10 @@ def test_a_base_that_was_stored_in_four_bits_is_read_and_not_trained_or_exported
         recipe = TrainConfig.from_dict({"model": {"path": "four"}, "stages": [stage], "lora": lora})
         with pytest.raises(ConfigError, match=r"not trained(.|\n)*bitsandbytes"):
             plan_run(recipe, data_root=tmp_path)
+
+
+def test_an_adapter_beside_a_rope_that_nobody_can_ask_for_comes_back() -> None:
+    """Gemma 4's RoPE type is its own: asked for again by name, it was refused, and the adapter was lost."""
+    from tests.models.family_columns import columns_alone
+
+    assert columns_alone("gemma4_text", ["LoRA"])["LoRA"].verdict == "yes"

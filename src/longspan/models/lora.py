@@ -231,7 +231,10 @@ def load_adapter(
     if (folder / "config.json").is_file():
         with reading_folder(folder):
             trained = AutoConfig.from_pretrained(folder)
-        rope = rope if rope is not None else rope_of(trained)
+        if rope is None:
+            # One that training left alone may be of a type that nobody can ask for: it is the base's then.
+            theirs = rope_of(trained)
+            rope = None if theirs == rope_of(own_config(origin)) else theirs
         context = getattr(trained.get_text_config(decoder=True), "max_position_embeddings", None)
         max_position_embeddings = max_position_embeddings or context
         dtype = dtype if dtype is not None else trained.dtype
