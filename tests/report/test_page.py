@@ -20,7 +20,7 @@ from longspan.report.html import render
 from longspan.report.load import load_runs
 from longspan.report.view import order_of
 from tests.report.conftest import page_of
-from tests.report.synthetic_run import LENGTHS, header, needle_lines, write_lines, write_records
+from tests.report.synthetic_run import LENGTHS, header, needle_lines, ppl_lines, write_lines, write_records
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -421,3 +421,13 @@ def test_answers_cut_while_thinking_are_counted_beside_the_mean(tmp_path: Path) 
     assert "Empty answers cut while thinking: 8; each counts as wrong" in words_of(page)
     assert "Is it 7?" in page, "the samples show thoughts"
     assert summarise(tmp_path / "run")["needle"]["thinker"]["no_answer"] == {"cut while thinking": 8}
+
+
+def test_perplexity_below_the_trained_length_says_how_far_it_was_measured(tmp_path: Path) -> None:
+    """Windows of 2,048 tokens were called "perplexity at 8,192 tokens" of a model that was trained for so many."""
+    for label in ("before", "after"):
+        head = header("ppl", label, trained=8192)
+        write_records(tmp_path / "run" / "records" / f"ppl-{label}.jsonl", head, ppl_lines(label))
+    page = page_of(tmp_path / "run")
+    assert "perplexity at 2,048 tokens" in page and "Perplexity at 8,192" not in page
+    assert "at 2,048 tokens, of the original 8,192" in page

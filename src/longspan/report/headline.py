@@ -8,7 +8,7 @@ from longspan.report.comparison import differ_text
 from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.layouts import length_text
-from longspan.report.perplexity_view import ppl_measure
+from longspan.report.perplexity_view import common_reach, ppl_measure
 from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import Grid, Tally
 from longspan.report.view import (
@@ -181,7 +181,7 @@ def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, s
     after, before = ev.ppl[names[0]], ev.ppl[names[1]]
     measure = ppl_measure(ev, names[:2])  # type: ignore[arg-type]
     differ = differ_text(ev.differing("ppl", names[0], names[1]))
-    short = ev.before_length
+    short = common_reach(before, after, ev.before_length)
     new = measure.of(after.short(short)) if short else None
     old = measure.of(before.short(short)) if short else None
     if short and new is not None and old is not None:

@@ -11,7 +11,7 @@ from longspan.report.comparison import differ_text, listed
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.layouts import length_text
 from longspan.report.palette import line_index
-from longspan.report.tables import Sums, bits_per_byte, perplexity
+from longspan.report.tables import PplTable, Sums, bits_per_byte, perplexity
 from longspan.report.view import (
     ARROW,
     Chart,
@@ -106,12 +106,23 @@ def _table(
     return Table(title, ["", *columns.values()], rows)
 
 
+def common_reach(before: PplTable, after: PplTable, trained: int | None) -> int | None:
+    """Return the trained length, or how far below it both models were measured; None where that differs."""
+    if not trained:
+        return None
+    reach = before.reach(trained)
+    return reach if reach == after.reach(trained) else None
+
+
 def _short_context(ev: Evaluation) -> dict[str, str]:
     names = first_with_role("before", ev.ppl), first_with_role("after", ev.ppl)
-    length = ev.before_length
-    if names[0] is None or names[1] is None or not length:
+    trained = ev.before_length
+    if names[0] is None or names[1] is None or not trained:
         return {}
     before, after = ev.ppl[names[0]], ev.ppl[names[1]]
+    length = common_reach(before, after, trained)
+    if length is None:
+        return {}
     measure = ppl_measure(ev, [names[0], names[1]])
     old, new = measure.of(before.short(length)), measure.of(after.short(length))
     if old is None or new is None:
@@ -126,7 +137,8 @@ def _short_context(ev: Evaluation) -> dict[str, str]:
     )
     return {
         "value": change(old, new),
-        "text": f"Short-context change: {measure.name} at {tokens_text(length)}, the original length, "
+        "text": f"Short-context change: {measure.name} at {tokens_text(length)}, "
+        f"{'the original length' if length == trained else f'of the original {length_text(trained)}'}, "
         f"{decimal(old)} {ARROW} {decimal(new)}. {verdict}",
     }
 

@@ -308,6 +308,12 @@ class PplTable:
             return self.by_length[length]
         return _summed([sums for (_, end), sums in self.by_position.items() if end <= length])
 
+    def reach(self, length: int) -> int | None:
+        """How far `short` sums up: to `length`, or to the last position before it that was measured."""
+        if length in self.by_length:
+            return length
+        return max((end for _, end in self.by_position if end <= length), default=None)
+
     def last(self) -> tuple[tuple[int, int], Sums] | None:
         """The last position bucket and its sums."""
         if not self.by_position:
