@@ -27,6 +27,7 @@ from longspan.train.config import TrainConfig
 from longspan.train.objectives import ModelWithLoss
 from longspan.train.run_plan import plan_run
 from longspan.train.trainer import train, train_step
+from tests.models.family_columns import small_model
 from tests.patience import PATIENCE_SECONDS
 from tests.train.conftest import recipe
 
@@ -218,3 +219,16 @@ def test_every_way_to_share_the_work_follows_one_process(data_root: Path, tmp_pa
                 for key in ("loss", "grad_norm", "router_aux_loss", "router_z_loss"):
                     assert many[key] == pytest.approx(one[key], rel=1e-4), (name, key)
                 assert many["experts"]["max_load_by_layer"] == one["experts"]["max_load_by_layer"]
+
+
+@pytest.mark.parametrize(("family", "layers"), [("zamba", 0), ("jamba", 1)])
+def test_layers_with_a_state_are_no_experts(family: str, layers: int) -> None:
+    """Mamba-1 keeps a tensor of three dimensions, too, and is called with two arguments more: Zamba's first step
+    ended with an error."""
+    model = small_model(family).train()
+    routing = watch_routing(model, aux_loss=None, z_loss=0.0)
+    assert len(experts_in(model)) == layers and (routing is not None) == (layers > 0)
+    trained = ModelWithLoss(model)
+    trained.routing = routing
+    result = train_step(trained, [], rows_of((9, 4, 3)), rows_per_micro_batch=1, max_grad_norm=1.0)
+    assert result.loss is not None and math.isfinite(result.loss)

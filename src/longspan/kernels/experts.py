@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["experts_in", "innermost", "num_experts", "takes_choices"]
+__all__ = ["are_experts", "experts_in", "innermost", "num_experts", "takes_choices"]
 
 CHOICES = 2
 """Arguments beside the tokens: which experts, and what share each has."""
@@ -29,10 +29,17 @@ def experts_in(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return found
 
 
+def are_experts(module: torch.nn.Module) -> bool:
+    """Whether a module is all experts of a layer, whatever it is called with."""
+    # Among its classes, one of the family: what makes tiles or shards of it puts its own in front.
+    named = any(kind.__name__.endswith("Experts") for kind in type(module).__mro__)
+    return named and any(weight.ndim == 3 for weight in module.parameters(recurse=False))
+
+
 def takes_choices(module: torch.nn.Module) -> bool:
-    """Whether a module is the experts of a layer."""
+    """Whether a module is the experts of a layer, and is called with each token's choices."""
     inner = innermost(module)
-    if not any(weight.ndim == 3 for weight in inner.parameters(recurse=False)):
+    if not are_experts(inner):
         return False
     # The family's own, whatever stands in front of it (tiles, FSDP).
     forwards = (kind.__dict__["forward"] for kind in type(inner).__mro__ if "forward" in kind.__dict__)

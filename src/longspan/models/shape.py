@@ -31,6 +31,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 
 from longspan.core.errors import DataError
+from longspan.kernels.experts import are_experts
 from longspan.models.attention import attention_form
 from longspan.models.head import backbone
 from longspan.models.hf_config import text_config
@@ -208,7 +209,7 @@ def _look_at(model: PreTrainedModel, layers: nn.ModuleList, name: str) -> list[_
     look = _Look(len(layers))
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(partial(_enter, look, index))
-    experts = {module: _chosen(module, model, name) for module in layers.modules() if _are_experts(module)}
+    experts = {module: _chosen(module, model, name) for module in layers.modules() if are_experts(module)}
     states = {module for module in layers.modules() if _has_state(module)}
     # A gate inside of one is a part of it.
     states -= {part for module in states for part in module.modules() if part is not module}
@@ -265,11 +266,6 @@ def _noting(model: PreTrainedModel, look: _Look) -> Iterator[None]:
 
 def _no_mask(**_: Any) -> None:
     return None
-
-
-def _are_experts(module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    return type(module).__name__.endswith("Experts") and any(weight.dim() == 3 for weight in own.values())
 
 
 def _chosen(module: nn.Module, model: PreTrainedModel, name: str) -> int:
