@@ -16,9 +16,11 @@ from longspan.core.errors import ConfigError
 from longspan.kernels.rope import COMMON_KEYS, ROPE_TYPES, rope_parameters
 
 __all__ = [
+    "CHOSEN_EXPERTS",
     "attention_width",
     "changed_config",
     "checked_overrides",
+    "experts_per_token",
     "head_counts",
     "head_dim",
     "longrope_scale",
@@ -35,6 +37,10 @@ __all__ = [
 KNOWN_KEYS = COMMON_KEYS.union(
     {"type", "max_position_embeddings"}, *(keys for pair in ROPE_TYPES.values() for keys in pair)
 )
+CHOSEN_EXPERTS = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "moe_k"
+)  # fmt: skip
+"""What configs call the number of experts that compute a token."""
 # Keys of old config files that `rope_parameters` replaces.
 LEGACY_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -228,6 +234,13 @@ def longrope_scale(parameters: Mapping[str, Any], context: int) -> float:
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of the language model inside one of several kinds; its own where there is one kind."""
     return config.get_text_config(decoder=True)
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """Return how many experts compute a token; None where the config does not say it."""
+    text = text_config(config)
+    found = (getattr(text, name, None) for name in CHOSEN_EXPERTS)
+    return next((number for number in found if isinstance(number, int)), None)
 
 
 def widest(config: PretrainedConfig, name: str) -> int | None:

@@ -34,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from longspan.core.errors import ConfigError
 from longspan.kernels.experts import experts_in, num_experts
-from longspan.models.hf_config import text_config
+from longspan.models.hf_config import experts_per_token, text_config
 
 __all__ = ["Routing", "RoutingReport", "aux_loss_weight", "check_router_losses", "watch_routing"]
 
@@ -62,7 +62,7 @@ class Routing:
         self.aux_loss, self.z_loss = aux_loss, z_loss
         self._layers = list(experts_in(model).values())
         self._routers = _routers(model) if self.has_losses else []
-        self._k = int(getattr(text_config(model.config), "num_experts_per_tok", None) or 1)
+        self._k = experts_per_token(model.config) or 1
         self._mask: torch.Tensor | None = None
         self._running, self._counting = False, False
         for layer, experts in enumerate(self._layers):

@@ -34,26 +34,14 @@ from longspan.core.errors import DataError
 from longspan.kernels.experts import are_experts
 from longspan.models.attention import attention_form
 from longspan.models.head import backbone
-from longspan.models.hf_config import text_config
+from longspan.models.hf_config import CHOSEN_EXPERTS, experts_per_token, text_config
+from longspan.models.states import state_elements
 from longspan.plan.models import ModelShape
 
 __all__ = ["model_shape", "shape_of_fields"]
 
 NOTED = "longspan-shapes"
 TOKENS = 6
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "moe_k")
-"""What configs call the number of experts that compute a token."""
-STATE_SIZES = (
-    ("num_v_heads", "head_k_dim", "head_v_dim"),
-    ("num_heads", "head_dim", "ssm_state_size"),
-    ("n_mamba_heads", "mamba_head_dim", "ssm_state_size"),
-    ("num_heads", "head_dim", "state_size"),
-    ("intermediate_size", "ssm_state_size"),
-    ("num_attention_heads", "head_dim", "head_dim"),
-    ("lru_width",),
-)
-"""Attributes of a layer with a state whose product is its size."""
-
 _found: dict[tuple[str, str], ModelShape] = {}
 
 
@@ -269,15 +257,14 @@ def _no_mask(**_: Any) -> None:
 
 
 def _chosen(module: nn.Module, model: PreTrainedModel, name: str) -> int:
-    config = text_config(model.config)
-    for field in CHOSEN:
-        if isinstance(value := getattr(config, field, None), int):
-            return value
-    raise DataError(
-        f"there is no estimate for {name}: it does not say how many of its experts compute a token",
-        found=type(module).__name__,
-        allowed=f"a config with one of {', '.join(CHOSEN)}",
-    )
+    chosen = experts_per_token(model.config)
+    if chosen is None:
+        raise DataError(
+            f"there is no estimate for {name}: it does not say how many of its experts compute a token",
+            found=type(module).__name__,
+            allowed=f"a config with one of {', '.join(CHOSEN_EXPERTS)}",
+        )
+    return chosen
 
 
 def _has_state(module: nn.Module) -> bool:
@@ -291,22 +278,13 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _state_elements(module: nn.Module, name: str) -> int:
-    for names in STATE_SIZES:
-        sizes = [getattr(module, each, None) for each in names]
-        if all(isinstance(size, int) for size in sizes):
-            product = 1
-            for size in sizes:
-                product *= size  # type: ignore[operator]
-            return product
-    if "DeltaAttention" in type(module).__name__:
-        # Kimi's delta attention: keys and values of one width.
-        return int(module.num_heads * module.head_dim**2)  # type: ignore[operator]
-    if "ShortConv" in type(module).__name__:
-        return 0
-    raise DataError(
-        f"there is no estimate for {name}: the size of a layer's state is not known",
-        found=type(module).__name__,
-    )
+    elements = state_elements(module)
+    if elements is None:
+        raise DataError(
+            f"there is no estimate for {name}: the size of a layer's state is not known",
+            found=type(module).__name__,
+        )
+    return elements
 
 
 def _layer(

@@ -21,7 +21,7 @@ from longspan.core.errors import ArgumentError, UserError
 from longspan.core.log import get_logger
 from longspan.models.families import RIGHT
 from longspan.models.hf import Documents, enable, hidden_states, without_bars
-from longspan.models.hf_config import text_config
+from longspan.models.hf_config import CHOSEN_EXPERTS, text_config
 from longspan.models.init import seeded
 
 __all__ = ["check_forward", "check_unknown_family", "small_config"]
@@ -131,7 +131,7 @@ def _few_experts(fields: dict[str, Any]) -> dict[str, Any]:
     """Return fewer experts, in as many groups: each group has two, and those that are chosen enough."""
     numbers = {name: value for name, value in fields.items() if isinstance(value, int) and value > 0}
     groups = numbers.get("n_group", 1)
-    chosen = max((numbers.get(name, 1) for name in ("num_experts_per_tok", "moe_topk", "moe_k")), default=1)
+    chosen = max(numbers.get(name, 1) for name in CHOSEN_EXPERTS)
     size = max(2, -(-EXPERTS // groups), -(-2 * chosen // numbers.get("topk_group", 1)))
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return {name: groups * size for name in names if numbers.get(name, 0) > groups * size}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from math import prod
+from typing import cast
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from longspan.models.hf_config import text_config
+from longspan.core.errors import ArgumentError
+from longspan.models.hf_config import experts_per_token, text_config
 from longspan.models.mixers import mixers
 
 __all__ = [
@@ -21,6 +24,16 @@ __all__ = [
 
 STATE_BYTES = 4
 """Of an element of a recurrent state, which families keep in fp32."""
+STATE_SIZES = (
+    ("num_v_heads", "head_k_dim", "head_v_dim"),
+    ("num_heads", "head_dim", "ssm_state_size"),
+    ("n_mamba_heads", "mamba_head_dim", "ssm_state_size"),
+    ("num_heads", "head_dim", "state_size"),
+    ("intermediate_size", "ssm_state_size"),
+    ("num_attention_heads", "head_dim", "head_dim"),
+    ("lru_width",),
+)
+"""Attributes of a layer with a state whose product is its size."""
 
 
 def layers_with_keys(model: PreTrainedModel) -> int:
@@ -31,15 +44,26 @@ def layers_with_keys(model: PreTrainedModel) -> int:
     return sum(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=model.config).layers)
 
 
-def state_elements(mixer: nn.Module) -> int:
-    """Return the elements of the recurrent state of a layer: heads by what each remembers; 0 of a convolution alone."""
-    sizes = {name: value for name, value in vars(mixer).items() if isinstance(value, int)}
-    if "num_v_heads" in sizes:  # gated delta net
-        return sizes["num_v_heads"] * sizes["head_k_dim"] * sizes["head_v_dim"]
-    if "ssm_state_size" in sizes:  # Mamba
-        return sizes["intermediate_size"] * sizes["ssm_state_size"]
-    heads = sizes.get("num_heads", sizes.get("num_attention_heads", 0))  # KDA, lightning attention
-    return heads * sizes.get("head_dim", 0) ** 2
+def state_elements(layer: nn.Module) -> int | None:
+    """Return the elements of the recurrent state of a layer: heads by what each remembers; None where it is not known.
+
+    0 of a short convolution, which has a tail alone.
+    """
+    for names in STATE_SIZES:
+        sizes = [getattr(layer, name, None) for name in names]
+        if all(isinstance(size, int) for size in sizes):
+            return prod(cast(list[int], sizes))
+    if "DeltaAttention" in type(layer).__name__:
+        # Kimi's delta attention: keys and values of one width.
+        return int(layer.num_heads * layer.head_dim**2)  # type: ignore[operator]
+    return 0 if "ShortConv" in type(layer).__name__ else None
+
+
+def _known_elements(mixer: nn.Module) -> int:
+    elements = state_elements(mixer)
+    if elements is None:
+        raise ArgumentError("the size of a layer's state is not known", found=type(mixer).__name__)
+    return elements
 
 
 def state_bytes(model: PreTrainedModel) -> int:
@@ -51,7 +75,7 @@ def state_bytes(model: PreTrainedModel) -> int:
             for conv in mixer.children()
             if isinstance(conv, nn.Conv1d)
         )
-        total += STATE_BYTES * state_elements(mixer) + model.dtype.itemsize * tails
+        total += STATE_BYTES * _known_elements(mixer) + model.dtype.itemsize * tails
     return total
 
 
@@ -64,8 +88,7 @@ def operations_per_token(model: PreTrainedModel) -> float | None:
     found = [mixer for mixer, _ in mixers(model)]
     if not found:
         return None
-    config = text_config(model.config)
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    chosen = experts_per_token(model.config) or 1
     head, total = model.get_output_embeddings(), 0.0
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -76,7 +99,7 @@ def operations_per_token(model: PreTrainedModel) -> float | None:
             # Experts have their matrices in one parameter.
             stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
             total += sum(p.numel() * chosen / p.shape[0] for p in stacks)
-    return 2.0 * total + 6.0 * sum(map(state_elements, found))
+    return 2.0 * total + 6.0 * sum(map(_known_elements, found))
 
 
 def goes_on_from_states(model: PreTrainedModel) -> bool:
