@@ -15,7 +15,7 @@ from longspan.core.errors import ArgumentError
 from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
 from longspan.parallel.schedules.base import CpSchedule
 from longspan.parallel.shards import SequenceShards
-from longspan.parallel.trade import HeadTrade, even_ranges, shared_heads
+from longspan.parallel.trade import HeadTrade, even_ranges, reordered, shared_heads
 
 __all__ = ["check_state_heads", "sharded_convolution", "sharded_scan"]
 
@@ -49,8 +49,8 @@ def sharded_convolution(call: Convolution, shards: SequenceShards, schedule: CpS
     there, back = _orders(shards, x.device)
     own = slice(mine.start, mine.stop)
     bias = None if call.bias is None else call.bias[own]
-    row = call._replace(x=_take(x, there), weight=call.weight[own], bias=bias)
-    (out,) = trade.to_tokens(_take(convolve_documents(row, shards.cu_seqlens), back))
+    row = call._replace(x=reordered(x, there), weight=call.weight[own], bias=bias)
+    (out,) = trade.to_tokens(reordered(convolve_documents(row, shards.cu_seqlens), back))
     return out
 
 
@@ -75,7 +75,7 @@ def sharded_scan(scan: Scan, shards: SequenceShards, schedule: CpSchedule) -> to
     there, back = _orders(shards, received[0].device)
     tensors = []
     for x, share in zip(received, mine):
-        ordered = _take(x, there)
+        ordered = reordered(x, there)
         tensors.append(ordered if share.expand is None else ordered[:, share.expand])
     heads = mine[0].q_heads
     own = slice(heads.start, heads.stop)
@@ -86,7 +86,7 @@ def sharded_scan(scan: Scan, shards: SequenceShards, schedule: CpSchedule) -> to
     )
     out, _ = scan_documents(row, shards.cu_seqlens)
     back_trade = HeadTrade(schedule.channels, [(part,) for part in parts], (scan.num_heads,))
-    (out,) = back_trade.to_tokens(_take(out, back))
+    (out,) = back_trade.to_tokens(reordered(out, back))
     return out
 
 
@@ -98,7 +98,3 @@ def _orders(shards: SequenceShards, device: torch.device) -> tuple[torch.Tensor 
         return None, None
     there = torch.from_numpy(order).to(device)
     return there, torch.argsort(there)
-
-
-def _take(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    return x if order is None else x.index_select(0, order)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.channel import Channel
 
-__all__ = ["HeadShare", "HeadTrade", "even_ranges", "shared_heads", "to_heads", "to_tokens"]
+__all__ = ["HeadShare", "HeadTrade", "even_ranges", "reordered", "shared_heads", "to_heads", "to_tokens"]
 
 Ranges = Sequence[tuple[range, ...]]
 """Of each rank, the heads that it takes of each tensor."""
@@ -145,11 +145,11 @@ class HeadTrade:
 
     def to_heads(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return all tokens, rank after rank, of this rank's heads: [R * T, heads, ...] from [T, all heads, ...]."""
-        return _ToHeads.apply(self, *tensors)
+        return _Trading.apply(self._forth, self._back, *tensors)
 
     def to_tokens(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Undo `to_heads`."""
-        return _ToTokens.apply(self, *tensors)
+        return _Trading.apply(self._back, self._forth, *tensors)
 
     def _forth(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         for stage in self._stages:
@@ -162,28 +162,26 @@ class HeadTrade:
         return tuple(tensors)
 
 
-class _ToHeads(torch.autograd.Function):
+_Way = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
+
+
+class _Trading(torch.autograd.Function):
+    """One way forward, the other way back: where a head is copied, its gradients add up."""
+
     @staticmethod
-    def forward(ctx: Any, trade: HeadTrade, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.trade = trade
-        return trade._forth(tensors)
+    def forward(ctx: Any, way: _Way, undo: _Way, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.undo = undo
+        return way(tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (None, *ctx.trade._back(grads))
+        return (None, None, *ctx.undo(grads))
 
 
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, trade: HeadTrade, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.trade = trade
-        return trade._back(tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (None, *ctx.trade._forth(grads))
+def reordered(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Return rows of x in another order; None: as they are."""
+    return x if order is None else x.index_select(0, order)
 
 
 def even_ranges(number: int, parts: int) -> list[range]:

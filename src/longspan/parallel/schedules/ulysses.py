@@ -24,7 +24,7 @@ from longspan.parallel.layout import Layout
 from longspan.parallel.schedules.base import AllGradients, AttentionCall, Forward
 from longspan.parallel.schedules.ring import Ring
 from longspan.parallel.shards import SequenceShards
-from longspan.parallel.trade import HeadShare, shared_heads, to_heads, to_tokens
+from longspan.parallel.trade import HeadShare, reordered, shared_heads, to_heads, to_tokens
 
 __all__ = ["Ulysses", "head_share"]
 
@@ -92,7 +92,7 @@ class Ulysses:
         shares = self._shares(q.shape[1], k.shape[1])
         mine, order = shares[self.channel.rank], self._order(call, q.device)
         ranges = [(share.q_heads, share.kv_heads, share.kv_heads) for share in shares]
-        q_UThD, k_UTkD, v_UTkD = (_take(x, order) for x in to_heads(self.channel, (q, k, v), ranges))
+        q_UThD, k_UTkD, v_UTkD = (reordered(x, order) for x in to_heads(self.channel, (q, k, v), ranges))
         if mine.expand is not None:
             k_UTkD, v_UTkD = k_UTkD[:, mine.expand], v_UTkD[:, mine.expand]
         out_UThD, saved = self.ring.forward(q_UThD, k_UTkD, v_UTkD, _of_heads(call, mine))
@@ -111,7 +111,7 @@ class Ulysses:
         shares = self._shares(num_heads, num_kv_heads)
         mine, order = shares[self.channel.rank], self._order(call, dout.device)
         (dout_UThD,) = (
-            _take(x, order) for x in to_heads(self.channel, (dout,), [(s.q_heads,) for s in shares])
+            reordered(x, order) for x in to_heads(self.channel, (dout,), [(s.q_heads,) for s in shares])
         )
         dq, dk, dv, dsinks = self.ring.backward(dout_UThD, tuple(inner), _of_heads(call, mine))
         if mine.expand is not None:
@@ -148,12 +148,8 @@ def _of_heads(call: AttentionCall, share: HeadShare) -> AttentionCall:
     return call._replace(sinks=call.sinks[share.q_heads.start : share.q_heads.stop])
 
 
-def _take(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    return x if order is None else x.index_select(0, order)
-
-
 def _put(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Undo `_take`."""
+    """Undo `reordered`."""
     return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
 
 
