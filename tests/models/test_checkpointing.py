@@ -199,6 +199,7 @@ def test_models_without_weights_run_in_tiles() -> None:
     with torch.device("meta"):
         empty = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "model_type"}))
     enable_tiled_mlp(empty, 16)
+    assert all(layer.mlp.tile_tokens == 16 for layer in empty.base_model.layers)
 
 
 def test_nothing_is_offloaded_without_gradients() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.data_stores import Stores, lengths_of, open_tokenizer
+from longspan.cli.data_stores import Stores, open_alike, open_tokenizer
 from longspan.cli.from_settings import Part, Used, from_settings, write_used
 from longspan.cli.output import Json, Plot, example, percent, print_json, print_table
 
@@ -63,17 +64,17 @@ def audit(
     from longspan.data.audit.job import audit as run
     from longspan.data.audit.summary import measures_of, summarize
     from longspan.data.jobs import LocalExecutor
-    from longspan.data.store import open_stores
+    from longspan.data.store.lengths import LengthTable
 
-    table, paths = lengths_of(stores)
-    opened = open_stores(stores)
+    opened = open_alike(stores)
+    table = LengthTable.concatenate([store.lengths for store in opened])
     reader = open_tokenizer(tokenizer, opened[0])
     with LocalExecutor(workers) as executor:
         measures = run(opened, out, settings, tokenizer=reader, executor=executor)
     if model is not None:
         measures = _with_long_range(measures, opened, model, far)
         measures.save(out)
-    write_used({**used, "stores": paths}, out)
+    write_used({**used, "stores": [os.path.abspath(store) for store in stores]}, out)
     rows = summarize(measures.of(table), table)
     names = measures_of(rows)
     if plot is not None:

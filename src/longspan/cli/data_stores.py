@@ -22,11 +22,10 @@ PlanOut = Annotated[Path, typer.Option(help="Folder to write; a plan of the same
 Stores = Annotated[list[Path], typer.Argument(metavar="STORE", help="Token stores.")]
 
 
-def lengths_of(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
-    """Return the joined length table of stores and their absolute paths, which plans remember."""
+def open_alike(paths: Sequence[str | Path]) -> list[TokenStore]:
+    """Open stores that were made with the same tokenizer; others are refused."""
     from longspan.core.errors import DataError
     from longspan.data.store import open_stores
-    from longspan.data.store.lengths import LengthTable
 
     stores = open_stores(paths)
     for store in stores[1:]:
@@ -36,6 +35,14 @@ def lengths_of(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
                 found=f"{stores[0].path} and {store.path}",
                 fix="tokenize both with the same tokenizer",
             )
+    return stores
+
+
+def lengths_of(paths: Sequence[str | Path]) -> tuple[LengthTable, list[str]]:
+    """Return the joined length table of stores and their absolute paths, which plans remember."""
+    from longspan.data.store.lengths import LengthTable
+
+    stores = open_alike(paths)
     return LengthTable.concatenate([store.lengths for store in stores]), [os.path.abspath(p) for p in paths]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -67,15 +67,8 @@ def export(
     quiet_transformers()
     source = _find(settings.checkpoint, settings)
     words = words or source.tokenizer
-    fingerprint = None
-    if card:
-        from longspan.models.identity import model_identity
-
-        if settings.adapter:
-            raise ArgumentError("--card is for whole models: an adapter has a README.md of its own")
-        fingerprint = model_identity(source.model, find_folder(settings.checkpoint))["fingerprint"]
-        # Records of another model are refused before anything is written.
-        _card(card, fingerprint, out.name, source.model.config.to_dict(), source.base)
+    # Before the model is used up, and before anything is written: records of another model are refused.
+    text = _card(card, source, settings, out.name) if card else None
     if settings.adapter:
         if source.base is None:
             raise ArgumentError(f"{settings.checkpoint} has no adapter", fix="export it without --adapter")
@@ -84,10 +77,9 @@ def export(
         report = export_model(
             source.model, out, dtype=settings.dtype, tokenizer=words, generation=source.generation
         )
-    if card and fingerprint is not None:
-        from longspan.core.files import atomic_write, read_json
+    if text is not None:
+        from longspan.core.files import atomic_write
 
-        text = _card(card, fingerprint, out.name, read_json(out / "config.json"), source.base)
         with atomic_write(out / "README.md", "w") as file:
             file.write(text)
     write_used(used, out)
@@ -98,11 +90,17 @@ def export(
         _print(report)
 
 
-def _card(runs: list[Path], fingerprint: str, name: str, config: dict[str, Any], base: str | None) -> str:
+def _card(runs: list[Path], source: _Source, settings: ExportConfig, name: str) -> str:
+    from longspan.core.errors import ArgumentError
+    from longspan.models.identity import model_identity
     from longspan.report.card import model_card
     from longspan.report.load import load_runs
 
-    return model_card(load_runs(runs), fingerprint=fingerprint, name=name, config=config, base=base)
+    if settings.adapter:
+        raise ArgumentError("--card is for whole models: an adapter has a README.md of its own")
+    fingerprint = model_identity(source.model, find_folder(settings.checkpoint))["fingerprint"]
+    config = source.model.config.to_dict()
+    return model_card(load_runs(runs), fingerprint=fingerprint, name=name, config=config, base=source.base)
 
 
 def _find(checkpoint: str, settings: ExportConfig) -> _Source:

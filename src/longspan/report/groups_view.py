@@ -82,12 +82,15 @@ def group_runs(runs: Sequence[LoadedRun]) -> list[RunGroup]:
     Raises:
         ArgumentError: a run does not say how it was trained, or two runs of a group have the same seed.
     """
-    by_settings: dict[str, list[LoadedRun]] = {}
+    by_settings: dict[str, list[tuple[LoadedRun, str]]] = {}
     for run in runs:
-        by_settings.setdefault(_settings(run), []).append(run)
+        settings = _settings(run)
+        same = json.dumps(_without(settings), sort_keys=True, default=str)
+        seed = str(settings.get("seed", (run.env or {}).get("seed")))
+        by_settings.setdefault(same, []).append((run, seed))
     groups = []
-    for members in by_settings.values():
-        seeds = [_seed(run) for run in members]
+    for of_runs in by_settings.values():
+        members, seeds = [run for run, _ in of_runs], [seed for _, seed in of_runs]
         if len(set(seeds)) < len(seeds):
             raise ArgumentError(
                 "two runs are one training with one seed",
@@ -232,8 +235,8 @@ def _t(freedom: float) -> float:
     return above + (below - above) * (1 / freedom - inverse) / (1 / low - inverse)
 
 
-def _settings(run: LoadedRun) -> str:
-    """Return what runs of one training have in common. Raises ArgumentError where a run does not say it."""
+def _settings(run: LoadedRun) -> dict[str, Any]:
+    """Return the settings of a run. Raises ArgumentError where it does not say them."""
     try:
         settings = None if run.config is None else yaml.safe_load(run.config)
     except yaml.YAMLError:
@@ -244,18 +247,13 @@ def _settings(run: LoadedRun) -> str:
             found=f"no settings in {run.path / 'config.yaml'}",
             fix="name run folders that training or the quickstart wrote, or leave out --group",
         )
-    return json.dumps(_without(settings), sort_keys=True, default=str)
+    return settings
 
 
 def _without(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _without(each) for key, each in value.items() if key not in _ASIDE}
     return [_without(each) for each in value] if isinstance(value, list) else value
-
-
-def _seed(run: LoadedRun) -> str:
-    settings = yaml.safe_load(run.config or "") or {}
-    return str(settings.get("seed", (run.env or {}).get("seed")))
 
 
 def _name(names: Sequence[str]) -> str:

@@ -66,10 +66,11 @@ def audit(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         room = _Room(Path(aside), documents, bands_for(config.similarity).number)
-        found = _AuditColumns(room, documents, with_text=tokenizer is not None)
+        tokens = np.concatenate([store.lengths.tokens for store in stores])
+        found = _AuditColumns(room, tokens, with_text=tokenizer is not None)
         with progress("audit", total=sum(store.num_tokens for store in stores), unit="tokens") as bar:
-            for block, measured in zip(blocks, executor.run(measure, blocks)):
-                bar.advance(found.add(measured, stores, block))
+            for measured in executor.run(measure, blocks):
+                bar.advance(found.add(measured))
         exact = first_of(found.digests)
         read = functools.partial(_shingles, stores, config.shingle_tokens)
         stays = near_duplicates(room.signatures, exact, read, config.similarity, room.earlier)
@@ -121,17 +122,18 @@ class _Room(NamedTuple):
 class _AuditColumns:
     """What blocks have brought so far."""
 
-    def __init__(self, room: _Room, documents: int, *, with_text: bool) -> None:
+    def __init__(self, room: _Room, tokens: NDArray[np.uint32], *, with_text: bool) -> None:
+        documents = len(tokens)
         self.languages: tuple[str, ...] = ("",)
         self.digests = np.empty(documents, np.uint64)
         self._signatures, self._done = room.signatures, 0
         names = ["repeated", "compression"] + (["repeated_lines", "symbols"] if with_text else [])
         self._numbers = {name: np.empty(documents, np.float32) for name in names}
         self._language = np.zeros(documents, np.uint8) if with_text else None
-        self._tokens = np.empty(documents, np.int64)
+        self._tokens = tokens
         self._lines = _LineCounts(room.folder / "lines") if with_text else None
 
-    def add(self, measured: Measured, stores: Sequence[TokenStore], block: Block) -> int:
+    def add(self, measured: Measured) -> int:
         """Take the next block; returns its tokens."""
         here = slice(self._done, self._done + len(measured.digests))
         self._done = here.stop
@@ -144,9 +146,7 @@ class _AuditColumns:
             self.languages = tuple(dict.fromkeys([*self.languages, *measured.languages]))
             self._language[here] = [self.languages.index(name) for name in measured.languages]
             self._lines.add(measured.lines)
-        store = next(store for store in stores if str(store.path) == block.store)
-        self._tokens[here] = store.lengths.tokens[block.start : block.stop]
-        return int(self._tokens[here].sum())
+        return int(self._tokens[here].sum(dtype=np.int64))
 
     def columns(self, boilerplate_documents: int) -> dict[str, NDArray[Any]]:
         """Return the columns of what documents are by themselves, and of lines that many have."""
@@ -172,7 +172,7 @@ class _LineCounts:
         self._file.write(lines.tokens.tobytes())
         self._blocks.append((len(lines.hashes), lines.counts))
 
-    def shares(self, tokens: NDArray[np.int64], least: int) -> NDArray[np.float32]:
+    def shares(self, tokens: NDArray[np.uint32], least: int) -> NDArray[np.float32]:
         """Return the share of each document's tokens that stand in lines of `least` documents or more."""
         shares = np.zeros(len(tokens), np.float32)
         self._file.seek(0)

@@ -17,6 +17,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from longspan.core.optional import require
+from longspan.core.shuffling import hashed
 from longspan.data.store.token_store import TokenStore
 from longspan.data.tokenizer import Tokenizer
 
@@ -140,11 +141,8 @@ def similarity(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> float:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Spread numbers over 64 bits (the finalizer of SplitMix64: Steele, Lea and Flood 2014, figure 16)."""
-    values = values + _ODD
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """Spread numbers over 64 bits."""
+    return hashed(values, 0, "audit")
 
 
 def _runs(mixed: NDArray[np.uint64], run: int) -> NDArray[np.uint64]:
