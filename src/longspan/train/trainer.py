@@ -29,6 +29,7 @@ from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.rows.loader import PackedRow
 from longspan.kernels.transfers import to_host
+from longspan.kernels.loss import LossSum
 from longspan.models.adapter_card import adapter_note
 from longspan.models.head import vocab_size
 from longspan.models.hf import save_model
@@ -407,17 +408,10 @@ def train_step(
         for part in parts:
             beat()
             batch = make(part)
-            if chunk_tokens is None:
-                result = trained(batch.to(device))
-                if weight > 0:
-                    if routing is not None:
-                        routing.settle()
-                    (result.loss / divisor).backward()
-            else:
-                result = recurrent_step(
-                    trained, batch, chunk_tokens=chunk_tokens, weight=divisor, offload=offload_chunk_cache,
-                    device=device,
-                )  # fmt: skip
+            result = _forward_and_backward(
+                trained, batch, weight=weight, divisor=divisor,
+                chunk_tokens=chunk_tokens, offload=offload_chunk_cache, device=device,
+            )  # fmt: skip
             kl = result.per_token_kl
             losses.append(result.loss.detach().double())
             told.append((batch, to_host(result.per_token_nll), None if kl is None else to_host(kl)))
@@ -451,6 +445,29 @@ def train_step(
         tokens=sum(len(row.input_ids) for row in rows),
         routing=None if routing is None or weight == 0 else routing.report(routed_numbers),
     )
+
+
+def _forward_and_backward(
+    trained: ModelWithLoss,
+    batch: Batch,
+    *,
+    weight: float,
+    divisor: float,
+    chunk_tokens: int | None,
+    offload: bool,
+    device: torch.device,
+) -> LossSum:
+    """Return the loss sum of a micro-batch, its gradient added to that of the step unless nothing of that is learnt."""
+    if chunk_tokens is not None:
+        return recurrent_step(
+            trained, batch, chunk_tokens=chunk_tokens, weight=divisor, offload=offload, device=device
+        )
+    result = trained(batch.to(device))
+    if weight > 0:
+        if trained.routing is not None:
+            trained.routing.settle()
+        (result.loss / divisor).backward()
+    return result
 
 
 def _check_ids(model: nn.Module, rows: Sequence[PackedRow]) -> None:
