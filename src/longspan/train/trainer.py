@@ -28,8 +28,8 @@ from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
 from longspan.data.rows.loader import PackedRow
-from longspan.kernels.transfers import to_host
 from longspan.kernels.loss import LossSum
+from longspan.kernels.transfers import to_host
 from longspan.models.adapter_card import adapter_note
 from longspan.models.head import vocab_size
 from longspan.models.hf import save_model
