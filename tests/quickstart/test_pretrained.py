@@ -15,7 +15,8 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.core.records import read_jsonl
 from longspan.data.tokenizer import train_bpe
 from longspan.models.hf import build_model, save_model
-from longspan.quickstart import QuickstartConfig, load_config, run, run_quickstart, texts
+from longspan.quickstart import QuickstartConfig, load_config, measure, run, run_quickstart, texts
+from longspan.quickstart.variants import controls
 from tests.data.chat_tokenizers import SPECIAL
 
 TEMPLATE = (
@@ -70,7 +71,7 @@ def tiny(root: Path, **changes: Any) -> QuickstartConfig:
     values["extend"]["checkpoint"] = {"every_steps": 1}
     values["evaluation"] |= {"lengths": [256, 384], "depths": [0.0, 1.0], "samples": 1, "distractors": 1,
                              "ppl_lengths": [64, 384], "essays": False,
-                             "ruler": {"lengths": [512], "subtasks": ["niah_multikey_1"], "samples": 1}}  # fmt: skip
+                             "ruler": {"lengths": [768], "subtasks": ["niah_multikey_1"], "samples": 1}}  # fmt: skip
     return QuickstartConfig.from_dict({**values, **changes})
 
 
@@ -107,7 +108,63 @@ def test_rows_hold_several_questions_whose_answers_alone_are_learnt(done: Path) 
     assert not (done / "questions" / "chat-8k").exists(), "no stage of this budget reads it"
     config = load_config(done / "config.yaml")
     for stage in config.extend.stages:
-        assert all(stage.needs_mask(name) for name in stage.streams)
+        assert {name: stage.needs_mask(name) for name in stage.streams} == {"chat": True, "text": False}
+
+
+def test_controls_of_a_pretrained_model_differ_in_one_thing_at_equal_tokens(root: Path, done: Path) -> None:
+    """A control with more steps, fewer tokens or the main run's own rows shows nothing."""
+    config = tiny(root, ablate=True)
+    found = controls(config)
+    main = config.extend.stages
+    for name, control in found.items():
+        stages = control.train.stages
+        assert [(stage.num_steps, stage.batch_tokens, stage.lr) for stage in stages] == [
+            (stage.num_steps, stage.batch_tokens, stage.lr) for stage in main
+        ]
+        short = [main[0].context_length] * 2
+        long = [stage.context_length for stage in main]
+        assert [stage.context_length for stage in stages] == (long if name == "ablate_text_alone" else short)
+        texts_alone = [
+            set(stage.streams) == {"text"} and not stage.learns_by_mask("text") for stage in stages
+        ]
+        assert all(texts_alone) if "text" in name else not any(texts_alone)
+    results = run_quickstart(root / "ablated", config)
+    assert set(results["needle"]) == {"before", "after", *found} == set(results["ruler"])
+    plain = json.loads((done / "results.json").read_text())
+    assert json.loads(json.dumps(results["needle"]["after"])) == plain["needle"]["after"], (
+        "controls changed the run"
+    )
+    assert {each["difference"]["from"] for label, each in results["needle"].items() if label != "before"} == {
+        "before"
+    }
+    chat_alone = main[0].model_copy(update={"streams": {"chat": main[0].streams["chat"]}})
+    without_text = config.extend.model_copy(update={"stages": (chat_alone,)})
+    with pytest.raises(ConfigError, match="trains on text alone"):
+        controls(config.model_copy(update={"extend": without_text}))
+
+
+def test_a_cpu_without_bfloat16_trains_in_float32_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated, the hour would take a day."""
+    from longspan.train import runtime
+
+    config = load_config("real")
+    said: list[str] = []
+    monkeypatch.setattr(run.get_logger("quickstart"), "warning", said.append)
+    for has in (True, False):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has, "avx512_f": True}
+        )
+        assert runtime.cpu_has_bfloat16() is has
+        found = run._on_this_machine(config).extend.memory.compute_dtype
+        assert found == ("bfloat16" if has else "float32") and len(said) == (0 if has else 1)
+
+
+def test_runs_of_several_seeds_are_asked_the_same(root: Path, done: Path) -> None:
+    """Else the spread over seeds is that of the questions, and nothing can be paired."""
+    header = next(iter(read_jsonl(done / "records" / "needle-after.jsonl")))
+    config = load_config("real", seed=3)
+    assert config.extend.seed == 3 and measure._seed(config) == 0 == header["params"]["seed"]
+    assert measure._seed(load_config("tiny", seed=3)) == 3
 
 
 class Killed(BaseException):
@@ -201,7 +258,6 @@ def test_without_the_essays_the_corpus_is_read_and_it_is_said(
         ({"preset": "real", "budget": "5m"}, "allowed: 20m"),
         ({"preset": "small", "model": "model"}, "--model has no effect"),
         ({"preset": "tiny", "data": ["texts"]}, "--data has no effect"),
-        ({"preset": "real", "ablate": True}, "controls are those of a model from scratch"),
         ({"preset": "real", "overrides": ["base=null"]}, "a model from scratch needs"),
     ],
 )

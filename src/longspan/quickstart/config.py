@@ -77,6 +77,8 @@ class EvaluationConfig(Config):
     """Windows of perplexity. None: `lengths`."""
     ppl_spans: int = 16
     """Spans of the longest length per source for perplexity."""
+    seed: int | None = None
+    """Of what is asked; one number for runs of several seeds asks them all the same. None: the seed of the run."""
     split: Literal["validation", "test"] = "test"
     """`test` is what is reported; recipes are chosen on `validation`."""
     chat: bool = False
@@ -130,8 +132,6 @@ class QuickstartConfig(Config):
             )
         if self.base is not None and given:
             raise ValueError(f"{given[0]} is of a model from scratch, and base names a pretrained one")
-        if self.base is not None and self.ablate:
-            raise ValueError("controls are those of a model from scratch: leave ablate out")
         return self
 
     @property

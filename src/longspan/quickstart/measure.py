@@ -50,7 +50,7 @@ def _tasks(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> dict[s
         lengths=settings.lengths,
         depths=settings.depths,
         samples=settings.samples,
-        seed=config.seed,
+        seed=_seed(config),
         key_split=settings.split,
         split=settings.split,
         repeat=settings.essays,
@@ -69,10 +69,15 @@ def _tasks(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> dict[s
     }
     if settings.ruler is not None:
         essay = "\n".join(document.text for document in documents)
-        asked = settings.ruler.model_copy(update={"seed": config.seed})
+        asked = settings.ruler.model_copy(update={"seed": _seed(config)})
         ruler = Ruler(asked, form, essay=essay, cache=SampleCache(work / "ruler-samples"))
-        found["ruler"] = _Measured(ruler, ("before", "after"), max(asked.lengths))
+        found["ruler"] = _Measured(ruler, None, max(asked.lengths))
     return found
+
+
+def _seed(config: QuickstartConfig) -> int:
+    """Return the seed of what is asked."""
+    return config.seed if config.evaluation.seed is None else config.evaluation.seed
 
 
 def _evaluate_variant(
@@ -89,7 +94,7 @@ def _evaluate_variant(
     ppl = PplConfig(
         lengths=settings.ppl_lengths or settings.lengths,
         num_spans=settings.ppl_spans,
-        seed=config.seed,
+        seed=_seed(config),
         split=settings.split,
     )
     longest = max([*(measured.longest for measured in tasks.values()), *ppl.lengths])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.core.files import atomic_write, write_json
+from longspan.core.log import get_logger
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import derive_seed
@@ -16,7 +17,7 @@ from longspan.quickstart.base import make_base, the_tokenizer
 from longspan.quickstart.config import QuickstartConfig
 from longspan.quickstart.measure import evaluate
 from longspan.quickstart.texts import make_questions, make_recall, tokenise, write_corpus
-from longspan.quickstart.variants import RECALL_OF_CONTROLS, controls
+from longspan.quickstart.variants import OF_CONTROLS, controls
 from longspan.train.config import TrainConfig
 
 EXPORTED = "exported"
@@ -30,6 +31,7 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
         ConfigError: `out` holds a run of another recipe.
         RunError: the disk is full.
     """
+    config = _on_this_machine(config)
     run = RunDir.create(out, config, seed=config.seed)
     work = run.path
     if config.base is not None:
@@ -39,19 +41,21 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
         write_corpus(work, config)
     with run.phase("tokenizer"):
         tokenizer = the_tokenizer(work, config)
+    # Documents of their own: the main run is the same with and without controls.
+    of_controls = [control.train for control in controls(config).values()] if config.ablate else []
+    seed = derive_seed(config.seed, "controls")
     with run.phase("tokenise"):
         tokenise(work, tokenizer)
         if config.recall:
             trains = list(config.trainings.values())
             make_recall(work, "recall", config, tokenizer, trains, seed=config.seed)
-        if config.ablate:
-            # Documents of their own: the main run is the same with and without controls.
-            trains = [control.train for control in controls(config).values()]
-            seed = derive_seed(config.seed, "controls")
-            make_recall(work, RECALL_OF_CONTROLS, config, tokenizer, trains, seed=seed)
+        if config.ablate and config.recall:
+            make_recall(work, f"recall_{OF_CONTROLS}", config, tokenizer, of_controls, seed=seed)
     if config.questions:
         with run.phase("questions"):
-            make_questions(work, config, tokenizer)
+            make_questions(work, "questions", config, tokenizer, [config.extend], seed=config.seed)
+            if config.ablate:
+                make_questions(work, f"questions_{OF_CONTROLS}", config, tokenizer, of_controls, seed=seed)
     from longspan.train.trainer import train
 
     trainings: dict[str, TrainConfig] = config.trainings
@@ -75,6 +79,22 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
     write_json(work / "results.json", results)
     run.mark_complete()
     return results
+
+
+def _on_this_machine(config: QuickstartConfig) -> QuickstartConfig:
+    """Return the recipe in float32 where it asks for bfloat16 and the machine would only emulate it."""
+    import torch
+
+    from longspan.train.runtime import cpu_has_bfloat16
+
+    memory = config.extend.memory
+    if memory.compute_dtype != "bfloat16" or torch.cuda.is_available() or cpu_has_bfloat16():
+        return config
+    get_logger("quickstart").warning(
+        "trained in float32: this CPU has no instructions for bfloat16. It takes longer and twice the memory."
+    )
+    memory = memory.model_copy(update={"compute_dtype": "float32"})
+    return config.model_copy(update={"extend": config.extend.model_copy(update={"memory": memory})})
 
 
 def _export(work: Path, config: QuickstartConfig) -> None:

@@ -228,21 +228,29 @@ def _recall_sets(config: QuickstartConfig, name: str, trains: Sequence[TrainConf
 # -- conversations for a pretrained model --------------------------------------------------------------------
 
 
-def make_questions(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> None:
-    """Make `questions/NAME/train.jsonl` of every kind that the stages read, by the synth room's job.
+def make_questions(
+    work: Path,
+    folder: str,
+    config: QuickstartConfig,
+    tokenizer: Tokenizer,
+    trains: Sequence[TrainConfig],
+    *,
+    seed: int,
+) -> None:
+    """Make `<folder>/NAME/train.jsonl` of every kind that the stages of some trainings read, by the synth room's job.
 
     Raises:
         DataError: the corpus is too short, or the tokenizer has no chat template.
     """
     student = Student(tokenizer, load_chat_format(tokenizer, None))
     for name, kind in config.questions.items():
-        folder = work / "questions" / name
-        texts = folder.with_name(f"{name}.jsonl")
-        count = _rows_of(config, name)
-        if count == 0 or RunDir(folder).is_complete:
+        made = work / folder / name
+        texts = made.with_name(f"{name}.jsonl")
+        count = max(_rows_read(train, f"{folder}/{name}/train.jsonl") for train in trains)
+        if count == 0 or RunDir(made).is_complete:
             continue
         if not texts.exists():
-            pieces = _pieces(work, name, kind.length, count, tokenizer, config.seed)
+            pieces = _pieces(work, name, kind.length, count, tokenizer, seed)
             with atomic_write(texts, "w") as file:
                 file.writelines(json.dumps(piece) + "\n" for piece in pieces)
         asked = QaConfig(
@@ -254,20 +262,20 @@ def make_questions(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -
             questions=kind.questions,
             language="any",
             source_field="source",
-            seed=config.seed,
+            seed=seed,
         )
         job = SynthConfig.of(asked, asked.chosen_set(), student)
-        used = UsedDocuments(work / "questions" / "used.sqlite")
-        require_samples(SynthJob(job, folder, student, client=None, used=used).run())
+        used = UsedDocuments(work / folder / "used.sqlite")
+        require_samples(SynthJob(job, made, student, client=None, used=used).run())
 
 
-def _rows_of(config: QuickstartConfig, name: str) -> int:
-    """Return how many conversations of a kind the stages read: one a row, and some more; 0: no stage reads it."""
+def _rows_read(train: TrainConfig, records: str) -> int:
+    """Return how many conversations of a file a training reads: one a row, and some more; 0: none."""
     rows = 0.0
-    for stage in config.extend.stages:
+    for stage in train.stages:
         total = sum(stream.weight for stream in stage.streams.values())
         for stream in stage.streams.values():
-            if f"questions/{name}/train.jsonl" in (stream.records or ()):
+            if records in (stream.records or ()):
                 rows += stage.num_steps * stage.rows_per_step * stream.weight / total
     return round(1.05 * rows) + 2 if rows else 0
 

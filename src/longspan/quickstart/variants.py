@@ -11,7 +11,8 @@ from longspan.quickstart.base import BASE
 from longspan.quickstart.config import QuickstartConfig
 from longspan.train.config import StageConfig, TrainConfig
 
-RECALL_OF_CONTROLS = "recall_of_controls"
+OF_CONTROLS = "of_controls"
+"""Ends the names of what is made for controls alone: the main run is the same with and without them."""
 
 
 class Control(NamedTuple):
@@ -22,16 +23,66 @@ class Control(NamedTuple):
 
 
 def controls(config: QuickstartConfig) -> dict[str, Control]:
-    """Return the controls that a reader would ask for, with what each shows and does not show.
+    """Return the controls that a reader would ask for, with what each shows and does not show."""
+    if config.pretrain is None:
+        return _controls_of_pretrained(config.extend)
+    return _controls_from_scratch(config.extend, config.pretrain)
+
+
+def _controls_of_pretrained(main: TrainConfig) -> dict[str, Control]:
+    """Return questions in rows of the first stage's length, text without questions, and text in such rows.
 
     Raises:
-        ConfigError: the base is a pretrained model.
+        ConfigError: the recipe's stages have no text beside the questions.
     """
-    if config.pretrain is None:
-        raise ConfigError("controls are those of a model from scratch", fix="leave ablate out")
-    main = config.extend
+    first = main.stages[0]
+    length = first.context_length
+    questions = {
+        name: stream.model_copy(update={"records": tuple(map(records_of_controls, stream.records))})
+        if stream.records
+        else stream
+        for name, stream in first.streams.items()
+    }
+    short = [stage.model_copy(update={"context_length": length}) for stage in main.stages]
+    changes: dict[str, tuple[list[StageConfig], str]] = {
+        "ablate_short_rows": (
+            [stage.model_copy(update={"streams": questions}) for stage in short],
+            f"Questions in rows of {length}, with the main run's steps, tokens and rates. Shows what longer rows add.",
+        ),
+        "ablate_text_alone": (
+            list(map(_text_alone, main.stages)),
+            "Rows of the main run, without questions. Shows what questions add to more training on text.",
+        ),
+        "ablate_short_text": (
+            list(map(_text_alone, short)),
+            f"Text in rows of {length}, without questions. Shows what is more training of any kind.",
+        ),
+    }
+    return {
+        name: Control(main.model_copy(update={"stages": tuple(stages)}), note)
+        for name, (stages, note) in changes.items()
+    }
+
+
+def records_of_controls(path: str) -> str:
+    """Return where the controls have what the main run has at `questions/...`."""
+    return path.replace("questions/", f"questions_{OF_CONTROLS}/", 1)
+
+
+def _text_alone(stage: StageConfig) -> StageConfig:
+    text = {name: stream for name, stream in stage.streams.items() if stream.records is None}
+    if not text:
+        raise ConfigError(
+            "a control trains on text alone, and a stage has none",
+            found=f"{stage.name}: {', '.join(stage.streams)}",
+            fix="give every stage a stream with a store, or leave ablate out",
+        )
+    return stage.model_copy(update={"objective": "lm", "max_epochs": 2, "streams": text})
+
+
+def _controls_from_scratch(main: TrainConfig, pretrain: TrainConfig) -> dict[str, Control]:
     long = main.stages[-1]
-    short = config.pretrain.stages[-1]
+    short = pretrain.stages[-1]
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "ablate_short_rows": (
             {
@@ -67,7 +118,7 @@ def _short_streams(long: StageConfig, short: StageConfig) -> dict[str, Any]:
     streams = {
         name: stream.model_copy(update={"weight": weights[name]}) for name, stream in short.streams.items()
     }
-    streams["recall"] = streams["recall"].model_copy(update={"store": f"stores/{RECALL_OF_CONTROLS}"})
+    streams["recall"] = streams["recall"].model_copy(update={"store": f"stores/recall_{OF_CONTROLS}"})
     return streams
 
 

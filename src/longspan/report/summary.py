@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longspan.report.evaluation import first_with_role
 from longspan.report.load import LoadedRun, load_run
 from longspan.report.tables import (
     Grid,
@@ -26,10 +27,10 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     needle[label]: mean, by_length {"128": x}, by_length_confidence, grid (rows = depths, columns = lengths, None =
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
     confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
-    place and why), no_answer (scored samples with an empty answer, by reason), confidence_by_cluster (the interval that
-    takes samples on one text for dependent), thought_tokens (of all thoughts), and of labels after the first
-    `difference` from it, paired by question (value, confidence, pairs). mean, confidence, scored and unscored
-    are over all lengths, also those beyond the trained one.
+    place and why), no_answer (scored samples with an empty answer, by reason), confidence_by_cluster (the interval
+    that takes samples on one text for dependent), thought_tokens (of all thoughts), and `difference` from `before`
+    (where no label is called so, from the first), paired by question (value, confidence, pairs). mean, confidence,
+    scored and unscored are over all lengths, also those beyond the trained one.
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
@@ -69,14 +70,14 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
 
 
 def _differs(grids: Mapping[str, Grid], label: str) -> dict[str, Any]:
-    """Return how a label differs from the first one on the questions that both were asked, if there are such."""
-    first = next(iter(grids))
-    old, new = ([s for group in grids[name].cells.values() for s in group] for name in (first, label))
-    found = None if label == first else difference(old, new)
+    """Return how a label differs from `before`, or from the first one, on the questions that both were asked."""
+    base = first_with_role("before", grids) or next(iter(grids))
+    old, new = ([s for group in grids[name].cells.values() for s in group] for name in (base, label))
+    found = None if label == base else difference(old, new)
     if found is None or not found.pairs:
         return {}
     values = {"value": found.value, "confidence": _listed(found.interval), "pairs": found.pairs}
-    return {"difference": {"from": first, **values}}
+    return {"difference": {"from": base, **values}}
 
 
 def _grid_summary(table: Grid) -> dict[str, Any]:

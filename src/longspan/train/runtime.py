@@ -31,10 +31,21 @@ def on_machine(config: TrainConfig) -> TrainConfig:
             "bfloat16 beside fp32 weights set model.dtype: float32 and memory.compute_dtype: bfloat16",
         )
     if not torch.cuda.is_available():
+        if "bfloat16" in (config.model.dtype, config.memory.compute_dtype) and not cpu_has_bfloat16():
+            log_once(
+                "train",
+                "this CPU has no instructions for bfloat16 and computes in it many times slower: set model.dtype and "
+                "memory.compute_dtype to float32",
+            )
         return config
     if config.runtime.expandable_segments and not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     return on_gpu(config)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16 itself (AVX512_BF16, AMX, ARM's BF16)."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if str(name).endswith("bf16"))
 
 
 def on_gpu(config: TrainConfig) -> TrainConfig:
