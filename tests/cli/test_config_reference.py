@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "make_config_reference.py"
@@ -21,3 +22,13 @@ def test_the_page_is_made_from_the_fields():
         "[StreamConfig](#streamconfig)",
     ):
         assert part in made
+
+
+def test_settings_in_tokens_are_read_as_lengths_or_budgets() -> None:
+    """`2k` was 2,000 tokens to one command, 2,048 to another, and refused by a third."""
+    rows = re.findall(
+        r"^\| `(\w*(?:tokens|length|stride))` \| whole number",
+        SCRIPT.with_name("config-reference.md").read_text(),
+        re.M,
+    )
+    assert rows == ["shingle_tokens"], "a length is core.config.Length, a budget TokenBudget"

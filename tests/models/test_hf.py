@@ -135,6 +135,20 @@ def test_every_rope_type_builds_runs_and_survives_saving(settings: dict[str, Any
     assert rope_fingerprint(load_model(tmp_path / "m")) == name
 
 
+def test_learnt_positions_have_no_rope_and_a_name() -> None:
+    """GPT-2 could not be evaluated or trained at all: its run asked for rotary frequencies."""
+    fields = {
+        "model_type": "gpt2",
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "vocab_size": 32,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    assert rope_fingerprint(build_model(fields, seed=0)) == "none"
+
+
 def test_load_can_replace_rope_and_length(tmp_path: Path) -> None:
     """Extending a context starts from another model's folder with a new RoPE."""
     save_model(build_model(TINY, seed=0), tmp_path / "short")

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pydantic
 
 from longspan.api.providers import PROVIDERS, Kind
-from longspan.core.config import Config
+from longspan.core.config import Config, Length
 from longspan.core.errors import ConfigError
 from longspan.core.log import log_once
 
@@ -62,7 +62,7 @@ class Endpoint(Config):
     """Azure's `api-version`, or Anthropic's `anthropic-version` header."""
     timeout: pydantic.PositiveFloat = 600.0
     """Seconds that one attempt may take from the first byte sent to the last one received."""
-    max_length: pydantic.PositiveInt | None = None
+    max_length: Length | None = pydantic.Field(None, ge=1)
     """Tokens that prompt and answer may have together; longer requests are not sent. None: the server says."""
     extra: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Further fields of every body (`reasoning_effort`, `chat_template_kwargs`, ...); null leaves out one of ours."""

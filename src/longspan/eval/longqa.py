@@ -44,7 +44,7 @@ class DatasetRule(Config):
     kind: str
     prompt: str
     metric: str
-    max_new_tokens: pydantic.PositiveInt
+    max_new_tokens: Length = pydantic.Field(ge=1)
     chat: bool = True
     first_line: bool = False
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from longspan.core.config import Length
 from longspan.eval.grid import GridConfig
 from longspan.eval.scorers import SCORERS
 from longspan.eval.task import Mode
@@ -60,7 +61,7 @@ class NeedleConfig(GridConfig):
     scorer: str | None = None
     """Scoring rule; see `eval list`. None: teacher_forced, or of generated answers contains, string_match_all for
     several."""
-    max_new_tokens: pydantic.PositiveInt = 32
+    max_new_tokens: Length = pydantic.Field(32, ge=1)
     """Tokens that a generated answer may have; the stated length holds room for them."""
     order: Order = "random"
     """Order of the documents in a haystack: cut out of them at random, or as they are given."""

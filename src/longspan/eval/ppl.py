@@ -30,7 +30,7 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from longspan.core.config import Config
+from longspan.core.config import Config, Length
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.seeds import rng
 from longspan.data.exchange.token_documents import TokenDocuments
@@ -64,15 +64,15 @@ class PplConfig(Config):
     cut: Cut = "spans"
     """How documents are cut into windows. spans: drawn from all. sliding: whole documents, by `stride`. truncate: the
     first tokens of each, up to each length. full: each as one window."""
-    stride: pydantic.PositiveInt | None = None
+    stride: Length | None = pydantic.Field(None, ge=1)
     """Slide over whole documents, so many tokens further each time, at most the shortest length."""
     num_documents: pydantic.PositiveInt | None = None
     """Documents of each source, drawn by the seed. None: all."""
     first: bool = False
     """Take the first `num_documents` that are long enough, in the order of the data, not a draw."""
-    min_tokens: pydantic.NonNegativeInt = 0
+    min_tokens: Length = pydantic.Field(0, ge=0)
     """Leave out shorter documents."""
-    max_tokens: pydantic.PositiveInt | None = None
+    max_tokens: Length | None = pydantic.Field(None, ge=1)
     """Leave out longer documents."""
     bos: Bos = "auto"
     """Whether each window begins with the begin-of-text token, as one of its tokens. auto: as the tokenizer itself

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 
-from longspan.core.config import Config
+from longspan.core.config import Config, Length
 from longspan.core.errors import ConfigError, DataError
 from longspan.core.files import read_json
 from longspan.core.log import log_once
@@ -43,7 +43,7 @@ class PromptConfig(Config):
     template_args: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}; a chat server is sent them as
     chat_template_kwargs."""
-    max_new_tokens: pydantic.PositiveInt | None = None
+    max_new_tokens: Length | None = pydantic.Field(None, ge=1)
     """Tokens of a generated answer, thoughts included. None: what the task says, and 4,096 more for a model that
     thinks."""
 

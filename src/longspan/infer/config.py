@@ -8,7 +8,7 @@ import pydantic
 
 from longspan.api import ServerConfig, remote_model
 from longspan.api.providers import MODEL_NAMES
-from longspan.core.config import Config, Length, changed_fields
+from longspan.core.config import Config, Length, TokenBudget, changed_fields
 from longspan.core.schedule_table import CpScheduleName
 
 RUN_HERE = (
@@ -47,7 +47,7 @@ class AnswererConfig(Config):
     srun has started processes for, else 1."""
     schedule: CpScheduleName | None = None
     """Context-parallel schedule: how keys travel among the processes of `cp`. None: ring."""
-    batch_tokens: pydantic.PositiveInt = 16384
+    batch_tokens: TokenBudget = pydantic.Field(16384, gt=0)
     """Tokens in one forward pass, at least one sample."""
     prefix_reuse: bool = True
     """Read what several prompts begin with once. Off: every prompt from its first token."""

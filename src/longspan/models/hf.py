@@ -406,10 +406,10 @@ def without_bars() -> Iterator[None]:
 def rope_fingerprint(model: PreTrainedModel) -> str:
     """Return 16 hex characters for the RoPE that a built model really uses, from its frequency buffers.
 
-    "none" of a hybrid that has none.
+    "none" of a model that has none: a hybrid, or learnt positions (GPT-2).
 
     Raises:
-        ArgumentError: another model without rotary frequencies, or they are still on the meta device.
+        ArgumentError: the frequencies are not found, or still on the meta device.
     """
     parts = []
     for name, module in model.named_modules():
@@ -425,8 +425,8 @@ def rope_fingerprint(model: PreTrainedModel) -> str:
             scaling = float(getattr(module, "attention_scaling", 1.0))
             parts.append(f"{key}={inv_freq_hash(first, attention_scaling=scaling)}")
     if not parts:
-        if any(mixers(model)):
-            # Layers with a state tell positions apart by themselves.
+        if any(mixers(model)) or rope_of(model.config) is None:
+            # Layers with a state, and learnt positions, tell positions apart by themselves.
             return "none"
         raise ArgumentError(f"{type(model).__name__} has no rotary frequencies")
     settings = text_config(model.config).rope_parameters or {}

@@ -44,7 +44,7 @@ class TokenizerConfig(Config):
 class RecallConfig(Config):
     """One kind of training document with planted facts; see data/texts/recall.py."""
 
-    tokens: int | tuple[int, int]
+    tokens: Length | tuple[Length, Length]
     """Length, or (shortest, longest)."""
     max_facts: int
     answer_weight: int
@@ -65,15 +65,15 @@ class QuestionsConfig(Config):
 class EvaluationConfig(Config):
     """What is measured, on documents and keys that training never saw."""
 
-    lengths: tuple[int, ...]
+    lengths: tuple[Length, ...]
     depths: tuple[float, ...]
     samples: int
     """Needle samples in each cell."""
-    beyond: int | None = None
+    beyond: Length | None = None
     """A length past the trained one, shown beside the grid and not part of its mean. None: none."""
     distractors: int = 0
     """Other planted facts in the harder needle task, which the model is asked after training. 0: not asked."""
-    ppl_lengths: tuple[int, ...] = ()
+    ppl_lengths: tuple[Length, ...] = ()
     """Windows of perplexity. None: `lengths`."""
     ppl_spans: int = 16
     """Spans of the longest length per source for perplexity."""

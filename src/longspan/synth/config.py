@@ -53,7 +53,7 @@ class SetConfig(Config):
     """Length of a document by the student's tokenizer, both ends included."""
     documents: pydantic.PositiveInt | None = None
     """Documents to draw; None: all."""
-    section_tokens: pydantic.PositiveInt = 4096
+    section_tokens: Length = pydantic.Field(4096, ge=1)
     """Longest section of a document."""
     questions: pydantic.PositiveInt = 4
     """Asked for in one request; of `offline`, made of one document."""
@@ -64,7 +64,7 @@ class SetConfig(Config):
     requests_per_document: pydantic.PositiveInt | None = None
     """Of `multi_detail`: groups of sections that are asked about."""
     fixed_questions: tuple[str, ...] = ()
-    answer_tokens: pydantic.PositiveInt = 4096
+    answer_tokens: Length = pydantic.Field(4096, ge=1)
     """Most tokens of one reply."""
     evidence_recall: float = pydantic.Field(default=0.6, ge=0, le=1)
     """Share of an answer's words that have to stand in its evidence."""
