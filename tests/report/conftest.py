@@ -10,6 +10,7 @@ import pytest
 
 from longspan.report.html import render
 from longspan.report.load import load_runs
+from tests.report.stress_run import build_stress
 from tests.report.synthetic_run import build_evaluated, build_run, header, write_records
 
 
@@ -28,6 +29,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of evaluations of every kind, without training; tests must not write into it."""
     return build_evaluated(tmp_path_factory.mktemp("runs") / "evaluated")
+
+
+@pytest.fixture(scope="session")
+def stress_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of 20 tasks, 5 models of long names and 12 lengths; tests must not write into it."""
+    return build_stress(tmp_path_factory.mktemp("runs") / "stress")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.report.conftest import page_of
+from tests.report.stress_run import build_stress
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGS = [
@@ -137,14 +138,24 @@ def test_cells_of_tables_open_their_samples(evaluations: Path, browser: Any) -> 
     page.context.close()
 
 
-@pytest.mark.parametrize("which", ["report", "evaluations"])
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of long names: 12 tasks of 5 models at 12 lengths."""
+    folder = tmp_path_factory.mktemp("stress")
+    path = folder / "report.html"
+    path.write_text(page_of(build_stress(folder / "run", tasks=12)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("which", ["report", "evaluations", "stress"])
 def test_no_label_is_clipped_and_no_names_overlap(
     which: str, browser: Any, request: pytest.FixtureRequest
 ) -> None:
     """Guards against text that leaves its drawing or is printed over other text, and pages wider than the screen."""
-    for width in (1280, 390):
+    for width in (1280, 400):
         page, _ = opened(browser, request.getfixturevalue(which), width=width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator(".scroll:not([tabindex='0'])").count() == 0, "boxes scroll by keyboard too"
         found = page.evaluate(
             """() => [...document.querySelectorAll("svg.plot")].filter(s => s.getClientRects().length).flatMap(svg => {
               const frame = svg.getBoundingClientRect();

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from longspan.report.layouts import axis_words, length_text, value_text, value_words
@@ -32,6 +33,17 @@ def cut_name(text: str, most: int = _MOST_CHARACTERS) -> str:
     while text_width(text[: kept // 2] + text[len(text) - kept // 2 :], 1.0) > width - 1:
         kept -= 1
     return f"{text[: kept // 2]}\u2026{text[len(text) - kept // 2 :]}"
+
+
+def cut_names(texts: Iterable[str], most: int = _MOST_CHARACTERS) -> dict[str, str]:
+    """Return `cut_name` of each; names that are one name then are cut at the word in which they begin to differ."""
+    cut = {text: cut_name(text, most) for text in texts}
+    for shared in [name for name, count in Counter(cut.values()).items() if count > 1]:
+        alike = [text for text in cut if cut[text] == shared]
+        differ = next(n for n, letters in enumerate(zip(*alike)) if len(set(letters)) > 1)
+        word = 1 + max(alike[0].rfind(mark, 0, differ) for mark in "-_/, ")
+        cut |= {text: f"{text[:6]}\u2026{cut_name(text[word:], most - 7)}" for text in alike}
+    return cut
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,8 @@ class LineChart:
 
     def margins(self, names: bool) -> tuple[float, float]:
         """Return the room left and right of the plot area, in pixels."""
-        widest = max(
-            (text_width(cut_name(s.name), FONT) for s in self.series if s.points and not s.faint), default=0
-        )
+        names_cut = cut_names(s.name for s in self.series if s.points and not s.faint)
+        widest = max((text_width(name, FONT) for name in names_cut.values()), default=0)
         left = 12 + max((text_width(text, FONT) for _, text in self.y.ticks), default=0)
         return left, 14 + (widest + 8 if names else 0)
 
@@ -104,13 +115,14 @@ class LineChart:
             _draw_series(canvas, series, x, y, dodge=slot * 3.5)
         if names:
             ends = spread([y(s.points[-1][1]) for s in named], FONT + 3, top + 4, y.start - 2)
+            cut = cut_names(s.name for s in named)
             for series, end in zip(named, ends):
                 cls = f"name {series.family}{series.color}" + (" strong" if series.strong else "")
                 cls += " ordinal" if series.family == "p" else ""
                 # Lines that end near the right side share one column of names.
                 last = x(series.points[-1][0])
                 place = x.stop + 8 if last > 0.8 * x.stop else last + 10
-                canvas.text(place, end + FONT * 0.34, cut_name(series.name), cls=cls)
+                canvas.text(place, end + FONT * 0.34, cut[series.name], cls=cls)
         return canvas.render(self.label)
 
 
@@ -210,6 +222,7 @@ def heat_map(
     left = max(left, max(text_width(text, FONT) for text in row_texts) + 12)
     columns, rows = len(table.columns), len(table.rows)
     cell_w = (width - left - right) / columns
+    font = max(9.0, min(font, cell_w * 0.4))
     cell_h = min(max(cell_w * 0.62, 22.0), 30.0 if compact else 46.0)
     gap = 1.0 if compact else 1.5
     mean_top = top + rows * cell_h + 8
@@ -243,7 +256,7 @@ def heat_map(
         canvas.open(cls="cell mean", role="img", aria_label=tip, data_tip="")
         draw(column, mean_top, tally)
     x = AxisScale(0, columns, left, left + columns * cell_w)
-    widest = max(text_width(text, font) for text in texts) + 4
+    widest = max(text_width(text, FONT) for text in texts) + 4
     for tick in thinned([float(n) for n in range(columns)], x, widest):
         canvas.text(x(tick + 0.5), bottom + 15, texts[int(tick)], cls="tick", text_anchor="middle")
     column_words, row_words = axis_words(layout.columns), axis_words(layout.rows)
@@ -388,7 +401,8 @@ class Forest:
 
     def draw(self, width: float) -> str:
         """Return the drawing; names stand left of the plot, above it where that leaves too little room."""
-        widest = max(text_width(cut_name(row.name), FONT) for row in self.rows) + 14
+        names = cut_names(row.name for row in self.rows)
+        widest = max(text_width(name, FONT) for name in names.values()) + 14
         above = widest > 0.4 * width
         left, step, top = (8.0 if above else widest), (38.0 if above else 26.0), 10.0
         bottom = top + step * len(self.rows)
@@ -404,9 +418,8 @@ class Forest:
         for number, row in enumerate(self.rows):
             y = top + step * number + (step - 11 if above else step / 2)
             place = {"x": 2.0, "y": y - 12} if above else {"x": left - 12, "y": y + 4}
-            canvas.text(
-                place["x"], place["y"], cut_name(row.name), cls="tick", text_anchor=None if above else "end"
-            )
+            anchor = None if above else "end"
+            canvas.text(place["x"], place["y"], names[row.name], cls="tick", text_anchor=anchor)
             if row.interval is not None:
                 low, high = (x(100 * end) for end in row.interval)
                 canvas.line(low, y, high, y, cls=f"whisker bold c{row.color}")

@@ -160,7 +160,7 @@ def trained_marks(ev: Evaluation, lengths: Sequence[int]) -> list[Mark]:
     marks = []
     for length, labels in sorted(roles.items()):
         known = [role for role in ("before", "after") if first_with_role(role, labels)]
-        if known == ["before", "after"] or len(ev.labels) == 1:
+        if known == ["before", "after"] or set(labels) == set(ev.labels):
             text = "trained length"
         elif known:
             text = f"trained {known[0]}"

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from longspan.core.files import atomic_write
 from longspan.core.log import get_logger
-from longspan.report.charts import cut_name
+from longspan.report.charts import cut_name, cut_names
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import axis_words, length_text, value_text
 from longspan.report.load import LoadedRun
@@ -108,8 +108,9 @@ def difference_figure(rows: Sequence[DatasetDifference]) -> Figure:
         color = LINES[line_index(row.label, 1 + labels.index(row.label))][0]
         axes.plot([100 * interval[0], 100 * interval[1]], [place, place], color=color, lw=1.6)
         axes.plot([100 * value], [place], color=color, marker="o", ms=5)
+    cut = cut_names(short_name(row.label) for row in rows)
     names = [
-        f"{row.dataset}, {cut_name(short_name(row.label))}" + (" (not comparable)" if row.differ else "")
+        f"{row.dataset}, {cut[short_name(row.label)]}" + (" (not comparable)" if row.differ else "")
         for row in rows
     ]
     axes.set_yticks(range(len(rows)), [_literal(name) for name in names], fontsize=8)
@@ -172,6 +173,7 @@ def accuracy_figure(grids: Mapping[str, Grid]) -> Figure | None:
         _literal(axis_words(layout.columns)),
         _literal(f"{layout.short} accuracy" if layout.higher_is_better else layout.short),
     )
+    names = cut_names(map(short_name, grids))
     for position, (label, table) in enumerate(grids.items()):
         rows = [
             (n, t.mean, t.interval)
@@ -182,7 +184,7 @@ def accuracy_figure(grids: Mapping[str, Grid]) -> Figure | None:
         bounds = np.array([interval for _, _, interval in rows], dtype=float).reshape(-1, 2)
         errors = np.abs(np.vstack([means - bounds[:, 0], bounds[:, 1] - means]))
         places = [n for n, _, _ in rows]
-        axes.errorbar(places, means, yerr=errors, elinewidth=0.8, **_line_style(label, position))
+        axes.errorbar(places, means, yerr=errors, elinewidth=0.8, **_line_style(label, position, names))
     axes.set_ylim(-0.02, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if layout.columns == "length":
@@ -203,8 +205,9 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
     measure = ppl_measure(evaluation, main)
     _style(left, "position in the window, tokens", measure.name)
     _style(right, "window length in tokens", measure.name)
+    names = cut_names(map(short_name, main))
     for position, (label, table) in enumerate((label, evaluation.ppl[label]) for label in main):
-        style = _line_style(label, position)
+        style = _line_style(label, position, names)
         by_position = [
             ((a + b) / 2, value) for (a, b), sums in table.by_position.items() if (value := measure.of(sums))
         ]
@@ -317,10 +320,10 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _line_style(label: str, position: int) -> dict[str, Any]:
+def _line_style(label: str, position: int, names: Mapping[str, str]) -> dict[str, Any]:
     """Return how the line of a label is drawn; that of the model after training is the thickest."""
     color, width = LINES[line_index(label, position)][0], 2.2 if role_of(label) == "after" else 1.4
-    name = _literal(cut_name(short_name(label)))
+    name = _literal(names[short_name(label)])
     return {"color": color, "marker": "o", "ms": 3.5, "lw": width, "label": name}
 
 

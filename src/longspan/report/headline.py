@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from longspan.core.intervals import EFFECTIVE_THRESHOLD, samples_needed
 from longspan.core.units import format_count, format_seconds
+from longspan.report.charts import cut_name, cut_names
 from longspan.report.comparison import differ_text
 from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation, first_with_role
@@ -30,6 +31,8 @@ from longspan.report.view import (
 
 Clause = list[tuple[str, bool]]
 _MOST_NAMED = 3
+_MOST_ACROSS = 6
+"""Tasks that have a column each; of more each has a row."""
 
 
 def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[dict[str, str]]]:
@@ -62,7 +65,7 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
     after = ev.after
     if opening and after is not None and role_of(after) != after:
         # Several runs have a model of this name: the sentence is about the first.
-        opening = [(f"{after.removeprefix('after (').removesuffix(')')}: ", False), *opening]
+        opening = [(f"{cut_name(after.removeprefix('after (').removesuffix(')'))}: ", False), *opening]
     sentence = list(opening)
     for number, clause in enumerate(clauses):
         sentence += ([("; ", False)] if number else []) + clause
@@ -108,12 +111,13 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
         return
     named = sorted(by_label, key=lambda label: -(by_label[label].effective.length or 0))
     best = named[0]
-    notes = [effective_note(by_label[best]), short_name(best), rule]
+    names = cut_names(map(short_name, named))
+    notes = [effective_note(by_label[best]), names[short_name(best)], rule]
     tiles.append(_tile(what, effective_text(by_label[best]), "; ".join(filter(None, notes))))
     if len(by_label) > 1:
         clause = [("effective context ", False)]
         for number, label in enumerate(named[:_MOST_NAMED]):
-            text = f"{', ' if number else ''}{short_name(label)} "
+            text = f"{', ' if number else ''}{names[short_name(label)]} "
             clause += [(text, False), (effective_text(by_label[label]), True)]
         pairs = [(label, ev.compared_with(label, by_label)) for label in named[:_MOST_NAMED]]
         found = {name for label, other in pairs if other for name in ev.differing(task, label, other)}
@@ -247,17 +251,17 @@ def models_section(ev: Evaluation) -> Section:
         rows.append(
             [short_name(label), TableCell(length_text(trained) if trained else MISSING, "num"), *cells]
         )
+    columns = ["model", "trained length", *(ev.layouts[task].short for task in grids)]
+    if len(grids) > _MOST_ACROSS:
+        turned = zip(*rows)
+        columns, rows = ["task", *map(str, next(turned))], [[n, *c] for n, c in zip(columns[1:], turned)]
     section.missing += [
         f"Effective context, {ev.layouts[task].short}, {short_name(label)}: {effective_text(grid)}: {note}."
         for task, by_label in grids.items()
         for label, grid in by_label.items()
         if (note := effective_note(grid))
     ]
-    section.parts["table"] = Table(
-        "Effective context in tokens, by model and task",
-        ["model", "trained length", *(ev.layouts[task].short for task in grids)],
-        rows,
-    )
+    section.parts["table"] = Table("Effective context in tokens, by model and task", columns, rows)
     return section
 
 

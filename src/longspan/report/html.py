@@ -31,7 +31,10 @@ from longspan.report.scores_view import delta_section, scores_section
 from longspan.report.summary import summarise
 from longspan.report.tables import tally_of
 from longspan.report.training_view import lengths_section, training_section, training_totals
-from longspan.report.view import merge_records, short_name, unscored_text
+from longspan.report.view import LONG, LONG_NAME, merge_records, short_name, unscored_text
+
+_MOST_LINKS = 16
+"""Sections whose links stay on the screen; more are a list at the beginning of the page."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ def render(runs: Sequence[LoadedRun], *, title: str | None = None, groups: Seque
         sections=[section for section in sections if section.parts],
         missing=missing,
         steps=range(STEPS),
+        long=LONG,
+        long_name=LONG_NAME,
+        most_links=_MOST_LINKS,
         css=Markup(theme_css() + "\n" + _asset("report.css")),
         script=Markup(_asset("report.js")),
         samples=_json(data.to_json()),

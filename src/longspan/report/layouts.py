@@ -7,12 +7,14 @@ has a length and a depth, or only a length, these are its axes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longspan.core.errors import DataError
 from longspan.eval.registry import TaskEntry, entries, entry_of
 
+_MOST_DIGITS = 20
 _NAMED = ("dataset", "subtask", "metric")
 """Fields of samples that are put into a table by what they are of."""
 
@@ -42,7 +44,7 @@ class Layout(NamedTuple):
     def order(self) -> tuple[int, str]:
         """Sort key: as the registry has them, then the others by name."""
         names = list(entries())
-        return (names.index(self.task) if self.task in names else len(names), self.task)
+        return (names.index(self.task) if self.task in names else len(names), by_value(self.task))
 
 
 def layout_of(header: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], where: str) -> Layout:
@@ -91,6 +93,11 @@ def length_text(tokens: float) -> str:
     return f"{tokens:,}"
 
 
+def by_value(name: str) -> str:
+    """Return a name so that its numbers sort by their value: qa2 before qa10."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(_MOST_DIGITS), name)
+
+
 def axis_words(field: str | None) -> str:
     """Name an axis: `number of needles` of num_needles; empty where there is none."""
     if field == "length":
@@ -102,8 +109,8 @@ def axis_words(field: str | None) -> str:
 def value_text(field: str | None, value: Any, *, compact: bool = False) -> str:
     """Write a place on an axis, where the axis has its name: 2,048, 50%, 3; compact 1.5k for 1,536."""
     if field == "length":
-        short = compact and value >= 1024 and value % 256 == 0
-        return f"{value / 1024:g}k" if short else length_text(value)
+        text = length_text(value)
+        return f"{value / 1024:g}k" if compact and "," in text and value % 256 == 0 else text
     if field == "depth":
         return f"{value:.0%}"
     return f"{value:,g}" if isinstance(value, int | float) else str(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from longspan.report.charts import Axis, LineChart, Series, heat_map, place_axis
+from longspan.report.charts import Axis, LineChart, Series, cut_name, heat_map, place_axis
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.layouts import Layout, axis_words, length_text, value_text, value_words
 from longspan.report.palette import line_index
@@ -204,7 +204,8 @@ def _facts(
     )
     if len(labels) > 1:
         shared = ("Samples", weakest, "Empty answers", "Not scored")
-        facts = [(name if name in shared else f"{name}, {short_name(main)}", text) for name, text in facts]
+        whose = cut_name(short_name(main))
+        facts = [(name if name in shared else f"{name}, {whose}", text) for name, text in facts]
     return facts
 
 

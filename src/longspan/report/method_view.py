@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longspan.core.units import format_count, format_seconds
@@ -27,24 +27,40 @@ def cost_section(records: Sequence[RecordFile]) -> Section:
         "What each evaluation took, as recorded sample by sample. Samples that share a forward pass share its "
         "time, so the seconds add up to that of the model."
     )
-    priced = any(spent["cost"] is not None for _, spent in timed)
-    rows: list[list[str | TableCell]] = [
-        [f"{file.task}, {short_name(file.label)}", *_cost_cells(len(file.samples), spent, priced)]
-        for file, spent in timed
-    ]
-    if len(timed) > 1:
-        whole = {name: _sum([spent[name] for _, spent in timed]) for name in _SPENT}
-        count = sum(len(file.samples) for file, _ in timed)
-        rows.append([TableCell("all", "reference"), *_cost_cells(count, whole, priced, cls="num strong")])
-    columns = ["evaluation", "samples", "time", "samples/s", "prompt tokens", "completion tokens", "tokens/s"]
-    columns += ["API cost, USD"] if priced else []
-    section.parts["table"] = Table("Cost and time by evaluation", columns, rows)
+    by_label: dict[str, list[tuple[RecordFile, Spent]]] = {}
+    by_task: dict[str, list[tuple[RecordFile, Spent]]] = {}
+    for file, spent in timed:
+        by_label.setdefault(short_name(file.label), []).append((file, spent))
+        by_task.setdefault(f"{file.task}, {short_name(file.label)}", []).append((file, spent))
+    single = _cost_table("evaluation", by_task)
+    many = len(timed) > _MOST_EVALUATIONS
+    section.parts["table"] = _cost_table("model", by_label) if many else single
+    section.parts["detail"] = single if many else None
     return section
 
 
 Spent = dict[str, float | None]
 
 
+def _cost_table(by: str, groups: Mapping[str, Sequence[tuple[RecordFile, Spent]]]) -> Table:
+    """Return the sums of groups of evaluations and of them all."""
+    timed = [each for group in groups.values() for each in group]
+    priced = any(spent["cost"] is not None for _, spent in timed)
+
+    def cells_of(group: Sequence[tuple[RecordFile, Spent]], cls: str = "num") -> list[TableCell]:
+        whole = {name: _sum([spent[name] for _, spent in group]) for name in _SPENT}
+        return _cost_cells(sum(len(file.samples) for file, _ in group), whole, priced, cls=cls)
+
+    rows: list[list[str | TableCell]] = [[name, *cells_of(group)] for name, group in groups.items()]
+    if len(groups) > 1:
+        rows.append([TableCell("all", "reference"), *cells_of(timed, "num strong")])
+    columns = [by, "samples", "time", "samples/s", "prompt tokens", "completion tokens", "tokens/s"]
+    columns += ["API cost, USD"] if priced else []
+    return Table(f"Cost and time by {by}", columns, rows)
+
+
+_MOST_EVALUATIONS = 24
+"""Rows of the table of costs; of more evaluations the models have a row each, and these are folded away."""
 _SPENT = ("seconds", "prompt_tokens", "completion_tokens", "cost")
 
 

@@ -3,7 +3,8 @@
     {"texts": ["The magic number of ...", "48213"],
      "prompts": [[0, 2, 1]],                            window, question, expected as indices of texts
      "maps": {"m1": {"task": "needle", "label": "after", "rows": ["50%"], "columns": ["2,048"]}},
-     "cells": {"m1/0/0": [8, [[0, "2048-0.5-3", 1, 1.0], ...]]}}      samples in all; those shown
+     "cells": {"m1/0/0": [8, [[0, "2048-0.5-3", 1, 1.0], ...]],       samples in all; those shown
+              "m2/4/1": "m1/0/0"}}                     the same samples in another table
 
 A sample is [prompt, id, output, score, reason, achieved length, achieved depth, seconds, how it ended, thoughts], the
 last two as indices of texts; trailing nulls are left out.
@@ -27,6 +28,8 @@ class SampleData:
     def __init__(self) -> None:
         self._maps: dict[str, dict[str, Any]] = {}
         self._cells: dict[str, Sequence[ScoredSample]] = {}
+        self._same: dict[str, str] = {}
+        self._first: dict[tuple[int, ...], str] = {}
 
     def add_map(self, task: str, label: str, rows: Sequence[str], columns: Sequence[str]) -> str:
         """Begin a map or a table; return its key. A cell's key is `key/row/column`, both counted from 0."""
@@ -38,8 +41,13 @@ class SampleData:
         """Add the samples of a cell; return its key, empty when there are none."""
         if not samples:
             return ""
-        self._cells[f"{key}/{row}/{column}"] = samples
-        return f"{key}/{row}/{column}"
+        cell = f"{key}/{row}/{column}"
+        first = self._first.setdefault(tuple(map(id, samples)), cell)
+        if first == cell:
+            self._cells[cell] = samples
+        else:
+            self._same[cell] = first
+        return cell
 
     def add_grid(self, task: str, label: str, grid: Grid, rows: Sequence[str], columns: Sequence[str]) -> str:
         """Add all cells of a grid; return the key of its map."""
@@ -59,7 +67,7 @@ class SampleData:
         def index(text: str) -> int:
             return texts.setdefault(text, len(texts))
 
-        cells = {}
+        cells: dict[str, Any] = dict(self._same)
         for key, samples in self._cells.items():
             ordered = sorted(samples, key=lambda s: s.score if s.score is not None else 0.5)
             if self._maps[key.partition("/")[0]].get("lower"):

@@ -13,7 +13,18 @@ from longspan.report.layouts import Layout
 
 Place = float | int | str
 """A value on an axis."""
-_TEXTS = ("sample", "question", "output", "dataset", "subtask", "metric", "finish", "thoughts", "no_answer")
+_TEXTS = (
+    "sample",
+    "question",
+    "output",
+    "dataset",
+    "subtask",
+    "metric",
+    "finish",
+    "thoughts",
+    "no_answer",
+    "category",
+)
 _COUNTS = ("achieved_length", "num_topics", "prompt_tokens", "completion_tokens", "thought_tokens")
 _NUMBERS = ("achieved_depth", "seconds", "cost")
 
@@ -40,6 +51,8 @@ class ScoredSample(NamedTuple):
     dataset: str = ""
     subtask: str = ""
     metric: str = ""
+    category: str = ""
+    """Of the data set, where its benchmark has categories."""
     num_topics: int | None = None
     seconds: float | None = None
     prompt_tokens: int | None = None

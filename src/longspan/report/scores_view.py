@@ -10,14 +10,17 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from longspan.report.benchmarks_view import benchmark_tables
 from longspan.report.charts import Forest, ForestRow
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import Evaluation
+from longspan.report.layouts import by_value
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import ScoredSample
 from longspan.report.tables import Difference, by_group, difference, tally_of
 from longspan.report.view import (
+    LONG,
     MISSING,
     NARROW,
     WIDE,
@@ -34,13 +37,11 @@ from longspan.report.view import (
     unscored_text,
 )
 
-MOST_GROUPS = 40
-
 
 def scores_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     """Return one row for every data set (with its subtasks, if they are few) and label: n, score, interval."""
     title = ev.layouts[task].heading
-    section = Section(re.sub(r"[^\w-]+", "_", task), title, "scores")
+    section = Section(re.sub(r"[^\w-]+", "_", task), title, "scores", ev.layouts[task].capital)
     by_label = ev.scores[task]
     samples = [sample for group in by_label.values() for sample in group]
     if not samples:
@@ -51,7 +52,8 @@ def scores_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     elif any(sample.num_topics for sample in samples):
         fields.insert(2, "num_topics")
     section.intro = ev.not_comparable(task, by_label)
-    pooled = len(by_group(samples, *fields)) > MOST_GROUPS
+    benchmarks = benchmark_tables(title, task, by_label, data)
+    pooled = len(by_group(samples, *fields)) > LONG
     caption = f"{title}: scores by data set and model"
     key = data.add_map(task, title, [], [])
     if pooled:
@@ -60,6 +62,7 @@ def scores_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     detail = _scores_table(caption, by_label, fields, data, key)
     section.parts["table" if not pooled else "detail"] = detail
     section.parts.setdefault("detail", None)
+    section.parts["benchmarks"] = benchmarks
     return section
 
 
@@ -71,7 +74,9 @@ def _scores_table(
     key: str,
 ) -> Table:
     groups = {label: by_group(samples, *fields) for label, samples in by_label.items()}
-    names = sorted({name for group in groups.values() for name in group}, key=_natural)
+    names = sorted(
+        {name for group in groups.values() for name in group}, key=lambda key: list(map(by_value, key))
+    )
     rows: list[list[str | TableCell]] = []
     previous = None
     for place, name in enumerate(names):
@@ -90,7 +95,6 @@ def _scores_table(
             first = TableCell(shown) if shown != previous else TableCell("", title=shown)
             rows.append([first, *_score_cells(shown, label, metric, samples, opens)])
             previous = shown
-    rows += _average_rows(by_label)
     columns = [
         "data set",
         "model",
@@ -103,27 +107,6 @@ def _scores_table(
         "prompt tokens",
     ]
     return Table(caption, columns, rows)
-
-
-def _average_rows(by_label: Mapping[str, Sequence[ScoredSample]]) -> list[list[str | TableCell]]:
-    """Return the averages over the sets of a benchmark, or over data sets that have none: every set counts the same."""
-    rows: list[list[str | TableCell]] = []
-    for label, samples in by_label.items():
-        sets: dict[str, list[float | None]] = {}
-        for (dataset, subtask), group in by_group(samples, "dataset", "subtask").items():
-            if dataset:
-                sets.setdefault(dataset if subtask else "", []).append(tally_of(group).mean)
-        for dataset, means in sets.items():
-            known = [mean for mean in means if mean is not None]
-            if len(means) < 2 or not known or not all(0 <= mean <= 1 for mean in known):
-                continue
-            lost = f", {len(means) - len(known)} have no score" if len(known) < len(means) else ""
-            name = f"average of {len(known)} sets{lost}"
-            score = TableCell(f"{statistics.fmean(known) * 100:.1f}", "num strong", "mean of the sets' means")
-            first = TableCell(f"{dataset}: {name}" if dataset else name, "strong")
-            named = cells(short_name(label), MISSING, cls="left")
-            rows.append([first, *named, *cells(MISSING), score, *cells(*[MISSING] * 4)])
-    return rows
 
 
 def _score_cells(
@@ -148,11 +131,6 @@ def _score_cells(
         TableCell(f"{tally.no_answer.total():,}" if tally.no_answer else MISSING, "num", lost_text(tally)),
         TableCell(f"{statistics.median_low(tokens):,}" if tokens else MISSING, "num", "median"),
     ]
-
-
-def _natural(key: Sequence[str]) -> list[tuple[int, float, str]]:
-    """Sort numbers as numbers: 512 before 1024."""
-    return [(0, float(p), "") if p.replace(".", "", 1).isdigit() else (1, 0.0, p) for p in key]
 
 
 class DatasetDifference(NamedTuple):

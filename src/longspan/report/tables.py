@@ -8,7 +8,6 @@ them says it; no other label has a part in it.
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,7 @@ from longspan.core.intervals import (
     paired_difference,
     score_interval,
 )
-from longspan.report.layouts import Layout, layout_of
+from longspan.report.layouts import Layout, by_value, layout_of
 from longspan.report.load import RecordFile
 from longspan.report.samples import Place, PplSample, ScoredSample
 
@@ -191,7 +190,7 @@ def _place_order(place: Place) -> tuple[bool, float, str]:
     if not isinstance(place, str):
         return (False, place, "")
     known = _ORDERED.index(place) if place in _ORDERED else len(_ORDERED)
-    return (True, known, re.sub(r"\d+", lambda digits: digits[0].zfill(9), place))
+    return (True, known, by_value(place))
 
 
 def ruler_effective(grid: Grid) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from longspan.report.charts import LineChart, tally_size, tally_text
-from longspan.report.layouts import length_text
+from longspan.report.layouts import by_value, length_text
 from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.palette import DASHES, step_of
 from longspan.report.tables import Tally
@@ -19,6 +18,10 @@ from longspan.report.tables import Tally
 WIDE, HALF, NARROW = 1000.0, 486.0, 350.0
 ARROW = "\u2192"
 MISSING = "\u2013"
+LONG = 40
+"""Rows of a table; one that has more is folded away where something shorter says the like."""
+LONG_NAME = 24
+"""Characters; a longer name has a wide column of the table."""
 _MOST_REASONS = 3
 
 _NAMES = {
@@ -107,14 +110,10 @@ def _named(label: str, form: int) -> str:
     return label.removeprefix("ablate_").replace("_", " ") if role.startswith("ablate_") else label
 
 
-_MOST_DIGITS = 20
-
-
 def order_of(label: str) -> tuple[int, str]:
     """Sort key: before, after, zero-shot methods, then the rest by name, numbers by their value."""
     known, role = list(_NAMES), role_of(label)
-    by_value = re.sub(r"\d+", lambda digits: digits[0].zfill(_MOST_DIGITS), label)
-    return (known.index(role) if role in known else len(known), f"{by_value}\0{label}")
+    return (known.index(role) if role in known else len(known), f"{by_value(label)}\0{label}")
 
 
 def merge_records(runs: Sequence[LoadedRun]) -> list[RecordFile]:

@@ -9,6 +9,11 @@
     parsed ??= JSON.parse(document.getElementById("sample-data").textContent);
     return parsed;
   }
+  // The samples of a cell that several tables show stand once.
+  function cellOf(key) {
+    const found = data().cells[key];
+    return typeof found === "string" ? data().cells[found] : found;
+  }
   function element(name, cls, text) {
     const node = document.createElement(name);
     if (cls) node.className = cls;
@@ -50,7 +55,7 @@
 
   function fillTip(mark) {
     tip.replaceChildren(element("div", "", mark.dataset.tip || mark.getAttribute("aria-label")));
-    const found = mark.dataset.cell && data().cells[mark.dataset.cell];
+    const found = mark.dataset.cell && cellOf(mark.dataset.cell);
     if (!found || !found[1].length) return;
     const sample = read(found[1][0]);
     const list = element("dl");
@@ -100,8 +105,8 @@
   function others(key, prompt) {
     if (!places) {
       places = new Map();
-      for (const [cell, [, rows]] of Object.entries(data().cells)) {
-        for (const row of rows) {
+      for (const [cell, found] of Object.entries(data().cells)) {
+        for (const row of typeof found === "string" ? [] : found[1]) {
           const where = place(cell, row[0]);
           if (!where) continue;
           if (!places.has(where)) places.set(where, []);
@@ -141,7 +146,7 @@
     return item;
   }
   function openCell(cell) {
-    const key = cell.dataset.cell, found = data().cells[key];
+    const key = cell.dataset.cell, found = cellOf(key);
     if (!found) return;
     const [total, rows] = found;
     hideTip();
