@@ -1,7 +1,8 @@
 """longspan: take a language model from a short context window to a long one.
 
-The names below are the pieces to build with; each is imported from its room when it is first used, so
-`import longspan` costs nothing and needs neither torch nor transformers.
+The whole way is six functions, which the commands call too: `tokenize_corpus`, `mix_stores`, `pack_rows`,
+`train_model`, `evaluate_model`, `write_report`. The other names are the pieces to build with. Each is imported from its
+room when it is first used, so `import longspan` costs nothing and needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -29,18 +30,24 @@ if TYPE_CHECKING:
     from longspan.data.store.lengths import LengthTable
     from longspan.data.tokenize import TokenizeConfig, tokenize_corpus
     from longspan.data.tokenizer import load_tokenizer
+    from longspan.infer.config import AnswererConfig
     from longspan.models.documents import Documents
     from longspan.models.hf import enable, load_model
     from longspan.models.sharding import shard_batch
     from longspan.parallel.launch import process_group
     from longspan.parallel.mesh import MeshConfig, build_mesh
     from longspan.report import summarise, write_report
+    from longspan.steps.evaluate import evaluate_model
+    from longspan.steps.mix import mix_stores
+    from longspan.steps.pack import pack_rows
+    from longspan.steps.train import train_model
     from longspan.train.config import TrainConfig
 
 __version__ = "0.1.0"
 
-# `longspan.train` is the room; its function is `longspan.train.trainer.train`.
+# `longspan.train` and `longspan.report` are rooms, so every step is called by what it does and to what.
 __all__ = [
+    "AnswererConfig",
     "ArgumentError",
     "ConfigError",
     "DataError",
@@ -60,8 +67,11 @@ __all__ = [
     "UserError",
     "build_mesh",
     "enable",
+    "evaluate_model",
     "load_model",
     "load_tokenizer",
+    "mix_stores",
+    "pack_rows",
     "plan_mixture",
     "plan_packing",
     "process_group",
@@ -69,6 +79,7 @@ __all__ = [
     "shard_batch",
     "summarise",
     "tokenize_corpus",
+    "train_model",
     "write_report",
 ]
 
@@ -91,12 +102,17 @@ _HOMES = {
     "longspan.data.store": ("TokenStore",),
     "longspan.data.tokenize": ("TokenizeConfig", "tokenize_corpus"),
     "longspan.data.tokenizer": ("load_tokenizer",),
+    "longspan.infer.config": ("AnswererConfig",),
     "longspan.models.documents": ("Documents",),
     "longspan.models.hf": ("enable", "load_model"),
     "longspan.models.sharding": ("shard_batch",),
     "longspan.parallel.launch": ("process_group",),
     "longspan.parallel.mesh": ("MeshConfig", "build_mesh"),
     "longspan.report": ("summarise", "write_report"),
+    "longspan.steps.evaluate": ("evaluate_model",),
+    "longspan.steps.mix": ("mix_stores",),
+    "longspan.steps.pack": ("pack_rows",),
+    "longspan.steps.train": ("train_model",),
     "longspan.train.config": ("TrainConfig",),
 }
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longspan.cli.model_options import find_tokenizer
 from longspan.data.tokenizer import train_bpe
 from longspan.infer.config import AnswererConfig
 from longspan.models.hf import build_model, load_model, save_model
+from longspan.steps.opening import find_tokenizer
 from tests.hub_cache import publish, use_cache
 
 THETA = 2e8

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"core", "data", "plan", "kernels", "parallel", "models"},
     "eval": {"core", "data", "api", "infer"},
     "annotate": {"core", "data", "kernels", "parallel", "models", "infer"},
+    "steps": {"core", "data", "api", "parallel", "models", "infer", "train", "eval"},
 }
 WINGS: dict[str, set[str]] = {
     "store": set(),

@@ -55,8 +55,8 @@ def test_public_names_are_there():
 
 
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'train_model'"):
-        _ = longspan.train_model
+    with pytest.raises(AttributeError, match="no attribute 'train_models'"):
+        _ = longspan.train_models
 
 
 def test_command_options_equal_the_list():

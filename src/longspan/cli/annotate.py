@@ -9,7 +9,7 @@ import typer
 
 from longspan.cli.data_jobs import JOBS, PrintSbatch, missing_words, write_settings
 from longspan.cli.from_settings import Part, Used, from_settings
-from longspan.cli.output import Json, example, percent, print_json, print_table, quiet_transformers
+from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.annotate.config import AnnotateConfig
@@ -84,6 +84,7 @@ def topk(
     from longspan.core.errors import ArgumentError
     from longspan.core.launched import is_first
     from longspan.data.jobs import ArrayJob
+    from longspan.steps.opening import quiet_transformers
 
     quiet_transformers()
     if shard >= num_shards:

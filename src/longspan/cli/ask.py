@@ -8,7 +8,7 @@ import typer
 
 from longspan.cli.eval_tasks import DATA, DATA_FIELDS
 from longspan.cli.from_settings import Part, Used, from_settings
-from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
+from longspan.cli.model_options import MODEL, PROMPTS
 from longspan.cli.output import Json, example, print_json
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def ask(
     from longspan.core.units import parse_length
     from longspan.eval.ask import compose, template_named
     from longspan.eval.prompts import OWN_TEMPLATE
+    from longspan.steps.opening import form_of, opened
 
     if not texts.paths:
         _refuse_unused({"--prompt": prompt, "--length": length}, "texts to read first", "--data")

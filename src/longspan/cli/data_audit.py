@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.data_stores import Stores, open_alike, open_tokenizer
+from longspan.cli.data_stores import Stores, open_tokenizer
 from longspan.cli.from_settings import Part, Used, from_settings, write_used
 from longspan.cli.output import Json, Plot, example, percent, print_json, print_table
 
@@ -65,6 +65,7 @@ def audit(
     from longspan.data.audit.summary import measures_of, summarize
     from longspan.data.jobs import LocalExecutor
     from longspan.data.store.lengths import LengthTable
+    from longspan.steps.stores import open_alike
 
     opened = open_alike(stores)
     table = LengthTable.concatenate([store.lengths for store in opened])
@@ -93,10 +94,10 @@ def _with_long_range(
     from dataclasses import replace
 
     from longspan.annotate.long_range import measure_long_range
-    from longspan.cli.model_options import opened
     from longspan.core.errors import DataError
     from longspan.infer.config import AnswererConfig
     from longspan.infer.distributed import GivesLosses
+    from longspan.steps.opening import opened
 
     with opened(AnswererConfig(model=model)) as asked:
         assert isinstance(asked.answerer, GivesLosses)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from longspan.cli.data_jobs import write_settings
-from longspan.cli.data_stores import Stores, lengths_of
+from longspan.cli.data_stores import Stores
 from longspan.cli.from_settings import Used, from_settings
 from longspan.cli.output import Json, example, print_json, print_table
 
@@ -104,6 +104,7 @@ def split(
     """
     from longspan.core.errors import ArgumentError
     from longspan.data.exchange.whole_stores import split_plans, split_store
+    from longspan.steps.stores import lengths_of
 
     parts = _parts(out)
     if not materialize:

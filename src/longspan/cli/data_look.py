@@ -13,10 +13,8 @@ from longspan.cli.data_plan import print_mixture
 from longspan.cli.data_stores import (
     Stores,
     decode,
-    lengths_of,
     open_tokenizer,
     show_lengths,
-    stores_of,
 )
 from longspan.cli.output import Json, Plot, example, print_json, print_table
 
@@ -42,6 +40,8 @@ _SHOWN_CHARACTERS = 60
 
 def lengths(stores: Stores, plot: Plot = None, as_json: Json = False) -> None:
     """Show documents, tokens and lengths of each source."""
+    from longspan.steps.stores import lengths_of
+
     table, _ = lengths_of(stores)
     summary = table.summary("stores", ", ".join(str(store) for store in stores))
     show_lengths([summary], as_json, plot)
@@ -67,6 +67,7 @@ def peek(
     from longspan.data.plans import mixture, packing
     from longspan.data.rows.loader import RowLoader
     from longspan.data.store import TokenStore
+    from longspan.steps.stores import stores_of
 
     kind = folder_kind(path)
     if kind == mixture.KIND:

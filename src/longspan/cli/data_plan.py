@@ -9,26 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from longspan.cli.data_jobs import JOBS, PrintSbatch, missing_words, write_settings
-from longspan.cli.data_stores import (
-    PlanOut,
-    check_lengths,
-    lengths_of,
-    show_lengths,
-    special_ids,
-    stores_of,
-)
+from longspan.cli.data_stores import PlanOut, show_lengths
 from longspan.cli.from_settings import Part, Used, from_settings
 from longspan.cli.output import Json, Plot, Seed, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from longspan.cli.jobs_config import JobsConfig
     from longspan.data.jobs import ArrayJob, Executor
     from longspan.data.plans.mixture import MixtureConfig
     from longspan.data.plans.packing import PackPlan
-    from longspan.data.plans.store_packing import Settled, StorePackConfig
-    from longspan.data.store.lengths import LengthTable
+    from longspan.data.plans.store_packing import StorePackConfig
 
 MIX_EXAMPLE = example("longspan data mix store --mode per_source --tokens 2000 --out mixture")
 PACK_EXAMPLE = example(
@@ -39,19 +29,9 @@ PACK_EXAMPLE = example(
 
 def _mixed(given: dict[str, Any]) -> dict[str, Any]:
     """Return what the stores' names, a part or a preset ask for."""
-    from longspan.core.errors import ArgumentError
-    from longspan.data.plans.shares import parse_stream, stream_settings
+    from longspan.steps.mix import named_mixture
 
-    streams = [parse_stream(store) for store in given["stores"]]
-    paths, part = _part([stream.path for stream in streams])
-    asked = stream_settings(streams)
-    if given["preset"] is not None:
-        if asked:
-            raise ArgumentError("--preset has shares of its own", fix="name the stores without @ and #")
-        asked = _preset(given["preset"], paths)
-    elif asked and (clash := {"mode", "weights"} & set(given)):
-        raise ArgumentError("STORE@SHARE and STORE#USES say what is mixed", found=f"--{min(clash)} too")
-    return asked if part is None else {**asked, "part": part}
+    return named_mixture(given["stores"], given["preset"], given)
 
 
 @from_settings(
@@ -82,13 +62,10 @@ def mix(
     as_json: Json = False,
 ) -> None:
     """Choose documents by length and source; writes a mixture plan."""
-    from longspan.data.plans.mixture import load_audit, plan_mixture
-    from longspan.data.plans.shares import parse_stream
+    from longspan.steps.mix import mix_stores
 
-    table, paths = lengths_of(_part([parse_stream(store).path for store in stores])[0])
-    plan = plan_mixture(settings, table, seed, audit=load_audit(settings))
-    plan.save(out, stores=paths)
     # What names and presets asked for stands in the settings now.
+    plan, paths, table = mix_stores(stores, out, settings, seed=seed)
     write_settings({**used, "stores": paths, "preset": None}, out)
     before = table.summary("before", "before")
     after = table.summary("after", "after mixing", documents=plan.documents)
@@ -139,6 +116,7 @@ def pack(
     """
     from longspan.core.errors import ArgumentError
     from longspan.data.plans.framing import frame_words
+    from longspan.steps.pack import pack_rows
 
     if materialize is None and (jobs.is_shared or print_sbatch):
         raise ArgumentError("there is nothing for jobs to share", fix="give --materialize")
@@ -147,13 +125,11 @@ def pack(
         jobs.print_sbatch("longspan-pack")
         return
     share = jobs.share()
-    plans, paths = _packed(settings, inputs, length, seed)
+    plans = pack_rows(inputs, out, length, settings, seed=seed, shared=share.count > 1)
     found = []
     with jobs.start() if materialize is not None else nullcontext() as running:
-        for name, plan in plans.items():
-            place = out / name
-            _save(plan, place, paths, share)
-            rows = None if materialize is None else materialize / name
+        for place, plan in plans.items():
+            rows = None if materialize is None else materialize / place.relative_to(out)
             left = None
             if running is not None and rows is not None and plan.num_rows:
                 left = _write(place, rows, (row_format, labels), running, share)
@@ -172,98 +148,6 @@ def pack(
     write_settings(used, out)
     if as_json:
         print_json(found if settings.split_lengths else found[0])
-
-
-def _packed(
-    settings: StorePackConfig, inputs: list[Path], length: str, seed: int
-) -> tuple[dict[str, PackPlan], list[str]]:
-    """Return the plans by the folder inside OUT that each goes to, and the stores behind them."""
-    from longspan.core.units import parse_length
-    from longspan.data.plans.packing import plan_packing, plan_split
-    from longspan.data.store import TokenStore
-
-    table, paths, documents = _documents(inputs, seed)
-    settled = settings.settle(
-        [TokenStore(path) for path in paths],
-        length=parse_length(length),
-        where="the plan",
-        ids=special_ids(paths[0]),
-    )
-    spec, documents = settled.pack, _whole(table, documents, settled)
-    if not spec.split_lengths:
-        return {"": plan_packing(spec, table, documents, seed)}, paths
-    plans = plan_split(spec, table, documents, seed)
-    return {f"{piece}-{spec.length}": plan for piece, plan in plans.items()}, paths
-
-
-def _whole(table: LengthTable, documents: np.ndarray, settled: Settled) -> np.ndarray:
-    """Return the documents that are not too long, and say how many are."""
-    from longspan.core.log import get_logger
-
-    long = settled.too_long(table, documents)
-    if long.any():
-        get_logger("data.pack").warning(
-            "left out: %d documents longer than a row, %d tokens; --overflow split cuts them",
-            int(long.sum()),
-            int(table.tokens[documents[long]].sum()),
-        )
-    return documents[~long]
-
-
-def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
-    """Return the stores to mix, and the part of them where a plan of `data split` is given."""
-    from longspan.core.columns import folder_kind
-    from longspan.core.errors import ArgumentError
-    from longspan.data.plans.mixture import KIND, MixtureConfig, MixturePlan
-
-    plans = [path for path in inputs if folder_kind(path) == KIND]
-    if not plans:
-        return inputs, None
-    plan = MixturePlan.load(plans[0])
-    if len(inputs) > 1 or plan.spec != MixtureConfig(mode="none", part=plan.spec.part):
-        raise ArgumentError(
-            "a mixture is made of stores, or of one part that `data split` made", found=", ".join(inputs)
-        )
-    stores = stores_of(plan.stores, Path(plans[0]))
-    check_lengths(lengths_of(stores)[0], plan.lengths_fingerprint, Path(plans[0]))
-    return list(map(str, stores)), plan.spec.part
-
-
-def _documents(inputs: list[Path], seed: int) -> tuple[LengthTable, list[str], np.ndarray]:
-    import numpy as np
-
-    from longspan.core.columns import folder_kind
-    from longspan.data.plans.mixture import KIND, MixtureConfig, MixturePlan, plan_mixture
-
-    if folder_kind(inputs[0]) == KIND:
-        mixture = MixturePlan.load(inputs[0])
-        table, paths = lengths_of(stores_of(mixture.stores, inputs[0]))
-        check_lengths(table, mixture.lengths_fingerprint, inputs[0])
-        return table, paths, np.asarray(mixture.documents)
-    table, paths = lengths_of(inputs)
-    return table, paths, plan_mixture(MixtureConfig.from_dict({"mode": "none"}), table, seed).documents
-
-
-def _save(plan: PackPlan, place: Path, stores: list[str], share: ArrayJob) -> None:
-    """Save a plan; jobs of an array all make the same one, and the first saves it."""
-    from longspan.core.columns import folder_kind
-    from longspan.core.errors import DataError, RunError
-    from longspan.data.plans.packing import KIND, PackPlan
-
-    if share.count == 1:
-        plan.save(place, stores=stores)
-        return
-    if not place.exists():
-        try:
-            plan.save(place, stores=stores)
-        except RunError:
-            if not place.exists():
-                raise
-    there = PackPlan.load(place) if folder_kind(place) == KIND else None
-    if there is None or (there.fingerprint, list(there.stores)) != (plan.fingerprint, stores):
-        raise DataError(
-            f"{place} holds something else than this plan", fix="remove it, or choose another --out"
-        )
 
 
 def _check_form(row_format: str, labels: str, *, written: bool) -> None:
@@ -291,20 +175,6 @@ def _write(
     if work.make(executor, share):
         return None
     return {"pieces": work.num_pieces, "missing": work.missing()}
-
-
-def _preset(name: str, stores: list[str]) -> dict[str, Any]:
-    from longspan.data.plans.presets import load_preset
-    from longspan.data.store import TokenStore
-
-    preset = load_preset(name)
-    sources = dict.fromkeys(name for store in stores for name in TokenStore(store).lengths.source_names)
-    return {
-        "mode": "proportions",
-        "weights": preset.weights_for(tuple(sources)),
-        "keep_short": preset.keep_short,
-        "threshold": preset.threshold,
-    }
 
 
 def print_mixture(title: str, report: Any) -> None:

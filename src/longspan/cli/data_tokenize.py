@@ -14,6 +14,7 @@ from longspan.cli.output import Json, example, percent, print_json, print_length
 if TYPE_CHECKING:
     from longspan.cli.jobs_config import JobsConfig
     from longspan.data.jobs import ArrayJob
+    from longspan.data.store import TokenStore
     from longspan.data.tokenize import CorpusJob, TokenizeConfig
 
 EXAMPLE = example("longspan data tokenize texts --tokenizer tokenizer --out store")
@@ -68,45 +69,51 @@ def tokenize(
 ) -> None:
     """Encode every document into a token store; one that is already complete is kept."""
     from longspan.data.store.token_store import MANIFEST
-    from longspan.data.tokenize import CorpusJob
+    from longspan.data.tokenize import CorpusJob, tokenize_corpus
     from longspan.data.tokenizer import load_tokenizer
 
     if print_sbatch:
         jobs.print_sbatch("longspan-tokenize")
         return
     share, was_there = jobs.share(), (out / MANIFEST).is_file()
-    job = CorpusJob(inputs, load_tokenizer(tokenizer), out, settings)
+    store: TokenStore | None
     if merge_only:
-        job.merge_only()
+        store = CorpusJob(inputs, load_tokenizer(tokenizer), out, settings).merge_only()
     else:
         with jobs.start() as running:
-            job.run_share(running, share)
-    if not was_there and (job.out / MANIFEST).is_file():
-        write_settings(used, job.out)
-    _print_result(job, share, as_json)
-
-
-def _print_result(job: CorpusJob, share: ArrayJob, as_json: bool) -> None:
-    store = job.finished(quiet=True)
+            if share.count == 1:
+                store = tokenize_corpus(inputs, tokenizer, out, settings, executor=running)
+            else:
+                job = CorpusJob(inputs, load_tokenizer(tokenizer), out, settings)
+                store = job.run_share(running, share)
     if store is None:
-        missing = len(job.missing())
-        found = {"job": share.index, "jobs": share.count, "pieces": job.num_units, "missing": missing}
-        if as_json:
-            print_json(found)
-        else:
-            typer.echo(missing_words(share, job.num_units, missing, "the store"))
+        _print_missing(job, share, as_json)
         return
-    summary = store.lengths.summary("store", str(job.out))
+    if not was_there:
+        write_settings(used, store.path)
+    _print_result(store, as_json)
+
+
+def _print_missing(job: CorpusJob, share: ArrayJob, as_json: bool) -> None:
+    missing = len(job.missing())
+    if as_json:
+        print_json({"job": share.index, "jobs": share.count, "pieces": job.num_units, "missing": missing})
+    else:
+        typer.echo(missing_words(share, job.num_units, missing, "the store"))
+
+
+def _print_result(store: TokenStore, as_json: bool) -> None:
+    summary = store.lengths.summary("store", str(store.path))
     sampled = store.manifest.counts.get("sampling")
     if as_json:
         print_json(summary if sampled is None else {**summary, "sampling": sampled})
         return
     print_lengths(summary)
     if sampled is not None:
-        _print_sampled(job, sampled)
+        _print_sampled(str(store.path), sampled)
 
 
-def _print_sampled(job: CorpusJob, sampled: dict[str, Any]) -> None:
+def _print_sampled(store: str, sampled: dict[str, Any]) -> None:
     from longspan.core.units import format_count
     from longspan.data.tokenize.sampling import mix_command
 
@@ -124,4 +131,4 @@ def _print_sampled(job: CorpusJob, sampled: dict[str, Any]) -> None:
     ]
     columns = ("source", "read", "share", "documents", "tokens", "wanted", "missing")
     print_table("sampled while reading", columns, rows)
-    typer.echo(f"The exact mixture: {' '.join(mix_command(str(job.out), sampled))}")
+    typer.echo(f"The exact mixture: {' '.join(mix_command(store, sampled))}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from longspan.cli.eval_options import Note, Out, RetryUnscored, average_name
 from longspan.cli.from_settings import Part, Used, from_settings
-from longspan.cli.model_options import MODEL, PROMPTS, AskedModel, form_of, opened
+from longspan.cli.model_options import MODEL, PROMPTS
 from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longspan.eval.prompts import PromptConfig, PromptForm
     from longspan.eval.task import Task
     from longspan.infer.config import AnswererConfig
+    from longspan.steps.opening import AskedModel
 
 EXAMPLE = example(
     "longspan eval harness --model model --tasks long-llm:mmlu --data-root long-llm --num-fewshot 1 --out run",
@@ -30,7 +31,7 @@ RELEASES = {
 }
 """Collections that are read from their released files, and what is read of each."""
 
-Run = Callable[[AskedModel, Path], dict[str, Any]]
+Run: TypeAlias = "Callable[[AskedModel, Path], dict[str, Any]]"
 """Asks a model and writes records to a file."""
 
 
@@ -59,6 +60,8 @@ def harness(
 
     Records go to one file for each of the tasks. What is recorded is not asked again.
     """
+    from longspan.steps.opening import form_of, opened
+
     if settings.exact:
         _check_exact(settings.tasks, remote=model.is_remote)
     common = _Common(form_of(model, prompts), note, used, retry_unscored, settings.limit)

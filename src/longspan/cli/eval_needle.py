@@ -16,7 +16,7 @@ from longspan.cli.eval_options import (
 )
 from longspan.cli.eval_tasks import data_part, print_scores
 from longspan.cli.from_settings import Part, Used, from_settings
-from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
+from longspan.cli.model_options import MODEL, PROMPTS
 from longspan.cli.output import Json, example, percent, print_json, print_table
 from longspan.core.log import log_once
 from longspan.eval.registry import built_in
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from longspan.eval.held_out import TaskDataConfig
     from longspan.eval.needle_config import NeedleConfig
     from longspan.eval.prompts import PromptConfig, PromptForm
-    from longspan.eval.task import Task
     from longspan.infer.config import AnswererConfig
 
 EXAMPLE = example(
@@ -113,22 +112,31 @@ def needle(
 
     By default a sample is right when the model's first choices, token by token, spell the answer.
     """
-    from longspan.eval.needle import NeedleTask, effective_of
-    from longspan.eval.needle_multikey import MultiKeyTask
+    from longspan.eval.needle import effective_of
+    from longspan.steps.evaluate import evaluate_model, task_of
+    from longspan.steps.opening import form_of
 
-    form = form_of(model, prompts)
-    make = MultiKeyTask.from_config if multi_key else NeedleTask.from_config
+    entry = built_in()["needle_multikey" if multi_key else "needle"]
     if dry_run:
         shortest = settings.model_copy(update={"lengths": (min(settings.lengths),)})
-        example = make(shortest, data, form)
-        shown = shown_prompt(example, example.plan())
+        example = task_of(entry, shortest, data, model, prompts)
+        shown, form = shown_prompt(example, example.plan()), form_of(model, prompts)
         _show_grid(settings, form, shown, multi_key=multi_key, threshold=threshold, as_json=as_json)
         return
     if too_few := _too_few(settings, threshold):
         log_once("eval", too_few)
-    task: Task = make(settings, data, form)
-    with opened(model, prompts) as asked:
-        summary = asked.run(task, out, note=note, used=used, retry_unscored=retry_unscored, too_long=too_long)
+    summary = evaluate_model(
+        model,
+        entry.name,
+        out,
+        settings,
+        data=data,
+        prompts=prompts,
+        note=note,
+        used=used,
+        retry_unscored=retry_unscored,
+        too_long=too_long,
+    )
     summary |= effective_of(summary["by_length"], threshold=threshold)
     if as_json:
         print_json(summary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +10,12 @@ import typer
 from longspan.cli.eval_options import Note, Out
 from longspan.cli.eval_tasks import DATA, DATA_FIELDS
 from longspan.cli.from_settings import Part, Used, from_settings
-from longspan.cli.model_options import MODEL, opened
+from longspan.cli.model_options import MODEL
 from longspan.cli.output import Json, Plot, example, print_json, print_table
 from longspan.core.log import log_once
 
 if TYPE_CHECKING:
-    from longspan.data.exchange.token_documents import TokenDocuments
-    from longspan.eval.held_out import HeldOutDocument, TaskDataConfig
+    from longspan.eval.held_out import TaskDataConfig
     from longspan.eval.ppl import PplConfig
     from longspan.infer.config import AnswererConfig
 
@@ -72,9 +70,11 @@ def ppl(
     as_json: Json = False,
 ) -> None:
     """Measure perplexity of unseen text by context length and by position, each token weighted alike."""
+    from longspan.steps.evaluate import evaluate_model
+
     _check_limits("--xmin", xmin, "--xmax", xmax)
     _check_limits("--ymin", ymin, "--ymax", ymax)
-    summary = _measure(model, settings, _open(data), out, note=note, used=used)
+    summary = evaluate_model(model, "ppl", out, settings, data=data, note=note, used=used)
     if csv is not None:
         _write_csv(out, csv)
     if plot is not None:
@@ -95,59 +95,6 @@ def ppl(
     print_table(title, ("source", "length", "tokens", "perplexity", "bits per byte"), rows)
 
 
-def _measure(
-    model: AnswererConfig,
-    task: PplConfig,
-    documents: Sequence[HeldOutDocument] | TokenDocuments,
-    out: Path,
-    *,
-    note: str | None,
-    used: Used,
-) -> dict[str, Any]:
-    from longspan.core.errors import ArgumentError
-
-    if model.is_remote:
-        raise ArgumentError(
-            "servers do not say how likely a text is",
-            found=model.model,
-            allowed="models that are run here, with --cp or --tp where they are large",
-        )
-    if model.chat_template is not None:
-        raise ArgumentError("perplexity is that of the text itself", fix="leave out --chat-template")
-    from longspan.eval.ppl_run import run_ppl
-    from longspan.infer.distributed import GivesLosses
-    from longspan.infer.requests import copies_of
-
-    with opened(model) as asked:
-        assert isinstance(asked.answerer, GivesLosses)
-        most = asked.answerer.max_length
-        if most is not None and not task.lengths:
-            raise ArgumentError(
-                "--cut full measures each document as a whole",
-                found=f"--max-length {most}",
-                fix=f"leave longer ones out with --max-tokens {most}, or cut them with --cut truncate",
-            )
-        if most is not None and max(task.lengths) > most:
-            raise ArgumentError(
-                "windows are longer than the model is to be given",
-                found=f"{max(task.lengths)} tokens",
-                allowed=f"--max-length {most}",
-            )
-        return run_ppl(
-            asked.answerer.token_nll,
-            asked.tokenizer,
-            task,
-            documents=documents,
-            label=asked.label,
-            out=asked.records(out, "ppl"),
-            model_info=asked.answerer.identity,
-            note=note,
-            used=used,
-            batch_tokens=model.batch_tokens,
-            copies=copies_of(asked.answerer),
-        )
-
-
 def _check_limits(low: str, least: float | None, high: str, most: float | None) -> None:
     """Raise ArgumentError where a limit of the figure, whose axes are logarithmic, is none."""
     from longspan.core.errors import ArgumentError
@@ -159,18 +106,6 @@ def _check_limits(low: str, least: float | None, high: str, most: float | None) 
             )
     if least is not None and most is not None and least >= most:
         raise ArgumentError(f"{low} is not below {high}", found=f"{least:g} and {most:g}")
-
-
-def _open(data: TaskDataConfig) -> Sequence[HeldOutDocument] | TokenDocuments:
-    from longspan.core.errors import DataError
-    from longspan.eval.ppl_documents import is_tokenised, open_tokenised
-
-    tokenised = [is_tokenised(Path(each)) for each in data.named("documents")]
-    if all(tokenised):
-        return open_tokenised([Path(each) for each in data.paths])
-    if any(tokenised):
-        raise DataError("some inputs are tokenised and some are texts", fix="give one kind at a time")
-    return data.documents()
 
 
 def _write_csv(out: Path, path: Path) -> None:

@@ -17,9 +17,8 @@ from longspan.cli.eval_options import (
     title_of,
 )
 from longspan.cli.from_settings import FromSettings, Part, Used
-from longspan.cli.model_options import MODEL, PROMPTS, form_of, opened
+from longspan.cli.model_options import MODEL, PROMPTS
 from longspan.cli.output import Json, percent, print_json, print_table
-from longspan.core.places import load_place
 
 if TYPE_CHECKING:
     from longspan.core.config import Config
@@ -57,16 +56,23 @@ def command_of(entry: TaskEntry) -> FromSettings:
         note: Note = None,
         as_json: Json = False,
     ) -> None:
-        if "cache" in entry.reads and not dry_run:
-            data = data.model_copy(update={"cache": data.cache or str(out / f"{entry.name}-samples")})
-        task = load_place(entry.task).from_config(settings, data, form_of(model, prompts))
+        from longspan.steps.evaluate import evaluate_model, task_of
+
         if dry_run:
-            show_plan(task, as_json=as_json)
+            show_plan(task_of(entry, settings, data, model, prompts), as_json=as_json)
             return
-        with opened(model, prompts) as asked:
-            summary = asked.run(
-                task, out, note=note, used=used, retry_unscored=retry_unscored, too_long=too_long
-            )
+        summary = evaluate_model(
+            model,
+            entry.name,
+            out,
+            settings,
+            data=data,
+            prompts=prompts,
+            note=note,
+            used=used,
+            retry_unscored=retry_unscored,
+            too_long=too_long,
+        )
         if as_json:
             print_json(summary)
         else:

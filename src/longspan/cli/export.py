@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from longspan.cli.from_settings import Part, Used, from_settings, write_used
-from longspan.cli.model_options import find_folder
-from longspan.cli.output import Json, example, print_json, print_table, quiet_transformers
+from longspan.cli.output import Json, example, print_json, print_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +53,7 @@ def export(
     from longspan.core.errors import ArgumentError
     from longspan.models.export import export_adapter, export_model
     from longspan.models.places import has_tokenizer
+    from longspan.steps.opening import quiet_transformers
 
     words = None if settings.tokenizer is None else Path(settings.tokenizer)
     if out.exists():
@@ -95,6 +95,7 @@ def _card(runs: list[Path], source: _Source, settings: ExportConfig, name: str) 
     from longspan.models.identity import model_identity
     from longspan.report.card import model_card
     from longspan.report.load import load_runs
+    from longspan.steps.opening import find_folder
 
     if settings.adapter:
         raise ArgumentError("--card is for whole models: an adapter has a README.md of its own")
@@ -106,6 +107,7 @@ def _card(runs: list[Path], source: _Source, settings: ExportConfig, name: str) 
 def _find(checkpoint: str, settings: ExportConfig) -> _Source:
     from longspan.core.errors import ArgumentError, DataError
     from longspan.models.places import adapter_folder, is_hub_name
+    from longspan.steps.opening import find_folder
 
     folder, base = Path(checkpoint), settings.base
     adapter = adapter_folder(checkpoint)

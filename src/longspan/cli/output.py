@@ -103,10 +103,3 @@ def command_line(*without: str) -> list[str]:
             words.append(word)
         skip = not skip and word in without
     return words
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' bars for loading and saving off stderr; they show nothing that takes time here."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.output import Json, example, percent, print_json, print_table, quiet_transformers
+from longspan.cli.output import Json, example, percent, print_json, print_table
 
 EXAMPLE = example("longspan quickstart --preset tiny --out quickstart-run")
 
@@ -67,6 +67,7 @@ def quickstart(
     With --preset real a pretrained model learns to find what stands far back in its chat.
     """
     from longspan.quickstart import load_config, run_quickstart
+    from longspan.steps.opening import quiet_transformers
 
     config = load_config(
         file or preset.value,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.output import Json, command_line, example, print_json, print_table, quiet_transformers
+from longspan.cli.output import Json, command_line, example, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.train.config import TrainConfig
@@ -86,13 +86,13 @@ def train(
 ) -> None:
     """Train through the stages of a recipe; the same command goes on after a kill."""
     from longspan.core.errors import ArgumentError
+    from longspan.steps.opening import quiet_transformers
     from longspan.train.recipes import load_recipe
 
     if gpu is not None and not dry_run:
         raise ArgumentError(
             "--gpu says what a dry run estimates for", fix="give --dry-run, or leave --gpu out"
         )
-    # At tiny scale, settings change the scaled recipe: a length of 128 means 128.
     loaded = load_recipe(recipe, [] if scale is RecipeScale.tiny else settings or [])
     command = _command(recipe, settings or [], scale, out)
     out = out or Path("runs") / (loaded.name if scale is RecipeScale.full else f"{loaded.name}-{scale.value}")
@@ -100,10 +100,12 @@ def train(
         _print_sbatch(loaded, gpus_per_node)
         return
     quiet_transformers()
-    config, root = loaded.config, loaded.folder
     if scale is RecipeScale.tiny:
-        config, root = _tiny(loaded, settings or [], out.with_name(f"{out.name}-inputs"))
+        from longspan.steps.train import at_tiny_scale
+
+        loaded = at_tiny_scale(loaded, settings or [], out)
         recipe = f"{recipe} --scale tiny"
+    config, root = loaded.config, loaded.folder
     if dry_run:
         _dry_run(recipe, command, config, root, gpu, as_json=as_json)
         return
@@ -115,9 +117,9 @@ def train(
 
 def _train(config: TrainConfig, out: Path, root: Path, *, profile: bool, as_json: bool) -> None:
     from longspan.parallel.launch import is_first_process
-    from longspan.train import trainer
+    from longspan.steps.train import train_model
 
-    result = trainer.train(config, out, data_root=root, profile=profile)
+    result = train_model(config, out, data_root=root, profile=profile)
     if not is_first_process():
         return
     models = {stage: str(path) for stage, path in result.models.items()}
@@ -135,21 +137,6 @@ def _print_sbatch(loaded: LoadedRecipe, gpus_per_node: int) -> None:
     command = command_line("--gpus-per-node")
     world = loaded.config.parallel.world
     typer.echo(sbatch_script(command, world=world, per_node=gpus_per_node, name=loaded.name), nl=False)
-
-
-def _tiny(loaded: LoadedRecipe, settings: list[str], inputs: Path) -> tuple[TrainConfig, Path]:
-    """Return the recipe at tiny scale and the folder with its inputs, which one process makes."""
-    from longspan.core.config import apply_overrides
-    from longspan.parallel.launch import on_first_rank, process_group
-    from longspan.train.config import TrainConfig
-    from longspan.train.recipes import scale_tiny
-    from longspan.train.tiny_inputs import tiny_inputs
-
-    values = apply_overrides(scale_tiny(loaded.config).to_dict(), settings)
-    config = TrainConfig.from_dict(values, where=f"{loaded.name} at tiny scale")
-    with process_group(timeout_seconds=config.parallel.timeout_seconds):
-        on_first_rank(lambda: tiny_inputs(loaded.config, config, inputs, root=loaded.folder))
-    return config, inputs
 
 
 def _command(recipe: str, settings: list[str], scale: RecipeScale, out: Path | None) -> str:

@@ -48,7 +48,11 @@ class ReportResult:
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, group: bool = False
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str | None = None,
+    group: bool = False,
 ) -> ReportResult:
     """Write the page `out` (.html), figures/*.png and tables/*.csv beside it.
 
@@ -61,6 +65,7 @@ def write_report(
         DataError: a run folder is missing, holds nothing to report, or has a malformed record.
     """
     out = Path(out)
+    runs = [runs] if isinstance(runs, str | Path) else runs
     if not runs:
         raise ArgumentError("a report needs at least one run folder")
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():

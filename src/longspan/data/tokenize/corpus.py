@@ -51,7 +51,7 @@ from longspan.data.tokenize.units import (
     plain_identity,
     unit_bytes_of,
 )
-from longspan.data.tokenizer import Tokenizer
+from longspan.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from longspan.data.chat import ChatFormat
@@ -61,8 +61,8 @@ POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 5.0
 
 
 def tokenize_corpus(
-    inputs: Sequence[str | os.PathLike[str]],
-    tokenizer: Tokenizer,
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    tokenizer: str | os.PathLike[str] | Tokenizer,
     out: str | os.PathLike[str],
     config: TokenizeConfig | None = None,
     *,
@@ -79,6 +79,7 @@ def tokenize_corpus(
 
     Args:
         inputs: files, folders, glob patterns or remote addresses; see `readers`.
+        tokenizer: loaded, or what `load_tokenizer` takes: a folder, a file, a name on the hub.
         config: how they are read and encoded. Its fields may also be given as keywords.
         chat: encodes conversations; None: as `config` says.
         num_workers: processes that encode; 1 encodes in this process. Does not change the result.
@@ -95,6 +96,9 @@ def tokenize_corpus(
     if settings:
         given = {} if config is None else config.to_dict()
         config = TokenizeConfig.from_dict({**given, **settings}, where="the settings of tokenize_corpus")
+    inputs = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    if isinstance(tokenizer, str | os.PathLike):
+        tokenizer = load_tokenizer(tokenizer)
     job = CorpusJob(inputs, tokenizer, out, config, chat=chat)
     with executor or LocalExecutor(num_workers) as running:
         store = job.run(running)

@@ -77,9 +77,9 @@ def test_a_gpu_computes_in_bf16_unless_told(longspan, run, monkeypatch, caplog):
     import torch
     from transformers import PreTrainedModel
 
-    from longspan.cli.model_options import load_checkpoint
     from longspan.infer.config import AnswererConfig
     from longspan.infer.opening import load_weights
+    from longspan.steps.opening import load_checkpoint
 
     monkeypatch.setattr(PreTrainedModel, "to", lambda model, device: model)
     cuda = torch.device("cuda")
@@ -134,10 +134,10 @@ def test_settings_that_do_not_go_together_are_named(longspan, run, line, message
 def test_a_chat_server_is_told_of_thinking_in_its_own_words():
     """What was said of the template went nowhere: the server applies its own."""
     from longspan.api import ServerConfig
-    from longspan.cli.model_options import _told, form_of
     from longspan.core.errors import ArgumentError
     from longspan.eval.prompts import PromptConfig
     from longspan.infer.config import AnswererConfig
+    from longspan.steps.opening import _told, form_of
 
     extra = {"chat_template_kwargs": {"b": 2}}
     server = ServerConfig(base_url="http://localhost:1/v1", extra=extra, continue_final_message=True)

@@ -1,0 +1,188 @@
+"""What a model finds and predicts, as records in a run folder: `longspan eval` as a function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longspan.core.config import Config
+from longspan.core.errors import ArgumentError, DataError
+from longspan.core.places import load_place
+from longspan.eval.held_out import HeldOutDocument, TaskDataConfig
+from longspan.eval.ppl import PplConfig
+from longspan.eval.prompts import PromptConfig
+from longspan.eval.registry import TaskEntry, entries
+from longspan.eval.runner import TooLong
+from longspan.eval.task import Task
+from longspan.infer.config import AnswererConfig
+from longspan.steps.opening import AskedModel, form_of, opened
+
+if TYPE_CHECKING:
+    from longspan.data.exchange.token_documents import TokenDocuments
+
+__all__ = ["evaluate_model", "task_of"]
+
+PPL = "longspan.eval.ppl:PplConfig"
+
+
+def evaluate_model(
+    model: str | Path | Mapping[str, Any] | AnswererConfig,
+    task: str,
+    out: str | Path,
+    config: Config | None = None,
+    *,
+    data: str | Path | Sequence[str | Path] | TaskDataConfig = (),
+    prompts: Mapping[str, Any] | PromptConfig | None = None,
+    note: str | None = None,
+    used: Mapping[str, Any] | None = None,
+    retry_unscored: bool = False,
+    too_long: TooLong = "refuse",
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a model with one task; write a record a sample below `out/records`, return the summary.
+
+    A sample that is recorded already is not asked again.
+
+    Args:
+        model: a folder of our training (run, stage, checkpoint, adapter), a Hugging Face folder or hub name,
+            "openai:NAME" behind a server; or fields of an `AnswererConfig`, as `{"model": "run", "label": "after"}`.
+        task: a name that `longspan eval list` shows: needle, passkey, ruler, ppl and others.
+        config: the task's settings. Its fields may also be given as keywords: `lengths=(1024, 4096), samples=4`.
+        data: texts that training did not see: files, folders, patterns. Default: the task's own.
+        prompts: how prompts are put: `{"bos": "never"}`.
+        note: a remark for readers of the records.
+        used: what the records say was asked for. None: the settings.
+        retry_unscored: ask again for recorded samples that have no score.
+        too_long: contexts over the model's `max_length`: an error, or samples recorded as unscored.
+
+    Returns:
+        What `eval.runner.run_task` and the task sum up: samples, scored, mean, interval, records (the path) and more;
+        of ppl `by_length`, the perplexity of each source and length.
+
+    Raises:
+        ArgumentError: there is no such task, or it does not go with this model.
+        ConfigError: settings that do not fit one another, the model, or the records in `out`.
+        DataError: the model, its tokenizer or the data cannot be read.
+        MissingDependencyError: a package that the model or the task needs is not installed.
+        RunError: the disk is full, or a process or server is gone.
+    """
+    entry = _entry(task)
+    asks = model if isinstance(model, AnswererConfig) else AnswererConfig.from_dict(_named(model))
+    form = prompts if isinstance(prompts, PromptConfig) else PromptConfig.from_dict(dict(prompts or {}))
+    reads = data if isinstance(data, TaskDataConfig) else TaskDataConfig(paths=_paths(data))
+    given = {} if config is None else config.to_dict()
+    kind = type(config) if config is not None else load_place(entry.config or PPL)
+    config = kind.from_dict({**given, **settings}, where=f"the settings of {task}")
+    if used is None:
+        used = {**form.to_dict(), **asks.to_dict(), **reads.to_dict(), **config.to_dict()}
+    if task == "ppl":
+        assert isinstance(config, PplConfig)
+        return _perplexity(asks, config, reads, Path(out), note=note, used=used)
+    if "cache" in entry.reads:
+        cache = reads.cache or str(Path(out) / f"{task}-samples")
+        reads = reads.model_copy(update={"cache": cache})
+    made = task_of(entry, config, reads, asks, form)
+    if entry.command and made.name != task:
+        raise ArgumentError(
+            f"these settings ask for {made.name}",
+            found=task,
+            fix=f"ask as `longspan eval {entry.command}` does",
+        )
+    with opened(asks, form) as asked:
+        return asked.run(
+            made, Path(out), note=note, used=used, retry_unscored=retry_unscored, too_long=too_long
+        )
+
+
+def task_of(
+    entry: TaskEntry, config: Config, data: TaskDataConfig, model: AnswererConfig, prompts: PromptConfig
+) -> Task:
+    """Return a task of the registry as a model is asked it, with the prompts that its tokenizer makes."""
+    return load_place(entry.task).from_config(config, data, form_of(model, prompts))
+
+
+def _entry(task: str) -> TaskEntry:
+    known = entries()
+    runs = [name for name, entry in known.items() if entry.task or name == "ppl"]
+    if task not in runs:
+        raise ArgumentError("there is no such task", found=repr(task), allowed=runs)
+    return known[task]
+
+
+def _named(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(model) if isinstance(model, Mapping) else {"model": str(model)}
+
+
+def _paths(data: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    return (str(data),) if isinstance(data, str | Path) else tuple(map(str, data))
+
+
+def _perplexity(
+    model: AnswererConfig,
+    config: PplConfig,
+    data: TaskDataConfig,
+    out: Path,
+    *,
+    note: str | None,
+    used: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure perplexity with the losses that a model here gives."""
+    if model.is_remote:
+        raise ArgumentError(
+            "servers do not say how likely a text is",
+            found=model.model,
+            allowed="models that are run here, with --cp or --tp where they are large",
+        )
+    if model.chat_template is not None:
+        raise ArgumentError("perplexity is that of the text itself", fix="leave out --chat-template")
+    from longspan.eval.ppl_run import run_ppl
+    from longspan.infer.distributed import GivesLosses
+    from longspan.infer.requests import copies_of
+
+    documents = _documents(data)
+    with opened(model) as asked:
+        assert isinstance(asked.answerer, GivesLosses)
+        _check_lengths(asked, config)
+        return run_ppl(
+            asked.answerer.token_nll,
+            asked.tokenizer,
+            config,
+            documents=documents,
+            label=asked.label,
+            out=asked.records(out, "ppl"),
+            model_info=asked.answerer.identity,
+            note=note,
+            used=used,
+            batch_tokens=model.batch_tokens,
+            copies=copies_of(asked.answerer),
+        )
+
+
+def _check_lengths(asked: AskedModel, config: PplConfig) -> None:
+    """Refuse windows that are longer than the model is to be given."""
+    most = asked.answerer.max_length
+    if most is not None and not config.lengths:
+        raise ArgumentError(
+            "--cut full measures each document as a whole",
+            found=f"--max-length {most}",
+            fix=f"leave longer ones out with --max-tokens {most}, or cut them with --cut truncate",
+        )
+    if most is not None and max(config.lengths) > most:
+        raise ArgumentError(
+            "windows are longer than the model is to be given",
+            found=f"{max(config.lengths)} tokens",
+            allowed=f"--max-length {most}",
+        )
+
+
+def _documents(data: TaskDataConfig) -> Sequence[HeldOutDocument] | TokenDocuments:
+    """Return the documents, or tokenised ones as they are. Raises DataError: some are texts and some are not."""
+    from longspan.eval.ppl_documents import is_tokenised, open_tokenised
+
+    tokenised = [is_tokenised(Path(each)) for each in data.named("documents")]
+    if all(tokenised):
+        return open_tokenised([Path(each) for each in data.paths])
+    if any(tokenised):
+        raise DataError("some inputs are tokenised and some are texts", fix="give one kind at a time")
+    return data.documents()
