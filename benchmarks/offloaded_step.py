@@ -178,7 +178,8 @@ def step_memory(
     layer = 4 * unit + query * (BYTES * (4 + 4 * share) + SUM_BYTES)
     # Adam: master copy and two moments in fp32.
     host = shard * 3 * SUM_BYTES + model.layers * unit
+    # The kernel's fp32 dq stands in `layer`.
     buffers = attention_buffers(
-        schedule, model, tokens, ring_degree=ring_degree, ulysses_degree=ulysses_degree
+        schedule, model, tokens, kernel=0.0, ring_degree=ring_degree, ulysses_degree=ulysses_degree
     )
     return Memory((2 * shard + gathered) * BYTES + WORKSPACE, layer, buffers, host)

@@ -1,9 +1,10 @@
-"""What the planner says beside what others published: seconds a step, tokens a second, memory, longest context.
+"""What the planner says of time beside what others published: seconds a step, tokens a second, share of the peak.
 
     python -m benchmarks.plan_published
 
-Nothing of ours is measured here. A row is fitted where `plan.efficiency` took a share from it; all others are held
-out. Settings are those that a source gives; `note` says what it does not.
+Memory: `benchmarks/plan_published_memory.py`. Nothing of ours is measured here. A row is fitted where
+`plan.efficiency` took a share from it; all others are held out. Settings are those that a source gives; `note` says
+what it does not.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import statistics
 from typing import NamedTuple
 
 from benchmarks.offloaded_step import simulate
+from benchmarks.published_shapes import K, M, shape
 
 from longspan.core.mesh_config import MeshConfig
-from longspan.models.shape import shape_of_fields
+from longspan.plan.cost import step_seconds
 from longspan.plan.hardware import GPUS
-from longspan.plan.models import MODELS, ModelShape, published_configs
-from longspan.plan.training import WORKSPACE, training_memory
-from longspan.plan.training_step import MemoryConfig, TrainingStep
+from longspan.plan.scale import layer_seconds
+from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
-K, M = 2**10, 2**20
 TRL = "TRL, github.com/huggingface/trl/pull/6845"
 EASY = "EasyContext README"
+QWEN = "QwenLM/Qwen README, LoRA rank 64"
+NEMO = "NeMo long sequence performance, FP8"
+FP8 = "FP8 and tensor parallelism are not modelled; how FLOPs are counted is not said"
+LONGLLM = Adapters(32, targets=("q", "k", "v", "o"), quantized=True, embeddings=True)
 
 
 class Speed(NamedTuple):
@@ -39,6 +43,9 @@ class Speed(NamedTuple):
     unit: str
     fitted: bool = False
     recompute: bool = True
+    lora: Adapters | None = None
+    rows: int = 1
+    """Of a step on each GPU, one after the other."""
     note: str = ""
     """Why it is far off, or what the source does not say."""
 
@@ -70,92 +77,55 @@ SPEEDS = (
           note="20B tokens in 2.2K GPU hours; documents shorter than rows"),
     Speed("ProLong, arXiv:2410.02660", "llama-3-8b", 8, "h100", 512 * K, "ulysses", "fa2", 455, "tokens/s/GPU",
           note="20B tokens in 12.2K GPU hours; documents shorter than rows"),
+    Speed("UPipe, arXiv:2602.21196", "qwen3-32b", 16, "h100", 128 * K, "ulysses", "fa3", 483.3, "tokens/s/GPU"),
+    Speed(QWEN, "qwen-7b", 1, "a100", 2 * K, "none", "fa2", 5.2, "s", lora=Adapters(64), rows=8),
+    Speed(QWEN, "qwen-7b", 1, "a100", 4 * K, "none", "fa2", 10.1, "s", lora=Adapters(64), rows=8),
+    Speed(QWEN, "qwen-7b", 1, "a100", 8 * K, "none", "fa2", 21.3, "s", lora=Adapters(64), rows=8),
+    Speed(QWEN, "qwen-7b", 1, "a100", 8 * K, "none", "fa2", 22.3, "s", lora=Adapters(64, quantized=True), rows=8),
+    Speed(NEMO, "llama-2-7b", 64, "h100", 128 * K, "usp", "fa3", 555, "TFLOPS/GPU", recompute=False, note=FP8),
+    Speed(NEMO, "llama-2-7b", 64, "h100", M, "usp", "fa3", 536, "TFLOPS/GPU", recompute=False, note=FP8),
+    Speed(NEMO, "llama-3-8b", 64, "b200", M, "usp", "fa4", 1608, "TFLOPS/GPU", recompute=False,
+          note=f"{FP8}; 71% of the bf16 peak"),
     Speed("ms-swift example, LoRA", "qwq-32b", 8, "a100", 512 * K, "ulysses", "fa2", 150, "s",
           note="less than attention takes at 100% of the peak: rows are not all 512K"),
 )  # fmt: skip
 
 
-class Peak(NamedTuple):
-    """Published memory of a GPU, GB."""
-
-    source: str
-    model: str
-    gpus: int
-    context: int
-    value: float
-
-
-PEAKS = (
-    Peak(TRL, "qwen3-0.6b", 8, M, 27.9),
-    Peak(TRL, "qwen3-8b", 8, M, 56.2),
-    Peak(TRL, "qwen3-30b-a3b", 8, M, 46.0),
-    Peak(TRL, "qwen3-32b", 8, M, 60.8),
-    Peak(TRL, "qwen3-0.6b", 8, 4 * M, 73.7),
-)
-
-
-class Longest(NamedTuple):
-    """A longest context somebody published."""
-
-    who: str
-    gpu: str
-    num_gpus: int
-    schedule: str
-    context: float
-
-
-LONGEST = [
-    Longest("ALST recipe", "h200", 1, "none", 1.2e6),
-    Longest("ALST", "h100", 1, "none", 0.5e6),
-    Longest("ALST", "h100", 8, "ulysses", 3.7e6),
-    Longest("ALST", "h100", 16, "ulysses", 8e6),
-    Longest("ALST", "h100", 32, "ulysses", 15e6),
-    Longest("UPipe (heads in chunks)", "h100", 8, "all_gather", 5e6),
-    Longest("UPipe (heads in chunks)", "h100", 16, "all_gather", 8e6),
-]
-
-
-def longest_context(gpu: str, num_gpus: int, schedule: str, *, model: str = "llama-3-8b") -> tuple[int, str]:
-    """Return the longest context that fits, to 32K tokens, and what limits it."""
-    low, high = 0, 2**13
-    degrees = MeshConfig() if num_gpus == 1 else MeshConfig.of_schedule(schedule, num_gpus)
-
-    def limit(units: int) -> str | None:
-        return simulate(
-            MODELS[model], GPUS[gpu], degrees, context=units * 2**15, num_gpus=num_gpus, sequences=1
-        ).limit
-
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if limit(middle) else (middle, high)
-    return low * 2**15, limit(high) or ""
-
-
-def shape(name: str) -> ModelShape:
-    """Return the shape of a model by its name."""
-    return MODELS.get(name) or shape_of_fields(published_configs()[name], name)
-
-
 def predicted_speed(row: Speed) -> float:
     """Return what the planner says, in the row's unit."""
     parallel = MeshConfig() if row.schedule == "none" else MeshConfig.of_schedule(row.schedule, row.gpus)
+    if row.lora is not None:
+        return _adapted_seconds(row, parallel, row.lora)
     step = simulate(
         shape(row.model), GPUS[row.gpu], parallel, context=row.context, num_gpus=row.gpus,
         sequences=row.gpus // parallel.cp, recompute=row.recompute, kernel=row.kernel,
     )  # fmt: skip
     rate = step.tokens_per_second
-    return {"s": step.seconds, "MFU": step.mfu, "tokens/s/GPU": rate, "tokens/s": rate * row.gpus}[row.unit]
+    return {
+        "s": step.seconds,
+        "MFU": step.mfu,
+        "TFLOPS/GPU": step.mfu * GPUS[row.gpu].flops / 1e12,
+        "tokens/s/GPU": rate,
+        "tokens/s": rate * row.gpus,
+    }[row.unit]
 
 
-def predicted_peak(row: Peak) -> float:
-    """Return GB of a GPU: weights and AdamW in bf16, sharded; blocks computed again from inputs on the host."""
-    step = TrainingStep(
-        row.context,
-        parallel=MeshConfig(cp_ring=row.gpus, schedule="ring"),
-        dtype="bfloat16",
-        memory=MemoryConfig(activation_checkpointing="offload"),
-    )
-    return (training_memory(shape(row.model), step).device + WORKSPACE) / 1e9
+def _adapted_seconds(row: Speed, parallel: MeshConfig, lora: Adapters) -> float:
+    """Return seconds of a step of `row.rows` rows on each GPU, blocks computed again."""
+    model, gpu = shape(row.model), GPUS[row.gpu]
+    memory = MemoryConfig(activation_checkpointing="full")
+    step = TrainingStep(row.context, parallel=parallel, dtype="bfloat16", memory=memory, lora=lora)
+    layers = layer_seconds(model, gpu, parallel, context=row.context, num_gpus=row.gpus, kernel=row.kernel)
+    return step_seconds(model, gpu, step, layers, num_gpus=row.gpus, micro_steps=row.rows)
+
+
+def long_conversations_hours(long: int, middle: int, rest: int) -> float:
+    """Return hours of 3,500 rows of `long` tokens, 12,000 of `middle` and 4,500 of `rest`: longllm_qlora's mixture."""
+    seconds = 0.0
+    for rows, tokens in ((3_500, long), (12_000, middle), (4_500, rest)):
+        one = Speed("", "llama-3-8b", 1, "a800", tokens, "none", "fa2", 0.0, "s", lora=LONGLLM)
+        seconds += rows / 8 * predicted_speed(one)
+    return seconds / 3600
 
 
 def time_error(row: Speed, predicted: float) -> float:
@@ -173,7 +143,7 @@ def main() -> None:
         error = time_error(row, predicted)
         if not row.fitted:
             errors.append(abs(error))
-        form = ".3f" if row.unit == "MFU" else ",.0f"
+        form = ".3f" if row.unit == "MFU" else ",.1f" if row.value < 100 else ",.0f"
         print(
             f"| {row.source} | {row.model} | {row.gpus} {row.gpu} | {row.context // K}K | {row.kernel} "
             f"| {row.value:{form}} {row.unit} | {predicted:{form}} | {error:+.0%} "
@@ -181,26 +151,9 @@ def main() -> None:
             flush=True,
         )
     print(f"\nmedian error of {len(errors)} held-out rows: {statistics.median(errors):.0%}\n")
-    print(
-        "| source | model | GPUs | what | published | predicted | error |\n|---|---|---|---|---:|---:|---:|"
-    )
-    errors = []
-    for peak in PEAKS:
-        gb = predicted_peak(peak)
-        errors.append(abs(gb / peak.value - 1))
-        print(
-            f"| {peak.source} | {peak.model} | {peak.gpus} h100 | GB at {peak.context // K}K | {peak.value} "
-            f"| {gb:.1f} | {gb / peak.value - 1:+.0%} |",
-            flush=True,
-        )
-    for longest in LONGEST:
-        found, _ = longest_context(longest.gpu, longest.num_gpus, longest.schedule)
-        errors.append(abs(found / longest.context - 1))
-        print(
-            f"| {longest.who} | llama-3-8b | {longest.num_gpus} {longest.gpu} | longest context "
-            f"| {longest.context / 1e6:.1f}M | {found / 1e6:.1f}M | {found / longest.context - 1:+.0%} |"
-        )
-    print(f"\nmedian error of {len(errors)} rows of memory, none fitted: {statistics.median(errors):.0%}")
+    print("\nlongllm_qlora, 8 h on 8 A800 (arXiv:2404.19553), lengths not published; predicted:")
+    for lengths in ((64 * K, 4 * K, 1 * K), (72 * K, 9 * K, 8 * K), (80 * K, 16 * K, 80 * K)):
+        print(f"    3,500, 12,000 and 4,500 rows of {lengths}: {long_conversations_hours(*lengths):.1f} h")
 
 
 if __name__ == "__main__":

@@ -110,12 +110,18 @@ def test_memory_of_the_parts():
     """All-gather holds heads of the whole sequence, Ulysses its own and the copies, FSDP shards the rest."""
     tokens, ranks = 1024, 8
     one_head = 2 * tokens * ranks * 128
-    assert attention_buffers("all_gather", LLAMA, tokens, ring_degree=ranks) == pytest.approx(
-        one_head * 14 + 5 * tokens * 4096 / 8 * 2
+    assert attention_buffers("all_gather", LLAMA, tokens, kernel=80.0, ring_degree=ranks) == pytest.approx(
+        one_head * 14 + 5 * tokens * 4096 / 8 * 2 + 80 / 8
     )
-    # 16 ranks hold two copies of every key head.
-    two, one = (attention_buffers("ulysses", LLAMA, tokens, ulysses_degree=degree) for degree in (16, 8))
-    assert two - one == pytest.approx(3 * 2 * tokens * 8 * 128 * 2)
+    # 16 ranks hold two copies of every key head, with gradients, and trade them too.
+    two, one = (
+        attention_buffers("ulysses", LLAMA, tokens, kernel=0.0, ulysses_degree=degree) for degree in (16, 8)
+    )
+    assert two - one == pytest.approx((2 + 2) * 2 * tokens * 8 * 128 * 2)
+    # A trade takes no more where the kernel needs as much while it lasts.
+    assert attention_buffers("ulysses", LLAMA, tokens, kernel=one, ulysses_degree=8) - one == pytest.approx(
+        2 * tokens * 4096 * 2
+    )
     memory = step_memory(LLAMA, schedule="none", tokens=tokens, num_gpus=1)
     assert memory.parameters == pytest.approx(4 * LLAMA.parameters + WORKSPACE)
     assert memory.host == pytest.approx(12 * LLAMA.parameters + 32 * tokens * 4096 * 2)

@@ -10,6 +10,7 @@ side, a layer with a state by the outputs of its matrices and a state every STAT
     adapter     its input in fp32, A x; beside the output a copy of it in fp32 while B A x is added
     attention   q, k, v, out, lse
     MLP         gate, silu(gate), up and their product; in tiles only its input
+    fused       a norm keeps its input alone, and the MLP gate, up and their product (TrainingStep.fused)
     experts     besides, for each expert of a token, its row as it is sorted and what comes out
     state       twice what its matrices put out, and the states
 
@@ -18,12 +19,13 @@ Shape legend: T = tokens, D = hidden, H = query heads, K = key/value heads, F = 
 
 from __future__ import annotations
 
+from longspan.plan.communication import kv_heads_of_rank
 from longspan.plan.memory import SUM_BYTES
 from longspan.plan.models import ModelShape
 from longspan.plan.tape import Op, Walk, walk
 from longspan.plan.training_step import TrainingStep
 
-__all__ = ["block_walk", "flash_backward_bytes"]
+__all__ = ["block_walk", "flash_backward_bytes", "kernel_bytes"]
 
 FLASH_HEAD_DIM = 256
 """Largest head dimension of the flash kernels, which take 16 bits and multiples of 8."""
@@ -55,6 +57,8 @@ def block_walk(model: ModelShape, s: TrainingStep, *, attention_bytes: float = 0
 def _norm(name: str, read: str, write: str, elements: float, s: TrainingStep) -> Op:
     """y = weight * (x32 * rsqrt(mean(x32^2))): the wide copies exist only where x is narrow."""
     size, wide = elements * s.compute_bytes, elements * SUM_BYTES
+    if s.fused:
+        return Op((read,), write, size, (read,))
     narrow = s.compute_bytes < SUM_BYTES
     extra = [(f"{name}.normed", size)]
     saves = [read]
@@ -63,8 +67,8 @@ def _norm(name: str, read: str, write: str, elements: float, s: TrainingStep) ->
         saves.append(f"{name}.wide")
     if s.lora is None:
         saves.append(f"{name}.normed")
-    # Gradients of the square, of the mean and of the product, one after the other, in fp32.
-    return Op((read,), write, size, tuple(saves), tuple(extra), scratch=3 * wide)
+    # In fp32: the gradient through the product, that of the mean spread out, twice x, and the two of them multiplied.
+    return Op((read,), write, size, tuple(saves), tuple(extra), scratch=4 * wide)
 
 
 def _linear(
@@ -150,17 +154,10 @@ def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -
         ops.append(_norm("k.norm", "k.flat", "k.normed", key, s))
         flat = ["q.normed", "k.normed"]
     # RoPE keeps nothing of its own; the gradient passes through two products and a rotation.
-    ops.append(Op((flat[0],), "q", query * b, scratch=2 * query * b))
-    ops.append(Op((flat[1],), "k", key * b, scratch=2 * key * b))
+    turned = 0.0 if s.fused else 2.0
+    ops.append(Op((flat[0],), "q", query * b, scratch=turned * query * b))
+    ops.append(Op((flat[1],), "k", key * b, scratch=turned * key * b))
     lse = ("lse", t * model.heads * SUM_BYTES)
-    if s.cuda and (b >= SUM_BYTES or model.held_dim % 8 or model.held_dim > FLASH_HEAD_DIM):
-        # In tiles: five copies of the scores of one; keys, values and their gradients in fp32, laid out for products.
-        scratch = 5.0 * max(TILE_BYTES, t * model.heads * SUM_BYTES) + 7 * 2 * key * SUM_BYTES
-    elif s.cuda:
-        scratch = flash_backward_bytes(model, s)
-    else:
-        # Everything once more in fp32 where it is narrow.
-        scratch = (4 * query + 4 * key) * SUM_BYTES if b < SUM_BYTES else 0.0
     ops.append(
         Op(
             ("q", "k", "v"),
@@ -168,7 +165,7 @@ def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -
             query * b,
             ("q", "k", "v", "a", "lse"),
             (lse,),
-            scratch=scratch + attention_bytes,
+            scratch=kernel_bytes(model, s) + attention_bytes,
         )
     )
     ops += _linear("o", "a", "o", t, width, model.hidden, s, scale)
@@ -176,15 +173,30 @@ def _attention_ops(model: ModelShape, s: TrainingStep, attention_bytes: float) -
     return ops
 
 
+def kernel_bytes(model: ModelShape, s: TrainingStep) -> float:
+    """Return what the kernel of attention needs in its backward pass, beside what it returns."""
+    b = s.compute_bytes
+    query, key = (s.tokens * heads * model.held_dim for heads in (model.heads, model.kv_heads))
+    if s.cuda and (b >= SUM_BYTES or model.held_dim % 8 or model.held_dim > FLASH_HEAD_DIM):
+        # In tiles: five copies of the scores of one; keys, values and their gradients in fp32, laid out for products.
+        return 5.0 * max(TILE_BYTES, s.tokens * model.heads * SUM_BYTES) + 7 * 2 * key * SUM_BYTES
+    if s.cuda:
+        return flash_backward_bytes(model, s)
+    # Everything once more in fp32 where it is narrow.
+    return float((4 * query + 4 * key) * SUM_BYTES) if b < SUM_BYTES else 0.0
+
+
 def flash_backward_bytes(model: ModelShape, s: TrainingStep) -> float:
     """Return what FlashAttention-2 needs in its backward pass, beside what it returns.
 
-    dq in fp32, its heads rounded up, with 128 rows more for each document; dk and dv of every query head.
+    dq in fp32, its heads rounded up, with 128 rows more for each document; dk and dv of every query head, where
+    several look at one head of keys: on a rank that traded tokens for heads, fewer do.
     """
     step = 32 if model.held_dim <= 128 else 64
     rounded = -(-model.held_dim // step) * step
     sums = (s.tokens + DQ_ROWS * s.documents) * model.heads * rounded * SUM_BYTES
-    shared = model.kv_heads < model.heads
+    degree = s.parallel.cp_ulysses
+    shared = kv_heads_of_rank(model.heads, model.kv_heads, degree, 0) < model.heads // degree
     return float(sums + shared * 2 * s.tokens * model.heads * model.held_dim * s.compute_bytes)
 
 
@@ -215,13 +227,13 @@ def _mlp_ops(model: ModelShape, s: TrainingStep, tokens: int, before: str) -> li
 def _gated(model: ModelShape, s: TrainingStep, tokens: int) -> list[Op]:
     inner = tokens * model.intermediate * s.compute_bytes
     hidden, wide, scale = model.hidden, model.intermediate, model.weight_scale
-    ops = [
-        *_linear("gate", "y2", "gate", tokens, hidden, wide, s, scale),
-        Op(("gate",), "silu", inner, ("gate",)),
-        *_linear("up", "y2", "up", tokens, hidden, wide, s, scale),
-        Op(("silu", "up"), "product", inner, ("silu", "up")),
-        *_linear("down", "product", "mlp", tokens, wide, hidden, s, scale),
-    ]
+    gate, up = (_linear(name, "y2", name, tokens, hidden, wide, s, scale) for name in ("gate", "up"))
+    if s.fused:
+        ops = [*gate, *up, Op(("gate", "up"), "product", inner, ("gate", "up"))]
+    else:
+        product = Op(("silu", "up"), "product", inner, ("silu", "up"))
+        ops = [*gate, Op(("gate",), "silu", inner, ("gate",)), *up, product]
+    ops += _linear("down", "product", "mlp", tokens, wide, hidden, s, scale)
     if not model.experts:
         return ops
     rows = tokens * model.chosen * hidden * s.compute_bytes

@@ -17,15 +17,26 @@ SUM_BYTES = 4
 
 
 def attention_buffers(
-    schedule: str, model: ModelShape, tokens: int, *, ring_degree: int = 1, ulysses_degree: int = 1
+    schedule: str,
+    model: ModelShape,
+    tokens: int,
+    *,
+    kernel: float,
+    ring_degree: int = 1,
+    ulysses_degree: int = 1,
+    element_bytes: int = BYTES,
 ) -> float:
-    """Return bytes that a schedule holds beside the tensors of the layer, at the peak of its backward pass.
+    """Return bytes that attention holds beside the tensors of the layer, at the peak of its backward pass.
+
+    The layer's are q, k, v, out and their gradients, as many as this rank has tokens.
 
     Args:
         schedule: as in a recipe.
         model: heads and head dim.
         tokens: tokens of this rank.
+        kernel: what the kernel needs inside itself for all heads.
         ring_degree, ulysses_degree: as in a recipe.
+        element_bytes: of an activation.
     """
     query = tokens * model.heads * model.held_dim
     if schedule == "all_gather":
@@ -33,18 +44,23 @@ def attention_buffers(
         # under way, and one head's share of the queries with its gradient.
         whole = 2 * tokens * ring_degree * model.held_dim
         share = query / model.kv_heads
-        return whole * (3 * BYTES + 2 * SUM_BYTES) + 5 * share * BYTES
+        held = whole * (3 * element_bytes + 2 * SUM_BYTES) + 5 * share * element_bytes
+        return held + kernel / model.kv_heads
     if schedule == "none":
-        return query * SUM_BYTES
+        return kernel
     pair = 2 * tokens * model.kv_heads * model.held_dim
-    traded = 0.0
+    traded, trade = 0.0, 0.0
     if schedule in ("ulysses", "usp") and ulysses_degree > 1:
         kv = kv_heads_of_rank(model.heads, model.kv_heads, ulysses_degree, 0)
-        pair = 2 * tokens * ulysses_degree * kv * model.held_dim
-        # q, k, v, out, dout of the place beside the tokens' own, and one trade's send and receive buffers.
-        traded = (3 * query + pair) * BYTES + 2 * (query + pair) * BYTES
-    sums = query * SUM_BYTES
+        placed = 2 * tokens * ulysses_degree * kv * model.held_dim
+        # The rank's own out and its gradient; heads of keys that stand on several ranks, with gradients.
+        traded = (2 * query + 2 * (placed - pair)) * element_bytes
+        pair = placed
+        # What leaves and what arrives when gradients go home; the kernel is done then.
+        trade = 2 * (query + pair) * element_bytes
     if ring_degree == 1:
-        return traded + sums
-    # Visitor and next visitor; the gradient of the own block, the visiting, the arriving and the newest one.
-    return traded + sums + pair * (3 * BYTES + 4 * SUM_BYTES)
+        return traded + max(kernel, trade)
+    # dq so far; the visitor and the next one; gradients in fp32 of the own block, of the one that leaves and of the
+    # one that arrives. Then the kernel, or its gradients of keys in fp32 and laid together.
+    held = query * SUM_BYTES + pair * (2 * element_bytes + 3 * SUM_BYTES)
+    return traded + max(held + max(kernel, 2 * pair * SUM_BYTES), trade)

@@ -21,7 +21,7 @@ import math
 from typing import NamedTuple
 
 from longspan.core.errors import ArgumentError
-from longspan.plan.block import block_walk
+from longspan.plan.block import block_walk, kernel_bytes
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import SUM_BYTES, attention_buffers
 from longspan.plan.models import ModelShape
@@ -237,22 +237,25 @@ def _block(model: ModelShape, s: TrainingStep, alive: int) -> Walk:
 
 def _kind_block(model: ModelShape, s: TrainingStep, alive: int) -> Walk:
     query, key = alive * model.heads * model.held_dim, alive * model.kv_heads * model.held_dim
-    if not model.heads:
-        attention = 0.0
-    elif s.memory.chunk_tokens is not None and alive < s.tokens:
+    own = s._replace(tokens=alive)
+    attention = 0.0
+    if model.heads and s.memory.chunk_tokens is not None and alive < s.tokens:
         # Sums of out and dq in fp32; keys and values of an earlier chunk, the next one, their gradients twice.
         attention = 2.0 * query * SUM_BYTES + 2 * key * (2 * s.compute_bytes + 3 * SUM_BYTES)
-    elif s.parallel.planned_schedule == "none":
-        attention = 0.0
-    else:
+    elif model.heads and s.parallel.planned_schedule != "none":
+        kernel = kernel_bytes(model, own)
         attention = attention_buffers(
             s.parallel.planned_schedule,
             model,
             alive,
+            kernel=kernel,
             ring_degree=s.parallel.cp_ring,
             ulysses_degree=s.parallel.cp_ulysses,
-        ) - query * SUM_BYTES * (s.parallel.planned_schedule != "all_gather")
-    return block_walk(model, s._replace(tokens=alive), attention_bytes=attention)
+            element_bytes=s.compute_bytes,
+        )
+        # The block counts the kernel itself.
+        attention -= kernel
+    return block_walk(model, own, attention_bytes=attention)
 
 
 def _resident(

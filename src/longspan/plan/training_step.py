@@ -104,6 +104,8 @@ class TrainingStep(NamedTuple):
     """More than one micro-batch in a step."""
     documents: int = 1
     """Of a micro-batch; packed rows hold more than one each."""
+    fused: bool = False
+    """Norms, the rotation and the MLP's product are one kernel each, as in compiled blocks."""
     cuda: bool = True
     """False: as on a CPU, where attention and loss compute in fp32 and AdamW goes parameter by parameter."""
 

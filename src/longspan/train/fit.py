@@ -59,6 +59,7 @@ def training_step(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
         lora=lora,
         accumulates=rows > at_once,
         documents=at_once,
+        fused=config.runtime.compile_blocks,
         cuda=cuda,
     )
 
