@@ -29,15 +29,21 @@ def report(
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make one self-contained HTML page, with PNG figures and CSV tables beside it."""
+    """Make one self-contained HTML page, with its figures and tables as files beside it."""
     from longspan.report import write_report
 
     result = write_report(runs, out, title=title, group=group)
     if as_json:
-        figures, tables = (list(map(str, paths)) for paths in (result.figures, result.tables))
-        print_json(
-            {"page": str(result.page), "figures": figures, "tables": tables, "results": result.results}
-        )
+        written = {name: list(map(str, getattr(result, name))) for name in ("figures", "tables", "shown")}
+        print_json({"page": str(result.page), **written, "results": result.results})
     else:
-        written = [result.page, *result.figures, *result.tables]
-        print_table("written", ("file",), [[path] for path in written])
+        folders = [
+            (paths[0].parent, f"{len(paths)} files, {what}")
+            for paths, what in (
+                (result.figures, "each figure as PNG, SVG and PDF"),
+                (result.tables, "numbers as they were measured"),
+                (result.shown, "the tables of the page as CSV and LaTeX"),
+            )
+            if paths
+        ]
+        print_table("written", ("file", "what"), [[result.page, "the page"], *map(list, folders)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from longspan.report.tables import (
     tally_of,
 )
 
+_CHANGE = re.compile(r"[+-]\d[\d.,]*%?( (to|\u00b1) [+-]?\d[\d.,]*%?)?( noise)?")
 _COUNTS = ["mean", "low95", "high95", "scored", "unscored", "no_answer"]
 
 
@@ -153,6 +155,10 @@ def csv_text(columns: list[str], rows: list[list[Any]]) -> str:
     writer.writerow(columns)
     # A text cell that starts like a formula would run when a spreadsheet opens the file.
     writer.writerows(
-        [f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v else v for v in row] for row in rows
+        [
+            f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" and v and not _CHANGE.fullmatch(v) else v
+            for v in row
+        ]
+        for row in rows
     )
     return text.getvalue()

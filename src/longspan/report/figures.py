@@ -1,4 +1,4 @@
-"""The same figures as PNG files for slides and papers, drawn with matplotlib's Agg canvas, without pyplot."""
+"""The same figures as PNG, SVG and PDF files for slides and papers, drawn with matplotlib, without pyplot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from longspan.report.charts import cut_name, cut_names
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import axis_words, length_text, value_text
 from longspan.report.load import LoadedRun
-from longspan.report.palette import LINES, ink_on, line_index, sequential, step_of
+from longspan.report.palette import DASHES, LINES, ink_on, line_index, sequential, step_of
 from longspan.report.perplexity_view import ppl_measure
 from longspan.report.scores_view import DatasetDifference, dataset_differences
 from longspan.report.svg import AxisScale, thinned
@@ -32,6 +32,7 @@ from longspan.report.view import long_name, role_of, short_name
 
 _INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .* missing from")
+_KINDS = ("png", "svg", "pdf")
 _MOST_TICKS = 10
 """Labels of lengths that fit side by side under half a page."""
 
@@ -61,19 +62,30 @@ def write_figures(runs: Sequence[LoadedRun], evaluation: Evaluation, folder: Pat
             figures[name] = draw(run.lengths if kind == "lengths" else run.metrics)
     paths = []
     for name, figure in figures.items():
-        paths.append(folder / f"{file_name(name)}.png")
+        files = [folder / f"{file_name(name)}.{kind}" for kind in _KINDS]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            write_figure(figure, paths[-1])
-        _say_missing(caught, paths[-1])
+            for file in files:
+                write_figure(figure, file)
+        _say_missing(caught, files[0])
+        paths += files
     return paths
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as the file's ending says: .png, .svg, .pdf; the same figure gives the same bytes."""
+    """Write a figure as the file's ending says: .png, .svg, .pdf; the same figure gives the same bytes.
+
+    Fonts in a PDF are TrueType: publishers refuse those of Type 3.
+    """
     kind = path.suffix.lower().removeprefix(".")
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-    with atomic_write(path) as file, rc_context({"svg.hashsalt": "longspan"}):
+    engine = figure.get_layout_engine()
+    if (
+        engine is not None
+    ):  # what is placed once stays for the other kinds of file: placing takes longer than drawing
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    with atomic_write(path) as file, rc_context({"svg.hashsalt": "longspan", "pdf.fonttype": 42}):
         figure.savefig(file, format=kind, metadata=undated)
 
 
@@ -324,7 +336,10 @@ def _line_style(label: str, position: int, names: Mapping[str, str]) -> dict[str
     """Return how the line of a label is drawn; that of the model after training is the thickest."""
     color, width = LINES[line_index(label, position)][0], 2.2 if role_of(label) == "after" else 1.4
     name = _literal(names[short_name(label)])
-    return {"color": color, "marker": "o", "ms": 3.5, "lw": width, "label": name}
+    # Dashes tell lines apart where their colours do not, to colour-blind readers and on grey paper.
+    dashes = tuple(float(part) / width for part in DASHES[line_index(label, position)].split())
+    style = (0, dashes) if dashes else "-"
+    return {"color": color, "marker": "o", "ms": 3.5, "lw": width, "ls": style, "label": name}
 
 
 def _literal(text: str) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from longspan.core.errors import ArgumentError
 from longspan.core.files import atomic_write, finite
+from longspan.report.changes_view import changes_section
 from longspan.report.controls_view import controls_section
 from longspan.report.csv_files import csv_tables
 from longspan.report.evaluation import Evaluation, first_with_role
@@ -24,6 +25,7 @@ from longspan.report.headline import headline, models_section
 from longspan.report.load import LoadedRun, RecordFile, load_runs
 from longspan.report.maps_view import map_section
 from longspan.report.method_view import cost_section, method_section, mixed_settings, two_models
+from longspan.report.page_tables import page_tables
 from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
 from longspan.report.sample_data import SampleData
@@ -31,7 +33,7 @@ from longspan.report.scores_view import delta_section, scores_section
 from longspan.report.summary import summarise
 from longspan.report.tables import tally_of
 from longspan.report.training_view import lengths_section, training_section, training_totals
-from longspan.report.view import LONG, LONG_NAME, merge_records, short_name, unscored_text
+from longspan.report.view import LONG, LONG_NAME, Section, merge_records, short_name, unscored_text
 
 _MOST_LINKS = 16
 """Sections whose links stay on the screen; more are a list at the beginning of the page."""
@@ -43,7 +45,11 @@ class ReportResult:
 
     page: Path
     figures: list[Path]
+    """Each as .png, .svg and .pdf."""
     tables: list[Path]
+    """Numbers as they were measured, unrounded: .csv, one file a task."""
+    shown: list[Path]
+    """The tables of the page as it shows them, each as .csv and .tex."""
     results: dict[str, dict[str, Any]]
 
 
@@ -54,7 +60,7 @@ def write_report(
     title: str | None = None,
     group: bool = False,
 ) -> ReportResult:
-    """Write the page `out` (.html), figures/*.png and tables/*.csv beside it.
+    """Write the page `out` (.html), and beside it figures/*.{png,svg,pdf}, tables/*.csv and tables/page/*.{csv,tex}.
 
     Several runs share one page; labels that two runs have carry the names of their runs. `group`: runs that differ in
     their seed alone are summed up first, with mean and spread.
@@ -71,30 +77,49 @@ def write_report(
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ArgumentError("the report is one HTML file", found=out, fix=f"--out {out / 'report.html'}")
     loaded = load_runs(runs)
-    evaluation = Evaluation.from_records(merge_records(loaded))
     groups = group_runs(loaded) if group else []
-    page = render(loaded, title=title, groups=groups)
+    page = _compose(loaded, groups)
     with atomic_write(out, "w") as file:
-        file.write(page)
-    figures = write_figures(loaded, evaluation, out.parent / "figures")
-    tables = []
-    for name, text in {**csv_tables(evaluation), **groups_csv(groups)}.items():
-        tables.append(out.parent / "tables" / f"{file_name(name)}.csv")
-        with atomic_write(tables[-1], "w") as file:
+        file.write(_written(page, title))
+    figures = write_figures(loaded, page.evaluation, out.parent / "figures")
+    measured = {f"{file_name(name)}.csv": text for name, text in csv_tables(page.evaluation).items()}
+    measured |= {f"{name}.csv": text for name, text in groups_csv(groups).items()}
+    tables = _write_all(out.parent / "tables", measured)
+    shown = _write_all(out.parent / "tables" / "page", page_tables(page.sections))
+    return ReportResult(out, figures, tables, shown, {run.name: summarise(run) for run in loaded})
+
+
+def _write_all(folder: Path, texts: Mapping[str, str]) -> list[Path]:
+    for name, text in texts.items():
+        with atomic_write(folder / name, "w") as file:
             file.write(text)
-    return ReportResult(out, figures, tables, {run.name: summarise(run) for run in loaded})
+    return [folder / name for name in texts]
 
 
 def render(runs: Sequence[LoadedRun], *, title: str | None = None, groups: Sequence[RunGroup] = ()) -> str:
     """Return the page as text; the same runs give the same bytes."""
+    return _written(_compose(runs, groups), title)
+
+
+class _Page(NamedTuple):
+    """What is on a page."""
+
+    runs: Sequence[LoadedRun]
+    records: list[RecordFile]
+    evaluation: Evaluation
+    sections: list[Section]
+    data: SampleData
+
+
+def _compose(runs: Sequence[LoadedRun], groups: Sequence[RunGroup]) -> _Page:
     records = merge_records(runs)
     evaluation = Evaluation.from_records(records)
-    sentence, tiles = headline(evaluation, training_totals(runs))
     data = SampleData()
-    drawn = evaluation.maps + ["needle_distractors"] * bool(evaluation.distractors)
+    drawn = _drawn(evaluation)
     sections = [
         *(groups_sections(groups) if groups else []),
         models_section(evaluation),
+        changes_section(runs),
         *(map_section(evaluation, task, data) for task in evaluation.layouts if task in drawn),
         *(grid_section(evaluation, task, data) for task in evaluation.grids if task not in drawn),
         ppl_section(evaluation),
@@ -106,7 +131,19 @@ def render(runs: Sequence[LoadedRun], *, title: str | None = None, groups: Seque
         cost_section(records),
         method_section(runs, records),
     ]
-    missing = [] if drawn else ["Needle accuracy was not measured: no records/needle-*.jsonl."]
+    return _Page(runs, records, evaluation, sections, data)
+
+
+def _drawn(evaluation: Evaluation) -> list[str]:
+    return evaluation.maps + ["needle_distractors"] * bool(evaluation.distractors)
+
+
+def _written(page: _Page, title: str | None) -> str:
+    runs, records, sections = page.runs, page.records, page.sections
+    sentence, tiles = headline(page.evaluation, training_totals(runs))
+    missing = (
+        [] if _drawn(page.evaluation) else ["Needle accuracy was not measured: no records/needle-*.jsonl."]
+    )
     missing += [line for section in sections for line in section.missing]
     missing += [*_unscored(records), *_unfinished(records), *_empty(runs)]
     missing += [*two_models(records), *mixed_settings(records)]
@@ -131,7 +168,7 @@ def render(runs: Sequence[LoadedRun], *, title: str | None = None, groups: Seque
         most_links=_MOST_LINKS,
         css=Markup(theme_css() + "\n" + _asset("report.css")),
         script=Markup(_asset("report.js")),
-        samples=_json(data.to_json()),
+        samples=_json(page.data.to_json()),
     )
 
 
