@@ -115,6 +115,16 @@ def test_factors_reach_the_context_or_are_refused() -> None:
         rope.rope_parameters(longrope_settings(7) | {"rope_theta": 1e4}, head_dim=16)
 
 
+def test_yarn_may_count_from_less_than_the_models_positions() -> None:
+    """Qwen3's own YaRN, 4 times 32,768 on a model of 40,960, was refused; a factor too small for it was not."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 32768}
+    rope.check_reach(yarn, own_context=40960, context=131072)
+    with pytest.raises(ConfigError, match=r"factor 4 x 32768 of the model = 131072 positions, 163840"):
+        rope.check_reach(yarn, own_context=40960, context=163840)
+    with pytest.raises(ConfigError, match="is not the context of the model"):
+        rope.check_reach(yarn, own_context=16384, context=131072)
+
+
 def test_longrope_without_a_factor_reaches_as_far_as_its_slowest_pair() -> None:
     """Published models leave the factor out: a KeyError, or a stage of any length let through."""
     settings = longrope_settings(8) | {"long_factor": [1.0] * 7 + [6.0]}

@@ -13,15 +13,17 @@ import torch
 from longspan.core.errors import ArgumentError, ConfigError, DataError, UserError
 from longspan.core.records import read_jsonl
 from longspan.models.export import export_model
-from longspan.models.hf import build_model, load_model, save_model
+from longspan.models.hf import build_model, load_model, rope_of, save_model
 from longspan.train.config import ModelConfig, ParallelConfig, TrainConfig
 from longspan.train.loop_config import InitConfig
 from longspan.train.recipes import load_recipe, scale_tiny, shipped_recipes
 from longspan.train.resolve import resolve
+from longspan.train.stage_model import rope_at
 from longspan.train.streams import plan_stage
 from longspan.train.tiny_inputs import tiny_inputs
 from longspan.train.trainer import train
 from tests.train.conftest import recipe
+from tests.train.recipes_today import TODAY
 
 # context, steps, tokens a step, peak rate, theta and factor of each stage, as published; fu: 5B tokens in steps of 4M.
 PUBLISHED: dict[str, list[tuple[int, int | None, int, float, float | None, float | None]]] = {
@@ -78,7 +80,7 @@ PUBLISHED["easycontext-danube2-256k"] = [
 
 def test_every_shipped_recipe_is_checked_here() -> None:
     """A recipe that is added without its numbers would never be looked at."""
-    assert shipped_recipes() == sorted(PUBLISHED)
+    assert shipped_recipes() == sorted({*PUBLISHED, *TODAY})
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -182,7 +184,6 @@ def test_tiny_keeps_the_structure() -> None:
             for kept in (
                 "name",
                 "lr",
-                "rope",
                 "objective",
                 "loss_average",
                 "optimizer_state",
@@ -192,6 +193,11 @@ def test_tiny_keeps_the_structure() -> None:
                 assert getattr(after, kept) == getattr(before, kept), (name, kept)
             shortest = 2048 if name == "agent-sft-128k" else 32
             assert after.context_length == max(shortest, before.context_length // 1024)
+            wanted = before.rope
+            if wanted is not None and "original_max_position_embeddings" in wanted:
+                original = wanted["original_max_position_embeddings"] // 1024
+                wanted = {**wanted, "original_max_position_embeddings": original}
+            assert after.rope == wanted
             assert after.rows_per_step <= 4 and list(after.streams) == list(before.streams)
             for stream, small in zip(before.streams.values(), after.streams.values()):
                 assert (small.pack.strategy, small.pack.specials, small.weight) == (
@@ -209,11 +215,13 @@ def test_tiny_keeps_the_structure() -> None:
             )
 
 
-FAST = ("fu-2024-80k", "prolong-sft")
+# Of the others each structure is run here; the rest with the slow tests.
+FAST = ("fu-2024-80k", "prolong-sft", "gemma3-1b", "gpt-oss-20b")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in sorted(PUBLISHED)]
+    "name",
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in shipped_recipes()],
 )
 def test_tiny_runs_to_a_checkpoint_and_an_exported_model(name: str, tmp_path: Path) -> None:
     """The recipe's own stages, mixtures, masks, carry and adapters have to run, not only to parse."""
@@ -231,9 +239,11 @@ def test_tiny_runs_to_a_checkpoint_and_an_exported_model(name: str, tmp_path: Pa
     trained = load_model(result.models[last.name])
     export_model(trained, tmp_path / "exported", tokenizer=tmp_path / "inputs" / "tokenizer")
     model = load_model(tmp_path / "exported")
-    if last.rope is not None:
-        assert model.config.rope_parameters["rope_theta"] == last.rope["rope_theta"]
-        assert model.config.rope_parameters["rope_type"] == last.rope["rope_type"]
+    rope = rope_at(tiny, last)
+    if rope is not None:
+        found = rope_of(model.config)
+        assert found is not None
+        assert {name: found[name] for name in rope} == rope
     assert model.config.max_position_embeddings >= last.context_length
     logits = model(torch.arange(32)[None]).logits
     assert logits.isfinite().all() and len(result.models) == len(tiny.stages)

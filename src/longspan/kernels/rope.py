@@ -142,10 +142,11 @@ def rope_parameters(settings: Mapping[str, Any], *, head_dim: int | None = None)
 def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int) -> None:
     """Refuse a factor with which `context` positions do not come to lie where the model has been.
 
-    Types with a factor map `context` positions onto context / factor; that has to be within the `own_context` of the
-    model, or the recipe says that it is meant otherwise. A larger factor than needed is a choice. Llama-3's factor is
-    no ratio of lengths, a theta reaches no particular length, and both are left alone. LongRoPE without a factor
-    (Phi-3) reaches as far as its slowest pair is slowed.
+    Types with a factor map `context` positions onto context / factor; that has to be within what the RoPE counts from,
+    its `original_max_position_embeddings`, or the recipe says that it is meant otherwise. That is the `own_context` of
+    the model, or less: Qwen3 has 40,960 positions, and its YaRN counts from 32,768. A larger factor than needed is a
+    choice. Llama-3's factor is no ratio of lengths, a theta reaches no particular length, and both are left alone.
+    LongRoPE without a factor (Phi-3) reaches as far as its slowest pair is slowed.
 
     Args:
         settings: as for `rope_parameters`.
@@ -153,28 +154,28 @@ def check_reach(settings: Mapping[str, Any], *, own_context: int, context: int) 
         context: positions of the stage.
 
     Raises:
-        ConfigError: the factor is too small, or `original_max_position_embeddings` is not the model's own context.
+        ConfigError: the factor is too small, or `original_max_position_embeddings` is more than the model's context.
     """
     kind = settings.get("rope_type", "default")
     original = settings.get("original_max_position_embeddings", own_context)
     if kind not in REACHING_TYPES or context <= own_context:
         return
-    if original != own_context:
+    if original > own_context:
         raise ConfigError(
             f"RoPE of type {kind}: original_max_position_embeddings is not the context of the model",
             found=f"{original}",
-            allowed=f"{own_context}",
+            allowed=f"{own_context}, or less where the model was trained on less",
         )
     factor = settings.get("factor")
     if factor is None:
         # transformers takes the ratio of the config's lengths, which follows the stage's.
         factor = max(settings["long_factor"]) if kind == "longrope" else math.inf
-    if factor * own_context < context:
+    if factor * original < context:
         raise ConfigError(
             f"the factor of RoPE type {kind} does not match the context length",
-            found=f"factor {factor:g} x {own_context} of the model = {factor * own_context:.0f} positions, "
+            found=f"factor {factor:g} x {original} of the model = {factor * original:.0f} positions, "
             f"{context} in the stage",
-            allowed=f"a factor of at least {context / own_context:g}",
+            allowed=f"a factor of at least {context / original:g}",
             fix="raise the factor, shorten the stage, or set the stage's rope_falls_short if it is meant so",
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from longspan.core.errors import DataError
 from longspan.models.hf import own_config, rope_of
@@ -13,7 +13,7 @@ from longspan.models.hf_config import changed_config, head_counts, new_config, w
 from longspan.models.known_checkpoints import with_known_rope
 from longspan.models.places import adapter_folder
 from longspan.models.shape import model_shape
-from longspan.plan.models import MODELS, ModelShape
+from longspan.plan.models import MODELS, ModelShape, published_configs
 from longspan.train.config import ModelConfig
 
 __all__ = ["AttentionSizes", "KnownModel", "known_model", "model_path"]
@@ -23,8 +23,14 @@ OWN_CONTEXT = {
     "llama-2-13b": 4096,
     "llama-3-8b": 8192,
     "llama-3-70b": 8192,
+    "llama-3.1-8b": 131072,
+    "llama-3.2-": 131072,
     "prolong-512k": 524288,
     "danube2-1.8b": 8192,
+    "qwen3-": 40960,
+    "qwen3-4b-base": 32768,
+    "qwen3-8b-base": 32768,
+    "-2507": 262144,
 }
 """Positions of models by what their names contain; the last that fits counts."""
 
@@ -50,6 +56,9 @@ class KnownModel(NamedTuple):
     shape: ModelShape | None
     """None: a model without an estimate, which trains all the same, or a name that says nothing."""
     own_context: int | None
+    named: PretrainedConfig | None = None
+    """Where it is not at hand: a config of its family and sizes, by its name; its lengths and RoPE where
+    `own_context` is known."""
 
     @property
     def sizes(self) -> AttentionSizes | None:
@@ -102,6 +111,13 @@ def known_model(model: ModelConfig, root: Path, *, fetch: bool = False) -> Known
         return KnownModel(path, config, as_saved, shape, own_context)
     # meta-llama/Meta-Llama-3-8B-Instruct is a llama-3-8b.
     name = str(path).lower().rsplit("/", 1)[-1].replace("_", "-")
+    published = {key: fields for key, fields in published_configs().items() if key in name}
+    if published:
+        # gpt-oss-20b-bf16 is a gpt-oss-20b.
+        key = max(published, key=len)
+        named = CONFIG_MAPPING[published[key]["model_type"]].from_dict(published[key])
+        length = published[key].get("max_position_embeddings")
+        return KnownModel(path, None, None, model_shape(named, key), length, named)
     shapes = [shape for key, shape in MODELS.items() if key in name]
     lengths = [length for key, length in OWN_CONTEXT.items() if key in name]
     return KnownModel(path, None, None, shapes[-1] if shapes else None, lengths[-1] if lengths else None)

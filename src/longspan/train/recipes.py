@@ -7,8 +7,9 @@
     duration       4 steps a stage (a stage of 0 stays), one epoch where the recipe counts in epochs
     batch          4 rows a step, one row a micro-batch; fewer if the recipe has fewer
     warm-up        one step where the recipe has some
-    model          2 layers of 64 channels, 4 heads (2 for keys and values if the recipe's model shares them), its own
-                   vocabulary of 512; made from scratch and saved, then loaded as the recipe's model.path
+    model          of its family where its config or its name says it (else a Llama): a layer of each kind, at least 2,
+                   of 64 channels, 4 heads (2 for keys and values if the recipe's model shares them), windows of 16, 4
+                   experts, its own vocabulary of 512; made from scratch and saved, then loaded as model.path
     adapters       rank 4, alpha as much of it as before
     data           every store, every file of records and every packed folder is made of CPython's own text, with the
                    names of the recipe's sources
@@ -26,7 +27,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,9 +153,8 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
         changes |= {"steps": 0 if stage.steps == 0 else STEPS, "max_epochs": max(stage.max_epochs, 20)}
     if stage.lr_schedule.warmup_steps:
         changes["lr_schedule"] = stage.lr_schedule.model_copy(update={"warmup_steps": 1})
-    if stage.rope is not None and "original_max_position_embeddings" in stage.rope:
-        original = stage.rope["original_max_position_embeddings"]
-        changes["rope"] = {**stage.rope, "original_max_position_embeddings": max(1, original // SCALE)}
+    if stage.rope is not None:
+        changes["rope"] = tiny_rope(stage.rope)
     if stage.pose is not None:
         target = max(2 * length, stage.pose.target_length // SCALE)
         changes["pose"] = stage.pose.model_copy(update={"target_length": target})
@@ -193,3 +193,15 @@ def _limit(length: int) -> int:
 def tiny_positions(own: int) -> int:
     """Return the context of the tiny model that stands for one of `own` positions."""
     return max(1, math.ceil(own / SCALE))
+
+
+def tiny_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return RoPE settings, of each kind of layer where there are several, with what they count from divided too."""
+    return {
+        name: tiny_rope(value)
+        if isinstance(value, Mapping)
+        else tiny_positions(value)
+        if name == "original_max_position_embeddings"
+        else value
+        for name, value in rope.items()
+    }

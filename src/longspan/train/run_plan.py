@@ -153,6 +153,9 @@ def _check_model(config: TrainConfig, known: KnownModel) -> list[str]:
     if known.config is None:
         if known.own_context is None:
             return []
+        if known.named is not None:
+            check_ropes(config, known.named)
+            return rope_notes(config, known.named)
         if known.shape is not None:
             check_stage_ropes(config, own_context=known.own_context, head_dim=known.shape.head_dim)
         return stage_rope_notes(config, max_positions=known.own_context)

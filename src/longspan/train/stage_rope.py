@@ -61,7 +61,7 @@ def check_stage_ropes(
 
 
 def rope_notes(config: TrainConfig, model: PretrainedConfig) -> list[str]:
-    """Return warnings about stages that reach beyond the model with an unchanged RoPE."""
+    """Return warnings about stages that reach beyond the model with an unchanged RoPE, or one that counts from less."""
     text = model.get_text_config(decoder=True)
     learnt = 0 if config.model.path is None else getattr(text, "max_position_embeddings", None) or 0
     return stage_rope_notes(config, max_positions=learnt, own_rope=rope_of(model))
@@ -78,11 +78,22 @@ def stage_rope_notes(
     """
     notes = []
     known = max_positions
+    scaled = (own_rope or {}).get("rope_type") in REACHING_TYPES
+    said = None
     for stage in config.stages:
+        rope = stage.rope or {}
+        original = rope.get("original_max_position_embeddings", max_positions)
+        counts = not scaled and rope.get("rope_type") in REACHING_TYPES
+        if counts and original != said and original < max_positions < stage.reach:
+            said = original
+            notes.append(
+                f"the rope of stage {stage.name!r} counts from {original:,} positions, the model has "
+                f"{max_positions:,}: as Qwen3's own YaRN does, a slip elsewhere"
+            )
         if stage.steps == 0 or rope_at(config, stage) is not None:
             continue
         # Types with a factor are checked by it.
-        if 0 < known < stage.reach and (own_rope or {}).get("rope_type") not in REACHING_TYPES:
+        if 0 < known < stage.reach and not scaled:
             notes.append(
                 f"stage {stage.name!r} has {stage.reach:,} positions, the model {known:,}, and no stage sets a rope: "
                 "its own is trained as it is"

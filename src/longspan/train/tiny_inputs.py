@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
+from longspan.core.errors import ConfigError
 from longspan.core.files import atomic_dir, read_json, write_json
 from longspan.core.log import get_logger
 from longspan.core.seeds import rng
@@ -26,9 +28,10 @@ from longspan.data.texts.python_corpus import python_documents
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, train_bpe
 from longspan.models.hf import build_model, save_model
+from longspan.models.hf_config import new_config, text_config
 from longspan.train.config import StageConfig, TrainConfig
-from longspan.train.known_models import known_model
-from longspan.train.recipes import TINY_MODEL, TINY_TOKENIZER, tiny_positions
+from longspan.train.known_models import KnownModel, known_model
+from longspan.train.recipes import TINY_MODEL, TINY_TOKENIZER, tiny_positions, tiny_rope
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.stream_config import StreamConfig
 
@@ -43,6 +46,16 @@ VOCABULARY = 512
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>")
 MARK = "inputs.json"
 DEFAULT_CONTEXT = 4096
+FAMILY_SIZES = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 16,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+"""Sizes of the families that a Llama does not have, where their configs have them."""
 
 
 def tiny_inputs(original: TrainConfig, tiny: TrainConfig, folder: Path, *, root: Path = Path()) -> None:
@@ -64,13 +77,15 @@ def tiny_inputs(original: TrainConfig, tiny: TrainConfig, folder: Path, *, root:
             special_tokens=SPECIAL_TOKENS,
         )
         _model(original, root, tokenizer, work / TINY_MODEL)
-        for path, (names, longest) in _stores(tiny).items():
+        for path, (names, longest, masked) in _stores(tiny).items():
             records = [
-                {"text": text, "source": name}
+                {**(_conversation(text) if masked else {"text": text}), "source": name}
                 for name in names
-                for text in texts.draw(f"{path} {name}", DOCUMENTS, 4 * longest)
+                for text in texts.draw(f"{path} {name}", DOCUMENTS, longest if masked else 4 * longest)
             ]
-            _store(records, tokenizer, work / path, source_field="source")
+            _store(
+                records, tokenizer, work / path, source_field="source", **(_chat(tokenizer) if masked else {})
+            )
         for stage in tiny.stages:
             for name, stream in stage.streams.items():
                 if stream.rows is not None and not (work / stream.rows).exists():
@@ -106,9 +121,13 @@ class _Texts:
 
 def _model(original: TrainConfig, root: Path, tokenizer: Tokenizer, path: Path) -> None:
     known = known_model(original.model, root / original.data_root)
+    save_model(build_model(tiny_fields(known, tokenizer), seed=original.seed), path)
+
+
+def tiny_fields(known: KnownModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the config of the model that stands for another: its family, one layer of each kind, small sizes."""
     shares_heads = known.shape is not None and known.shape.kv_heads < known.shape.heads
-    fields = {
-        "model_type": "llama",
+    sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -120,20 +139,62 @@ def _model(original: TrainConfig, root: Path, tokenizer: Tokenizer, path: Path) 
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
     }
-    save_model(build_model(fields, seed=original.seed), path)
+    config = known.named if known.config is None else known.config
+    if config is None or text_config(config).model_type == "llama":
+        heads_have_norms = known.shape is not None and known.shape.head_norms
+        return (
+            {"model_type": "qwen3", "head_dim": 16, **sizes}
+            if heads_have_norms
+            else {"model_type": "llama", **sizes}
+        )
+    own = text_config(config)
+    fields = {"model_type": own.model_type, **sizes, **_small(own)}
+    try:
+        new_config(fields, None)
+    except ConfigError as error:
+        get_logger("train").warning(
+            "tiny scale: a Llama stands for the %s model: %s", own.model_type, str(error).partition("\n")[0]
+        )
+        return {"model_type": "llama", **sizes}
+    return fields
 
 
-def _stores(config: TrainConfig) -> dict[str, tuple[list[str], int]]:
-    """Return the sources of every store and the longest row that is cut from it."""
-    found: dict[str, tuple[list[str], int]] = {}
+def _small(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what a family has beside a Llama's sizes: kinds of layers, windows, experts, RoPEs."""
+    # A file may say more than the family's config has.
+    fields = {name: value for name, value in config.to_dict().items() if name in type(config)().to_dict()}
+    small: dict[str, Any] = {
+        name: min(fields[name], size)
+        for name, size in FAMILY_SIZES.items()
+        if isinstance(fields.get(name), int)
+    }
+    if kinds := list(dict.fromkeys(fields.get("layer_types") or ())):
+        layers = kinds * 2 if len(kinds) == 1 else kinds
+        small |= {"layer_types": layers, "num_hidden_layers": len(layers)}
+    if rope := fields.get("rope_parameters"):
+        small["rope_parameters"] = tiny_rope(rope)
+    return small
+
+
+def _stores(config: TrainConfig) -> dict[str, tuple[list[str], int, bool]]:
+    """Return the sources of every store, the longest row that is cut from it, and whether it holds conversations."""
+    found: dict[str, tuple[list[str], int, bool]] = {}
     for stage in config.stages:
         for name, stream in stage.streams.items():
             paths = (stream.store,) if isinstance(stream.store, str) else stream.store or ()
             sources = list(stream.mixture.weights) or list(stream.mixture.sources or ()) or [name]
             for path in paths:
-                names, longest = found.get(path, ([], 0))
-                found[path] = (list(dict.fromkeys([*names, *sources])), max(longest, stage.context_length))
+                names, longest, masked = found.get(path, ([], 0, False))
+                found[path] = (
+                    list(dict.fromkeys([*names, *sources])),
+                    max(longest, stage.context_length),
+                    masked or stage.needs_mask(name),
+                )
     return found
+
+
+def _chat(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"messages_field": "conversations", "chat": load_chat_format(tokenizer, "llama-3")}
 
 
 def _store(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, out: Path, **settings: Any) -> TokenStore:
@@ -196,8 +257,7 @@ def _packed(
     drawn = texts.draw(f"{rows} {source}", DOCUMENTS, 4 * stage.context_length)
     aside = work / "packing" / rows
     if stage.objective == "sft":
-        chat = load_chat_format(tokenizer, "llama-3")
-        store = _store(map(_conversation, drawn), tokenizer, aside, messages_field="conversations", chat=chat)
+        store = _store(map(_conversation, drawn), tokenizer, aside, **_chat(tokenizer))
     else:
         records = ({"text": text, "source": source} for text in drawn)
         store = _store(records, tokenizer, aside, source_field="source")
