@@ -215,8 +215,8 @@ def test_tiny_keeps_the_structure() -> None:
             )
 
 
-# Of the others each structure is run here; the rest with the slow tests.
-FAST = ("fu-2024-80k", "prolong-sft", "gemma3-1b", "gpt-oss-20b")
+# The others with the slow tests.
+FAST = ("fu-2024-80k", "prolong-sft", "gemma3-1b")
 
 
 @pytest.mark.parametrize(

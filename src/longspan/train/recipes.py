@@ -19,7 +19,8 @@
     checkpoints    every 2 steps
 
 What stays: stages and their order, RoPE types, thetas and factors, mixtures and weights, strategies, special tokens,
-objectives, masks, chat templates, optimizer and its carry, rates, schedules, seeds, LoRA targets and quantisation.
+objectives, masks, chat templates (llama-3 for a tokenizer's own), optimizer and its carry, rates, schedules, seeds,
+LoRA targets and quantisation.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ SHORTEST_ROW, SHORTEST_LIMIT = 32, 16
 TRACE_ROW = 2048
 """Tokens of a row that holds an agent's trace: schemas of tools take some hundred."""
 STEPS, ROWS, RANK = 4, 4, 4
-TINY_MODEL, TINY_TOKENIZER = "model", "tokenizer"
+TINY_MODEL, TINY_TOKENIZER, TINY_TEMPLATE = "model", "tokenizer", "llama-3"
 _FOLDER = importlib.resources.files("longspan") / "recipes"
 
 
@@ -140,7 +141,8 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
         "batch_tokens": rows * length,
         "micro_batch_tokens": min(rows, stage.rows_per_micro_batch) * length,
         "streams": {
-            name: _tiny_stream(stream, rows * length, length) for name, stream in stage.streams.items()
+            name: _tiny_stream(stream, rows * length, length, masked=stage.needs_mask(name))
+            for name, stream in stage.streams.items()
         },
     }
     if stage.objective == "distill":
@@ -161,8 +163,10 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
     return stage.model_copy(update=changes)
 
 
-def _tiny_stream(stream: StreamConfig, step_tokens: int, length: int) -> StreamConfig:
+def _tiny_stream(stream: StreamConfig, step_tokens: int, length: int, *, masked: bool) -> StreamConfig:
     changes: dict[str, Any] = {"teacher": None}
+    if masked and stream.records is not None and stream.chat_template is None:
+        changes["chat_template"] = TINY_TEMPLATE
     if stream.rows is not None:
         # Made here, whatever reads it there.
         changes["rows"] = stream.rows.removeprefix(HUB)

@@ -31,7 +31,7 @@ from longspan.models.hf import build_model, save_model
 from longspan.models.hf_config import new_config, text_config
 from longspan.train.config import StageConfig, TrainConfig
 from longspan.train.known_models import KnownModel, known_model
-from longspan.train.recipes import TINY_MODEL, TINY_TOKENIZER, tiny_positions, tiny_rope
+from longspan.train.recipes import TINY_MODEL, TINY_TEMPLATE, TINY_TOKENIZER, tiny_positions, tiny_rope
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.stream_config import StreamConfig
 
@@ -194,7 +194,7 @@ def _stores(config: TrainConfig) -> dict[str, tuple[list[str], int, bool]]:
 
 
 def _chat(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"messages_field": "conversations", "chat": load_chat_format(tokenizer, "llama-3")}
+    return {"messages_field": "conversations", "chat": load_chat_format(tokenizer, TINY_TEMPLATE)}
 
 
 def _store(records: Iterable[dict[str, Any]], tokenizer: Tokenizer, out: Path, **settings: Any) -> TokenStore:
