@@ -3,7 +3,8 @@
 `scale_tiny` is the one rule. What it changes:
 
     lengths        every length in tokens divided by 1024: context_length, PoSE's target, thresholds, document limits;
-                   at least 32 for rows and 16 for the others
+                   at least 32 for rows (128 and 2048 where shorter ones would hold conversations and agents' traces)
+                   and 16 for the others
     duration       4 steps a stage (a stage of 0 stays), one epoch where the recipe counts in epochs
     batch          4 rows a step, one row a micro-batch; fewer if the recipe has fewer
     warm-up        one step where the recipe has some
@@ -50,6 +51,8 @@ __all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
 
 SCALE = 1024
 SHORTEST_ROW, SHORTEST_LIMIT = 32, 16
+CHAT_ROW = 128
+"""Tokens of a row for a conversation, where it would have fewer than SHORTEST_ROW: the template alone takes half of those."""
 TRACE_ROW = 2048
 """Tokens of a row that holds an agent's trace: schemas of tools take some hundred."""
 STEPS, ROWS, RANK = 4, 4, 4
@@ -131,7 +134,11 @@ def scale_tiny(config: TrainConfig) -> TrainConfig:
 
 def _tiny_stage(stage: StageConfig) -> StageConfig:
     branches = any(stream.conversations.true_prefixes for stream in stage.streams.values())
-    length = max(TRACE_ROW if branches else SHORTEST_ROW, stage.context_length // SCALE)
+    length = stage.context_length // SCALE
+    if branches:
+        length = max(length, TRACE_ROW)
+    elif length < SHORTEST_ROW:
+        length = CHAT_ROW if any(map(stage.needs_mask, stage.streams)) else SHORTEST_ROW
     rows = min(ROWS, stage.rows_per_step)
     changes: dict[str, Any] = {
         "context_length": length,
