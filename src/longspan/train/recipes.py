@@ -52,7 +52,7 @@ __all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
 SCALE = 1024
 SHORTEST_ROW, SHORTEST_LIMIT = 32, 16
 CHAT_ROW = 128
-"""Tokens of a row for a conversation, where it would have fewer than SHORTEST_ROW: the template alone takes half of those."""
+"""Tokens of a row for a conversation, where it would have fewer than SHORTEST_ROW: half of those are its template."""
 TRACE_ROW = 2048
 """Tokens of a row that holds an agent's trace: schemas of tools take some hundred."""
 STEPS, ROWS, RANK = 4, 4, 4
