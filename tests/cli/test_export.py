@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,60 @@ def test_what_cannot_be_exported_is_one_message_and_no_folder(longspan, run):
     assert not os.path.exists("out")
     shutil.rmtree(run / "stages" / "long")
     assert "is not done" in longspan(f"export {run} --out out").err
+
+
+def test_a_gguf_file_beside_the_folder(longspan, model, monkeypatch):
+    """llama.cpp's converter stands in; its file is made last, and what cannot be one is refused first."""
+    from tests.models.test_gguf_file import CONVERTER
+
+    Path("convert_hf_to_gguf.py").write_text(textwrap.dedent(CONVERTER))
+    outcome = longspan("export model --rope-theta 3e4 --gguf f32 --converter . --out out --json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["gguf"] == "out/out-f32.gguf" and Path("out/out-f32.gguf").is_file()
+    for options, part in (
+        ("--rope rope_type=dynamic,factor=4 --gguf f16 --converter .", "cannot say this RoPE"),
+        ("--gguf f16", "git clone"),
+        ("--gguf f16 --converter nowhere", "there is no converter nowhere"),
+        ("--gguf f16 --adapter --converter .", "a GGUF file holds a whole model"),
+        ("--converter .", "has an effect with gguf alone"),
+        ("--public", "the repository that push names"),
+        ("--push name", "OWNER/NAME"),
+    ):
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        refused = longspan(f"export model {options} --out x")
+        assert refused.code in (1, 2) and part in refused.err and not Path("x").exists(), options
+    monkeypatch.setenv("STAND_IN", "forgets")
+    failed = longspan("export model --rope-theta 3e4 --gguf f32 --converter . --out half")
+    assert failed.code == 1 and "the base: 10000, the model's 30000" in failed.err
+    assert not list(Path("half").glob("*gguf*")) and Path("half/model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_folder_on_the_hub(longspan, model, monkeypatch):
+    """What is there is looked at before the model is loaded, and the token is in no output."""
+    from tests.hub_server import TOKEN, hub_server
+    from tests.models.test_hub_upload import use_hub
+
+    with hub_server() as hub:
+        use_hub(hub, monkeypatch)
+        outcome = longspan("export model --push me/model --out out")
+        assert outcome.code == 0, outcome.err
+        assert f"{hub.address}/me/model/commit/1" in outcome.out.replace("\n", "")
+        assert hub.private["me/model"] and hub.files["me/model"].keys() >= {
+            "config.json",
+            "model.safetensors",
+        }
+        again = longspan("export model --push me/model --out again")
+        assert again.code == 2 and "--overwrite" in again.err and not Path("again").exists()
+        assert TOKEN not in outcome.out + outcome.err + again.err + Path("out/settings.yaml").read_text()
+
+
+def test_factors_longer_than_a_name_may_be(longspan, model):
+    """LongRoPE's factors in an option ended in a traceback: they were looked for as a file."""
+    factors = ",".join(["1.0"] * 8)
+    rope = f"{{rope_type: longrope, factor: 2.0, original_max_position_embeddings: 512, {' ' * 300}"
+    rope += f"short_factor: [{factors}], long_factor: [{factors}]}}"
+    outcome = longspan(["export", "model", "--rope", rope, "--max-length", "1k", "--out", "out"])
+    assert outcome.code == 0, outcome.err
+    assert json.loads(Path("out/config.json").read_text())["rope_parameters"]["factor"] == 2.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -48,7 +49,8 @@ def export(
 ) -> None:
     """Write a folder that transformers and vLLM load without longspan, with its RoPE and context length.
 
-    An adapter is merged in float32 with its base, taken back from 4 bits first if it was quantised.
+    An adapter is merged in float32 with its base, taken back from 4 bits first if it was quantised. With --gguf there is
+    a file for llama.cpp too, with --push the folder is on the Hugging Face hub.
     """
     from longspan.core.errors import ArgumentError
     from longspan.models.export import export_adapter, export_model
@@ -64,9 +66,12 @@ def export(
         raise ArgumentError(
             f"{words} has no tokenizer", allowed="a folder with tokenizer.json or tokenizer.model"
         )
+    converter = _before_work(settings)
     quiet_transformers()
     source = _find(settings.checkpoint, settings)
     words = words or source.tokenizer
+    if settings.gguf is not None:
+        _check_gguf(source, words)
     # Before the model is used up, and before anything is written: records of another model are refused.
     text = _card(card, source, settings, out.name) if card else None
     if settings.adapter:
@@ -84,10 +89,47 @@ def export(
             file.write(text)
     write_used(used, out)
     report.notes[:0] = source.notes
+    made = {"gguf": None if converter is None else _write_gguf(settings, out, converter), "pushed": None}
+    if settings.push is not None:
+        from longspan.models.hub_upload import push_folder
+
+        made["pushed"] = push_folder(out, settings.push, public=settings.public, overwrite=settings.overwrite)
     if as_json:
-        print_json({**report._asdict(), "path": str(report.path)})
+        print_json({**report._asdict(), "path": str(report.path), **made})
     else:
-        _print(report)
+        _print(report, made)
+
+
+def _before_work(settings: ExportConfig) -> list[str] | None:
+    """Refuse what the hub or a converter would refuse in the end; return the words that start the converter."""
+    if settings.push is not None:
+        from longspan.models.hub_upload import check_push
+
+        check_push(settings.push, overwrite=settings.overwrite)
+    if settings.gguf is None:
+        return None
+    from longspan.models.gguf_file import find_converter
+
+    return find_converter(settings.converter)
+
+
+def _check_gguf(source: _Source, tokenizer: Path | None) -> None:
+    from longspan.core.errors import ArgumentError
+    from longspan.models.gguf_file import refuse_rope
+
+    if tokenizer is None:
+        raise ArgumentError(
+            "a GGUF file holds a tokenizer, and none is found", fix="name it with --tokenizer"
+        )
+    refuse_rope(source.model.config)
+
+
+def _write_gguf(settings: ExportConfig, out: Path, converter: list[str]) -> str:
+    from longspan.models.gguf_file import write_gguf
+
+    assert settings.gguf is not None
+    kind = "" if settings.gguf == "auto" else f"-{settings.gguf}"
+    return str(write_gguf(out, out / f"{out.name}{kind}.gguf", settings.gguf, converter))
 
 
 def _card(runs: list[Path], source: _Source, settings: ExportConfig, name: str) -> str:
@@ -194,7 +236,7 @@ def _words(origin: str) -> Path | None:
     return folder if has_tokenizer(folder) else None
 
 
-def _print(report: ExportReport) -> None:
+def _print(report: ExportReport, made: Mapping[str, str | None]) -> None:
     from longspan.core.units import format_count
 
     def error(value: float | None) -> str | None:
@@ -206,6 +248,8 @@ def _print(report: ExportReport) -> None:
         ("type", report.dtype),
         ("logits changed by merging, at most", error(report.merge_error)),
         (f"logits changed by rounding to {report.dtype}, at most", error(report.rounding_error)),
+        ("for llama.cpp", made["gguf"]),
+        ("on the hub", made["pushed"]),
     ]
     print_table(str(report.path), ("", ""), [row for row in rows if row[1] is not None])
     for note in report.notes:

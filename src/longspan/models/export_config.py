@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+import pydantic
 
 from longspan.core.config import Config, Length
 
@@ -28,6 +30,29 @@ class ExportConfig(Config):
     """Base of the RoPE instead of the model's own, such as 200e6."""
     max_length: Length | None = None
     """Positions to write where the model's config says fewer, such as 80k."""
+
+    gguf: Literal["auto", "f32", "f16", "bf16", "q8_0"] | None = None
+    """Write a GGUF file for llama.cpp into the folder as well, its weights in this type, by llama.cpp's own converter;
+    auto: 16 bits. Its RoPE and length are held against the model's."""
+    converter: str | None = None
+    """llama.cpp's convert_hf_to_gguf.py, or the folder it lies in. None: the one on the PATH."""
+    push: str | None = None
+    """Upload the folder to this repository of the Hugging Face hub, OWNER/NAME, which is private where it is made here;
+    the token is that of `hf auth login` or HF_TOKEN."""
+    public: bool = False
+    """Make that repository public."""
+    overwrite: bool = False
+    """Replace the files that the repository holds; its history keeps them."""
+
+    @pydantic.model_validator(mode="after")
+    def _all_have_effect(self) -> Self:
+        if self.gguf is None and self.converter is not None:
+            raise ValueError("converter has an effect with gguf alone: it writes that file")
+        if self.gguf is not None and self.adapter:
+            raise ValueError("a GGUF file holds a whole model: leave out adapter, or gguf")
+        if self.push is None and (self.public or self.overwrite):
+            raise ValueError("public and overwrite say what becomes of the repository that push names")
+        return self
 
     @property
     def changes(self) -> list[str]:

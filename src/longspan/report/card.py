@@ -40,9 +40,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 vllm serve {name} --max-model-len {context}
 ```
 
-For llama.cpp convert the folder with its `convert_hf_to_gguf.py`, and start the server with `-c {context}`. Whether
-the converter keeps this RoPE (`{rope_type}`) is for it to say: compare a long prompt with transformers before you rely
-on it.
+For llama.cpp convert the folder with its `convert_hf_to_gguf.py`, and start the server with `-c {context}`. Not every
+RoPE survives that: `longspan export --gguf` refuses those that do not, and holds the file against the model's
+(`{rope_type}`).
 """
 
 

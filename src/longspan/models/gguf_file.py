@@ -1,0 +1,219 @@
+"""GGUF files for llama.cpp: written by llama.cpp's own converter, then read back and held against the model's RoPE.
+
+The converter, `convert_hf_to_gguf.py`, is part of llama.cpp and in no package of the index; it is called where it lies.
+It writes no word of a RoPE that it does not know, and llama.cpp computes some things its own way, so what a GGUF file
+cannot say is refused before a weight is loaded:
+
+    default, linear     the base, and a factor
+    llama3              the base, and by how much each pair is slowed, as a tensor
+    yarn                factor, original length and betas; the attention factor is llama.cpp's own, 0.1 ln(factor) + 1,
+                        whatever the file says
+    longrope            both lists of factors as tensors, for the families whose converters write them (Phi-3, MiniCPM)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from longspan.core.errors import ArgumentError, ConfigError, MissingDependencyError, RunError
+from longspan.core.files import disk_errors
+from longspan.core.log import get_logger
+from longspan.core.optional import require
+from longspan.models.hf_config import longrope_scale, rope_by_layer_type, rope_of_full, text_config
+
+__all__ = ["check_gguf", "find_converter", "refuse_rope", "write_gguf"]
+
+CONVERTER = "convert_hf_to_gguf.py"
+_HOW = f"git clone --depth 1 https://github.com/ggml-org/llama.cpp, then --converter llama.cpp/{CONVERTER}"
+SAID = ("default", "linear", "llama3", "yarn", "longrope")
+LONGROPE_FAMILIES = ("phi3", "phimoe", "minicpm", "minicpm3")
+BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""Of YaRN, where a file does not say them."""
+SLIDING_THETA = 10_000.0
+"""Of llama.cpp's layers with a window, where a file does not say it."""
+_TOLERANCE = 1e-5
+"""Files hold 32 bits."""
+_SHOWN_LINES = 12
+
+
+def find_converter(named: str | None) -> list[str]:
+    """Return the words that start llama.cpp's converter: a file, the folder it lies in, or found on the PATH.
+
+    Raises:
+        ArgumentError: there is no such file.
+        MissingDependencyError: it is not named and not on the PATH, or the package `gguf` is not installed.
+    """
+    require("gguf", extra="gguf", feature="a GGUF file")
+    if named is not None:
+        path = Path(named, CONVERTER) if Path(named).is_dir() else Path(named)
+        if not path.is_file():
+            raise ArgumentError(f"there is no converter {path}", fix=_HOW)
+        return [sys.executable, str(path.resolve())]
+    found = shutil.which(CONVERTER)
+    if found is None:
+        raise MissingDependencyError(f"a GGUF file is written by llama.cpp's {CONVERTER}", fix=_HOW)
+    return [found]
+
+
+def refuse_rope(config: PretrainedConfig) -> None:
+    """Refuse a model whose RoPE a GGUF file cannot say, or that llama.cpp computes otherwise.
+
+    Raises:
+        ConfigError: it would be another model there, without a word.
+    """
+    text = text_config(config)
+    for rope in rope_by_layer_type(text.rope_parameters or {}).values():
+        kind = rope.get("rope_type", "default")
+        if kind not in SAID:
+            raise ConfigError("a GGUF file cannot say this RoPE", found=kind, allowed=SAID)
+        if kind == "longrope" and text.model_type not in LONGROPE_FAMILIES:
+            raise ConfigError(
+                "llama.cpp's converter leaves the factors of LongRoPE out for this family",
+                found=text.model_type,
+                allowed=LONGROPE_FAMILIES,
+            )
+        if kind == "yarn":
+            _refuse_yarn(rope)
+
+
+def _refuse_yarn(rope: Mapping[str, Any]) -> None:
+    odd = [name for name in ("mscale", "mscale_all_dim") if rope.get(name)]
+    given, own = rope.get("attention_factor"), 0.1 * float(np.log(rope["factor"])) + 1
+    odd += ["attention_factor"] if given is not None and not _alike(given, own) else []
+    odd += ["truncate"] if rope.get("truncate") is False else []
+    if odd:
+        raise ConfigError(
+            "llama.cpp computes YaRN without regard to this setting, so the model would be another one there",
+            found=", ".join(f"{name}: {rope[name]}" for name in odd),
+            allowed=f"an attention_factor of 0.1 ln(factor) + 1 = {own:.4f}, and none of the others",
+        )
+    if rope.get("original_max_position_embeddings") is None:
+        raise ConfigError(
+            "the converter needs YaRN's original_max_position_embeddings, which the model's config does not say",
+            fix="say it with --rope, all keys of the model's own and this one",
+        )
+
+
+def write_gguf(folder: str | Path, out: str | Path, kind: str, converter: list[str]) -> Path:
+    """Convert a Hugging Face folder to the file `out`, whole or not at all; return it. `kind`: as the converter has it.
+
+    Raises:
+        RunError: the converter failed, or what it wrote has another RoPE or length than the model.
+    """
+    from transformers import AutoConfig
+
+    out = Path(out)
+    config = AutoConfig.from_pretrained(folder)
+    with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+        made = Path(aside) / out.name
+        command = [*converter, str(folder), "--outfile", str(made), "--outtype", kind]
+        get_logger("models.gguf").info("running %s", " ".join(command))
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        if done.returncode != 0 or not made.is_file():
+            said = "\n".join(done.stdout.splitlines()[-_SHOWN_LINES:])
+            raise RunError(
+                f"llama.cpp's converter made no GGUF file of {folder}, which is whole",
+                found=f"exit code {done.returncode}\n{said}",
+            )
+        check_gguf(made, config)
+        os.replace(made, out)
+    return out
+
+
+def check_gguf(file: str | Path, config: PretrainedConfig) -> None:
+    """Hold context length and RoPE of a GGUF file against those of a model.
+
+    Raises:
+        RunError: they differ: asked there, it would be another model.
+    """
+    gguf = require("gguf", extra="gguf", feature="reading a GGUF file")
+    reader = gguf.GGUFReader(file)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {each.name: np.array(each.data) for each in reader.tensors if each.name.startswith("rope_")}
+    family = f"{values['general.architecture']}."
+    said = {name.removeprefix(family): value for name, value in values.items() if name.startswith(family)}
+    wrong = list(_differences(text_config(config), said, tensors))
+    if wrong:
+        raise RunError(
+            "the GGUF file that llama.cpp's converter wrote is another model than this one",
+            found="; ".join(wrong),
+            fix="take a newer llama.cpp, or write another RoPE with --rope",
+        )
+
+
+def _differences(
+    text: PretrainedConfig, said: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> Iterator[str]:
+    def check(what: str, found: Any, wanted: Any) -> Iterator[str]:
+        if not _alike(found, wanted):
+            yield f"{what}: {_short(found)}, the model's {_short(wanted)}"
+
+    scaling = {
+        name.removeprefix("rope.scaling."): value
+        for name, value in said.items()
+        if name.startswith("rope.scaling.")
+    }
+    ropes = rope_by_layer_type(text.rope_parameters or {})
+    rope = rope_of_full(text.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    yield from check("the context length", said.get("context_length"), text.max_position_embeddings)
+    yield from check("the base", said.get("rope.freq_base", 10_000.0), rope.get("rope_theta", 10_000.0))
+    if "sliding_attention" in ropes:
+        theta = ropes["sliding_attention"].get("rope_theta")
+        # Older converters leave it out where it is llama.cpp's own.
+        yield from check(
+            "the base of layers with a window", said.get("rope.freq_base_swa", SLIDING_THETA), theta
+        )
+    named = kind if kind in ("linear", "yarn", "longrope") else "none"
+    yield from check("the type of RoPE", scaling.get("type", "none"), named)
+    if kind in ("linear", "yarn"):
+        yield from check("the factor", scaling.get("factor"), rope["factor"])
+    if kind == "yarn":
+        original = rope["original_max_position_embeddings"]
+        yield from check("the original length", scaling.get("original_context_length"), original)
+        for name, usual in BETAS.items():
+            yield from check(name, scaling.get(f"yarn_{name}", usual), rope.get(name) or usual)
+    slowed = _slowed(text) if kind == "llama3" else None
+    yield from check("slowing of pairs", tensors.get("rope_freqs.weight"), slowed)
+    for name in ("short", "long"):
+        factors = np.asarray(rope[f"{name}_factor"]) if kind == "longrope" else None
+        yield from check(f"{name} factors", tensors.get(f"rope_factors_{name}.weight"), factors)
+    if kind == "longrope":
+        original = rope["original_max_position_embeddings"]
+        yield from check("the original length", scaling.get("original_context_length"), original)
+        scale = longrope_scale(rope, text.max_position_embeddings)
+        yield from check("the attention factor", scaling.get("attn_factor", 1.0), scale)
+
+
+def _slowed(text: PretrainedConfig) -> np.ndarray:
+    """Return by how much Llama 3's RoPE slows each pair of channels, as transformers computes it."""
+    slow, _ = ROPE_INIT_FUNCTIONS["llama3"](text, torch.device("cpu"))
+    pairs = torch.arange(len(slow), dtype=torch.float64) / len(slow)
+    return (rope_of_full(text.rope_parameters)["rope_theta"] ** -pairs / slow.double()).numpy()
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, np.ndarray):
+        return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{len(value)} numbers from {value.min():g} to {value.max():g}"
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    if found is None or wanted is None or isinstance(wanted, str):
+        return found is wanted if found is None or wanted is None else bool(found == wanted)
+    found, wanted = np.asarray(found, dtype=np.float64), np.asarray(wanted, dtype=np.float64)
+    return found.shape == wanted.shape and bool(np.allclose(found, wanted, rtol=_TOLERANCE, atol=0))

@@ -1,0 +1,204 @@
+"""GGUF files: what llama.cpp would take for another model is refused or found out.
+
+The converter is no package, so a small one stands in here, made with the `gguf` package and read by transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from longspan.core.errors import ArgumentError, ConfigError, MissingDependencyError, RunError
+from longspan.models.export import export_model
+from longspan.models.gguf_file import check_gguf, find_converter, refuse_rope, write_gguf
+from longspan.models.hf import build_model
+
+gguf = pytest.importorskip("gguf")
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONVERTER = """
+    import json, os, sys
+    import gguf, numpy as np
+    from safetensors.numpy import load_file
+
+    folder, _, out, _, kind = sys.argv[1:]
+    config = json.load(open(f"{folder}/config.json"))
+    rope = config["rope_parameters"]
+    if os.environ.get("STAND_IN") == "fails":
+        sys.exit("Model LlamaForCausalLM is not supported")
+    file = gguf.GGUFWriter(out, "llama")
+    file.add_context_length(config["max_position_embeddings"])
+    file.add_embedding_length(config["hidden_size"])
+    file.add_block_count(config["num_hidden_layers"])
+    file.add_feed_forward_length(config["intermediate_size"])
+    file.add_head_count(config["num_attention_heads"])
+    file.add_head_count_kv(config["num_key_value_heads"])
+    file.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    file.add_vocab_size(config["vocab_size"])
+    if os.environ.get("STAND_IN") != "forgets":
+        file.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] in ("linear", "yarn"):
+            file.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+            file.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            file.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, weight in load_file(f"{folder}/model.safetensors").items():
+        for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if part in name:  # llama.cpp turns pairs of neighbours
+                weight = weight.reshape(config[heads], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        file.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(weight))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+"""
+LINEAR = {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def config_of(rope: dict) -> LlamaConfig:
+    values = {name: value for name, value in MODEL.items() if name != "model_type"}
+    return LlamaConfig(**values, rope_parameters=rope)
+
+
+@pytest.fixture
+def converter(tmp_path: Path) -> list[str]:
+    path = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    path.parent.mkdir()
+    path.write_text(textwrap.dedent(CONVERTER))
+    return find_converter(str(path.parent))
+
+
+def folder_with(rope: dict, place: Path) -> Path:
+    export_model(build_model({**MODEL, "rope_parameters": rope}, seed=0), place)
+    return place
+
+
+def test_a_gguf_file_is_the_model(tmp_path: Path, converter: list[str]) -> None:
+    """The file must give the logits of the folder, as another reader of it computes them."""
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    folder = folder_with(rope, tmp_path / "model")
+    file = write_gguf(folder, folder / "model-f32.gguf", "f32", converter)
+    assert [path.name for path in folder.glob("*gguf*")] == ["model-f32.gguf"]  # nothing is left beside it
+    ids = torch.arange(48)[None] % 64
+    ours = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    assert theirs.config.rope_parameters["rope_theta"] == 5e5
+    assert theirs.config.max_position_embeddings == 512
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [LINEAR, YARN], ids=lambda rope: rope["rope_type"])
+def test_a_factor_that_the_converter_leaves_out_is_found_out(tmp_path, converter, rope, monkeypatch) -> None:
+    """Without its factor a model of 512 positions is asked beyond what it was trained on, and answers nonsense."""
+    folder = folder_with(rope, tmp_path / "model")
+    assert write_gguf(folder, tmp_path / "right.gguf", "f32", converter).is_file()
+    monkeypatch.setenv("STAND_IN", "forgets")
+    with pytest.raises(RunError, match=r"factor: none, the model's 4") as caught:
+        write_gguf(folder, tmp_path / "wrong.gguf", "f32", converter)
+    assert "type of RoPE: none" in str(caught.value)
+    monkeypatch.setenv("STAND_IN", "fails")
+    with pytest.raises(
+        RunError, match=r"which is whole\n  found: exit code 1\nModel LlamaForCausalLM is not"
+    ):
+        write_gguf(folder, tmp_path / "wrong.gguf", "f32", converter)
+    assert not list(tmp_path.glob("*wrong*"))
+
+
+def written(path: Path, *, factor: float = 8.0, theta: float = 5e5) -> Path:
+    """Write a file of LLAMA3's RoPE with no model in it, its slowed pairs by the formula of Llama 3.1's release."""
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(512)
+    file.add_rope_freq_base(theta)
+    slowed = []
+    for frequency in theta ** -(np.arange(0, 8, 2) / 8):
+        turns = 64 / (2 * np.pi / frequency)
+        smooth = min(max((turns - 1) / 3, 0.0), 1.0)
+        slowed.append(1 / ((1 - smooth) / factor + smooth))
+    file.add_tensor("rope_freqs.weight", np.array(slowed, dtype=np.float32))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return path
+
+
+def test_pairs_slowed_as_llama_3_does_are_compared_one_by_one(tmp_path: Path) -> None:
+    """The file says Llama 3's RoPE as a tensor: a base or factor of another model stands in no field."""
+    config = config_of(LLAMA3)
+    check_gguf(written(tmp_path / "right"), config)
+    with pytest.raises(
+        RunError, match="slowing of pairs: 4 numbers from 1 to 4, the model's 4 numbers from 1 to 8"
+    ):
+        check_gguf(written(tmp_path / "factor", factor=4.0), config)
+    with pytest.raises(RunError, match="the base: 10000, the model's 500000"):
+        check_gguf(written(tmp_path / "theta", theta=1e4), config)
+    with pytest.raises(RunError, match="slowing of pairs: 4 numbers from 1 to 8, the model's none"):
+        check_gguf(written(tmp_path / "default"), config_of({"rope_type": "default", "rope_theta": 5e5}))
+
+
+@pytest.mark.parametrize(
+    ("rope", "part"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "cannot say this RoPE"),
+        ({**YARN, "attention_factor": 1.0}, "attention_factor: 1.0"),
+        ({**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}, "mscale: 1.0, mscale_all_dim: 0.8"),
+        ({**YARN, "truncate": False}, "truncate: False"),
+        (
+            {**LINEAR, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+            "this family",
+        ),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(rope: dict, part: str) -> None:
+    """llama.cpp 11434 takes YaRN's attention factor from the factor, whatever the file says, and warns of nothing."""
+    config = config_of(YARN)
+    config.rope_parameters = rope
+    with pytest.raises(ConfigError, match=part):
+        refuse_rope(config)
+
+
+def test_what_is_as_llama_cpp_has_it_is_not_refused() -> None:
+    """A config that spells out what is usual is the same model."""
+    for rope in (YARN, {**YARN, "attention_factor": 0.1 * np.log(4) + 1, "truncate": True}, LLAMA3, LINEAR):
+        config = config_of(YARN)
+        config.rope_parameters = rope
+        refuse_rope(config)
+
+
+def test_a_converter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in no package: the message must say where it is had from."""
+    with pytest.raises(ArgumentError, match="there is no converter"):
+        find_converter(str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingDependencyError, match="git clone"):
+        find_converter(None)
+    path = tmp_path / "convert_hf_to_gguf.py"
+    path.write_text("#!/bin/sh\n")
+    os.chmod(path, 0o755)
+    assert find_converter(None) == [str(path)]
