@@ -49,8 +49,8 @@ def export(
 ) -> None:
     """Write a folder that transformers and vLLM load without longspan, with its RoPE and context length.
 
-    An adapter is merged in float32 with its base, taken back from 4 bits first if it was quantised. With --gguf there is
-    a file for llama.cpp too, with --push the folder is on the Hugging Face hub.
+    An adapter is merged in float32 with its base, taken back from 4 bits first if it was quantised. With --gguf there
+    is a file for llama.cpp too, with --push the folder is on the Hugging Face hub.
     """
     from longspan.core.errors import ArgumentError
     from longspan.models.export import export_adapter, export_model
