@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.chat.template import Template, find_template
 from longspan.data.tokenizer import Tokenizer, train_bpe
 from tests.data.chat_tokenizers import hugging_face
-from tests.data.random_chats import WORDS, chat, with_text_arguments
+from tests.data.random_chats import WORDS, with_text_arguments
+from tests.data.random_chats import chat as random_chat
 
 ALL = {"tools": True, "parallel": True, "thoughts": True, "text_beside_calls": True}
 WRITTEN_BY_THE_MODELS_OWN: dict[str, tuple[dict[str, bool], str]] = {
@@ -21,17 +23,21 @@ WRITTEN_BY_THE_MODELS_OWN: dict[str, tuple[dict[str, bool], str]] = {
     "glm-4.5": (ALL, "fadae61c1f9895b6"),
     "gpt-oss": ({**ALL, "parallel": False}, "c429b4a1d8cceda8"),
     "llama-3.1": ({"tools": True}, "3458b4f8c2c01862"),
+    "mistral-v13": ({**ALL, "thoughts": False}, "05510821de06c4a4"),
+    "mistral-v7": ({**ALL, "thoughts": False}, "8abe4b83a96e1185"),
     "phi-4": ({}, "7fa963836068ea9a"),
     "qwen-2.5": ({**ALL, "thoughts": False}, "9d476ab178bcc9b7"),
     "qwen-3": (ALL, "5e9e749c7f289c9f"),
     "qwen-3.5": (ALL, "3f9cdcef54e3b1ca"),
+    "smollm3": (ALL, "5d6dbd4aded64518"),
 }
 """What a model's template writes of a conversation, and SHA-256 of what the template that was published with the model
 writes of forty random ones, each whole and as a prompt for its last answer."""
 SPECIAL = [
     "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>",
     "<start_of_turn>", "<end_of_turn>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
-    "<|observation|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>",
+    "<|observation|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]", "[/TOOL_RESULTS]", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>",
     *(f"<\uff5c{word}\uff5c>" for word in (
         "User", "Assistant", "end\u2581of\u2581sentence", "tool\u2581calls\u2581begin", "tool\u2581calls\u2581end",
         "tool\u2581call\u2581begin", "tool\u2581call\u2581end", "tool\u2581sep", "tool\u2581outputs\u2581begin",
@@ -44,6 +50,8 @@ ENDS = {
     "glm-4.5": ("<|user|>", "<|observation|>"),
     "gpt-oss": ("<|call|>", "<|end|>", "<|return|>"),
     "llama-3.1": ("<|eot_id|>",),
+    "mistral-v13": ("</s>",),
+    "mistral-v7": ("</s>",),
 }
 """Tokens that end what is learnt; <|im_end|> elsewhere."""
 
@@ -56,14 +64,33 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
 
 
 def conversation(name: str, number: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    turns, more = chat(number, **WRITTEN_BY_THE_MODELS_OWN[name][0])
+    turns, more = random_chat(number, **WRITTEN_BY_THE_MODELS_OWN[name][0])
     if name == "deepseek-v3":
         # It writes no schemas of tools.
         turns, more = with_text_arguments(turns), {}
+    if name == "mistral-v7":
+        # It has Jinja escape the calls around arguments that are objects.
+        turns = with_text_arguments(turns)
+    if name == "smollm3":
+        # It reads calls, thoughts and tools in contents and in a variable of its own.
+        turns = [in_content(turn) for turn in turns]
+        more = {"xml_tools": [json.dumps(tool["function"]) for tool in more["tools"]]} if more else {}
     if name == "gpt-oss":
         names = {"reasoning_content": "thinking"}
         turns = [{names.get(key, key): value for key, value in turn.items()} for turn in turns]
     return turns, more
+
+
+def in_content(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn with its calls and thoughts in its content."""
+    turn = dict(turn)
+    thought = turn.pop("reasoning_content", None)
+    calls = [
+        f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
+        for call in turn.pop("tool_calls", [])
+    ]
+    said = "\n".join([*filter(None, [turn["content"]]), *calls])
+    return {**turn, "content": f"<think>\n{thought.strip()}\n</think>\n{said}" if thought else said}
 
 
 @pytest.mark.parametrize("name", WRITTEN_BY_THE_MODELS_OWN)
@@ -85,6 +112,7 @@ def test_ids_and_masks_are_those_of_transformers(name, known):
     tokenizer, reference = known
     template = find_template(tokenizer.path.parent, name)
     template = template.replace("strftime_now('%Y-%m-%d')", "'2024-07-26'")
+    template = template.replace("strftime_now('%d %B %Y')", "'26 July 2024'")
     ours = ChatFormat(tokenizer, template)
     for number in range(12):
         turns, more = conversation(name, number)
@@ -130,6 +158,29 @@ def test_old_thoughts_are_learnt_behind_true_prefixes(name, known):
     seen = load_chat_format(tokenizer, name, config=no_thoughts).encode_record(turns)
     assert seen.ids.tolist() == found.ids.tolist()
     assert "thought" not in tokenizer.decode(seen.ids[seen.mask == 1])
+
+
+@pytest.mark.parametrize("wish", ["Short.", "Short. /no_think ", "/think", "Own. /system_override", None])
+def test_calls_and_thoughts_of_smollm3(known, wish):
+    """Its own template reads them in contents alone: from keys of their own the same text has to come. A switch in the
+    system's turn is taken out of it, and such records were left out for that."""
+    chat = load_chat_format(known[0], "smollm3")
+    turns, more = conversation("smollm3", 7)
+    kept, tools = random_chat(7, **ALL)
+    assert more and any("tool_calls" in turn for turn in kept) and any("reasoning_content" in t for t in kept)
+    if wish is not None and "override" in wish:
+        # Then the block says nothing of tools.
+        more, tools = {}, {}
+    first = [] if wish is None else [{"role": "system", "content": wish}]
+    in_contents = chat.encode(first + [turn for turn in turns if turn["role"] != "system"], more)
+    in_keys = chat.encode(first + [turn for turn in kept if turn["role"] != "system"], tools)
+    assert in_keys.ids.tolist() == in_contents.ids.tolist()
+    assert in_keys.mask.tolist() == in_contents.mask.tolist()
+    text = known[0].decode(in_keys.ids)
+    silent = wish is not None and "/no_think" in wish
+    assert text.count("<think>\n\n</think>\n") == silent * sum(t["role"] == "assistant" for t in turns)
+    assert ("Reasoning Mode: /no_think" in text) == silent
+    assert text.startswith("<|im_start|>system\nOwn.<|im_end|>") == (not more)
 
 
 def test_what_a_template_cannot_write_is_left_out(known):

@@ -46,7 +46,7 @@ from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.tokenizer.roles import named_tokens
 
-RULES = 5
+RULES = 6
 """Raised whenever the same template and conversation would be encoded otherwise."""
 
 # Awkward content: a template that escapes, lowers, or splits it is found out before the corpus is read.

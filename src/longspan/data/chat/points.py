@@ -27,6 +27,8 @@ from longspan.data.chat.messages import (
 
 _EVENT = re.compile(f"({POINT_START}[0-9]+{POINT_END}|{GENERATION_START}|{GENERATION_END})")
 _TAG = re.compile(r"<[^<>\s]{1,38}>|\[[^\[\]\s]{1,38}\]|\u25c1[^\u25c1\u25b7\s]{1,38}\u25b7")
+_COMMAND = re.compile(r"/[a-z_]{2,38}")
+"""A word that switches something, such as SmolLM3's /no_think: the template takes it out of what is said."""
 THOUGHT = "thoughts"
 SPOKEN_IN_CALLS = ("name", "arguments", "parameters", "input")
 
@@ -121,9 +123,11 @@ class Pointer:
     ) -> None:
         self._guard, self._names = guard, names
         found = {tag for text in texts for tag in _TAG.findall(text)}
+        found |= {text for text in texts if _COMMAND.fullmatch(text)}
         usable = sorted((tag for tag in found if not is_special(tag)), key=len, reverse=True)
         self.tags = re.compile("(" + "|".join(map(re.escape, usable)) + ")" if usable else "((?!))")
-        """Matches what the template may look for in a content, such as `</think>`: points keep clear of it."""
+        """Matches what the template may look for in a content, such as `</think>` or `/no_think`: points keep clear of
+        it."""
 
     def guarded(self, value: Any) -> Any:
         """Return a JSON value with guards in all its texts."""
