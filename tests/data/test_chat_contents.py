@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -70,3 +71,32 @@ def test_what_would_be_learnt(chats, tmp_path):
     assert "learnt: 2 of" in run(chats, *options)
     result = CliRunner().invoke(app, ["data", "chat", str(chats), "--chat-template", "qwen-3"])
     assert result.exit_code != 0
+
+
+def test_page(chats, tmp_path):
+    """A mask that is off by a token is seen at a glance in colour, and never in a table of shares; what a stranger
+    wrote into a conversation must not become part of the page."""
+    chatty_tokenizer(tmp_path / "tok")
+    template = tmp_path / "plain.jinja"
+    template.write_text(PLAIN)
+    with chats.open("a") as file:
+        talk = [
+            {"role": "user", "content": "<script>x</script>" * 300},
+            {"role": "assistant", "content": "So\n"},
+        ]
+        file.write(json.dumps({"messages": talk}) + "\n")
+    page = tmp_path / "chats.html"
+    options = ("--tokenizer", tmp_path / "tok", "--chat-template", template, "--page", page)
+    found = json.loads(run(chats, *options, "--json"))
+    whole = found["histograms"]["conversations"]
+    assert "shown" not in found and sum(whole["counts"]) == found["counts"]["conversations"] == 2
+    text = page.read_text()
+    end = html.escape("<|im_end|>")
+    assert f'<span class="learnt">Hello</span><span class="end">{end}</span>' in text
+    assert f'<span class="learnt">So\n</span><span class="end">{end}</span>' in text
+    assert "<script" not in text and "&lt;script&gt;" in text and 'tokens</span><span class="read">' in text
+    assert text.count("<svg") == len(found["parts"]) + 1 and "unknown role" in text
+    run(chats, "--page", page)
+    assert "give --tokenizer and --chat-template" in page.read_text()
+    result = CliRunner().invoke(app, ["data", "chat", str(chats), "--page", str(tmp_path / "chats.txt")])
+    assert result.exit_code == 2 and "one HTML file" in result.output

@@ -29,7 +29,7 @@ WRITTEN_BY_THE_MODELS_OWN: dict[str, tuple[dict[str, bool], str]] = {
     "qwen-2.5": ({**ALL, "thoughts": False}, "9d476ab178bcc9b7"),
     "qwen-3": (ALL, "5e9e749c7f289c9f"),
     "qwen-3.5": (ALL, "3f9cdcef54e3b1ca"),
-    "smollm3": (ALL, "5d6dbd4aded64518"),
+    "smollm3": (ALL, "48156fa01996da43"),
 }
 """What a model's template writes of a conversation, and SHA-256 of what the template that was published with the model
 writes of forty random ones, each whole and as a prompt for its last answer."""
@@ -37,7 +37,8 @@ SPECIAL = [
     "<s>", "</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>",
     "<start_of_turn>", "<end_of_turn>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>",
     "<|observation|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]", "[/TOOL_RESULTS]", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>",
+    "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]", "[/TOOL_RESULTS]",
+    "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>",
     *(f"<\uff5c{word}\uff5c>" for word in (
         "User", "Assistant", "end\u2581of\u2581sentence", "tool\u2581calls\u2581begin", "tool\u2581calls\u2581end",
         "tool\u2581call\u2581begin", "tool\u2581call\u2581end", "tool\u2581sep", "tool\u2581outputs\u2581begin",
@@ -73,12 +74,22 @@ def conversation(name: str, number: int) -> tuple[list[dict[str, Any]], dict[str
         turns = with_text_arguments(turns)
     if name == "smollm3":
         # It reads calls, thoughts and tools in contents and in a variable of its own.
-        turns = [in_content(turn) for turn in turns]
+        turns = [in_content(turn) for turn in trimmed(turns)]
         more = {"xml_tools": [json.dumps(tool["function"]) for tool in more["tools"]]} if more else {}
     if name == "gpt-oss":
         names = {"reasoning_content": "thinking"}
         turns = [{names.get(key, key): value for key, value in turn.items()} for turn in turns]
     return turns, more
+
+
+def trimmed(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return turns without the white space at the ends of answers and thoughts, where reading takes it away."""
+    return [
+        {key: value.strip() if isinstance(value, str) else value for key, value in turn.items()}
+        if turn["role"] == "assistant"
+        else turn
+        for turn in turns
+    ]
 
 
 def in_content(turn: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +101,7 @@ def in_content(turn: dict[str, Any]) -> dict[str, Any]:
         for call in turn.pop("tool_calls", [])
     ]
     said = "\n".join([*filter(None, [turn["content"]]), *calls])
-    return {**turn, "content": f"<think>\n{thought.strip()}\n</think>\n{said}" if thought else said}
+    return {**turn, "content": f"<think>\n{thought}\n</think>\n{said}" if thought else said}
 
 
 @pytest.mark.parametrize("name", WRITTEN_BY_THE_MODELS_OWN)
@@ -167,6 +178,7 @@ def test_calls_and_thoughts_of_smollm3(known, wish):
     chat = load_chat_format(known[0], "smollm3")
     turns, more = conversation("smollm3", 7)
     kept, tools = random_chat(7, **ALL)
+    kept = trimmed(kept)
     assert more and any("tool_calls" in turn for turn in kept) and any("reasoning_content" in t for t in kept)
     if wish is not None and "override" in wish:
         # Then the block says nothing of tools.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
 EXAMPLE = example(
     "longspan data chat chats.jsonl",
-    "longspan data chat chats.jsonl --tokenizer tokenizer --chat-template qwen-3",
+    "longspan data chat chats.jsonl --tokenizer tokenizer --chat-template qwen-3 --page chats.html",
 )
 _SHOWN_FAULTS = 20
+_SHOWN = 6
 
 
 @from_settings(settings=Part("longspan.data.chat.chat_config:ChatConfig"))
@@ -33,6 +35,12 @@ def chat(
         str | None,
         typer.Option(
             help="own: the tokenizer's; else a shipped name or a Jinja file. Says what would be learnt."
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write an HTML page: tables, histograms, and a few conversations with what is learnt."
         ),
     ] = None,
     as_json: Json = False,
@@ -52,9 +60,15 @@ def chat(
         form = load_chat_format(reader, None if chat_template == "own" else chat_template, config=settings)
     elif settings != ChatConfig():
         raise ArgumentError("what is learnt is said by a chat template", fix="give --chat-template")
-    found = chat_contents(inputs, messages_field=messages_field, tokenizer=reader, chat=form)
+    found = chat_contents(
+        inputs, messages_field=messages_field, tokenizer=reader, chat=form, show=0 if page is None else _SHOWN
+    )
+    if page is not None:
+        from longspan.report.chat_page import write_chat_page
+
+        write_chat_page(page, inputs, found._asdict())
     if as_json:
-        print_json(found._asdict())
+        print_json({name: value for name, value in found._asdict().items() if name != "shown"})
         return
     print_table(", ".join(inputs), ("what", "number"), list(found.counts.items()))
     columns = ("said", "number", found.unit, "median", "p90", "longest")
@@ -73,3 +87,5 @@ def chat(
         print_table("conversations that cannot be used", ("number", "why", "first"), rows[:_SHOWN_FAULTS])
         if len(rows) > _SHOWN_FAULTS:
             typer.echo(f"and {len(rows) - _SHOWN_FAULTS} more reasons (--json lists all)")
+    if page is not None:
+        typer.echo(f"page: {page}")

@@ -166,8 +166,8 @@ def _written(page: _Page, title: str | None) -> str:
         long=LONG,
         long_name=LONG_NAME,
         most_links=_MOST_LINKS,
-        css=Markup(theme_css() + "\n" + _asset("report.css")),
-        script=Markup(_asset("report.js")),
+        css=Markup(theme_css() + "\n" + asset("report.css")),
+        script=Markup(asset("report.js")),
         samples=_json(page.data.to_json()),
     )
 
@@ -220,7 +220,8 @@ def _facts(runs: Sequence[LoadedRun], records: Sequence[RecordFile]) -> list[str
     return facts
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """Return the text of a style sheet or a script of the pages."""
     return (files("longspan.report") / "templates" / name).read_text(encoding="utf-8")
 
 

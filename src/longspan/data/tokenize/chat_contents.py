@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
+from longspan.data.chat.encoder import Encoded
 from longspan.data.chat.format import ChatFormat
 from longspan.data.chat.given import FIELDS, SYSTEM
 from longspan.data.chat.messages import (
@@ -26,7 +29,22 @@ from longspan.data.readers import ReadReport, read_documents
 from longspan.data.tokenizer import Tokenizer
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "longest": 1.0}
+WHOLE = "conversations"
 _NAMES = ("tool_calls", *THOUGHTS)
+_MOST_PIECES = 60
+_HEAD_TOKENS, _TAIL_TOKENS = 160, 64
+"""Of a piece that is shown: the middle of a longer one is left out, and said."""
+
+
+class ShownConversation(NamedTuple):
+    """A conversation as it would be read, in pieces."""
+
+    place: str
+    tokens: int
+    learnt: int
+    pieces: list[tuple[str, str]]
+    """Text and what it is: "read", "learnt", "end" (the token that ends what is learnt), or "note" of a cut or a
+    branch."""
 
 
 class ChatContents(NamedTuple):
@@ -41,6 +59,9 @@ class ChatContents(NamedTuple):
     of their lengths, and quantiles of these."""
     lengths: dict[str, int]
     """Quantiles of whole conversations, as the template writes them where there is one."""
+    histograms: dict[str, dict[str, list[int]]]
+    """Of whole conversations and of each part: `edges` in tokens or characters (powers of two), and `counts` between
+    them."""
     learnt: dict[str, float] | None
     """Tokens and share of them that are learnt; None without a template."""
     notes: dict[str, int]
@@ -49,6 +70,8 @@ class ChatContents(NamedTuple):
     """Why conversations cannot be used, most frequent first."""
     examples: dict[str, str]
     """Where the first of each stands."""
+    shown: list[ShownConversation]
+    """The first few as the template writes them, with what is learnt."""
 
 
 def chat_contents(
@@ -57,25 +80,27 @@ def chat_contents(
     messages_field: str = "messages",
     tokenizer: Tokenizer | None = None,
     chat: ChatFormat | None = None,
+    show: int = 0,
 ) -> ChatContents:
     """Read conversations and count what is in them; one that cannot be used is counted by its reason.
 
     Args:
         tokenizer: counts tokens; None: characters are counted.
         chat: writes them out, and says what would be learnt.
+        show: return so many of them in pieces, where there is a `chat`.
 
     Raises:
         DataError: a missing input, a field that nothing has, or no conversation at all.
     """
     report = ReadReport()
-    found = _Counting(tokenizer, chat)
+    found = _Counting(tokenizer, chat, show)
     fields = (*FIELDS, *LEARNT, *NOT_LEARNT) if chat is None else chat.fields
     for document in read_documents(
         inputs, messages_field=messages_field, variable_fields=fields, report=report
     ):
         assert document.messages is not None, "asked for"
         try:
-            found.add(document.messages, document.variables or {})
+            found.add(document.messages, document.variables or {}, str(document.place))
         except MessagesError as error:
             found.fault(str(error).split("\n")[0], str(document.place))
     for example in report.examples:
@@ -96,8 +121,8 @@ def chat_contents(
 class _Counting:
     """Sums over conversations."""
 
-    def __init__(self, tokenizer: Tokenizer | None, chat: ChatFormat | None) -> None:
-        self._chat = chat
+    def __init__(self, tokenizer: Tokenizer | None, chat: ChatFormat | None, show: int) -> None:
+        self._chat, self._tokenizer, self._show = chat, tokenizer, show
         self._size: Callable[[str], int] = (
             len if tokenizer is None else lambda text: len(tokenizer.encode(text))
         )
@@ -106,6 +131,7 @@ class _Counting:
         self.notes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
+        self._shown: list[ShownConversation] = []
         self._sizes: dict[str, list[int]] = defaultdict(list)
         self._whole: list[int] = []
         self._tokens = self._learnt = 0
@@ -114,7 +140,7 @@ class _Counting:
         self.faults[reason] += 1
         self.examples.setdefault(reason, place)
 
-    def add(self, messages: list[Any], values: dict[str, Any]) -> None:
+    def add(self, messages: list[Any], values: dict[str, Any], place: str) -> None:
         """Count a conversation. Raises MessagesError where it cannot be used."""
         if self._chat is None:
             stored = rewritten(messages, values, names=_NAMES, replace_images=True)
@@ -129,6 +155,8 @@ class _Counting:
                 self._whole.append(len(each.ids))
                 self._tokens += len(each.ids)
                 self._learnt += int((each.mask > 0).sum())
+                if len(self._shown) < self._show and self._tokenizer is not None:
+                    self._shown.append(_shown(place, each, self._tokenizer))
             notes = Counter()
         self.notes.update(notes)
         sizes = sum(self._turn(turn) for turn in turns)
@@ -206,10 +234,12 @@ class _Counting:
             counts,
             parts,
             _quantiles(self._whole),
+            {WHOLE: _histogram(self._whole), **{name: _histogram(self._sizes[name]) for name in parts}},
             learnt,
             dict(self.notes.most_common()),
             dict(self.faults.most_common()),
             {name: self.examples[name] for name in self.faults if name in self.examples},
+            self._shown,
         )
 
 
@@ -223,3 +253,39 @@ def _quantiles(sizes: Iterable[int]) -> dict[str, int]:
         return dict.fromkeys(QUANTILES, 0)
     found = np.quantile(values, list(QUANTILES.values()), method="inverted_cdf")
     return {name: int(value) for name, value in zip(QUANTILES, found)}
+
+
+def _histogram(sizes: Sequence[int]) -> dict[str, list[int]]:
+    """Return counts between powers of two; what is empty counts as 1."""
+    values = np.maximum(np.array(sizes, np.int64), 1)
+    edges = [2**power for power in range(int(values.max(initial=1)).bit_length() + 1)]
+    return {"edges": edges, "counts": np.histogram(values, edges)[0].tolist()}
+
+
+def _shown(place: str, encoded: Encoded, tokenizer: Tokenizer) -> ShownConversation:
+    """Return a conversation in pieces that are learnt or read."""
+    ids, learnt = encoded.ids, encoded.mask > 0
+    branches = {} if encoded.parts is None else {int(part[0]): int(part[2]) for part in encoded.parts[1:]}
+    borders = {0, len(ids), *(np.flatnonzero(np.diff(learnt.astype(np.int8))) + 1).tolist(), *branches}
+    pieces: list[tuple[str, str]] = []
+    for start, end in pairwise(sorted(borders)):
+        if len(pieces) >= _MOST_PIECES:
+            pieces.append((f"{len(ids) - start:,} more tokens", "note"))
+            break
+        if start in branches:
+            pieces.append((f"branches off at token {branches[start]:,}", "note"))
+        pieces += _piece(ids[start:end], bool(learnt[start]), tokenizer)
+    return ShownConversation(place, len(ids), int(learnt.sum()), pieces)
+
+
+def _piece(ids: NDArray[np.uint32], learnt: bool, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    kind = "learnt" if learnt else "read"
+    body = ids[: len(ids) - learnt]
+    if len(body) > _HEAD_TOKENS + _TAIL_TOKENS:
+        yield tokenizer.decode(body[:_HEAD_TOKENS]), kind
+        yield f"{len(body) - _HEAD_TOKENS - _TAIL_TOKENS:,} tokens", "note"
+        body = body[-_TAIL_TOKENS:]
+    if len(body):
+        yield tokenizer.decode(body), kind
+    if learnt:
+        yield tokenizer.decode(ids[-1:]), "end"

@@ -1,0 +1,103 @@
+"""A page on files of conversations: what is in them, how long it is, and what would be learnt, in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from longspan.core.errors import ArgumentError
+from longspan.core.files import atomic_write
+from longspan.report.charts import Axis, LengthHistogram, Shares
+from longspan.report.html import asset
+from longspan.report.layouts import length_text
+from longspan.report.palette import theme_css
+
+PANEL_WIDTH = 318
+_FEWEST_TICKS = 2
+
+
+def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping[str, Any]) -> None:
+    """Write the page `out` (.html); `contents` are the fields of what `data.tokenize.chat_contents` found.
+
+    Raises:
+        ArgumentError: `out` is not an .html file name.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        raise ArgumentError("the page is one HTML file", found=out, fix=f"--page {out / 'chats.html'}")
+    environment = Environment(
+        loader=PackageLoader("longspan.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    unit = contents["unit"]
+    text = environment.get_template("chat.html.j2").render(
+        inputs=[str(each) for each in inputs],
+        tiles=_tiles(contents),
+        counts=list(contents["counts"].items()),
+        unit=unit,
+        lengths=_length_rows(contents),
+        panels=_panels(contents["histograms"], unit),
+        learnt=contents["learnt"],
+        notes=list(contents["notes"].items()),
+        faults=[(why, count, contents["examples"].get(why, "")) for why, count in contents["faults"].items()],
+        shown=[each._asdict() for each in contents["shown"]],
+        css=Markup(theme_css() + "\n" + asset("report.css")),
+    )
+    with atomic_write(out, "w") as file:
+        file.write(text)
+
+
+def _tiles(contents: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return name, value and a note of what is asked first."""
+    counts, unit, learnt = contents["counts"], contents["unit"], contents["learnt"]
+    unusable = counts.get("conversations that cannot be used", 0)
+    tiles = [
+        ("Conversations", f"{counts['conversations']:,}", f"{counts['turns']:,} turns"),
+        ("Calls of tools", f"{contents['parts'].get('calls', {}).get('number', 0):,}", ""),
+        ("Median length", f"{contents['lengths']['median']:,}", f"{unit}; longest {contents['lengths']['longest']:,}"),
+    ]  # fmt: skip
+    if learnt is not None:
+        tiles.append(
+            ("Learnt", f"{learnt['share']:.1%}", f"{learnt['learnt']:,} of {learnt['tokens']:,} tokens")
+        )
+    return [*tiles, ("Cannot be used", f"{unusable:,}", "left out, and counted" if unusable else "")]
+
+
+def _length_rows(contents: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    whole = {"number": contents["counts"]["conversations"], **contents["lengths"]}
+    rows = {"conversations": whole, **contents["parts"]}
+    columns = ("number", "sum", "median", "p90", "longest")
+    return [(name, *(f"{row[key]:,}" if key in row else "" for key in columns)) for name, row in rows.items()]
+
+
+def _panels(histograms: Mapping[str, Mapping[str, Sequence[int]]], unit: str) -> list[tuple[str, Markup]]:
+    """Return a drawing of each distribution, all on one axis."""
+    shares = {}
+    for name, histogram in histograms.items():
+        whole = sum(histogram["counts"])
+        if whole:
+            shares[name] = Shares(
+                name, 1, histogram["edges"], [count / whole for count in histogram["counts"]]
+            )
+    held = [
+        (one.edges[n], one.edges[n + 1])
+        for one in shares.values()
+        for n, share in enumerate(one.shares)
+        if share
+    ]
+    low, high = min((lo for lo, _ in held), default=1), max((hi for _, hi in held), default=2)
+    powers = [2**n for n in range(40) if low <= 2**n <= high]
+    assert len(powers) >= _FEWEST_TICKS, "edges are powers of two"
+    axis = Axis(low, high, [(float(v), length_text(v)) for v in powers], f"length in {unit}", log=True)
+    top = max((share for one in shares.values() for share in one.shares), default=1.0) * 1.08
+    return [
+        (name, Markup(LengthHistogram(f"Lengths in {unit}, {name}", [one], axis, top).draw(PANEL_WIDTH)))
+        for name, one in shares.items()
+    ]
