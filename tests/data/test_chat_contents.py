@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from longspan.cli.main import app
+from longspan.core.errors import ArgumentError
 from tests.data.chat_tokenizers import chatty_tokenizer
 from tests.data.malformed_chats import DIALECTS
 
@@ -89,7 +90,7 @@ def test_page(chats, tmp_path):
     options = ("--tokenizer", tmp_path / "tok", "--chat-template", template, "--page", page)
     found = json.loads(run(chats, *options, "--json"))
     whole = found["histograms"]["conversations"]
-    assert "shown" not in found and sum(whole["counts"]) == found["counts"]["conversations"] == 2
+    assert "shown" not in found and sum(whole["counts"]) == found["counts"]["conversations"] == 3
     text = page.read_text()
     end = html.escape("<|im_end|>")
     assert f'<span class="learnt">Hello</span><span class="end">{end}</span>' in text
@@ -99,4 +100,4 @@ def test_page(chats, tmp_path):
     run(chats, "--page", page)
     assert "give --tokenizer and --chat-template" in page.read_text()
     result = CliRunner().invoke(app, ["data", "chat", str(chats), "--page", str(tmp_path / "chats.txt")])
-    assert result.exit_code == 2 and "one HTML file" in result.output
+    assert isinstance(result.exception, ArgumentError) and "one HTML file" in str(result.exception)

@@ -52,6 +52,10 @@ def chat(
     from longspan.data.tokenize.chat_contents import chat_contents
     from longspan.data.tokenizer import load_tokenizer
 
+    if page is not None:
+        from longspan.report.chat_page import page_file, write_chat_page
+
+        page_file(page)
     if tokenizer is None and (chat_template is not None or settings != ChatConfig()):
         raise ArgumentError("a chat template needs a tokenizer", fix="give --tokenizer")
     reader = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -64,8 +68,6 @@ def chat(
         inputs, messages_field=messages_field, tokenizer=reader, chat=form, show=0 if page is None else _SHOWN
     )
     if page is not None:
-        from longspan.report.chat_page import write_chat_page
-
         write_chat_page(page, inputs, found._asdict())
     if as_json:
         print_json({name: value for name, value in found._asdict().items() if name != "shown"})

@@ -26,9 +26,7 @@ def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping
     Raises:
         ArgumentError: `out` is not an .html file name.
     """
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise ArgumentError("the page is one HTML file", found=out, fix=f"--page {out / 'chats.html'}")
+    out = page_file(out)
     environment = Environment(
         loader=PackageLoader("longspan.report"),
         autoescape=True,
@@ -52,6 +50,15 @@ def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping
     )
     with atomic_write(out, "w") as file:
         file.write(text)
+
+
+def page_file(out: str | Path) -> Path:
+    """Return the name of a page. Raises ArgumentError where it is none: before conversations are read for it."""
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        fix = f"--page {out / 'chats.html' if out.is_dir() else out.with_suffix('.html')}"
+        raise ArgumentError("the page is one HTML file", found=out, fix=fix)
+    return out
 
 
 def _tiles(contents: Mapping[str, Any]) -> list[tuple[str, str, str]]:
