@@ -11,10 +11,13 @@ from longspan.core.intervals import (
     Effective,
     clustered_interval,
     effective_context,
+    holm,
     independent_difference,
     paired_difference,
+    paired_p,
     samples_needed,
     score_interval,
+    two_sided_p,
     wilson_interval,
 )
 
@@ -123,3 +126,31 @@ def test_clustered_intervals_hold_what_they_promise(share, alike):
         clustered, plain = held / 2000
         assert 0.93 <= clustered <= 0.97
         assert plain < clustered - 0.03
+
+
+def test_p_values_are_those_of_published_tables() -> None:
+    """Guards against a series that begins at the wrong term for odd or even degrees of freedom."""
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 29: 2.045, 30: 2.042}
+    for freedom, t in table.items():
+        assert two_sided_p(t, freedom) == pytest.approx(0.05, abs=4e-5)
+        assert two_sided_p(-t, freedom) == two_sided_p(t, freedom)
+    assert two_sided_p(9.925, 2) == pytest.approx(0.01, abs=2e-5) and two_sided_p(0.0, 7) == 1.0
+    assert two_sided_p(1.959964) == pytest.approx(0.05, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from((-1.0, 0.0, 1.0)), st.integers(0, 5)), min_size=1, max_size=30))
+def test_a_p_value_agrees_with_its_interval(pairs: list[tuple[float, int]]) -> None:
+    """Guards against a change that the interval shows and the p-value does not."""
+    differences, clusters = [d for d, _ in pairs], [c for _, c in pairs]
+    low, high = paired_difference(differences, clusters) or (0.0, 0.0)
+    p = paired_p(differences, clusters)
+    assert p is not None and 0 <= p <= 1
+    if abs(p - 0.05) > 0.001:
+        assert (p > 0.05) == (low <= 0 <= high)
+
+
+def test_holm_corrects_as_published() -> None:
+    """Guards against Bonferroni's factor for all, and against a corrected value below that of a smaller one."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]

@@ -147,6 +147,30 @@ def effective_context(
     return Effective(reached, needed=needed)
 
 
+class _Estimate(NamedTuple):
+    """A mean with its standard error, and the degrees of freedom of the latter; None: as many as one likes."""
+
+    mean: float
+    error: float
+    freedom: int | None
+
+
+def _paired_estimates(differences: Sequence[float], clusters: Sequence[Hashable] | None) -> list[_Estimate]:
+    """Return the adjusted estimate of matched pairs, then that of clusters where questions come in such."""
+    count = len(differences) + 2.0
+    mean = math.fsum(differences) / count
+    variance = (math.fsum(d * d for d in differences) + 1.0) / count - mean * mean
+    estimates = [_Estimate(mean, math.sqrt(max(variance, 0.0) / count), None)]
+    groups: dict[Hashable, list[float]] = {}
+    for difference, cluster in zip(differences, clusters or range(len(differences)), strict=True):
+        groups.setdefault(cluster, []).append(difference)
+    if 1 < len(groups) < len(differences):
+        centre = math.fsum(differences) / len(differences)
+        error = math.sqrt(_clustered_variance(list(groups.values()), centre))
+        estimates.append(_Estimate(centre, error, len(groups) - 1))
+    return estimates
+
+
 def paired_difference(
     differences: Sequence[float], clusters: Sequence[Hashable] | None = None
 ) -> tuple[float, float] | None:
@@ -158,20 +182,52 @@ def paired_difference(
     """
     if not differences:
         return None
-    groups: dict[Hashable, list[float]] = {}
-    for difference, cluster in zip(differences, clusters or range(len(differences)), strict=True):
-        groups.setdefault(cluster, []).append(difference)
-    if 1 < len(groups) < len(differences):
-        centre = math.fsum(differences) / len(differences)
-        error = math.sqrt(_clustered_variance(list(groups.values()), centre))
-        wide, plain = _t_95(len(groups) - 1) * error, paired_difference(differences)
-        assert plain is not None
-        return max(-1.0, min(plain[0], centre - wide)), min(1.0, max(plain[1], centre + wide))
-    count = len(differences) + 2.0
-    mean = math.fsum(differences) / count
-    variance = (math.fsum(d * d for d in differences) + 1.0) / count - mean * mean
-    half = Z_95 * math.sqrt(max(variance, 0.0) / count)
-    return max(-1.0, mean - half), min(1.0, mean + half)
+    ends = [
+        (mean - wide, mean + wide)
+        for mean, error, freedom in _paired_estimates(differences, clusters)
+        for wide in [(Z_95 if freedom is None else _t_95(freedom)) * error]
+    ]
+    return max(-1.0, min(low for low, _ in ends)), min(1.0, max(high for _, high in ends))
+
+
+def paired_p(differences: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float | None:
+    """Return the two-sided p-value of no difference that belongs to `paired_difference`; None without pairs."""
+    if not differences:
+        return None
+    return max(
+        1.0 if mean == 0 else 0.0 if error == 0 else two_sided_p(mean / error, freedom)
+        for mean, error, freedom in _paired_estimates(differences, clusters)
+    )
+
+
+def two_sided_p(t: float, freedom: int | None = None) -> float:
+    """Return how often Student's t is farther from 0 than `t`, exactly; `freedom` None: the normal distribution.
+
+    Abramowitz and Stegun (1964), 26.7.3 and 26.7.4.
+    """
+    if freedom is None:
+        return math.erfc(abs(t) / math.sqrt(2.0))
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    sine, square = math.sin(angle), math.cos(angle) ** 2
+    term, series = (math.cos(angle), 0.0) if freedom % 2 else (1.0, 0.0)
+    for order in range(freedom % 2, freedom - 1, 2):
+        series += term
+        term *= square * (order + 1) / (order + 2)
+    inside = 2.0 / math.pi * (angle + sine * series) if freedom % 2 else sine * series
+    return min(1.0, max(0.0, 1.0 - inside))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for how many there are (Holm 1979): each as it would have to be beside the others.
+
+    >>> holm([0.01, 0.04, 0.03, 0.005])
+    [0.03, 0.06, 0.06, 0.02]
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, (len(p_values) - rank) * p_values[place])
+        corrected[place] = min(1.0, largest)
+    return corrected
 
 
 def independent_difference(before: tuple[float, int], after: tuple[float, int]) -> tuple[float, float] | None:

@@ -21,6 +21,23 @@ _BY_TASK = {
 """Parameters that hold one value for each data set: those that both have are compared."""
 _HOW_MUCH = ("lengths", "depths", "samples", "counts", "limit", "subtasks", "datasets", "subjects")
 _ASIDE = frozenset((*_HOW_MUCH, *_BY_TASK, "note", "stop_ids"))
+_HOW_ASKED = frozenset(
+    (
+        "BOS",
+        "answer prefix",
+        "chat template",
+        "examples sha256",
+        "max new tokens",
+        "mode",
+        "num fewshot",
+        "scorer",
+        "template args",
+        "thinking",
+        "thinks",
+        "tokenizer",
+    )
+)
+"""What may differ, in the words of `differing`, while the questions stay the same."""
 _NAMES = {
     "answer_digits": "digits",
     "num_distractors": "number of distractors",
@@ -42,6 +59,11 @@ def differing(one: Sequence[RecordFile], two: Sequence[RecordFile]) -> tuple[str
         and not (part and ((name, part) not in first or (name, part) not in second))
     }
     return tuple(sorted(_NAMES.get(name, name.replace("_", " ")) for name in names))
+
+
+def same_questions(differ: Iterable[str]) -> bool:
+    """Return whether two evaluations that differ in nothing but `differ` asked the same, so that answers are paired."""
+    return _HOW_ASKED.issuperset(differ)
 
 
 def listed(names: Sequence[str]) -> str:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import length_text
+from longspan.report.pairs_view import change_cell
 from longspan.report.perplexity_view import ppl_measure
-from longspan.report.tables import Grid, PplTable, all_columns
-from longspan.report.view import Section, Table, TableCell, decimal, heat_cell, percent, short_name
+from longspan.report.tables import Grid, PplTable, all_columns, difference
+from longspan.report.view import MISSING, Section, Table, TableCell, decimal, heat_cell, percent, short_name
+
+
+def _against_after(ev: Evaluation, grids: Mapping[str, Grid], label: str) -> TableCell:
+    """Return the change of all that both models were asked, from the model after training to a control."""
+    assert ev.lead is not None and ev.after is not None
+    if label == ev.after:
+        return TableCell(MISSING, "num muted")
+    old, new = grids[ev.after].at(), grids[label].at()
+    same = ev.same_questions(ev.lead.task, label, ev.after)
+    return change_cell(difference(old, new, same_questions=same))
 
 
 def controls_section(ev: Evaluation) -> Section:
@@ -35,6 +48,7 @@ def controls_section(ev: Evaluation) -> Section:
                 TableCell(short_name(label), "reference" if label in (ev.before, ev.after) else ""),
                 TableCell(percent(table.total.mean), "num"),
                 *(heat_cell(table.by_column.get(n)) for n in lengths),
+                *([_against_after(ev, controlled, label)] if ev.lead and ev.after in controlled else []),
                 TableCell(decimal(measure.of(last[1])) if last else "\u2013", "num"),
             ]
         )
@@ -44,7 +58,13 @@ def controls_section(ev: Evaluation) -> Section:
         where = f"{buckets[0][0]:,}\u2013{buckets[0][1]:,}"
     section.parts["table"] = Table(
         f"{ev.lead.capital} accuracy by length and {measure.name}" if ev.lead else measure.title,
-        ["run", "mean", *(length_text(n) for n in lengths), f"{measure.name}, {where}"],
+        [
+            "run",
+            "mean",
+            *(length_text(n) for n in lengths),
+            *(["change from after, points"] if ev.lead and ev.after in controlled else []),
+            f"{measure.name}, {where}",
+        ],
         rows,
     )
     section.parts["notes"] = [(short_name(label), note) for label in ablations if (note := ev.note(label))]

@@ -24,7 +24,7 @@ from longspan.report.tables import (
     tally_of,
 )
 
-_CHANGE = re.compile(r"[+-]\d[\d.,]*%?( (to|\u00b1) [+-]?\d[\d.,]*%?)?( noise)?")
+_CHANGE = re.compile(r"[+-]\d[\d.,]*%?( (to|\u00b1) [+-]?\d[\d.,]*%?| \[[^\]a-z|=@]+\])?( noise| unpaired)?")
 _COUNTS = ["mean", "low95", "high95", "scored", "unscored", "no_answer"]
 
 

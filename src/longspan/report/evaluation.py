@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from longspan.report.charts import Mark
-from longspan.report.comparison import differing, listed
+from longspan.report.comparison import differing, listed, same_questions
 from longspan.report.layouts import Layout
 from longspan.report.load import RecordFile
 from longspan.report.tables import Grid, Tables, tabulate
@@ -98,10 +98,7 @@ class Evaluation(Tables):
         return self._differing(task, one, two)
 
     def _differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
-        first, second = (
-            [file for file in self.files if file.task == task and file.label == label] for label in (one, two)
-        )
-        found = set(differing(first, second)) if first and second else set()
+        found = set(_of_files(self.files, task, one, two))
         grids = self.grids.get(task, {})
         if one in grids and two in grids and (axis := self.layouts[task].rows) is not None:
             # Depths and subtasks of a common length weigh alike only where both have them.
@@ -110,6 +107,28 @@ class Evaluation(Tables):
             shared = axis.removeprefix("num_").replace("_", " ").removesuffix("s") + "s"
             found |= {shared} if len({frozenset(each) for each in rows}) > 1 else set()
         return tuple(sorted(found))
+
+    def same_questions(self, task: str, one: str, two: str) -> bool:
+        """Return whether two labels were asked the same, so that their answers are paired."""
+        return same_questions(_of_files(self.files, task, one, two))
+
+    def compared(self, among: Mapping[str, object]) -> list[tuple[str, str]]:
+        """Return the pairs (from, to) of labels whose change a reader asks for.
+
+        Each with its baseline, and labels of one role in several runs with that of the first run.
+        """
+        pairs = []
+        for label in sorted(among, key=order_of):
+            first = next(o for o in sorted(among, key=order_of) if role_of(o) == role_of(label))
+            if first != label and (role_of(label) != "before" or self._model(first) != self._model(label)):
+                pairs.append((first, label))
+            baseline = self.compared_with(label, among)
+            if baseline is not None and role_of(baseline) != role_of(label):
+                pairs.append((baseline, label))
+        return pairs
+
+    def _model(self, label: str) -> str | None:
+        return next((file.model for file in self.files if file.label == label), None)
 
     def not_comparable(self, task: str, among: Mapping[str, object]) -> str:
         """Return a sentence for the labels whose evaluation differs from that of what they are compared with."""
@@ -143,6 +162,14 @@ class Evaluation(Tables):
             for label, grid in self.grids.get(task, {}).items()
             if grid.columns and not label.startswith("ablate_")
         }
+
+
+def _of_files(files: Sequence[RecordFile], task: str, one: str, two: str) -> tuple[str, ...]:
+    """Return what differs in the headers of two labels."""
+    first, second = (
+        [file for file in files if file.task == task and file.label == name] for name in (one, two)
+    )
+    return differing(first, second) if first and second else ()
 
 
 def first_with_role(role: str, labels: Iterable[str]) -> str | None:

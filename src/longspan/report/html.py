@@ -26,12 +26,14 @@ from longspan.report.load import LoadedRun, RecordFile, load_runs
 from longspan.report.maps_view import map_section
 from longspan.report.method_view import cost_section, method_section, mixed_settings, two_models
 from longspan.report.page_tables import page_tables
+from longspan.report.pairs_view import changes_words
 from longspan.report.palette import STEPS, theme_css
 from longspan.report.perplexity_view import ppl_section
 from longspan.report.sample_data import SampleData
 from longspan.report.scores_view import delta_section, scores_section
 from longspan.report.summary import summarise
 from longspan.report.tables import tally_of
+from longspan.report.thinking_view import thinking_section
 from longspan.report.training_view import lengths_section, training_section, training_totals
 from longspan.report.view import LONG, LONG_NAME, Section, merge_records, short_name, unscored_text
 
@@ -123,6 +125,7 @@ def _compose(runs: Sequence[LoadedRun], groups: Sequence[RunGroup]) -> _Page:
         *(map_section(evaluation, task, data) for task in evaluation.layouts if task in drawn),
         *(grid_section(evaluation, task, data) for task in evaluation.grids if task not in drawn),
         ppl_section(evaluation),
+        thinking_section(evaluation),
         delta_section(evaluation),
         *(scores_section(evaluation, task, data) for task in evaluation.scores),
         lengths_section(runs),
@@ -164,6 +167,7 @@ def _written(page: _Page, title: str | None) -> str:
         missing=missing,
         steps=range(STEPS),
         long=LONG,
+        changes_words=changes_words(),
         long_name=LONG_NAME,
         most_links=_MOST_LINKS,
         css=Markup(theme_css() + "\n" + asset("report.css")),

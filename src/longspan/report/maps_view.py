@@ -11,6 +11,7 @@ from markupsafe import Markup
 from longspan.report.charts import Axis, LineChart, Series, cut_name, heat_map, place_axis
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.layouts import Layout, axis_words, length_text, value_text, value_words
+from longspan.report.pairs_view import grid_changes, pairs_of
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.tables import Grid, Tally, all_columns
@@ -75,6 +76,8 @@ def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     section.parts["curve"] = accuracy_chart(
         ev, {label: grids[label] for label in labels}, what=layout.heading
     )
+    pairs = pairs_of(ev, task, {label: grids[label] for label in labels}, lambda label: _base(ev, label))
+    section.parts["changes"] = grid_changes(layout, grids, pairs)
     if ev.lead == layout:
         if first_with_role("after", labels) and not first_with_role("before", labels):
             section.missing.append(f"{layout.capital} accuracy before training was not measured.")
@@ -179,8 +182,8 @@ def _facts(
         ("Samples", f"{table.total.scored:,} scored, {table.samples_per_cell} in a cell"),
         (
             "All cells",
-            f"{percent(table.total.mean)}, 95% interval {interval_text(table.total)}: the mean over every scored "
-            "sample of every length, as the command says it",
+            f"{percent(table.total.mean)}, 95% interval {interval_text(table.total)}{_by_text(table.total)}: the "
+            "mean over every scored sample of every length, as the command says it",
         ),
     ]
     inside = table.up_to(trained) if trained else Tally()
@@ -207,6 +210,13 @@ def _facts(
         whose = cut_name(short_name(main))
         facts = [(name if name in shared else f"{name}, {whose}", text) for name, text in facts]
     return facts
+
+
+def _by_text(tally: Tally) -> str:
+    """Write the interval that takes samples on one text together, where it is another."""
+    low, high = tally.interval_by_cluster or (0.0, 0.0)
+    apart = tally.interval_by_cluster is not None and tally.interval_by_cluster != tally.interval
+    return f" ({low:.0%} to {high:.0%} with samples on one text taken together)" if apart else ""
 
 
 def _beyond_note(table: Grid, trained: int | None) -> str:

@@ -15,6 +15,7 @@ from longspan.report.charts import Forest, ForestRow
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import by_value
+from longspan.report.pairs_view import changes_words, corrected_p, emphasis, pairs_of, set_changes
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import ScoredSample
@@ -63,6 +64,10 @@ def scores_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     section.parts["table" if not pooled else "detail"] = detail
     section.parts.setdefault("detail", None)
     section.parts["benchmarks"] = benchmarks
+    section.parts["changes"] = None
+    if task != "harness":  # its changes have a section of their own
+        sets = {label: by_group(group, "dataset", "subtask", "metric") for label, group in by_label.items()}
+        section.parts["changes"] = set_changes(title, sets, pairs_of(ev, task, by_label))
     return section
 
 
@@ -152,20 +157,20 @@ def dataset_differences(ev: Evaluation) -> list[DatasetDifference]:
     """Return the change of every benchmark of the harness that a label and its baseline both have."""
     by_label = ev.scores.get("harness", {})
     rows = []
-    for label, samples in by_label.items():
-        baseline = ev.baseline(label, by_label)
-        if baseline is None:
-            continue
+    for baseline, label in ev.compared(by_label):
+        samples, same = by_label[label], ev.same_questions("harness", label, baseline)
         old = by_group(by_label[baseline], "dataset", "metric")
         for key, group in by_group(samples, "dataset", "metric").items():
-            whole = difference(old.get(key, []), group)
+            whole = difference(old.get(key, []), group, same_questions=same)
             if whole is None:
                 continue
             parts, old_parts = by_group(group, "subtask"), by_group(old[key], "subtask")
             subtasks = {
                 name[0]: part
                 for name in parts
-                if name[0] and name in old_parts and (part := difference(old_parts[name], parts[name]))
+                if name[0]
+                and name in old_parts
+                and (part := difference(old_parts[name], parts[name], same_questions=same))
             }
             tokens = [s.prompt_tokens for s in group if s.prompt_tokens]
             median = statistics.median_low(tokens) if tokens else None
@@ -185,10 +190,7 @@ def delta_section(ev: Evaluation) -> Section:
     rows = dataset_differences(ev)
     if not rows:
         return section
-    section.intro = (
-        "Change of the score in percentage points with its 95% interval, on the questions that both models "
-        "answered. An interval that holds zero does not show a change."
-    )
+    section.intro = f"Change of the score in percentage points with its 95% interval. {changes_words()}"
     section.intro = " ".join(
         filter(None, (section.intro, ev.not_comparable("harness", ev.scores["harness"])))
     )
@@ -217,10 +219,10 @@ def _delta_table(rows: Sequence[DatasetDifference]) -> Table:
                 row.dataset,
                 TableCell(row.metric or MISSING, "left"),
                 TableCell(_compared(row), "left"),
-                *_difference_cells(row.difference),
+                *_difference_cells(row.difference, corrected),
                 TableCell(f"{row.tokens:,}" if row.tokens else MISSING, "num", "median"),
             ]
-            for row in rows
+            for row, corrected in zip(rows, corrected_p([row.difference for row in rows]))
         ],
     )
 
@@ -230,18 +232,21 @@ def _subtask_table(row: DatasetDifference) -> Table:
     return Table(
         name,
         ["subtask", "before", "after", "change, points", "95% interval", "pairs"],
-        [[subtask, *_difference_cells(part)] for subtask, part in row.subtasks.items()],
+        [
+            [subtask, *_difference_cells(part, corrected)]
+            for (subtask, part), corrected in zip(row.subtasks.items(), corrected_p([*row.subtasks.values()]))
+        ],
     )
 
 
-def _difference_cells(change: Difference) -> list[TableCell]:
+def _difference_cells(change: Difference, corrected: float | None) -> list[TableCell]:
     interval = MISSING
     if change.interval:
         interval = f"{points(change.interval[0])} to {points(change.interval[1])}"
     return [
         TableCell(f"{change.before * 100:.1f}", "num"),
         TableCell(f"{change.after * 100:.1f}", "num"),
-        TableCell(points(change.value), "num strong"),
+        TableCell(points(change.value), f"num {emphasis(change, corrected)}"),
         TableCell(interval, "num"),
         TableCell(f"{change.pairs:,}" if change.pairs else "unpaired", "num"),
     ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longspan.report.comparison import differing, same_questions
 from longspan.report.evaluation import first_with_role
 from longspan.report.load import LoadedRun, load_run
+from longspan.report.pairs_view import corrected_p
+from longspan.report.samples import ScoredSample
 from longspan.report.tables import (
+    Difference,
     Grid,
     PplTable,
     Tally,
@@ -28,9 +32,10 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     nothing scored), counts (scored samples, same shape), lengths, depths, samples_per_cell, scored, unscored,
     confidence (95 % interval of the mean), effective_context, effective_text and effective_note (what stands in its
     place and why), no_answer (scored samples with an empty answer, by reason), confidence_by_cluster (the interval
-    that takes samples on one text for dependent), thought_tokens (of all thoughts), and `difference` from `before`
-    (where no label is called so, from the first), paired by question (value, confidence, pairs). mean, confidence,
-    scored and unscored are over all lengths, also those beyond the trained one.
+    that takes samples on one text for dependent), thought_tokens (of all thoughts), and where the same was asked
+    `difference` from `before` (where no label is called so, from the first), paired by question (value, confidence,
+    pairs, texts that these are on, p), and difference_by_length with p_corrected too, by Holm for the number of
+    lengths. mean, confidence, scored and unscored are over all lengths, also those beyond the trained one.
     ppl[label]: by_length {"128": x}, bits_per_byte {"128": x or None}, by_position {"0-128": x}, by_source {source: x}
     (the last two over the longest windows), tokens, unscored.
     needle_distractors[label]: {"3": {mean, confidence, by_length, scored, unscored}}.
@@ -43,25 +48,45 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     """
     run = run if isinstance(run, LoadedRun) else load_run(run)
     tables = tabulate(run.records)
-    further = {
-        task: {label: {**_grid_summary(grid), **_differs(grids, label)} for label, grid in grids.items()}
+    further: dict[str, Any] = {
+        task: {
+            label: {**_grid_summary(grid), **_grid_changes(run, task, grids, label)}
+            for label, grid in grids.items()
+        }
         for task, grids in tables.grids.items()
     }
-    scores = {
-        task: {
-            label: {
-                "/".join(part for part in key if part) or "all": _tally_summary(tally_of(group))
-                for key, group in by_group(samples, "dataset", "subtask", "metric").items()
-            }
-            for label, samples in by_label.items()
+    scores: dict[str, Any] = {}
+    for task, by_label in tables.scores.items():
+        sets = {
+            label: by_group(samples, "dataset", "subtask", "metric") for label, samples in by_label.items()
         }
-        for task, by_label in tables.scores.items()
-    }
+        first = _base(sets)
+        scores[task] = {
+            label: {
+                "/".join(part for part in key if part) or "all": {
+                    **_tally_summary(tally_of(group)),
+                    **_change(run, task, (first, sets[first].get(key, ())), (label, group)),
+                }
+                for key, group in groups.items()
+            }
+            for label, groups in sets.items()
+        }
     return {
         "needle": {},
         "ppl": {label: _ppl_summary(table) for label, table in tables.ppl.items()},
         "needle_distractors": {
-            label: {str(count): _distractor_summary(table) for count, table in by_count.items()}
+            label: {
+                str(count): {
+                    **_distractor_summary(table),
+                    **_grid_changes(
+                        run,
+                        "needle_distractors",
+                        {name: by[count] for name, by in tables.distractors.items() if count in by},
+                        label,
+                    ),
+                }
+                for count, table in by_count.items()
+            }
             for label, by_count in tables.distractors.items()
         },
         **further,
@@ -69,15 +94,48 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     }
 
 
-def _differs(grids: Mapping[str, Grid], label: str) -> dict[str, Any]:
-    """Return how a label differs from `before`, or from the first one, on the questions that both were asked."""
-    base = first_with_role("before", grids) or next(iter(grids))
-    old, new = ([s for group in grids[name].cells.values() for s in group] for name in (base, label))
-    found = None if label == base else difference(old, new)
-    if found is None or not found.pairs:
+_Side = tuple[str, Sequence[ScoredSample]]
+"""A label and its samples."""
+
+
+def _base(labels: Mapping[str, Any]) -> str:
+    """Return the label that others are compared with."""
+    return first_with_role("before", labels) or next(iter(labels))
+
+
+def _change(run: LoadedRun, task: str, old: _Side, new: _Side) -> dict[str, Any]:
+    """Return how a label differs from another on the questions that both were asked, if there are such."""
+    found = None
+    if new[0] != old[0] and _same_questions(run, task, old[0], new[0]):
+        found = difference(old[1], new[1])
+    return (
+        {"difference": {"from": old[0], **_listed_change(found)}} if found is not None and found.pairs else {}
+    )
+
+
+def _grid_changes(run: LoadedRun, task: str, grids: Mapping[str, Grid], label: str) -> dict[str, Any]:
+    """Return `_change` over all columns, and column by column with p-values corrected for the number of columns."""
+    first, grid = _base(grids), grids[label]
+    whole = _change(run, task, (first, grids[first].at()), (label, grid.at()))
+    if not whole:
         return {}
-    values = {"value": found.value, "confidence": _listed(found.interval), "pairs": found.pairs}
-    return {"difference": {"from": base, **values}}
+    changes = [difference(grids[first].at(column), grid.at(column)) for column in grid.columns]
+    by_column = {
+        str(column): {**_listed_change(change), "p_corrected": p}
+        for column, change, p in zip(grid.columns, changes, corrected_p(changes))
+        if change is not None and change.pairs
+    }
+    return {**whole, f"difference_by_{'length' if grid.by_length else 'column'}": by_column}
+
+
+def _listed_change(change: Difference) -> dict[str, Any]:
+    values = {"value": change.value, "confidence": _listed(change.interval), "pairs": change.pairs}
+    return {**values, "texts": change.texts or change.pairs, "p": change.p}
+
+
+def _same_questions(run: LoadedRun, task: str, one: str, two: str) -> bool:
+    first, second = ([f for f in run.records if (f.task, f.label) == (task, label)] for label in (one, two))
+    return same_questions(differing(first, second)) if first and second else True
 
 
 def _grid_summary(table: Grid) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from longspan.core.intervals import (
     effective_context,
     independent_difference,
     paired_difference,
+    paired_p,
     score_interval,
 )
 from longspan.report.layouts import Layout, by_value, layout_of
@@ -47,6 +48,8 @@ class Tally:
     """Of each score the text that it shares with others; empty: its own."""
     thought_tokens: int = 0
     """Tokens of all thoughts."""
+    longest_thought: int = 0
+    """Tokens of the longest."""
     reasons: Counter[str] = field(default_factory=Counter)
     """Samples without a score, by reason."""
     no_answer: Counter[str] = field(default_factory=Counter)
@@ -60,6 +63,7 @@ class Tally:
             self.scores.append(sample.score)
             self.clusters.append(sample.cluster)
             self.thought_tokens += sample.thought_tokens or 0
+            self.longest_thought = max(self.longest_thought, sample.thought_tokens or 0)
             if sample.no_answer:
                 self.no_answer[sample.no_answer] += 1
 
@@ -91,14 +95,12 @@ class Tally:
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 % interval of the mean; None without a scored sample or with scores that are no shares."""
-        if any(not 0 <= score <= 1 for score in self.scores):
-            return None
-        return score_interval(self.scores)
+        return score_interval(self.scores) if _shares(self.scores) else None
 
     @property
     def interval_by_cluster(self) -> tuple[float, float] | None:
         """95 % interval that takes samples on one text for dependent; None where no texts are known, or only one."""
-        if not all(self.clusters) or any(not 0 <= score <= 1 for score in self.scores):
+        if not all(self.clusters) or not _shares(self.scores):
             return None
         return clustered_interval(self.scores, self.clusters)
 
@@ -145,6 +147,10 @@ class Grid:
     def tally(self, row: Place, column: Place) -> Tally:
         """Return the tally of a cell, an empty one where nothing was measured."""
         return self.tallies.get((row, column)) or Tally(self.layout.higher_is_better)
+
+    def at(self, column: Place | None = None) -> list[ScoredSample]:
+        """Return the samples of a column, or of all."""
+        return [s for (_, place), group in self.cells.items() if column in (None, place) for s in group]
 
     def means_of_rows(self, column: Place) -> list[float]:
         """The rows' means in a column, of those that have one."""
@@ -223,6 +229,10 @@ class Difference:
     interval: tuple[float, float] | None
     pairs: int
     """Questions that both have a score for; 0: the intervals are of independent samples."""
+    texts: int = 0
+    """Texts that these questions are on, which the interval takes for what is independent; 0: each has its own."""
+    p: float | None = None
+    """Two-sided p-value of no difference; None where nothing is paired."""
 
     @property
     def value(self) -> float:
@@ -230,36 +240,51 @@ class Difference:
         return self.after - self.before
 
 
-def difference(before: Sequence[ScoredSample], after: Sequence[ScoredSample]) -> Difference | None:
-    """Compare scores of one data set, paired by `subtask` and `sample` where both sides have these.
+def difference(
+    before: Sequence[ScoredSample], after: Sequence[ScoredSample], *, same_questions: bool = True
+) -> Difference | None:
+    """Compare scores, paired by data set, `subtask` and `sample` where both sides have these.
 
-    Paired samples alone are compared when there are any. None when one side has no score.
+    Paired samples alone are compared when there are any, none without `same_questions`. None when one side has no
+    score.
     """
-    old, new = _by_question(before), _by_question(after)
+    old, new = (_by_question(side) if same_questions else {} for side in (before, after))
     common: list[_Question] = [key for key in old if key in new]
     if common:
         first, second = [old[key] for key in common], [new[key] for key in common]
+        changes, texts = [b - a for a, b in zip(first, second)], _clusters_of(before, common)
+        if not _shares([*first, *second]):  # the intervals are those of shares
+            return Difference(
+                math.fsum(first) / len(first), math.fsum(second) / len(second), None, len(common)
+            )
+        count = len(set(texts or ()))
         return Difference(
             math.fsum(first) / len(first),
             math.fsum(second) / len(second),
-            paired_difference([b - a for a, b in zip(first, second)], _clusters_of(before, common)),
+            paired_difference(changes, texts),
             len(common),
+            count if count < len(common) else 0,
+            paired_p(changes, texts),
         )
     tallies = tally_of(before), tally_of(after)
     first_mean, second_mean = tallies[0].mean, tallies[1].mean
     if first_mean is None or second_mean is None:
         return None
-    interval = independent_difference(
-        (tallies[0].correct, tallies[0].scored), (tallies[1].correct, tallies[1].scored)
-    )
+    interval = None
+    if all(_shares(tally.scores) for tally in tallies):
+        interval = independent_difference(*((tally.correct, tally.scored) for tally in tallies))
     return Difference(first_mean, second_mean, interval, 0)
 
 
-_Question = tuple[str, str, str, Place | None, Place | None]
+def _shares(scores: Iterable[float]) -> bool:
+    return all(0 <= score <= 1 for score in scores)
+
+
+_Question = tuple[str, str, str, str, Place | None, Place | None]
 
 
 def _question(sample: ScoredSample) -> _Question:
-    return (sample.subtask, sample.sample, sample.metric, sample.row, sample.column)
+    return (sample.dataset, sample.subtask, sample.sample, sample.metric, sample.row, sample.column)
 
 
 def _by_question(samples: Sequence[ScoredSample]) -> dict[_Question, float]:

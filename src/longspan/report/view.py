@@ -189,7 +189,11 @@ def heat_cell(tally: Tally | None, *, name: str = "", key: str = "") -> TableCel
 
 def interval_text(tally: Tally) -> str:
     """Write a 95 % interval as `86% to 99%`."""
-    interval = tally.interval
+    return interval_of(tally.interval)
+
+
+def interval_of(interval: tuple[float, float] | None) -> str:
+    """Write an interval of shares as `86% to 99%`."""
     return MISSING if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}"
 
 

@@ -1,0 +1,142 @@
+"""Changes between models, question by question: in points, with intervals, and corrected for how many there are.
+
+Two evaluations that asked the same are compared on the questions that both have a score for, texts that questions share
+counted as one each (`core.intervals.paired_difference`). One interval in twenty leaves out zero by chance alone: of
+several changes, those are strong whose p-value is below 5 % after Holm's correction for the number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from longspan.core.intervals import holm
+from longspan.report.comparison import differ_text
+from longspan.report.evaluation import Evaluation
+from longspan.report.layouts import Layout, value_text
+from longspan.report.samples import ScoredSample
+from longspan.report.tables import Difference, Grid, all_columns, difference
+from longspan.report.view import MISSING, Table, TableCell, points, short_name
+
+_CHANCE = 0.05
+
+
+class Pair(NamedTuple):
+    """A change that is shown: from one label to another."""
+
+    old: str
+    new: str
+    name: str
+    same_questions: bool
+
+
+def pairs_of(
+    ev: Evaluation, task: str, among: Mapping[str, Any], base: Callable[[str], str] = str
+) -> list[Pair]:
+    """Return the changes between labels of a task; `base` is a label's name in the records."""
+    found = []
+    suffixes = dict.fromkeys(label[len(base(label)) :] for label in among)
+    for suffix in suffixes:
+        bases = {base(label): None for label in among if label[len(base(label)) :] == suffix}
+        for old, new in ev.compared(bases):
+            differ = ev.differing(task, new, old)
+            name = f"{short_name(new + suffix)} \u2212 {short_name(old + suffix)}"
+            name += f" ({differ_text(differ)})" if differ else ""
+            found.append(Pair(old + suffix, new + suffix, name, ev.same_questions(task, new, old)))
+    return found
+
+
+def grid_changes(layout: Layout, grids: Mapping[str, Grid], pairs: Sequence[Pair]) -> Table | None:
+    """Return the change of every pair at each column, and over all that both were asked; None without a pair."""
+    places = all_columns(grids.values())
+    cells = [
+        [
+            difference(
+                grids[pair.old].at(place), grids[pair.new].at(place), same_questions=pair.same_questions
+            )
+            for place in places
+        ]
+        for pair in pairs
+    ]
+    whole = [
+        difference(grids[pair.old].at(), grids[pair.new].at(), same_questions=pair.same_questions)
+        for pair in pairs
+    ]
+    totals = _corrected([[change] for change in whole])
+    rows: list[list[str | TableCell]] = [
+        [pair.name, *row, *total] for pair, row, total in zip(pairs, _corrected(cells), totals)
+    ]
+    return _table(
+        layout.heading, ["change", *(value_text(layout.columns, place) for place in places), "all"], rows
+    )
+
+
+def set_changes(
+    title: str,
+    by_label: Mapping[str, Mapping[tuple[str, ...], Sequence[ScoredSample]]],
+    pairs: Sequence[Pair],
+) -> Table | None:
+    """Return the change of every pair on each set, a row a set."""
+    names = list(dict.fromkeys(name for sets in by_label.values() for name in sets))
+    cells = [
+        [
+            difference(
+                by_label[pair.old].get(name, ()),
+                by_label[pair.new].get(name, ()),
+                same_questions=pair.same_questions,
+            )
+            for pair in pairs
+        ]
+        for name in names
+    ]
+    rows: list[list[str | TableCell]] = [
+        [" / ".join(filter(None, name)), *row] for name, row in zip(names, _corrected(cells))
+    ]
+    return _table(title, ["set", *(pair.name for pair in pairs)], rows)
+
+
+def _table(title: str, columns: list[str], rows: list[list[str | TableCell]]) -> Table | None:
+    shown = [row for row in rows if any(isinstance(cell, TableCell) and cell.text != MISSING for cell in row)]
+    return Table(f"{title}: change in points [95% interval]", columns, shown) if shown else None
+
+
+def changes_words() -> str:
+    """Return the sentences that say how to read such a table."""
+    return (
+        "On the questions that both models answered, those on one text taken together; unpaired where they were asked "
+        "other questions. Grey: the interval holds zero. Bold: the change stands (p < 5%) after Holm's correction for "
+        "the number of changes in the table; those over all questions are counted apart."
+    )
+
+
+def corrected_p(changes: Sequence[Difference | None]) -> list[float | None]:
+    """Return the p-values of changes that are shown together, by Holm; None where one has none."""
+    known = iter(holm([change.p for change in changes if change is not None and change.p is not None]))
+    return [None if change is None or change.p is None else next(known) for change in changes]
+
+
+def emphasis(change: Difference, corrected: float | None) -> str:
+    """Return the class of a change: strong where it stands, muted where its interval holds zero."""
+    low, high = change.interval or (0.0, 0.0)
+    if low <= 0 <= high:
+        return "muted"
+    return "strong" if corrected is not None and corrected < _CHANCE else ""
+
+
+def _corrected(changes: Sequence[Sequence[Difference | None]]) -> list[list[TableCell]]:
+    """Return the cells of changes that are shown together."""
+    values = iter(corrected_p([change for row in changes for change in row]))
+    return [[change_cell(change, next(values)) for change in row] for row in changes]
+
+
+def change_cell(change: Difference | None, corrected: float | None = None) -> TableCell:
+    """Return one change; `corrected` is its p-value beside the other changes of its table."""
+    if change is None or change.interval is None:
+        return TableCell(MISSING, "num muted")
+    low, high = change.interval
+    kind = f"{change.pairs:,} pairs" if change.pairs else "unpaired"
+    words = [f"95% interval {points(low)} to {points(high)}, {kind}"]
+    words += [f"on {change.texts:,} texts"] if change.texts else []
+    words += [f"p = {change.p:.2g}, corrected {corrected:.2g}"] if corrected is not None else []
+    text = f"{points(change.value)} [{points(low)}, {points(high)}]" + ("" if change.pairs else " unpaired")
+    return TableCell(text, f"num change {emphasis(change, corrected)}", ", ".join(words))
