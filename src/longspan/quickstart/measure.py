@@ -98,7 +98,8 @@ def _evaluate_variant(
         split=settings.split,
     )
     longest = max([*(measured.longest for measured in tasks.values()), *ppl.lengths])
-    dtype = evaluated_dtype(variant.path, usable_device())
+    # In the type that the trained ones were computed in.
+    dtype = evaluated_dtype(variant.path, usable_device(), config.extend.memory.compute_dtype)
     model = load_model(variant.path, rope=variant.rope, max_position_embeddings=longest, dtype=dtype)
     model = model.to(usable_device()).eval()
     identity = {
