@@ -13,6 +13,7 @@ from longspan.core.errors import ArgumentError, RunError
 from longspan.infer.flops import ModelFlops, ladder, work_by_themselves, work_shared
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.plain import PlainAnswerer
+from longspan.kernels.attention import cpu_flash
 from longspan.models.hf import build_model
 from longspan.models.rotary import varying_ropes
 from tests.infer.engines import (
@@ -106,6 +107,24 @@ def test_answers_are_decoded_together() -> None:
     list(answerer.generate([request(ids, max_new_tokens=6) for ids in PROMPTS]))
     assert answerer.counters.passes == 1 + 5
     assert answerer.counters.decoded_tokens == 12 * 5
+
+
+def test_answers_of_many_lengths_share_kernel_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call for each prompt and layer, a batch that falls apart when some of its answers end."""
+    found: list[int] = []
+    forward = cpu_flash._forward
+
+    def counted(q: Any, *args: Any, **options: Any) -> Any:
+        found.append(len(q))
+        return forward(q, *args, **options)
+
+    monkeypatch.setattr(cpu_flash, "_forward", counted)
+    requests = [request([n, *random_ids(n, 2 * n)], max_new_tokens=2 + 7 * n % 11) for n in range(16)]
+    ours = in_order(local("llama").generate(requests))
+    steps, layers = 11, 2
+    # Prompts of 1 to 31 tokens are read by a call each, answers with 16 or 32 rows of room in two a step.
+    assert len(found) <= layers * (16 + 3 * steps)
+    assert_same(ours, in_order(plain("llama").generate(requests)))
 
 
 def test_a_pass_has_no_more_tokens_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

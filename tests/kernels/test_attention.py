@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention import Bands, attention, choose_kernel, merge, tiled
+from longspan.kernels.attention import Bands, attention, choose_kernel, cpu_flash, merge, tiled
 from longspan.kernels.attention.cpu_flash import CpuFlashKernel
 from longspan.kernels.attention.cuda_varlen import CudaVarlenKernel
 from longspan.kernels.attention.reference import ReferenceKernel, dense_mask
@@ -135,6 +135,52 @@ def test_all_queries_see_the_first_half_of_as_many_keys() -> None:
 
 
 @pytest.mark.both_kernels
+def _launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one for each call of torch's kernel."""
+    found: list[int] = []
+    forward = cpu_flash._forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        found.append(1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(cpu_flash, "_forward", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "launched"),
+    [
+        ([0, 20, 40, 60], [7, 20, 1, 9], 1),  # at an even distance
+        ([0, 0, 0, 0], [70, 3, 31, 69], 1),  # forks of a trunk
+        ([0, 20, 40, 77], [7, 20, 1, 3], 2),  # one has moved away
+        ([0, 2, 4, 6], [9, 20, 1, 3], 4),  # they overlap
+    ],
+)
+@pytest.mark.parametrize("queries", [1, 2])
+def test_rectangles_of_many_widths_are_one_call(
+    starts: list[int], lengths: list[int], launched: int, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call for each answer of a batch; a mask that hides too little, gradients of keys behind a band."""
+    count = _launched(monkeypatch)
+    rows = np.arange(4) * queries
+    bands = Bands(rows, [queries] * 4, starts, lengths, lo=-1000)
+    CpuFlashKernel().forward(*tensors(queries=4 * queries, keys=80, dtype=torch.float32)[:3], bands, 0.3)
+    assert len(count) == launched
+    assert_same_attention(bands, queries=4 * queries, keys=80, dtype=torch.float32, limit=2e-6)
+    assert_same_attention(bands, queries=4 * queries, keys=80, dtype=torch.float64, limit=1e-12)
+
+
+def test_a_neighbour_that_is_no_number_is_not_read() -> None:
+    """0 * NaN is NaN: keys behind those of a band are read with a mask, so they must not be another's."""
+    q, k, v, _ = tensors(queries=3, keys=48, dtype=torch.float32)
+    k[16:32] = v[16:32] = math.nan
+    out, _ = CpuFlashKernel().forward(
+        q, k, v, Bands([0, 1, 2], [1] * 3, [0, 16, 32], [3, 16, 5], lo=-99), 0.3
+    )
+    assert out.isfinite().all(-1).all(-1).tolist() == [True, False, True]
+
+
 def test_queries_shared_by_two_bands() -> None:
     """A chunk of queries that sees two key chunks in one table must join both, not keep the last one."""
     bands = Bands([0, 0, 10], [10, 10, 10], [0, 20, 0], [20, 10, 30], lo=[-100, 0, -20])

@@ -186,14 +186,15 @@ class Engine:
         while live:
             doing = memory_errors(self.model.device, doing="answers are generated")
             with inference(self.model), doing:
+                live = run.side_by_side(live)
                 documents = run.decoding(live)
                 going_on = live
                 while len(going_on) == len(live):
-                    said = np.array([len(run.progress[job].generated) for job, _ in live]) - 1
-                    if run.make_room(live, said + 1):
+                    if run.make_room(live):
                         documents.hand_back()
+                        live = run.side_by_side(live)
                         documents = run.decoding(live)
-                    going_on = self._step(run, live, documents, said)
+                    going_on = self._step(run, live, documents)
                     steps -= 1
                     self.share.done(self.share.steps(1))
                 documents.hand_back()
@@ -206,10 +207,9 @@ class Engine:
         run: JobsRun,
         live: Sequence[tuple[int, Strand]],
         documents: DecodePass,
-        said: NDArray[np.int64],
     ) -> list[tuple[int, Strand]]:
         """Give each answer its next token; return those that go on."""
-        documents.step(said)
+        documents.step(run.said(live))
         ids_T = np.array([run.progress[job].generated[-1] for job, _ in live], dtype=np.int64)
         before = documents.attention_flops
         found = predict(self._head, self._hidden(ids_T, documents))

@@ -113,7 +113,7 @@ class JobsRun:
         """Return the rows of a strand: of its tokens, and of an answer's first ones."""
         said = max((self.progress[job].job.max_new_tokens for job in self._ending.get(strand, ())), default=0)
         # The last token of an answer is not read.
-        return len(strand.ids) + min(max(said - 1, 0), FIRST_ROOM)
+        return len(strand.ids) if said <= 1 else _rounded(len(strand.ids) + min(said - 1, FIRST_ROOM))
 
     def targets(self, wanted: Wanted) -> int | None:
         """Return the token whose likelihood is asked for."""
@@ -221,11 +221,12 @@ class JobsRun:
 
     @contextlib.contextmanager
     def _held(self, strands: Sequence[Strand]) -> Iterator[None]:
-        """Give strands their places in a new block, and take them back."""
-        rows = [self.room(strand) for strand in strands]
-        block = KvBlock(sum(rows), self._engine.kernel)
-        for strand, row, room in zip(strands, np.cumsum([0, *rows[:-1]]).tolist(), rows):
-            self.places[strand] = StrandPlace(block, row, room)
+        """Give strands their places in a new block, those of one size together, and take them back."""
+        rooms = {strand: self.room(strand) for strand in strands}
+        block, row = KvBlock(sum(rooms.values()), self._engine.kernel), 0
+        for strand in sorted(strands, key=rooms.__getitem__):
+            self.places[strand] = StrandPlace(block, row, rooms[strand])
+            row += rooms[strand]
         try:
             yield
         finally:
@@ -237,26 +238,50 @@ class JobsRun:
         """Return the table for the next steps of some answers."""
         return DecodePass([strand for _, strand in live], self.places, self.states, self._engine.kernel)
 
-    def make_room(self, live: Sequence[tuple[int, Strand]], needed: NDArray[np.int64]) -> bool:
-        """Let each answer have room for `needed` tokens; return whether anything was moved."""
+    def said(self, live: Sequence[tuple[int, Strand]]) -> NDArray[np.int64]:
+        """Return how many tokens of each answer have been read; one more is to be."""
+        return np.array([len(self.progress[job].generated) for job, _ in live], dtype=np.int64) - 1
+
+    def make_room(self, live: Sequence[tuple[int, Strand]]) -> bool:
+        """Let each answer have room for its next token; return whether anything was moved."""
         full = {
             strand
-            for (_, strand), count in zip(live, needed.tolist())
-            if len(strand.ids) + count > self.places[strand].room
+            for (_, strand), count in zip(live, self.said(live).tolist())
+            if len(strand.ids) + count + 1 > self.places[strand].room
         }
         if not full:
             return False
         block = self.places[live[0][1]].block
+        rooms = {strand: place.room for strand, place in self.places.items() if place.block is block}
+        for strand in full:
+            rooms[strand] = _rounded(2 * rooms[strand] - len(strand.ids))
         moves, row = [], 0
-        for strand, place in list(self.places.items()):
-            if place.block is not block:
-                continue
-            room = len(strand.ids) + 2 * (place.room - len(strand.ids)) if strand in full else place.room
+        for strand in sorted(rooms, key=rooms.__getitem__):
+            place = self.places[strand]
             moves.append((place.row, row, place.room))
-            self.places[strand] = StrandPlace(block, row, room)
-            row += room
+            self.places[strand] = StrandPlace(block, row, rooms[strand])
+            row += rooms[strand]
         block.move(row, moves)
         return True
+
+    def side_by_side(self, live: Iterable[tuple[int, Strand]]) -> list[tuple[int, Strand]]:
+        """Return answers in the order of their places, of which those of one size are next to each other.
+
+        An answer that is done changes places with the last of its size that goes on.
+        """
+        jobs = {strand: job for job, strand in live}
+        sizes: dict[tuple[int, int], list[Strand]] = {}
+        for strand, (block, _, room) in self.places.items():
+            sizes.setdefault((id(block), room), []).append(strand)
+        for strands in sizes.values():
+            strands.sort(key=lambda strand: self.places[strand].row)
+            going_on = sum(strand in jobs for strand in strands)
+            ended = [strand for strand in strands[:going_on] if strand not in jobs]
+            for strand, other in zip(ended, (each for each in strands[going_on:] if each in jobs)):
+                mine, its = self.places[strand], self.places[other]
+                mine.block.exchange(mine.row, its.row, mine.room)
+                self.places[strand], self.places[other] = its, mine
+        return [(jobs[strand], strand) for strand in sorted(jobs, key=lambda strand: self.places[strand].row)]
 
     def _outcome(self, job: int, seconds: float) -> JobOutcome:
         progress = self.progress[job]
@@ -264,6 +289,15 @@ class JobsRun:
         if progress.job.max_new_tokens:
             ids = np.array(progress.generated, dtype=np.int64)
         return JobOutcome(ids, progress.nll, progress.finite, seconds)
+
+
+def _rounded(room: int) -> int:
+    """Return room for some more rows, so that many answers have as much: places at an even distance are read together.
+
+    At most a quarter more, and 16.
+    """
+    step = max(16, 1 << max(0, room.bit_length() - 3))
+    return -(-room // step) * step
 
 
 def _below(top: Strand) -> Iterator[Strand]:

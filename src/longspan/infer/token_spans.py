@@ -47,9 +47,10 @@ class TokenSpans:
 
     def __init__(self, k_start: NDArray[np.int64], k_len: NDArray[np.int64]) -> None:
         seeing = k_len > 0
-        first, last = int(k_start[seeing].min()), int((k_start + k_len)[seeing].max())
-        self.keys = slice(first, last)
-        """Rows that hold what the tokens see; the others need not be handed over."""
+        first = int(k_start[seeing].min())
+        self.keys = slice(first, int(k_start[seeing].max() + k_len.max()))
+        """Rows that hold what the tokens see, and as many behind the last beginning as behind any: a kernel may read
+        rows of one length. Where there are fewer, so many."""
         self.num_pairs = int(k_len.sum())
         self._k_start, self._k_len = np.where(seeing, k_start - first, 0), k_len
         self._layouts: dict[tuple[int, int, bool], _Layout] = {}

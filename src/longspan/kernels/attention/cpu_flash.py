@@ -6,6 +6,7 @@ aligned top left, and a small additive mask. Every band is cut into such pieces:
     causal document             one causal call; documents of equal length share one batched call
     shifted causal band         the keys that every query sees (full) + a causal rest
     sliding window              query tiles against the keys in reach, with a mask of one tile
+    rectangles of many widths   one batched call, with a mask of the keys behind each: single tokens that are generated
 
 Pieces that share queries are joined through their log-sum-exp; in the backward pass each piece is called
 with the joined output and lse, and the gradients add up. Memory is linear in tokens; no mask is larger than
@@ -19,13 +20,13 @@ Shape legend: N = bands of a group, L = queries, M = keys, H = query heads, K = 
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from longspan.kernels.attention.bands import NO_LIMIT, Bands, Geometry
 from longspan.kernels.attention.merging import merge
@@ -36,7 +37,10 @@ BATCHED_QUERY_ROWS = 1024
 """Bands up to this many queries are gathered into one batched call; longer ones run alone, uncopied."""
 
 MASK_ELEMENTS = 1 << 22
-"""Largest tile mask, in elements (16 MiB in fp32)."""
+"""Largest mask, in elements (16 MiB in fp32)."""
+
+CALL_KEYS = 128
+"""A kernel call of its own costs about as much as reading so many keys that a mask hides."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -66,7 +70,7 @@ class CpuFlashKernel:
         """Return out [T, H, D] in q's dtype and lse [T, H] in fp32 or fp64; unseeing rows get 0, -inf."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
-        calls = _calls(bands)
+        calls = _forward_calls(bands, num_keys=len(k))
         if _covers(calls, num_rows=q.shape[0]):
             out_nhld, lse_nhl = self._forward_call(q_, k_, v_, calls[0], scale)
             out, lse = out_nhld.transpose(1, 2).reshape(q.shape), lse_nhl.transpose(1, 2).reshape(q.shape[:2])
@@ -75,6 +79,10 @@ class CpuFlashKernel:
         lse = torch.full(q.shape[:2], float("-inf"), dtype=dtype, device=q.device)
         for call in calls:
             out_nhld, lse_nhl = self._forward_call(q_, k_, v_, call, scale)
+            if not bands.queries_overlap and _step(call.q_starts, call.geometry.q_len):
+                _segments(out, call.q_starts, call.geometry.q_len).copy_(out_nhld)
+                _segments(lse[..., None], call.q_starts, call.geometry.q_len)[..., 0].copy_(lse_nhl)
+                continue
             for index, start in enumerate(call.q_starts):
                 rows = slice(start, start + call.geometry.q_len)
                 part = out_nhld[index].transpose(0, 1), lse_nhl[index].transpose(0, 1)
@@ -130,7 +138,7 @@ class CpuFlashKernel:
         call: BandCall,
         scale: float,
     ) -> Iterator[tuple[BandPiece, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        (q_len, k_len, _, _), q_starts, k_starts = call
+        (q_len, k_len, _, _), q_starts, k_starts, _ = call
         q_nhld, dout_nhld, out_nhld = (_segments(x, q_starts, q_len) for x in (q, dout, out))
         lse_nhl = _segments(lse[..., None], q_starts, q_len)[..., 0]
         k_nkmd, v_nkmd = (_segments(x, k_starts, k_len) for x in (k, v))
@@ -158,6 +166,9 @@ class CpuFlashKernel:
         q_nhld = _segments(q, call.q_starts, call.geometry.q_len)
         k_nkmd = _segments(k, call.k_starts, call.geometry.k_len)
         v_nkmd = _segments(v, call.k_starts, call.geometry.k_len)
+        if call.mask is not None:
+            mask = call.mask.to(q.dtype).expand(-1, -1, call.geometry.q_len, -1)
+            return _forward(q_nhld, k_nkmd, v_nkmd, 0.0, False, attn_mask=mask, scale=scale)
         parts = []
         for piece in _pieces(call.geometry):
             rows, keys = slice(*piece.rows), slice(*piece.keys)
@@ -183,8 +194,72 @@ class BandCall(NamedTuple):
     """Bands of one geometry that run together."""
 
     geometry: Geometry
-    q_starts: list[int]
-    k_starts: list[int]
+    q_starts: tuple[int, ...]
+    k_starts: tuple[int, ...]
+    mask: torch.Tensor | None = None
+    """[N, 1, 1, M], of rectangles that have keys of different number: -inf where a band has none."""
+
+
+_prepared: weakref.WeakKeyDictionary[Bands, list[BandCall]] = weakref.WeakKeyDictionary()
+"""Calls of tables that are in use: every layer of a pass has the same."""
+
+
+def _forward_calls(bands: Bands, *, num_keys: int) -> list[BandCall]:
+    """Return the calls of a forward pass, in which rectangles of different width run together.
+
+    A mask reads keys behind those of a band, so the gradients, which would be added up there, do without.
+    """
+    if bands not in _prepared:
+        _prepared[bands] = list(_ragged(bands, num_keys)) if _are_ragged(bands) else _calls(bands)
+    return _prepared[bands]
+
+
+def _are_ragged(bands: Bands) -> bool:
+    """Tell rectangles of as many queries each, of which no query stands in two, over keys of different number."""
+    return bool(
+        len(bands) > 1
+        and (bands.lo <= -NO_LIMIT).all()
+        and (bands.hi >= NO_LIMIT).all()
+        and (bands.q_len == bands.q_len[0]).all()
+        and not (bands.k_len == bands.k_len[0]).all()
+        and not bands.queries_overlap
+    )
+
+
+def _ragged(bands: Bands, num_keys: int) -> Iterator[BandCall]:
+    """Yield rectangles together whose keys begin at the same row, or at an even distance, where a mask hides little.
+
+    At a distance each stays before the next, so that no query reads keys of a neighbour, which may be no numbers.
+    """
+    q_len, starts, lengths = int(bands.q_len[0]), bands.k_start.tolist(), bands.k_len.tolist()
+    first = 0
+    while first < len(starts):
+        stop, widest, real = first + 1, lengths[first], lengths[first]
+        step = starts[stop] - starts[first] if stop < len(starts) else 0
+        while stop < len(starts) and starts[stop] - starts[stop - 1] == step:
+            count, wider, total = stop + 1 - first, max(widest, lengths[stop]), real + lengths[stop]
+            reaches = step and (wider > step or starts[stop] + wider > num_keys)
+            if reaches or count * wider > min(1.5 * total + CALL_KEYS * count, MASK_ELEMENTS / q_len):
+                break
+            stop, widest, real = stop + 1, wider, total
+        some = slice(first, stop)
+        yield _together(tuple(bands.q_start[some].tolist()), q_len, tuple(starts[some]), lengths[some])
+        first = stop
+
+
+def _together(
+    q_starts: tuple[int, ...], q_len: int, k_starts: tuple[int, ...], lengths: list[int]
+) -> BandCall:
+    """Return one call of some rectangles: where all have the same keys, of one that has the queries of all."""
+    widest, mask = max(lengths), None
+    if min(lengths) < widest:
+        hidden = torch.arange(widest) >= torch.tensor(lengths)[:, None]
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
+    if len(lengths) > 1 and k_starts[0] == k_starts[-1] and _step(q_starts, q_len) == q_len:
+        if mask is not None:
+            mask = mask.expand(-1, 1, q_len, -1).reshape(1, 1, -1, widest)
+        q_starts, q_len, k_starts = q_starts[:1], q_len * len(lengths), k_starts[:1]
+    return BandCall(Geometry(q_len, widest, -NO_LIMIT, NO_LIMIT), q_starts, k_starts, mask)
 
 
 def _calls(bands: Bands) -> list[BandCall]:
@@ -192,10 +267,10 @@ def _calls(bands: Bands) -> list[BandCall]:
     for geometry, q_starts, k_starts in bands.groups():
         # Overlapping queries are merged one band at a time; a batch of them would overwrite itself.
         together = geometry.q_len <= BATCHED_QUERY_ROWS and not bands.queries_overlap
-        size = len(q_starts) if together or _step(q_starts, geometry.q_len) else 1
+        size = len(q_starts) if together or _step(tuple(q_starts.tolist()), geometry.q_len) else 1
         for first in range(0, len(q_starts), size):
             part = slice(first, first + size)
-            calls.append(BandCall(geometry, q_starts[part].tolist(), k_starts[part].tolist()))
+            calls.append(BandCall(geometry, tuple(q_starts[part].tolist()), tuple(k_starts[part].tolist())))
     return calls
 
 
@@ -208,15 +283,17 @@ def _covers(calls: list[BandCall], *, num_rows: int, keys: bool = False) -> bool
     return len(starts) * length == num_rows and _step(starts, length) == length
 
 
-def _step(starts: NDArray[np.int64] | list[int], length: int) -> int:
+@lru_cache(maxsize=4096)
+def _step(starts: tuple[int, ...], length: int) -> int:
     """Return the even distance of segments that lie one after another without overlap, 0 if there is none."""
     if len(starts) == 1:
         return length
-    steps = np.diff(starts)
-    return int(steps[0]) if steps[0] >= length and (steps == steps[0]).all() else 0
+    step = starts[1] - starts[0]
+    even = step >= length and all(b - a == step for a, b in itertools.pairwise(starts))
+    return step if even else 0
 
 
-def _segments(x: torch.Tensor, starts: list[int], length: int) -> torch.Tensor:
+def _segments(x: torch.Tensor, starts: tuple[int, ...], length: int) -> torch.Tensor:
     """Return rows of x [T, H, D] as [N, H, length, D]: a view where the segments are evenly spaced."""
     if step := _step(starts, length):
         row, head, dim = x.stride()
@@ -225,10 +302,10 @@ def _segments(x: torch.Tensor, starts: list[int], length: int) -> torch.Tensor:
     return torch.stack([x[start : start + length] for start in starts]).transpose(1, 2)
 
 
-def _add_segments(total: torch.Tensor, part: torch.Tensor, starts: list[int], offset: int) -> None:
+def _add_segments(total: torch.Tensor, part: torch.Tensor, starts: tuple[int, ...], offset: int) -> None:
     """Add part [N, H, L, D] to rows starts + offset of total [T, H, D]."""
     length = part.shape[2]
-    first = [start + offset for start in starts]
+    first = tuple(start + offset for start in starts)
     if _step(first, length):
         _segments(total, first, length).add_(part)
         return
