@@ -27,9 +27,56 @@ def test_an_audit_with_everything(longspan, store, model):
     assert read_json(store.parent / "some" / "head.json")["head"]["spec"]["where"] == "known(long_range)"
 
 
+def test_raw_input_is_audited_as_its_store_is(longspan, store):
+    """Columns of raw text that no store can be chosen by, or a copy of all tokens that is left behind."""
+    (store.parent / "raw").mkdir()
+    lines = [json.dumps({"text": path.read_text(), "of": "a"}) for path in (store.parent / "texts").iterdir()]
+    # Two of them stand twice, and one line is broken.
+    (store.parent / "raw" / "a.jsonl").write_text("\n".join([*lines, *lines[:2], "{"]))
+    reading = "--source-field of --tokenizer tokenizer"
+    assert longspan(f"data tokenize raw {reading} --out made").code == 0
+    by_store = longspan("data audit made --tokenizer tokenizer --out by-store --json")
+    by_input = longspan(f"data audit raw {reading} --out by-input --plot by-input.png --json")
+    assert by_input.code == 0, by_input.err
+    assert json.loads(by_input.out)["rows"] == json.loads(by_store.out)["rows"]
+    found, wanted = Measures.load("by-input"), Measures.load("by-store")
+    assert found.columns.keys() == wanted.columns.keys() and found.stores[0].path.endswith("/raw")
+    for name, column in wanted.columns.items():
+        assert np.array_equal(found.columns[name], column), name
+    assert not [path for path in store.parent.iterdir() if path.name.startswith(".by-input")]
+    mixed = longspan(
+        "data mix made --mode none --where exact_duplicate==0 --audit by-input --out some --json"
+    )
+    assert mixed.code == 0 and "known by" not in mixed.err
+    assert json.loads(mixed.out)["documents"] == len(lines)
+
+
+def test_documents_are_known_by_source_and_text(longspan, store):
+    """A second audit because of another tokenizer, or one of other documents that is taken for this one's."""
+    from longspan.data.tokenizer import train_bpe
+
+    train_bpe(["other words " * 50], store.parent / "other", vocab_size=300)
+    assert longspan("data audit texts --tokenizer other --out audit").code == 0
+    mix = "data mix store --mode none --where near_duplicate==0 --audit audit --out some --json"
+    mixed = longspan(mix)
+    assert mixed.code == 0, mixed.err
+    assert "known by source and text" in mixed.err
+    (store.parent / "texts2").mkdir()
+    for path in sorted((store.parent / "texts").iterdir())[1:]:
+        (store.parent / "texts2" / path.name).write_text(path.read_text())
+    assert longspan("data audit texts2 --tokenizer tokenizer --out audit").code == 0
+    refused = longspan(mix)
+    # The folder names the source, which is part of a key.
+    assert refused.code == 2 and "were not audited" in refused.err and "--source-field" in refused.err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("audit store texts --out out", "audited apart"),
+        ("audit texts --out out", "--tokenizer"),
+        ("audit store --text-field body --out out", "no effect on token stores"),
+        ("audit texts --tokenizer tokenizer --order-by a --out out", "give group_by"),
         ("audit store --similarity 0.2 --out out", "similarity"),
         ("audit nothing --out out", "nothing"),
         ("audit store --context 64 --scored 32 --out out", "not longer than twice"),

@@ -114,6 +114,27 @@ def test_repetition_by_eye(tmp_path: Path) -> None:
     assert found.columns["compression"][1] < found.columns["compression"][0]
 
 
+def test_copies_keep_their_order_in_a_store_with_some_of_the_documents(tmp_path: Path) -> None:
+    """Guards against a store of part of the input whose first copy is the input's second: both would be left out."""
+    audited = Measures(
+        {"exact_duplicate": np.array([0, 0, 1, 0, 1], np.uint8)},
+        (),
+        keys=np.array([7, 3, 7, 9, 7], np.uint64),
+    )
+
+    def found(name: str, keys: list[int]) -> list[int]:
+        with TokenStoreWriter(tmp_path / name, config={}, tokenizer=Identity()) as writer:
+            for key in keys:
+                writer.add(np.array([1], np.uint16), source="a", key=key)
+        columns = audited.of(TokenStore(tmp_path / name).lengths)
+        return [int(value) for value in columns["exact_duplicate"]]
+
+    # More copies than were audited are copies too.
+    assert found("some", [7, 7, 9, 7, 7]) == [0, 1, 0, 1, 1]
+    with pytest.raises(DataError, match="of whose 2 documents 1 were not audited"):
+        found("others", [7, 8])
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A tokenizer of words and line ends: an id a word."""

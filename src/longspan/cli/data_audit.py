@@ -1,4 +1,4 @@
-"""`longspan data audit`: what is in token stores, before weeks of training go into it."""
+"""`longspan data audit`: what is in token stores or raw input, before weeks of training go into it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.data_stores import Stores, open_tokenizer
+from longspan.cli.data_stores import open_tokenizer
 from longspan.cli.from_settings import Part, Used, from_settings, write_used
 from longspan.cli.output import Json, Plot, example, percent, print_json, print_table
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from longspan.data.audit.audit_config import AuditConfig
     from longspan.data.store import TokenStore
     from longspan.data.store.measures import Measures
+    from longspan.data.tokenize import TokenizeConfig
 
 EXAMPLE = example(
     "longspan data audit store --tokenizer tokenizer --out audit",
+    "longspan data audit texts --tokenizer tokenizer --out audit",
     "longspan data mix store --mode none --where 'near_duplicate == 0' --audit audit --out distinct",
 )
 _SHARES = ("exact_duplicate", "near_duplicate", "repeated", "repeated_lines", "boilerplate", "symbols")
@@ -36,16 +38,31 @@ _SHARES = ("exact_duplicate", "near_duplicate", "repeated", "repeated_lines", "b
             "documents": "With --model: documents of each source that it reads.",
         },
     ),
+    reading=Part(
+        "longspan.data.tokenize.tokenize_config:TokenizeConfig",
+        without=["shard_bytes", "begin_with_user", "conversations", "mix", "seed"],
+    ),
 )
 def audit(
-    stores: Stores,
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STORE|INPUT",
+            help="Token stores; or what `data tokenize` takes: files, folders, patterns, addresses, @LIST. Raw input "
+            "is tokenized beside the result for as long as it takes.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write; an audit there is replaced.")],
     settings: AuditConfig,
     far: LongRangeConfig,
+    reading: TokenizeConfig,
     used: Used,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="Tokenizer of the stores; without it lines, symbols and languages are left out."),
+        typer.Option(
+            help="Tokenizer of the stores, without which lines, symbols and languages are left out; raw input needs "
+            "one, best that of the model to train."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -61,22 +78,37 @@ def audit(
 
     Nothing is rewritten: the audit is a folder of columns by which `data mix --where` chooses.
     """
+    from contextlib import ExitStack
+
+    from longspan.core.errors import ArgumentError
+    from longspan.data.audit.inputs import are_stores, store_of_input
     from longspan.data.audit.job import audit as run
     from longspan.data.audit.summary import measures_of, summarize
     from longspan.data.jobs import LocalExecutor
     from longspan.data.store.lengths import LengthTable
+    from longspan.data.tokenize import TokenizeConfig
     from longspan.steps.stores import open_alike
 
-    opened = open_alike(stores)
-    table = LengthTable.concatenate([store.lengths for store in opened])
-    reader = open_tokenizer(tokenizer, opened[0])
-    with LocalExecutor(workers) as executor:
-        measures = run(opened, out, settings, tokenizer=reader, executor=executor)
-    if model is not None:
-        measures = _with_long_range(measures, opened, model, far)
-        measures.save(out)
-    write_used({**used, "stores": [os.path.abspath(store) for store in stores]}, out)
-    rows = summarize(measures.of(table), table)
+    places = [os.path.abspath(place) if os.path.exists(place) else place for place in data]
+    with ExitStack() as stack:
+        executor = stack.enter_context(LocalExecutor(workers))
+        if are_stores(data):
+            if reading != TokenizeConfig():
+                raise ArgumentError(
+                    "how texts are read has no effect on token stores, which are read already"
+                )
+            opened, name = open_alike(data), None
+            reader = open_tokenizer(tokenizer, opened[0])
+        else:
+            reader, name = open_tokenizer(tokenizer, None), ", ".join(places)
+            opened = [stack.enter_context(store_of_input(data, reader, out, reading, executor))]
+        table = LengthTable.concatenate([store.lengths for store in opened])
+        measures = run(opened, out, settings, tokenizer=reader, executor=executor, name=name)
+        if model is not None:
+            measures = _with_long_range(measures, opened, model, far)
+            measures.save(out)
+        rows = summarize(measures.of(table), table)
+    write_used({**used, "data": places}, out)
     names = measures_of(rows)
     if plot is not None:
         from longspan.report.figures import audit_figure, write_figure

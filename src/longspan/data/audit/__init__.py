@@ -1,1 +1,1 @@
-"""What is in token stores: duplicates, repetition, boilerplate, languages; nothing is rewritten."""
+"""What is in token stores or raw input: duplicates, repetition, boilerplate, languages; nothing is rewritten."""

@@ -49,10 +49,12 @@ def audit(
     *,
     tokenizer: Tokenizer | None,
     executor: Executor,
+    name: str | None = None,
 ) -> Measures:
     """Measure every document of some stores, and write what was found to the folder `out`.
 
-    Without the tokenizer that made the stores, lines, symbols and languages are left out.
+    Without the tokenizer that made the stores, lines, symbols and languages are left out. `name`: of the raw input that
+    a store was made of.
 
     Raises:
         DataError: a store cannot be read, or something else stands at `out`.
@@ -84,12 +86,15 @@ def audit(
         {name: columns[name] for name in MEASURES if name in columns},
         tuple(
             AuditedStore(
-                os.path.abspath(store.path), len(store), digest_of(store.lengths.key, store.lengths.tokens)
+                name or os.path.abspath(store.path),
+                len(store),
+                digest_of(store.lengths.key, store.lengths.tokens),
             )
             for store in stores
         ),
         found.languages,
         config.to_dict(),
+        np.concatenate([store.lengths.key for store in stores]),
     )
     measures.save(out)
     if tokenizer is None:

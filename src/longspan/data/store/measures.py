@@ -1,6 +1,7 @@
 """What an audit found out about every document: columns that a mixture may choose by.
 
     AUDIT/head.json          the stores that were audited, languages by number, settings
+    AUDIT/key.npy            the documents' keys, by which they are known again in other stores
     AUDIT/near_duplicate.npy ... one column a measure, in store order
 
 A measure that was not taken of a document is NaN (numbers) or "" (language): it is never 0.
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from longspan.core.columns import load_columns, save_columns
 from longspan.core.errors import DataError
+from longspan.core.log import get_logger
 from longspan.data.store.lengths import LengthTable
 
 KIND = "document audit"
@@ -67,6 +69,8 @@ class Measures:
     languages: tuple[str, ...] = ()
     """Names by the number in the column `language`; the first is "": not known."""
     settings: Mapping[str, Any] | None = None
+    keys: NDArray[np.uint64] | None = None
+    """Of the documents; None in audits of earlier releases."""
 
     def save(self, path: str | Path) -> None:
         """Write the folder, whole or not at all."""
@@ -75,14 +79,16 @@ class Measures:
             "languages": list(self.languages),
             "settings": dict(self.settings or {}),
         }
-        save_columns(path, kind=KIND, head=head, columns=self.columns)
+        keys = {} if self.keys is None else {"key": self.keys}
+        save_columns(path, kind=KIND, head=head, columns={**self.columns, **keys})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a saved audit. Raises DataError when the folder is incomplete or of another kind."""
         dtypes = {name: measure.dtype for name, measure in MEASURES.items()}
         always = {name: dtypes.pop(name) for name in ALWAYS}
-        head, columns = load_columns(path, kind=KIND, dtypes=always, optional=dtypes)
+        head, columns = load_columns(path, kind=KIND, dtypes=always, optional={**dtypes, "key": np.uint64})
+        keys = columns.pop("key", None)
         try:
             stores = tuple(AuditedStore(**store) for store in head["stores"])
             languages = tuple(str(name) for name in head["languages"])
@@ -91,17 +97,21 @@ class Measures:
             raise DataError(f"the head of the audit {path} is damaged", found=str(error)) from None
         rows = sum(store.documents for store in stores)
         named = "language" not in columns or int(columns["language"].max(initial=0)) < len(languages)
-        if not named or any(len(column) != rows for column in columns.values()):
+        every = [*columns.values(), *([] if keys is None else [keys])]
+        if not named or any(len(column) != rows for column in every):
             raise DataError(
                 f"the audit {path} contradicts itself", found=f"{rows} documents", fix="audit again"
             )
-        return cls(columns, stores, languages, settings)
+        return cls(columns, stores, languages, settings, keys)
 
     def of(self, lengths: LengthTable) -> dict[str, NDArray[Any]]:
         """Return the columns for the documents of a length table, whose stores may be some of those audited.
 
+        A store that was not audited itself is known by the keys of its documents: source and text, whatever the
+        tokenizer. That is said, for shares are of the tokens that were audited.
+
         Raises:
-            DataError: a store that was not audited, or that has changed since.
+            DataError: a store with documents that were not audited, or that has changed since.
         """
         starts = np.cumsum([0, *(store.documents for store in self.stores)])
         known: dict[str, list[slice]] = {}
@@ -112,12 +122,8 @@ class Measures:
             here = lengths.store == number
             found = known.get(digest_of(lengths.key[here], lengths.tokens[here]))
             if not found:
-                raise DataError(
-                    "the audit is not of these stores",
-                    found=f"store {number} with {np.count_nonzero(here)} documents",
-                    allowed=", ".join(f"{store.path} ({store.documents} documents)" for store in self.stores),
-                    fix="run `longspan data audit` on the stores that are mixed",
-                )
+                rows.append(self._rows_of(np.asarray(lengths.key[here]), number))
+                continue
             # A store that was named twice: the second time its documents are duplicates.
             place = found[0] if len(found) == 1 else found.pop(0)
             rows.append(np.arange(place.start, place.stop))
@@ -126,6 +132,39 @@ class Measures:
         if "language" in columns:
             columns["language"] = np.array(self.languages)[columns["language"]]
         return columns
+
+    def _rows_of(self, wanted: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
+        """Return the rows of documents by their keys; of copies the first is the first. Raises DataError."""
+        missing = len(wanted)
+        if self.keys is not None:
+            order = np.argsort(self.keys, kind="stable")
+            ordered = self.keys[order]
+            first = np.searchsorted(ordered, wanted, side="left")
+            last = np.searchsorted(ordered, wanted, side="right") - 1
+            missing = int(np.count_nonzero(last < first))
+            if not missing:
+                get_logger("data.audit").info(
+                    "the audit of %s is of other tokens or more documents than store %d: its %s documents are known by "
+                    "source and text, and shares are of the tokens that were audited",
+                    ", ".join(store.path for store in self.stores), number, f"{len(wanted):,}",
+                )  # fmt: skip
+                return order[np.minimum(first + _copies_before(wanted), last)]
+        raise DataError(
+            "the audit is not of these stores",
+            found=f"store {number}, of whose {len(wanted):,} documents {missing:,} were not audited",
+            allowed=", ".join(f"{store.path} ({store.documents} documents)" for store in self.stores),
+            fix="run `longspan data audit` on the stores that are mixed; or, of raw input, read it as they were: the "
+            "same files, --text-field, --source-field and --group-by",
+        )
+
+
+def _copies_before(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return for each key how many equal ones stand before it."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    before = np.empty(len(keys), np.int64)
+    before[order] = np.arange(len(keys)) - np.searchsorted(ordered, ordered, side="left")
+    return before
 
 
 def digest_of(keys: NDArray[np.uint64], tokens: NDArray[np.uint32]) -> str:
