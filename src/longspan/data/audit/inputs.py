@@ -20,7 +20,7 @@ __all__ = ["are_stores", "store_of_input"]
 
 def are_stores(places: Sequence[str | os.PathLike[str]]) -> bool:
     """Return whether all places are token stores, not raw input. Raises DataError where only some are or nothing is."""
-    for place in map(os.fspath, places):
+    for place in map(str, places):
         if not (Path(place).exists() or "://" in place or place.startswith("@") or set(place) & set("*?[")):
             raise DataError(f"there is neither a token store nor text at {place}")
     stores = [place for place in places if (Path(place) / MANIFEST).is_file()]
