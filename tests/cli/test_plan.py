@@ -22,6 +22,10 @@ model:
     num_hidden_layers: 2
     num_attention_heads: 2
 """
+STAGE = """\
+stages:
+  - {name: one, context_length: 256, batch_tokens: 512, steps: 1, lr: 1e-3, streams: {text: {rows: not-there}}}
+"""
 
 
 def test_without_torch() -> None:
@@ -165,3 +169,21 @@ def test_gpus_of_ones_own(longspan) -> None:
         "2x{like: h100, speed: 3}",
     ):
         assert longspan([*options, wrong]).code == 2, wrong
+
+
+def test_a_recipe_is_probed_and_planned(longspan, tmp_path) -> None:
+    """Rows of the data, which need not be there, and a plan with other rates than those that are shown."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE + STAGE)
+    found = json.loads(longspan(["plan", str(recipe), "--context", "512", "--probe", "--json"]).out)
+    assert [row["tokens"] for row in found["probe"]] == [128, 256]
+    assert all(row["seconds"] > 0 and row["bytes"] > row["kept"] for row in found["probe"])
+    assert found["gpu"] == "cpu" and len(found["scaled"]) == 3
+    best = found["arrangements"][0]
+    assert sum(best["device_parts"].values()) == pytest.approx(best["device_bytes"])
+    for wrong in (
+        [str(recipe), "--gpus", "8xh100"], [str(recipe), "--lora", "4"], ["llama-3-8b"],
+        [str(recipe), "--mode", "infer"],
+    ):  # fmt: skip
+        outcome = longspan(["plan", *wrong, "--context", "512", "--probe"])
+        assert outcome.code == 2 and "probe" in outcome.err, wrong

@@ -11,22 +11,25 @@ import typer
 from longspan.cli.output import Json, example, print_json, print_table
 
 if TYPE_CHECKING:
-    from longspan.plan.hardware import Gpu
+    from longspan.plan.hardware import Gpu, GpuCount
     from longspan.plan.models import ModelShape
     from longspan.plan.search import Arrangement
+    from longspan.plan.training_step import Adapters
+    from longspan.train.probe import Probe
 
 EXAMPLE = example(
     "longspan plan llama-3-8b --context 512k --gpus 8xh100",
     "longspan plan llama-3-8b --context 80k --gpus a800 --qlora 32 --json",
     "longspan plan qwen3-30b-a3b --max-context --gpus 8xh200 --price 3.5",
     "longspan plan gemma-3-27b --mode infer --context 128k --gpus 2xl40s",
+    "longspan plan recipe.yaml --context 8k --probe",
 )
 
 
 MODEL_HELP = "A name such as llama-3-8b, a Hugging Face folder, a config.json, or a recipe."
 GPUS_HELP = (
     "How many of which GPU, such as 8xh100; 4x2xl40s for four nodes of two; "
-    "'8x{like: h100, memory: 94e9}' for other figures."
+    "'8x{like: h100, memory: 94e9}' for other figures; cpu for this machine's, which is measured."
 )
 MODE_HELP = "train; or infer: weights, keys and values, reading a prompt, answering."
 MAX_CONTEXT_HELP = "Find the longest sequence that fits, and plan that."
@@ -37,6 +40,10 @@ KERNEL_HELP = "FlashAttention that is installed: fa2, fa3, fa4. Default: the one
 PRICE_HELP = "Money for one GPU and hour: what a billion tokens cost."
 BUDGET_HELP = "With --price: how many tokens this money trains."
 WRITE_HELP = "Write the fastest that fits as the start of a recipe."
+PROBE_HELP = (
+    "Run a few steps of the recipe MODEL on this machine, in short rows, and correct time and memory by them. "
+    "Without --gpus, this machine is planned."
+)
 EXPLAIN_HELP = "Show the formulas of the fastest with numbers and sources."
 
 
@@ -49,7 +56,7 @@ class PlanMode(StrEnum):
 
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    gpus: Annotated[str, typer.Option(help=GPUS_HELP)],
+    gpus: Annotated[str | None, typer.Option(help=GPUS_HELP)] = None,
     context: Annotated[str | None, typer.Option(help="Tokens of a sequence, such as 512k.")] = None,
     max_context: Annotated[bool, typer.Option("--max-context", help=MAX_CONTEXT_HELP)] = False,
     mode: Annotated[PlanMode, typer.Option(help=MODE_HELP)] = PlanMode.train,
@@ -61,24 +68,30 @@ def plan(
     budget: Annotated[float | None, typer.Option(min=0.0, help=BUDGET_HELP)] = None,
     write: Annotated[Path | None, typer.Option(help=WRITE_HELP)] = None,
     explain: Annotated[bool, typer.Option("--explain", help=EXPLAIN_HELP)] = False,
+    probe: Annotated[bool, typer.Option("--probe", help=PROBE_HELP)] = False,
     as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a training step and show the fastest arrangement that fits; or of answering."""
     from longspan.core.units import parse_tokens
-    from longspan.plan.hardware import parse_gpus
     from longspan.plan.search import longest_context, search
     from longspan.plan.training_step import Adapters
 
-    num_gpus, gpu = parse_gpus(gpus)
     tokens = _check(
         context, max_context=max_context, mode=mode, lora=lora, qlora=qlora, price=price, budget=budget
     )
-    shape = find_shape(model)
     rank = qlora or lora
+    probed: Probe | None = None
+    if probe:
+        (num_gpus, gpu), probed, adapters = _probed(model, gpus, mode, rank)
+        shape = find_shape(model)
+    else:
+        shape = find_shape(model)
+        adapters = None if rank is None else Adapters(rank, quantized=qlora is not None)
+        num_gpus, gpu = _machines(gpus, shape, adapters)
     settings: dict[str, Any] = {
         "num_gpus": num_gpus,
         "batch_tokens": parse_tokens(batch_tokens),
-        "lora": None if rank is None else Adapters(rank, quantized=qlora is not None),
+        "lora": adapters,
         "kernel": kernel,
     }
     if mode is PlanMode.infer:
@@ -88,12 +101,14 @@ def plan(
         tokens = longest_context(shape, gpu, **settings)
     found = search(shape, gpu, context=tokens, **settings)
     if write is not None:
-        _write(write, model, found, tokens, rank, quantized=qlora is not None)
+        _write(write, model, found, tokens, adapters)
     money = [_money(each, num_gpus, price, budget) for each in found]
     if as_json:
-        _print_as_json(shape, gpu, num_gpus, tokens, found, money)
+        _print_as_json(shape, gpu, num_gpus, tokens, found, money, probed)
         return
-    _print(f"{shape.name} at {tokens:,} tokens on {num_gpus} x {gpu.name}", found, num_gpus)
+    if probed is not None:
+        _print_probe(probed)
+    _print(f"{shape.name} at {tokens:,} tokens on {num_gpus} x {gpu.name}", gpu, found)
     for name, value in money[0].items() if money else ():
         typer.echo(f"{name.replace('_', ' ')}: {value:,.2f}")
     if explain and found:
@@ -110,6 +125,7 @@ def _print_as_json(
     tokens: int,
     found: list[Arrangement],
     money: list[dict[str, float]],
+    probed: Probe | None,
 ) -> None:
     print_json({
         "model": shape.name,
@@ -118,7 +134,8 @@ def _print_as_json(
         "context_length": tokens,
         "gpu": gpu.name,
         "num_gpus": num_gpus,
-        "arrangements": [each.to_dict(num_gpus) | costs for each, costs in zip(found, money)],
+        "arrangements": [each.to_dict(gpu, num_gpus) | costs for each, costs in zip(found, money)],
+        **({} if probed is None else {"probe": [row._asdict() for row in probed.rows], "scaled": probed.lines}),
     })  # fmt: skip
 
 
@@ -154,6 +171,72 @@ def _check(
     return tokens
 
 
+def _machines(gpus: str | None, shape: ModelShape, adapters: Adapters | None) -> GpuCount:
+    """Return what --gpus names; the figures of this machine's CPU are measured."""
+    from longspan.core.errors import ArgumentError
+    from longspan.plan.hardware import CPU, GpuCount, parse_gpus
+
+    if gpus is None:
+        raise ArgumentError("--gpus is missing: how many of which GPU", allowed="such as 8xh100, or cpu")
+    named = parse_gpus(gpus)
+    if named.gpu.name != CPU:
+        return named
+    from longspan.train.machine import measured_cpu
+
+    gpu = measured_cpu(shape, adapters)
+    typer.echo(
+        f"this machine, measured: {gpu.flops / 1e9:,.0f} GFLOP/s, {gpu.bandwidth / 1e9:,.1f} GB/s of memory",
+        err=True,
+    )
+    return GpuCount(1, gpu)
+
+
+def _probed(
+    model: str, gpus: str | None, mode: PlanMode, rank: int | None
+) -> tuple[GpuCount, Probe, Adapters | None]:
+    """Run a few steps of a recipe here; return what is planned with the rates that were measured."""
+    from longspan.core.errors import ArgumentError
+    from longspan.plan.hardware import GpuCount, parse_gpus
+
+    if rank is not None or mode is PlanMode.infer:
+        raise ArgumentError("--probe takes a recipe as it is: no --lora, --qlora or --mode infer")
+    if not model.endswith((".yaml", ".yml")):
+        raise ArgumentError("--probe runs steps of a recipe", found=model, allowed="a YAML file")
+    wanted = None if gpus is None else parse_gpus(gpus)
+    from longspan.train.fit import training_step
+    from longspan.train.probe import machine_name, probe
+    from longspan.train.recipes import load_recipe
+
+    if wanted is not None and wanted.gpu.name != (here := machine_name()):
+        raise ArgumentError(
+            "a probe measures this machine: what it finds does not hold for others",
+            found=f"--gpus {gpus}",
+            allowed=here,
+        )
+    loaded = load_recipe(model)
+    probed = probe(loaded.config, loaded.folder / loaded.config.data_root)
+    adapters = training_step(loaded.config, loaded.config.stages[0], cuda=False).lora
+    return GpuCount(1 if wanted is None else wanted.num, probed.gpu), probed, adapters
+
+
+def _print_probe(probed: Probe) -> None:
+    from longspan.core.units import format_bytes
+
+    rows = [
+        (
+            f"{row.tokens:,}",
+            f"{row.matrices + row.attention:.3g} s",
+            f"{row.seconds:.3g} s",
+            format_bytes(row.kept + row.grown),
+            format_bytes(row.bytes),
+        )
+        for row in probed.rows
+    ]
+    heads = ("tokens", "step, estimated", "measured", "tensors, estimated", "memory, measured")
+    print_table("steps on this machine", heads, rows)
+    typer.echo("\n".join(probed.lines))
+
+
 def _money(found: Arrangement, num_gpus: int, price: float | None, budget: float | None) -> dict[str, float]:
     if price is None:
         return {}
@@ -186,9 +269,7 @@ def _infer(
     )
 
 
-def _write(
-    path: Path, model: str, found: list[Arrangement], tokens: int, rank: int | None, *, quantized: bool
-) -> None:
+def _write(path: Path, model: str, found: list[Arrangement], tokens: int, adapters: Adapters | None) -> None:
     """Write the fastest arrangement as a recipe whose data are still to be named."""
     import yaml
 
@@ -198,7 +279,8 @@ def _write(
     best = found[0]
     if best.limit is not None:
         raise ArgumentError("no recipe was written: nothing fits", found=f"lacks {best.limit}")
-    memory = {**best.candidate.used, "compute_dtype": "bfloat16"}
+    compute = best.candidate.step.memory.compute_dtype
+    memory = {**best.candidate.used, **({"compute_dtype": compute} if compute else {})}
     recipe: dict[str, Any] = {
         "model": {"path": model, "dtype": best.candidate.step.dtype},
         "parallel": {name: value for name, value in best.parallel().items() if name != "schedule" and value != 1},
@@ -210,8 +292,8 @@ def _write(
     }  # fmt: skip
     if best.candidate.step.parallel.cp > 1:
         recipe["parallel"]["schedule"] = best.candidate.step.parallel.schedule_name
-    if rank is not None:
-        recipe["lora"] = {"rank": rank, **({"quantize": "nf4"} if quantized else {})}
+    if adapters is not None:
+        recipe["lora"] = {"rank": adapters.rank, **({"quantize": "nf4"} if adapters.quantized else {})}
     head = "# From `longspan plan`: name your rows (`longspan data pack`), tokens and learning rate.\n"
     with atomic_write(path, "w") as file:
         file.write(head + yaml.safe_dump(recipe, sort_keys=False))
@@ -266,9 +348,8 @@ def _shape_of_config(config: Path | dict[str, Any], name: str) -> ModelShape:
     return shape_of_fields(fields, name)
 
 
-def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:
+def _print(title: str, gpu: Gpu, found: list[Arrangement]) -> None:
     from longspan.core.units import format_bytes, format_count, format_seconds
-    from longspan.plan.training import WORKSPACE
 
     rows = []
     for each in found:
@@ -281,7 +362,7 @@ def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:
             format_seconds(each.seconds),
             format_count(rate),
             f"{100 * each.mfu:.1f}%",
-            format_bytes(memory.device + WORKSPACE),
+            format_bytes(memory.device + gpu.workspace),
             format_bytes(memory.host_bytes),
             format_bytes(each.sent),
             "fits" if each.limit is None else f"lacks {each.limit}",
@@ -296,7 +377,7 @@ def _print(title: str, found: list[Arrangement], num_gpus: int) -> None:
     memory = best.candidate.memory
     verb = "fastest" if best.limit is None else "least is lacking with"
     parts = [("device", name, format_bytes(size)) for name, size in memory.parts.items() if size]
-    parts.append(("device", "context, buffers, fragmentation (allowance)", format_bytes(WORKSPACE)))
+    parts.append(("device", "context, buffers, fragmentation (allowance)", format_bytes(gpu.workspace)))
     parts += [("host", name, format_bytes(size)) for name, size in memory.host.items()]
     print_table(
         f"{verb}: {best.name}, a GPU's memory at its peak ({memory.moment})",

@@ -86,7 +86,7 @@ def candidates(
     found = [
         Candidate(
             one,
-            training_memory(model, one),
+            training_memory(model, one).scaled(1.0 if gpu.measured is None else gpu.measured.activations),
             step_seconds(model, gpu, one, layers, num_gpus=num_gpus, micro_steps=micro_steps),
         )
         for one in _combinations(step)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import SUM_BYTES
 from longspan.plan.models import ModelShape
-from longspan.plan.scale import HALF_ROWS, LINK_EFFICIENCY, LayerSeconds
+from longspan.plan.scale import LINK_EFFICIENCY, LayerSeconds, half_rows
 from longspan.plan.training_step import TrainingStep
 
 __all__ = ["step_seconds"]
@@ -45,7 +45,8 @@ def step_seconds(
         num_gpus: all GPUs.
         micro_steps: passes of a rank in a step.
     """
-    micro_step = 3 * layers[0].head
+    # A frozen head has no gradient.
+    micro_step = (3 if s.lora is None or s.lora.embeddings else 2) * layers[0].head
     for kind, layer in zip(model.kinds, layers, strict=True):
         micro_step += kind.layers * _layer(kind, gpu, s, layer)
     trained = model.parameters / s.parallel.shards if s.lora is None else 0.0
@@ -62,7 +63,7 @@ def _layer(kind: ModelShape, gpu: Gpu, s: TrainingStep, layer: LayerSeconds) -> 
     chunks = 1 if s.memory.chunk_tokens is None else max(1, -(-s.tokens // s.memory.chunk_tokens))
     linear, attend, attend_back = layer.linear, layer.forward, layer.backward
     if chunks > 1 and s.memory.chunk_tokens is not None:
-        slower = (1 + HALF_ROWS / s.memory.chunk_tokens) / (1 + HALF_ROWS / tokens)
+        slower = (1 + half_rows(gpu) / s.memory.chunk_tokens) / (1 + half_rows(gpu) / tokens)
         # Each part is added to the sum so far, which is read and written in fp32.
         merges = (chunks - 1) / 2 * tokens * kind.heads * kind.held_dim * 3 * SUM_BYTES / gpu.bandwidth
         linear, attend, attend_back = linear * slower, attend * slower + merges, attend_back * slower + merges

@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from longspan.core.errors import ArgumentError
+from longspan.plan.hardware import Gpu
 
-__all__ = ["CALIBRATED_BY", "KERNELS", "PeakShares", "default_kernel", "shares_of"]
+__all__ = ["CALIBRATED_BY", "KERNELS", "PeakShares", "default_kernel", "gpu_shares", "shares_of"]
 
 KERNELS = ("fa2", "fa3", "fa4")
 
@@ -66,3 +67,10 @@ def shares_of(family: str, kernel: str | None = None) -> PeakShares:
             f"{name} does not run on GPUs of this kind", found=family, allowed=", ".join(able)
         )
     return PeakShares(LINEAR[known], *attention)
+
+
+def gpu_shares(gpu: Gpu, kernel: str | None = None) -> PeakShares:
+    """Return the shares of a GPU: those measured on it, else those of its generation; see `shares_of`."""
+    if gpu.measured is not None:
+        return PeakShares(gpu.measured.linear, gpu.measured.forward, gpu.measured.backward)
+    return shares_of(gpu.family, kernel)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from longspan.core.units import format_bytes, format_count, format_seconds
-from longspan.plan.efficiency import CALIBRATED_BY, default_kernel, shares_of
-from longspan.plan.hardware import Gpu
+from longspan.plan.efficiency import CALIBRATED_BY, default_kernel, gpu_shares
+from longspan.plan.hardware import CPU, Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import LINK_EFFICIENCY, kind_seconds
 from longspan.plan.search import Arrangement
-from longspan.plan.training import WORKSPACE
 
 __all__ = ["explain"]
 
@@ -18,7 +17,7 @@ def explain(
 ) -> list[str]:
     """Return the estimate of an arrangement, a line for each formula."""
     name = kernel or default_kernel(gpu.family)
-    shares, s = shares_of(gpu.family, kernel), found.candidate.step
+    shares, s = gpu_shares(gpu, kernel), found.candidate.step
     lines = [
         f"weights: {model.parameters:,} counted on the model, of which a token uses {model.active_parameters:,}",
         f"matrices: 2 FLOPs a weight and token = {format_count(model.linear_flops())} a token, forward",
@@ -49,17 +48,20 @@ def explain(
     again = "forward again, " if s.memory.activation_checkpointing != "none" else ""
     products = "twice" if s.lora is None else "once: weights are frozen"
     fitted = CALIBRATED_BY.get(gpu.family, "nothing on this generation: the nearest one stands in")
+    origin, fitted = ("bf16 (plan/hardware.py)", f"fitted to: {fitted}")
+    if gpu.measured is not None:
+        origin, fitted = "measured", "measured on this machine"
     memory = found.candidate.memory
     lines += [
-        f"speed: {gpu.flops / 1e12:,.0f} TFLOP/s bf16 (plan/hardware.py) * {shares.linear} of matrices, "
-        f"{shares.forward} and {shares.backward} of attention with {name} (plan/efficiency.py)",
-        f"  fitted to: {fitted}",
+        f"speed: {format_count(gpu.flops)} FLOP/s, {origin} * {shares.linear:.3g} of matrices, "
+        f"{shares.forward:.3g} and {shares.backward:.3g} of attention with {name} (plan/efficiency.py)",
+        f"  {fitted}",
         f"links: {LINK_EFFICIENCY:.0%} of {format_bytes(gpu.nvlink)}/s in a node, {format_bytes(gpu.network)}/s "
         f"between nodes of {gpu.per_node}; bytes of a schedule: plan/communication.py, what the schedules send",
         f"passes: forward, {again}backward (matrices {products}) = {format_seconds(found.seconds)} a step of "
         f"{found.tokens:,} tokens (plan/cost.py)",
         f"memory: the highest of {len(memory.moments)} moments of a step, {memory.moment}: "
-        f"{format_bytes(memory.device)} of tensors (plan/training.py) + {format_bytes(WORKSPACE)} allowed for CUDA, "
-        "NCCL and fragmentation",
+        f"{format_bytes(memory.device)} of tensors (plan/training.py) + {format_bytes(gpu.workspace)} allowed for "
+        f"{'the interpreter and its libraries' if gpu.family == CPU else 'CUDA, NCCL and fragmentation'}",
     ]
     return lines

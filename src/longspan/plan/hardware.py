@@ -10,7 +10,25 @@ import yaml
 
 from longspan.core.errors import ArgumentError
 
-__all__ = ["GPUS", "Gpu", "GpuCount", "gpu_named", "parse_gpus"]
+__all__ = ["CPU", "GPUS", "WORKSPACE", "Gpu", "GpuCount", "Measured", "gpu_named", "parse_gpus"]
+
+WORKSPACE = 2.5e9
+"""Bytes for CUDA's context, NCCL's buffers, library workspaces and fragmentation: not counted, an allowance."""
+CPU_WORKSPACE = 1e9
+"""The same of a process on a CPU: the interpreter, its libraries, and what the allocator keeps."""
+
+
+class Measured(NamedTuple):
+    """What was measured on a machine and stands in place of what is assumed of its kind."""
+
+    linear: float
+    """Shares of `Gpu.flops`, as in `efficiency.PeakShares`."""
+    forward: float
+    backward: float
+    activations: float = 1.0
+    """Bytes that grow with a row, beside those estimated."""
+    workspace: float | None = None
+    """Bytes beside all tensors; None: the allowance."""
 
 
 class Gpu(NamedTuple):
@@ -34,6 +52,14 @@ class Gpu(NamedTuple):
     per_node: int = 8
     family: str = "ampere"
     """Generation, by which kernels have their efficiency: ampere, ada, hopper, blackwell, cdna3, cpu."""
+    measured: Measured | None = None
+
+    @property
+    def workspace(self) -> float:
+        """Bytes that are needed beside all tensors."""
+        if self.measured is not None and self.measured.workspace is not None:
+            return self.measured.workspace
+        return CPU_WORKSPACE if self.family == "cpu" else WORKSPACE
 
     def host_for_rank(self, num_gpus: int) -> float:
         """Return bytes of host memory for each rank: fewer ranks than a node has GPUs share all of it."""
@@ -104,7 +130,10 @@ _DEVICE_NAMES = (
     ("mi325x", "mi325x"),
 )  # fmt: skip
 _COUNT = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?(\{.*\}|[a-z][a-z0-9-]*)", re.DOTALL)
-_FIELDS = tuple(name for name in Gpu._fields if name != "name")
+_FIELDS = tuple(name for name in Gpu._fields if name not in ("name", "measured"))
+FAMILIES = ("ampere", "ada", "hopper", "blackwell", "cdna3", "cpu")
+CPU = "cpu"
+"""This machine without a GPU, whose figures are measured."""
 
 
 class GpuCount(NamedTuple):
@@ -130,6 +159,10 @@ def parse_gpus(text: str) -> GpuCount:
     if match is None:
         raise _unknown(text)
     first, second, name = match.groups()
+    if name == CPU:
+        if (first or "1") != "1" or second:
+            raise ArgumentError("there is one machine to measure", found=repr(text), allowed=CPU)
+        return GpuCount(1, Gpu(CPU, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, CPU))
     gpu = _own_gpu(name, text) if name.startswith("{") else GPUS.get(name)
     nodes, per_node = (int(first), int(second)) if second else (1, None)
     num = nodes * per_node if per_node is not None else int(first or 1)
@@ -142,7 +175,7 @@ def _unknown(text: str) -> ArgumentError:
     return ArgumentError(
         "these are no GPUs that are known here",
         found=repr(text),
-        allowed=f"a number and one of {', '.join(GPUS)}, such as 8xh100, or 4x2xl40s for four nodes of two",
+        allowed=f"a number and one of {', '.join(GPUS)}, such as 8xh100, or 4x2xl40s for four nodes of two; {CPU}",
         fix="give the figures of another: --gpus '8x{like: h100, memory: 94e9, network: 12.5e9}'",
     )
 
@@ -183,7 +216,11 @@ def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in fields.items():
         if name == "family":
-            found[name] = str(value)
+            if value not in FAMILIES:
+                raise ArgumentError(
+                    "family of a GPU is one of", found=repr(value), allowed=", ".join(FAMILIES)
+                )
+            found[name] = value
             continue
         try:
             number = float(value)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from longspan.plan.efficiency import shares_of
+from longspan.plan.efficiency import gpu_shares
 from longspan.plan.hardware import Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES
 from longspan.plan.models import FLOPS_OF_STATE, ModelShape
-from longspan.plan.training import WORKSPACE
 
 __all__ = ["Answering", "answering"]
 
@@ -44,7 +43,7 @@ def answering(
     model: ModelShape, gpu: Gpu, *, context: int, num_gpus: int, kernel: str | None = None
 ) -> Answering:
     """Return memory and time of one sequence of `context` tokens on `num_gpus` that share the model."""
-    shares = shares_of(gpu.family, kernel)
+    shares = gpu_shares(gpu, kernel)
     peak = gpu.flops * num_gpus
     linear = sum(kind.layers * (2 * kind.layer_active + FLOPS_OF_STATE * kind.state) for kind in model.kinds)
     prefill = context * linear / (peak * shares.linear) + model.attention_flops(context) / (
@@ -56,7 +55,7 @@ def answering(
         "weights": model.parameters * BYTES / num_gpus,
         "keys and values": cache / num_gpus,
         "activations": min(context, PREFILL_CHUNK) * (4 * model.hidden + 3 * widest / num_gpus) * BYTES,
-        "context, buffers, fragmentation (allowance)": WORKSPACE,
+        "context, buffers, fragmentation (allowance)": gpu.workspace,
     }
     read = model.active_parameters * BYTES + cache
     rate = gpu.bandwidth * num_gpus * DECODE_SHARE / read

@@ -2,7 +2,7 @@
 
 A layer of one micro-step (one sequence over the ranks of the sequence group), per pass:
 
-    compute   FLOPs / (peak * share * rows / (rows + HALF_ROWS)),  rows = queries of one kernel call; the share of
+    compute   FLOPs / (peak * share * rows / (rows + half)),  rows = queries of one kernel call; the share of
               matrices and of attention, forward and backward: plan.efficiency
     ring      degree blocks; the next one travels while a block is computed: max of the two, degree - 1 times
     dist_flash   the same with half as many steps of whole blocks; in an even world half the ranks idle in the last
@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.communication import AttentionShape, bytes_sent
-from longspan.plan.efficiency import shares_of
-from longspan.plan.hardware import Gpu
+from longspan.plan.efficiency import gpu_shares
+from longspan.plan.hardware import CPU, Gpu
 from longspan.plan.memory import BYTES, SUM_BYTES
 from longspan.plan.models import FLOPS_OF_STATE, ModelShape
 
@@ -42,12 +42,14 @@ __all__ = [
     "arrangement_name",
     "arrangements",
     "attention_seconds",
+    "half_rows",
     "kind_seconds",
     "layer_seconds",
 ]
 
 HALF_ROWS = 512
 """Rows at which a kernel call reaches half of that: a guess, which decides little (see benchmarks/parallel.md)."""
+CPU_HALF_ROWS = 16
 LINK_EFFICIENCY = 0.8
 """Share of a link's paper bandwidth that large messages reach."""
 LATENCY = 10e-6
@@ -109,7 +111,7 @@ def kind_seconds(
 ) -> LayerSeconds:
     """Return what a layer of one kind takes in one micro-step, part by part."""
     tokens = -(-context // parallel.cp)
-    shares = shares_of(gpu.family, kernel)
+    shares = gpu_shares(gpu, kernel)
     linear = _seconds(
         tokens * (2 * model.layer_active + FLOPS_OF_STATE * model.state), gpu, tokens, shares.linear
     )
@@ -152,8 +154,13 @@ def arrangement_name(parallel: MeshConfig) -> str:
     return name if parallel.cp == 1 else f"{name} {parallel.cp}"
 
 
+def half_rows(gpu: Gpu) -> int:
+    """Return the rows at which a kernel call reaches half its speed."""
+    return CPU_HALF_ROWS if gpu.family == CPU else HALF_ROWS
+
+
 def _seconds(flops: float, gpu: Gpu, rows: int, share: float) -> float:
-    return flops / (gpu.flops * share * rows / (rows + HALF_ROWS))
+    return flops / (gpu.flops * share * rows / (rows + half_rows(gpu)))
 
 
 def _links(gpu: Gpu, world: int, stride: int) -> _Links:
@@ -192,7 +199,7 @@ def attention_seconds(
     )
     shape = AttentionShape(tokens, model.heads, model.kv_heads, model.held_dim, BYTES)
     direction = int(backward)
-    share = shares_of(gpu.family, kernel)[1 + direction]
+    share = gpu_shares(gpu, kernel)[1 + direction]
     # Ranks differ in dist_flash only, where the first sends most forward and the last most backward.
     total = max(
         bytes_sent(schedule, shape, ring_degree=ring, ulysses_degree=ulysses, rank=rank)[direction]

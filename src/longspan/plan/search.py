@@ -13,10 +13,9 @@ from longspan.core.errors import ArgumentError
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.choose import Candidate, candidates
 from longspan.plan.communication import AttentionShape, bytes_sent
-from longspan.plan.hardware import Gpu
+from longspan.plan.hardware import CPU, Gpu
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import arrangement_name, arrangements, layer_seconds
-from longspan.plan.training import WORKSPACE
 from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
 __all__ = ["MISSING", "Arrangement", "longest_context", "search"]
@@ -48,7 +47,7 @@ class Arrangement(NamedTuple):
         """Return the fields of a recipe's `parallel`."""
         return self.candidate.step.parallel.model_dump(exclude={"tp"})
 
-    def to_dict(self, num_gpus: int) -> dict[str, Any]:
+    def to_dict(self, gpu: Gpu, num_gpus: int) -> dict[str, Any]:
         """Return it for JSON."""
         memory = self.candidate.memory
         return {
@@ -62,8 +61,8 @@ class Arrangement(NamedTuple):
             "bytes_sent_per_gpu": self.sent,
             "parallel": self.parallel(),
             "memory": self.candidate.step.memory.chosen,
-            "device_bytes": memory.device + WORKSPACE,
-            "device_parts": {**memory.parts, "workspace": WORKSPACE},
+            "device_bytes": memory.device + gpu.workspace,
+            "device_parts": {**memory.parts, "workspace": gpu.workspace},
             "peak_moment": memory.moment,
             "host_bytes": memory.host_bytes,
             "host_parts": memory.host,
@@ -83,7 +82,7 @@ def search(
     """Return the best of every schedule, possible ones first and fastest first.
 
     A schedule with which nothing fits is given with the settings that lack least memory, and says what limits it.
-    Weights are fp32 (bf16 beside adapters), computed in bf16.
+    Weights are fp32 (bf16 beside adapters), computed in bf16; on a CPU all is fp32.
 
     Args:
         context: tokens of a sequence, one causal document.
@@ -165,9 +164,10 @@ def _of(
     step = TrainingStep(
         context,
         parallel=parallel.model_copy(update={"dp_shard": groups}),
-        dtype="float32" if lora is None else "bfloat16",
-        memory=MemoryConfig(compute_dtype="bfloat16"),
+        dtype="float32" if lora is None or gpu.family == CPU else "bfloat16",
+        memory=MemoryConfig(compute_dtype=None if gpu.family == CPU else "bfloat16"),
         lora=lora,
+        cuda=gpu.family != CPU,
         accumulates=micro_steps > 1,
     )
     layers = layer_seconds(model, gpu, parallel, context=context, num_gpus=num_gpus, kernel=kernel)
@@ -191,7 +191,12 @@ def _rank(found: Arrangement, gpu: Gpu, num_gpus: int) -> tuple[bool, float, int
     if found.limit is None:
         return False, found.seconds / found.tokens, found.candidate.effort
     memory = found.candidate.memory
-    lack = max((memory.device + WORKSPACE) / gpu.memory, memory.host_bytes / gpu.host_for_rank(num_gpus))
+    host = gpu.host_for_rank(num_gpus)
+    if host:
+        beyond = memory.host_bytes / host
+    else:
+        beyond = float("inf") if memory.host_bytes else 0.0
+    lack = max((memory.device + gpu.workspace) / gpu.memory, beyond)
     return True, lack, found.candidate.effort
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from longspan.core.errors import ArgumentError
 from longspan.plan.block import block_walk, kernel_bytes
-from longspan.plan.hardware import Gpu
+from longspan.plan.hardware import WORKSPACE, Gpu
 from longspan.plan.memory import SUM_BYTES, attention_buffers
 from longspan.plan.models import ModelShape
 from longspan.plan.tape import Walk
@@ -36,8 +36,8 @@ LOGITS_BUDGET = 128 << 20
 """Bytes of the loss's one buffer of logits (kernels.loss)."""
 INTENSE_ROWS = 2048
 """Its rows at most, where the head's gradient is summed in the product."""
-WORKSPACE = 2.5e9
-"""CUDA context, NCCL buffers, library workspaces and fragmentation: not counted, an allowance."""
+KEPT = ("parameters", "optimizer state", "gradients", "gathered parameters", "inside the optimizer")
+"""Parts that do not grow with a row."""
 
 
 class TrainingMemory(NamedTuple):
@@ -67,9 +67,19 @@ class TrainingMemory(NamedTuple):
     def host_bytes(self) -> float:
         return sum(self.host.values())
 
+    def scaled(self, activations: float) -> TrainingMemory:
+        """Return it with so many times the bytes that grow with a row."""
+        if activations == 1.0:
+            return self
+        moments = {
+            moment: {name: size if name in KEPT else size * activations for name, size in parts.items()}
+            for moment, parts in self.moments.items()
+        }
+        return TrainingMemory(moments, self.host)
+
     def limit(self, gpu: Gpu, num_gpus: int) -> str | None:
         """Return what does not fit on `num_gpus` of them, None if all does."""
-        if self.device + WORKSPACE > gpu.memory:
+        if self.device + gpu.workspace > gpu.memory:
             return "device memory"
         return "host memory" if self.host_bytes > gpu.host_for_rank(num_gpus) else None
 
