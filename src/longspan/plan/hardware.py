@@ -10,7 +10,7 @@ import yaml
 
 from longspan.core.errors import ArgumentError
 
-__all__ = ["CPU", "GPUS", "WORKSPACE", "Gpu", "GpuCount", "Measured", "gpu_named", "parse_gpus"]
+__all__ = ["CPU", "GPUS", "WORKSPACE", "Gpu", "GpuCount", "MeasuredRates", "gpu_named", "parse_gpus"]
 
 WORKSPACE = 2.5e9
 """Bytes for CUDA's context, NCCL's buffers, library workspaces and fragmentation: not counted, an allowance."""
@@ -18,7 +18,7 @@ CPU_WORKSPACE = 1e9
 """The same of a process on a CPU: the interpreter, its libraries, and what the allocator keeps."""
 
 
-class Measured(NamedTuple):
+class MeasuredRates(NamedTuple):
     """What was measured on a machine and stands in place of what is assumed of its kind."""
 
     linear: float
@@ -52,7 +52,7 @@ class Gpu(NamedTuple):
     per_node: int = 8
     family: str = "ampere"
     """Generation, by which kernels have their efficiency: ampere, ada, hopper, blackwell, cdna3, cpu."""
-    measured: Measured | None = None
+    measured: MeasuredRates | None = None
 
     @property
     def workspace(self) -> float:

@@ -15,7 +15,7 @@ from torch import nn
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import Bands, attention, choose_kernel
-from longspan.plan.hardware import CPU, Gpu, Measured
+from longspan.plan.hardware import CPU, Gpu, MeasuredRates
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import CPU_HALF_ROWS
 from longspan.plan.training_step import Adapters
@@ -48,7 +48,7 @@ def measured_cpu(model: ModelShape, lora: Adapters | None = None) -> Gpu:
     block, copied = torch.randn(COPIED), torch.empty(COPIED)
     bandwidth = 2 * 4 * COPIED / _seconds(lambda: copied.copy_(block))
     products = 3 if lora is None else 2
-    layer = _Layer(kind, lora)
+    layer = _TimedLayer(kind, lora)
     layer_flops = products * 2 * ROWS * layer.weights
     slower = 1 + CPU_HALF_ROWS / ROWS
     linear = layer_flops / _seconds(layer.run) * slower / flops
@@ -56,11 +56,11 @@ def measured_cpu(model: ModelShape, lora: Adapters | None = None) -> Gpu:
     memory = machine_budget().device
     return Gpu(
         CPU, flops, memory, bandwidth, bandwidth, bandwidth, bandwidth, 0.0, 1, CPU,
-        Measured(linear, forward, backward, 1.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else FRAGMENTATION),
+        MeasuredRates(linear, forward, backward, 1.0 if "MALLOC_MMAP_THRESHOLD_" in os.environ else FRAGMENTATION),
     )  # fmt: skip
 
 
-class _Layer(nn.Module):
+class _TimedLayer(nn.Module):
     """The matrices of a layer with what stands between them; queries stand in for what attention makes of them."""
 
     def __init__(self, kind: ModelShape, lora: Adapters | None) -> None:

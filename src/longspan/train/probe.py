@@ -27,7 +27,7 @@ from longspan.data.rows.loader import PackedRow
 from longspan.parallel.launch import process_group
 from longspan.plan.cost import step_seconds
 from longspan.plan.efficiency import gpu_shares
-from longspan.plan.hardware import CPU, GPUS, Gpu, Measured, gpu_named
+from longspan.plan.hardware import CPU, GPUS, Gpu, MeasuredRates, gpu_named
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import layer_seconds
 from longspan.plan.training import KEPT, TrainingMemory, training_memory
@@ -158,7 +158,7 @@ def correction(gpu: Gpu, rows: Sequence[Probed]) -> tuple[Gpu, list[str]]:
     lines.append(
         f"memory: {beyond / 1e9:.2f} GB beside all tensors, for {gpu.workspace / 1e9:.2f} GB allowed"
     )
-    measured = Measured(shares.linear / a, shares.forward / b, shares.backward / b, grows, beyond)
+    measured = MeasuredRates(shares.linear / a, shares.forward / b, shares.backward / b, grows, beyond)
     return gpu._replace(measured=measured), lines
 
 
