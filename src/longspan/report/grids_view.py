@@ -10,6 +10,7 @@ from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import Layout, axis_words, length_text, value_text, value_words
 from longspan.report.maps_view import accuracy_chart
 from longspan.report.pairs_view import grid_changes, pairs_of
+from longspan.report.published import published_chart
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import Place
 from longspan.report.tables import (
@@ -44,6 +45,7 @@ def grid_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     scale = "" if layout.higher_is_better else "Lower is better."
     section.intro = " ".join(filter(None, (layout.title, words, scale, ev.not_comparable(task, grids))))
     section.parts["curve"] = accuracy_chart(ev, grids, what=layout.heading)
+    section.parts["published"] = published_chart(ev, task, grids)
     section.parts |= {"wide": alone, "average": None, **part(layout, grids, data)}
     section.parts["changes"] = grid_changes(layout, grids, pairs_of(ev, task, grids))
     if not alone:
