@@ -11,7 +11,9 @@ from longspan.cli.eval_options import (
     Out,
     RetryUnscored,
     TooLongOption,
+    UntilWidth,
     print_prompt,
+    share_of,
     shown_prompt,
 )
 from longspan.cli.eval_tasks import data_part, print_scores
@@ -99,6 +101,7 @@ def needle(
     ] = False,
     too_long: TooLongOption = "refuse",
     retry_unscored: RetryUnscored = False,
+    until_width: UntilWidth = None,
     threshold: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Mean that the effective context has to keep.")
     ] = 0.8,
@@ -136,6 +139,7 @@ def needle(
         used=used,
         retry_unscored=retry_unscored,
         too_long=too_long,
+        until_width=share_of(until_width, "--until-width"),
     )
     summary |= effective_of(summary["by_length"], threshold=threshold)
     if as_json:

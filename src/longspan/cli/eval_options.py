@@ -25,15 +25,39 @@ RetryUnscored = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be asked, and one whole prompt; run nothing.")
 ]
+UntilWidth = Annotated[
+    str | None,
+    typer.Option(
+        help="Stop asking of a length (or what a task's columns are) when the 95% interval of its mean is no wider, "
+        "such as 5%, from end to end. It is looked at after 20, 40, 80 ... samples.",
+        show_default=False,
+    ),
+]
 Note = Annotated[str | None, typer.Option(help="A remark for readers of the records.")]
+
+
+def share_of(percent: str | None, option: str) -> float | None:
+    """Return a share that is given as `5%` or `0.05`; None where nothing is. Raises ArgumentError."""
+    if percent is None:
+        return None
+    number = percent.strip().removesuffix("%")
+    try:
+        return float(number) / (100 if "%" in percent else 1)
+    except ValueError:
+        from longspan.core.errors import ArgumentError
+
+        raise ArgumentError(
+            f"{option} is not a number", found=repr(percent), allowed="a share, such as 5% or 0.05"
+        ) from None
 
 
 def title_of(summary: dict[str, Any]) -> str:
     """Return the line over a table of results: mean, counts, and how many answers are empty, by reason."""
     empty = "".join(f", {count} {reason}" for reason, count in summary["no_answer"].items())
+    planned = f" ({summary['planned']} planned)" if "planned" in summary else ""
     return (
         f"{summary['task']}, {summary['label']}: mean {percent(summary['mean']) or '-'}, "
-        f"{summary['scored']} of {summary['samples']} samples scored{empty}"
+        f"{summary['scored']} of {summary['samples']} samples scored{planned}{empty}"
     )
 
 

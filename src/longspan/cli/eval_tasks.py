@@ -12,7 +12,9 @@ from longspan.cli.eval_options import (
     Out,
     RetryUnscored,
     TooLongOption,
+    UntilWidth,
     average_name,
+    share_of,
     show_plan,
     title_of,
 )
@@ -52,6 +54,7 @@ def command_of(entry: TaskEntry) -> FromSettings:
         out: Out,
         too_long: TooLongOption = "refuse",
         retry_unscored: RetryUnscored = False,
+        until_width: UntilWidth = None,
         dry_run: DryRun = False,
         note: Note = None,
         as_json: Json = False,
@@ -72,6 +75,7 @@ def command_of(entry: TaskEntry) -> FromSettings:
             used=used,
             retry_unscored=retry_unscored,
             too_long=too_long,
+            until_width=share_of(until_width, "--until-width"),
         )
         if as_json:
             print_json(summary)

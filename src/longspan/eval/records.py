@@ -16,7 +16,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError
@@ -169,11 +169,12 @@ class RecordsWriter:
         """Append one sample."""
         self._file.write(dict(record))
         self.recorded[record["id"]] = dict(record)
+        self.complete = False
 
-    def finish(self) -> None:
-        """Write the footer, which says that nothing is missing."""
+    def finish(self, said: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Write the footer, which says that nothing is missing, and why fewer samples than planned are enough."""
         if not self.complete:
-            self._file.write({"kind": "footer", "samples": len(self.recorded)})
+            self._file.write({"kind": "footer", "samples": len(self.recorded), **said})
             self.complete = True
 
     def __enter__(self) -> RecordsWriter:

@@ -32,6 +32,7 @@ from longspan.eval.registry import entry_of
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import clustered, cost_of_thoughts, count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
+from longspan.eval.until_width import UntilWidth, NamedSample
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, copies_of, no_answer
 
 TooLong = Literal["refuse", "skip"]
@@ -64,6 +65,7 @@ def run_task(
     used: Mapping[str, Any] | None = None,
     retry_unscored: bool = False,
     too_long: TooLong = "refuse",
+    until_width: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate; write one record a sample to `out`, return a summary.
 
@@ -75,14 +77,17 @@ def run_task(
         retry_unscored: ask again for recorded samples that have no score.
         too_long: what to do where the plan holds samples longer than the model can read; `skip` records
             them as unscored.
+        until_width: stop asking where the 95 % interval of a mean is no wider; see `eval.until_width`.
 
     Returns:
         task, label, records (the path), samples, scored, unscored (reason -> count), no_answer (the same of scored
         samples whose answer is empty: cut while thinking, ...), mean, interval (95 %), interval_by_cluster where
         samples share texts (`registry.TaskEntry.cluster`), thoughts (samples with such, their tokens, the most of
-        one) where the model thought, samples_per_s of this call, and the task's own numbers (`Task.summary`).
+        one) where the model thought, until_width with samples planned and columns that are narrow enough and wider
+        where that was asked for, samples_per_s of this call, and the task's own numbers (`Task.summary`).
 
     Raises:
+        ArgumentError: no such width.
         ConfigError: `out` holds an evaluation with other settings; or samples are too long for the model.
     """
     scorer = scorer_named(task.scorer)
@@ -103,11 +108,15 @@ def run_task(
     if too_long == "refuse":
         _refuse_too_long(samples, answerer.max_length)
 
+    looks = None
+    if until_width is not None:
+        looks = UntilWidth(task.name, (NamedSample(*sample) for sample in samples), until_width)
+
     def ask(missing: Sequence[_PendingSample], writer: RecordsWriter, bar: Progress) -> None:
         for part in _parts(missing, copies_of(answerer)):
             _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar, tokenizer=tokenizer)
 
-    summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored)
+    summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored, looks=looks)
     entry = entry_of(task.name)
     by_cluster = clustered(records, "" if entry is None else entry.cluster)
     return {
@@ -143,8 +152,9 @@ def fill_records(
     fill: Callable[[Sequence[FillableT], RecordsWriter, Progress], None],
     *,
     retry_unscored: bool = False,
+    looks: UntilWidth | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Let `fill` write the records that `out` lacks, with a bar; finish the file.
+    """Let `fill` write the records that `out` lacks, with a bar, or as many as `looks` asks for; finish the file.
 
     Returns:
         what every summary holds (`summarise_records`), and all records in the order of the plan.
@@ -158,13 +168,34 @@ def fill_records(
                 "%s: %d of %d samples stand in %s", title, len(planned) - len(missing), len(planned), out
             )
         total, left = (sum(sample.tokens for sample in samples) for samples in (planned, missing))
+        said: dict[str, Any] = {}
         with progress(title, total=total, unit="tokens", done=total - left) as bar:
-            fill(missing, writer, bar)
-        writer.finish()
-        records = [writer.recorded[sample.id] for sample in planned]
+            if looks is None:
+                fill(missing, writer, bar)
+            else:
+                while due := set(looks.due(writer.recorded)):
+                    fill([sample for sample in missing if sample.id in due], writer, bar)
+                    assert due <= writer.recorded.keys()
+                said = looks.said(writer.recorded)
+        writer.finish(said)
+        records = [
+            writer.recorded[sample.id] for sample in planned if looks is None or sample.id in writer.recorded
+        ]
+        asked = sum(sample.id in writer.recorded for sample in missing)
+    if said:
+        _log.info(
+            "%s: %d of %d samples asked; %d of %d means have an interval of %g points at most. The mean of all counts "
+            "every sample the same, and there are more where it was harder to tell",
+            title,
+            len(records),
+            len(planned),
+            said["narrow"],
+            said["narrow"] + said["wider"],
+            100 * said["until_width"],
+        )
     seconds = time.monotonic() - started
-    rate = len(missing) / seconds if seconds > 0 else 0.0
-    return summarise_records(header, out, records, rate), records
+    rate = asked / seconds if seconds > 0 else 0.0
+    return {**summarise_records(header, out, records, rate), **said}, records
 
 
 def summarise_records(

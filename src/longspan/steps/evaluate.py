@@ -15,6 +15,7 @@ from longspan.eval.prompts import PromptConfig
 from longspan.eval.registry import TaskEntry, entries
 from longspan.eval.runner import TooLong
 from longspan.eval.task import Task
+from longspan.eval.until_width import check_width
 from longspan.infer.config import AnswererConfig
 from longspan.steps.opening import AskedModel, form_of, opened
 
@@ -38,6 +39,7 @@ def evaluate_model(
     used: Mapping[str, Any] | None = None,
     retry_unscored: bool = False,
     too_long: TooLong = "refuse",
+    until_width: float | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a model with one task; write a record a sample below `out/records`, return the summary.
@@ -55,6 +57,8 @@ def evaluate_model(
         used: what the records say was asked for. None: the settings.
         retry_unscored: ask again for recorded samples that have no score.
         too_long: contexts over the model's `max_length`: an error, or samples recorded as unscored.
+        until_width: ask no more samples of a length (or what the task's columns are) once the 95 % interval of its
+            mean is no wider, from end to end: 0.05 is 5 points. Not of ppl.
 
     Returns:
         What `eval.runner.run_task` and the task sum up: samples, scored, mean, interval, records (the path) and more;
@@ -68,6 +72,7 @@ def evaluate_model(
         RunError: the disk is full, or a process or server is gone.
     """
     entry = _entry(task)
+    check_width(until_width)
     asks = model if isinstance(model, AnswererConfig) else AnswererConfig.from_dict(_named(model))
     form = prompts if isinstance(prompts, PromptConfig) else PromptConfig.from_dict(dict(prompts or {}))
     reads = data if isinstance(data, TaskDataConfig) else TaskDataConfig(paths=_paths(data))
@@ -77,6 +82,10 @@ def evaluate_model(
     if used is None:
         used = {**form.to_dict(), **asks.to_dict(), **reads.to_dict(), **config.to_dict()}
     if task == "ppl":
+        if until_width is not None:
+            raise ArgumentError(
+                "until_width is for tasks with scores between 0 and 1", found="ppl", fix="leave it out"
+            )
         assert isinstance(config, PplConfig)
         return _perplexity(asks, config, reads, Path(out), note=note, used=used)
     if "cache" in entry.reads:
@@ -91,7 +100,13 @@ def evaluate_model(
         )
     with opened(asks, form) as asked:
         return asked.run(
-            made, Path(out), note=note, used=used, retry_unscored=retry_unscored, too_long=too_long
+            made,
+            Path(out),
+            note=note,
+            used=used,
+            retry_unscored=retry_unscored,
+            too_long=too_long,
+            until_width=until_width,
         )
 
 
