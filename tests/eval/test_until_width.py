@@ -16,7 +16,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.eval.records import read_records
 from longspan.eval.runner import run_task
 from longspan.eval.task import Planned
-from longspan.eval.until_width import UntilWidth, NamedSample
+from longspan.eval.until_width import NamedSample, UntilWidth
 from tests.eval.answerers import Knowing
 from tests.eval.test_runner import Copying
 

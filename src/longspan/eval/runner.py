@@ -32,7 +32,7 @@ from longspan.eval.registry import entry_of
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import clustered, cost_of_thoughts, count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
-from longspan.eval.until_width import UntilWidth, NamedSample
+from longspan.eval.until_width import NamedSample, UntilWidth
 from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, copies_of, no_answer
 
 TooLong = Literal["refuse", "skip"]
