@@ -32,6 +32,7 @@ STORY = (
     ("synth", "qa"),
     ("plan",),
     ("train",),
+    ("import-config",),
     ("export",),
     ("annotate", "topk"),
     ("annotate", "merge"),
@@ -111,6 +112,10 @@ def write_released_files(root: Path) -> None:
             {**needle, "tests": {"T1": {"input_args": []}}, "task_template": "{haystack} {question}"}
         ],
     }
+    (root / "axolotl.yaml").write_text(
+        "{base_model: m, sequence_len: 64, learning_rate: 1e-4, datasets: [{path: chats.jsonl, type: chat_template}]}"
+    )
+    (root / "sft.sh").write_text("swift sft --dataset chats.jsonl --max_length 64")
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(json.dumps(content))

@@ -31,6 +31,14 @@ def test_cosine_is_half_way_in_the_middle_and_keeps_its_floor() -> None:
     assert factors(5, kind="cosine", floor=0.2) == [1.0, pytest.approx(0.8828, abs=1e-4), 0.6, 0.3172, 0.2]
 
 
+def test_warmup_may_be_a_share_of_the_steps_rounded_up() -> None:
+    """transformers' `get_warmup_steps`: ceil(0.25 * 10) = 3 steps; a share must not be taken for no steps."""
+    assert factors(10, kind="constant", warmup_steps=0.25) == factors(10, kind="constant", warmup_steps=3)
+    assert LrScheduleConfig(warmup_steps=3.0).warmup_steps == 3
+    with pytest.raises(ConfigError, match="a share of the stage's below 1"):
+        LrScheduleConfig.from_dict({"warmup_steps": 2.5})
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_a_stage_of_one_step_trains_at_full_rate(kind: str) -> None:
     """Dividing by the number of decay steps less one must not fail when there is one step."""

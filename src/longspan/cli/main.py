@@ -27,6 +27,7 @@ from longspan.cli import (
     data_pairs,
     doctor,
     export,
+    import_config,
     plan,
     quickstart,
     report,
@@ -73,6 +74,7 @@ data.app.command(epilog=data_pairs.PAIRS_EXAMPLE)(data_pairs.pairs)
 data.app.command(epilog=data_pairs.RETRIEVAL_EXAMPLE)(data_pairs.retrieval)
 app.command(epilog=plan.EXAMPLE)(plan.plan)
 app.command(epilog=train.EXAMPLE)(train.train)
+app.command("import-config", epilog=import_config.EXAMPLE)(import_config.import_config)
 app.add_typer(synth.app, name="synth")
 app.add_typer(annotate.app, name="annotate")
 app.add_typer(evaluation.app, name="eval")

@@ -119,7 +119,12 @@ class Config(pydantic.BaseModel):
 def write_yaml(path: str | Path, values: dict[str, Any]) -> None:
     """Write a YAML mapping that reads back as it is, atomically."""
     with atomic_write(path, "w") as file:
-        yaml.dump(values, file, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True)
+        file.write(yaml_text(values))
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Return a mapping as YAML that reads back as it is."""
+    return str(yaml.dump(values, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True))
 
 
 def changed_fields(config: Config, names: Iterable[str]) -> list[str]:

@@ -88,12 +88,19 @@ class LrScheduleConfig(Config):
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay: half a cosine, a straight line, none."""
-    warmup_steps: int = pydantic.Field(0, ge=0)
-    """Optimizer steps of linear rise from 0."""
+    warmup_steps: int | float = pydantic.Field(0, ge=0)
+    """Optimizer steps of linear rise from 0; a number below 1, such as 0.03, is a share of the stage's steps."""
     decay_fraction: float = pydantic.Field(1.0, gt=0, le=1)
     """Last part of the stage over which the rate decays; before it the rate stays at its peak (WSD)."""
     floor: float = pydantic.Field(0.1, ge=0, le=1)
     """Factor at the end of the stage."""
+
+    @pydantic.field_validator("warmup_steps")
+    @classmethod
+    def _steps_are_whole(cls, steps: int | float) -> int | float:
+        if steps >= 1 and steps != int(steps):
+            raise ValueError("warm-up is a whole number of steps, or a share of the stage's below 1")
+        return steps if 0 < steps < 1 else int(steps)
 
     @pydantic.model_validator(mode="after")
     def _constant_does_not_decay(self) -> Self:

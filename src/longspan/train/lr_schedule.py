@@ -12,11 +12,14 @@ def lr_factor(schedule: LrScheduleConfig, step: int, num_steps: int) -> float:
 
     Warm-up rises linearly and reaches 1 at step `warmup_steps`; the decay reaches `floor` at the last step.
     """
-    if step < schedule.warmup_steps:
-        return (step + 1) / (schedule.warmup_steps + 1)
+    warmup = schedule.warmup_steps
+    if 0 < warmup < 1:
+        warmup = math.ceil(warmup * num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if schedule.kind == "constant":
         return 1.0
-    start = max(schedule.warmup_steps, num_steps - round(schedule.decay_fraction * num_steps))
+    start = max(warmup, num_steps - round(schedule.decay_fraction * num_steps))
     last = num_steps - 1
     if step < start or last <= start:
         return 1.0
