@@ -27,22 +27,19 @@ from typing import Any, NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import numpy as np
-
 from longspan.api import ServerConfig
-from longspan.core.errors import ArgumentError, ConfigError, RunError
+from longspan.core.errors import ConfigError, RunError
 from longspan.core.files import sha256_bytes, sha256_file
 from longspan.core.log import get_logger
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.config import AnswererConfig
+from longspan.infer.handshake import shake_own_hands
 from longspan.infer.remote import RemoteAnswerer, open_remote
-from longspan.infer.requests import Request
 
 READY_SECONDS = 1800.0
 """Most seconds until a server answers: weights of hundreds of gigabytes are read first."""
 _POLL_SECONDS, _STOP_SECONDS = 0.1, 20.0
 _LAST_LINES = 12
-_GREETING = "One, two, three, four, five, six, seven,"
 _TRANSFORMERS = "from transformers.cli.transformers import main; main()"
 _log = get_logger("infer")
 
@@ -122,7 +119,7 @@ def served(
 ) -> Iterator[RemoteAnswerer]:
     """Start the server that `config.serve` names, wait until it answers, stop it in the end.
 
-    Its first request is checked before it is given out (`shake_hands`).
+    Its first request is checked before it is given out (`infer.handshake`).
 
     Args:
         rope: RoPE that the server is to use instead of the model's own.
@@ -170,39 +167,10 @@ def served(
                 engine.takes_ids,
             )
             with contextlib.closing(answerer):
-                shake_hands(answerer, tokenizer, name=str(config.serve))
+                shake_own_hands(answerer, tokenizer, name=str(config.serve))
                 yield answerer
     finally:
         _stop(process)
-
-
-def shake_hands(answerer: RemoteAnswerer, tokenizer: Tokenizer, *, name: str) -> None:
-    """Ask for one token and look at what comes back, so that a wrong server ends a job before it begins.
-
-    Whether given answers can be measured is logged, with the place of their log-probabilities.
-
-    Raises:
-        RunError: there is no answer, or the server counts other tokens.
-    """
-    ids = tokenizer.encode(_GREETING).astype(np.int64)
-    request = Request(prompt=_GREETING, prompt_ids=ids, max_new_tokens=1)
-    [(_, answer)] = answerer.generate([request])
-    if answer.error is not None:
-        raise RunError(f"{name} gave no answer to a first request", found=answer.error)
-    counted = answer.prompt_tokens or len(ids)
-    # A server that is sent text may begin it with a BOS.
-    if not len(ids) <= counted <= len(ids) + (not answerer.sends_ids):
-        raise RunError(
-            f"{name} counts other tokens than the tokenizer here",
-            found=f"{counted} in a prompt of {len(ids)}",
-            fix="name the server's tokenizer with --tokenizer",
-        )
-    try:
-        [(_, measured)] = answerer.score([request._replace(prompt_ids=ids[:-2], answer_ids=ids[-2:])])
-        told = measured.error or "given answers can be measured"
-    except ArgumentError as error:
-        told = str(error).split("\n")[0]
-    _log.info("%s answers in %.2f s; %s", name, answer.seconds, told)
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path, *, name: str) -> None:

@@ -99,6 +99,7 @@ def evaluate_model(
             fix=f"ask as `longspan eval {entry.command}` does",
         )
     with opened(asks, form) as asked:
+        _shake_hands(asked, asks, form, made)
         return asked.run(
             made,
             Path(out),
@@ -108,6 +109,20 @@ def evaluate_model(
             too_long=too_long,
             until_width=until_width,
         )
+
+
+def _shake_hands(asked: AskedModel, model: AnswererConfig, prompts: PromptConfig, task: Task) -> None:
+    """Ask a server that a user has started once, before the run."""
+    if not model.is_remote or model.server is None or not model.server.base_url:
+        return
+    from longspan.infer.handshake import ANSWER_TOKENS, BEGUN, GREETING, shake_hands
+    from longspan.infer.remote import RemoteAnswerer
+
+    assert isinstance(asked.answerer, RemoteAnswerer)
+    begun = BEGUN if model.server.continue_final_message else ""
+    request = form_of(model, prompts).request(GREETING, answer_prefix=begun)
+    request = request._replace(max_new_tokens=ANSWER_TOKENS)
+    shake_hands(asked.answerer, request, measures=task.mode == "teacher_forced")
 
 
 def task_of(
