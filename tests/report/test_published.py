@@ -46,6 +46,7 @@ def test_published_rows_stand_in_grey_with_their_source(tmp_path: Path) -> None:
     assert "4,096: 50.0%, measured here" in page
     # Once for wide pages, once for narrow ones, and in the legend of these.
     assert page.count('class="line r0"') == 3 * MOST_LINES
+    assert "Qwen3-8B, 128k: 77.4%, published in Qwen3" in page, "of each source some"
     # Of other lengths nothing is shown: 64K was not asked here.
     assert "84.7" not in page
     tables = re.findall(r"<table.*?</table>", page, re.S)

@@ -64,8 +64,8 @@ def published_chart(ev: Evaluation, task: str, grids: Mapping[str, Grid]) -> Cha
     own = {label: means for label, means in own.items() if means}
     if not own or not shown:
         return None
-    # Those with most lengths, in the order of the file.
-    drawn = sorted(shown, key=lambda row: -len(row[2]))[:MOST_LINES]
+    # Those with most lengths; of each source the first ones, in turn.
+    drawn = sorted(shown, key=lambda row: (-len(row[2]), list(row[0].rows).index(row[1])))[:MOST_LINES]
     series = [
         _line(name, 0, found, f"published in {each.source}", family="r", dashed=False)
         for each, name, found in drawn
