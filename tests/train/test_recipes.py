@@ -371,6 +371,14 @@ def test_a_model_that_would_fail_at_its_first_step_leaves_no_run_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_condition_on_documents_is_left_out_at_tiny_scale(data_root: Path) -> None:
+    """Its audit is of other documents: the tiny run of a recipe with one ended before its first step."""
+    streams = {"a": {"store": "s", "mixture": {"mode": "none", "where": "near_duplicate == 0", "audit": "a"}}}
+    config = small(data_root, streams=streams)
+    (stream,) = scale_tiny(config).stages[0].streams.values()
+    assert (stream.mixture.where, stream.mixture.audit) == (None, None)
+
+
 def test_tiny_rows_are_long_enough_for_every_stage_and_made_here(tmp_path: Path) -> None:
     """One data set in stages of two lengths, named on the hub: nothing is fetched, and the longer stage has rows."""
     base = {"steps": 2, "lr": 0.1, "max_epochs": 9, "streams": {"a": {"rows": "hf://org/set"}}}

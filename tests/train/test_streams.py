@@ -268,3 +268,5 @@ def test_a_stream_chooses_documents_by_an_audit_under_the_data_root(data_root: P
     planned = plan_stage(stage(store="plain", mixture=chosen), data_root=data_root, seed=0)
     (report,) = [plan.report for plan in planned.mixtures.values()]
     assert (report.documents, report.excluded) == (kept.sum(), (~kept).sum())
+    (left_out,) = planned.left_out.values()
+    assert left_out["unwanted"] == (~kept).sum(), "said before training"

@@ -12,6 +12,7 @@ from longspan.data.rows.loader import Order, RowLoader, RowSource
 from longspan.data.store.lengths import LengthTable
 
 WORDS = {
+    "unwanted": "{} documents that do not fulfil the condition",
     "short": "{} documents too short",
     "long": "{} documents too long",
     "short_rows": "{} rows too short",

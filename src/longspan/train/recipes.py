@@ -16,7 +16,7 @@
                    names of the recipe's sources
     teachers       none: a stage that distils trains as lm
     machine        one process; fp32; nothing offloaded; MLP tiles and chunks of rows divided like lengths
-    beside         no validation, tracking or start from another run
+    beside         no validation, tracking, start from another run or conditions on documents
     checkpoints    every 2 steps
 
 What stays: stages and their order, RoPE types, thetas and factors, mixtures and weights, strategies, special tokens,
@@ -178,7 +178,12 @@ def _tiny_stream(stream: StreamConfig, step_tokens: int, length: int, *, masked:
         # Made here, whatever reads it there.
         changes["rows"] = stream.rows.removeprefix(HUB)
     else:
-        mixture: dict[str, Any] = {"threshold": _limit(stream.mixture.threshold)}
+        # A condition asks of documents that are not there.
+        mixture: dict[str, Any] = {
+            "threshold": _limit(stream.mixture.threshold),
+            "where": None,
+            "audit": None,
+        }
         if stream.mixture.tokens is not None:
             # Some more than the stage reads: sources of small weight round up to whole documents.
             mixture |= {"tokens": 2 * STEPS * step_tokens, "max_repeat": max(4, stream.mixture.max_repeat)}

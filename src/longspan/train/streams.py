@@ -309,7 +309,7 @@ def _planned(
     documents = mixture.documents
     short = lengths.tokens[documents] < pack.min_length
     long = settled.too_long(lengths, documents)
-    left_out = {"short": int(short.sum()), "long": int(long.sum())}
+    left_out = {"unwanted": mixture.report.excluded, "short": int(short.sum()), "long": int(long.sum())}
     documents = documents[~(short | long)]
     if parts:
         documents = draw_records(parts, lengths, documents, seed)
