@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ def test_settings_of_the_glossary_exist() -> None:
         }
         fields = {item.target.id for item in classes[owner].body if isinstance(item, ast.AnnAssign)}  # type: ignore[union-attr]
         assert field in fields, f"{name} is not in {file}"
+
+
+def test_every_extra_is_explained() -> None:
+    """A reader who lacks a package has to learn what to install before a command says so."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| ([^|]*) \|", (ROOT / "docs" / "index.md").read_text("utf-8"), re.M)
+    assert extras.keys() - {"dev"} == set(re.findall(r"`([a-z0-9]+)`", " ".join(rows)))
 
 
 def test_every_room_has_a_row() -> None:
