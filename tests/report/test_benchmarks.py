@@ -19,7 +19,7 @@ def rows_of(page: str, section: str) -> list[list[str]]:
     assert found is not None
     rows = re.findall(r"<tr>(.*?)</tr>", found.group(0), re.DOTALL)
     cells = [re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL) for row in rows]
-    return [[html.unescape(re.sub(r"<[^>]+>", "", cell)).strip() for cell in row] for row in cells]
+    return [[" ".join(html.unescape(re.sub(r"<[^>]+>", "", cell)).split()) for cell in row] for row in cells]
 
 
 def answers(scores: dict[tuple[str, str, str], list[float | None]]) -> list[dict[str, Any]]:

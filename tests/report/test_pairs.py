@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longspan.core.intervals import clustered_interval, paired_difference
+from longspan.core.intervals import clustered_interval, clustered_ratio, paired_difference
 from longspan.report import summarise
 from longspan.report.comparison import same_questions
 from longspan.report.pairs_view import corrected_p, emphasis
@@ -162,6 +162,35 @@ def test_thinking_off_and_on_stand_side_by_side(tmp_path: Path) -> None:
     assert on_row["change, points"] == "+50.0" and on_row["model"] == "after (on)"
     assert (on_row["cut while thinking"], on_row["thoughts without an answer"]) == ("6", "2")
     assert (on_row["tokens of thoughts per answer"], on_row["the longest"]) == ("200", "300")
+
+
+def test_a_change_of_perplexity_is_over_the_same_windows(tmp_path: Path) -> None:
+    """Perplexities of 10 and 9.9 stood side by side, without a word on whether other texts would say the same."""
+
+    def write(label: str, shift: float, spread: float) -> None:
+        lines = []
+        for n in range(12):
+            nll = 128 * (2.0 + 0.3 * n + shift + spread * (-1) ** n)
+            bucket = {"start": 0, "end": 128, "tokens": 128, "nll": nll}
+            place = {"document": n // 2, "start": n % 2, "length": 256, "unscored": None}
+            lines.append({"kind": "sample", "id": f"{label}{n}", "source": "s", "buckets": [bucket], **place})
+        write_records(tmp_path / f"records/ppl-{label}.jsonl", header("ppl", label), lines)
+
+    write("before", 0.0, 0.0)
+    write("after", -0.01, 0.001)
+    page = words_of(page_of(tmp_path))
+    assert (
+        "Perplexity: relative change by window length [95% interval] change 256 after \u2212 before \u22121.0% ["
+        in page
+    )
+    assert "windows). Short contexts did not get worse." in page, "12 windows that agree are sure of 1 %"
+    write("after", -0.01, 0.5)  # the windows of a document move against each other: documents agree
+    assert "did not get worse" in words_of(page_of(tmp_path))
+    found = clustered_ratio([(1.0, 2.0), (3.0, 2.0), (2.0, 4.0)], [0, 1, 2])
+    assert found is not None and found.value == 0.75
+    # Residuals -0.5, 1.5, -1: error = sqrt(3 / 2 * 3.5) / 8; t of two degrees of freedom is 4.3027.
+    assert found.interval[1] - found.value == pytest.approx(4.3027 * (1.5 * 3.5) ** 0.5 / 8)
+    assert clustered_ratio([(1.0, 2.0), (3.0, 2.0)], [0, 0]) is None
 
 
 def test_models_that_always_think_have_no_such_table(tmp_path: Path) -> None:

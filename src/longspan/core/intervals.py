@@ -200,6 +200,35 @@ def paired_p(differences: Sequence[float], clusters: Sequence[Hashable] | None =
     )
 
 
+class Ratio(NamedTuple):
+    """A ratio of two sums with its 95 % interval and the two-sided p-value of a ratio of 0."""
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+
+def clustered_ratio(parts: Sequence[tuple[float, float]], clusters: Sequence[Hashable]) -> Ratio | None:
+    """Return the sum of numerators over that of denominators, parts of one cluster depending on each other.
+
+    By linearization, with Student's t over clusters (Cochran 1977, section 6.4). None: fewer than two clusters.
+    """
+    whole = math.fsum(size for _, size in parts)
+    groups: dict[Hashable, list[tuple[float, float]]] = {}
+    for part, cluster in zip(parts, clusters, strict=True):
+        groups.setdefault(cluster, []).append(part)
+    if len(groups) < 2 or whole <= 0:
+        return None
+    value = math.fsum(number for number, _ in parts) / whole
+    squares = math.fsum(
+        math.fsum(number - value * size for number, size in group) ** 2 for group in groups.values()
+    )
+    error = math.sqrt(len(groups) / (len(groups) - 1) * squares) / whole
+    half = _t_95(len(groups) - 1) * error
+    p = 1.0 if value == 0 else 0.0 if error == 0 else two_sided_p(value / error, len(groups) - 1)
+    return Ratio(value, (value - half, value + half), p)
+
+
 def two_sided_p(t: float, freedom: int | None = None) -> float:
     """Return how often Student's t is farther from 0 than `t`, exactly; `freedom` None: the normal distribution.
 

@@ -33,7 +33,6 @@ _HOW_ASKED = frozenset(
         "scorer",
         "template args",
         "thinking",
-        "thinks",
         "tokenizer",
     )
 )
@@ -45,6 +44,7 @@ _NAMES = {
     "essay_sha256": "essays",
     "data_sha256": "documents",
     "prompts_sha256": "prompts",
+    "thinks": "thinking",
     "bos": "BOS",
 }
 

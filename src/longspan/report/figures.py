@@ -24,7 +24,7 @@ from longspan.report.layouts import axis_words, length_text, value_text
 from longspan.report.load import LoadedRun
 from longspan.report.palette import DASHES, LINES, ink_on, line_index, sequential, step_of
 from longspan.report.perplexity_view import ppl_measure
-from longspan.report.scores_view import DatasetDifference, dataset_differences
+from longspan.report.scores_view import DatasetDifference, dataset_differences, row_names
 from longspan.report.svg import AxisScale, thinned
 from longspan.report.tables import Grid, all_columns
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
@@ -120,11 +120,9 @@ def difference_figure(rows: Sequence[DatasetDifference]) -> Figure:
         color = LINES[line_index(row.label, 1 + labels.index(row.label))][0]
         axes.plot([100 * interval[0], 100 * interval[1]], [place, place], color=color, lw=1.6)
         axes.plot([100 * value], [place], color=color, marker="o", ms=5)
-    cut = cut_names(short_name(row.label) for row in rows)
-    names = [
-        f"{row.dataset}, {cut[short_name(row.label)]}" + (" (not comparable)" if row.differ else "")
-        for row in rows
-    ]
+    called = row_names(rows)
+    cut = cut_names(called, 56)
+    names = [cut[name] + (" (not comparable)" if row.differ else "") for name, row in zip(called, rows)]
     axes.set_yticks(range(len(rows)), [_literal(name) for name in names], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color=_MUTED, lw=0.8)

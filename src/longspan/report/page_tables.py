@@ -82,7 +82,8 @@ def _cell(cell: str | TableCell) -> str:
 
 def _text(cell: str | TableCell) -> str:
     """Return what a cell shows; a name that the page shows once for several rows stands in each of them."""
-    return cell if isinstance(cell, str) else cell.text or cell.title
+    text = cell if isinstance(cell, str) else cell.text or cell.title
+    return text.replace("\u00a0", " ")
 
 
 def _plain(text: str) -> float | str:

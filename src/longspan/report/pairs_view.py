@@ -18,7 +18,7 @@ from longspan.report.samples import ScoredSample
 from longspan.report.tables import Difference, Grid, all_columns, difference
 from longspan.report.view import MISSING, Table, TableCell, points, short_name
 
-_CHANCE = 0.05
+CHANCE = 0.05
 
 
 class Pair(NamedTuple):
@@ -120,13 +120,18 @@ def emphasis(change: Difference, corrected: float | None) -> str:
     low, high = change.interval or (0.0, 0.0)
     if low <= 0 <= high:
         return "muted"
-    return "strong" if corrected is not None and corrected < _CHANCE else ""
+    return "strong" if corrected is not None and corrected < CHANCE else ""
 
 
 def _corrected(changes: Sequence[Sequence[Difference | None]]) -> list[list[TableCell]]:
     """Return the cells of changes that are shown together."""
     values = iter(corrected_p([change for row in changes for change in row]))
     return [[change_cell(change, next(values)) for change in row] for row in changes]
+
+
+def bracketed(value: str, low: str, high: str) -> str:
+    """Write a change with its interval, which stays on one line: `+3.1 [+0.2, +6.0]`."""
+    return f"{value} [{low},\u00a0{high}]"
 
 
 def change_cell(change: Difference | None, corrected: float | None = None) -> TableCell:
@@ -138,5 +143,5 @@ def change_cell(change: Difference | None, corrected: float | None = None) -> Ta
     words = [f"95% interval {points(low)} to {points(high)}, {kind}"]
     words += [f"on {change.texts:,} texts"] if change.texts else []
     words += [f"p = {change.p:.2g}, corrected {corrected:.2g}"] if corrected is not None else []
-    text = f"{points(change.value)} [{points(low)}, {points(high)}]" + ("" if change.pairs else " unpaired")
+    text = bracketed(*map(points, (change.value, low, high))) + ("" if change.pairs else " unpaired")
     return TableCell(text, f"num change {emphasis(change, corrected)}", ", ".join(words))

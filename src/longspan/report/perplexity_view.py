@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from longspan.core.intervals import holm
 from longspan.report.charts import Axis, LineChart, Series, length_axis, number_axis
 from longspan.report.comparison import differ_text, listed
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.layouts import length_text
+from longspan.report.pairs_view import CHANCE, bracketed, pairs_of
 from longspan.report.palette import line_index
-from longspan.report.tables import PplTable, Sums, bits_per_byte, perplexity
+from longspan.report.tables import PplChange, PplTable, Sums, bits_per_byte, perplexity, perplexity_change
 from longspan.report.view import (
     ARROW,
+    MISSING,
     Chart,
     Section,
     Table,
@@ -22,6 +25,7 @@ from longspan.report.view import (
     decimal,
     line_view,
     role_of,
+    share,
     short_name,
     tokens_text,
 )
@@ -71,6 +75,7 @@ def ppl_section(ev: Evaluation) -> Section:
             )
     section.intro = " ".join(filter(None, (section.intro, ev.not_comparable("ppl", ev.ppl))))
     section.parts["callout"] = _short_context(ev)
+    section.parts["changes"] = _changes(ev, labels) if measure is PERPLEXITY else None
     several_buckets = max(len(ev.ppl[label].by_position) for label in labels) > 1
     several_lengths = len({length for label in labels for length in ev.ppl[label].by_length}) > 1
     section.parts["position"] = _position_chart(ev, labels, measure) if several_buckets else None
@@ -128,9 +133,14 @@ def _short_context(ev: Evaluation) -> dict[str, str]:
     if old is None or new is None:
         return {}
     differ = ev.differing("ppl", names[1], names[0])
+    found = perplexity_change(before, after, length) if measure is PERPLEXITY else None
+    low, high = found.interval if found else (0.0, 0.0)
+    sure = f" (95% interval {share(low)} to {share(high)}, {found.windows:,} windows)" if found else ""
     verdict = (
         f"{differ_text(differ).capitalize()}."
         if differ
+        else "The interval holds zero: no change is shown."
+        if found and low <= 0 <= high
         else "Short contexts did not get worse."
         if new <= old
         else "This is what the longer context cost on short ones."
@@ -139,8 +149,34 @@ def _short_context(ev: Evaluation) -> dict[str, str]:
         "value": change(old, new),
         "text": f"Short-context change: {measure.name} at {tokens_text(length)}, "
         f"{'the original length' if length == trained else f'of the original {length_text(trained)}'}, "
-        f"{decimal(old)} {ARROW} {decimal(new)}. {verdict}",
+        f"{decimal(old)} {ARROW} {decimal(new)}{sure}. {verdict}",
     }
+
+
+def _changes(ev: Evaluation, labels: Sequence[str]) -> Table | None:
+    """Return the change of perplexity by window length, on the windows that both models were given."""
+    lengths = sorted({length for label in labels for length in ev.ppl[label].by_length})
+    pairs = pairs_of(ev, "ppl", {label: ev.ppl[label] for label in labels})
+    found = [[perplexity_change(ev.ppl[p.old], ev.ppl[p.new], n) for n in lengths] for p in pairs]
+    known = iter(holm([change.p for row in found for change in row if change is not None]))
+    rows: list[list[str | TableCell]] = [
+        [pair.name, *(_change_cell(change, None if change is None else next(known)) for change in row)]
+        for pair, row in zip(pairs, found)
+        if any(change is not None for change in row)
+    ]
+    columns = ["change", *map(length_text, lengths)]
+    return (
+        Table("Perplexity: relative change by window length [95% interval]", columns, rows) if rows else None
+    )
+
+
+def _change_cell(change: PplChange | None, corrected: float | None) -> TableCell:
+    if change is None or corrected is None:
+        return TableCell(MISSING, "num muted")
+    low, high = change.interval
+    kind = "muted" if low <= 0 <= high else "strong" if corrected < CHANCE else ""
+    words = f"{change.windows:,} windows, p = {change.p:.2g}, corrected {corrected:.2g}"
+    return TableCell(bracketed(share(change.value), share(low), share(high)), f"num change {kind}", words)
 
 
 def _ppl_series(

@@ -89,6 +89,14 @@ class PplSample(NamedTuple):
     buckets: tuple[PositionBucket, ...]
     unscored: str | None
     seconds: float | None = None
+    document: str = ""
+    """Names the text that it was cut out of; empty in records of other tools."""
+    start: int | None = None
+
+    @property
+    def window(self) -> tuple[object, ...]:
+        """What is the same text in the records of two models, at one length."""
+        return (self.source, self.document, self.start) if self.document else (self.source, self.id)
 
 
 def parse_sample(layout: Layout, line: dict[str, Any], where: str) -> ScoredSample | PplSample:
@@ -181,6 +189,8 @@ def _ppl_sample(line: dict[str, Any], where: str) -> PplSample:
         buckets=tuple(buckets) if unscored is None else (),
         unscored=None if unscored is None else str(unscored),
         seconds=_optional(line, "seconds"),
+        document=_words(line.get("document")),
+        start=_whole(line, "start"),
     )
 
 

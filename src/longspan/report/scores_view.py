@@ -252,19 +252,32 @@ def _difference_cells(change: Difference, corrected: float | None) -> list[Table
     ]
 
 
+def row_names(rows: Sequence[DatasetDifference]) -> list[str]:
+    """Return how changes are called in a drawing: the data set, and what is compared where there are several."""
+    baselines: dict[str, set[str]] = {}
+    for row in rows:
+        baselines.setdefault(row.label, set()).add(row.baseline)
+    if len(baselines) == 1 and len(next(iter(baselines.values()))) == 1:
+        return [row.dataset for row in rows]
+    return [
+        f"{row.dataset}, {short_name(row.label)}"
+        + (f" \u2212 {short_name(row.baseline)}" if len(baselines[row.label]) > 1 else "")
+        for row in rows
+    ]
+
+
 def forest_chart(rows: Sequence[DatasetDifference]) -> Chart:
     """Return the changes with their intervals around zero."""
     labels = list(dict.fromkeys(row.label for row in rows))
-    several = len(labels) > 1 or len({row.baseline for row in rows}) > 1
     lines = [
         ForestRow(
-            f"{row.dataset}, {short_name(row.label)}" if several else row.dataset,
+            name,
             line_index(row.label, 1 + labels.index(row.label)),
             row.difference.value,
             row.difference.interval,
             f"{row.dataset}, {_compared(row)}: {points(row.difference.value)} points",
         )
-        for row in rows
+        for name, row in zip(row_names(rows), rows)
     ]
     forest = Forest("Change on benchmarks in percentage points, with 95 percent intervals", lines)
     return Chart(

@@ -18,6 +18,7 @@ from longspan.core.errors import DataError
 from longspan.core.intervals import (
     Effective,
     clustered_interval,
+    clustered_ratio,
     effective_context,
     independent_difference,
     paired_difference,
@@ -320,6 +321,8 @@ class PplTable:
     by_source: dict[str, Sums] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     """Windows without a score, by reason."""
+    windows: dict[int, dict[tuple[object, ...], tuple[str, Sums]]] = field(default_factory=dict)
+    """By length and text: the document that it was cut out of, and its sums."""
 
     @property
     def unscored(self) -> int:
@@ -353,7 +356,11 @@ def ppl_table(samples: Iterable[PplSample]) -> PplTable:
     by_length: dict[int, list[Sums]] = defaultdict(list)
     by_position: dict[tuple[int, int], list[Sums]] = defaultdict(list)
     by_source: dict[str, list[Sums]] = defaultdict(list)
+    windows: dict[int, dict[tuple[object, ...], tuple[str, Sums]]] = defaultdict(dict)
     for sample in samples:
+        if sample.buckets:
+            whole = _summed([Sums(bucket.tokens, bucket.nll, bucket.bytes) for bucket in sample.buckets])
+            windows[sample.length][sample.window] = (sample.document or sample.id, whole)
         for bucket in sample.buckets:
             sums = Sums(bucket.tokens, bucket.nll, bucket.bytes)
             by_length[sample.length].append(sums)
@@ -365,6 +372,7 @@ def ppl_table(samples: Iterable[PplSample]) -> PplTable:
         by_position={key: _summed(parts) for key, parts in sorted(by_position.items())},
         by_source={key: _summed(parts) for key, parts in sorted(by_source.items())},
         reasons=Counter(sample.unscored for sample in samples if sample.unscored is not None),
+        windows=dict(windows),
     )
 
 
@@ -379,6 +387,30 @@ def perplexity(sums: Sums) -> float | None:
     if sums.tokens == 0 or sums.nll / sums.tokens > 700:
         return None
     return math.exp(sums.nll / sums.tokens)
+
+
+class PplChange(NamedTuple):
+    """A relative change of perplexity on the same windows: 0.02 is 2 % more."""
+
+    value: float
+    interval: tuple[float, float]
+    windows: int
+    p: float
+
+
+def perplexity_change(before: PplTable, after: PplTable, length: int) -> PplChange | None:
+    """Compare windows of one length that both have with as many tokens, those of one document taken together.
+
+    None where fewer than two documents are shared: the spread between them is not known.
+    """
+    old, new = (table.windows.get(length, {}) for table in (before, after))
+    common = [key for key in old if key in new and old[key][1].tokens == new[key][1].tokens]
+    parts = [(new[key][1].nll - old[key][1].nll, float(old[key][1].tokens)) for key in common]
+    found = clustered_ratio(parts, [(key[0], old[key][0]) for key in common])
+    if found is None or max(map(abs, found.interval)) > 700:
+        return None
+    low, high = found.interval
+    return PplChange(math.expm1(found.value), (math.expm1(low), math.expm1(high)), len(common), found.p)
 
 
 def bits_per_byte(sums: Sums) -> float | None:

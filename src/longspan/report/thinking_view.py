@@ -23,7 +23,7 @@ from longspan.report.view import (
     short_name,
 )
 
-_EXPECTED = ("thinking", "thinks", "answer prefix", "chat template", "max new tokens", "template args")
+_EXPECTED = ("thinking", "answer prefix", "chat template", "max new tokens", "template args")
 """What differs, in the words of `comparison.differing`, because one thinks and the other does not."""
 
 

@@ -172,8 +172,12 @@ def points(value: float) -> str:
 
 def change(before: float, after: float) -> str:
     """Write a relative change as `+3.1%` or `-1.6%` with a true minus sign."""
-    share = after / before - 1
-    return f"{share:+.1%}".replace("-", "\u2212")
+    return share(after / before - 1)
+
+
+def share(value: float) -> str:
+    """Write a relative change that is known as a share: `+3.1%`."""
+    return f"{value:+.1%}".replace("-", "\u2212")
 
 
 def heat_cell(tally: Tally | None, *, name: str = "", key: str = "") -> TableCell:
