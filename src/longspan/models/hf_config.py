@@ -76,7 +76,7 @@ def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
     try:
         known = AutoConfig.for_model(model_type)
         config = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(
             f"transformers refuses the model config of type {model_type!r}",
             found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
@@ -145,7 +145,7 @@ def changed_config(
         return config
     try:
         new = type(text).from_dict(text.to_dict() | changes)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(
             f"transformers refuses the changed config of type {text.model_type!r}",
             found=" ".join(line.strip() for line in str(error).splitlines()[:2]),

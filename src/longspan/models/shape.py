@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import inspect
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -41,6 +43,21 @@ from longspan.plan.models import ModelShape
 __all__ = ["model_shape", "shape_of_fields"]
 
 NOTED = "longspan-shapes"
+SIZES = (
+    "expert",
+    "moe",
+    "lora_rank",
+    "window",
+    "chunk_size",
+    "state_size",
+    "ssm",
+    "mamba",
+    "head",
+    "intermediate",
+)
+"""Of what names of fields that say how much a layer is and computes."""
+TAKEN = ("sliding_window_pattern", "use_sliding_window", "max_window_layers")
+"""Fields of such names that transformers takes from old files, or that say nothing by themselves."""
 TOKENS = 6
 _found: dict[tuple[str, str], ModelShape] = {}
 
@@ -115,25 +132,64 @@ def shape_of_fields(fields: Mapping[str, Any], name: str) -> ModelShape:
         DataError: no fields of a model that transformers knows, or one without an estimate.
     """
     family = fields.get("model_type")
-    if family not in CONFIG_MAPPING:
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
         raise DataError(
             f"the configuration of {name} is of no model that transformers knows",
             found=f"model_type {family!r}",
         )
     try:
         config = CONFIG_MAPPING[family].from_dict(dict(fields))
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:
+        # Each family checks, or divides by, fields of its own.
         raise DataError(
             f"transformers refuses the configuration of {name}",
-            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
+            found=" ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__,
         ) from error
+    _refuse_strange_sizes(fields, config, name)
     return model_shape(config, name)
+
+
+def _refuse_strange_sizes(fields: Mapping[str, Any], config: PretrainedConfig, name: str) -> None:
+    """Refuse sizes that the family does not have: transformers keeps such fields and builds a model without them.
+
+    What the class of the config does not list may still be read by that of the model: `head_dim` of Qwen3's mixtures.
+    """
+    known = {*type(config).__dataclass_fields__, *type(config).attribute_map, *TAKEN}
+    code = ""
+    with contextlib.suppress(ImportError, OSError):
+        module = type(config).__module__.replace(".configuration_", ".modeling_")
+        code = inspect.getsource(importlib.import_module(module))
+    strange = [
+        f"{key} {value!r}"
+        for key, value in fields.items()
+        if key not in known
+        and not re.search(rf"\b{re.escape(key)}\b", code)
+        and any(word in key for word in SIZES)
+        and ((isinstance(value, int) and value > 1) or (isinstance(value, list) and value))
+    ]
+    if strange:
+        raise DataError(
+            f"there is no estimate for {name}: its configuration has sizes that {config.model_type} has not",
+            found=", ".join(strange),
+            fix="correct model_type, or leave them out if the model has no such layers",
+        )
+    for part, inner in fields.items():
+        if isinstance(inner, Mapping) and isinstance(
+            of_part := getattr(config, part, None), PretrainedConfig
+        ):
+            _refuse_strange_sizes(inner, of_part, name)
 
 
 def _shape(config: PretrainedConfig, name: str) -> ModelShape:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _empty(config, name)
+        empty = [key for key, weight in model.named_parameters() if not weight.numel()]
+        if empty:
+            raise DataError(
+                f"there is no estimate for {name}: a size of its configuration is zero",
+                found=f"{empty[0]} has no elements",
+            )
         layers = _layers(model)
         found = _look_at(model, layers, name)
     head = model.get_output_embeddings()
