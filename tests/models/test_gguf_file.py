@@ -168,7 +168,6 @@ def test_pairs_slowed_as_llama_3_does_are_compared_one_by_one(tmp_path: Path) ->
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "cannot say this RoPE"),
         ({**YARN, "attention_factor": 1.0}, "attention_factor: 1.0"),
         ({**YARN, "mscale": 1.0, "mscale_all_dim": 0.8}, "mscale: 1.0, mscale_all_dim: 0.8"),
-        ({**YARN, "truncate": False}, "truncate: False"),
         (
             {**LINEAR, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
             "this family",
@@ -189,6 +188,14 @@ def test_what_is_as_llama_cpp_has_it_is_not_refused() -> None:
         config = config_of(YARN)
         config.rope_parameters = rope
         refuse_rope(config)
+
+
+def test_what_llama_cpp_rounds_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """gpt-oss is used there by everybody, with borders that are not its own: close, and not the same."""
+    config = config_of(YARN)
+    config.rope_parameters = {**YARN, "truncate": False}
+    refuse_rope(config)
+    assert "rounds the borders" in caplog.text
 
 
 def test_a_converter_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

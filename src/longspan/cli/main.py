@@ -45,7 +45,6 @@ app = typer.Typer(
     help="Take a language model from a short context window to a long one.",
     epilog=doctor.FIRST_STEPS,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -121,6 +120,14 @@ def _bare(command: CommandInfo) -> CommandInfo:
     return bare
 
 
+def named_words() -> list[str]:
+    """Return the words of this command line, or of the one that a shell wants to complete."""
+    if "_LONGSPAN_COMPLETE" not in os.environ:
+        return sys.argv[1:]
+    line = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")
+    return line.split()[1:]
+
+
 OTHERS_WAIT_SECONDS = 3.0
 INTERRUPTED = 130
 
@@ -128,9 +135,10 @@ INTERRUPTED = 130
 def run() -> None:
     """Run the command line and end the process with its exit code."""
     bound_spinning()  # no command has imported torch yet
-    if "eval" in sys.argv[1:3]:
+    words = named_words()
+    if "eval" in words[:2]:
         evaluation.add_installed()
-    named = only_named(app, sys.argv[1:])
+    named = only_named(app, words)
     if isinstance(sys.stdout, TextIOWrapper):
         # A file's name that is not UTF-8 is printed with an escape, as stderr has it; in JSON it is the right one.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -92,12 +92,16 @@ def _refuse_yarn(rope: Mapping[str, Any]) -> None:
     odd = [name for name in ("mscale", "mscale_all_dim") if rope.get(name)]
     given, own = rope.get("attention_factor"), 0.1 * float(np.log(rope["factor"])) + 1
     odd += ["attention_factor"] if given is not None and not _alike(given, own) else []
-    odd += ["truncate"] if rope.get("truncate") is False else []
     if odd:
         raise ConfigError(
             "llama.cpp computes YaRN without regard to this setting, so the model would be another one there",
             found=", ".join(f"{name}: {rope[name]}" for name in odd),
             allowed=f"an attention_factor of 0.1 ln(factor) + 1 = {own:.4f}, and none of the others",
+        )
+    if rope.get("truncate") is False:
+        get_logger("models.gguf").warning(
+            "llama.cpp rounds the borders between YaRN's fast and slow pairs, which this model does not "
+            "(truncate: false): the pairs at them turn a little faster or slower there"
         )
     if rope.get("original_max_position_embeddings") is None:
         raise ConfigError(
