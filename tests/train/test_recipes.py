@@ -216,7 +216,7 @@ def test_tiny_keeps_the_structure() -> None:
 
 
 # The others with the slow tests.
-FAST = ("fu-2024-80k", "prolong-sft", "gemma3-1b")
+FAST = ("prolong-sft", "gemma3-1b")
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,13 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from longspan.cli.main import app
 from longspan.data.tokenizer import Tokenizer, train_bpe
 from longspan.kernels.rope import check_reach
-from longspan.models.hf import build_model
 from longspan.plan.hardware import parse_gpus
 from longspan.plan.models import published_configs
 from longspan.train.config import TrainConfig
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.recipes import load_recipe, scale_tiny
 from longspan.train.resolve import resolve
-from longspan.train.tiny_inputs import tiny_fields
+from longspan.train.tiny_model import tiny_model
 from tests.train.recipes_today import TODAY
 
 FILES = importlib.resources.files("longspan") / "recipes"
@@ -137,8 +136,7 @@ def test_the_tiny_model_is_of_the_recipes_family(
     """A Llama at tiny scale shows nothing about windows, sinks, experts and two RoPEs."""
     original = load_recipe(name).config
     known = known_model(original.model, tmp_path)
-    fields = tiny_fields(known, tokenizer)
-    model = build_model(fields, seed=0)
+    model = tiny_model(known, tokenizer, seed=0)
     assert model.config.model_type == family
     assert model.num_parameters() < 500_000
     full, small = known.named, model.config
@@ -161,9 +159,9 @@ def test_every_published_family_has_a_tiny_model(
     families.pop("nemotron_h")
     for family, fields in families.items():
         named = CONFIG_MAPPING[family].from_dict(dict(fields))
-        made = tiny_fields(KnownModel(None, None, None, None, None, named), tokenizer)
-        assert made["model_type"] == family
-        assert build_model(made, seed=0).num_parameters() < 5_000_000, family
+        made = tiny_model(KnownModel(None, None, None, None, None, named), tokenizer, seed=0)
+        assert made.config.model_type == family
+        assert made.num_parameters() < 5_000_000, family
     assert "stands for" not in caplog.text
 
 
@@ -174,5 +172,5 @@ def test_a_family_without_a_tiny_model_gets_a_llama_and_says_so(
     config = PretrainedConfig()
     config.model_type = "no_such_family"
     with caplog.at_level("WARNING", logger="longspan"):
-        fields = tiny_fields(KnownModel(None, config, None, None, None), tokenizer)
-    assert fields["model_type"] == "llama" and "a Llama stands for the no_such_family model" in caplog.text
+        made = tiny_model(KnownModel(None, config, None, None, None), tokenizer, seed=0)
+    assert made.config.model_type == "llama" and "a Llama stands for the no_such_family model" in caplog.text

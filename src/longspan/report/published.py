@@ -81,8 +81,8 @@ def published_chart(ev: Evaluation, task: str, grids: Mapping[str, Grid]) -> Cha
         series=series,
     )
     note = (
-        "Grey: published by others, not measured here. Lengths and the parts of the benchmark are the same; prompts, "
-        "samples and machines are theirs, and some points of difference are no difference."
+        "Grey: published by others, not measured here. Lengths and the parts of the benchmark are the same; texts, "
+        "prompts, samples and machines are theirs, and some points of difference are no difference."
     )
     return line_view(chart, title=title, note=note, table=_table(shown, lengths))
 

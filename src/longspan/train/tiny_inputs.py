@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
 
-from longspan.core.errors import ConfigError
 from longspan.core.files import atomic_dir, read_json, write_json
 from longspan.core.log import get_logger
 from longspan.core.seeds import rng
@@ -27,13 +25,13 @@ from longspan.data.store import TokenStore
 from longspan.data.texts.python_corpus import python_documents
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer, train_bpe
-from longspan.models.hf import build_model, save_model
-from longspan.models.hf_config import new_config, text_config
+from longspan.models.hf import save_model
 from longspan.train.config import StageConfig, TrainConfig
-from longspan.train.known_models import KnownModel, known_model
-from longspan.train.recipes import TINY_MODEL, TINY_TEMPLATE, TINY_TOKENIZER, tiny_positions, tiny_rope
+from longspan.train.known_models import known_model
+from longspan.train.recipes import TINY_MODEL, TINY_TEMPLATE, TINY_TOKENIZER
 from longspan.train.record_files import DATA_ROOT_PREFIX, parse_records
 from longspan.train.stream_config import StreamConfig
+from longspan.train.tiny_model import VOCABULARY, tiny_model
 
 __all__ = ["tiny_inputs"]
 
@@ -42,20 +40,8 @@ DOCUMENTS = 24
 RECORDS = 12
 """Records of each file."""
 POOL_DOCUMENTS = 30
-VOCABULARY = 512
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|start_header_id|>", "<|end_header_id|>")
 MARK = "inputs.json"
-DEFAULT_CONTEXT = 4096
-FAMILY_SIZES = {
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 16,
-    "moe_intermediate_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-}
-"""Sizes of the families that a Llama does not have, where their configs have them."""
 
 
 def tiny_inputs(original: TrainConfig, tiny: TrainConfig, folder: Path, *, root: Path = Path()) -> None:
@@ -76,7 +62,8 @@ def tiny_inputs(original: TrainConfig, tiny: TrainConfig, folder: Path, *, root:
             vocab_size=VOCABULARY,
             special_tokens=SPECIAL_TOKENS,
         )
-        _model(original, root, tokenizer, work / TINY_MODEL)
+        known = known_model(original.model, root / original.data_root)
+        save_model(tiny_model(known, tokenizer, seed=original.seed), work / TINY_MODEL)
         for path, (names, longest, masked) in _stores(tiny).items():
             records = [
                 {**(_conversation(text) if masked else {"text": text}), "source": name}
@@ -117,63 +104,6 @@ class _Texts:
             length = round(math.exp(generator.uniform(math.log(30), math.log(max(31, longest)))))
             start = int(generator.integers(0, len(self._pool) - length))
             yield self._pool[start : start + length]
-
-
-def _model(original: TrainConfig, root: Path, tokenizer: Tokenizer, path: Path) -> None:
-    known = known_model(original.model, root / original.data_root)
-    save_model(build_model(tiny_fields(known, tokenizer), seed=original.seed), path)
-
-
-def tiny_fields(known: KnownModel, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the config of the model that stands for another: its family, one layer of each kind, small sizes."""
-    shares_heads = known.shape is not None and known.shape.kv_heads < known.shape.heads
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2 if shares_heads else 4,
-        "max_position_embeddings": tiny_positions(known.own_context or DEFAULT_CONTEXT),
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-    }
-    config = known.named if known.config is None else known.config
-    if config is None or text_config(config).model_type == "llama":
-        heads_have_norms = known.shape is not None and known.shape.head_norms
-        return (
-            {"model_type": "qwen3", "head_dim": 16, **sizes}
-            if heads_have_norms
-            else {"model_type": "llama", **sizes}
-        )
-    own = text_config(config)
-    fields = {"model_type": own.model_type, **sizes, **_small(own)}
-    try:
-        new_config(fields, None)
-    except ConfigError as error:
-        get_logger("train").warning(
-            "tiny scale: a Llama stands for the %s model: %s", own.model_type, str(error).partition("\n")[0]
-        )
-        return {"model_type": "llama", **sizes}
-    return fields
-
-
-def _small(config: PretrainedConfig) -> dict[str, Any]:
-    """Return what a family has beside a Llama's sizes: kinds of layers, windows, experts, RoPEs."""
-    # A file may say more than the family's config has.
-    fields = {name: value for name, value in config.to_dict().items() if name in type(config)().to_dict()}
-    small: dict[str, Any] = {
-        name: min(fields[name], size)
-        for name, size in FAMILY_SIZES.items()
-        if isinstance(fields.get(name), int)
-    }
-    if kinds := list(dict.fromkeys(fields.get("layer_types") or ())):
-        layers = kinds * 2 if len(kinds) == 1 else kinds
-        small |= {"layer_types": layers, "num_hidden_layers": len(layers)}
-    if rope := fields.get("rope_parameters"):
-        small["rope_parameters"] = tiny_rope(rope)
-    return small
 
 
 def _stores(config: TrainConfig) -> dict[str, tuple[list[str], int, bool]]:
