@@ -27,13 +27,23 @@ from longspan.core.log import get_logger
 from longspan.core.progress import Progress, progress
 from longspan.core.units import format_count
 from longspan.data.tokenizer import Tokenizer
+from longspan.eval.forecast import Forecast
 from longspan.eval.records import RecordsWriter, make_header, sample_id
 from longspan.eval.registry import entry_of
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import clustered, cost_of_thoughts, count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
 from longspan.eval.until_width import NamedSample, UntilWidth
-from longspan.infer.requests import NOT_FINITE, Answer, Answerer, Request, Watched, copies_of, no_answer
+from longspan.infer.requests import (
+    NOT_FINITE,
+    Answer,
+    Answerer,
+    Request,
+    Watched,
+    copies_of,
+    no_answer,
+    work_of,
+)
 
 TooLong = Literal["refuse", "skip"]
 PART_TOKENS = 4_000_000
@@ -113,8 +123,19 @@ def run_task(
         looks = UntilWidth(task.name, (NamedSample(*sample) for sample in samples), until_width)
 
     def ask(missing: Sequence[_PendingSample], writer: RecordsWriter, bar: Progress) -> None:
+        total = sum(work_of(answerer, sample.planned.tokens) for sample in missing)
+        forecast = Forecast(f"{task.name} {label}", total)
         for part in _parts(missing, copies_of(answerer)):
-            _run_part(part, task, answerer, scorer=scorer, writer=writer, bar=bar, tokenizer=tokenizer)
+            _run_part(
+                part,
+                task,
+                answerer,
+                scorer=scorer,
+                writer=writer,
+                bar=bar,
+                tokenizer=tokenizer,
+                forecast=forecast,
+            )
 
     summary, records = fill_records(header, out, samples, ask, retry_unscored=retry_unscored, looks=looks)
     entry = entry_of(task.name)
@@ -291,6 +312,7 @@ def _run_part(
     writer: RecordsWriter,
     bar: Progress,
     tokenizer: Tokenizer,
+    forecast: Forecast,
 ) -> None:
     """Compose a part of the samples, ask for the answers, and write each as it comes."""
     asked: list[tuple[_PendingSample, Built]] = []
@@ -310,7 +332,9 @@ def _run_part(
         return
     requests = [built.request for _, built in asked]
     teacher_forced = task.mode == "teacher_forced"
-    with advancing(bar, answerer, sum(sample.planned.tokens for sample, _ in asked)) as answered:
+    work = sum(work_of(answerer, sample.planned.tokens) for sample in part)
+    tokens = sum(sample.planned.tokens for sample, _ in asked)
+    with advancing(bar, answerer, tokens, lambda share: forecast.reach(share * work)) as answered:
         answers = answerer.score(requests) if teacher_forced else answerer.generate(requests)
         for index, answer in answers:
             sample, built = asked[index]
@@ -319,11 +343,14 @@ def _run_part(
                 record["thought_tokens"] = len(tokenizer.encode(answer.thoughts))
             writer.write(record)
             answered(sample.planned.tokens)
+    forecast.end_part(work)
 
 
 @contextlib.contextmanager
-def advancing(bar: Progress, answerer: Answerer, tokens: int) -> Iterator[Callable[[int], None]]:
-    """Advance a bar by `tokens` while samples of so many tokens are answered.
+def advancing(
+    bar: Progress, answerer: Answerer, tokens: int, on_share: Callable[[float], None] = lambda share: None
+) -> Iterator[Callable[[int], None]]:
+    """Advance a bar by `tokens` while samples of so many tokens are answered; tell `on_share` the share that is done.
 
     By the work that the answerer says is done, which goes on between two answers; or by what the function that is
     yielded is told of each answer.
@@ -335,6 +362,7 @@ def advancing(bar: Progress, answerer: Answerer, tokens: int) -> Iterator[Callab
         if int(amount) > done:
             bar.advance(int(amount) - done)
             done = int(amount)
+            on_share(amount / tokens)
 
     watched = answerer if isinstance(answerer, Watched) else None
     told = watched is not None and watched.watch(lambda share: reach(share * tokens))

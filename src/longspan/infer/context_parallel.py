@@ -98,6 +98,10 @@ class SpreadModel:
         self._window = window_of_all_layers(model.config)
         self._share = Share(model, ranks=mesh.cp_size)
 
+    def work_of(self, tokens: int) -> float:
+        """Return this rank's operations of reading a prompt; see `infer.requests.work_of`."""
+        return self._share.reading(0, tokens)
+
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
         """Report progress while a call answers: the share of its work that is done; see `infer.requests.Watched`."""
         self._share.on_share = on_share

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from longspan.core.errors import ArgumentError, RunError
 from longspan.core.launched import launched
 from longspan.infer.memory import memory_errors
-from longspan.infer.requests import Answer, Answerer, Request, Watched, copies_of
+from longspan.infer.requests import Answer, Answerer, Request, Watched, copies_of, work_of
 from longspan.parallel.launch import lost_ranks, process_group
 from longspan.parallel.peers import Peers
 
@@ -159,6 +159,10 @@ class Leader:
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt; see `Answerer`."""
         yield from self._together("score", list(requests))
+
+    def work_of(self, tokens: int) -> float:
+        """Return the work of reading a prompt; see `infer.requests.work_of`."""
+        return work_of(self._member, tokens)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
         """Report progress: the share of a call's work that is done, where this rank's part says so; see `Watched`."""

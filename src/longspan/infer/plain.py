@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
+from longspan.infer.flops import ModelFlops
 from longspan.infer.generate import NotFiniteError, generate_greedy
 from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.memory import memory_errors
@@ -45,6 +46,11 @@ class InProcess:
         self.identity, self.max_length = identity, max_length
         self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._flops = ModelFlops.of_model(model)
+
+    def work_of(self, tokens: int) -> float:
+        """Return the operations of reading a prompt; see `infer.requests.work_of`."""
+        return self._flops.reading(0, tokens)
 
     def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Return the losses of windows; see `infer.perplexity.token_nll`."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from longspan.infer.distributed import IDLE, Member
-from longspan.infer.requests import Answer, Request, Watched
+from longspan.infer.requests import Answer, Request, Watched, work_of
 
 _Indexed = tuple[int, Any]
 
@@ -57,6 +57,10 @@ class Replica:
         answers = [0 if request.answer_ids is None else len(request.answer_ids) for request in requests]
         shares = divide([_ids(request) for request in requests], answers, self.copies)
         yield from self._gather(self._own("score", requests, shares))
+
+    def work_of(self, tokens: int) -> float:
+        """Return the work of reading a prompt; see `infer.requests.work_of`."""
+        return work_of(self._member, tokens)
 
     def watch(self, on_share: Callable[[float], None] | None) -> bool:
         """Report progress: the share of this replica's part that is done, about that of all as parts are alike."""

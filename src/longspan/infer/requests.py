@@ -117,6 +117,12 @@ def copies_of(answerer: object) -> int:
     return int(getattr(answerer, "copies", 1))
 
 
+def work_of(answerer: object, tokens: int) -> float:
+    """Return the work of reading a prompt of so many tokens: operations where the model is run here, else tokens."""
+    known = getattr(answerer, "work_of", None)
+    return float(tokens if known is None else known(tokens))
+
+
 @runtime_checkable
 class Watched(Protocol):
     """An answerer that says how far it has come between two answers."""
