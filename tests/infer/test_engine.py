@@ -122,8 +122,8 @@ def test_answers_of_many_lengths_share_kernel_calls(monkeypatch: pytest.MonkeyPa
     requests = [request([n, *random_ids(n, 2 * n)], max_new_tokens=2 + 7 * n % 11) for n in range(16)]
     ours = in_order(local("llama").generate(requests))
     steps, layers = 11, 2
-    # Prompts of 1 to 31 tokens are read by a call each; answers have as much room each, and are one call a step.
-    assert len(found) <= layers * (16 + 2 * steps)
+    # Prompts of 1 to 31 tokens are read by a call each, answers with 16 or 32 rows of room in two a step.
+    assert len(found) <= layers * (16 + 3 * steps)
     assert_same(ours, in_order(plain("llama").generate(requests)))
 
 

@@ -294,9 +294,9 @@ class JobsRun:
 def _rounded(room: int) -> int:
     """Return room for some more rows, so that many answers have as much: places at an even distance are read together.
 
-    At most a quarter more, or 64.
+    At most a quarter more, and 16.
     """
-    step = max(64, 1 << max(0, room.bit_length() - 3))
+    step = max(16, 1 << max(0, room.bit_length() - 3))
     return -(-room // step) * step
 
 
