@@ -164,6 +164,7 @@ def test_any_value_is_translated_or_refused_with_one_message(tool, data, tmp_pat
         ("a.json", "[1]", "does not hold settings"),
         ("a.sh", "swift sft --model 'm", "cannot be read"),
         ("a.sh", "swift sft", "no options"),
+        ("a.sh", "megatron sft --model m", "runs no command"),
         ("a.sh", "swift sft --model a --model b", "stands twice"),
         ("a.yaml", "colour: red\n", "no tool that longspan knows"),
         ("a.yaml", "learning_rate: 1e-4\nseed: 1\n", "may be a config of"),
@@ -261,6 +262,14 @@ def test_rope_by_name_takes_its_factor_from_the_models_own_length(tmp_path):
     assert next(note.kind for note in made.notes if note.key == "rope_scaling") == "without effect"
 
 
+def test_a_key_that_is_off_does_not_contradict_one_that_is_on(tmp_path):
+    """`gradient_checkpointing: false` stands beside FSDP's own in published configs."""
+    fsdp = {"fsdp_activation_checkpointing": True}
+    values = {**LEAST["axolotl"], "gradient_checkpointing": False, "fsdp_config": fsdp}
+    made = translate(written(tmp_path, values), tool="axolotl")
+    assert made.recipe["memory"]["activation_checkpointing"] == "full"
+
+
 def test_rank_stabilised_adapters_keep_their_scale(tmp_path):
     """peft scales by alpha / sqrt(rank) then; here it is alpha / rank."""
     values = {**LEAST["axolotl"], "adapter": "lora", "lora_r": 16, "lora_alpha": 8, "peft_use_rslora": True}
@@ -304,14 +313,16 @@ def test_command_lines_take_variables_files_and_launchers(tmp_path):
     """A variable that is not put in its place names a folder that is nowhere."""
     (tmp_path / "more.yaml").write_text("learning_rate: 3e-5\nmax_length: 64\n")
     script = """
-    export ROOT=/models; NAME="big one"
+    export ROOT=/models; NAME="big one"; EACH=4
     # swift sft --model wrong
     torchrun --nproc_per_node=4 --nnodes 2 /opt/swift/cli/sft.py more.yaml --model ${ROOT}/x \\
-        --dataset a.jsonl b.jsonl#7 --learning_rate 1e-5 --output_dir $OUT | tee log
+        --dataset a.jsonl b.jsonl#7 --learning_rate 1e-5 --output_dir $OUT \\
+        --gradient_accumulation_steps $(expr 32 / $EACH / 2) | tee log
     """
     made = translate(written(tmp_path, script, "run.sh"))
     assert made.tool == "ms-swift"
     assert made.recipe["stages"][0]["streams"]["a"]["records"] == ["a.jsonl", "b.jsonl[7]"]
     assert made.recipe["stages"][0]["lr"] == 1e-5 and made.recipe["stages"][0]["context_length"] == 64
     assert made.recipe["parallel"]["dp_replicate"] == 8
+    assert made.recipe["stages"][0]["batch_tokens"] == 4 * 8 * 64
     assert any("$OUT" in remark for remark in made.remarks)

@@ -119,9 +119,9 @@ def _apart(draft: RecipeDraft, task: str) -> bool:
         packing = True
     apart = meant.flag("documents_apart")
     apart = True if apart is None else apart
-    if "flash_keeps_apart" in facts:
+    if packing and "flash_keeps_apart" in facts:
         apart = meant.take("pack_strategy") != "wrapped"
-        if packing and apart and "flash" not in (meant.text("attention") or ""):
+        if apart and "flash" not in (meant.text("attention") or ""):
             draft.remarks.append(
                 "packed there without FlashAttention: the tool warns that samples may see each other; here they do not"
             )

@@ -237,14 +237,17 @@ class Meant:
             if value is not None:
                 self.default(meaning, value, place)
             return value
-        for each in found:
-            if each.value != found[0].value:
+        # One that is off beside one that is on asks for nothing, as in `gradient_checkpointing` beside that of FSDP.
+        asking = [each for each in found if not _is_off(each.value)] or found
+        for each in asking:
+            if each.value != asking[0].value:
                 raise ConfigError(
-                    f"{self.where}: {found[0].shown} and {each.shown} say different things of {place}",
-                    found=f"{found[0].value!r} and {each.value!r}",
+                    f"{self.where}: {asking[0].shown} and {each.shown} say different things of {place}",
+                    found=f"{asking[0].value!r} and {each.value!r}",
                 )
+        for each in found:
             self.note(each, "translated", place)
-        return found[0].value
+        return asking[0].value
 
     def default(self, meaning: str, value: Any, place: str | None = None) -> None:
         """Say what the tool does where the file says nothing of a meaning."""

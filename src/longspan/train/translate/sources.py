@@ -49,6 +49,8 @@ def read_source(path: Path, commands: Iterable[str]) -> Source:
     command = None if path.suffix in (".yaml", ".yml") else _command_line(text, commands)
     if command is not None:
         return _shell(text, command, path)
+    if path.suffix in (".sh", ".bash") or text.startswith("#!"):
+        raise ConfigError(f"{path} runs no command whose options longspan knows", allowed=", ".join(commands))
     values = parse_yaml(text, where=str(path))
     try:
         return Source({str(key): _resolved(value, values) for key, value in values.items()}, None, None, [])
@@ -104,8 +106,8 @@ def _command_line(text: str, commands: Iterable[str]) -> tuple[str, str] | None:
 def _shell(text: str, found: tuple[str, str], path: Path) -> Source:
     line, command = found
     try:
-        words = _words(line)
         variables = _variables(text)
+        words = _words(_computed(line, variables))
     except ValueError as error:
         raise ConfigError(f"{path}: the command line of {command} cannot be read", found=str(error)) from None
     words = [_substituted(word, variables) for word in words]
@@ -126,6 +128,24 @@ def _shell(text: str, found: tuple[str, str], path: Path) -> Source:
     left = sorted({match[0] for word in words for match in _VARIABLE.finditer(word)})
     notes = [f"set elsewhere, and taken as written: {', '.join(left)}"] if left else []
     return Source(values, command, _processes(launcher, variables), notes)
+
+
+def _computed(line: str, variables: Mapping[str, str]) -> str:
+    """Return a line with `$(expr 16 / 8)` and `$((16 / 8))` worked out, where they are of whole numbers."""
+
+    def value(match: re.Match[str]) -> str:
+        parts = re.findall(r"\d+|[-+*/]", _substituted(match[1] or match[2], variables))
+        total = int(parts[0]) if parts and parts[0].isdigit() else None
+        for operator, number in zip(parts[1::2], parts[2::2]):
+            if total is None or not number.isdigit() or (operator == "/" and int(number) == 0):
+                return match[0]
+            steps = {"+": total + int(number), "-": total - int(number), "*": total * int(number)}
+            total = (
+                steps[operator] if operator in steps else total // int(number) if operator == "/" else None
+            )
+        return match[0] if total is None else str(total)
+
+    return re.sub(r"\$\(expr\s+([^()]*)\)|\$\(\(([^()]*)\)\)", value, line)
 
 
 def _words(line: str) -> list[str]:

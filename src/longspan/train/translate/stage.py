@@ -23,6 +23,8 @@ def put_stage(draft: RecipeDraft, streams: Streams) -> None:
         length = positions
     elif positions is not None:
         meant.idle(["positions"], "the positions of the model follow from context_length")
+    if length is None and meant.table.facts.get("length_of_model"):
+        length = _own_positions(draft)
     if length is None:
         draft.missing["stages.0.context_length"] = "the length of a row"
         length = 0
