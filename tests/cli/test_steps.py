@@ -128,6 +128,10 @@ def test_what_an_evaluation_cannot_do_is_said(model: Path) -> None:
         evaluate_model("nowhere", "harness", "run")
     with pytest.raises(ArgumentError, match="these settings ask for topics"):
         evaluate_model(model, "lines", "run", counts=(4,), samples=1)
+    with pytest.raises(
+        ArgumentError, match=r"no settings of needle\n  found: MixtureConfig\n  allowed: NeedleConfig"
+    ):
+        evaluate_model(model, "needle", "run", MixtureConfig())
     with pytest.raises(ConfigError, match="settings of needle is not valid"):
         evaluate_model(model, "needle", "run", length=128)
     with pytest.raises(ArgumentError, match="servers do not say"):

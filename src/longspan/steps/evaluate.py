@@ -44,7 +44,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Measure a model with one task; write a record a sample below `out/records`, return the summary.
 
-    A sample that is recorded already is not asked again.
+    A sample that is recorded already is not asked again. Where torchrun or srun started several processes, this returns
+    in the first alone: the others work for it, and end here with SystemExit.
 
     Args:
         model: a folder of our training (run, stage, checkpoint, adapter), a Hugging Face folder or hub name,
@@ -76,8 +77,12 @@ def evaluate_model(
     asks = model if isinstance(model, AnswererConfig) else AnswererConfig.from_dict(_named(model))
     form = prompts if isinstance(prompts, PromptConfig) else PromptConfig.from_dict(dict(prompts or {}))
     reads = data if isinstance(data, TaskDataConfig) else TaskDataConfig(paths=_paths(data))
+    kind = load_place(entry.config or PPL)
+    if config is not None and not isinstance(config, kind):
+        raise ArgumentError(
+            f"these are no settings of {task}", found=type(config).__name__, allowed=kind.__name__
+        )
     given = {} if config is None else config.to_dict()
-    kind = type(config) if config is not None else load_place(entry.config or PPL)
     config = kind.from_dict({**given, **settings}, where=f"the settings of {task}")
     if used is None:
         used = {**form.to_dict(), **asks.to_dict(), **reads.to_dict(), **config.to_dict()}
