@@ -40,6 +40,10 @@ def test_a_dry_run_fits_the_gpus_that_the_recipe_names(name: str, tmp_path: Path
     for stage in resolved.stages:
         # A tenth to spare: the estimate is none of the allocator's fragments.
         assert stage.memory is not None and sum(stage.memory.values()) < 0.9 * memory, stage.name
+    row = next(line for line in DOCS.read_text("utf-8").splitlines() if line.startswith(f"| `{name}` |"))
+    if shown := re.search(r"(\d+) GB,", row):
+        most = max(sum(stage.memory.values()) for stage in resolved.stages if stage.memory is not None)
+        assert most == pytest.approx(float(shown[1]) * 1e9, rel=0.1), "the page"
     assert not [note for note in resolved.notes if "its own is trained as it is" in note]
     assert TrainConfig.from_dict(config.to_dict()) == config
 
