@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from longspan.cli.main import app
 from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.data.audit.audit_config import AuditConfig
+from longspan.data.audit.job import audit
 from longspan.data.chat import ChatFormat, MessagesError
 from longspan.data.chat.branches import token_tree
 from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.exchange.whole_stores import merge_stores
+from longspan.data.jobs.local import LocalExecutor
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import plan_packing
 from longspan.data.rows.loader import PackedRow, RowLoader
@@ -201,6 +204,13 @@ def test_peek_shows_branches(store):
     assert found["learnt_tokens"] == int(store.mask(0).sum())
     result = CliRunner().invoke(app, ["data", "peek", str(store.path)])
     assert result.exit_code == 0 and "where they branch" in result.stdout
+
+
+def test_traces_that_branch_are_audited(store, tmp_path):
+    """Loops and duplicates are looked for in traces first: the audit ended at one that branches."""
+    config = AuditConfig()
+    found = audit([store], tmp_path / "audit", config, tokenizer=None, executor=LocalExecutor(1)).columns
+    assert len(found["near_duplicate"]) == len(store)
 
 
 def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):

@@ -213,6 +213,6 @@ def _blocks(store: TokenStore, measuring: Measuring) -> Iterator[Block]:
 def _shingles(stores: Sequence[TokenStore], run: int, document: int) -> NDArray[np.uint64]:
     for store in stores:
         if document < len(store):
-            return shingles(store.tokens(document), run)
+            return shingles(store.tree_tokens(document), run)
         document -= len(store)
     raise DataError("there is no such document", found=document)

@@ -97,7 +97,7 @@ class Measured(NamedTuple):
 def measure(block: Block) -> Measured:
     """Measure the documents of a block."""
     store = _open(block.store)
-    documents = [store.tokens(document) for document in range(block.start, block.stop)]
+    documents = [store.tree_tokens(document) for document in range(block.start, block.stop)]
     borders = np.cumsum([0, *map(len, documents)])
     ids = np.concatenate(documents).astype(np.uint64)
     owner = np.repeat(np.arange(len(documents)), np.diff(borders))
