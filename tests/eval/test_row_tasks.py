@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from longspan.core.errors import ConfigError, DataError
+from longspan.core.records import read_jsonl
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
@@ -17,7 +19,9 @@ from longspan.eval.released.babilong import Babilong, BabilongConfig, place_of, 
 from longspan.eval.released.longbench_v2 import LongBenchV2, LongBenchV2Config
 from longspan.eval.released.lveval import LvEval, LvEvalConfig, rules
 from longspan.eval.released.nolima import Book, Nolima, NolimaConfig
+from longspan.eval.runner import run_task
 from longspan.eval.scorers import scorer_named
+from tests.eval.answerers import Knowing
 from tests.eval.conftest import make_text
 from tests.eval.perfect import run_perfect, run_wrong
 
@@ -203,6 +207,35 @@ def test_choices_of_longbench_v2(tokenizer: Tokenizer, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="names no choice"):
         LongBenchV2.from_config(alone, data(tmp_path / "data.json", strict=True), PromptForm(tokenizer))
+
+
+def test_longbench_v2_reasons_first(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The letter is read from the second answer, which is given the reasoning and not the document; a letter that the
+    reasoning names is none. Digests are those of the released prompts, filled in by replacing."""
+    (tmp_path / "data.json").write_text(json.dumps([choice_row(0), choice_row(1)]))
+    config = LongBenchV2Config(reason=True)
+    task = LongBenchV2.from_config(config, data(tmp_path / "data.json"), PromptForm(tokenizer))
+
+    def knows(prompt: str) -> str:
+        if prompt.endswith("step by step:"):
+            return " It says so. \n" if "Which 0?" in prompt else "The correct answer is (B)"
+        return "The correct answer is (A)"
+
+    answerer = Knowing(tokenizer, knows=knows)
+    summary = run_task(task, answerer, tokenizer=tokenizer, label="m", out=tmp_path / "out.jsonl")
+    prompts = [request.prompt for request in answerer.seen]
+    assert [hashlib.sha256(prompts[n].encode()).hexdigest()[:16] for n in (0, 2)] == [
+        "2bfc1c90a670575e",
+        "042d9042e4ce21a9",
+    ]
+    assert [request.max_new_tokens for request in answerer.seen] == [1024, 1024, 128, 128]
+    records = [record for record in read_jsonl(tmp_path / "out.jsonl") if record["kind"] == "sample"]
+    found = {record["expected"]: record for record in records}
+    assert found["A"]["score"] == 1.0 and found["B"]["score"] == 0.0 and summary["mean"] == 0.5
+    assert found["A"]["reasoning"] == " It says so. \n" and found["A"]["output"].endswith("(A)")
+    assert found["A"]["seconds"] == 0.5 and found["A"]["prompt_tokens"] > 200
+    with pytest.raises(ConfigError, match="choose one"):
+        LongBenchV2Config.from_dict({"reason": True, "no_context": True})
 
 
 def test_questions_of_lveval(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -330,20 +330,48 @@ def _run_part(
     bar.note("")
     if not asked:
         return
-    requests = [built.request for _, built in asked]
     teacher_forced = task.mode == "teacher_forced"
+    first: list[tuple[_PendingSample, Built, Answer]] = []
+
+    def write(sample: _PendingSample, built: Built, answer: Answer) -> None:
+        record = _answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced)
+        if answer.thoughts:
+            record["thought_tokens"] = len(tokenizer.encode(answer.thoughts))
+        writer.write(record)
+
+    requests = [built.request for _, built in asked]
     work = sum(work_of(answerer, sample.planned.tokens) for sample in part)
     tokens = sum(sample.planned.tokens for sample, _ in asked)
     with advancing(bar, answerer, tokens, lambda share: forecast.reach(share * work)) as answered:
         answers = answerer.score(requests) if teacher_forced else answerer.generate(requests)
         for index, answer in answers:
             sample, built = asked[index]
-            record = _answered(sample, built, answer, scorer=scorer, teacher_forced=teacher_forced)
-            if answer.thoughts:
-                record["thought_tokens"] = len(tokenizer.encode(answer.thoughts))
-            writer.write(record)
+            if built.then is None or answer.error is not None:
+                write(sample, built, answer)
+            else:
+                first.append((sample, built, answer))
             answered(sample.planned.tokens)
+    if first:
+        bar.note(f"asking {len(first)} again")
+        requests = [built.then(answer.text) for _, built, answer in first if built.then is not None]
+        for index, answer in answerer.generate(requests):
+            sample, built, reasoning = first[index]
+            fields = {**built.fields, "reasoning": reasoning.text}
+            write(sample, built._replace(fields=fields), _together(reasoning, answer))
+        bar.note("")
     forecast.end_part(work)
+
+
+def _together(first: Answer, second: Answer) -> Answer:
+    """Return the second answer with what both cost."""
+    costs = [answer.cost for answer in (first, second) if answer.cost is not None]
+    return second._replace(
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=first.completion_tokens + second.completion_tokens,
+        cost=math.fsum(costs) if costs else None,
+        seconds=first.seconds + second.seconds,
+        thoughts=first.thoughts + second.thoughts,
+    )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ summary(...)    the numbers to print, from the records alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
@@ -42,6 +42,8 @@ class Built(NamedTuple):
     """What is recorded of it beside what was planned, output and score: question, achieved_length, ..."""
     expected: str | list[str]
     """The right answer, or several of which scorers take the best, or which `parts` scorers count."""
+    then: Callable[[str], Request] | None = None
+    """Makes a second request of the first answer, which is recorded as `reasoning`; the second is scored."""
 
 
 class Task(Protocol):
