@@ -8,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import AutoModelForCausalLM
+
+from longspan.infer.local import LocalAnswerer
+from longspan.models.hf import build_model, load_model
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -30,3 +36,23 @@ def test_every_part_runs_on_tiny_sizes(tmp_path: Path) -> None:
         set(results["ruler"]["cold"]) == set(results["ruler"]["warm"]) and len(results["ruler"]["cold"]) == 13
     )
     assert "| easycontext | 440 |" in done.stdout
+
+
+def test_short_prompts_are_answered_as_by_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sides that are not asked the same, or a benchmark that no longer runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import eval_decode
+
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    build_model(
+        {**eval_decode.MODEL, **tiny, "num_key_value_heads": 1, "vocab_size": 64, "initializer_range": 0.3},
+        seed=0,
+    ).save_pretrained(tmp_path)
+    model, peer = load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    peer.generation_config = type(peer.generation_config)()
+    answerer = LocalAnswerer(model, eval_decode.NoText(), identity={}, batch_tokens=64)
+    row = eval_decode.measure(answerer, peer, eval_decode.Workload(4, (2, 9), (2, 5)), 1)
+    assert row["equal"] == 4
+    assert set(row["cpu_s"]) == {"longspan", "transformers", "longspan decoding", "transformers decoding"}
