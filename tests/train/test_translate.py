@@ -241,6 +241,14 @@ def test_rows_without_document_masks_stay_so_and_it_is_said(config, apart, said,
     assert said in " ".join(made.remarks)
 
 
+def test_pretraining_of_llama_factory_packs_where_it_is_not_said(tmp_path):
+    """What is left out is what the tool does, which depends on the stage there."""
+    made = translate(written(tmp_path, {**LEAST["llama-factory"], "stage": "pt"}), tool="llama-factory")
+    assert made.recipe["stages"][0]["document_mask"] is False
+    (note,) = [note for note in made.notes if note.key == "packing"]
+    assert note.value is True and note.kind == "left out there"
+
+
 def test_rope_by_name_takes_its_factor_from_the_models_own_length(tmp_path):
     """LLaMA-Factory and ms-swift work the factor out when they load the model, rounded up."""
     (tmp_path / "base").mkdir()

@@ -114,9 +114,11 @@ def _template(draft: RecipeDraft) -> str | None:
 def _apart(draft: RecipeDraft, task: str) -> bool:
     """Return whether documents of a row are kept apart there."""
     meant, facts = draft.meant, draft.meant.table.facts
-    packing = meant.flag("packing")
     if task == "lm" and facts.get("packs_texts") and not meant.given("packing"):
         packing = True
+        meant.default("packing", packing)
+    else:
+        packing = meant.flag("packing")
     apart = meant.flag("documents_apart")
     apart = True if apart is None else apart
     if packing and "flash_keeps_apart" in facts:
