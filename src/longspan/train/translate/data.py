@@ -118,7 +118,7 @@ def _apart(draft: RecipeDraft, task: str) -> bool:
         packing = True
         meant.default("packing", packing)
     else:
-        packing = meant.flag("packing")
+        packing = bool(meant.flag("packing"))
     apart = meant.flag("documents_apart")
     apart = True if apart is None else apart
     if packing and "flash_keeps_apart" in facts:
