@@ -47,7 +47,7 @@ def test_raw_input_is_audited_as_its_store_is(longspan, store):
     mixed = longspan(
         "data mix made --mode none --where exact_duplicate==0 --audit by-input --out some --json"
     )
-    assert mixed.code == 0 and "known by" not in mixed.err
+    assert mixed.code == 0 and "by source and text" not in mixed.err
     assert json.loads(mixed.out)["documents"] == len(lines)
 
 
@@ -60,7 +60,7 @@ def test_documents_are_known_by_source_and_text(longspan, store):
     mix = "data mix store --mode none --where near_duplicate==0 --audit audit --out some --json"
     mixed = longspan(mix)
     assert mixed.code == 0, mixed.err
-    assert "known by source and text" in mixed.err
+    assert "by source and text alone" in mixed.err
     (store.parent / "texts2").mkdir()
     for path in sorted((store.parent / "texts").iterdir())[1:]:
         (store.parent / "texts2" / path.name).write_text(path.read_text())

@@ -122,16 +122,21 @@ def test_copies_keep_their_order_in_a_store_with_some_of_the_documents(tmp_path:
         keys=np.array([7, 3, 7, 9, 7], np.uint64),
     )
 
-    def found(name: str, keys: list[int]) -> list[int]:
-        with TokenStoreWriter(tmp_path / name, config={}, tokenizer=Identity()) as writer:
-            for key in keys:
-                writer.add(np.array([1], np.uint16), source="a", key=key)
-        columns = audited.of(TokenStore(tmp_path / name).lengths)
+    def found(name: str, *stores: list[int]) -> list[int]:
+        tables = []
+        for number, keys in enumerate(stores):
+            with TokenStoreWriter(tmp_path / f"{name}{number}", config={}, tokenizer=Identity()) as writer:
+                for key in keys:
+                    writer.add(np.array([1], np.uint16), source="a", key=key)
+            tables.append(TokenStore(tmp_path / f"{name}{number}").lengths)
+        columns = audited.of(LengthTable.concatenate(tables))
         return [int(value) for value in columns["exact_duplicate"]]
 
     # More copies than were audited are copies too.
     assert found("some", [7, 7, 9, 7, 7]) == [0, 1, 0, 1, 1]
-    with pytest.raises(DataError, match="of whose 2 documents 1 were not audited"):
+    # And so is the one in a second store.
+    assert found("two", [7, 9], [3, 7]) == [0, 0, 0, 1]
+    with pytest.raises(DataError, match="2 documents of other stores, of which 1 were not audited"):
         found("others", [7, 8])
 
 

@@ -117,23 +117,25 @@ class Measures:
         known: dict[str, list[slice]] = {}
         for store, start, stop in zip(self.stores, starts, starts[1:]):
             known.setdefault(store.digest, []).append(slice(start, stop))
-        rows = []
+        rows = np.empty(len(lengths), np.int64)
+        others = np.zeros(len(lengths), bool)
         for number in range(lengths.num_stores):
             here = lengths.store == number
             found = known.get(digest_of(lengths.key[here], lengths.tokens[here]))
             if not found:
-                rows.append(self._rows_of(np.asarray(lengths.key[here]), number))
+                others |= here
                 continue
             # A store that was named twice: the second time its documents are duplicates.
             place = found[0] if len(found) == 1 else found.pop(0)
-            rows.append(np.arange(place.start, place.stop))
-        chosen = np.concatenate(rows)
-        columns = {name: column[chosen] for name, column in self.columns.items()}
+            rows[here] = np.arange(place.start, place.stop)
+        if others.any():
+            rows[others] = self._rows_of(np.asarray(lengths.key[others]))
+        columns = {name: column[rows] for name, column in self.columns.items()}
         if "language" in columns:
             columns["language"] = np.array(self.languages)[columns["language"]]
         return columns
 
-    def _rows_of(self, wanted: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
+    def _rows_of(self, wanted: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return the rows of documents by their keys; of copies the first is the first. Raises DataError."""
         missing = len(wanted)
         if self.keys is not None:
@@ -143,15 +145,17 @@ class Measures:
             last = np.searchsorted(ordered, wanted, side="right") - 1
             missing = int(np.count_nonzero(last < first))
             if not missing:
+                fewer = "; of some near duplicates the one that stays may not be among them"
                 get_logger("data.audit").info(
-                    "the audit of %s is of other tokens or more documents than store %d: its %s documents are known by "
-                    "source and text, and shares are of the tokens that were audited",
-                    ", ".join(store.path for store in self.stores), number, f"{len(wanted):,}",
+                    "%s documents are known to the audit of %s by source and text alone: its shares are of the tokens "
+                    "that were audited%s",
+                    f"{len(wanted):,}", ", ".join(store.path for store in self.stores),
+                    fewer if len(wanted) < len(self.keys) else "",
                 )  # fmt: skip
                 return order[np.minimum(first + _copies_before(wanted), last)]
         raise DataError(
             "the audit is not of these stores",
-            found=f"store {number}, of whose {len(wanted):,} documents {missing:,} were not audited",
+            found=f"{len(wanted):,} documents of other stores, of which {missing:,} were not audited",
             allowed=", ".join(f"{store.path} ({store.documents} documents)" for store in self.stores),
             fix="run `longspan data audit` on the stores that are mixed; or, of raw input, read it as they were: the "
             "same files, --text-field, --source-field and --group-by",
