@@ -67,8 +67,8 @@ def _norm(name: str, read: str, write: str, elements: float, s: TrainingStep) ->
         saves.append(f"{name}.wide")
     if s.lora is None:
         saves.append(f"{name}.normed")
-    # In fp32: the gradient through the product, that of the mean spread out, twice x, and the two of them multiplied.
-    return Op((read,), write, size, tuple(saves), tuple(extra), scratch=4 * wide)
+    # Gradients of the square, of the mean and of the product, one after the other, in fp32.
+    return Op((read,), write, size, tuple(saves), tuple(extra), scratch=3 * wide)
 
 
 def _linear(
