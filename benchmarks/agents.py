@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, nargs=2, default=STEPS, help="optimizer steps of 2,048 tokens, by stage"
     )
-    parser.add_argument("--samples", type=int, default=20, help="of each of two depths")
+    parser.add_argument("--samples", type=int, default=100, help="of each of two depths")
     arguments = parser.parse_args()
     found = run_chain(arguments.out, steps=tuple(arguments.steps), samples=arguments.samples)
     print(render(found))

@@ -20,6 +20,6 @@ def test_chain_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_calls_are_named_after_a_short_training(tmp_path: Path) -> None:
     """Masks, prefixes and the task's prompts that do not belong together teach a model nothing."""
-    found = run_chain(tmp_path, samples=20)
+    found = run_chain(tmp_path, samples=100)
     before, after = found["right"]["before"], found["right"]["after"]
     assert before["high"] < after["low"]
