@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
+from importlib.resources import files
 from itertools import pairwise
 
 import pytest
@@ -45,6 +47,17 @@ def test_the_scale_is_ordered_by_lightness_and_its_numbers_are_readable(dark: bo
 def test_lines_stand_out_from_the_page(dark: bool) -> None:
     """Guards against a line or its name that fades into the page (WCAG: 3:1 for graphics, 4.5:1 for text)."""
     assert min(contrast(colours[dark], PAGES[dark]) for colours in LINES) >= 4.5
+
+
+def test_words_stand_out_from_the_page() -> None:
+    """Guards against grey text that is too light to read (WCAG AA, 4.5:1), in either theme."""
+    css = (files("longspan.report") / "templates" / "report.css").read_text()
+    themes = [
+        dict(re.findall(r"--(\w+): (#\w+)", part)) for part in css.split("prefers-color-scheme: dark")[:2]
+    ]
+    for theme in themes:
+        for name in ("ink", "soft", "muted", "accent", "good", "bad"):
+            assert min(contrast(theme[name], theme[ground]) for ground in ("page", "panel")) >= 4.5, name
 
 
 def test_ticks_are_round_and_inside() -> None:

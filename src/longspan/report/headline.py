@@ -265,16 +265,8 @@ def models_section(ev: Evaluation) -> Section:
             [short_name(label), TableCell(length_text(trained) if trained else MISSING, "num"), *cells]
         )
     columns = ["model", "trained length", *(ev.layouts[task].short for task in grids)]
-    if len(grids) > _MOST_ACROSS:
-        turned = zip(*rows)
-        columns, rows = ["task", *map(str, next(turned))], [[n, *c] for n, c in zip(columns[1:], turned)]
-    section.missing += [
-        f"Effective context, {ev.layouts[task].short}, {short_name(label)}: {effective_text(grid)}: {note}."
-        for task, by_label in grids.items()
-        for label, grid in by_label.items()
-        if (note := effective_note(grid))
-    ]
-    section.parts["table"] = Table("Effective context in tokens, by model and task", columns, rows)
+    table = Table("Effective context in tokens, by model and task", columns, rows)
+    section.parts["table"] = table.turned("task") if len(grids) > _MOST_ACROSS else table
     return section
 
 

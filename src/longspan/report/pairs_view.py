@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from longspan.core.intervals import holm
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import Evaluation
-from longspan.report.layouts import Layout, value_text
+from longspan.report.layouts import Layout, axis_words, value_text
 from longspan.report.samples import ScoredSample
 from longspan.report.tables import Difference, Grid, all_columns, difference
 from longspan.report.view import MISSING, Table, TableCell, points, short_name
 
 CHANCE = 0.05
+_MOST_ACROSS = 8
+"""Columns that changes with their intervals have room for; of more each is a row."""
 
 
 class Pair(NamedTuple):
@@ -66,9 +68,9 @@ def grid_changes(layout: Layout, grids: Mapping[str, Grid], pairs: Sequence[Pair
     rows: list[list[str | TableCell]] = [
         [pair.name, *row, *total] for pair, row, total in zip(pairs, _corrected(cells), totals)
     ]
-    return _table(
-        layout.heading, ["change", *(value_text(layout.columns, place) for place in places), "all"], rows
-    )
+    columns = ["change", *(value_text(layout.columns, place) for place in places), "all"]
+    table = _table(layout.heading, columns, rows)
+    return table.turned(axis_words(layout.columns)) if table and len(places) > _MOST_ACROSS else table
 
 
 def set_changes(

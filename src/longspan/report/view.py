@@ -58,6 +58,12 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | TableCell]]
 
+    def turned(self, first: str) -> Table:
+        """Return the table with its columns as rows; `first` stands over their names."""
+        names = [row[0] if isinstance(row[0], str) else row[0].text for row in self.rows]
+        rows = [[name, *cells] for name, *cells in zip(self.columns[1:], *(row[1:] for row in self.rows))]
+        return replace(self, columns=[first, *names], rows=rows)
+
 
 @dataclass(frozen=True)
 class Chart:

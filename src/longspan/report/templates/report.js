@@ -89,6 +89,12 @@
     tip.style.top = (above > 8 ? above : Math.min(at.bottom + 10, Math.max(8, innerHeight - box.height - 8))) + "px";
   }
   function hideTip() { tip.hidden = true; described = null; }
+  // What a cell says on hovering is said by touch too, and to screen readers.
+  for (const cell of document.querySelectorAll("td[title],th[title]")) {
+    cell.dataset.tip = cell.title;
+    cell.setAttribute("aria-description", cell.title);
+    cell.removeAttribute("title");
+  }
   const MARKS = "[data-tip],[data-cell]";
   document.addEventListener("pointerover", (event) => {
     const mark = event.target.closest(MARKS);
