@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.core.records import read_jsonl
-from longspan.data.tokenizer import train_bpe
+from longspan.data.tokenizer import load_tokenizer, train_bpe
 from longspan.models.hf import build_model, save_model
 from longspan.quickstart import QuickstartConfig, load_config, measure, run, run_quickstart, texts
 from longspan.quickstart.variants import controls
@@ -98,6 +98,13 @@ def test_from_a_model_to_a_report_and_a_model(root: Path, done: Path) -> None:
     assert headers["needle-before.jsonl"]["params"]["split"] == "test"
     # Rows that are shorter than the model's own context take nothing from it: no "8K to 4K" in the report.
     assert {header["model"]["trained_length"] for header in headers.values()} == {1024}
+
+
+def test_the_whole_answer_is_the_model_s(root: Path, done: Path) -> None:
+    """Begun for it, an answer shows where to copy from, and hides what a user of the chat sees."""
+    tasks = measure._tasks(done, tiny(root), load_tokenizer(done / "base"))
+    assert tasks["needle"].task.settings.answer_prefix == ""
+    assert tasks["needle"].task.settings.mode == "generate"
 
 
 def test_rows_hold_several_questions_whose_answers_alone_are_learnt(done: Path) -> None:

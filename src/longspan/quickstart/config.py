@@ -82,7 +82,7 @@ class EvaluationConfig(Config):
     split: Literal["validation", "test"] = "test"
     """`test` is what is reported; recipes are chosen on `validation`."""
     chat: bool = False
-    """Ask needles and RULER in the model's own chat, where it writes its answers."""
+    """Ask needles and RULER in the model's own chat, where it writes its answers, the whole of them."""
     essays: bool = False
     """Measure on the essays of the published needle test, which no training reads; from the package index. Where it
     cannot be reached, which is said, on the corpus as otherwise."""

@@ -54,7 +54,8 @@ def _tasks(work: Path, config: QuickstartConfig, tokenizer: Tokenizer) -> dict[s
         key_split=settings.split,
         split=settings.split,
         repeat=settings.essays,
-        **(CHAT if settings.chat else {}),
+        # The whole answer is the model's, as with people: a begun one shows it where to copy from.
+        **({**CHAT, "answer_prefix": ""} if settings.chat else {}),
     )
     grids: dict[str, tuple[NeedleConfig, tuple[str, ...] | None]] = {"needle": (needle, None)}
     if settings.beyond is not None:
