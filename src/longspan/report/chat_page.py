@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from longspan.core.errors import ArgumentError
 from longspan.core.files import atomic_write
 from longspan.report.charts import Axis, LengthHistogram, Shares
-from longspan.report.html import asset
+from longspan.report.html import asset, template
 from longspan.report.layouts import length_text
 from longspan.report.palette import theme_css
 
@@ -27,15 +26,8 @@ def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping
         ArgumentError: `out` is not an .html file name.
     """
     out = page_file(out)
-    environment = Environment(
-        loader=PackageLoader("longspan.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     unit = contents["unit"]
-    text = environment.get_template("chat.html.j2").render(
+    text = template("chat.html.j2").render(
         inputs=[str(each) for each in inputs],
         tiles=_tiles(contents),
         counts=list(contents["counts"].items()),

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from longspan.core.errors import ArgumentError
@@ -150,14 +150,7 @@ def _written(page: _Page, title: str | None) -> str:
     missing += [line for section in sections for line in section.missing]
     missing += [*_unscored(records), *_unfinished(records), *_empty(runs)]
     missing += [*two_models(records), *mixed_settings(records)]
-    environment = Environment(
-        loader=PackageLoader("longspan.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         title=title or "Context extension report",
         sentence=sentence,
         tiles=tiles,
@@ -222,6 +215,18 @@ def _facts(runs: Sequence[LoadedRun], records: Sequence[RecordFile]) -> list[str
         if isinstance(versions, dict) and versions.get(name)
     ]
     return facts
+
+
+def template(name: str) -> Template:
+    """Return the template of a page; what it is given is escaped, and all that it names has to be given."""
+    environment = Environment(
+        loader=PackageLoader("longspan.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def asset(name: str) -> str:
