@@ -81,7 +81,7 @@ def write_recipe(tmp_path: Path, name: str, **changes: Any) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_of_two_ranks_go_on_with_the_same_bits(
     data_root: Path, tmp_path: Path, kill_and_go_on: Driver, kills: int
 ) -> None:
