@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longspan.core.errors import ConfigError
 from longspan.synth import ConversationConfig
 from longspan.synth.conversation import Composer
 from longspan.synth.depth import DepthBalance, bin_of, stratified
@@ -121,6 +123,36 @@ def test_documents_come_first_and_distractors_are_other_documents(student, tmp_p
     alone = Composer(ConversationConfig(length=1500), student.tokenizer, student.chat, documents, seed=0)
     whole = alone.compose(1, records[1], items_of(records[1], range(12), 12))
     assert whole is not None and records[1]["text"] in whole.turns[0]["content"] and not whole.distractors
+
+
+def test_first_turns_are_drawn_by_document_and_fit(student, tmp_path):
+    """Trained on one wording alone, a model answered where it stood and went on writing the text where it did not."""
+    names = ("conversation_v1", "conversation_bare_v1", "conversation_below_v1")
+    documents, records = write(tmp_path / "documents.jsonl", range(1, 25), 12)
+    spec = ConversationConfig(length=900, first_turns=names)
+
+    def firsts() -> list[str]:
+        composer = Composer(spec, student.tokenizer, student.chat, documents, seed=1)
+        samples = [composer.compose(n, record, items_of(record, [6], 12)) for n, record in enumerate(records)]
+        assert all(sample is not None and sample.length <= 900 for sample in samples)
+        return [sample.turns[0]["content"] for sample in samples]
+
+    turns = firsts()
+    asked = [text.rsplit("\n", 1)[1] for text in turns]
+    kinds = Counter(
+        "above" if text.startswith(question) else "told" if text.startswith("Read the text") else "bare"
+        for text, question in zip(turns, asked)
+    )
+    assert len(kinds) == 3 and min(kinds.values()) >= 3
+    assert turns == firsts()
+    with pytest.raises(ConfigError, match="conversation_v9"):
+        Composer(
+            ConversationConfig(first_turns=("conversation_v9",)),
+            student.tokenizer,
+            student.chat,
+            documents,
+            seed=1,
+        )
 
 
 def test_what_does_not_fit_is_counted(student, tmp_path):

@@ -43,6 +43,8 @@ _BOOK_CHARACTERS = 60_000
 """Essays are joined to books of so many characters at least: alone they are shorter than the lengths measured."""
 QUESTION_SET = "offline_sentences"
 """With bare numbers the model got worse where it writes the whole answer: benchmarks/real.md."""
+FIRST_TURNS = ("conversation_v1", "conversation_bare_v1", "conversation_below_v1")
+"""Trained on the first alone, the model went on writing the text where no such words stood around it."""
 _SHORTEST_SHARE = 0.75
 """Texts of questions are at least this much of a conversation; the job takes what the questions leave room for."""
 _MOST_PIECES = 8
@@ -257,7 +259,7 @@ def make_questions(
             inputs=(str(texts),),
             tokenizer=str(tokenizer.path.parent),
             question_set=QUESTION_SET,
-            sample=ConversationConfig(length=kind.length),
+            sample=ConversationConfig(length=kind.length, first_turns=FIRST_TURNS),
             min_tokens=16,
             questions=kind.questions,
             language="any",

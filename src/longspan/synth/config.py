@@ -7,12 +7,12 @@ of documents and its limits in tokens; the prompts are our own. `paper_questions
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from longspan.api import RemoteModel, ServerConfig, chat_model
-from longspan.core.config import Config, Length
+from longspan.core.config import Commas, Config, Length
 from longspan.core.errors import ArgumentError, ConfigError
 from longspan.synth.language import PROFILES
 from longspan.synth.templates import PromptTemplate, load_prompt, shipped, shipped_names
@@ -116,6 +116,12 @@ class ConversationConfig(Config):
     """Other documents around one that is shorter than `length`."""
     max_questions: pydantic.PositiveInt | None = None
     """Questions of a sample. None: all of its document."""
+    first_turns: Annotated[tuple[str, ...], Commas] = pydantic.Field(("conversation_v1",), min_length=1)
+    """First turns, of which each sample has one: shipped names (conversation_v1, conversation_bare_v1,
+    conversation_below_v1) or YAML files with the fields context and question. With one alone a model learns to answer
+    it alone."""
+
+    ADDED_LATER = frozenset({"first_turns"})
 
 
 class QaConfig(Config):

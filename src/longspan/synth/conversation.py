@@ -29,7 +29,6 @@ from longspan.synth.sections import Span, TokenRuler
 from longspan.synth.selection import DocumentFile
 from longspan.synth.templates import load_prompt
 
-CONVERSATION_PROMPT = "conversation_v1"
 JOINT = "\n\n"
 _PLACES = 16
 """Places of a window or document that are compared."""
@@ -77,7 +76,8 @@ class Composer:
         self.left_out: Counter[str] = Counter()
         self._spec, self._tokenizer, self._chat = spec, tokenizer, chat
         self._documents, self._seed = documents, seed
-        self._template = load_prompt(CONVERSATION_PROMPT)
+        self._templates = [load_prompt(name) for name in spec.first_turns]
+        self._template = self._templates[0]
 
     def compose(self, number: int, document: Mapping[str, Any], items: Sequence[Item]) -> Conversation | None:
         """Return the sample of document `number`, None (counted) where none of its questions fits.
@@ -85,6 +85,9 @@ class Composer:
         Encodes the document once or twice, and the sample on the Hugging Face engine once or more.
         """
         text = document["text"]
+        if len(self._templates) > 1:
+            draw = rng(self._seed, "synth", "first turn", document["id"])
+            self._template = self._templates[int(draw.integers(len(self._templates)))]
         order = rng(self._seed, "synth", "turns", document["id"]).permutation(len(items))
         items = [items[place] for place in order]
         try:
