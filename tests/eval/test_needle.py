@@ -211,6 +211,14 @@ def test_needle_value_and_key_differ_by_cell(make: Make) -> None:
     )
 
 
+def test_a_begun_answer_is_in_the_header(make: Make) -> None:
+    """With the answer begun or not, the header was the same: records were mixed, and models paired."""
+    begun = ("", "The number is", "It is")
+    found = [make(mode="generate", answer_prefix=text).params() for text in begun]
+    assert [each.get("answer_begun", "") for each in found] == list(begun)
+    assert {each["answer_prefix"] for each in found} == {"end of prompt"}
+
+
 def test_answers_stand_in_no_haystack(make: Make) -> None:
     """Two needles at one depth, or a number that the text holds anyway, make a wrong answer right."""
     task = make(num_needles=3, num_distractors=2, mode="generate", depths=[0.0, 1.0], samples=2)

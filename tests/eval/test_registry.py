@@ -9,6 +9,7 @@ import pytest
 from longspan.core.config import Config
 from longspan.core.errors import ArgumentError
 from longspan.core.places import load_place
+from longspan.data.tokenizer import Tokenizer
 from longspan.eval import registry
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
@@ -116,3 +117,13 @@ def test_scorers_are_added_once():
             register_scorer(Scorer("errors", 2, rule.rule))
     finally:
         del SCORERS["errors"]
+
+
+def test_no_setting_of_a_task_is_hidden_by_one_of_the_prompt(tokenizer: Tokenizer) -> None:
+    """A header is both together: of two of one name the first was lost, and runs that differ in it were one."""
+    for entry in registry.built_in().values():
+        if entry.config:
+            hidden = PromptForm(tokenizer).params().keys() & load_place(entry.config).model_fields.keys()
+            assert hidden <= ({"answer_prefix"} if entry.config.endswith(":NeedleConfig") else set()), (
+                entry.name
+            )

@@ -261,9 +261,12 @@ class NeedleComposer:
 
     def params(self) -> dict[str, Any]:
         """Return what determines the prompts, for the header."""
+        # `answer_prefix` is there where it goes, as of every task.
+        begun = self.settings.answer_prefix
         return {
             **self.settings.identity(),
             **self.form.params(),
+            **({"answer_begun": begun} if begun else {}),
             "documents": self.documents,
             "prompt_version": PROMPT_VERSION,
         }
