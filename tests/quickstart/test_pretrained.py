@@ -161,7 +161,7 @@ def test_a_cpu_without_bfloat16_trains_in_float32_and_it_is_said(monkeypatch: py
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has, "avx512_f": True}
         )
-        assert runtime.cpu_has_bfloat16() is has
+        assert runtime.emulates_bfloat16(config.extend) is not has
         found = run._on_this_machine(config).extend.memory.compute_dtype
         assert found == ("bfloat16" if has else "float32") and len(said) == (0 if has else 1)
 

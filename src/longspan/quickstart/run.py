@@ -18,7 +18,6 @@ from longspan.quickstart.config import QuickstartConfig
 from longspan.quickstart.measure import evaluate
 from longspan.quickstart.texts import make_questions, make_recall, tokenise, write_corpus
 from longspan.quickstart.variants import OF_CONTROLS, controls
-from longspan.train.config import TrainConfig
 
 EXPORTED = "exported"
 """Folder of the model that plain transformers loads, in the run."""
@@ -32,6 +31,8 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
         RunError: the disk is full.
     """
     config = _on_this_machine(config)
+    ablations = controls(config) if config.ablate else {}
+    of_controls = [control.train for control in ablations.values()]
     run = RunDir.create(out, config, seed=config.seed)
     work = run.path
     if config.base is not None:
@@ -41,26 +42,23 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
         write_corpus(work, config)
     with run.phase("tokenizer"):
         tokenizer = the_tokenizer(work, config)
-    # Documents of their own: the main run is the same with and without controls.
-    of_controls = [control.train for control in controls(config).values()] if config.ablate else []
+    # Controls have documents of their own: the main run is the same with and without them.
     seed = derive_seed(config.seed, "controls")
     with run.phase("tokenise"):
         tokenise(work, tokenizer)
         if config.recall:
             trains = list(config.trainings.values())
             make_recall(work, "recall", config, tokenizer, trains, seed=config.seed)
-        if config.ablate and config.recall:
-            make_recall(work, f"recall_{OF_CONTROLS}", config, tokenizer, of_controls, seed=seed)
+            if ablations:
+                make_recall(work, f"recall_{OF_CONTROLS}", config, tokenizer, of_controls, seed=seed)
     if config.questions:
         with run.phase("questions"):
             make_questions(work, "questions", config, tokenizer, [config.extend], seed=config.seed)
-            if config.ablate:
+            if ablations:
                 make_questions(work, f"questions_{OF_CONTROLS}", config, tokenizer, of_controls, seed=seed)
     from longspan.train.trainer import train
 
-    trainings: dict[str, TrainConfig] = config.trainings
-    if config.ablate:
-        trainings |= {name: control.train for name, control in controls(config).items()}
+    trainings = config.trainings | {name: control.train for name, control in ablations.items()}
     for name, recipe in trainings.items():
         with run.phase(name):
             if not RunDir(work / name).is_complete:
@@ -83,18 +81,19 @@ def run_quickstart(out: str | Path, config: QuickstartConfig) -> dict[str, Any]:
 
 def _on_this_machine(config: QuickstartConfig) -> QuickstartConfig:
     """Return the recipe in float32 where it asks for bfloat16 and the machine would only emulate it."""
-    import torch
+    from longspan.train.runtime import emulates_bfloat16
 
-    from longspan.train.runtime import cpu_has_bfloat16
-
-    memory = config.extend.memory
-    if memory.compute_dtype != "bfloat16" or torch.cuda.is_available() or cpu_has_bfloat16():
+    if not emulates_bfloat16(config.extend):
         return config
     get_logger("quickstart").warning(
         "trained in float32: this CPU has no instructions for bfloat16. It takes longer and twice the memory."
     )
-    memory = memory.model_copy(update={"compute_dtype": "float32"})
-    return config.model_copy(update={"extend": config.extend.model_copy(update={"memory": memory})})
+    extend = config.extend
+    wide = {
+        "memory": extend.memory.model_copy(update={"compute_dtype": "float32"}),
+        "model": extend.model.model_copy(update={"dtype": "float32"}),
+    }
+    return config.model_copy(update={"extend": extend.model_copy(update=wide)})
 
 
 def _export(work: Path, config: QuickstartConfig) -> None:

@@ -38,7 +38,7 @@ def _controls_of_pretrained(main: TrainConfig) -> dict[str, Control]:
     first = main.stages[0]
     length = first.context_length
     questions = {
-        name: stream.model_copy(update={"records": tuple(map(records_of_controls, stream.records))})
+        name: stream.model_copy(update={"records": tuple(map(_records_of_controls, stream.records))})
         if stream.records
         else stream
         for name, stream in first.streams.items()
@@ -64,7 +64,7 @@ def _controls_of_pretrained(main: TrainConfig) -> dict[str, Control]:
     }
 
 
-def records_of_controls(path: str) -> str:
+def _records_of_controls(path: str) -> str:
     """Return where the controls have what the main run has at `questions/...`."""
     return path.replace("questions/", f"questions_{OF_CONTROLS}/", 1)
 

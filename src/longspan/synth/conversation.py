@@ -77,7 +77,6 @@ class Composer:
         self._spec, self._tokenizer, self._chat = spec, tokenizer, chat
         self._documents, self._seed = documents, seed
         self._templates = [load_prompt(name) for name in spec.first_turns]
-        self._template = self._templates[0]
 
     def compose(self, number: int, document: Mapping[str, Any], items: Sequence[Item]) -> Conversation | None:
         """Return the sample of document `number`, None (counted) where none of its questions fits.
@@ -85,9 +84,8 @@ class Composer:
         Encodes the document once or twice, and the sample on the Hugging Face engine once or more.
         """
         text = document["text"]
-        if len(self._templates) > 1:
-            draw = rng(self._seed, "synth", "first turn", document["id"])
-            self._template = self._templates[int(draw.integers(len(self._templates)))]
+        draw = rng(self._seed, "synth", "first turn", document["id"])
+        self._template = self._templates[int(draw.integers(len(self._templates)))]
         order = rng(self._seed, "synth", "turns", document["id"]).permutation(len(items))
         items = [items[place] for place in order]
         try:

@@ -31,7 +31,7 @@ def on_machine(config: TrainConfig) -> TrainConfig:
             "bfloat16 beside fp32 weights set model.dtype: float32 and memory.compute_dtype: bfloat16",
         )
     if not torch.cuda.is_available():
-        if "bfloat16" in (config.model.dtype, config.memory.compute_dtype) and not cpu_has_bfloat16():
+        if emulates_bfloat16(config):
             log_once(
                 "train",
                 "this CPU has no instructions for bfloat16 and computes in it many times slower: set model.dtype and "
@@ -43,9 +43,11 @@ def on_machine(config: TrainConfig) -> TrainConfig:
     return on_gpu(config)
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies matrices in bfloat16 itself (AVX512_BF16, AMX, ARM's BF16)."""
-    return any(has for name, has in torch.cpu.get_capabilities().items() if str(name).endswith("bf16"))
+def emulates_bfloat16(config: TrainConfig) -> bool:
+    """Whether a recipe asks for bfloat16 on a CPU without instructions for it (AVX512_BF16, AMX, ARM's BF16)."""
+    if torch.cuda.is_available() or "bfloat16" not in (config.model.dtype, config.memory.compute_dtype):
+        return False
+    return not any(has for name, has in torch.cpu.get_capabilities().items() if str(name).endswith("bf16"))
 
 
 def on_gpu(config: TrainConfig) -> TrainConfig:
