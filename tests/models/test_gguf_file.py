@@ -140,11 +140,29 @@ def written(path: Path, *, factor: float = 8.0, theta: float = 5e5) -> Path:
         turns = 64 / (2 * np.pi / frequency)
         smooth = min(max((turns - 1) / 3, 0.0), 1.0)
         slowed.append(1 / ((1 - smooth) / factor + smooth))
-    file.add_tensor("rope_freqs.weight", np.array(slowed, dtype=np.float32))
+    finish(file, {"rope_freqs.weight": slowed})
+    return path
+
+
+def finish(file: gguf.GGUFWriter, tensors: dict[str, list[float]]) -> None:
+    for name, values in tensors.items():
+        file.add_tensor(name, np.array(values, dtype=np.float32))
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
+
+
+def written_longrope(path: Path, *, length: int | None, scale: float | None, long: float = 4.0) -> Path:
+    """Write a file of LongRoPE as Phi-3's converter does, with no name of it; MiniCPM's writes its factors alone."""
+    file = gguf.GGUFWriter(path, "phi3")
+    file.add_context_length(512)
+    file.add_rope_freq_base(1e4)
+    if length is not None:
+        file.add_rope_scaling_orig_ctx_len(length)
+    if scale is not None:
+        file.add_rope_scaling_attn_factors(scale)
+    finish(file, {"rope_factors_long.weight": [long] * 4, "rope_factors_short.weight": [1.0] * 4})
     return path
 
 
@@ -160,6 +178,24 @@ def test_pairs_slowed_as_llama_3_does_are_compared_one_by_one(tmp_path: Path) ->
         check_gguf(written(tmp_path / "theta", theta=1e4), config)
     with pytest.raises(RunError, match="slowing of pairs: 4 numbers from 1 to 8, the model's none"):
         check_gguf(written(tmp_path / "default"), config_of({"rope_type": "default", "rope_theta": 5e5}))
+
+
+def test_longrope_is_its_factors(tmp_path: Path) -> None:
+    """llama.cpp asks a file for LongRoPE's factors and not for its name: Phi-3 with 128K could not be exported."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = config_of({**rope, "factor": 4.0, "original_max_position_embeddings": 128})
+    scale = (1 + np.log(4) / np.log(128)) ** 0.5
+    check_gguf(written_longrope(tmp_path / "phi3", length=128, scale=scale), config)
+    with pytest.raises(
+        RunError, match=r"^[^;]*long factors: 4 numbers from 2 to 2, the model's 4 numbers from 4 to 4"
+    ):
+        check_gguf(written_longrope(tmp_path / "long", length=128, scale=scale, long=2.0), config)
+    with pytest.raises(
+        RunError, match="the original length: 512, the model's 128; the attention factor: 1, the"
+    ):
+        check_gguf(written_longrope(tmp_path / "bare", length=None, scale=None), config)
+    same = config_of({**rope, "factor": 1.0, "original_max_position_embeddings": 512})
+    check_gguf(written_longrope(tmp_path / "minicpm", length=None, scale=None), same)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,9 @@ def _differences(
             "the base of layers with a window", said.get("rope.freq_base_swa", SLIDING_THETA), theta
         )
     named = kind if kind in ("linear", "yarn", "longrope") else "none"
-    yield from check("the type of RoPE", scaling.get("type", "none"), named)
+    # LongRoPE is its factors: Phi-3's converter leaves out the name, by which llama.cpp computes nothing.
+    unsaid = "longrope" if kind == "longrope" else "none"
+    yield from check("the type of RoPE", scaling.get("type", unsaid), named)
     if kind in ("linear", "yarn"):
         yield from check("the factor", scaling.get("factor"), rope["factor"])
     if kind == "yarn":
@@ -198,7 +200,9 @@ def _differences(
         yield from check(f"{name} factors", tensors.get(f"rope_factors_{name}.weight"), factors)
     if kind == "longrope":
         original = rope["original_max_position_embeddings"]
-        yield from check("the original length", scaling.get("original_context_length"), original)
+        # That of MiniCPM leaves out the length: llama.cpp takes the context's.
+        found = scaling.get("original_context_length", said.get("context_length"))
+        yield from check("the original length", found, original)
         scale = longrope_scale(rope, text.max_position_embeddings)
         yield from check("the attention factor", scaling.get("attn_factor", 1.0), scale)
 
