@@ -31,7 +31,7 @@ def _mixed(given: dict[str, Any]) -> dict[str, Any]:
     """Return what the stores' names, a part or a preset ask for."""
     from longspan.steps.mix import named_mixture
 
-    return named_mixture(given["stores"], given["preset"], given)
+    return named_mixture(given["stores"], given["preset"], given)[1]
 
 
 @from_settings(

@@ -51,23 +51,25 @@ def mix_stores(
     """
     names = one_or_more(stores)
     if config is None:
-        asked = named_mixture(names, preset, settings)
+        paths, asked = named_mixture(names, preset, settings)
     else:
         if preset is not None:
             raise ArgumentError("a preset and a config say the same", fix="leave out one of them")
+        paths, named = named_mixture(names, None, ())
         asked = config.to_dict()
-        named = named_mixture(names, None, ())
         if MixtureConfig.from_dict({**asked, **named}) != config:
             raise ArgumentError("the stores' names ask for another mixture than config", found=named)
     config = MixtureConfig.from_dict({**asked, **settings}, where="the mixture")
-    table, paths = lengths_of(_part([parse_stream(store).path for store in names])[0])
+    table, paths = lengths_of(paths)
     plan = plan_mixture(config, table, seed, audit=load_audit(config))
     plan.save(out, stores=paths)
     return MixResult(plan, paths, table)
 
 
-def named_mixture(stores: Sequence[str], preset: str | None, given: Collection[str]) -> dict[str, Any]:
-    """Return the settings of a `MixtureConfig` that the stores' names, a part or a preset ask for.
+def named_mixture(
+    stores: Sequence[str], preset: str | None, given: Collection[str]
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the stores that are meant, and the settings of a `MixtureConfig` that names, a part or a preset ask for.
 
     Raises:
         ArgumentError: they ask for different things, or for what the settings `given` say too.
@@ -81,7 +83,7 @@ def named_mixture(stores: Sequence[str], preset: str | None, given: Collection[s
         asked = _preset(preset, paths)
     elif asked and (clash := {"mode", "weights"}.intersection(given)):
         raise ArgumentError("STORE@SHARE and STORE#USES say what is mixed", found=f"--{min(clash)} too")
-    return asked if part is None else {**asked, "part": part}
+    return paths, asked if part is None else {**asked, "part": part}
 
 
 def _part(inputs: list[str]) -> tuple[list[str], tuple[float, float] | None]:
