@@ -218,12 +218,13 @@ def test_what_llama_cpp_computes_otherwise_is_refused(rope: dict, part: str) -> 
         refuse_rope(config)
 
 
-def test_what_is_as_llama_cpp_has_it_is_not_refused() -> None:
-    """A config that spells out what is usual is the same model."""
+def test_what_is_as_llama_cpp_has_it_is_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """A config that spells out what is usual is the same model, and nothing is to be said of it."""
     for rope in (YARN, {**YARN, "attention_factor": 0.1 * np.log(4) + 1, "truncate": True}, LLAMA3, LINEAR):
         config = config_of(YARN)
         config.rope_parameters = rope
         refuse_rope(config)
+        assert config.rope_parameters == rope and not caplog.text
 
 
 def test_what_llama_cpp_rounds_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,6 +31,7 @@ from longspan.core.errors import ArgumentError, ConfigError, MissingDependencyEr
 from longspan.core.files import disk_errors
 from longspan.core.log import get_logger
 from longspan.core.optional import require
+from longspan.models.hf import own_config
 from longspan.models.hf_config import longrope_scale, rope_by_layer_type, rope_of_full, text_config
 
 __all__ = ["check_gguf", "find_converter", "refuse_rope", "write_gguf"]
@@ -114,12 +115,11 @@ def write_gguf(folder: str | Path, out: str | Path, kind: str, converter: list[s
     """Convert a Hugging Face folder to the file `out`, whole or not at all; return it. `kind`: as the converter has it.
 
     Raises:
+        DataError: the folder is no model.
         RunError: the converter failed, or what it wrote has another RoPE or length than the model.
     """
-    from transformers import AutoConfig
-
     out = Path(out)
-    config = AutoConfig.from_pretrained(folder)
+    config = own_config(folder, as_saved=True)
     with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
         made = Path(aside) / out.name
         command = [*converter, str(folder), "--outfile", str(made), "--outtype", kind]
@@ -221,7 +221,9 @@ def _short(value: Any) -> str:
 
 
 def _alike(found: Any, wanted: Any) -> bool:
-    if found is None or wanted is None or isinstance(wanted, str):
-        return found is wanted if found is None or wanted is None else bool(found == wanted)
+    if found is None or wanted is None:
+        return found is wanted
+    if isinstance(wanted, str):
+        return bool(found == wanted)
     found, wanted = np.asarray(found, dtype=np.float64), np.asarray(wanted, dtype=np.float64)
     return found.shape == wanted.shape and bool(np.allclose(found, wanted, rtol=_TOLERANCE, atol=0))
