@@ -93,3 +93,22 @@ def test_a_store_says_how_it_was_made(longspan, store):
         if file.is_file():
             assert Path("again", file.relative_to("first")).read_bytes() == file.read_bytes(), file
     assert longspan("data verify first").code == 0
+
+
+@pytest.mark.parametrize("share", ["", "--num-jobs 2 --job-id 0"])
+def test_what_is_not_there_is_refused_before_a_cluster_starts(longspan, store, monkeypatch, share):
+    """Ray was started, or a cluster joined, to say that a tokenizer or an input is not there."""
+    from longspan.cli import jobs_config
+    from longspan.data.jobs import LocalExecutor
+
+    entered = []
+
+    class Watched(LocalExecutor):
+        def __enter__(self):
+            entered.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(jobs_config, "LocalExecutor", Watched)
+    for wrong in (f"{RUN}/none.model", "data tokenize nowhere --tokenizer tokenizer"):
+        assert longspan(f"{wrong} --out x {share}").code == 2 and not entered
+    assert longspan(f"{RUN} --out x {share}").code == 0 and len(entered) == 1

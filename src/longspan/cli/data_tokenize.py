@@ -77,14 +77,14 @@ def tokenize(
         return
     share, was_there = jobs.share(), (out / MANIFEST).is_file()
     store: TokenStore | None
-    if merge_only:
-        store = CorpusJob(inputs, load_tokenizer(tokenizer), out, settings).merge_only()
+    if share.count == 1 and not merge_only:
+        store = tokenize_corpus(inputs, tokenizer, out, settings, executor=jobs.start())
     else:
-        with jobs.start() as running:
-            if share.count == 1:
-                store = tokenize_corpus(inputs, tokenizer, out, settings, executor=running)
-            else:
-                job = CorpusJob(inputs, load_tokenizer(tokenizer), out, settings)
+        job = CorpusJob(inputs, load_tokenizer(tokenizer), out, settings)
+        if merge_only:
+            store = job.merge_only()
+        else:
+            with jobs.start() as running:
                 store = job.run_share(running, share)
     if store is None:
         _print_missing(job, share, as_json)
