@@ -134,7 +134,6 @@ def test_all_queries_see_the_first_half_of_as_many_keys() -> None:
     )
 
 
-@pytest.mark.both_kernels
 def _launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by one for each call of torch's kernel."""
     found: list[int] = []
@@ -181,6 +180,7 @@ def test_a_neighbour_that_is_no_number_is_not_read() -> None:
     assert out.isfinite().all(-1).all(-1).tolist() == [True, False, True]
 
 
+@pytest.mark.both_kernels
 def test_queries_shared_by_two_bands() -> None:
     """A chunk of queries that sees two key chunks in one table must join both, not keep the last one."""
     bands = Bands([0, 0, 10], [10, 10, 10], [0, 20, 0], [20, 10, 30], lo=[-100, 0, -20])
