@@ -180,6 +180,16 @@ def test_a_neighbour_that_is_no_number_is_not_read() -> None:
     assert out.isfinite().all(-1).all(-1).tolist() == [True, False, True]
 
 
+def test_a_table_may_be_used_over_fewer_keys() -> None:
+    """Calls made for more keys read behind the end of fewer: an error, or what lies there in memory."""
+    q, k, v, _ = tensors(queries=3, keys=48, dtype=torch.float32)
+    bands = Bands([0, 1, 2], [1] * 3, [0, 16, 32], [16, 3, 2], lo=-99)
+    whole = CpuFlashKernel().forward(q, k, v, bands, 0.3)
+    v[34:] = math.nan
+    part = CpuFlashKernel().forward(q, k[:34], v[:34], bands, 0.3)
+    assert all(torch.allclose(*pair, rtol=0, atol=2e-6) for pair in zip(whole, part))
+
+
 @pytest.mark.both_kernels
 def test_queries_shared_by_two_bands() -> None:
     """A chunk of queries that sees two key chunks in one table must join both, not keep the last one."""

@@ -200,8 +200,8 @@ class BandCall(NamedTuple):
     """[N, 1, 1, M], of rectangles that have keys of different number: -inf where a band has none."""
 
 
-_prepared: weakref.WeakKeyDictionary[Bands, list[BandCall]] = weakref.WeakKeyDictionary()
-"""Calls of tables that are in use: every layer of a pass has the same."""
+_prepared: weakref.WeakKeyDictionary[Bands, dict[int, list[BandCall]]] = weakref.WeakKeyDictionary()
+"""Calls of tables that are in use, by the number of keys: every layer of a pass has the same."""
 
 
 def _forward_calls(bands: Bands, *, num_keys: int) -> list[BandCall]:
@@ -209,9 +209,10 @@ def _forward_calls(bands: Bands, *, num_keys: int) -> list[BandCall]:
 
     A mask reads keys behind those of a band, so the gradients, which would be added up there, do without.
     """
-    if bands not in _prepared:
-        _prepared[bands] = list(_ragged(bands, num_keys)) if _are_ragged(bands) else _calls(bands)
-    return _prepared[bands]
+    prepared = _prepared.setdefault(bands, {})
+    if num_keys not in prepared:
+        prepared[num_keys] = list(_ragged(bands, num_keys)) if _are_ragged(bands) else _calls(bands)
+    return prepared[num_keys]
 
 
 def _are_ragged(bands: Bands) -> bool:
