@@ -219,6 +219,21 @@ def test_a_begun_answer_is_in_the_header(make: Make) -> None:
     assert {each["answer_prefix"] for each in found} == {"end of prompt"}
 
 
+def test_room_for_an_answer_in_the_stated_length_is_in_the_header(
+    documents: Documents, tokenizer: Tokenizer
+) -> None:
+    """Haystacks of other lengths were one evaluation where --max-new-tokens says how long answers may get."""
+    form, given = PromptForm(tokenizer, max_new_tokens=200), (32, 100, 200)
+    tasks = [
+        NeedleTask(NeedleConfig(lengths=(1024,), mode="generate", max_new_tokens=room), documents, form)
+        for room in given
+    ]
+    found = [task.params() for task in tasks]
+    assert [each.get("answer_room", 32) for each in found] == list(given)
+    assert {each["max_new_tokens"] for each in found} == {200}
+    assert len({build(task, 1024, 0.5, 0).request.prompt for task in tasks}) == 3
+
+
 def test_answers_stand_in_no_haystack(make: Make) -> None:
     """Two needles at one depth, or a number that the text holds anyway, make a wrong answer right."""
     task = make(num_needles=3, num_distractors=2, mode="generate", depths=[0.0, 1.0], samples=2)

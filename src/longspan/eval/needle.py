@@ -45,6 +45,8 @@ DISTRACTOR_GAP = 0.05
 _MAX_FITS = 6
 _MAX_DRAWS = 100
 _CONTEXT_CHARS = 60
+_HIDDEN = {"answer_prefix": "answer_begun", "max_new_tokens": "answer_room"}
+"""Settings whose names mean something else of the form of every task, and what they stand under in a header."""
 
 
 def length_tolerance(length: int) -> int:
@@ -261,12 +263,12 @@ class NeedleComposer:
 
     def params(self) -> dict[str, Any]:
         """Return what determines the prompts, for the header."""
-        # `answer_prefix` is there where it goes, as of every task.
-        begun = self.settings.answer_prefix
+        own, form = self.settings.identity(), self.form.params()
+        usual = NeedleConfig.model_fields
         return {
-            **self.settings.identity(),
-            **self.form.params(),
-            **({"answer_begun": begun} if begun else {}),
+            **own,
+            **form,
+            **{_HIDDEN[name]: own[name] for name in own if name in form and own[name] != usual[name].default},
             "documents": self.documents,
             "prompt_version": PROMPT_VERSION,
         }
