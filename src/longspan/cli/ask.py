@@ -97,7 +97,7 @@ def ask(
     request = form.request(composed.prompt, max_new_tokens=ANSWER_TOKENS)
     if not as_json:
         _show_prompt(composed)
-    with opened(model, prompts) as asked:
+    with opened(model, prompts, tokenizer=form.tokenizer) as asked:
         answer = _stream(asked.answerer, request, quiet=as_json)
     if as_json:
         print_json({**_summary(composed, question, answer), "settings": used})

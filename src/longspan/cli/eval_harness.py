@@ -68,7 +68,7 @@ def harness(
     runs: dict[str, Run] = {
         name: (_released if ":" in name else _lm_eval)(name, settings, common) for name in settings.tasks
     }
-    with opened(model, prompts) as asked:
+    with opened(model, prompts, tokenizer=common.form.tokenizer) as asked:
         summaries = {
             name: run(asked, asked.records(out, f"harness-{name.replace(':', '-')}"))
             for name, run in runs.items()

@@ -122,8 +122,9 @@ def needle(
     entry = built_in()["needle_multikey" if multi_key else "needle"]
     if dry_run:
         shortest = settings.model_copy(update={"lengths": (min(settings.lengths),)})
-        example = task_of(entry, shortest, data, model, prompts)
-        shown, form = shown_prompt(example, example.plan()), form_of(model, prompts)
+        form = form_of(model, prompts)
+        example = task_of(entry, shortest, data, form)
+        shown = shown_prompt(example, example.plan())
         _show_grid(settings, form, shown, multi_key=multi_key, threshold=threshold, as_json=as_json)
         return
     if too_few := _too_few(settings, threshold):

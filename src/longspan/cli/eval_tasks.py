@@ -60,9 +60,10 @@ def command_of(entry: TaskEntry) -> FromSettings:
         as_json: Json = False,
     ) -> None:
         from longspan.steps.evaluate import evaluate_model, task_of
+        from longspan.steps.opening import form_of
 
         if dry_run:
-            show_plan(task_of(entry, settings, data, model, prompts), as_json=as_json)
+            show_plan(task_of(entry, settings, data, form_of(model, prompts)), as_json=as_json)
             return
         summary = evaluate_model(
             model,

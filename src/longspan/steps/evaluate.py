@@ -11,7 +11,7 @@ from longspan.core.errors import ArgumentError, DataError
 from longspan.core.places import load_place
 from longspan.eval.held_out import HeldOutDocument, TaskDataConfig
 from longspan.eval.ppl import PplConfig
-from longspan.eval.prompts import PromptConfig
+from longspan.eval.prompts import PromptConfig, PromptForm
 from longspan.eval.registry import TaskEntry, entries
 from longspan.eval.runner import TooLong
 from longspan.eval.task import Task
@@ -75,7 +75,7 @@ def evaluate_model(
     entry = _entry(task)
     check_width(until_width)
     asks = model if isinstance(model, AnswererConfig) else AnswererConfig.from_dict(_named(model))
-    form = prompts if isinstance(prompts, PromptConfig) else PromptConfig.from_dict(dict(prompts or {}))
+    puts = prompts if isinstance(prompts, PromptConfig) else PromptConfig.from_dict(dict(prompts or {}))
     reads = data if isinstance(data, TaskDataConfig) else TaskDataConfig(paths=_paths(data))
     kind = load_place(entry.config or PPL)
     if config is not None and not isinstance(config, kind):
@@ -85,7 +85,7 @@ def evaluate_model(
     given = {} if config is None else config.to_dict()
     config = kind.from_dict({**given, **settings}, where=f"the settings of {task}")
     if used is None:
-        used = {**form.to_dict(), **asks.to_dict(), **reads.to_dict(), **config.to_dict()}
+        used = {**puts.to_dict(), **asks.to_dict(), **reads.to_dict(), **config.to_dict()}
     if task == "ppl":
         if until_width is not None:
             raise ArgumentError(
@@ -96,14 +96,15 @@ def evaluate_model(
     if "cache" in entry.reads:
         cache = reads.cache or str(Path(out) / f"{task}-samples")
         reads = reads.model_copy(update={"cache": cache})
-    made = task_of(entry, config, reads, asks, form)
+    form = form_of(asks, puts)
+    made = task_of(entry, config, reads, form)
     if entry.command and made.name != task:
         raise ArgumentError(
             f"these settings ask for {made.name}",
             found=task,
             fix=f"ask as `longspan eval {entry.command}` does",
         )
-    with opened(asks, form) as asked:
+    with opened(asks, puts, tokenizer=form.tokenizer) as asked:
         _shake_hands(asked, asks, form, made)
         return asked.run(
             made,
@@ -116,7 +117,7 @@ def evaluate_model(
         )
 
 
-def _shake_hands(asked: AskedModel, model: AnswererConfig, prompts: PromptConfig, task: Task) -> None:
+def _shake_hands(asked: AskedModel, model: AnswererConfig, form: PromptForm, task: Task) -> None:
     """Ask a server that a user has started once, before the run."""
     if not model.is_remote or model.server is None or not model.server.base_url:
         return
@@ -125,16 +126,14 @@ def _shake_hands(asked: AskedModel, model: AnswererConfig, prompts: PromptConfig
 
     assert isinstance(asked.answerer, RemoteAnswerer)
     begun = BEGUN if model.server.continue_final_message else ""
-    request = form_of(model, prompts).request(GREETING, answer_prefix=begun)
+    request = form.request(GREETING, answer_prefix=begun)
     request = request._replace(max_new_tokens=ANSWER_TOKENS)
     shake_hands(asked.answerer, request, measures=task.mode == "teacher_forced")
 
 
-def task_of(
-    entry: TaskEntry, config: Config, data: TaskDataConfig, model: AnswererConfig, prompts: PromptConfig
-) -> Task:
-    """Return a task of the registry as a model is asked it, with the prompts that its tokenizer makes."""
-    return load_place(entry.task).from_config(config, data, form_of(model, prompts))
+def task_of(entry: TaskEntry, config: Config, data: TaskDataConfig, form: PromptForm) -> Task:
+    """Return a task of the registry with such settings, its prompts put in a form."""
+    return load_place(entry.task).from_config(config, data, form)
 
 
 def _entry(task: str) -> TaskEntry:

@@ -88,14 +88,18 @@ def _told(options: AnswererConfig, prompts: PromptConfig | None) -> ServerConfig
 
 
 @contextlib.contextmanager
-def opened(options: AnswererConfig, prompts: PromptConfig | None = None) -> Iterator[AskedModel]:
+def opened(
+    options: AnswererConfig, prompts: PromptConfig | None = None, *, tokenizer: Tokenizer | None = None
+) -> Iterator[AskedModel]:
     """Open the model that the options name, and close it in the end; `prompts`: how it is asked.
+
+    `tokenizer` is the model's (`find_tokenizer`), where it has been loaded already.
 
     With several processes this returns in the first alone: the others follow its commands and end here.
     """
     from longspan.infer.opening import open_answerer
 
-    tokenizer = find_tokenizer(options)
+    tokenizer = tokenizer or find_tokenizer(options)
     label = label_of(options)
     # What is filled in here has no need of the checks that what was given has passed.
     config = options.model_copy(update={"replicas": replicas_of(options), "server": _told(options, prompts)})
