@@ -16,16 +16,15 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.eval.records import read_records
 from longspan.eval.runner import run_task
 from longspan.eval.task import Planned
-from longspan.eval.until_width import NamedSample, UntilWidth
+from longspan.eval.until_width import UntilWidth
 from tests.eval.answerers import Knowing
 from tests.eval.test_runner import Copying
 
 
-def grid(samples: int, depths: int = 1) -> list[NamedSample]:
+def grid(samples: int, depths: int = 1) -> list[tuple[str, Planned]]:
     cells = [(depth, sample) for depth in range(depths) for sample in range(samples)]
     return [
-        NamedSample(f"{d}/{s}", Planned((9, d, s), 9, fields={"length": 9, "depth": d, "sample": s}))
-        for d, s in cells
+        (f"{d}/{s}", Planned((9, d, s), 9, fields={"length": 9, "depth": d, "sample": s})) for d, s in cells
     ]
 
 

@@ -33,7 +33,7 @@ from longspan.eval.registry import entry_of
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import clustered, cost_of_thoughts, count_no_answer, mean_score
 from longspan.eval.task import Built, Planned, Task
-from longspan.eval.until_width import NamedSample, UntilWidth
+from longspan.eval.until_width import UntilWidth
 from longspan.infer.requests import (
     NOT_FINITE,
     Answer,
@@ -118,9 +118,7 @@ def run_task(
     if too_long == "refuse":
         _refuse_too_long(samples, answerer.max_length)
 
-    looks = None
-    if until_width is not None:
-        looks = UntilWidth(task.name, (NamedSample(*sample) for sample in samples), until_width)
+    looks = None if until_width is None else UntilWidth(task.name, samples, until_width)
 
     def ask(missing: Sequence[_PendingSample], writer: RecordsWriter, bar: Progress) -> None:
         total = sum(work_of(answerer, sample.planned.tokens) for sample in missing)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from longspan.core.errors import ArgumentError
 from longspan.core.files import sha256_bytes
@@ -26,13 +26,6 @@ from longspan.eval.task import Planned
 
 FIRST_LOOK = 20
 """Units of a column before its first look; from so many clusters on intervals hold what they promise."""
-
-
-class NamedSample(NamedTuple):
-    """A sample of the plan, and its id in the records."""
-
-    id: str
-    planned: Planned
 
 
 def check_width(width: float | None) -> None:
@@ -50,13 +43,14 @@ class UntilWidth:
 
     Args:
         task: its name; the registry says what its columns are, and which of its samples share texts.
+        samples: of the plan, each with its id in the records.
         width: of the interval, from end to end: 0.05 is 5 points.
 
     Raises:
         ArgumentError: a width that is none.
     """
 
-    def __init__(self, task: str, samples: Iterable[NamedSample], width: float) -> None:
+    def __init__(self, task: str, samples: Iterable[tuple[str, Planned]], width: float) -> None:
         check_width(width)
         self.width = width
         entry = entry_of(task)
