@@ -17,12 +17,6 @@ ANSWER_TOKENS = 16
 _log = get_logger("infer")
 
 
-def greeting(tokenizer: Tokenizer) -> Request:
-    """Return the request as plain text that is continued."""
-    ids = tokenizer.encode(GREETING).astype(np.int64)
-    return Request(prompt=GREETING, prompt_ids=ids, max_new_tokens=1)
-
-
 def shake_hands(answerer: RemoteAnswerer, request: Request, *, measures: bool) -> None:
     """Ask a server that a user has started, and look at what comes back; what does not hold is a warning.
 
@@ -55,9 +49,10 @@ def shake_own_hands(answerer: RemoteAnswerer, tokenizer: Tokenizer, *, name: str
     Raises:
         RunError: there is no answer, or the server counts other tokens.
     """
-    request = greeting(tokenizer)
+    ids = tokenizer.encode(GREETING).astype(np.int64)
+    request = Request(prompt=GREETING, prompt_ids=ids, max_new_tokens=1)
     answer = first_answer(answerer, request, name=name)
-    ours = len(request.prompt_ids if request.prompt_ids is not None else ())
+    ours = len(ids)
     counted = answer.prompt_tokens or ours
     # A server that is sent text may begin it with a BOS.
     if not ours <= counted <= ours + (not answerer.sends_ids):
