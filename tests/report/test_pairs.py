@@ -21,10 +21,10 @@ from tests.report.test_page import words_of
 LENGTHS = (512, 1024)
 
 
-def needles(right: dict[int, set[int]], samples: int = 10) -> list[dict[str, Any]]:
+def needles(right: dict[int, set[int]], samples: int = 10, others: int = 0) -> list[dict[str, Any]]:
     """Return two depths of `samples` haystacks a length; at both depths those in `right` are answered right."""
     return [
-        sample_line(f"{n}-{d}-{s}", float(s in right[n]), length=n, depth=d, sample=s, num_distractors=0)
+        sample_line(f"{n}-{d}-{s}", float(s in right[n]), length=n, depth=d, sample=s, num_distractors=others)
         for n in LENGTHS
         for d in (0.0, 0.5)
         for s in range(samples)
@@ -35,16 +35,16 @@ BEFORE = {512: {0, 1, 2, 3, 4}, 1024: {0, 1}}
 AFTER = {512: {0, 1, 2, 3, 4, 5}, 1024: {0, 1, 2, 3, 4, 5, 6, 7, 8}}
 
 
-def write(run: Path, label: str, right: dict[int, set[int]], **params: Any) -> None:
+def write(run: Path, label: str, right: dict[int, set[int]], others: int = 0, **params: Any) -> None:
     head = header("needle", label, trained=1024)
     head["seed"] = params.pop("seed", 7)
     head["params"] |= params
-    write_records(run / f"records/needle-{label}.jsonl", head, needles(right))
+    write_records(run / f"records/needle-{label}.jsonl", head, needles(right, others=others))
 
 
-def changes_of(page: str) -> list[list[str]]:
-    """Return the rows of the first table of changes of a page."""
-    section = page[page.index('<section id="needle"') :]
+def changes_of(page: str, section_id: str = "needle") -> list[list[str]]:
+    """Return the rows of the first table of changes of a section."""
+    section = page[page.index(f'<section id="{section_id}"') :]
     table = section[section.rindex("<table", 0, section.index("change in points [95% interval]</span>")) :]
     return rows_of(f'<section id="x">{table}', "x")
 
@@ -76,13 +76,28 @@ def test_a_change_is_paired_by_question_and_clustered_by_haystack(tmp_path: Path
     assert f"({pooled[0]:.0%} to {pooled[1]:.0%} with samples on one text taken together)" in page
 
 
-def test_other_questions_are_not_paired_by_their_numbers(tmp_path: Path) -> None:
-    """Sample 3 of another seed is another question: a "paired" interval was that of chance pairs."""
-    write(tmp_path, "before", BEFORE)
-    write(tmp_path, "after", AFTER, seed=8)
-    row = changes_of(page_of(tmp_path))[1]
-    assert row[0] == "after \u2212 before (not comparable: seed differs)" and row[3].endswith("] unpaired")
-    assert "difference" not in summarise(tmp_path)["needle"]["after"]
+@pytest.mark.parametrize(
+    ("params", "differs"),
+    [({"seed": 8}, "seed"), ({"answer_begun": "The magic number of {key} is"}, "answer begun")],
+)
+@pytest.mark.parametrize("others", [0, 3])
+def test_other_questions_are_not_paired_by_their_numbers(
+    tmp_path: Path, params: dict[str, Any], differs: str, others: int
+) -> None:
+    """Sample 3 of another seed is another question: a "paired" interval was that of chance pairs.
+
+    Among other needles it stayed so: the header was looked for under the name of the section, not of the task.
+    """
+    write(tmp_path, "before", BEFORE, others=others)
+    write(tmp_path, "after", AFTER, others=others, **params)
+    row = changes_of(page_of(tmp_path), "needle_distractors" if others else "needle")[1]
+    assert row[0] == f"after \u2212 before (not comparable: {differs} differs)" and row[3].endswith(
+        "] unpaired"
+    )
+    found = summarise(tmp_path)
+    assert "difference" not in (
+        found["needle_distractors"]["after"]["3"] if others else found["needle"]["after"]
+    )
     assert same_questions(("thinking", "max new tokens", "scorer")) and not same_questions(("documents",))
 
 

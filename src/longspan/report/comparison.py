@@ -49,16 +49,22 @@ _NAMES = {
 }
 
 
-def differing(one: Sequence[RecordFile], two: Sequence[RecordFile]) -> tuple[str, ...]:
-    """Return the names of what differs between the evaluations of two labels, in the words of the options."""
-    first, second = _settings(one), _settings(two)
-    names = {
-        name
-        for name, part in first.keys() | second.keys()
-        if _values(first, (name, part)) != _values(second, (name, part))
-        and not (part and ((name, part) not in first or (name, part) not in second))
-    }
-    return tuple(sorted(_NAMES.get(name, name.replace("_", " ")) for name in names))
+def tasks_of(task: str) -> tuple[str, ...]:
+    """Return the tasks whose files hold the samples of a task: needles among others are in those of needle too."""
+    return ("needle", task) if task == "needle_distractors" else (task,)
+
+
+def differing(files: Sequence[RecordFile], task: str, one: str, two: str) -> tuple[str, ...]:
+    """Return the names of what differs between two labels in the headers of a task, in the words of the options.
+
+    Nothing does where a label has no header.
+    """
+    found: set[str] = set()
+    for each in tasks_of(task):
+        sides = ([file for file in files if (file.task, file.label) == (each, name)] for name in (one, two))
+        first, second = map(_settings, sides)
+        found |= _unlike(first, second) if first and second else set()
+    return tuple(sorted(_NAMES.get(name, name.replace("_", " ")) for name in found))
 
 
 def same_questions(differ: Iterable[str]) -> bool:
@@ -80,6 +86,15 @@ def differ_text(names: Sequence[str]) -> str:
 
 _Key = tuple[str, str]
 """Name of a setting, and the data set that it is for where there are several."""
+
+
+def _unlike(first: Mapping[_Key, set[str]], second: Mapping[_Key, set[str]]) -> set[str]:
+    return {
+        name
+        for name, part in first.keys() | second.keys()
+        if _values(first, (name, part)) != _values(second, (name, part))
+        and not (part and ((name, part) not in first or (name, part) not in second))
+    }
 
 
 def _settings(files: Iterable[RecordFile]) -> dict[_Key, set[str]]:

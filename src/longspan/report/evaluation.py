@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from longspan.report.charts import Mark
-from longspan.report.comparison import differing, listed, same_questions
+from longspan.report.comparison import differing, listed, same_questions, tasks_of
 from longspan.report.layouts import Layout
 from longspan.report.load import RecordFile
 from longspan.report.tables import Grid, Tables, tabulate
@@ -92,25 +92,24 @@ class Evaluation(Tables):
 
     def differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
         """Return what differs between the evaluations of two labels in a task, beside the model."""
-        if task == "needle_distractors":  # part of the files of task needle where these have distractors
-            tasks = {file.task for file in self.files} & {"needle", "needle_distractors"}
-            return tuple(sorted({name for each in tasks for name in self._differing(each, one, two)}))
-        return self._differing(task, one, two)
-
-    def _differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
-        found = set(_of_files(self.files, task, one, two))
-        grids = self.grids.get(task, {})
-        if one in grids and two in grids and (axis := self.layouts[task].rows) is not None:
-            # Depths and subtasks of a common length weigh alike only where both have them.
-            common = {n for n in grids[one].columns if n in grids[two].columns}
-            rows = ({(row, n) for row, n in grids[label].cells if n in common} for label in (one, two))
-            shared = axis.removeprefix("num_").replace("_", " ").removesuffix("s") + "s"
-            found |= {shared} if len({frozenset(each) for each in rows}) > 1 else set()
+        found = set(differing(self.files, task, one, two))
+        for each in tasks_of(task):
+            found |= self._unshared_rows(each, one, two)
         return tuple(sorted(found))
+
+    def _unshared_rows(self, task: str, one: str, two: str) -> set[str]:
+        """Return the name of the rows of a common length that one of two labels lacks: they would not weigh alike."""
+        grids = self.grids.get(task, {})
+        if one not in grids or two not in grids or (axis := self.layouts[task].rows) is None:
+            return set()
+        common = {n for n in grids[one].columns if n in grids[two].columns}
+        rows = ({(row, n) for row, n in grids[label].cells if n in common} for label in (one, two))
+        shared = axis.removeprefix("num_").replace("_", " ").removesuffix("s") + "s"
+        return {shared} if len({frozenset(each) for each in rows}) > 1 else set()
 
     def same_questions(self, task: str, one: str, two: str) -> bool:
         """Return whether two labels were asked the same, so that their answers are paired."""
-        return same_questions(_of_files(self.files, task, one, two))
+        return same_questions(differing(self.files, task, one, two))
 
     def compared(self, among: Mapping[str, object]) -> list[tuple[str, str]]:
         """Return the pairs (from, to) of labels whose change a reader asks for.
@@ -162,14 +161,6 @@ class Evaluation(Tables):
             for label, grid in self.grids.get(task, {}).items()
             if grid.columns and not label.startswith("ablate_")
         }
-
-
-def _of_files(files: Sequence[RecordFile], task: str, one: str, two: str) -> tuple[str, ...]:
-    """Return what differs in the headers of two labels."""
-    first, second = (
-        [file for file in files if file.task == task and file.label == name] for name in (one, two)
-    )
-    return differing(first, second) if first and second else ()
 
 
 def first_with_role(role: str, labels: Iterable[str]) -> str | None:

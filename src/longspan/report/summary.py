@@ -61,11 +61,12 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
             label: by_group(samples, "dataset", "subtask", "metric") for label, samples in by_label.items()
         }
         first = _base(sets)
+        paired = {label for label in sets if _are_paired(run, task, first, label)}
         scores[task] = {
             label: {
                 "/".join(part for part in key if part) or "all": {
                     **_tally_summary(tally_of(group)),
-                    **_change(run, task, (first, sets[first].get(key, ())), (label, group)),
+                    **(_change(first, sets[first].get(key, ()), group) if label in paired else {}),
                 }
                 for key, group in groups.items()
             }
@@ -94,29 +95,27 @@ def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
     }
 
 
-_Side = tuple[str, Sequence[ScoredSample]]
-"""A label and its samples."""
-
-
 def _base(labels: Mapping[str, Any]) -> str:
     """Return the label that others are compared with."""
     return first_with_role("before", labels) or next(iter(labels))
 
 
-def _change(run: LoadedRun, task: str, old: _Side, new: _Side) -> dict[str, Any]:
-    """Return how a label differs from another on the questions that both were asked, if there are such."""
-    found = None
-    if new[0] != old[0] and _same_questions(run, task, old[0], new[0]):
-        found = difference(old[1], new[1])
+def _are_paired(run: LoadedRun, task: str, one: str, two: str) -> bool:
+    return one != two and same_questions(differing(run.records, task, one, two))
+
+
+def _change(first: str, old: Sequence[ScoredSample], new: Sequence[ScoredSample]) -> dict[str, Any]:
+    """Return how samples differ from those of the label `first` on the same questions, if there are such."""
+    found = difference(old, new)
     return (
-        {"difference": {"from": old[0], **_listed_change(found)}} if found is not None and found.pairs else {}
+        {"difference": {"from": first, **_listed_change(found)}} if found is not None and found.pairs else {}
     )
 
 
 def _grid_changes(run: LoadedRun, task: str, grids: Mapping[str, Grid], label: str) -> dict[str, Any]:
     """Return `_change` over all columns, and column by column with p-values corrected for the number of columns."""
     first, grid = _base(grids), grids[label]
-    whole = _change(run, task, (first, grids[first].at()), (label, grid.at()))
+    whole = _change(first, grids[first].at(), grid.at()) if _are_paired(run, task, first, label) else {}
     if not whole:
         return {}
     changes = [difference(grids[first].at(column), grid.at(column)) for column in grid.columns]
@@ -131,11 +130,6 @@ def _grid_changes(run: LoadedRun, task: str, grids: Mapping[str, Grid], label: s
 def _listed_change(change: Difference) -> dict[str, Any]:
     values = {"value": change.value, "confidence": _listed(change.interval), "pairs": change.pairs}
     return {**values, "texts": change.texts or change.pairs, "p": change.p}
-
-
-def _same_questions(run: LoadedRun, task: str, one: str, two: str) -> bool:
-    first, second = ([f for f in run.records if (f.task, f.label) == (task, label)] for label in (one, two))
-    return same_questions(differing(first, second)) if first and second else True
 
 
 def _grid_summary(table: Grid) -> dict[str, Any]:
