@@ -8,17 +8,19 @@ several changes, those are strong whose p-value is below 5 % after Holm's correc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from longspan.core.intervals import holm
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import Layout, axis_words, value_text
 from longspan.report.samples import ScoredSample
-from longspan.report.tables import Difference, Grid, all_columns, difference
+from longspan.report.tables import Difference, Grid, PplChange, all_columns, difference
 from longspan.report.view import MISSING, Table, TableCell, points, short_name
 
+Change = TypeVar("Change", Difference, PplChange)
 CHANCE = 0.05
+_IN_POINTS = "change in points [95% interval]"
 _MOST_ACROSS = 8
 """Columns that changes with their intervals have room for; of more each is a row."""
 
@@ -64,12 +66,13 @@ def grid_changes(layout: Layout, grids: Mapping[str, Grid], pairs: Sequence[Pair
         difference(grids[pair.old].at(), grids[pair.new].at(), same_questions=pair.same_questions)
         for pair in pairs
     ]
-    totals = _corrected([[change] for change in whole])
+    totals = corrected_cells([[change] for change in whole], change_cell)
     rows: list[list[str | TableCell]] = [
-        [pair.name, *row, *total] for pair, row, total in zip(pairs, _corrected(cells), totals)
+        [pair.name, *row, *total]
+        for pair, row, total in zip(pairs, corrected_cells(cells, change_cell), totals)
     ]
     columns = ["change", *(value_text(layout.columns, place) for place in places), "all"]
-    table = _table(layout.heading, columns, rows)
+    table = changes_table(f"{layout.heading}: {_IN_POINTS}", columns, rows)
     return table.turned(axis_words(layout.columns)) if table and len(places) > _MOST_ACROSS else table
 
 
@@ -92,14 +95,16 @@ def set_changes(
         for name in names
     ]
     rows: list[list[str | TableCell]] = [
-        [" / ".join(filter(None, name)), *row] for name, row in zip(names, _corrected(cells))
+        [" / ".join(filter(None, name)), *row]
+        for name, row in zip(names, corrected_cells(cells, change_cell))
     ]
-    return _table(title, ["set", *(pair.name for pair in pairs)], rows)
+    return changes_table(f"{title}: {_IN_POINTS}", ["set", *(pair.name for pair in pairs)], rows)
 
 
-def _table(title: str, columns: list[str], rows: list[list[str | TableCell]]) -> Table | None:
+def changes_table(caption: str, columns: list[str], rows: list[list[str | TableCell]]) -> Table | None:
+    """Return the rows that hold a change; None without one."""
     shown = [row for row in rows if any(isinstance(cell, TableCell) and cell.text != MISSING for cell in row)]
-    return Table(f"{title}: change in points [95% interval]", columns, shown) if shown else None
+    return Table(caption, columns, shown) if shown else None
 
 
 def changes_words() -> str:
@@ -111,13 +116,13 @@ def changes_words() -> str:
     )
 
 
-def corrected_p(changes: Sequence[Difference | None]) -> list[float | None]:
+def corrected_p(changes: Sequence[Difference | PplChange | None]) -> list[float | None]:
     """Return the p-values of changes that are shown together, by Holm; None where one has none."""
     known = iter(holm([change.p for change in changes if change is not None and change.p is not None]))
     return [None if change is None or change.p is None else next(known) for change in changes]
 
 
-def emphasis(change: Difference, corrected: float | None) -> str:
+def emphasis(change: Difference | PplChange, corrected: float | None) -> str:
     """Return the class of a change: strong where it stands, muted where its interval holds zero."""
     low, high = change.interval or (0.0, 0.0)
     if low <= 0 <= high:
@@ -125,10 +130,12 @@ def emphasis(change: Difference, corrected: float | None) -> str:
     return "strong" if corrected is not None and corrected < CHANCE else ""
 
 
-def _corrected(changes: Sequence[Sequence[Difference | None]]) -> list[list[TableCell]]:
-    """Return the cells of changes that are shown together."""
+def corrected_cells(
+    changes: Sequence[Sequence[Change | None]], write: Callable[[Change | None, float | None], TableCell]
+) -> list[list[TableCell]]:
+    """Return the cells of changes that are shown together; `write` is given each with its corrected p-value."""
     values = iter(corrected_p([change for row in changes for change in row]))
-    return [[change_cell(change, next(values)) for change in row] for row in changes]
+    return [[write(change, next(values)) for change in row] for row in changes]
 
 
 def bracketed(value: str, low: str, high: str) -> str:

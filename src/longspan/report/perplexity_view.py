@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from longspan.core.intervals import holm
 from longspan.report.charts import Axis, LineChart, Series, length_axis, number_axis
 from longspan.report.comparison import differ_text, listed
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.layouts import length_text
-from longspan.report.pairs_view import CHANCE, bracketed, pairs_of
+from longspan.report.pairs_view import bracketed, changes_table, corrected_cells, emphasis, pairs_of
 from longspan.report.palette import line_index
 from longspan.report.tables import PplChange, PplTable, Sums, bits_per_byte, perplexity, perplexity_change
 from longspan.report.view import (
@@ -158,25 +157,20 @@ def _changes(ev: Evaluation, labels: Sequence[str]) -> Table | None:
     lengths = sorted({length for label in labels for length in ev.ppl[label].by_length})
     pairs = pairs_of(ev, "ppl", {label: ev.ppl[label] for label in labels})
     found = [[perplexity_change(ev.ppl[p.old], ev.ppl[p.new], n) for n in lengths] for p in pairs]
-    known = iter(holm([change.p for row in found for change in row if change is not None]))
     rows: list[list[str | TableCell]] = [
-        [pair.name, *(_change_cell(change, None if change is None else next(known)) for change in row)]
-        for pair, row in zip(pairs, found)
-        if any(change is not None for change in row)
+        [pair.name, *cells] for pair, cells in zip(pairs, corrected_cells(found, _change_cell))
     ]
     columns = ["change", *map(length_text, lengths)]
-    return (
-        Table("Perplexity: relative change by window length [95% interval]", columns, rows) if rows else None
-    )
+    return changes_table("Perplexity: relative change by window length [95% interval]", columns, rows)
 
 
 def _change_cell(change: PplChange | None, corrected: float | None) -> TableCell:
     if change is None or corrected is None:
         return TableCell(MISSING, "num muted")
     low, high = change.interval
-    kind = "muted" if low <= 0 <= high else "strong" if corrected < CHANCE else ""
     words = f"{change.windows:,} windows, p = {change.p:.2g}, corrected {corrected:.2g}"
-    return TableCell(bracketed(share(change.value), share(low), share(high)), f"num change {kind}", words)
+    text = bracketed(*map(share, (change.value, low, high)))
+    return TableCell(text, f"num change {emphasis(change, corrected)}", words)
 
 
 def _ppl_series(
