@@ -12,7 +12,6 @@ from longspan.report.effective import effective_note
 from longspan.report.evaluation import Evaluation
 from longspan.report.headline import effective_grids
 from longspan.report.layouts import Layout
-from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import (
     Grid,
     PplTable,
@@ -129,7 +128,7 @@ def _effective_csv(ev: Evaluation) -> str:
 
 def _delta_csv(ev: Evaluation) -> str:
     rows: list[list[Any]] = []
-    for row in dataset_differences(ev):
+    for row in ev.dataset_differences:
         for subtask, change in {"": row.difference, **row.subtasks}.items():
             low, high = change.interval or ("", "")
             names = [row.dataset, subtask, row.metric, row.label, row.baseline]

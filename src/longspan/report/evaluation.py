@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 from longspan.report.charts import Mark
 from longspan.report.comparison import differing, listed, same_questions, tasks_of
 from longspan.report.layouts import Layout
 from longspan.report.load import RecordFile
-from longspan.report.tables import Grid, Tables, tabulate
+from longspan.report.tables import Difference, Grid, Tables, by_group, difference, tabulate
 from longspan.report.view import order_of, role_of, short_name
 
 MOST_MARKS = 3
+
+
+class DatasetDifference(NamedTuple):
+    """What changed on one benchmark between a label and what it is compared with."""
+
+    dataset: str
+    metric: str
+    label: str
+    baseline: str
+    difference: Difference
+    subtasks: Mapping[str, Difference]
+    tokens: int | None
+    """Median length of the prompts, where recorded."""
+    differ: tuple[str, ...] = ()
+    """What differs between the two evaluations beside the model."""
 
 
 @dataclass
@@ -125,6 +143,34 @@ class Evaluation(Tables):
             if baseline is not None and role_of(baseline) != role_of(label):
                 pairs.append((baseline, label))
         return pairs
+
+    @cached_property
+    def dataset_differences(self) -> list[DatasetDifference]:
+        """The change of every benchmark of the harness that a label and its baseline both have."""
+        by_label = self.scores.get("harness", {})
+        rows = []
+        for baseline, label in self.compared(by_label):
+            samples, same = by_label[label], self.same_questions("harness", label, baseline)
+            differ = self.differing("harness", label, baseline)
+            old = by_group(by_label[baseline], "dataset", "metric")
+            for key, group in by_group(samples, "dataset", "metric").items():
+                whole = difference(old.get(key, []), group, same_questions=same)
+                if whole is None:
+                    continue
+                parts, old_parts = by_group(group, "subtask"), by_group(old[key], "subtask")
+                subtasks = {
+                    name[0]: part
+                    for name in parts
+                    if name[0]
+                    and name in old_parts
+                    and (part := difference(old_parts[name], parts[name], same_questions=same))
+                }
+                tokens = [s.prompt_tokens for s in group if s.prompt_tokens]
+                median = statistics.median_low(tokens) if tokens else None
+                rows.append(
+                    DatasetDifference(key[0], key[1], label, baseline, whole, subtasks, median, differ)
+                )
+        return sorted(rows, key=lambda row: (row.dataset, row.metric))
 
     def _model(self, label: str) -> str | None:
         return next((file.model for file in self.files if file.label == label), None)

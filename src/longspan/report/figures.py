@@ -19,12 +19,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from longspan.core.files import atomic_write
 from longspan.core.log import get_logger
 from longspan.report.charts import cut_name, cut_names
-from longspan.report.evaluation import Evaluation
+from longspan.report.evaluation import DatasetDifference, Evaluation
 from longspan.report.layouts import axis_words, length_text, value_text
 from longspan.report.load import LoadedRun
 from longspan.report.palette import DASHES, LINES, ink_on, line_index, sequential, step_of
 from longspan.report.perplexity_view import ppl_measure
-from longspan.report.scores_view import DatasetDifference, dataset_differences, row_names
+from longspan.report.scores_view import row_names
 from longspan.report.svg import AxisScale, thinned
 from longspan.report.tables import Grid, all_columns
 from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
@@ -53,7 +53,7 @@ def write_figures(runs: Sequence[LoadedRun], evaluation: Evaluation, folder: Pat
         figures |= {"needle_distractors_heatmaps": map_figure(hardest)} if hardest else {}
     if any(table.by_length for table in evaluation.ppl.values()):
         figures["perplexity"] = perplexity_figure(evaluation)
-    if differences := dataset_differences(evaluation):
+    if differences := evaluation.dataset_differences:
         figures["short_context"] = difference_figure(differences)
     for kind, draw in (("lengths", lengths_figure), ("loss", loss_figure)):
         having = [run for run in runs if (run.lengths if kind == "lengths" else run.metrics)]

@@ -10,7 +10,6 @@ from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.layouts import length_text
 from longspan.report.perplexity_view import common_reach, ppl_measure
-from longspan.report.scores_view import dataset_differences
 from longspan.report.tables import Difference, Grid, Tally, difference
 from longspan.report.view import (
     ARROW,
@@ -220,7 +219,7 @@ def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, s
 
 def _short_headline(ev: Evaluation, tiles: list[dict[str, str]]) -> None:
     """Add what the extension changed on MMLU, or on the first benchmark that has no such name."""
-    rows = [row for row in dataset_differences(ev) if role_of(row.label) == "after"]
+    rows = [row for row in ev.dataset_differences if role_of(row.label) == "after"]
     row = next((row for row in rows if "mmlu" in row.dataset.lower()), rows[0] if rows else None)
     if row is None:
         return

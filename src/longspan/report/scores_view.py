@@ -6,20 +6,19 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from markupsafe import Markup
 
 from longspan.report.benchmarks_view import benchmark_tables
 from longspan.report.charts import Forest, ForestRow
 from longspan.report.comparison import differ_text
-from longspan.report.evaluation import Evaluation
+from longspan.report.evaluation import DatasetDifference, Evaluation
 from longspan.report.layouts import by_value
 from longspan.report.pairs_view import changes_words, corrected_p, emphasis, pairs_of, set_changes
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import ScoredSample
-from longspan.report.tables import Difference, by_group, difference, tally_of
+from longspan.report.tables import Difference, by_group, tally_of
 from longspan.report.view import (
     LONG,
     MISSING,
@@ -138,47 +137,6 @@ def _score_cells(
     ]
 
 
-class DatasetDifference(NamedTuple):
-    """What changed on one benchmark between a label and what it is compared with."""
-
-    dataset: str
-    metric: str
-    label: str
-    baseline: str
-    difference: Difference
-    subtasks: Mapping[str, Difference]
-    tokens: int | None
-    """Median length of the prompts, where recorded."""
-    differ: tuple[str, ...] = ()
-    """What differs between the two evaluations beside the model."""
-
-
-def dataset_differences(ev: Evaluation) -> list[DatasetDifference]:
-    """Return the change of every benchmark of the harness that a label and its baseline both have."""
-    by_label = ev.scores.get("harness", {})
-    rows = []
-    for baseline, label in ev.compared(by_label):
-        samples, same = by_label[label], ev.same_questions("harness", label, baseline)
-        old = by_group(by_label[baseline], "dataset", "metric")
-        for key, group in by_group(samples, "dataset", "metric").items():
-            whole = difference(old.get(key, []), group, same_questions=same)
-            if whole is None:
-                continue
-            parts, old_parts = by_group(group, "subtask"), by_group(old[key], "subtask")
-            subtasks = {
-                name[0]: part
-                for name in parts
-                if name[0]
-                and name in old_parts
-                and (part := difference(old_parts[name], parts[name], same_questions=same))
-            }
-            tokens = [s.prompt_tokens for s in group if s.prompt_tokens]
-            median = statistics.median_low(tokens) if tokens else None
-            differ = ev.differing("harness", label, baseline)
-            rows.append(DatasetDifference(key[0], key[1], label, baseline, whole, subtasks, median, differ))
-    return sorted(rows, key=lambda row: (row.dataset, row.metric))
-
-
 def _compared(row: DatasetDifference) -> str:
     names = f"{short_name(row.label)} \u2212 {short_name(row.baseline)}"
     return names + (f" ({differ_text(row.differ)})" if row.differ else "")
@@ -187,7 +145,7 @@ def _compared(row: DatasetDifference) -> str:
 def delta_section(ev: Evaluation) -> Section:
     """Return what the extension changed on benchmarks, short ones such as MMLU above all."""
     section = Section("short_context", "Benchmarks before and after", "delta", "Before and after")
-    rows = dataset_differences(ev)
+    rows = ev.dataset_differences
     if not rows:
         return section
     section.intro = f"Change of the score in percentage points with its 95% interval. {changes_words()}"
