@@ -22,7 +22,8 @@ from longspan.report.headline import effective_grids
 from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.maps_view import rope_words
-from longspan.report.tables import Grid, Tally, bits_per_byte, by_group, perplexity, tally_of
+from longspan.report.ppl_tables import bits_per_byte, perplexity
+from longspan.report.tables import Grid, Tally, by_group, tally_of
 from longspan.report.view import MISSING, decimal, interval_text, merge_records, percent, unscored_text
 
 LOADING = """## How to load it

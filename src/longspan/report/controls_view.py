@@ -8,7 +8,8 @@ from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import length_text
 from longspan.report.pairs_view import change_cell
 from longspan.report.perplexity_view import ppl_measure
-from longspan.report.tables import Grid, PplTable, all_columns, difference
+from longspan.report.ppl_tables import PplTable
+from longspan.report.tables import Grid, all_columns, difference
 from longspan.report.view import MISSING, Section, Table, TableCell, decimal, heat_cell, percent, short_name
 
 

@@ -12,16 +12,8 @@ from longspan.report.effective import effective_note
 from longspan.report.evaluation import Evaluation
 from longspan.report.headline import effective_grids
 from longspan.report.layouts import Layout
-from longspan.report.tables import (
-    Grid,
-    PplTable,
-    Tally,
-    bits_per_byte,
-    by_group,
-    perplexity,
-    ruler_effective,
-    tally_of,
-)
+from longspan.report.ppl_tables import PplTable, bits_per_byte, perplexity
+from longspan.report.tables import Grid, Tally, by_group, ruler_effective, tally_of
 
 _CHANGE = re.compile(r"[+-]\d[\d.,]*%?( (to|\u00b1) [+-]?\d[\d.,]*%?| \[[^\]a-z|=@]+\])?( noise| unpaired)?")
 _COUNTS = ["mean", "low95", "high95", "scored", "unscored", "no_answer"]

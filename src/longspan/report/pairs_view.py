@@ -14,8 +14,9 @@ from longspan.core.intervals import holm
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import Layout, axis_words, value_text
+from longspan.report.ppl_tables import PplChange
 from longspan.report.samples import ScoredSample
-from longspan.report.tables import Difference, Grid, PplChange, all_columns, difference
+from longspan.report.tables import Difference, Grid, all_columns, difference
 from longspan.report.view import MISSING, Table, TableCell, points, short_name
 
 Change = TypeVar("Change", Difference, PplChange)

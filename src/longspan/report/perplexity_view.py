@@ -12,7 +12,7 @@ from longspan.report.evaluation import Evaluation, first_with_role, trained_mark
 from longspan.report.layouts import length_text
 from longspan.report.pairs_view import bracketed, changes_table, corrected_cells, emphasis, pairs_of
 from longspan.report.palette import line_index
-from longspan.report.tables import PplChange, PplTable, Sums, bits_per_byte, perplexity, perplexity_change
+from longspan.report.ppl_tables import PplChange, PplTable, Sums, bits_per_byte, perplexity, perplexity_change
 from longspan.report.view import (
     ARROW,
     MISSING,

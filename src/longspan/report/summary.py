@@ -10,19 +10,9 @@ from longspan.report.comparison import differing, same_questions
 from longspan.report.evaluation import first_with_role
 from longspan.report.load import LoadedRun, load_run
 from longspan.report.pairs_view import corrected_p
+from longspan.report.ppl_tables import PplTable, bits_per_byte, perplexity
 from longspan.report.samples import ScoredSample
-from longspan.report.tables import (
-    Difference,
-    Grid,
-    PplTable,
-    Tally,
-    bits_per_byte,
-    by_group,
-    difference,
-    perplexity,
-    tabulate,
-    tally_of,
-)
+from longspan.report.tables import Difference, Grid, Tally, by_group, difference, tabulate, tally_of
 
 
 def summarise(run: str | Path | LoadedRun) -> dict[str, Any]:
