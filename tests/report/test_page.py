@@ -255,6 +255,8 @@ def test_arguments_are_checked(finished_run: Path, tmp_path: Path) -> None:
         write_report([], tmp_path / "report.html")
     with pytest.raises(ArgumentError, match="one HTML file"):
         write_report([finished_run], tmp_path)
+    with pytest.raises(ArgumentError, match=r"to mend it: --out \S*/page.html"):
+        write_report([finished_run], tmp_path / "page.txt")
 
 
 def words_of(page: str) -> str:

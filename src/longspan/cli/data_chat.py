@@ -53,9 +53,9 @@ def chat(
     from longspan.data.tokenizer import load_tokenizer
 
     if page is not None:
-        from longspan.report.chat_page import page_file, write_chat_page
+        from longspan.report.chat_page import chat_page_file, write_chat_page
 
-        page_file(page)
+        chat_page_file(page)
     if tokenizer is None and (chat_template is not None or settings != ChatConfig()):
         raise ArgumentError("a chat template needs a tokenizer", fix="give --tokenizer")
     reader = None if tokenizer is None else load_tokenizer(tokenizer)

@@ -8,12 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from longspan.core.errors import ArgumentError
 from longspan.core.files import atomic_write
 from longspan.report.charts import Axis, LengthHistogram, Shares
-from longspan.report.html import asset, template
+from longspan.report.html import page_file, styles, template
 from longspan.report.layouts import length_text
-from longspan.report.palette import theme_css
 
 PANEL_WIDTH = 318
 _FEWEST_TICKS = 2
@@ -25,7 +23,7 @@ def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping
     Raises:
         ArgumentError: `out` is not an .html file name.
     """
-    out = page_file(out)
+    out = chat_page_file(out)
     unit = contents["unit"]
     text = template("chat.html.j2").render(
         inputs=[str(each) for each in inputs],
@@ -38,19 +36,15 @@ def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping
         notes=list(contents["notes"].items()),
         faults=[(why, count, contents["examples"].get(why, "")) for why, count in contents["faults"].items()],
         shown=[each._asdict() for each in contents["shown"]],
-        css=Markup(theme_css() + "\n" + asset("report.css")),
+        css=styles(),
     )
     with atomic_write(out, "w") as file:
         file.write(text)
 
 
-def page_file(out: str | Path) -> Path:
+def chat_page_file(out: str | Path) -> Path:
     """Return the name of a page. Raises ArgumentError where it is none: before conversations are read for it."""
-    out = Path(out)
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        fix = f"--page {out / 'chats.html' if out.is_dir() else out.with_suffix('.html')}"
-        raise ArgumentError("the page is one HTML file", found=out, fix=fix)
-    return out
+    return page_file(out, what="page", option="--page", usual="chats.html")
 
 
 def _tiles(contents: Mapping[str, Any]) -> list[tuple[str, str, str]]:

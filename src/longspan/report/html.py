@@ -72,12 +72,10 @@ def write_report(
             grouped does not say how it was trained.
         DataError: a run folder is missing, holds nothing to report, or has a malformed record.
     """
-    out = Path(out)
     runs = [runs] if isinstance(runs, str | Path) else runs
     if not runs:
         raise ArgumentError("a report needs at least one run folder")
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
-        raise ArgumentError("the report is one HTML file", found=out, fix=f"--out {out / 'report.html'}")
+    out = page_file(out, what="report", option="--out", usual="report.html")
     loaded = load_runs(runs)
     groups = group_runs(loaded) if group else []
     page = _compose(loaded, groups)
@@ -163,8 +161,8 @@ def _written(page: _Page, title: str | None) -> str:
         changes_words=changes_words(),
         long_name=LONG_NAME,
         most_links=_MOST_LINKS,
-        css=Markup(theme_css() + "\n" + asset("report.css")),
-        script=Markup(asset("report.js")),
+        css=styles(),
+        script=Markup(_asset("report.js")),
         samples=_json(page.data.to_json()),
     )
 
@@ -229,8 +227,21 @@ def template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def asset(name: str) -> str:
-    """Return the text of a style sheet or a script of the pages."""
+def styles() -> Markup:
+    """Return the style sheet of the pages."""
+    return Markup(theme_css() + "\n" + _asset("report.css"))
+
+
+def page_file(out: str | Path, *, what: str, option: str, usual: str) -> Path:
+    """Return the name of a page. Raises ArgumentError where it is none: before anything is read for it."""
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
+        fix = f"{option} {out / usual if out.is_dir() else out.with_suffix('.html')}"
+        raise ArgumentError(f"the {what} is one HTML file", found=out, fix=fix)
+    return out
+
+
+def _asset(name: str) -> str:
     return (files("longspan.report") / "templates" / name).read_text(encoding="utf-8")
 
 
