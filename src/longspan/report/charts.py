@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from longspan.report.layouts import axis_words, length_text, value_text, value_words
@@ -379,6 +379,21 @@ class LengthHistogram:
                 min(x(value), width - right - 8), height - 8, texts[value], cls="tick", text_anchor="middle"
             )
         return canvas.render(self.label)
+
+
+def length_panels(
+    groups: Mapping[str, Sequence[Shares]], title: str, axis_name: str
+) -> dict[str, LengthHistogram]:
+    """Return a histogram for each group, all on the same axes: they end where nothing is held."""
+    every = [one for group in groups.values() for one in group]
+    held = [
+        (one.edges[n], one.edges[n + 1]) for one in every for n, share in enumerate(one.shares) if share > 0
+    ]
+    low, high = max(min((lo for lo, _ in held), default=1), 1), max((hi for _, hi in held), default=2)
+    ticks = [(float(2**n), length_text(2**n)) for n in range(40) if low <= 2**n <= high]
+    axis = Axis(low, max(high, low * 2), ticks, axis_name, log=True)
+    top = max((share for one in every for share in one.shares), default=1.0) * 1.08
+    return {name: LengthHistogram(f"{title}, {name}", group, axis, top) for name, group in groups.items()}
 
 
 @dataclass(frozen=True)

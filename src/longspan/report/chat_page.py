@@ -9,12 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from longspan.core.files import atomic_write
-from longspan.report.charts import Axis, LengthHistogram, Shares
+from longspan.report.charts import Shares, length_panels
 from longspan.report.html import page_file, styles, template
-from longspan.report.layouts import length_text
 
 PANEL_WIDTH = 318
-_FEWEST_TICKS = 2
 
 
 def write_chat_page(out: str | Path, inputs: Sequence[object], contents: Mapping[str, Any]) -> None:
@@ -72,25 +70,10 @@ def _length_rows(contents: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def _panels(histograms: Mapping[str, Mapping[str, Sequence[int]]], unit: str) -> list[tuple[str, Markup]]:
     """Return a drawing of each distribution, all on one axis."""
-    shares = {}
-    for name, histogram in histograms.items():
-        whole = sum(histogram["counts"])
-        if whole:
-            shares[name] = Shares(
-                name, 1, histogram["edges"], [count / whole for count in histogram["counts"]]
-            )
-    held = [
-        (one.edges[n], one.edges[n + 1])
-        for one in shares.values()
-        for n, share in enumerate(one.shares)
-        if share
-    ]
-    low, high = min((lo for lo, _ in held), default=1), max((hi for _, hi in held), default=2)
-    powers = [2**n for n in range(40) if low <= 2**n <= high]
-    assert len(powers) >= _FEWEST_TICKS, "edges are powers of two"
-    axis = Axis(low, high, [(float(v), length_text(v)) for v in powers], f"length in {unit}", log=True)
-    top = max((share for one in shares.values() for share in one.shares), default=1.0) * 1.08
-    return [
-        (name, Markup(LengthHistogram(f"Lengths in {unit}, {name}", [one], axis, top).draw(PANEL_WIDTH)))
-        for name, one in shares.items()
-    ]
+    shares = {
+        name: [Shares(name, 1, histogram["edges"], [count / whole for count in histogram["counts"]])]
+        for name, histogram in histograms.items()
+        if (whole := sum(histogram["counts"]))
+    }
+    panels = length_panels(shares, f"Lengths in {unit}", f"length in {unit}")
+    return [(name, Markup(panel.draw(PANEL_WIDTH))) for name, panel in panels.items()]

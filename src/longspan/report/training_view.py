@@ -10,7 +10,16 @@ import numpy as np
 from markupsafe import Markup
 
 from longspan.core.units import format_count
-from longspan.report.charts import Axis, LengthHistogram, LineChart, Mark, Series, Shares, number_axis
+from longspan.report.charts import (
+    Axis,
+    LengthHistogram,
+    LineChart,
+    Mark,
+    Series,
+    Shares,
+    length_panels,
+    number_axis,
+)
 from longspan.report.layouts import length_text
 from longspan.report.load import LoadedRun
 from longspan.report.svg import linear_ticks
@@ -67,12 +76,12 @@ def _lengths_view(run: LoadedRun, name: str) -> dict[str, Any]:
         "name": name,
         "legend": [(str(s["title"]), f"c{n}") for n, s in enumerate(summaries)],
         "columns": columns,
-        "panels": [{"name": title, "svg": Markup(panel.draw(width))} for title, panel in panels],
+        "panels": [{"name": title, "svg": Markup(panel.draw(width))} for title, panel in panels.items()],
         "table": _lengths_table(summaries),
     }
 
 
-def _length_panels(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, LengthHistogram]]:
+def _length_panels(summaries: Sequence[dict[str, Any]]) -> dict[str, LengthHistogram]:
     names = sorted({source for summary in summaries for source in summary["sources"]})
     groups: dict[str, list[Shares]] = {}
     for source in names:
@@ -85,27 +94,7 @@ def _length_panels(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, Lengt
     total = [_total_shares(summary, number) for number, summary in enumerate(summaries)]
     if len(names) > 1 and all(total):
         groups = {"all sources": [shares for shares in total if shares], **groups}
-    edges = [
-        edge
-        for group in groups.values()
-        for s in group
-        for n, edge in enumerate(s.edges)
-        if any(share > 0 for share in s.shares[max(n - 1, 0) : n + 1])
-    ]
-    lo, hi = max(min(edges, default=1), 1), max(edges, default=2)
-    powers = [2**n for n in range(40) if lo <= 2**n <= hi]
-    axis = Axis(
-        lo,
-        max(hi, lo * 2),
-        [(float(v), length_text(v)) for v in powers],
-        "document length in tokens",
-        log=True,
-    )
-    top = max((share for group in groups.values() for s in group for share in s.shares), default=1.0) * 1.08
-    return [
-        (name, LengthHistogram(f"Token share by document length, {name}", group, axis, top))
-        for name, group in groups.items()
-    ]
+    return length_panels(groups, "Token share by document length", "document length in tokens")
 
 
 def _shares(name: str, color: int, edges: Sequence[float], tokens: Sequence[float]) -> Shares:
