@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -137,7 +137,7 @@ def value_of(option: str, info: FieldInfo, given: Any) -> Any:
     if _are_numbers(info):
         numbers: dict[str, Any] = {}
         for text in given:
-            if _is_file(text) or text.lstrip().startswith("{"):
+            if os.path.isfile(text) or text.lstrip().startswith("{"):
                 numbers |= _value_of_mapping(option, text)
                 continue
             # The last "=" separates: a name is free text.
@@ -174,20 +174,13 @@ def _value_of_mapping(option: str, given: str) -> Any:
     """Read a file, YAML, or `a=1,b.c=2`."""
     from longspan.core.config import apply_overrides, parse_yaml, read_yaml
 
-    if _is_file(given):
+    if os.path.isfile(given):  # False of a text longer than a name may be, as lists of factors are
         return read_yaml(given)
     if given.startswith(("http://", "https://")):
         return given
     if re.match(r"[\w.]+=", given):
         return apply_overrides({}, given.split(","))
     return parse_yaml(given, where=option)
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except OSError:  # longer than a name may be, as lists of factors are
-        return False
 
 
 def _are_numbers(info: FieldInfo) -> bool:
