@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from longspan.data.plans.packing import KIND, PackPlan, plan_packing, plan_split
 from longspan.data.plans.store_packing import Settled, StorePackConfig
 from longspan.data.store import TokenStore
 from longspan.data.store.lengths import LengthTable
-from longspan.steps.stores import check_lengths, lengths_of, one_or_more, special_ids, stores_of
+from longspan.steps.stores import check_lengths, one_or_more, open_alike, special_ids, stores_of
 
 __all__ = ["pack_rows"]
 
@@ -53,19 +54,15 @@ def pack_rows(
     """
     given = {} if config is None else config.to_dict()
     config = StorePackConfig.from_dict({**given, **settings}, where="the packing")
-    table, paths, documents = _documents(one_or_more(inputs), seed)
-    settled = config.settle(
-        [TokenStore(path) for path in paths],
-        length=parse_length(length),
-        where="the plan",
-        ids=special_ids(paths[0]),
-    )
+    stores, table, documents = _documents(one_or_more(inputs), seed)
+    settled = config.settle(stores, length=parse_length(length), where="the plan", ids=special_ids(stores[0]))
     spec, documents = settled.pack, _whole(table, documents, settled)
     if spec.split_lengths:
         split = plan_split(spec, table, documents, seed)
         plans = {Path(out, f"{piece}-{spec.length}"): plan for piece, plan in split.items()}
     else:
         plans = {Path(out): plan_packing(spec, table, documents, seed)}
+    paths = [os.path.abspath(store.path) for store in stores]
     for place, plan in plans.items():
         if shared:
             _save_once(plan, place, paths)
@@ -74,8 +71,8 @@ def pack_rows(
     return plans
 
 
-def _documents(inputs: list[str], seed: int) -> tuple[LengthTable, list[str], np.ndarray]:
-    """Return the length table, the stores behind it, and which documents are placed."""
+def _documents(inputs: list[str], seed: int) -> tuple[list[TokenStore], LengthTable, np.ndarray]:
+    """Return the stores, their length table, and which documents are placed."""
     if any(folder_kind(each) == mixture.KIND for each in inputs):
         if len(inputs) > 1:
             raise ArgumentError(
@@ -84,11 +81,13 @@ def _documents(inputs: list[str], seed: int) -> tuple[LengthTable, list[str], np
                 fix="mix all stores into one plan",
             )
         plan, place = MixturePlan.load(inputs[0]), Path(inputs[0])
-        table, paths = lengths_of(stores_of(plan.stores, place))
+        stores = open_alike(stores_of(plan.stores, place))
+        table = LengthTable.concatenate([store.lengths for store in stores])
         check_lengths(table, plan.lengths_fingerprint, place)
-        return table, paths, np.asarray(plan.documents)
-    table, paths = lengths_of(inputs)
-    return table, paths, plan_mixture(MixtureConfig.from_dict({"mode": "none"}), table, seed).documents
+        return stores, table, np.asarray(plan.documents)
+    stores = open_alike(inputs)
+    table = LengthTable.concatenate([store.lengths for store in stores])
+    return stores, table, plan_mixture(MixtureConfig.from_dict({"mode": "none"}), table, seed).documents
 
 
 def _whole(table: LengthTable, documents: np.ndarray, settled: Settled) -> np.ndarray:

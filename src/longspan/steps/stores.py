@@ -43,9 +43,9 @@ def check_lengths(table: LengthTable, fingerprint: str, plan: Path) -> None:
         raise DataError(f"the stores have changed since the plan {plan} was made", fix="plan again")
 
 
-def special_ids(store: str | Path) -> dict[str, int | None]:
+def special_ids(store: TokenStore) -> dict[str, int | None]:
     """Return the ids that frame and pad documents; padding weighs nothing, so any id will do for it."""
-    known = TokenStore(store).manifest.tokenizer
+    known = store.manifest.tokenizer
     pad = next((known[name] for name in ("pad_id", "eos_id") if known[name] is not None), 0)
     return {"bos_id": known["bos_id"], "eos_id": known["eos_id"], "pad_id": pad}
 
