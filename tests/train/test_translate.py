@@ -304,6 +304,16 @@ def test_data_sets_of_llama_factory_are_looked_up(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["corpus.txt", "corpus.md", "corpus.txt.gz"])
+def test_plain_texts_are_tokenized_first(name, tmp_path):
+    """A stream reads JSON lines: as `records`, a plain text was given up at the first step of the data."""
+    values = {**LEAST["axolotl"], "datasets": [{"path": name, "type": "completion"}]}
+    made = translate(written(tmp_path, values), tool="axolotl")
+    (stream,) = made.recipe["stages"][0]["streams"].values()
+    assert stream["store"] == [f"stores/{name}"] and "records" not in stream
+    assert made.before == [f"longspan data tokenize {name} --tokenizer m --out stores/{name}"]
+
+
 def test_a_deepspeed_file_is_read_where_it_is_at_hand(tmp_path):
     zero = {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},

@@ -13,7 +13,9 @@ from longspan.train.translate.meanings import MEANINGS, Found
 
 __all__ = ["Streams", "put_data"]
 
-_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".md")
+_RECORDS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+_TEXTS = (".txt", ".md")
+"""Of files that are one text each, which no stream reads as `records`."""
 _BUILDERS = ("json", "csv", "text", "parquet", "arrow")
 """What `load_dataset` takes in place of a name, with files."""
 _KNOWN_FIELDS = (None, "messages", "conversations", "trajectory", "text")
@@ -406,7 +408,7 @@ def _origin(draft: RecipeDraft, data: _Dataset, rules: _Rules) -> tuple[str, lis
             f"{source}: questions and answers have to be written as conversations, to {written}: {PAIRS}"
         )
         return "records", [written + limit]
-    if files and all(map(_is_file, files)) and data.field in _KNOWN_FIELDS:
+    if files and all(_is_file(each, _RECORDS) for each in files) and data.field in _KNOWN_FIELDS:
         return "records", [each + limit for each in files]
     where = _address(draft, data, files)
     options = (
@@ -432,9 +434,9 @@ def _origin(draft: RecipeDraft, data: _Dataset, rules: _Rules) -> tuple[str, lis
     return "store", [store]
 
 
-def _is_file(path: str) -> bool:
+def _is_file(path: str, endings: tuple[str, ...] = _RECORDS + _TEXTS) -> bool:
     name = path.lower().removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
-    return name.endswith(_FILES) and "://" not in path and "*" not in path
+    return name.endswith(endings) and "://" not in path and "*" not in path
 
 
 def _address(draft: RecipeDraft, data: _Dataset, files: list[str]) -> str:
