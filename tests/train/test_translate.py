@@ -204,6 +204,12 @@ def test_files_that_cannot_be_read_and_tools_that_are_none(tmp_path):
         ("ms-swift", {"rlhf_type": "dpo"}, "not on preferences"),
         ("torchtune", {"teacher_model": {"_component_": "x"}}, "longspan annotate"),
         ("trl", {"warmup_ratio": 3}, "share of the run"),
+        ("trl", {"warmup_steps": math.inf}, "warmup_steps is no number"),
+        ("trl", {"save_steps": math.inf}, "save_steps is no number"),
+        ("trl", {"lr_scheduler_kwargs": {"min_lr": "low"}}, "min_lr is no number"),
+        ("trl", {"lr_scheduler_kwargs": {"min_lr": 1e-6}, "learning_rate": 0}, "greater than 0"),
+        ("axolotl", {"dp_replicate_size": 0}, "dp_replicate_size is below 1"),
+        ("axolotl", {"dp_replicate_size": -1}, "dp_replicate_size is below 1"),
     ],
 )
 def test_what_cannot_be_right_is_refused(tool, change, part, tmp_path):

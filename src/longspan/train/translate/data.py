@@ -295,11 +295,8 @@ def _kind(draft: RecipeDraft, found: Found, meaning: str, usual: str) -> str:
 
 
 def _share(draft: RecipeDraft, value: Any) -> float:
-    try:
-        share = float(value)
-    except (TypeError, ValueError):
-        share = 0.0
-    if not 0 < share < float("inf"):
+    share = draft.meant.as_number(value, "a share of the data")
+    if share <= 0:
         raise ConfigError(f"{draft.meant.where}: a share of the data is a number above 0", found=repr(value))
     return share
 

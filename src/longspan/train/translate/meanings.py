@@ -6,6 +6,7 @@ note of what became of each key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -266,27 +267,32 @@ class Meant:
         for each in (found for meaning in meanings for found in self.found.get(meaning, [])):
             self.note(each, "without effect", why)
 
-    def number(self, meaning: str, place: str | None = None) -> float | None:
-        """Return a number. Raises ConfigError where it is none."""
+    def number(self, meaning: str, place: str | None = None, *, endless: bool = False) -> float | None:
+        """Return a number, with `endless` an infinite one too. Raises ConfigError where it is none."""
         value = self.take(meaning, place)
-        if value is None:
-            return None
+        return None if value is None else self.as_number(value, self._key(meaning), endless=endless)
+
+    def as_number(self, value: Any, name: str, *, endless: bool = False) -> float:
+        """Return a value as a number, as `number` does; `name`: what the error calls it."""
         try:
-            if isinstance(value, bool):
-                raise ValueError
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{self.where}: {self._key(meaning)} is no number", found=repr(value)) from None
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number) and not (endless and number == math.inf):
+            raise ConfigError(f"{self.where}: {name} is no number", found=repr(value)[:100])
         return number
 
     def whole(self, meaning: str, place: str | None = None) -> int | None:
         """Return a whole number. Raises ConfigError where it is none."""
         number = self.number(meaning, place)
-        if number is not None and (
-            number != number or number in (float("inf"), float("-inf")) or number != int(number)
-        ):
+        if number is not None and not number.is_integer():
             raise ConfigError(f"{self.where}: {self._key(meaning)} is no whole number", found=number)
         return None if number is None else int(number)
+
+    def steps(self, meaning: str, place: str | None = None) -> float | None:
+        """Return so many steps, or a share of a run's below 1. Raises ConfigError where it is neither."""
+        number = self.number(meaning, place)
+        return number if number is None or number < 1 else int(number)
 
     def count(self, meaning: str, place: str | None = None) -> int | None:
         """Return a whole number of at least 1. Raises ConfigError where it is none."""
@@ -306,16 +312,16 @@ class Meant:
             return value.lower() not in ("false", "no", "none", "0", "off")
         return None if value is None else bool(value)
 
-    def text(self, meaning: str, place: str | None = None) -> str | None:
+    def text(self, meaning: str) -> str | None:
         """Return a text. Raises ConfigError for lists and mappings."""
-        value = self.take(meaning, place)
+        value = self.take(meaning)
         if isinstance(value, (list, dict)):
             raise ConfigError(f"{self.where}: {self._key(meaning)} is not one text", found=repr(value)[:100])
         return None if value is None else str(value)
 
-    def texts(self, meaning: str, place: str | None = None) -> list[str]:
+    def texts(self, meaning: str) -> list[str]:
         """Return texts: a list, or one text with commas or spaces."""
-        value = self.take(meaning, place)
+        value = self.take(meaning)
         if value is None:
             return []
         if isinstance(value, (list, tuple)):

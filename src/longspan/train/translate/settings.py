@@ -193,7 +193,7 @@ def put_optimizer(draft: RecipeDraft) -> None:
     draft.put("optimizer", "betas", betas)
     draft.put("optimizer", "eps", meant.number("eps"))
     draft.put("optimizer", "weight_decay", meant.number("weight_decay"))
-    clip = meant.number("max_grad_norm")
+    clip = meant.number("max_grad_norm", endless=True)
     never = clip == 0 or (clip is None and "max_grad_norm" in meant.table.defaults)
     draft.put("optimizer", "max_grad_norm", math.inf if never else clip)
     loss = meant.number("aux_loss")
@@ -208,7 +208,7 @@ def put_parallel(draft: RecipeDraft) -> None:
     """
     meant = draft.meant
     ring, ulysses = meant.count("cp_ring") or 1, meant.count("cp_ulysses") or 1
-    shard, copies = meant.whole("dp_shard"), meant.whole("dp_replicate")
+    shard, copies = meant.whole("dp_shard"), meant.count("dp_replicate")
     shard = None if shard is not None and shard < 1 else shard
     known = draft.processes
     cp = ring * ulysses
@@ -239,7 +239,7 @@ def put_parallel(draft: RecipeDraft) -> None:
         draft.remarks.append(
             f"the file does not say how many GPUs it ran on: the batch is that of {draft.processes}; give --processes N"
         )
-    timeout = meant.number("timeout")
+    timeout = meant.number("timeout", endless=True)
     if timeout is not None and timeout > 86400:
         meant.leave(
             "timeout",
@@ -320,11 +320,11 @@ def put_machine(draft: RecipeDraft) -> None:
         draft.remarks.append("no seed: another is drawn for each run there, and it is 0 here")
     else:
         draft.recipe["seed"] = seed
-    every = meant.number("save_steps")
+    every = meant.steps("save_steps")
     if every is not None and 0 < every < 1:
         meant.leave("save_steps", "a share of the run there; set `checkpoint.every_steps`")
         every = None
-    draft.put("checkpoint", "every_steps", None if every is None or every < 1 else int(every))
+    draft.put("checkpoint", "every_steps", None if every is None or every < 1 else every)
     keep = meant.whole("keep")
     draft.put("checkpoint", "keep", None if keep is None or keep < 1 else keep)
 

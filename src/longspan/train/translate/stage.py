@@ -121,19 +121,20 @@ def _put_schedule(draft: RecipeDraft, rate: float) -> None:
     options = meant.take("lr_options")
     options = _mapping(draft, options) if options is not None else {}
     if "min_lr_rate" in options:
-        floor = float(options.pop("min_lr_rate"))
-    if "min_lr" in options:
-        floor = float(options.pop("min_lr")) / rate
+        floor = meant.as_number(options.pop("min_lr_rate"), "min_lr_rate")
+    if "min_lr" in options and rate:
+        floor = meant.as_number(options.pop("min_lr"), "min_lr") / rate
     steps = draft.stage.get("steps")
     if kind != "constant":
         if "num_decay_steps" in options and steps:
-            schedule["decay_fraction"] = min(1.0, float(options.pop("num_decay_steps")) / steps)
+            decay = meant.as_number(options.pop("num_decay_steps"), "num_decay_steps")
+            schedule["decay_fraction"] = min(1.0, decay / steps)
         schedule["floor"] = 0.0 if floor is None else floor
     elif floor is not None:
         meant.leave("lr_floor", "a constant rate does not fall")
     if options:
         meant.leave("lr_options", f"{', '.join(map(str, options))}: see `lr_schedule` for what there is")
-    warmup = meant.number("warmup_steps")
+    warmup = meant.steps("warmup_steps")
     if warmup is None:
         warmup = meant.number("warmup_ratio", "stages.0.lr_schedule.warmup_steps, as a share of the steps")
         if warmup is not None and not 0 <= warmup < 1:
@@ -145,7 +146,7 @@ def _put_schedule(draft: RecipeDraft, rate: float) -> None:
     if theirs == "constant" and warmup:
         meant.idle(["warmup_steps", "warmup_ratio"], "the schedule `constant` has no warm-up there")
     elif warmup:
-        schedule["warmup_steps"] = warmup if warmup < 1 else int(warmup)
+        schedule["warmup_steps"] = warmup
     draft.stage["lr_schedule"] = schedule
 
 
