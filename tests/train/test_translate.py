@@ -320,6 +320,22 @@ def test_plain_texts_are_tokenized_first(name, tmp_path):
     assert made.before == [f"longspan data tokenize {name} --tokenizer m --out stores/{name}"]
 
 
+@pytest.mark.parametrize(
+    "found", ["[]", "{", '{"d": null}', '{"d": "d.json"}', '{"d": {"columns": ["messages"]}}']
+)
+def test_lists_of_data_sets_that_are_none_are_no_traceback(found, tmp_path):
+    """An entry that is a name, or nothing, ended the command in the middle."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(found)
+    try:
+        made = translate(written(tmp_path, LEAST["llama-factory"]), tool="llama-factory")
+    except ConfigError as error:
+        assert "dataset_info.json" in str(error) and found in ("[]", "{")
+    else:
+        (stream,) = made.recipe["stages"][0]["streams"].values()
+        assert stream["records"] == ["data/d-messages.jsonl"]
+
+
 def test_a_deepspeed_file_is_read_where_it_is_at_hand(tmp_path):
     zero = {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},

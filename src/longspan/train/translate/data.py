@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from longspan.core.errors import ConfigError
 from longspan.train.translate.draft import RecipeDraft
 from longspan.train.translate.meanings import MEANINGS, Found
+from longspan.train.translate.sources import read_source
 
 __all__ = ["Streams", "put_data"]
 
@@ -330,13 +330,13 @@ def _registered(draft: RecipeDraft, folder: str, name: str, usual: str) -> _Data
     entry: dict[str, Any] = {}
     place = draft.at_hand(f"{folder}/dataset_info.json")
     if place is not None:
-        try:
-            entry = json.loads(place.read_text(encoding="utf-8")).get(name, {})
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{place} cannot be read", found=str(error)) from None
-        if not entry:
+        found = read_source(place, ()).values.get(name)
+        if isinstance(found, dict) and found:
+            entry = found
+        else:
             draft.remarks.append(f"{place} has no data set {name!r}")
-    columns = entry.get("columns") or {}
+    columns = entry.get("columns")
+    columns = columns if isinstance(columns, dict) else {}
     kind = (
         "texts" if usual == "texts" else "conversations" if entry.get("formatting") == "sharegpt" else "pairs"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
 
 from longspan.core.errors import ConfigError
 from longspan.train.translate.draft import RecipeDraft
+from longspan.train.translate.sources import read_source
 
 __all__ = ["put_machine", "put_model", "put_optimizer", "put_parallel", "put_tracking"]
 
@@ -279,10 +279,7 @@ def _zero(draft: RecipeDraft, value: Any) -> tuple[int, bool]:
     where = None if isinstance(value, dict) else draft.at_hand(str(value))
     config = value
     if where is not None and where.is_file():
-        try:
-            config = json.loads(where.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where} is no DeepSpeed config", found=str(error)) from None
+        config = read_source(where, ()).values
     if isinstance(config, dict):
         zero = config.get("zero_optimization") or {}
         zero = zero if isinstance(zero, dict) else {}
