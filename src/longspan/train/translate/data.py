@@ -387,9 +387,10 @@ def _add(
     label = Path(data.files[0] if data.files else data.path.rstrip("/")).name
     label = Path(label).stem if _is_file(label) else label
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "data"
-    name = base
+    name, number = base, len(streams)
     while name in streams:
-        name = f"{base}-{len(streams) + 1}"
+        number += 1
+        name = f"{base}-{number}"
     streams[name] = {origin: entries, **stream}
 
 
