@@ -276,6 +276,50 @@ def test_rope_by_name_takes_its_factor_from_the_models_own_length(tmp_path):
     assert next(note.kind for note in made.notes if note.key == "rope_scaling") == "without effect"
 
 
+LLAMA31 = {
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+}
+
+
+@pytest.mark.parametrize(
+    ("tool", "rope", "factor", "original"),
+    [
+        ("ms-swift", "yarn", 8.0, 8192),
+        ("axolotl", {"rope_type": "yarn", "factor": 2.0}, 2.0, 131072),
+    ],
+)
+@pytest.mark.parametrize("config", [LLAMA31, {"model_type": "mllama", "text_config": LLAMA31}])
+def test_a_rope_of_a_model_that_is_scaled_already(config, tool, rope, factor, original, tmp_path):
+    """By name, ms-swift counts from what the model's own scaling counts from; a mapping without `original_...` is left
+    to transformers, which counts from `max_position_embeddings`."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    names = {"ms-swift": ("model", "max_length"), "axolotl": ("base_model", "sequence_len")}
+    values = {**LEAST[tool], **dict(zip(names[tool], ("base", 65536))), "rope_scaling": rope}
+    made = translate(written(tmp_path, values), tool=tool)
+    found = made.recipe["stages"][0]["rope"]
+    assert (found["factor"], found["original_max_position_embeddings"]) == (factor, original)
+
+
+def test_the_length_of_a_row_may_be_the_models(tmp_path):
+    """ms-swift takes all positions of a model, not those before it was extended."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(LLAMA31))
+    values = {name: value for name, value in LEAST["ms-swift"].items() if name != "max_length"}
+    made = translate(written(tmp_path, {**values, "model": "base"}), tool="ms-swift")
+    assert made.recipe["stages"][0]["context_length"] == 131072
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"max_position_embeddings": "x", "rope_scaling": "yarn"}'])
+def test_a_model_whose_config_says_nothing_is_as_one_that_is_not_at_hand(config, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(config)
+    values = {**LEAST["ms-swift"], "model": "base", "rope_scaling": "yarn"}
+    made = translate(written(tmp_path, values), tool="ms-swift")
+    assert "rope" not in made.recipe["stages"][0] and "NOT in the recipe" in " ".join(made.remarks)
+
+
 def test_a_key_that_is_off_does_not_contradict_one_that_is_on(tmp_path):
     """`gradient_checkpointing: false` stands beside FSDP's own in published configs."""
     fsdp = {"fsdp_activation_checkpointing": True}

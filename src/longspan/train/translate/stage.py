@@ -9,6 +9,7 @@ from typing import Any
 from longspan.core.errors import ConfigError
 from longspan.train.translate.data import Streams
 from longspan.train.translate.draft import RecipeDraft
+from longspan.train.translate.sources import read_source
 
 __all__ = ["put_stage"]
 
@@ -186,7 +187,8 @@ def _put_rope(draft: RecipeDraft, length: int) -> None:
         rope = {"rope_type": str(scaling)}
     if theta is not None:
         rope["rope_theta"] = theta
-    own = _own_positions(draft)
+    # By name, a tool counts from before the model's own scaling; transformers counts from all positions.
+    own = _own_positions(draft, unscaled=not isinstance(scaling, dict))
     wanted = longest or length
     if not isinstance(scaling, dict):
         if own is None:
@@ -219,19 +221,28 @@ def _put_rope(draft: RecipeDraft, length: int) -> None:
     draft.stage["rope"] = rope
 
 
-def _own_positions(draft: RecipeDraft) -> int | None:
-    """Return the positions that the model was made for, where its config.json is at hand."""
+def _own_positions(draft: RecipeDraft, *, unscaled: bool = False) -> int | None:
+    """Return the positions of the model, where its config.json is at hand; `unscaled`: before a scaling of its own."""
     path = draft.recipe.get("model", {}).get("path")
     folder = None if path is None else draft.at_hand(path)
     if folder is None or not (folder / "config.json").is_file():
         return None
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_source(folder / "config.json", ()).values
+    except ConfigError:
         return None
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    own = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    # Models of text and images.
+    config = _part(config, "text_config") or config
+    own = config.get("max_position_embeddings")
+    if unscaled:
+        scaling = _part(config, "rope_scaling") or _part(config, "rope_parameters")
+        own = scaling.get("original_max_position_embeddings") or own
     return own if isinstance(own, int) and own > 0 else None
+
+
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _put_pose(draft: RecipeDraft) -> None:
