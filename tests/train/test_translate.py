@@ -223,6 +223,8 @@ def test_what_is_missing_can_be_given(tmp_path):
     path = written(tmp_path, {"max_length": 128, "packing_strategy": "bfd", "assistant_only_loss": True})
     with pytest.raises(ConfigError, match=r"--set model\.path"):
         translate(path)
+    with pytest.raises(ConfigError, match="does not say the model"):
+        translate(path, overrides=["stages=[]"])
     made = translate(path, overrides=["model.path=m", "stages.0.streams={data: {records: [chats.jsonl]}}"])
     assert TrainConfig.from_dict(made.recipe).stages[0].objective == "sft"
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from longspan.core.config import parse_yaml
 from longspan.core.errors import ConfigError
 
-__all__ = ["Source", "read_source"]
+__all__ = ["Source", "read_source", "value_at"]
 
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.S)
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-_PROCESSES = ("nproc_per_node", "nproc-per-node", "num_processes")
+_PROCESSES = ("nproc_per_node", "num_processes")
 _NODES = ("nnodes", "num_machines")
 
 
@@ -76,18 +76,26 @@ def _resolved(value: Any, values: Mapping[str, Any], depth: int = 0) -> Any:
         return [_resolved(each, values, depth) for each in value]
     if not isinstance(value, str) or depth > 8:
         return value
-
-    def at(dotted: str) -> Any:
-        node: Any = values
-        for part in dotted.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
-        return node
-
     alone = _REFERENCE.fullmatch(value)
-    if alone and at(alone[1]) is not None:
-        return _resolved(at(alone[1]), values, depth + 1)
-    known = _REFERENCE.sub(lambda match: match[0] if at(match[1]) is None else str(at(match[1])), value)
+    if alone and (found := value_at(values, alone[1])) is not None:
+        return _resolved(found, values, depth + 1)
+
+    def text(match: re.Match[str]) -> str:
+        found = value_at(values, match[1])
+        return match[0] if found is None else str(found)
+
+    known = _REFERENCE.sub(text, value)
     return known if known == value else _resolved(known, values, depth + 1)
+
+
+def value_at(values: Any, dotted: str) -> Any:
+    """Return what stands at `a.b.0.c` of mappings and lists; None: nothing."""
+    for part in dotted.split("."):
+        if isinstance(values, list) and part.isdecimal():
+            values = values[int(part)] if int(part) < len(values) else None
+        else:
+            values = values.get(part) if isinstance(values, Mapping) else None
+    return values
 
 
 def _command_line(text: str, commands: Iterable[str]) -> tuple[str, str] | None:
@@ -227,7 +235,7 @@ def _processes(launcher: Mapping[str, Any], variables: Mapping[str, str]) -> int
 
     def number(names: Iterable[str]) -> int | None:
         for name in names:
-            value = launcher.get(name.replace("-", "_"), variables.get(name.upper()))
+            value = launcher.get(name, variables.get(name.upper()))
             if value is not None and re.fullmatch(r"\d+", str(value).strip()):
                 return int(value)
         return None

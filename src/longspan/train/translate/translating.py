@@ -19,7 +19,7 @@ from longspan.train.translate.settings import (
     put_parallel,
     put_tracking,
 )
-from longspan.train.translate.sources import read_source
+from longspan.train.translate.sources import read_source, value_at
 from longspan.train.translate.stage import put_stage
 from longspan.train.translate.tables import KeyTable, flattened, load_tables
 
@@ -74,22 +74,13 @@ def translate(
         put(draft)
     put_stage(draft, put_data(draft, task or "sft"))
     recipe = apply_overrides(draft.settings(), overrides)
-    missing = [f"{what} ({setting})" for setting, what in draft.missing.items() if not _has(recipe, setting)]
+    missing = [setting for setting in draft.missing if value_at(recipe, setting) in (None, {})]
     if missing:
-        fix = " ".join(f"--set {setting}=..." for setting in draft.missing if not _has(recipe, setting))
-        raise ConfigError(f"{path} does not say {', '.join(missing)}", fix=f"give {fix}")
+        said = ", ".join(f"{draft.missing[setting]} ({setting})" for setting in missing)
+        fix = " ".join(f"--set {setting}=..." for setting in missing)
+        raise ConfigError(f"{path} does not say {said}", fix=f"give {fix}")
     TrainConfig.from_dict(recipe, where=f"the recipe made of {path}")
     return Translation(table.name, recipe, meant.notes(), draft.remarks, draft.before)
-
-
-def _has(recipe: dict[str, Any], dotted: str) -> bool:
-    node: Any = recipe
-    for part in dotted.split("."):
-        if isinstance(node, list):
-            node = node[int(part)]
-        else:
-            node = node.get(part) if isinstance(node, dict) else None
-    return node is not None and node != {}
 
 
 def _table(path: Path, values: dict[str, Any], command: str | None, tool: str | None) -> KeyTable:
