@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from longspan.core.errors import ArgumentError
 from longspan.plan.hardware import GPUS, parse_gpus
 from longspan.plan.models import ModelShape
 from longspan.plan.training_step import Adapters
 from longspan.train import machine
+from longspan.train import probe as probing
 from longspan.train.machine import measured_cpu
 from longspan.train.probe import Probed, correction
 
@@ -59,3 +65,16 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(0 < share < 100 for share in gpu.measured[:3])
     with pytest.raises(ArgumentError, match="nothing to measure"):
         measured_cpu(SMALL._replace(heads=0, kv_heads=0))
+
+
+def test_memory_of_a_machine_without_proc_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS says bytes where Linux says kibibytes: a thousand times what was used went into the plan."""
+
+    def nothing(path: Path, **_: object) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "read_text", nothing)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert most <= probing._peak() < 100 * most

@@ -36,6 +36,7 @@ from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
 from longspan.train.fit import fit_memory, machine_budget, training_step
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.machine import measured_cpu
+from longspan.train.metrics import peak_memory
 from longspan.train.optim import build_optimizers
 from longspan.train.runtime import on_machine, prepare_blocks
 from longspan.train.spread import build_spread
@@ -263,6 +264,4 @@ def _peak() -> float:
         status = Path("/proc/self/status").read_text()
         return 1024.0 * int(status.partition("VmHWM:")[2].split()[0])
     except (OSError, IndexError, ValueError):
-        import resource
-
-        return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return float(peak_memory(torch.device("cpu")))
