@@ -203,7 +203,7 @@ def _probed(
     if not model.endswith((".yaml", ".yml")):
         raise ArgumentError("--probe runs steps of a recipe", found=model, allowed="a YAML file")
     wanted = None if gpus is None else parse_gpus(gpus)
-    from longspan.train.fit import training_step
+    from longspan.train.fit import adapters
     from longspan.train.probe import machine_name, probe
     from longspan.train.recipes import load_recipe
 
@@ -215,8 +215,8 @@ def _probed(
         )
     loaded = load_recipe(model)
     probed = probe(loaded.config, loaded.folder / loaded.config.data_root)
-    adapters = training_step(loaded.config, loaded.config.stages[0], cuda=False).lora
-    return GpuCount(1 if wanted is None else wanted.num, probed.gpu), probed, adapters
+    machines = GpuCount(1 if wanted is None else wanted.num, probed.gpu)
+    return machines, probed, adapters(loaded.config.lora)
 
 
 def _print_probe(probed: Probe) -> None:

@@ -12,7 +12,7 @@ from longspan.plan.models import ModelShape
 from longspan.plan.training_step import LINEARS, Adapters, MemoryConfig, TrainingStep
 from longspan.train.config import StageConfig, TrainConfig
 
-__all__ = ["MemoryBudget", "fit_memory", "machine_budget", "training_step"]
+__all__ = ["MemoryBudget", "adapters", "fit_memory", "machine_budget", "training_step"]
 
 TRAINED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -42,25 +42,29 @@ def training_step(config: TrainConfig, stage: StageConfig, *, cuda: bool) -> Tra
     """Return a stage's step as `plan` describes it."""
     rows = max(1, math.ceil(stage.rows_per_step / config.parallel.dp))
     at_once = min(rows, stage.rows_per_micro_batch)
-    lora = None
-    if config.lora is not None:
-        lora = Adapters(
-            config.lora.rank,
-            targets=_adapted(config.lora),
-            quantized=config.lora.quantization is not None,
-            embeddings=any(name.endswith(TRAINED_EMBEDDINGS) for name in config.lora.trainable),
-        )
     return TrainingStep(
         at_once * stage.context_length,
         parallel=config.parallel,
         dtype=config.model.dtype,
         memory=config.memory,
         optimizer=config.optimizer.name,
-        lora=lora,
+        lora=adapters(config.lora),
         accumulates=rows > at_once,
         documents=at_once,
         fused=config.runtime.compile_blocks,
         cuda=cuda,
+    )
+
+
+def adapters(lora: LoraConfig | None) -> Adapters | None:
+    """Return adapters as `plan` describes them; None: all weights are trained."""
+    if lora is None:
+        return None
+    return Adapters(
+        lora.rank,
+        targets=_adapted(lora),
+        quantized=lora.quantization is not None,
+        embeddings=any(name.endswith(TRAINED_EMBEDDINGS) for name in lora.trainable),
     )
 
 

@@ -33,7 +33,7 @@ from longspan.plan.scale import layer_seconds
 from longspan.plan.training import KEPT, TrainingMemory, training_memory
 from longspan.plan.training_step import TrainingStep
 from longspan.train.config import ParallelConfig, StageConfig, TrainConfig
-from longspan.train.fit import fit_memory, machine_budget, training_step
+from longspan.train.fit import adapters, fit_memory, machine_budget, training_step
 from longspan.train.known_models import KnownModel, known_model
 from longspan.train.machine import measured_cpu
 from longspan.train.metrics import peak_memory
@@ -107,7 +107,7 @@ def probe(config: TrainConfig, root: Path, *, lengths: tuple[int, int] | None = 
     cuda = torch.cuda.is_available()
     if config.memory.auto:
         config = config.model_copy(update={"memory": fit_memory(config, shape, machine_budget())[0]})
-    gpu = _this_gpu() if cuda else measured_cpu(shape, training_step(config, stage, cuda=False).lora)
+    gpu = _this_gpu() if cuda else measured_cpu(shape, adapters(config.lora))
     short, long = lengths or LENGTHS["cuda" if cuda else "cpu"]
     long = min(long, stage.context_length)
     short = min(short, long // 2)
