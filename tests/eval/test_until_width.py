@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from longspan.cli.eval_options import share_of
 from longspan.core.errors import ArgumentError
 from longspan.core.intervals import clustered_interval
 from longspan.data.tokenizer import Tokenizer
+from longspan.eval import forecast
 from longspan.eval.records import read_records
 from longspan.eval.runner import run_task
 from longspan.eval.task import Planned
@@ -56,6 +58,19 @@ def test_it_stops_at_a_look_and_says_so(tmp_path: Path, tokenizer: Tokenizer) ->
     assert run(300, out, tokenizer, until_width=0.1)["samples"] == 160
     assert run(300, out, tokenizer)["samples"] == 300
     assert read_records(out).complete and read_records(out).header["params"]["count"] == 300
+
+
+def test_a_forecast_is_of_the_samples_before_the_next_look(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many looks there will be is not known: the seconds to the next were told as those of all that is left."""
+    monkeypatch.setattr(forecast, "MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(forecast, "WORTH_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "longspan")
+    for width in (0.2, None):
+        run(300, tmp_path / "records.jsonl", tokenizer, until_width=width)
+    told = [each.message.partition(": about")[0] for each in caplog.records if "left, by" in each.message]
+    assert told == ["copying x, until its next look"] * 2 + ["copying x"]
 
 
 def test_a_killed_run_asks_what_it_would_have_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:

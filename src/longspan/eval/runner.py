@@ -122,7 +122,7 @@ def run_task(
 
     def ask(missing: Sequence[_PendingSample], writer: RecordsWriter, bar: Progress) -> None:
         total = sum(work_of(answerer, sample.planned.tokens) for sample in missing)
-        forecast = Forecast(f"{task.name} {label}", total)
+        forecast = Forecast(f"{task.name} {label}{'' if looks is None else ', until its next look'}", total)
         for part in _parts(missing, copies_of(answerer)):
             _run_part(
                 part,
