@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from longspan.report.charts import cut_names
 from longspan.report.load import LoadedRun, RecordFile
 from longspan.report.view import MISSING, Section, Table, TableCell
@@ -46,13 +44,9 @@ def changes_section(runs: Sequence[LoadedRun]) -> Section:
 
 
 def _recipe(run: LoadedRun) -> Settings | None:
-    if run.config is None:
-        return None
-    try:
-        settings = yaml.safe_load(run.config)
-    except yaml.YAMLError:
-        settings = None
-    return _flat(settings) if isinstance(settings, Mapping) else {"config.yaml": run.config}
+    if run.settings is not None:
+        return _flat(run.settings)
+    return None if run.config is None else {"config.yaml": run.config}
 
 
 def _evaluations(runs: Sequence[LoadedRun]) -> dict[str, Settings | None]:

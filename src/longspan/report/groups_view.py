@@ -14,8 +14,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
 from longspan.core.errors import ArgumentError
 from longspan.report.csv_files import csv_text
 from longspan.report.layouts import length_text
@@ -237,17 +235,13 @@ def _t(freedom: float) -> float:
 
 def _settings(run: LoadedRun) -> dict[str, Any]:
     """Return the settings of a run. Raises ArgumentError where it does not say them."""
-    try:
-        settings = None if run.config is None else yaml.safe_load(run.config)
-    except yaml.YAMLError:
-        settings = None
-    if not isinstance(settings, dict):
+    if run.settings is None:
         raise ArgumentError(
             f"the run {run.name} does not say how it was trained, so it belongs to no group",
             found=f"no settings in {run.path / 'config.yaml'}",
             fix="name run folders that training or the quickstart wrote, or leave out --group",
         )
-    return settings
+    return run.settings
 
 
 def _without(value: Any) -> Any:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import read_json
@@ -99,6 +102,15 @@ class LoadedRun:
     config: str | None = None
     empty: list[Path] = field(default_factory=list)
     """Record files that do not even hold a header yet."""
+
+    @cached_property
+    def settings(self) -> dict[str, Any] | None:
+        """What `config` says; None where there is none, or it is no mapping."""
+        try:
+            settings = None if self.config is None else yaml.safe_load(self.config)
+        except yaml.YAMLError:
+            return None
+        return settings if isinstance(settings, dict) else None
 
 
 def load_runs(paths: Sequence[str | Path]) -> list[LoadedRun]:
