@@ -9,8 +9,9 @@ from longspan.report.comparison import differ_text
 from longspan.report.effective import effective_note, effective_text
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.layouts import length_text
+from longspan.report.pairs_view import interval_words
 from longspan.report.perplexity_view import common_reach, ppl_measure
-from longspan.report.tables import Difference, Grid, Tally, difference
+from longspan.report.tables import Grid, Tally, difference
 from longspan.report.view import (
     ARROW,
     MISSING,
@@ -165,7 +166,9 @@ def _lead_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, 
     if before is not None and main is not before and names[0] and names[1]:
         same = ev.same_questions(layout.task, names[0], names[1])
         old, new = (grid.at(target) for grid in (before, main))
-        notes += [words] if (words := _change_words(difference(old, new, same_questions=same))) else []
+        found = difference(old, new, same_questions=same)
+        if found is not None and found.interval is not None:
+            notes.append(f"change {points(found.value)} points, {interval_words(found)}")
     value = "not measured" if tally.mean is None else percent(tally.mean)
     tiles.append(_tile(f"{layout.capital} accuracy at {length_text(target)}", value, "; ".join(notes)))
     rivals = [
@@ -179,15 +182,6 @@ def _lead_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, 
         apart = ev.differing(layout.task, label, reference) if reference else ()
         note = f"{short_name(label)}, no training" + _aside(differ_text(apart))
         tiles.append(_tile(f"Best zero-shot at {length_text(target)}", percent(best), note))
-
-
-def _change_words(change: Difference | None) -> str:
-    """Write a change with its interval, and whether it is over the same questions."""
-    if change is None or change.interval is None:
-        return ""
-    low, high = change.interval
-    paired = f"{change.pairs:,} pairs" if change.pairs else "unpaired"
-    return f"change {points(change.value)} points, 95% interval {points(low)} to {points(high)}, {paired}"
 
 
 def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:

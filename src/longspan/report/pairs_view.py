@@ -144,13 +144,31 @@ def bracketed(value: str, low: str, high: str) -> str:
     return f"{value} [{low},\u00a0{high}]"
 
 
+def _interval_text(change: Difference) -> str:
+    return MISSING if change.interval is None else " to ".join(map(points, change.interval))
+
+
+def interval_words(change: Difference) -> str:
+    """Write the interval of a change, and whether it is over the same questions."""
+    paired = f"{change.pairs:,} pairs" if change.pairs else "unpaired"
+    return f"95% interval {_interval_text(change)}, {paired}"
+
+
+def change_columns(change: Difference, corrected: float | None) -> list[TableCell]:
+    """Return a change as three cells of a row: points, interval, pairs."""
+    return [
+        TableCell(points(change.value), f"num {emphasis(change, corrected)}"),
+        TableCell(_interval_text(change), "num"),
+        TableCell(f"{change.pairs:,}" if change.pairs else "unpaired", "num"),
+    ]
+
+
 def change_cell(change: Difference | None, corrected: float | None = None) -> TableCell:
     """Return one change; `corrected` is its p-value beside the other changes of its table."""
     if change is None or change.interval is None:
         return TableCell(MISSING, "num muted")
     low, high = change.interval
-    kind = f"{change.pairs:,} pairs" if change.pairs else "unpaired"
-    words = [f"95% interval {points(low)} to {points(high)}, {kind}"]
+    words = [interval_words(change)]
     words += [f"on {change.texts:,} texts"] if change.texts else []
     words += [f"p = {change.p:.2g}, corrected {corrected:.2g}"] if corrected is not None else []
     text = bracketed(*map(points, (change.value, low, high))) + ("" if change.pairs else " unpaired")

@@ -14,7 +14,7 @@ from longspan.report.charts import Forest, ForestRow
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import DatasetDifference, Evaluation
 from longspan.report.layouts import by_value
-from longspan.report.pairs_view import changes_words, corrected_p, emphasis, pairs_of, set_changes
+from longspan.report.pairs_view import change_columns, changes_words, corrected_p, pairs_of, set_changes
 from longspan.report.palette import line_index
 from longspan.report.sample_data import SampleData
 from longspan.report.samples import ScoredSample
@@ -198,15 +198,9 @@ def _subtask_table(row: DatasetDifference) -> Table:
 
 
 def _difference_cells(change: Difference, corrected: float | None) -> list[TableCell]:
-    interval = MISSING
-    if change.interval:
-        interval = f"{points(change.interval[0])} to {points(change.interval[1])}"
     return [
-        TableCell(f"{change.before * 100:.1f}", "num"),
-        TableCell(f"{change.after * 100:.1f}", "num"),
-        TableCell(points(change.value), f"num {emphasis(change, corrected)}"),
-        TableCell(interval, "num"),
-        TableCell(f"{change.pairs:,}" if change.pairs else "unpaired", "num"),
+        *cells(f"{change.before * 100:.1f}", f"{change.after * 100:.1f}"),
+        *change_columns(change, corrected),
     ]
 
 

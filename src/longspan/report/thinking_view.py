@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from longspan.report.comparison import differ_text
 from longspan.report.evaluation import Evaluation
 from longspan.report.load import RecordFile
-from longspan.report.pairs_view import corrected_p, emphasis
+from longspan.report.pairs_view import change_columns, corrected_p
 from longspan.report.samples import ScoredSample
 from longspan.report.tables import Difference, difference, tally_of
 from longspan.report.view import (
@@ -19,7 +18,6 @@ from longspan.report.view import (
     cells,
     interval_of,
     percent,
-    points,
     short_name,
 )
 
@@ -137,12 +135,7 @@ def _row(
     ]
 
 
-def _change_cells(change: Difference | None, corrected: float | None) -> Sequence[TableCell]:
+def _change_cells(change: Difference | None, corrected: float | None) -> list[TableCell]:
     if change is None or change.interval is None:
         return cells(*[MISSING] * 3)
-    low, high = change.interval
-    return [
-        TableCell(points(change.value), f"num {emphasis(change, corrected)}"),
-        TableCell(f"{points(low)} to {points(high)}", "num"),
-        TableCell(f"{change.pairs:,}" if change.pairs else "unpaired", "num"),
-    ]
+    return change_columns(change, corrected)
