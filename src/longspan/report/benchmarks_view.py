@@ -42,15 +42,14 @@ def benchmark_tables(
     title: str, task: str, by_label: Mapping[str, Sequence[ScoredSample]], data: SampleData
 ) -> list[Table]:
     """Return a table for each benchmark of several sets, a column for each label; cells open their samples."""
-    benchmarks: dict[tuple[str, str], dict[_Set, dict[str, list[ScoredSample]]]] = {}
+    placed: dict[str, list[_Placed]] = {}
     for label, samples in by_label.items():
         for sample in samples:
             if sample.dataset and sample.num_topics is None:
                 where = _set_of(sample)
-                sets = benchmarks.setdefault((where.benchmark, ""), {})
-                sets.setdefault(where, {}).setdefault(label, []).append(sample)
+                placed.setdefault(where.benchmark, []).append((where, label, sample))
     found = []
-    for (name, metric), sets in sorted(_by_metric(benchmarks).items()):
+    for (name, metric), sets in sorted(_by_metric(placed).items()):
         scores = [
             s.score for by in sets.values() for group in by.values() for s in group if s.score is not None
         ]
@@ -60,21 +59,20 @@ def benchmark_tables(
     return found
 
 
-_Benchmarks = dict[tuple[str, str], dict[_Set, dict[str, list[ScoredSample]]]]
+_Placed = tuple[_Set, str, ScoredSample]
+_Sets = dict[_Set, dict[str, list[ScoredSample]]]
 
 
-def _by_metric(benchmarks: _Benchmarks) -> _Benchmarks:
+def _by_metric(placed: Mapping[str, Sequence[_Placed]]) -> dict[tuple[str, str], _Sets]:
     """Part benchmarks of which a set has several metrics: a mean is over one number for each set."""
-    parted: _Benchmarks = {}
-    for (name, _), sets in benchmarks.items():
-        several = any(len({s.metric for group in by.values() for s in group}) > 1 for by in sets.values())
-        for where, by in sets.items():
-            for label, group in by.items():
-                for sample in group:
-                    one = parted.setdefault((name, sample.metric if several else ""), {}).setdefault(
-                        where, {}
-                    )
-                    one.setdefault(label, []).append(sample)
+    parted: dict[tuple[str, str], _Sets] = {}
+    for name, members in placed.items():
+        several = len({(where, s.metric) for where, _, s in members}) > len(
+            {where for where, _, _ in members}
+        )
+        for where, label, sample in members:
+            sets = parted.setdefault((name, sample.metric if several else ""), {})
+            sets.setdefault(where, {}).setdefault(label, []).append(sample)
     return parted
 
 
