@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -73,14 +74,9 @@ def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
         raise ConfigError(
             "a model config needs model_type", found=sorted(fields), allowed="llama, qwen3, ..."
         )
-    try:
+    with _refusals(f"model config of type {model_type!r}"):
         known = AutoConfig.for_model(model_type)
         config = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise ConfigError(
-            f"transformers refuses the model config of type {model_type!r}",
-            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
-        ) from error
     allowed = (
         known.to_dict().keys()
         | set(known.attribute_map)
@@ -94,6 +90,18 @@ def _config_from_dict(hf_config: Mapping[str, Any]) -> PretrainedConfig:
             allowed=sorted(key for key in allowed if not key.startswith("_")),
         )
     return config
+
+
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn what transformers raises over a config into a ConfigError: each family checks fields in a way of its own."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"transformers refuses the {what}",
+            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
+        ) from error
 
 
 def checked_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,13 +151,8 @@ def changed_config(
             changes["max_position_embeddings"] = raised
     if not changes:
         return config
-    try:
+    with _refusals(f"changed config of type {text.model_type!r}"):
         new = type(text).from_dict(text.to_dict() | changes)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
-        raise ConfigError(
-            f"transformers refuses the changed config of type {text.model_type!r}",
-            found=" ".join(line.strip() for line in str(error).splitlines()[:2]),
-        ) from error
     if text is config:
         return new
     whole = copy.deepcopy(config)
