@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ConfigError
+from longspan.kernels.experts import are_experts
 from longspan.models.lora_config import LoraConfig
 from longspan.models.quantize import is_called, linears, passed_by
 
@@ -114,11 +115,10 @@ def is_tied(model: nn.Module, trainable: list[str]) -> bool:
 
 def expert_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the tensors of a model that hold a matrix of each expert."""
-    # The weights of linear layers and embeddings have two dimensions, those of convolutions their modules.
     return {
         f"{place}.{name}": weight
         for place, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if are_experts(module)
         for name, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3
     }

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from longspan.core.errors import ArgumentError
+from longspan.kernels.experts import are_experts
 from longspan.models.hf_config import experts_per_token, text_config
 from longspan.models.mixers import mixers
 
@@ -95,10 +96,14 @@ def operations_per_token(model: PreTrainedModel) -> float | None:
             total += module.in_features * module.out_features
         elif isinstance(module, nn.Conv1d):
             total += module.weight.numel()
-        else:
-            # Experts have their matrices in one parameter.
+        elif are_experts(module):
+            # They have their matrices in one parameter.
             stacks = [p for p in module.parameters(recurse=False) if p.ndim == 3]
             total += sum(p.numel() * chosen / p.shape[0] for p in stacks)
+        else:
+            # A matrix for each head or block (Zamba, RecurrentGemma), all of which a token meets.
+            named = module.named_parameters(recurse=False)
+            total += sum(p.numel() for name, p in named if p.ndim == 3 and name.endswith("weight"))
     return 2.0 * total + 6.0 * sum(map(_known_elements, found))
 
 
