@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,9 @@ from longspan.core.config import read_yaml
 from longspan.train.config import TrainConfig
 from tests.patience import PATIENCE_SECONDS
 
+SIZES = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
 RECIPE = """\
 model:
   hf_config:
@@ -50,11 +54,7 @@ def test_recipes_and_folders(longspan, tmp_path) -> None:
     options = ["--context", "4k", "--gpus", "h100", "--json"]
     made = json.loads(longspan(["plan", str(tmp_path / "recipe.yaml"), *options]).out)
     (tmp_path / "models" / "small").mkdir(parents=True)
-    config = {
-        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 2,
-    }  # fmt: skip
-    (tmp_path / "models" / "small" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "models" / "small" / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
     (tmp_path / "path.yaml").write_text("data_root: models\nmodel: {path: small}\n")
     for model in ("path.yaml", "models/small"):
         found = json.loads(longspan(["plan", str(tmp_path / model), *options]).out)
@@ -114,7 +114,8 @@ def test_money_and_formulas(longspan) -> None:
     for wrong in (
         ["--context", "8k", "--max-context"], [], ["--context", "8k", "--budget", "3"],
         ["--context", "8k", "--kernel", "fa9"],
-        ["--mode", "infer", "--max-context"], ["--mode", "infer", "--context", "8k", "--lora", "8"],
+        ["--mode", "infer", "--context", "8k", "--write", "r.yaml"], ["--context", "8k", "--kv-dtype", "fp8"],
+        ["--mode", "infer", "--context", "8k", "--lora", "8"], ["--mode", "infer", "--context", "8k", "--price", "2"],
     ):  # fmt: skip
         assert longspan(["plan", "llama-3-8b", "--gpus", "h100", *wrong]).code == 2, wrong
 
@@ -129,6 +130,64 @@ def test_answering_by_hand(longspan) -> None:
     assert found["tokens_per_second"] == pytest.approx(3.35e12 * 0.6 / read)
     assert found["fits"] and "tokens/s" in longspan([*options, "2xl40s"]).out
     assert "does not fit" in longspan([*options, "l4"]).out
+
+
+def test_answering_on_several_gpus(longspan) -> None:
+    """Heads of keys cut into pieces where GPUs are more than they, and sums over GPUs that take no time."""
+    options = ["plan", "llama-3-8b", "--mode", "infer", "--json", "--context", "128k", "--gpus"]
+
+    def found(gpus: str, *more: str) -> dict[str, Any]:
+        return json.loads(longspan([*options, gpus, *more]).out)
+
+    cache = {num: found(f"{num}xh100")["parts"]["keys and values"] for num in (1, 8, 16)}
+    assert cache[1] == 8 * cache[8] == 8 * cache[16]
+    assert found("h100", "--kv-dtype", "fp8")["parts"]["keys and values"] == cache[1] / 2
+    assert found("h100", "--kv-dtype", "q8_0")["parts"]["keys and values"] == cache[1] / 2 * 34 / 32
+    fast, slow = found("8xl40s"), found("8x{like: l40s, nvlink: 1e9}")
+    # 64 sums of a prompt of 128K x 4,096 in bf16, sent 2 * 7/8 times.
+    sent = 64 * 2 * 7 / 8 * 2**17 * 4096 * 2 / 0.8
+    waited = slow["prefill_seconds"] - fast["prefill_seconds"]
+    assert waited == pytest.approx(sent / 1e9 - sent / 12.5e9, rel=0.01)
+    assert longspan([*options, "3xh100"]).code == 2
+    longest = json.loads(longspan([*options[:5], "--max-context", "--gpus", "h100"]).out)
+    assert longest["fits"] and longest["device"] > 0.95 * 80e9
+
+
+def test_a_recipe_says_how_it_trains(longspan, tmp_path) -> None:
+    """A recipe with adapters planned as if all weights were trained, and overrides of its config left out."""
+    recipe = tmp_path / "recipe.yaml"
+    stages = STAGE.replace("context_length: 256", "context_length: 8k").replace(
+        "batch_tokens: 512", "batch_tokens: 65536"
+    )
+    recipe.write_text(
+        "model: {path: Qwen/Qwen3-4B}\nlora: {rank: 8, target_modules: [q_proj, v_proj], quantize: nf4}\n"
+        + stages
+    )
+    written = tmp_path / "new" / "plan.yaml"
+    written.parent.mkdir()
+    options = ["--gpus", "rtx-4090", "--json"]
+    of_recipe = json.loads(longspan(["plan", str(recipe), *options, "--write", str(written)]).out)
+    whole = json.loads(
+        longspan(["plan", "qwen3-4b", "--context", "8k", "--batch-tokens", "65536", *options]).out
+    )
+    assert of_recipe["context_length"] == 8192
+    best, other = of_recipe["arrangements"][0], whole["arrangements"][0]
+    assert best["seconds_per_step"] * best["tokens_per_second"] == pytest.approx(65536)
+    assert best["fits"] and best["host_bytes"] < other["host_bytes"]
+    config = TrainConfig.from_dict(read_yaml(written))
+    assert config.model.path == "Qwen/Qwen3-4B" and config.lora is not None
+    assert config.lora.target_modules == ("q_proj", "v_proj") and config.lora.quantize == "nf4"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
+    recipe.write_text("model: {path: ., config_overrides: {num_hidden_layers: 6}}\n")
+    options = ["--gpus", "h100", "--context", "4k", "--json"]
+    deep = json.loads(longspan(["plan", str(recipe), *options]).out)["parameters"]
+    assert deep > json.loads(longspan(["plan", str(tmp_path), *options]).out)["parameters"]
+    recipe.write_text("model: {path: Qwen/Qwen3-4B, config_overrides: {num_hidden_layers: 4}}\n")
+    assert "config_overrides" in longspan(["plan", str(recipe), *options]).err
+    assert (
+        json.loads(longspan(["plan", "prolong-64k", "--gpus", "8xh100", "--json"]).out)["context_length"]
+        == 65536
+    )
 
 
 def test_a_written_recipe_is_one(longspan, tmp_path) -> None:
@@ -183,7 +242,7 @@ def test_a_recipe_is_probed_and_planned(longspan, tmp_path) -> None:
     assert sum(best["device_parts"].values()) == pytest.approx(best["device_bytes"])
     for wrong in (
         [str(recipe), "--gpus", "8xh100"], [str(recipe), "--lora", "4"], ["llama-3-8b"],
-        [str(recipe), "--mode", "infer"],
+        [str(recipe), "--mode", "infer"], [str(recipe), "--kernel", "fa2"],
     ):  # fmt: skip
         outcome = longspan(["plan", *wrong, "--context", "512", "--probe"])
         assert outcome.code == 2 and "probe" in outcome.err, wrong

@@ -81,3 +81,21 @@ def test_gpus(text: str) -> None:
     else:
         with pytest.raises(ArgumentError, match="8xh100"):
             parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "num", "name"),
+    [
+        ("4090", 1, "rtx-4090"), ("2xRTX 4090", 2, "rtx-4090"), ("4xA100-80GB", 4, "a100"), ("a100-40gb", 1, "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", 1, "a100"), ("8xh100-sxm", 8, "h100"), ("gh200-144gb", 1, "gh200-144"),
+        ("rtx6000-ada", 1, "rtx-6000-ada"), ("rtx_a6000", 1, "a6000"), ("8xh100-nvl", 0, ""), ("rtx-6000", 0, ""),
+        ("h20", 0, ""), ("8", 0, ""),
+    ],
+)  # fmt: skip
+def test_gpus_as_people_call_them(text: str, num: int, name: str) -> None:
+    """Names that leave no doubt refused, or another card of a like name taken."""
+    if num:
+        assert parse_gpus(text) == (num, GPUS[name])
+    else:
+        with pytest.raises(ArgumentError, match="8xh100"):
+            parse_gpus(text)

@@ -103,6 +103,18 @@ def test_formulas_count_what_the_model_has(name: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-14b", 14_770_033_664), ("qwen2.5-72b", 72_706_203_648), ("llama-3.3-70b", 70_553_706_496),
+    ],
+)  # fmt: skip
+def test_sizes_are_those_of_the_weights_on_the_hub(name: str, total: int) -> None:
+    """A width that was typed wrong: formula and table agree on it."""
+    assert MODELS[name].parameters == total
+
+
 def test_experts_count_as_weights_and_only_the_chosen_as_work() -> None:
     """Experts by DeepSeek's name, with a shared one and a first dense layer, taken for one MLP."""
     fields = {**EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
@@ -151,7 +163,7 @@ def test_windows_chunks_latent_attention_and_states_are_seen() -> None:
     latent.pop("head_dim")
     shape = model_shape(new_config({"model_type": "deepseek_v3", **latent, "num_key_value_heads": 4}, None))
     assert (shape.head_dim, shape.value_dim, shape.held_dim, shape.kv_heads) == (24, 16, 24, 4)
-    assert shape.cache_elements == 3 * 4 * (24 + 16)
+    assert shape.cache_elements == shape.latent == 16 + 8
     hybrid = {**SMALL, "model_type": "qwen3_next", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
               "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_key_value_heads": 2,
               "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
@@ -205,6 +217,13 @@ def test_pairs_of_a_window_meet_those_of_the_whole() -> None:
 def test_names(name: str) -> None:
     """The name on the hub is the one that people have."""
     assert known_shape(name) is MODELS["llama-3-8b"]
+    for other, known in (
+        ("Qwen3-4B-Thinking-2507", "qwen3-4b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+    ):
+        assert known_shape(other) is MODELS[known]
+    # Of fewer words.
+    assert known_shape("mistralai/Mistral-7B-Instruct-v0.2") is None
     assert isinstance(known_shape("llama-3-70b"), ModelShape) and known_shape("llama-9") is None
 
 

@@ -36,7 +36,7 @@ from longspan.core.errors import DataError
 from longspan.kernels.experts import are_experts
 from longspan.models.attention import attention_form
 from longspan.models.head import backbone
-from longspan.models.hf_config import CHOSEN_EXPERTS, experts_per_token, text_config
+from longspan.models.hf_config import CHOSEN_EXPERTS, changed_config, experts_per_token, text_config
 from longspan.models.states import state_elements
 from longspan.plan.models import ModelShape
 
@@ -84,6 +84,7 @@ class _Layer(NamedTuple):
     state: int
     experts: tuple[int, int]
     matrices: tuple[int, ...]
+    latent: int
 
 
 class _Look:
@@ -125,10 +126,13 @@ def model_shape(config: PretrainedConfig, name: str = "model") -> ModelShape:
     return _found[key]
 
 
-def shape_of_fields(fields: Mapping[str, Any], name: str) -> ModelShape:
-    """Return the shape that the fields of a `config.json` describe.
+def shape_of_fields(
+    fields: Mapping[str, Any], name: str, *, overrides: Mapping[str, Any] | None = None
+) -> ModelShape:
+    """Return the shape that the fields of a `config.json` describe, with those of `overrides` in their place.
 
     Raises:
+        ConfigError: `overrides` are no fields of this model.
         DataError: no fields of a model that transformers knows, or one without an estimate.
     """
     family = fields.get("model_type")
@@ -146,7 +150,7 @@ def shape_of_fields(fields: Mapping[str, Any], name: str) -> ModelShape:
             found=" ".join(line.strip() for line in str(error).splitlines()[:2]) or type(error).__name__,
         ) from error
     _refuse_strange_sizes(fields, config, name)
-    return model_shape(config, name)
+    return model_shape(changed_config(config, overrides=overrides or {}), name)
 
 
 def _refuse_strange_sizes(fields: Mapping[str, Any], config: PretrainedConfig, name: str) -> None:
@@ -235,6 +239,13 @@ def _empty(config: PretrainedConfig, name: str) -> PreTrainedModel:
             # Of hundreds of families, each may want its sizes to fit in a way of its own.
             error = error or failed
     assert error is not None
+    mapped = AutoModelForCausalLM._model_mapping
+    if type(text) not in mapped and type(config) not in mapped:
+        raise DataError(
+            f"there is no estimate for {name}: transformers has no causal language model of this family alone",
+            found=f"model_type {config.model_type!r}",
+            fix="such a model does not train here either; plan the family of its language model, by a config of that",
+        )
     raise DataError(
         f"transformers builds no causal language model of the config of {name}",
         found=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}",
@@ -383,7 +394,14 @@ def _layer(
         sum(_state_elements(module, name) for module in own),
         counts,
         tuple(sorted(matrices)),
+        max((_latent(module) for module in mixers), default=0),
     )
+
+
+def _latent(module: nn.Module) -> int:
+    """Return what a token leaves behind in latent attention (arXiv:2405.04434, 2.1): it, and a key of RoPE."""
+    sizes = [getattr(module, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim")]
+    return sum(size for size in sizes if isinstance(size, int)) if isinstance(sizes[0], int) else 0
 
 
 def _has_head_norms(layers: nn.ModuleList) -> bool:
@@ -420,4 +438,5 @@ def _kind(
         chosen=layer.experts[1],
         counted=(layer.parameters, layer.active, outside),
         matrices=layer.matrices,
+        latent=layer.latent,
     )

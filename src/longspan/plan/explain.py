@@ -42,8 +42,8 @@ def explain(
             )
         one = kind_seconds(kind, gpu, s.parallel, context=context, num_gpus=num_gpus, kernel=kernel)
         lines.append(
-            f"  such a layer: matrices {format_seconds(one.linear)}, attention {format_seconds(one.forward)} "
-            f"forward, {format_seconds(one.backward)} backward, gathered in {format_seconds(one.gather)}"
+            f"  such a layer: matrices {_milli(one.linear)}, attention {_milli(one.forward)} forward, "
+            f"{_milli(one.backward)} backward, gathered in {_milli(one.gather)}"
         )
     again = "forward again, " if s.memory.activation_checkpointing != "none" else ""
     products = "twice" if s.lora is None else "once: weights are frozen"
@@ -65,3 +65,7 @@ def explain(
         f"{'the interpreter and its libraries' if gpu.family == CPU else 'CUDA, NCCL and fragmentation'}",
     ]
     return lines
+
+
+def _milli(seconds: float) -> str:
+    return f"{1e3 * seconds:,.3g} ms"

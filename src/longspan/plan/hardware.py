@@ -129,7 +129,12 @@ _DEVICE_NAMES = (
     ("pro 6000", "rtx-pro-6000"), ("rtx a6000", "a6000"), ("l40s", "l40s"), (r"\bl4\b", "l4"), ("mi300x", "mi300x"),
     ("mi325x", "mi325x"),
 )  # fmt: skip
-_COUNT = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?(\{.*\}|[a-z][a-z0-9-]*)", re.DOTALL)
+# What people call them beside, where it leaves no doubt which is meant.
+_BESIDE = {
+    "a100-80": "a100", "h100-80": "h100", "h200-141": "h200", "b200-180": "b200",
+    "rtx-a6000": "a6000", "6000-ada": "rtx-6000-ada", "pro-6000": "rtx-pro-6000", "mi300": "mi300x",
+}  # fmt: skip
+_COUNT = re.compile(r"(?:(\d+)x)?(?:(\d+)x)?(\{.*\}|[a-z0-9][a-z0-9_ -]*)", re.DOTALL)
 _FIELDS = tuple(name for name in Gpu._fields if name not in ("name", "measured"))
 FAMILIES = ("ampere", "ada", "hopper", "blackwell", "cdna3", "cpu")
 CPU = "cpu"
@@ -152,6 +157,8 @@ def gpu_named(device: str) -> Gpu | None:
 def parse_gpus(text: str) -> GpuCount:
     """Parse `8xh100`, `h100` for one, `4x2xl40s` for four nodes of two, `8x{like: h100, memory: 94e9}` for one's own.
 
+    `4090`, `rtx4090`, `a100-80gb` and the like are understood too.
+
     Raises:
         ArgumentError: no such GPU, or none of them.
     """
@@ -163,12 +170,20 @@ def parse_gpus(text: str) -> GpuCount:
         if (first or "1") != "1" or second:
             raise ArgumentError("there is one machine to measure", found=repr(text), allowed=CPU)
         return GpuCount(1, Gpu(CPU, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1, CPU))
-    gpu = _own_gpu(name, text) if name.startswith("{") else GPUS.get(name)
+    gpu = _own_gpu(name, text) if name.startswith("{") else GPUS.get(_plain(name))
     nodes, per_node = (int(first), int(second)) if second else (1, None)
     num = nodes * per_node if per_node is not None else int(first or 1)
     if gpu is None or num < 1:
         raise _unknown(text)
     return GpuCount(num, gpu if per_node is None else gpu._replace(per_node=per_node))
+
+
+def _plain(name: str) -> str:
+    """Return the name in GPUS of a name that people write: `NVIDIA A100-SXM4-80GB`, `RTX 4090`, `4090`."""
+    name = re.sub(r"[ _-]+", "-", name)
+    name = re.sub(r"^(?:nvidia-|amd-|instinct-|geforce-)+|(?<=\d)gb$|-sxm\d?(?=-|$)", "", name)
+    name = re.sub(r"^(?:rtx-?)?(?=\d{4}$)|^rtx-?(?=\d)", "rtx-", name)
+    return _BESIDE.get(name, name)
 
 
 def _unknown(text: str) -> ArgumentError:

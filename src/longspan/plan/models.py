@@ -8,6 +8,7 @@ needs no torch.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,6 +58,9 @@ class ModelShape(NamedTuple):
     """Weights of a layer, those that a token is multiplied by, and weights outside of layers; None: as in Llama."""
     matrices: tuple[int, ...] = ()
     """Elements of each matrix of a layer; none: as in Llama."""
+    latent: int = 0
+    """Elements that a token leaves behind in a layer of latent attention, where keys and values are not kept; 0: it is
+    another attention."""
     mixed: tuple[ModelShape, ...] = ()
 
     @property
@@ -133,11 +137,8 @@ class ModelShape(NamedTuple):
 
     @property
     def cache_elements(self) -> int:
-        """Elements of keys and values that one token leaves behind, all layers; a window forgets them again."""
-        return sum(
-            kind.layers * kind.kv_heads * (kind.head_dim + (kind.value_dim or kind.head_dim))
-            for kind in self.kinds
-        )
+        """Elements that one token leaves behind in one layer: keys and values, or the latent where there is one."""
+        return self.latent or self.kv_heads * (self.head_dim + (self.value_dim or self.head_dim))
 
     def linear_flops(self) -> int:
         """FLOPs of one token's forward pass outside attention scores: 2 per weight, the output head included."""
@@ -183,6 +184,8 @@ MODELS = {
         ModelShape("llama-3.2-1b", 16, 2048, 32, 8, 64, 8192, 128256, tied=True),
         ModelShape("llama-3.2-3b", 28, 3072, 24, 8, 128, 8192, 128256, tied=True),
         ModelShape("llama-3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
+        ModelShape("llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256),
+        ModelShape("llama-3.3-70b", 80, 8192, 64, 8, 128, 28672, 128256),
         ModelShape("danube2-1.8b", 24, 2560, 32, 8, 80, 6912, 32000),
         ModelShape("qwen3-0.6b", 28, 1024, 16, 8, 128, 3072, 151936, tied=True, head_norms=True),
         ModelShape("qwen3-1.7b", 28, 2048, 16, 8, 128, 6144, 151936, tied=True, head_norms=True),
@@ -190,7 +193,13 @@ MODELS = {
         ModelShape("qwen3-8b", 36, 4096, 32, 8, 128, 12288, 151936, head_norms=True),
         ModelShape("qwen3-14b", 40, 5120, 40, 8, 128, 17408, 151936, head_norms=True),
         ModelShape("qwen3-32b", 64, 5120, 64, 8, 128, 25600, 151936, head_norms=True),
+        ModelShape("qwen2.5-0.5b", 24, 896, 14, 2, 64, 4864, 151936, tied=True, biases=True),
+        ModelShape("qwen2.5-1.5b", 28, 1536, 12, 2, 128, 8960, 151936, tied=True, biases=True),
+        ModelShape("qwen2.5-3b", 36, 2048, 16, 2, 128, 11008, 151936, tied=True, biases=True),
         ModelShape("qwen2.5-7b", 28, 3584, 28, 4, 128, 18944, 152064, biases=True),
+        ModelShape("qwen2.5-14b", 48, 5120, 40, 8, 128, 13824, 152064, biases=True),
+        ModelShape("qwen2.5-32b", 64, 5120, 40, 8, 128, 27648, 152064, biases=True),
+        ModelShape("qwen2.5-72b", 80, 8192, 64, 8, 128, 29568, 152064, biases=True),
         ModelShape("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32768),
         ModelShape("qwq-32b", 64, 5120, 40, 8, 128, 27648, 152064, biases=True),
     )
@@ -212,8 +221,8 @@ def published_configs() -> dict[str, dict[str, Any]]:
 
 
 def plain_name(model: str) -> str:
-    """Return `llama-3-8b` for `meta-llama/Meta-Llama-3-8B-Instruct`."""
+    """Return `llama-3-8b` for `meta-llama/Meta-Llama-3-8B-Instruct`: versions of a model have its sizes."""
     name = model.rsplit("/", 1)[-1].lower()
-    for end in ("-hf", "-instruct", "-base", "-it", "-pt"):
-        name = name.removesuffix(end)
+    # Of Mistral 7B the third version alone has the words that MODELS says.
+    name = re.sub(r"(?:-(?:hf|instruct|thinking|chat|base|it|pt|2507))+$", "", name.removesuffix("-v0.3"))
     return name.removeprefix("meta-")

@@ -45,6 +45,7 @@ __all__ = [
     "half_rows",
     "kind_seconds",
     "layer_seconds",
+    "sum_seconds",
 ]
 
 HALF_ROWS = 512
@@ -157,6 +158,14 @@ def arrangement_name(parallel: MeshConfig) -> str:
 def half_rows(gpu: Gpu) -> int:
     """Return the rows at which a kernel call reaches half its speed."""
     return CPU_HALF_ROWS if gpu.family == CPU else HALF_ROWS
+
+
+def sum_seconds(gpu: Gpu, world: int, size: float) -> float:
+    """Return seconds in which `world` GPUs have the sum of what each has, `size` bytes: a ring sends it twice."""
+    if world == 1:
+        return 0.0
+    links = _links(gpu, world, 1)
+    return 2 * size * (world - 1) / world / links.collective + links.latency * math.log2(2 * world)
 
 
 def _seconds(flops: float, gpu: Gpu, rows: int, share: float) -> float:

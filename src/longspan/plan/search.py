@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from longspan.core.errors import ArgumentError
 from longspan.core.mesh_config import MeshConfig
 from longspan.plan.choose import Candidate, candidates
 from longspan.plan.communication import AttentionShape, bytes_sent
 from longspan.plan.hardware import CPU, Gpu
+from longspan.plan.longest import longest
 from longspan.plan.models import ModelShape
 from longspan.plan.scale import arrangement_name, arrangements, layer_seconds
 from longspan.plan.training_step import Adapters, MemoryConfig, TrainingStep
 
-__all__ = ["MISSING", "Arrangement", "longest_context", "search"]
-
-MISSING = "nothing fits: take more GPUs, GPUs with more memory, a shorter context, LoRA or QLoRA"
+__all__ = ["Arrangement", "longest_context", "search"]
 
 
 class Arrangement(NamedTuple):
@@ -105,48 +103,18 @@ def search(
     return sorted(best.values(), key=lambda each: _rank(each, gpu, num_gpus))
 
 
-CONTEXT_UNIT = 4096
-"""Tokens to which the longest context is found."""
-
-
-def longest_context(
-    model: ModelShape,
-    gpu: Gpu,
-    *,
-    num_gpus: int,
-    batch_tokens: int,
-    lora: Adapters | None = None,
-    kernel: str | None = None,
-) -> int:
-    """Return the longest sequence with which some arrangement fits, to CONTEXT_UNIT tokens, found by halving.
+def longest_context(model: ModelShape, gpu: Gpu, *, num_gpus: int, **settings: Any) -> int:
+    """Return the longest sequence with which some arrangement fits; the settings are those of `search`.
 
     Raises:
-        ArgumentError: not even CONTEXT_UNIT tokens fit.
+        ArgumentError: see `longest.longest`.
     """
 
-    def fits(units: int) -> bool:
-        found = search(
-            model,
-            gpu,
-            context=units * CONTEXT_UNIT,
-            num_gpus=num_gpus,
-            batch_tokens=batch_tokens,
-            lora=lora,
-            kernel=kernel,
-        )
+    def fits(context: int) -> bool:
+        found = search(model, gpu, context=context, num_gpus=num_gpus, **settings)
         return any(each.limit is None for each in found)
 
-    if not fits(1):
-        raise ArgumentError(
-            f"{MISSING} ({CONTEXT_UNIT:,} tokens do not fit)", found=f"{num_gpus} x {gpu.name}"
-        )
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 64):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * CONTEXT_UNIT
+    return longest(fits, found=f"{num_gpus} x {gpu.name}")
 
 
 def _of(

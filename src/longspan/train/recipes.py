@@ -47,7 +47,7 @@ from longspan.train.config import (
 from longspan.train.loop_config import RuntimeConfig, TrackingConfig
 from longspan.train.stream_config import StreamConfig
 
-__all__ = ["LoadedRecipe", "load_recipe", "scale_tiny", "shipped_recipes"]
+__all__ = ["LoadedRecipe", "load_recipe", "recipe_values", "scale_tiny", "shipped_recipes"]
 
 SCALE = 1024
 SHORTEST_ROW, SHORTEST_LIMIT = 32, 16
@@ -82,13 +82,21 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedReci
     Raises:
         ConfigError: neither a file nor a shipped name, or settings that are wrong.
     """
+    values, name, folder = recipe_values(recipe)
+    config = TrainConfig.from_dict(apply_overrides(values, overrides), where=str(recipe))
+    return LoadedRecipe(config, name, folder)
+
+
+def recipe_values(recipe: str | Path) -> tuple[dict[str, Any], str, Path]:
+    """Return what stands in a recipe as it is, with name and folder as `LoadedRecipe` has them.
+
+    Raises:
+        ConfigError: neither a file nor a shipped name.
+    """
     text = str(recipe)
     if Path(text).is_file() or text.endswith((".yaml", ".yml")) or "/" in text:
         path = Path(text)
-        values = read_yaml(path)
-        return LoadedRecipe(
-            TrainConfig.from_dict(apply_overrides(values, overrides), where=text), path.stem, path.parent
-        )
+        return read_yaml(path), path.stem, path.parent
     names = shipped_recipes()
     if text not in names:
         near = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
@@ -97,8 +105,11 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> LoadedReci
             allowed=f"a YAML file, or one of {', '.join(names)}",
             fix=f"did you mean {near[0]!r}?" if near else None,
         )
-    values = parse_yaml((_FOLDER / f"{text}.yaml").read_text(encoding="utf-8"), where=f"{text}.yaml")
-    return LoadedRecipe(TrainConfig.from_dict(apply_overrides(values, overrides), where=text), text, Path())
+    return (
+        parse_yaml((_FOLDER / f"{text}.yaml").read_text(encoding="utf-8"), where=f"{text}.yaml"),
+        text,
+        Path(),
+    )
 
 
 def scale_tiny(config: TrainConfig) -> TrainConfig:

@@ -1,0 +1,166 @@
+"""What `longspan plan MODEL` is about: a name, a folder, a config.json, or a recipe with more than a model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from longspan.plan.models import ModelShape
+    from longspan.plan.training_step import Adapters
+
+__all__ = ["Subject", "find_subject", "is_recipe"]
+
+OTHER_SENSES = ("vision_config", "audio_config")
+"""Parts of a config beside its language model."""
+
+
+class Subject(NamedTuple):
+    """A model, and what a recipe says of its training."""
+
+    shape: ModelShape
+    model: dict[str, Any]
+    """`model` of a recipe that trains it."""
+    lora: dict[str, Any] | None = None
+    """`lora` of the recipe."""
+    adapters: Adapters | None = None
+    context: int | None = None
+    """Of the recipe's longest stage."""
+    batch_tokens: int | None = None
+    notes: tuple[str, ...] = ()
+    """What is to be known of it."""
+
+
+def is_recipe(model: str) -> bool:
+    """Whether MODEL names a recipe: a YAML file, or a shipped one by its name."""
+    from longspan.plan.models import MODELS, published_configs
+
+    if model.endswith((".yaml", ".yml")):
+        return True
+    if model in MODELS or model in published_configs() or Path(model).exists():
+        return False
+    from longspan.train.recipes import shipped_recipes
+
+    return model in shipped_recipes()
+
+
+def find_subject(model: str) -> Subject:
+    """Return what MODEL names.
+
+    Raises:
+        ArgumentError, ConfigError, DataError: nothing of that name, or a model without an estimate.
+    """
+    if is_recipe(model):
+        return _of_recipe(model)
+    path = Path(model)
+    home = path.parent if path.suffix == ".json" else path
+    shape, notes = _shape(model, {})
+    return Subject(shape, {"path": str(home) if path.exists() else model}, notes=notes)
+
+
+def _of_recipe(name: str) -> Subject:
+    """Return the model of a recipe, its adapters, and length and batch of its longest stage; the rest is not read."""
+    from longspan.core.errors import ConfigError
+    from longspan.models.lora_config import LoraConfig
+    from longspan.train.fit import adapters
+    from longspan.train.recipes import recipe_values
+
+    recipe, stem, folder = recipe_values(name)
+    of_model = recipe.get("model")
+    of_model = dict(of_model) if isinstance(of_model, dict) else {}
+    overrides = of_model.get("config_overrides") or {}
+    origin = of_model.get("path")
+    notes: tuple[str, ...] = ()
+    if isinstance(of_model.get("hf_config"), dict):
+        from longspan.models.shape import shape_of_fields
+
+        shape = shape_of_fields(of_model["hf_config"], stem)
+    elif isinstance(origin, str):
+        place = folder / str(recipe.get("data_root") or ".") / origin
+        if place.is_dir():
+            of_model["path"] = str(place)
+        shape, notes = _shape(of_model["path"], overrides)
+    else:
+        raise ConfigError(f"the recipe {name} names no model", allowed="model.path or model.hf_config")
+    lora = recipe.get("lora")
+    trained = None if lora is None else LoraConfig.from_dict(lora, where=f"lora of {name}")
+    length, batch = _longest_stage(recipe.get("stages"))
+    return Subject(shape, of_model, lora, adapters(trained), length, batch, notes)
+
+
+def _longest_stage(stages: Any) -> tuple[int | None, int | None]:
+    """Return length and batch of the longest stage, as far as they are said."""
+    from longspan.core.units import parse_length, parse_tokens
+
+    known = [stage for stage in stages or () if isinstance(stage, dict) and stage.get("context_length")]
+    if not known:
+        return None, None
+    longest = max(known, key=lambda stage: parse_length(str(stage["context_length"])))
+    batch = longest.get("batch_tokens")
+    length = parse_length(str(longest["context_length"]))
+    return length, None if batch is None else parse_tokens(str(batch))
+
+
+def _shape(model: str, overrides: Mapping[str, Any]) -> tuple[ModelShape, tuple[str, ...]]:
+    """Return the shape of a model by its name or place, with fields of its config replaced, and what is left out."""
+    from longspan.core.errors import ArgumentError, DataError
+    from longspan.core.files import read_json
+    from longspan.plan.models import known_shape, plain_name, published_configs
+
+    path, name = Path(model), plain_name(model)
+    if path.exists():
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ArgumentError(f"{path} holds no model", found="no config.json in it")
+        name = path.name if path.is_dir() else path.parent.name or path.stem
+        fields = read_json(file)
+    elif (shape := known_shape(model)) is not None:
+        if overrides:
+            raise ArgumentError(
+                "config_overrides change a config.json, which is not at hand",
+                found=f"{model} with {', '.join(overrides)}",
+                fix="name the model's folder, or leave them out where they are no sizes",
+            )
+        return shape, ()
+    else:
+        fields = published_configs().get(name) or _of_hub(model)
+    if not isinstance(fields, dict):
+        raise DataError(
+            f"{path} holds no configuration", found=type(fields).__name__, allowed="a JSON object"
+        )
+    from longspan.models.shape import shape_of_fields
+
+    left_out = [part for part in OTHER_SENSES if fields.get(part)]
+    notes = (
+        (f"{name}: its language model alone is planned, without {', '.join(left_out)}",) if left_out else ()
+    )
+    return shape_of_fields(fields, name, overrides=overrides), notes
+
+
+def _of_hub(model: str) -> Any:
+    """Return the fields of a config on the hub. Raises ArgumentError: there is none to be had."""
+    from longspan.core.errors import ArgumentError
+    from longspan.core.files import read_json
+    from longspan.core.hub import look_for_hub
+    from longspan.plan.models import MODELS, plain_name, published_configs
+
+    names = [*MODELS, *published_configs()]
+    looked = ""
+    if model.count("/") == 1 and Path(model).suffix != ".json":
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        look_for_hub()
+        try:
+            return read_json(Path(huggingface_hub.hf_hub_download(model, "config.json")))
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+            looked = f"; its config.json cannot be had from the hub ({type(error).__name__})"
+    near = difflib.get_close_matches(plain_name(model), names, n=3, cutoff=0.6)
+    raise ArgumentError(
+        "unknown model",
+        found=f"{model}{looked}",
+        allowed=f"{', '.join(names)}; a folder with config.json; a config.json; a recipe",
+        fix=f"did you mean {' or '.join(near)}?" if near else "name a folder with the model's config.json",
+    )
