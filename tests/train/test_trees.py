@@ -20,6 +20,7 @@ from longspan.data.audit.job import audit
 from longspan.data.chat import ChatFormat, MessagesError
 from longspan.data.chat.branches import token_tree
 from longspan.data.chat.chat_config import ChatConfig
+from longspan.data.chat.true_prefixes import true_samples
 from longspan.data.exchange.whole_stores import merge_stores
 from longspan.data.jobs.local import LocalExecutor
 from longspan.data.plans.pack_config import PackConfig
@@ -129,14 +130,106 @@ def test_answers_stand_behind_their_true_prefixes(chatty, store):
     assert shared > 0 and "thoughts" not in str(notes)
 
 
+def asked_apart(text: str, count: int) -> dict[str, Any]:
+    branches = [
+        [{"role": "user", "content": f" What is {n}?"}, {"role": "assistant", "content": f"{n} it is."}]
+        for n in range(count)
+    ]
+    return {"messages": [{"role": "user", "content": text}], "branches": branches}
+
+
+def test_questions_asked_apart_share_their_text(chatty, tmp_path):
+    """Asked one after another, all but the first question of a text were learnt with answers before them; asked in
+    records of their own, the text was read and stored for each."""
+    text = "A long text. " * 40
+    record = asked_apart(text, 5)
+    alone = [
+        [{"role": "user", "content": text + ask["content"]}, answer] for ask, answer in record["branches"]
+    ]
+    chat = ChatFormat(chatty, FORGETFUL)
+    own = [chat.encode(turns) for turns in alone]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    store = tokenize_corpus([path], chatty, tmp_path / "store", chat=chat)
+    assert len(store) == 1 and len(store.tree_tokens(0)) < len(own[0].ids) + 4 * 40
+    assert store.manifest.counts["notes"]["conversations that begin alike, as branches of one document"] == 4
+    torch.manual_seed(0)
+    model = tiny_model(chatty, "llama")
+    wanted = [loss_of(model, collate([row_of(*sample)])) for sample in own]
+    rows = packed(store, 1024)
+    found = loss_of(model, collate([rows.row(0)]))
+    assert found[0] == pytest.approx(sum(loss for loss, _ in wanted), rel=1e-9)
+    for number, gradient in enumerate(found[1]):
+        torch.testing.assert_close(gradient, sum(each[number] for _, each in wanted), rtol=1e-5, atol=1e-7)
+
+
+def test_answers_to_one_question_and_true_prefixes_in_branches(chatty):
+    """Branches that begin with an answer are several answers; with true prefixes each branch is a tree itself."""
+    question = {"role": "user", "content": "Which?"}
+    branches = [[{"role": "assistant", "content": word}] for word in ("one", "two", "one")]
+    chat = ChatFormat(chatty, FORGETFUL)
+    found = chat.encode_record([question], {"branches": branches})
+    assert len(found.parts) == 2 and found.mask.max() == 2
+    with pytest.raises(MessagesError, match="branches"):
+        chat.encode([question], {"branches": branches})
+    both = ChatFormat(chatty, FORGETFUL, config=ChatConfig(true_prefixes=True))
+    whole, shorter = TRACES[0], TRACES[0][:-2]
+    tree = both.encode_record([], {"branches": [whole, json.dumps(shorter)]})
+    samples = [(each.ids, each.mask) for part in (whole, shorter) for each in encoded_alone(both, part)]
+    assert tree.ids.tolist() == token_tree(samples).ids.tolist()
+
+
+def encoded_alone(chat: ChatFormat, turns: list[dict[str, Any]]) -> list[Any]:
+    read, values, _ = chat.read(turns)
+    answers = [number for number, turn in enumerate(read) if turn["role"] == "assistant"]
+    return true_samples(chat, read, values, answers)
+
+
+@pytest.mark.parametrize("too_long", ["cut", "split", "drop"])
+def test_branches_that_do_not_fit_are_counted(chatty, too_long):
+    """A record longer than there is room for went into the row whole, or lost questions unsaid."""
+    record = asked_apart("Some words. " * 3, 6)
+    own = len(ChatFormat(chatty, FORGETFUL).encode(record["messages"] + record["branches"][0][1:]).ids)
+    chat = ChatFormat(chatty, FORGETFUL, config=ChatConfig(max_tokens=own + 70, too_long=too_long))
+    branches = {"branches": record["branches"]}
+    if too_long == "drop":
+        with pytest.raises(MessagesError, match="max_tokens"):
+            chat.encode_all(record["messages"], branches)
+        return
+    found = chat.encode_all(record["messages"], branches)
+    assert all(len(each.ids) <= own + 70 for each in found)
+    kept = sum(1 if each.parts is None else len(each.parts) for each in found)
+    left_out = found[0].notes["branches left out, longer than max_tokens"]
+    assert kept + left_out == 6 and (len(found) == 1 and left_out > 0 if too_long == "cut" else kept == 6)
+    long = {"branches": [*record["branches"], asked_apart("", 1)["branches"][0][:1] * 30]}
+    assert (
+        sum(
+            each.notes["branches left out, longer than max_tokens"]
+            for each in chat.encode_all(record["messages"], long)
+        )
+        == left_out + 1
+    )
+
+
+@pytest.mark.parametrize("wrong", [[], "x", [[]], ["[]"], [3], {"a": 1}, "[", [[3]]])
+def test_wrong_branches_are_one_counted_record(chatty, wrong):
+    """They were read over, and the record learnt without its answers."""
+    with pytest.raises(MessagesError):
+        ChatFormat(chatty, FORGETFUL).encode_all([{"role": "user", "content": "a"}], {"branches": wrong})
+
+
+def tiny_model(chatty: Tokenizer, model_type: str) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    window = {"sliding_window": 37} if model_type == "mistral" else {}
+    fields = {"model_type": model_type, "vocab_size": chatty.vocab_size, "max_position_embeddings": 4096}
+    return build_model({**fields, **sizes, **window, "num_key_value_heads": 1}, seed=0).double().train()
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_loss_and_gradients_are_those_of_separate_rows(chatty, store, model_type):
     """A branch at a wrong position, or one that sees too much or too little, is learnt without a word."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    window = {"sliding_window": 37} if model_type == "mistral" else {}
-    fields = {"model_type": model_type, "vocab_size": chatty.vocab_size, "max_position_embeddings": 4096}
-    model = build_model({**fields, **sizes, **window, "num_key_value_heads": 1}, seed=0).double().train()
+    model = tiny_model(chatty, model_type)
     plain = ChatFormat(chatty, FORGETFUL)
     own = [row_of(*sample) for turns in TRACES for sample in samples_of(plain, turns)]
     wanted = [loss_of(model, collate([row])) for row in own]
@@ -203,7 +296,7 @@ def test_peek_shows_branches(store):
     assert [each["branches off"] for each in found["branches"]] == [0, 0, 0]
     assert found["learnt_tokens"] == int(store.mask(0).sum())
     result = CliRunner().invoke(app, ["data", "peek", str(store.path)])
-    assert result.exit_code == 0 and "where they branch" in result.stdout
+    assert result.exit_code == 0 and "where it branches" in result.stdout
 
 
 def test_traces_that_branch_are_audited(store, tmp_path):

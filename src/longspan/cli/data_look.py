@@ -147,7 +147,7 @@ def _peek_document(path: Path, index: int, tokenizer: str | None, as_json: bool)
     print_table(f"document {index} of {path}", ("what", "found"), list(found.items())[1:])
     if branches:
         numbered = [[number, *row] for number, row in enumerate(rows)]
-        print_table("answers behind their true prefixes: where they branch", ("part", *_BRANCH), numbered)
+        print_table("what begins alike, and where it branches", ("part", *_BRANCH), numbered)
     if mask is not None:
         _print_learnt(f"learnt of document {index}; all else is only read", spans)
         if reader is not None:

@@ -60,6 +60,8 @@ class QuestionsConfig(Config):
     """Tokens of a conversation at most."""
     questions: pydantic.PositiveInt
     """Of each conversation; the evidence is even over depth in all of them together."""
+    apart: bool = False
+    """Ask each question on its own behind the text, and not one after another; see `ConversationConfig.apart`."""
 
 
 class EvaluationConfig(Config):

@@ -46,6 +46,8 @@ QUESTION_SET = "offline_sentences"
 FIRST_TURNS = ("conversation_v1", "conversation_bare_v1", "conversation_below_v1")
 """Trained on the first alone, the model went on writing the text where no such words stood around it. That three are
 enough is not shown: benchmarks/real.md."""
+_APART = FIRST_TURNS[:2]
+"""Those with the question at their end."""
 _SHORTEST_SHARE = 0.75
 """Texts of questions are at least this much of a conversation; the job takes what the questions leave room for."""
 _MOST_PIECES = 8
@@ -260,7 +262,9 @@ def make_questions(
             inputs=(str(texts),),
             tokenizer=str(tokenizer.path.parent),
             question_set=QUESTION_SET,
-            sample=ConversationConfig(length=kind.length, first_turns=FIRST_TURNS),
+            sample=ConversationConfig(
+                length=kind.length, apart=kind.apart, first_turns=_APART if kind.apart else FIRST_TURNS
+            ),
             min_tokens=16,
             questions=kind.questions,
             language="any",

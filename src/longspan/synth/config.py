@@ -120,8 +120,24 @@ class ConversationConfig(Config):
     """First turns, of which each sample has one: shipped names (conversation_v1, conversation_bare_v1,
     conversation_below_v1) or YAML files with the fields context and question. With one alone a model learns to answer
     it alone."""
+    apart: bool = False
+    """Ask each question on its own behind the text, as branches of one sample, which holds the text once, and not one
+    after another: else all but the first are asked with answers before them. First turns have the question at their
+    end then. Rows of such samples train on attention alone, not on layers with a state."""
 
-    ADDED_LATER = frozenset({"first_turns"})
+    ADDED_LATER = frozenset({"first_turns", "apart"})
+
+    @pydantic.model_validator(mode="after")
+    def _ends_with_the_question(self) -> Self:
+        for name in self.first_turns if self.apart else ():
+            text = load_prompt(name).text
+            if text.count("{{question}}") != 1 or not text.endswith("{{question}}"):
+                raise ConfigError(
+                    f"questions are asked apart behind the text, and the first turn {name} has them elsewhere",
+                    allowed="first turns that end with {{question}}, and name it once",
+                    fix="name others (conversation_v1, conversation_bare_v1), or leave apart out",
+                )
+        return self
 
 
 class QaConfig(Config):

@@ -4,6 +4,9 @@
     assistant   its answer
     user        second question ...
 
+Or each question is asked on its own (`apart`): the first turn without a question, and a branch for each, which go on
+in that turn. A model asked in a chat has no answers before it to learn the form from.
+
 Tokens are counted as they are trained: by the student's tokenizer, through its chat template. A document that
 does not fit is cut to a window, at line breaks; one that is shorter may be put among others (distractors). Where the
 window or the document lies is chosen so that evidence is even over all depths of all samples.
@@ -20,7 +23,7 @@ import numpy as np
 
 from longspan.core.errors import DataError
 from longspan.core.seeds import rng
-from longspan.data.chat import ChatFormat
+from longspan.data.chat import BRANCHES, ChatFormat
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.config import ConversationConfig
 from longspan.synth.depth import DepthBalance, stratified
@@ -38,10 +41,15 @@ _TRIES = 6
 _SLACK = 8
 
 
+Turn = dict[str, str]
+
+
 class Conversation(NamedTuple):
     """One conversation."""
 
-    turns: list[dict[str, str]]
+    turns: list[Turn]
+    branches: list[list[Turn]]
+    """How the turns go on, a branch for each question that is asked on its own; []: the turns are all."""
     items: list[Item]
     depths: list[list[float]]
     """Of the evidence of each item, in tokens of the context."""
@@ -130,16 +138,24 @@ class Composer:
     def _around(self, items: Sequence[Item], limit: int) -> int:
         """Return the most tokens that a sample with so many of these questions has without its context."""
         longest = sorted(items, key=lambda item: -len(item.question) - len(item.answer))[:limit]
-        return len(self._chat.encode(self._turns("", longest)).ids)
+        return self._tokens(*self._turns("", longest))
 
-    def _turns(self, context: str, items: Sequence[Item]) -> list[dict[str, str]]:
+    def _tokens(self, turns: list[Turn], branches: list[list[Turn]]) -> int:
+        """Return the tokens of a sample, as trained."""
+        return len(self._chat.encode_record(turns, {BRANCHES: branches} if branches else None).ids)
+
+    def _turns(self, context: str, items: Sequence[Item]) -> tuple[list[Turn], list[list[Turn]]]:
+        """Return turns, and branches behind them."""
+        if self._spec.apart:
+            before = self._template.render(context=context, question="")
+            return [{"role": "user", "content": before}], [_exchange(item.question, item) for item in items]
         turns = []
         for place, item in enumerate(items):
             asked = item.question
             if place == 0:
                 asked = self._template.render(context=context, question=asked)
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": item.answer}]
-        return turns
+            turns += _exchange(asked, item)
+        return turns, []
 
     def _place(
         self, number: int, ruler: TokenRuler, items: Sequence[Item], budget: int, limit: int
@@ -244,9 +260,13 @@ class Composer:
         if limit < len(inside):
             kept = self.balance.pick(depths, limit)
             inside, depths = [inside[place] for place in kept], [depths[place] for place in kept]
-        turns = self._turns(whole, inside)
-        length = len(self._chat.encode(turns).ids)
-        return Conversation(turns, inside, depths, length, ruler.tokens, context.distractors)
+        turns, branches = self._turns(whole, inside)
+        length = self._tokens(turns, branches)
+        return Conversation(turns, branches, inside, depths, length, ruler.tokens, context.distractors)
+
+
+def _exchange(asked: str, item: Item) -> list[Turn]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": item.answer}]
 
 
 def _inside(item: Item, window: Span) -> bool:

@@ -35,7 +35,7 @@ from longspan.core.progress import Progress, progress
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import rng
-from longspan.data.chat import ChatFormat
+from longspan.data.chat import BRANCHES, ChatFormat
 from longspan.data.jobs.job_lock import JobLock
 from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
@@ -369,6 +369,7 @@ class SynthJob:
     def _record(self, document: Mapping[str, Any], sample: Conversation) -> dict[str, Any]:
         return {
             "conversations": sample.turns,
+            **({BRANCHES: sample.branches} if sample.branches else {}),
             "set": self._spec.name,
             "prompt": self._spec.template().label if self._spec.prompt else None,
             "model": self.settings.model,

@@ -215,9 +215,9 @@ def _refuse_trees(config: TrainConfig, model: KnownModel) -> None:
     }
     if found := [words for words, is_wrong in wrong.items() if is_wrong]:
         raise ConfigError(
-            "documents that branch (true_prefixes) train on one device, in one piece, by attention",
+            "rows that branch (true_prefixes, records with branches) train on one device, in one piece, by attention",
             found=", ".join(found),
-            fix="leave these out, or tokenize the conversations without true_prefixes",
+            fix="leave these out, or make records without branches and tokenize them without true_prefixes",
         )
 
 

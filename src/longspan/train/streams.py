@@ -210,7 +210,7 @@ def _refuse_trees(stage: StageConfig, name: str, where: str) -> None:
         raise ConfigError(
             f"{where} has documents that branch, which a stage of these settings cannot read",
             found=", ".join(found),
-            fix="leave them out, or tokenize the conversations without true_prefixes",
+            fix="leave them out, or make the records without branches, or tokenize them without true_prefixes",
         )
 
 

@@ -6,6 +6,7 @@ ids, mask = chat.encode([{"role": "user", "content": "Hi"}, {"role": "assistant"
 
 from __future__ import annotations
 
+from longspan.data.chat.continued import BRANCHES
 from longspan.data.chat.encoder import ChatTokens
 from longspan.data.chat.format import ChatFormat, load_chat_format
 from longspan.data.chat.messages import Message, MessagesError, as_messages
@@ -13,6 +14,7 @@ from longspan.data.chat.prompt import ChatPrompt
 from longspan.data.chat.template import shipped_templates
 
 __all__ = [
+    "BRANCHES",
     "ChatFormat",
     "ChatPrompt",
     "ChatTokens",

@@ -1,17 +1,21 @@
-"""Answers behind their true prefixes, as one tree: what samples have in common once, and branches behind it.
+"""Samples that begin alike, as one tree: what they have in common once, and branches behind it.
 
 A template that drops old thoughts writes answer k as a model wrote it, thoughts and all, only where nothing follows.
-So each answer is a sample of its own: the text up to it, as the model was asked, and the answer. Most of these texts
-begin alike; as a tree a trace of n answers costs its length and its thoughts, and not n times its length.
+So each answer is a sample of its own (`true_prefixes`): the text up to it, as the model was asked, and the answer.
+Or a record asks one long text many questions, each on its own (`continued`). As a tree a trace of n answers costs its
+length and its thoughts, and a text with n questions the text and the questions; not n times the length.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from longspan.data.chat.encoder import Encoded
 
 
 class TokenTree(NamedTuple):
@@ -75,3 +79,19 @@ def _add(parts: list[_Branch], place: int, ids: NDArray[np.uint32], mask: NDArra
             parts.append(_Branch(ids[end - 1 :], own, place, end - 1))
             return
         place = child
+
+
+def one_document(samples: Sequence[Encoded], name: str) -> Encoded:
+    """Return samples as one document, a single one as it is; notes are added up.
+
+    Args:
+        name: what the branches are, for the note that counts them.
+    """
+    notes = sum((each.notes for each in samples), Counter[str]())
+    if len(samples) == 1:
+        return samples[0]._replace(notes=notes)
+    tree = token_tree([(each.ids, each.mask) for each in samples])
+    notes[f"{name}, as branches of one document"] += len(samples) - 1
+    shared = sum(len(each.ids) for each in samples) - len(tree.ids)
+    notes["tokens that branches share with what they branch off"] += shared
+    return Encoded(tree.ids, tree.mask, notes, tree.parts)

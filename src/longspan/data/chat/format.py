@@ -20,12 +20,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longspan.core.errors import DataError
+from longspan.data.chat.branches import one_document
 from longspan.data.chat.chat_config import ChatConfig
+from longspan.data.chat.continued import BRANCHES, branches_of, continued, encode_branches
 from longspan.data.chat.encoder import ChatTokens, Encoded, MarkedEncoder
 from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_marks, with_system
 from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans, learnt_turns, without_thoughts
@@ -41,12 +44,12 @@ from longspan.data.chat.points import MarkedText, Pointer, read
 from longspan.data.chat.stored import Stored, rewritten
 from longspan.data.chat.template import DATE, Template, find_template
 from longspan.data.chat.too_long import fitted, shortened
-from longspan.data.chat.true_prefixes import encode_tree
+from longspan.data.chat.true_prefixes import TRUE_PREFIXES, true_samples
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.tokenizer.roles import named_tokens
 
-RULES = 6
+RULES = 7
 """Raised whenever the same template and conversation would be encoded otherwise."""
 
 # Awkward content: a template that escapes, lowers, or splits it is found out before the corpus is read.
@@ -119,7 +122,7 @@ class ChatFormat:
     def fields(self) -> tuple[str, ...]:
         """Fields of a record, beside the messages, that belong to a conversation: "tools", and all that the template
         reads."""
-        return tuple(sorted({*FIELDS, *LEARNT, *NOT_LEARNT, *self._template.variables}))
+        return tuple(sorted({*FIELDS, BRANCHES, *LEARNT, *NOT_LEARNT, *self._template.variables}))
 
     def render(self, messages: Any, variables: Mapping[str, Any] | None = None) -> str:
         """Return the text of a conversation as the template writes it."""
@@ -138,7 +141,7 @@ class ChatFormat:
         """
         encoded = self.encode_record(messages, variables)
         if encoded.parts is not None:
-            raise MessagesError("the conversation branches (true_prefixes): `encode_record` has its parts")
+            raise MessagesError("the conversation branches: `encode_record` has its parts")
         return ChatTokens(encoded.ids, encoded.mask)
 
     def encode_record(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Encoded:
@@ -158,17 +161,18 @@ class ChatFormat:
         Raises:
             MessagesError: this conversation cannot be used, others may.
         """
-        turns, values, notes = self.read(messages, variables)
-        config = self.config
-        if config.truncate_tool_results is not None:
-            turns, more = shortened(turns, self._tokenizer, config.truncate_tool_results)
-            notes += more
+        config, values = self.config, dict(variables or {})
+        branches = branches_of(values)
+        values.pop(BRANCHES, None)
+        if branches:
+            samples = [
+                self._samples(*self._shortened(continued(messages, each), values)) for each in branches
+            ]
+            return encode_branches(samples, max_tokens=config.max_tokens, too_long=config.too_long)
+        turns, values, notes = self._shortened(messages, values)
 
         def encode(some: list[Message]) -> Encoded:
-            if not config.true_prefixes:
-                return self.encode_turns(some, values)
-            answers = learnt_turns(some, config.train_turns)
-            return encode_tree(self, some, values, [n for n, turn in enumerate(answers) if turn.learnt])
+            return one_document(self._samples(some, values), TRUE_PREFIXES)
 
         encoded = [encode(turns)]
         if config.max_tokens is not None and len(encoded[0].ids) > config.max_tokens:
@@ -177,6 +181,28 @@ class ChatFormat:
             )
         encoded[0] = encoded[0]._replace(notes=notes + encoded[0].notes)
         return encoded
+
+    def _shortened(self, messages: Any, variables: Mapping[str, Any]) -> Stored:
+        """Return what `read` returns, results of tools as short as they are to be."""
+        turns, values, notes = self.read(messages, variables)
+        limit = self.config.truncate_tool_results
+        if limit is not None:
+            turns, more = shortened(turns, self._tokenizer, limit)
+            notes += more
+        return Stored(turns, values, notes)
+
+    def _samples(
+        self, turns: list[Message], values: Mapping[str, Any], notes: Counter[str] | None = None
+    ) -> list[Encoded]:
+        """Return what a conversation is learnt as: one sample, or with true prefixes several, the longest first."""
+        if self.config.true_prefixes:
+            answers = learnt_turns(turns, self.config.train_turns)
+            samples = true_samples(self, turns, values, [n for n, turn in enumerate(answers) if turn.learnt])
+        else:
+            samples = [self.encode_turns(turns, values)]
+        if notes:
+            samples[0] = samples[0]._replace(notes=notes + samples[0].notes)
+        return samples
 
     def read(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Stored:
         """Return a conversation in the one form that templates are given, whichever it is stored in.

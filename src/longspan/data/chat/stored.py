@@ -38,7 +38,8 @@ IMAGES = (
 PLACEHOLDER = "[{}]"
 """What stands for such a part where it is replaced."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-_SPEAKERS = (("role", "content"), ("from", "value"), ("role", "text"))
+SPEAKERS = (("role", "content"), ("from", "value"), ("role", "text"))
+"""Keys of who speaks and what is said."""
 _TO_CALL = ("function_call", "tool_call")
 _RESULT_ROLES = (
     "tool",
@@ -129,7 +130,7 @@ def _steps(turn: Turn) -> Iterator[Turn]:
     if turn.get("role") == "system" and isinstance(turn.get("system_prompt"), str) and not turn.get("text"):
         yield {"role": "system", "content": turn["system_prompt"]}
         return
-    speaker = next((each for each in _SPEAKERS if each[0] in turn and each[1] in turn), None)
+    speaker = next((each for each in SPEAKERS if each[0] in turn and each[1] in turn), None)
     if speaker is None and "from" in turn and "role" not in turn:
         speaker = ("from", "value")
     if speaker is not None:

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from longspan.data.chat.branches import token_tree
 from longspan.data.chat.encoder import Encoded
 from longspan.data.chat.messages import Message, MessagesError
 
 LEFT_OUT = "turns whose thoughts the chat template leaves out"
 """The note of `written` that says what branches are for."""
+TRUE_PREFIXES = "answers behind their true prefix"
 
 
 class _Sample(NamedTuple):
@@ -46,10 +46,10 @@ class TurnEncoder(Protocol):
         """Return ids and mask of turns."""
 
 
-def encode_tree(
+def true_samples(
     chat: TurnEncoder, turns: list[Message], values: Mapping[str, Any], answers: Sequence[int]
-) -> Encoded:
-    """Return a conversation in which each answer stands behind its true prefix; one that needs no branch has no parts.
+) -> list[Encoded]:
+    """Return the samples in which each answer stands behind its true prefix, the longest first.
 
     Args:
         answers: the turns to learn, in order.
@@ -75,14 +75,8 @@ def encode_tree(
         else:
             sample.learn.append(number)
     if not samples:
-        return chat.encode_turns(turns, values)
+        return [chat.encode_turns(turns, values)]
     encoded = [chat.encode_turns(turns[: each.turns], values, learn=each.learn) for each in samples]
+    # The longest has all turns: the others say the same of them again.
     notes = Counter({name: count for name, count in encoded[0].notes.items() if name != LEFT_OUT})
-    if len(encoded) == 1:
-        return encoded[0]._replace(notes=notes)
-    tree = token_tree([(each.ids, each.mask) for each in encoded])
-    notes["answers behind their true prefix, as branches of one document"] += len(encoded) - 1
-    notes["tokens that branches share with what they branch off"] += sum(
-        len(each.ids) for each in encoded
-    ) - len(tree.ids)
-    return encoded[0]._replace(ids=tree.ids, mask=tree.mask, parts=tree.parts, notes=notes)
+    return [encoded[0]._replace(notes=notes), *(each._replace(notes=Counter()) for each in encoded[1:])]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
+from longspan.data.chat.continued import BRANCHES, branches_of
 from longspan.data.chat.encoder import Encoded
 from longspan.data.chat.format import ChatFormat
 from longspan.data.chat.given import FIELDS, SYSTEM
@@ -94,7 +95,7 @@ def chat_contents(
     """
     report = ReadReport()
     found = _Counting(tokenizer, chat, show)
-    fields = (*FIELDS, *LEARNT, *NOT_LEARNT) if chat is None else chat.fields
+    fields = (*FIELDS, BRANCHES, *LEARNT, *NOT_LEARNT) if chat is None else chat.fields
     for document in read_documents(
         inputs, messages_field=messages_field, variable_fields=fields, report=report
     ):
@@ -142,24 +143,19 @@ class _Counting:
 
     def add(self, messages: list[Any], values: dict[str, Any], place: str) -> None:
         """Count a conversation. Raises MessagesError where it cannot be used."""
-        if self._chat is None:
-            stored = rewritten(messages, values, names=_NAMES, replace_images=True)
-            turns, notes = as_messages(stored.turns), stored.notes
-            values = stored.values
-        else:
-            given = values
-            turns, values, notes = self._chat.read(messages, given)
-            encoded = self._chat.encode_all(messages, given)
-            for each in encoded:
+        branches = branches_of(values)
+        if self._chat is not None:
+            for each in self._chat.encode_all(messages, values):
                 self.notes.update(each.notes)
                 self._whole.append(len(each.ids))
                 self._tokens += len(each.ids)
                 self._learnt += int((each.mask > 0).sum())
                 if len(self._shown) < self._show and self._tokenizer is not None:
                     self._shown.append(_shown(place, each, self._tokenizer))
-            notes = Counter()
-        self.notes.update(notes)
-        sizes = sum(self._turn(turn) for turn in turns)
+        turns, values = self._read(messages, {key: value for key, value in values.items() if key != BRANCHES})
+        parts = [turns, *(self._read(branch, {})[0] for branch in branches)]
+        sizes = sum(self._turn(turn) for part in parts for turn in part)
+        self.counts["conversations that begin as another"] += max(0, len(branches) - 1)
         tools = values.get("tools")
         if isinstance(tools, list) and tools:
             self.counts["conversations with tools"] += 1
@@ -168,10 +164,20 @@ class _Counting:
         if isinstance(text, str) and text.strip() and turns[0]["role"] != "system":
             # Where no template was asked it is a turn of its own still.
             sizes += self._part("system", text)
-        self._pairs(turns)
+        for part in parts:
+            self._pairs(part)
         self.counts["conversations"] += 1
         if self._chat is None:
             self._whole.append(sizes)
+
+    def _read(self, messages: list[Any], values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
+        """Return turns and fields in one form; what was rewritten is noted here where no template notes it."""
+        if self._chat is not None:
+            turns, values, _ = self._chat.read(messages, values)
+            return turns, values
+        stored = rewritten(messages, values, names=_NAMES, replace_images=True)
+        self.notes.update(stored.notes)
+        return as_messages(stored.turns), stored.values
 
     def _turn(self, turn: Message) -> int:
         """Count a turn; returns its length."""
