@@ -17,6 +17,7 @@ from longspan.synth.depth import DepthBalance, bin_of, stratified
 from longspan.synth.items import Item
 from longspan.synth.sections import Span
 from longspan.synth.selection import DocumentFile
+from longspan.synth.templates import load_prompt
 from tests.synth.writer import answer, document, question, sentence
 
 
@@ -153,6 +154,25 @@ def test_first_turns_are_drawn_by_document_and_fit(student, tmp_path):
             documents,
             seed=1,
         )
+
+
+def test_questions_asked_apart_are_branches_of_one_text(student, tmp_path):
+    """All questions but the first of a text were asked with answers before them, and only answers in such a place were
+    learnt. Asked apart, each is what a model sees that is asked it alone."""
+    documents, records = write(tmp_path / "documents.jsonl", [1], 40)
+    spec = ConversationConfig(length=700, first_turns=("conversation_bare_v1",), apart=True)
+    composer = Composer(spec, student.tokenizer, student.chat, documents, seed=1)
+    sample = composer.compose(0, records[0], items_of(records[0], range(0, 40, 4), 40))
+    assert sample is not None and len(sample.branches) == len(sample.items) == len(sample.depths) > 3
+    found = student.chat.encode_record(sample.turns, {"branches": sample.branches})
+    assert len(found.ids) == sample.length <= 700 and len(found.parts) == len(sample.branches)
+    text = sample.turns[0]["content"]
+    alone = load_prompt("conversation_bare_v1").render(context=text[:-1], question=sample.items[1].question)
+    ask, reply = sample.branches[1]
+    assert text.endswith("\n") and text + ask["content"] == alone
+    assert reply == {"role": "assistant", "content": sample.items[1].answer}
+    with pytest.raises(ConfigError, match="the first turn conversation_below_v1"):
+        ConversationConfig(first_turns=("conversation_v1", "conversation_below_v1"), apart=True)
 
 
 def test_what_does_not_fit_is_counted(student, tmp_path):
