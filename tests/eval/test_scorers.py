@@ -29,8 +29,9 @@ LISTS: dict[str, tuple[list[str], str]] = {
     "graphwalks_f1": (["a1", "b2"], "Final Answer: [a1, b2]"),
 }
 """Rules for a list of a certain form, and a perfect answer."""
-OF_PROBLEMS = ("longproc", "longproc_partial", "helmet_ndcg_10")
-"""Rules that need a problem beside the texts: tests/eval/test_longproc.py."""
+CITING = ("str_em", "str_hit", "rouge_l_sum", "precision", "recall", "recall_top5", "list_f1", "list_f1_top5")
+OF_PROBLEMS = ("longproc", "longproc_partial", "helmet_ndcg_10", *(f"helmet_{name}" for name in CITING))
+"""Rules that need a problem beside the texts: tests/eval/test_longproc.py, test_citations.py."""
 HERE = sorted(set(SCORERS) - {*NEEDS_JIEBA, *OF_PROBLEMS})
 
 

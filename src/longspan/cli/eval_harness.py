@@ -27,7 +27,7 @@ EXAMPLE = example(
 RELEASES = {
     "long-llm": ("longbench", "infbench", "longeval", "mmlu", "needle"),
     "fu-2024": ("infbench",),
-    "helmet": ("recall", "rag", "rerank", "icl", "longqa", "summ", "ruler"),
+    "helmet": ("recall", "rag", "rerank", "cite", "icl", "longqa", "summ", "ruler"),
 }
 """Collections that are read from their released files, and what is read of each."""
 

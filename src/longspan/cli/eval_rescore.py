@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longspan.cli.from_settings import Part, Used, from_settings
-from longspan.cli.output import Json, example, print_json, print_table
+from longspan.cli.output import Json, example, percent, print_json, print_table
 
 if TYPE_CHECKING:
     from longspan.eval.rescoring import RescoreConfig
@@ -42,6 +42,8 @@ def rescore(
         judge = chat_model(settings.judge, option="--judge")
         with judge.client(settings.server or ServerConfig()) as client:
             summary = judge_file(records, client, out, template=CRITERIA[settings.criteria], used=used)
+    elif settings.scorer == "citations":
+        summary = _citations(settings, records, out, used)
     else:
         from longspan.eval.rescoring import rescore as score_again
 
@@ -60,3 +62,42 @@ def rescore(
     if (rating := summary.get("mean_rating")) is not None:
         title += f", mean rating {rating:.2f} (1 to 10)"
     print_table(title, ("scored", "unscored", "mean", "95% interval"), [row])
+    if (judged := summary.get("judgements")) is not None:
+        print_table(
+            f"{judged['asked']:,} pairs judged, {judged['unjudged']:,} of them without a verdict",
+            ("set", "metric", "scored", "unscored", "mean"),
+            [
+                [
+                    each["subtask"],
+                    each["metric"],
+                    each["scored"],
+                    each["samples"] - each["scored"],
+                    percent(each["mean"]),
+                ]
+                for each in summary["by_metric"]
+            ],
+        )
+
+
+def _citations(settings: RescoreConfig, records: Path, out: Path, used: Used) -> dict[str, Any]:
+    from longspan.api import ServerConfig, remote_model
+    from longspan.core.errors import ArgumentError
+    from longspan.eval.citations import cite_file, server_judge
+
+    if settings.judge is None:
+        raise ArgumentError(
+            "which model judges is not said",
+            allowed="--judge FOLDER, a name on the hub, openai:NAME or anthropic:NAME",
+        )
+    assert settings.data_root is not None  # the settings refuse it
+    given = {"name": settings.judge, "data_root": settings.data_root, "used": used}
+    if (remote := remote_model(settings.judge)) is not None:
+        with remote.client(settings.server or ServerConfig()) as client:
+            return cite_file(records, server_judge(client), out, **given)
+    if settings.server is not None:
+        raise ArgumentError(
+            "a model that is run here has no server", found=settings.judge, allowed="--judge openai:NAME"
+        )
+    from longspan.infer.entailment import EntailmentModel
+
+    return cite_file(records, EntailmentModel(settings.judge).judge, out, **given)

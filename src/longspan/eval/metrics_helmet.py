@@ -25,17 +25,17 @@ Metric = Callable[[str, str], float]
 
 def exact_match(expected: str, output: str) -> float:
     """Return 1.0 when both texts are the same without case, punctuation, articles and extra spaces."""
-    return float(_normalised(expected) == _normalised(output))
+    return float(normalised(expected) == normalised(output))
 
 
 def substring_exact_match(expected: str, output: str) -> float:
     """Return 1.0 when the expected text stands in the output, both as in `exact_match`."""
-    return float(_normalised(expected) in _normalised(output))
+    return float(normalised(expected) in normalised(output))
 
 
 def f1(expected: str, output: str) -> float:
     """Return the F1 of the words that both texts hold; yes and no are right as a whole or not at all."""
-    left, right = _normalised(expected), _normalised(output)
+    left, right = normalised(expected), normalised(output)
     if left != right and (left in _CLOSED or right in _CLOSED):
         return 0.0
     words = left.split(), right.split()
@@ -71,7 +71,8 @@ def choice(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> f
     return best_of_both(exact_match, expected, output, fields, parsed_only=False)
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """Return a text in lower case without punctuation, articles and extra spaces."""
     return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 

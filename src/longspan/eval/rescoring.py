@@ -28,9 +28,13 @@ class RescoreConfig(Config):
     """By which rule recorded answers are scored again."""
 
     scorer: str
-    """Scoring rule (see `eval list`), or judge: a model rates 1-10."""
+    """Scoring rule (see `eval list`), or judge: a model rates 1-10; or citations: a model says whether the passages
+    that an answer of helmet:cite names support it."""
     judge: str | None = None
-    """Model that judges: openai:NAME or anthropic:NAME, as in --model."""
+    """Model that judges: openai:NAME or anthropic:NAME, as in --model. Of citations also a text-to-text model of
+    entailment, which is run here: a folder, or a name such as google/t5_xxl_true_nli_mixture (the published one)."""
+    data_root: str | None = None
+    """Folder of HELMET's data, whose passages the citations name."""
     criteria: Literal["answer", "kamradt"] = "answer"
     """What the judge goes by: how much of the right answer is there, or the published criteria of Kamradt's needle
     test."""
@@ -39,10 +43,16 @@ class RescoreConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _rules_ask_nobody(self) -> RescoreConfig:
-        asked = self.judge is not None or self.server is not None or self.criteria != "answer"
-        if asked and self.scorer != "judge":
+        asked = self.judge is not None or self.server is not None
+        judges = ("judge", "citations")
+        if (asked and self.scorer not in judges) or (self.criteria != "answer" and self.scorer != "judge"):
             raise ConfigError(
                 "no judge is asked by this rule", found=f"--scorer {self.scorer}", fix="give --scorer judge"
+            )
+        if (self.data_root is None) == (self.scorer == "citations"):
+            raise ConfigError(
+                "--data-root goes with --scorer citations, which reads the passages there",
+                found=f"--scorer {self.scorer} {'without it' if self.data_root is None else 'with it'}",
             )
         return self
 

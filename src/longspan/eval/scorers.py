@@ -19,6 +19,7 @@ from typing import Any
 
 from longspan.core.errors import ArgumentError
 from longspan.eval import metrics
+from longspan.eval import metrics_alce as alce
 from longspan.eval import metrics_helmet as helmet
 from longspan.eval import metrics_infinitebench as infinite
 from longspan.eval import metrics_longbench as longbench
@@ -84,6 +85,22 @@ def _all(metric: Callable[[Sequence[str], str], float]) -> Rule:
 
 def _labelled(metric: Callable[[str, str], float], *, parsed_only: bool = False) -> Rule:
     return partial(helmet.best_of_both, metric, parsed_only=parsed_only)
+
+
+def _alce(metric: Callable[[str, Sequence[Sequence[str]]], float]) -> Rule:
+    def rule(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+        return metric(f"{fields.get('label_in_prompt') or ''}{output}", alce.alternatives_of(fields))
+
+    return rule
+
+
+def _listed(field: str) -> Rule:
+    return _alce(lambda output, alternatives: float(getattr(alce.list_scores(output, alternatives), field)))
+
+
+def _alce_rouge(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    whole = f"{fields.get('label_in_prompt') or ''}{output}"
+    return max(alce.rouge_l_sum_of(each, whole) for each in expected)
 
 
 def _of_classes(name: str, metric: Callable[[str, str, Sequence[str]], float], says: str) -> Scorer:
@@ -187,6 +204,14 @@ _RULES = (
     Scorer("helmet_rouge_l", 1, _labelled(partial(metrics.rouge_l, stemmed=True)), "HELMET: rouge-l F"),
     Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
     Scorer("helmet_ndcg_10", 1, helmet.ndcg_10, "HELMET: NDCG at 10 of the ranking"),
+    Scorer("helmet_str_em", 1, _alce(alce.parts_found), "HELMET: share of an answer's parts that it holds"),
+    Scorer("helmet_str_hit", 1, _alce(alce.all_parts_found), "HELMET: it holds all of them"),
+    Scorer("helmet_rouge_l_sum", 1, _alce_rouge, "HELMET: rouge-l F by sentences"),
+    Scorer("helmet_precision", 1, _listed("precision"), "HELMET: share of the listed names that are right"),
+    Scorer("helmet_recall", 1, _listed("recall"), "HELMET: share of the names that are listed"),
+    Scorer("helmet_recall_top5", 1, _listed("recall_top5"), "HELMET: the same of at most five names"),
+    Scorer("helmet_list_f1", 1, _listed("f1"), "HELMET: F-measure of both"),
+    Scorer("helmet_list_f1_top5", 1, _listed("f1_top5"), "HELMET: the same with at most five names"),
     Scorer("mrcr_ratio", 1, _mrcr_ratio, "MRCR: difflib's ratio behind the drawn string, else 0"),
     Scorer("graphwalks_f1", 1, _all(metrics.graphwalks_f1), "GraphWalks: F-measure of nodes in the last line"),
     Scorer("contains_exactly", 1, _best(metrics.contains_exactly), "NoLiMa: the value stands in it as it is written"),

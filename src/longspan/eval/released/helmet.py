@@ -1,10 +1,12 @@
-"""HELMET's released folders: recall, RULER, RAG, re-ranking; ICL, long QA, summaries from the data sets it reads.
+"""HELMET's released folders: recall, RULER, RAG, re-ranking, citations; ICL, long QA, summaries from their data sets.
 
     ROOT/json_kv/test_k1800_dep6.jsonl                     context, question, answer, demos, num_kvs
     ROOT/ruler/niah_multikey_2/validation_131072.jsonl     context, query, type_needle_v, answer or outputs
     ROOT/kilt/nq-dev-multikilt_1000_k1000_dep6.jsonl       question, answers, ctxs (title, text); demos beside it
     ROOT/trec/train.jsonl, test.jsonl                      text, coarse_label, fine_label; others likewise
     ROOT/msmarco/test_reranking_data_k1000_dep3.jsonl      qid, query, ctxs (id, text, label)
+    ROOT/alce/asqa_eval_gtr_top2000.json                   question, qa_pairs, annotations, docs (title, text)
+    ROOT/../prompts/asqa_revised.json                      instruction, doc_prompt, demo_prompt, demos
     ROOT/infinitebench/longbook_qa_eng.jsonl, ROOT/narrativeqa/test.jsonl, ROOT/multi_lexsum/validation.jsonl
 
 Which questions are asked, which examples stand before them and how labels are renamed is drawn as HELMET draws
@@ -12,7 +14,7 @@ it (seed 42, SHA-256 of the question, the orders of `datasets` and `random`), so
 its published runs; templates, sizes and metrics are data (helmet.yaml). Different here: contexts are cut by
 the model's tokenizer where HELMET takes Llama-2's, and answers do not end at a new line, which HELMET's
 configurations ask for by a name that it does not know. Summaries are scored by ROUGE-L until a judge
-scores them. Citations are left out: their score needs a model of entailment.
+scores them, answers with citations by what they say until `eval.citations` has judged what they cite.
 """
 
 from __future__ import annotations
@@ -24,20 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
+from longspan.eval.released.helmet_cite import Cite
+from longspan.eval.released.helmet_set import LENGTHS, SEED, HelmetSet, seed_of, shuffled
 from longspan.eval.released.longllm import read_settings
 from longspan.eval.released.rows import Rows, find_rows, texts_of
-from longspan.eval.released.sets import Question, Rule
 
-CATEGORIES = ("recall", "rag", "rerank", "icl", "longqa", "summ", "ruler")
-LENGTHS = (8192, 16384, 32768, 65536, 131072)
-SEED = 42
+CATEGORIES = ("recall", "rag", "rerank", "cite", "icl", "longqa", "summ", "ruler")
 _LONG = 65536
 _PASSAGE = "Document (Title: {title}): {text}"
-_OMITTED = " ... [the rest of the text is omitted]"
 
 
 def open_sets(
@@ -62,7 +60,13 @@ def open_sets(
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ArgumentError(f"{category} has no such set", found=", ".join(unknown), allowed=list(known))
-    kinds: dict[str, type[HelmetSet]] = {"json_kv": JsonKV, "rag": Rag, "rerank": Rerank, "icl": Icl}
+    kinds: dict[str, type[HelmetSet]] = {
+        "json_kv": JsonKV,
+        "rag": Rag,
+        "rerank": Rerank,
+        "cite": Cite,
+        "icl": Icl,
+    }
     kinds |= {
         "narrativeqa": NarrativeQA,
         "longqa": InfiniteQA,
@@ -75,78 +79,6 @@ def open_sets(
         each = {**known[name], "name": name, "max_samples": settings["max_samples"]}
         sets.append(kind(root, category, each, length, tokenizer))
     return sets
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    """Return the order in which `datasets` shuffles so many rows."""
-    return np.random.default_rng(seed).permutation(count).tolist()
-
-
-def seed_of(text: str) -> int:
-    """Return HELMET's seed of a text."""
-    return int(hashlib.sha256(text.encode("utf-8")).hexdigest(), 16) % 2**31
-
-
-class HelmetSet:
-    """A set of HELMET: what all have in common."""
-
-    def __init__(
-        self, root: Path, category: str, settings: dict[str, Any], length: int, tokenizer: Tokenizer
-    ) -> None:
-        self.dataset, self.subtask = f"helmet_{category}", settings["name"]
-        self._root, self._settings, self._length = root, settings, length
-        self._tokenizer = tokenizer
-        self._shots = settings.get("shots", 0)
-        self.rule = Rule(
-            settings["metric"],
-            settings["max_new_tokens"],
-            max_length=length - settings["max_new_tokens"],
-            cut="end of context",
-            omitted=_OMITTED if category in ("longqa", "summ") else "",
-        )
-        self._open()
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def size(self, number: int) -> int:
-        """Return about how many bytes the question has."""
-        return self._rows.size(self._chosen[number])
-
-    def describe(self) -> dict[str, Any]:
-        """Return what determines the questions."""
-        return {"file": self._rows.path.name, "sha256": self._rows.sha256, "length": self._length}
-
-    def question(self, number: int, *, chat: bool) -> Question:
-        """Return a question; its prompt ends with the label, save in a chat."""
-        values, expected = self._example(self._chosen[number])
-        label = self._settings["label"].format_map(values)
-        template = self._settings["user"]
-        if not chat:
-            template += self._settings.get("separator", "\n") + self._settings["label"]
-        fields = {"label": label, "label_in_prompt": "" if chat else label, "question": values["question"]}
-        if not self._settings["metric"].startswith("helmet_"):
-            fields = {"question": values["question"]}
-        fields |= self._more(self._chosen[number])
-        return Question(template, values, expected, fields)
-
-    def _open(self) -> None:
-        """Read the file and choose the questions."""
-        self._rows = self._file("file")
-        self._chosen = shuffled(len(self._rows), SEED)[: self._settings["max_samples"]]
-
-    def _file(self, key: str) -> Rows:
-        k = self._settings.get("k", {}).get(self._length, "")
-        place = self._settings[key].format(name=self.subtask, length=self._length, k=k)
-        return find_rows(self._root, [place, f"data/{place}"], what=f"{self.dataset}/{self.subtask}")
-
-    def _example(self, place: int) -> tuple[dict[str, str], list[str]]:
-        """Return the template's values and the expected answers of a row."""
-        raise AssertionError  # each kind of set has its own
-
-    def _more(self, place: int) -> dict[str, Any]:
-        """Return what else the metric needs of a row."""
-        return {}
 
 
 class JsonKV(HelmetSet):
