@@ -51,6 +51,7 @@ STORY = (
     ("eval", "longbench_v2"),
     ("eval", "lveval"),
     ("eval", "longproc"),
+    ("eval", "ancestral_trace"),
     ("eval", "rescore"),
     ("eval", "harness"),
     ("ask",),
@@ -112,6 +113,20 @@ def write_released_files(root: Path) -> None:
             {**needle, "tests": {"T1": {"input_args": []}}, "task_template": "{haystack} {question}"}
         ],
     }
+    relations = {
+        "templates_en": ["{A} is {B}'s {relationship}."],
+        "terms_en": ["dad"],
+        "generation_map_en": {},
+    }
+    asked = (
+        "shuffled_story_with_prompt",
+        "nth_ancestor_prompt",
+        "nth_descendant_prompt",
+        "relationship_distance_prompt",
+    )
+    lines = [f"relationship_{name} = {value!r}" for name, value in relations.items()]
+    lines += [f"{name}_en = '{{shuffled_story}} Who?'" for name in asked]
+    files["needlebench/names.json"] = {"English": "Ada,Bo,Cy,Di,Ed"}
     (root / "axolotl.yaml").write_text(
         "{base_model: m, sequence_len: 64, learning_rate: 1e-4, datasets: [{path: chats.jsonl, type: chat_template}]}"
     )
@@ -119,6 +134,7 @@ def write_released_files(root: Path) -> None:
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(json.dumps(content))
+    (root / "needlebench/atc.py").write_text("\n".join(lines))
     (root / "nolima/book.txt").write_text("Ada wrote it on a day.\n" * 200)
     row = {"query": "Which?", "subject": "anatomy", "choices": list("wxyz"), "answer": 2, "query_id": 0}
     question = {"context": "Ada wrote it.", "input": "Who wrote it?", "answers": ["Ada"]}

@@ -172,7 +172,7 @@ def test_facts_in_books(
     with pytest.raises(DataError, match="holds no prompt of qa2"):
         Babilong.from_config(BabilongConfig(prompts=prompts), data(babilong / "data"), form)
     prompts.write_text("DEFAULT_PROMPTS = open('/etc/passwd')")
-    with pytest.raises(DataError, match="holds no prompts of BABILong"):
+    with pytest.raises(DataError, match=r"prompts\.py does not hold what is read of it"):
         read_prompts(prompts)
 
 

@@ -25,6 +25,7 @@ LISTS: dict[str, tuple[list[str], str]] = {
     "function_chosen": (["get", "B"], "B"),
     "letter_chosen": (["Paris", "B"], "B"),
     "babilong": (["kitchen", "office"], "Mary is in the kitchen."),
+    "boxed_name": (["Ada"], "It is \\boxed{Ada}"),
     "longbench_v2": (["B"], "The correct answer is (B)"),
     "graphwalks_f1": (["a1", "b2"], "Final Answer: [a1, b2]"),
 }

@@ -281,6 +281,20 @@ _BUILT_IN = (
         examples=("--data longproc --levels 0.5k --max-new-tokens 8",),
     ),
     TaskEntry(
+        "ancestral_trace",
+        "NeedleBench's many hops: a chain of relations in any order, at whose other end a person is sought.",
+        config="longspan.eval.released.ancestral_trace:AncestralTraceConfig",
+        task="longspan.eval.released.ancestral_trace:AncestralTrace",
+        axes=Axes(rows="question_type", columns="num_needles"),
+        scorers=("boxed_name",),
+        heading="Ancestral trace (NeedleBench)",
+        data="names.json of opencompass/NeedleBench.",
+        reads=("paths",),
+        examples=(
+            "--data needlebench --prompts needlebench/atc.py --num-needles 2,4 --samples 1 --max-new-tokens 8",
+        ),
+    ),
+    TaskEntry(
         "harness",
         "Published benchmarks: lm-eval's LongBench, InfiniteBench, MMLU, BABILong; long-llm, HELMET.",
         scorers=("by_metric",),

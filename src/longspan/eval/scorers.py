@@ -26,6 +26,7 @@ from longspan.eval import metrics_longbench as longbench
 from longspan.eval import metrics_longproc as longproc
 from longspan.eval import metrics_lveval as lveval
 from longspan.eval.metrics_babilong import label_named
+from longspan.eval.metrics_needlebench import boxed_name
 
 Rule = Callable[[Sequence[str], str, Mapping[str, Any]], float]
 """Expected texts (at least one), output, fields of the sample -> 0..1."""
@@ -223,6 +224,7 @@ _RULES = (
     Scorer("lveval_rouge_l_zh", 1, _best(lveval.rouge_l_zh), "LV-Eval: rouge-l F without common Chinese words"),
     Scorer("longproc", 1, partial(_longproc, partial=False), "LongProc: it ends right; F1 of a table's rows"),
     Scorer("longproc_partial", 1, partial(_longproc, partial=True), "LongProc: share that is right from the start"),
+    Scorer("boxed_name", 1, _best(boxed_name), "NeedleBench: what the last box holds is the value"),
     Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
     Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
 )

@@ -9,7 +9,6 @@ parsed as data, never run). Without them the prompt is context and question alon
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from longspan.core.files import sha256_bytes
 from longspan.core.log import get_logger
 from longspan.eval.metrics_babilong import LABELS
 from longspan.eval.prompts import PromptForm
+from longspan.eval.released.literals import literals_in
 from longspan.eval.released.row_task import Placed, RowsConfig, RowTask, texts_in
 from longspan.eval.released.rows import Rows
 from longspan.eval.task import Built, Planned
@@ -116,21 +116,13 @@ def read_prompts(path: Path) -> Mapping[str, Mapping[str, str]]:
     Raises:
         DataError: the file cannot be read, or assigns no such texts to DEFAULT_PROMPTS.
     """
+    allowed = "the released babilong/prompts.py"
+    found = literals_in(path, ["DEFAULT_PROMPTS"], allowed=allowed)["DEFAULT_PROMPTS"]
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        values = [
-            node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            and any(isinstance(each, ast.Name) and each.id == "DEFAULT_PROMPTS" for each in node.targets)
-        ]
-        found = ast.literal_eval(values[-1]) if values else None
         if not found or not all(isinstance(each[part], str) for each in found.values() for part in _PARTS):
-            raise ValueError("it assigns no prompts to DEFAULT_PROMPTS")
-    except (OSError, ValueError, SyntaxError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError("its DEFAULT_PROMPTS are none")
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise DataError(
-            f"{path} holds no prompts of BABILong",
-            found=f"{type(error).__name__}: {error}",
-            allowed="the released babilong/prompts.py",
+            f"{path} holds no prompts of BABILong", found=f"{type(error).__name__}: {error}", allowed=allowed
         ) from None
     return {name: {part: each[part] for part in _PARTS} for name, each in found.items()}
