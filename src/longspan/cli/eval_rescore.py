@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,14 +91,14 @@ def _citations(settings: RescoreConfig, records: Path, out: Path, used: Used) ->
             allowed="--judge FOLDER, a name on the hub, openai:NAME or anthropic:NAME",
         )
     assert settings.data_root is not None  # the settings refuse it
-    given = {"name": settings.judge, "data_root": settings.data_root, "used": used}
+    cite = partial(cite_file, records, out=out, name=settings.judge, data_root=settings.data_root, used=used)
     if (remote := remote_model(settings.judge)) is not None:
         with remote.client(settings.server or ServerConfig()) as client:
-            return cite_file(records, server_judge(client), out, **given)
+            return cite(server_judge(client))
     if settings.server is not None:
         raise ArgumentError(
             "a model that is run here has no server", found=settings.judge, allowed="--judge openai:NAME"
         )
     from longspan.infer.entailment import EntailmentModel
 
-    return cite_file(records, EntailmentModel(settings.judge).judge, out, **given)
+    return cite(EntailmentModel(settings.judge).judge)
