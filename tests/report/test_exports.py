@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from longspan.report import write_report
+from longspan.report.charts import Axis, LineChart, Series
 from longspan.report.csv_files import csv_text
-from longspan.report.figures import write_figure
+from longspan.report.figures import accuracy_figure, loss_figure, write_figure
+from longspan.report.layouts import Layout
 from longspan.report.page_tables import latex
 from longspan.report.palette import DASHES, LINES, _linear, _to_oklab
+from longspan.report.samples import ScoredSample
+from longspan.report.tables import ALL, score_grid
+from longspan.report.training_view import MOST_SOURCES, source_losses
 from longspan.report.view import Table, TableCell
 from tests.report.conftest import page_of
 from tests.report.synthetic_run import header, needle_lines, ppl_lines, write_records
@@ -102,6 +108,36 @@ MACHADO = {  # Machado, Oliveira and Fernandes (2009), severity 1
         (0.004733, 0.691367, 0.303900),
     ),
 }
+
+
+def test_many_sources_neither_crush_a_figure_nor_cover_each_other() -> None:
+    """Guards against a legend of 100 names that leaves no room for the lines, and against names on each other."""
+    sources = [f"source_{n:03}" for n in range(100)]
+    losses = {source: 2 + n / 50 for n, source in enumerate(sources)}
+    metrics = [{"step": n, "tokens": 1000 * n, "loss": 3.0, "loss_by_source": losses} for n in (1, 2)]
+    named, others = source_losses(metrics)
+    assert list(named) == [*sources[:3], *sources[-3:]] and len(others) == 94
+    few = {source: losses[source] for source in sources[:MOST_SOURCES]}
+    assert source_losses([{**line, "loss_by_source": few} for line in metrics]) == (
+        {source: [(1000.0, loss), (2000.0, loss)] for source, loss in few.items()},
+        {},
+    )
+    samples = [ScoredSample("a", ALL, 1024, length=1024, score=1.0)]
+    layout = Layout("own", short="own", columns="length")
+    grids = {f"model-{n:02}": score_grid(samples, layout) for n in range(40)}
+    accuracy = accuracy_figure(grids)
+    assert accuracy is not None
+    for figure in (loss_figure(metrics), accuracy):
+        figure.draw_without_rendering()
+        axes = figure.axes[0].get_position()
+        assert axes.height * figure.get_figheight() > 2.5 and axes.width * figure.get_figwidth() > 5
+    lines = [Series(name, 0, [(0.0, 1.0), (1.0, 1.0)]) for name in sources]
+    names = re.findall(
+        r'<text x="[\d.]+" y="([\d.]+)" class="name',
+        LineChart("", Axis(0, 1, []), Axis(0, 2, []), lines).draw(900),
+    )
+    heights = sorted(map(float, names))
+    assert len(heights) == 100 and min(b - a for a, b in pairwise(heights)) >= 12
 
 
 @pytest.mark.parametrize("blindness", MACHADO)

@@ -99,13 +99,17 @@ class LineChart:
         return left, 14 + (widest + 8 if names else 0)
 
     def draw(self, width: float, *, names: bool = True, margins: tuple[float, float] | None = None) -> str:
-        """Return the chart; `names` writes each line's name at its right end (else the page carries a legend)."""
+        """Return the chart; `names` writes each line's name at its right end (else the page carries a legend).
+
+        It is higher where that many names need it.
+        """
         named = [s for s in self.series if s.points and not s.faint]
         left, right = margins or self.margins(names)
-        top = 42 if any(mark.text for mark in self.marks) else 24
-        canvas = Canvas(width, self.height)
+        top, bottom = (42 if any(mark.text for mark in self.marks) else 24), 44
+        height = max(self.height, top + bottom + (FONT + 3) * len(named)) if names else self.height
+        canvas = Canvas(width, height)
         x = AxisScale(self.x.lo, self.x.hi, left, width - right, self.x.log)
-        y = AxisScale(self.y.lo, self.y.hi, self.height - 44, top, self.y.log)
+        y = AxisScale(self.y.lo, self.y.hi, height - bottom, top, self.y.log)
         _frame(canvas, self, x, y)
         _draw_marks(canvas, self.marks, x, top, y.start)
         # Samples of several lines at one x would hide each other's whiskers: a few pixels to the side each.

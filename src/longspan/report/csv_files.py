@@ -15,7 +15,9 @@ from longspan.report.layouts import Layout
 from longspan.report.ppl_tables import PplTable, bits_per_byte, perplexity
 from longspan.report.tables import Grid, Tally, by_group, ruler_effective, tally_of
 
-_CHANGE = re.compile(r"[+-]\d[\d.,]*%?( (to|\u00b1) [+-]?\d[\d.,]*%?| \[[^\]a-z|=@]+\])?( noise| unpaired)?")
+_CHANGE = re.compile(
+    r"[+-]\d[\d.,]*%?( (to|\u00b1) [+-]?\d[\d.,]*%?| \[[^\]a-z|=@]+\])?( noise| unpaired| \(one seed\))?"
+)
 _COUNTS = ["mean", "low95", "high95", "scored", "unscored", "no_answer"]
 
 

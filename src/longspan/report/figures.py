@@ -27,12 +27,26 @@ from longspan.report.perplexity_view import ppl_measure
 from longspan.report.scores_view import row_names
 from longspan.report.svg import AxisScale, thinned
 from longspan.report.tables import Grid, all_columns
-from longspan.report.training_view import RAW_POINTS, SMOOTH_POINTS, binned, loss_points
+from longspan.report.training_view import (
+    RAW_POINTS,
+    SMOOTH_POINTS,
+    binned,
+    left_out_words,
+    loss_points,
+    panel_sources,
+    source_losses,
+)
 from longspan.report.view import long_name, role_of, short_name
 
 _INK, _MUTED, _GRID = "#1d2430", "#667085", "#e3e6eb"
 _MISSING_GLYPH = re.compile(r"Glyph (\d+) .* missing from")
 _KINDS = ("png", "svg", "pdf")
+_MOST_INSIDE = 8
+"""Names of lines that stand inside of the axes; more stand below, and the figure is higher by as much."""
+_NAME_WIDTH, _NAME_HEIGHT = 2.6, 0.17
+"""Inches of a name with its line."""
+_MOST_BARS = 60
+"""Bars of an audit's panel; of more rows those with most tokens have one."""
 _MOST_TICKS = 10
 """Labels of lengths that fit side by side under half a page."""
 
@@ -239,7 +253,7 @@ def perplexity_figure(evaluation: Evaluation) -> Figure:
 def lengths_figure(summaries: Sequence[dict[str, Any]]) -> Figure:
     """Draw token share by document length, one panel per source."""
     summaries = sorted(summaries, key=lambda s: (s["name"] != "before", s["name"]))
-    sources = sorted({source for summary in summaries for source in summary["sources"]})
+    sources = panel_sources(summaries)
     columns = min(len(sources), 3) or 1
     rows = -(-len(sources) // columns) or 1
     figure = Figure(figsize=(4.0 * columns, 2.6 * rows), dpi=160, layout="constrained")
@@ -268,7 +282,8 @@ def lengths_figure(summaries: Sequence[dict[str, Any]]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_title(_literal(cut_name(source, 48)), fontsize=10, color=_INK, loc="left")
     _legend(grid.flat[0])
-    figure.supxlabel("document length in tokens", fontsize=9, color=_MUTED)
+    words = f", {left_out}" if (left_out := left_out_words(summaries)) else ""
+    figure.supxlabel(f"document length in tokens{words}", fontsize=9, color=_MUTED)
     figure.supylabel("share of tokens", fontsize=9, color=_MUTED)
     return figure
 
@@ -278,6 +293,8 @@ def audit_figure(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> Fig
 
     `rows` and `measures` are what `data.audit.summary` says; measures without a mean are left out.
     """
+    most = sorted(rows, key=lambda row: -row["tokens"])[:_MOST_BARS]
+    left_out, rows = len(rows) - len(most), [row for row in rows if any(row is kept for kept in most)]
     drawn = [name for name in measures if any(row[name].get("mean") is not None for row in rows)]
     columns = min(len(drawn), 3) or 1
     height = 0.9 + 0.22 * len(rows)
@@ -309,19 +326,25 @@ def audit_figure(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> Fig
         axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)
         axes.set_title(name.replace("_", " "), fontsize=10, color=_INK, loc="left")
+    if left_out:
+        words = f"the {len(rows)} of {len(rows) + left_out:,} sources and lengths with most tokens"
+        figure.supxlabel(words, fontsize=9, color=_MUTED)
     return figure
 
 
 def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Draw the training loss, every step and smoothed, and by source."""
+    """Draw the training loss, every step and smoothed, and by source; of many the highest and lowest have names."""
     figure, axes = _plain("tokens trained on", "loss (nats per token)")
     raw = loss_points(metrics)
     axes.plot(*_columns(binned(raw, RAW_POINTS)), color=LINES[0][0], lw=0.6, alpha=0.35)
     axes.plot(*_columns(binned(raw, SMOOTH_POINTS)), color=LINES[0][0], lw=2.0, label="all sources")
-    sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
-    for number, source in enumerate(sources if len(sources) > 1 else []):
-        points = binned(loss_points(metrics, source), SMOOTH_POINTS)
-        axes.plot(*_columns(points), color=LINES[1 + number % 7][0], lw=1.4, label=_literal(cut_name(source)))
+    named, others = source_losses(metrics)
+    for points in others.values():
+        axes.plot(*_columns(points), color=_MUTED, lw=0.5, alpha=0.5)
+    if others:
+        axes.plot([], [], color=_MUTED, lw=0.5, label=f"{len(others):,} other sources")
+    for number, (source, points) in enumerate(named.items() if len(named) > 1 else ()):
+        axes.plot(*_columns(points), color=LINES[1 + number][0], lw=1.4, label=_literal(cut_name(source)))
     for before, after in pairwise(metrics):
         if before.get("stage") != after.get("stage"):
             axes.axvline(before["tokens"], color=_MUTED, lw=0.8, ls=(0, (3, 3)))
@@ -377,4 +400,11 @@ def _length_ticks(axes: Any, lengths: Sequence[int]) -> None:
 
 
 def _legend(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    figure, (lines, names) = axes.figure, axes.get_legend_handles_labels()
+    style = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
+    if len(names) <= _MOST_INSIDE:
+        axes.legend(**style)
+        return
+    columns = max(1, int(figure.get_figwidth() // _NAME_WIDTH))
+    figure.set_figheight(figure.get_figheight() + _NAME_HEIGHT * -(-len(names) // columns))
+    figure.legend(lines, names, loc="outside lower center", ncols=columns, **style)

@@ -42,6 +42,8 @@ class PplMeasure(NamedTuple):
         return self.name[0].upper() + self.name[1:]
 
 
+_MOST_ACROSS = 8
+"""Sources that have a column each; of more each has a row."""
 PERPLEXITY = PplMeasure("perplexity", perplexity)
 BITS = PplMeasure("bits per byte", bits_per_byte)
 
@@ -82,7 +84,8 @@ def ppl_section(ev: Evaluation) -> Section:
     sources = sorted({source for label in labels for source in ev.ppl[label].by_source})
     by_source = {label: ev.ppl[label].by_source for label in labels}
     title = f"{measure.title} by source, longest windows"
-    section.parts["sources"] = _table(title, measure, by_source, {source: source for source in sources})
+    table = _table(title, measure, by_source, {source: source for source in sources})
+    section.parts["sources"] = table.turned("source") if len(sources) > _MOST_ACROSS else table
     known = [b for b in labels if any(BITS.of(sums) is not None for sums in ev.ppl[b].by_length.values())]
     section.parts["bits"] = None
     if known and measure is not BITS:

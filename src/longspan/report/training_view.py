@@ -38,6 +38,12 @@ from longspan.report.view import (
 )
 
 SMOOTH_POINTS, RAW_POINTS = 120, 400
+MOST_SOURCES = 7
+"""Sources that have a colour and a name each; of more the `_EXTREMES` highest and lowest have."""
+_EXTREMES = 3
+MOST_PANELS = 23
+"""Sources that have a histogram each; of more those with most tokens have."""
+_EVERY = "all sources"
 
 
 def training_totals(runs: Sequence[LoadedRun]) -> dict[str, float]:
@@ -69,6 +75,7 @@ def lengths_section(runs: Sequence[LoadedRun]) -> Section:
 def _lengths_view(run: LoadedRun, name: str) -> dict[str, Any]:
     summaries = sorted(run.lengths, key=lambda s: (s["name"] != "before", s["name"]))
     panels = _length_panels(summaries)
+    left_out = left_out_words(summaries)
     # Four across when that leaves no lonely panel in the last row.
     columns = 4 if len(panels) in (4, 7, 8) else 3
     width = 232 if columns == 4 else 318
@@ -77,12 +84,28 @@ def _lengths_view(run: LoadedRun, name: str) -> dict[str, Any]:
         "legend": [(str(s["title"]), f"c{n}") for n, s in enumerate(summaries)],
         "columns": columns,
         "panels": [{"name": title, "svg": Markup(panel.draw(width))} for title, panel in panels.items()],
+        "note": f"Drawn are {left_out}; the table has all." if left_out else "",
         "table": _lengths_table(summaries),
     }
 
 
+def panel_sources(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the sources that have a histogram each: all, or those with most tokens."""
+    tokens: dict[str, int] = {}
+    for summary in summaries:
+        for source, entry in summary["sources"].items():
+            tokens[source] = max(tokens.get(source, 0), sum(entry["histogram"]["tokens"]))
+    return sorted(sorted(tokens, key=lambda source: (-tokens[source], source))[:MOST_PANELS])
+
+
+def left_out_words(summaries: Sequence[dict[str, Any]]) -> str:
+    """Say which sources have a histogram; empty where all have."""
+    every = len({source for summary in summaries for source in summary["sources"]})
+    return f"the {MOST_PANELS} of {every:,} sources with most tokens" if every > MOST_PANELS else ""
+
+
 def _length_panels(summaries: Sequence[dict[str, Any]]) -> dict[str, LengthHistogram]:
-    names = sorted({source for summary in summaries for source in summary["sources"]})
+    names = panel_sources(summaries)
     groups: dict[str, list[Shares]] = {}
     for source in names:
         for number, summary in enumerate(summaries):
@@ -93,7 +116,7 @@ def _length_panels(summaries: Sequence[dict[str, Any]]) -> dict[str, LengthHisto
                 )
     total = [_total_shares(summary, number) for number, summary in enumerate(summaries)]
     if len(names) > 1 and all(total):
-        groups = {"all sources": [shares for shares in total if shares], **groups}
+        groups = {_EVERY: [shares for shares in total if shares], **groups}
     return length_panels(groups, "Token share by document length", "document length in tokens")
 
 
@@ -167,16 +190,29 @@ def training_section(runs: Sequence[LoadedRun]) -> Section:
     return section
 
 
+def source_losses(
+    metrics: Sequence[dict[str, Any]],
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[tuple[float, float]]]]:
+    """Return (tokens, loss), smoothed, of the sources that are drawn with a name, and of the others."""
+    sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
+    lines = {source: binned(loss_points(metrics, source), SMOOTH_POINTS) for source in sources}
+    if len(lines) <= MOST_SOURCES:
+        return lines, {}
+    ordered = sorted((source for source in lines if lines[source]), key=lambda source: lines[source][-1][1])
+    named = {*ordered[:_EXTREMES], *ordered[-_EXTREMES:]}
+    return {s: lines[s] for s in sources if s in named}, {s: lines[s] for s in sources if s not in named}
+
+
 def _loss_charts(run: LoadedRun) -> Chart:
     metrics = run.metrics
     steps = loss_points(metrics)
-    sources = sorted({source for line in metrics for source in (line.get("loss_by_source") or {})})
+    named, others = source_losses(metrics)
     series = [Series("every step", 0, binned(steps, RAW_POINTS), faint=True)]
-    if len(sources) != 1:
-        series.append(Series("all sources", 0, binned(steps, SMOOTH_POINTS), strong=True, dashed=False))
-    for number, source in enumerate(sources):
-        points = loss_points(metrics, source)
-        series.append(Series(source, 1 + number % 7, binned(points, SMOOTH_POINTS), dashed=False))
+    series += [Series(source, 0, points, family="r", faint=True) for source, points in others.items()]
+    if len(named) != 1:
+        series.append(Series(_EVERY, 0, binned(steps, SMOOTH_POINTS), strong=True, dashed=False))
+    for number, (source, points) in enumerate(named.items()):
+        series.append(Series(source, 1 + number, points, dashed=False))
     marks = _stage_marks(metrics)
     x = _token_axis(metrics)
     y = number_axis([v for s in series for _, v in s.points] or [0.0, 1.0], "loss")
@@ -192,14 +228,18 @@ def _loss_charts(run: LoadedRun) -> Chart:
                 "Learning rate over tokens", x, lr_axis, [line], [Mark(m.x, "") for m in marks], height=130
             )
         )
-    table = _stage_table(metrics, sources)
+    table = _stage_table(metrics, sorted({*named, *others}))
+    note = (
+        f"Named are the {_EXTREMES} sources with the highest and the {_EXTREMES} with the lowest loss at the end; thin "
+        f"grey lines are the other {len(others):,}. The table has all."
+    )
     legend = [(s.name, f"c{s.color}", "") for s in series if not s.faint]
     return Chart(
         "Loss by source and stage",
         _stack(drawn, WIDE, True),
         _stack(drawn, NARROW, False),
         legend if len(legend) > 1 else (),
-        "",
+        note if others else "",
         table,
     )
 
@@ -235,7 +275,8 @@ def _stage_table(metrics: Sequence[dict[str, Any]], sources: Sequence[str]) -> T
         rows.append([str(lines[0].get("stage", "")), *cells(*numbers)])
     columns = ["stage", "context", "logged steps", "tokens", "tokens/s", "loss"]
     columns += [f"loss, {source}" for source in sources]
-    return Table("Stages; losses are means over the last tenth of a stage", columns, rows)
+    table = Table("Stages; losses are means over the last tenth of a stage", columns, rows)
+    return table.turned("stage") if len(sources) > MOST_SOURCES else table
 
 
 def _divergence(run: LoadedRun) -> Chart | None:
