@@ -17,6 +17,7 @@ from longspan.core.intervals import (
     paired_p,
     samples_needed,
     score_interval,
+    t_95,
     two_sided_p,
     wilson_interval,
 )
@@ -134,6 +135,10 @@ def test_p_values_are_those_of_published_tables() -> None:
     for freedom, t in table.items():
         assert two_sided_p(t, freedom) == pytest.approx(0.05, abs=4e-5)
         assert two_sided_p(-t, freedom) == two_sided_p(t, freedom)
+        assert t_95(freedom) == pytest.approx(t, abs=0.004)
+    # Between whole degrees, as Welch's intervals have them: never too narrow. By numerical integration of the density.
+    for freedom, t in {1.2: 8.6488, 1.5: 6.0167, 2.5: 3.5747, 3.5: 2.9401}.items():
+        assert t - 1e-3 <= t_95(freedom) <= 1.026 * t
     assert two_sided_p(9.925, 2) == pytest.approx(0.01, abs=2e-5) and two_sided_p(0.0, 7) == 1.0
     assert two_sided_p(1.959964) == pytest.approx(0.05, abs=1e-6)
 

@@ -10,8 +10,9 @@ import pytest
 
 from longspan.core.errors import ArgumentError
 from longspan.report import write_report
-from longspan.report.groups_view import group_runs, paired_change, welch_change
+from longspan.report.groups import RunGroup, group_runs, paired_change, welch_change
 from longspan.report.load import load_runs
+from longspan.report.summary import summarise
 from tests.report.synthetic_run import header, sample_line, write_records
 
 
@@ -27,6 +28,23 @@ def make_run(
             f"seed: {seed}\ntrain:\n  seed: {seed}\n  {settings}\nout: {path}\n"
         )
     return path
+
+
+def grouped(*paths: Path) -> list[RunGroup]:
+    runs = load_runs(paths)
+    return group_runs(runs, {run.name: summarise(run) for run in runs})
+
+
+def test_names_and_scores_of_groups(tmp_path: Path) -> None:
+    """Guards against a length cut off a group's name, and counts shown as 450 %."""
+    runs = [make_run(tmp_path / f"ext-512-{seed}", seed, {"after": 8}) for seed in (1, 10)]
+    for run in runs:
+        lines = [sample_line(f"h{n}", 3.0 + n, subtask="syllables", sample=n) for n in range(4)]
+        write_records(run / "records" / "haiku-after.jsonl", header("haiku", "after"), lines)
+    (group,) = grouped(*runs)
+    assert group.name == "ext-512"
+    shares = {(quantity.task, quantity.measure): quantity.is_share for quantity in group.values["after"]}
+    assert shares == {("needle", "mean"): True, ("needle", "1,024"): True, ("haiku", "syllables"): False}
 
 
 def test_intervals_are_those_of_student_and_welch() -> None:
@@ -58,7 +76,9 @@ def test_seeds_of_one_training_are_summed_up_and_trainings_compared(tmp_path: Pa
     ]
     result = write_report(runs, tmp_path / "report.html", group=True)
     page = result.page.read_text()
-    assert "Across seeds" in page and "83% \u00b1 5.8" in page
+    assert "Across seeds" in page and "83%\u00a0\u00b1\u00a05.8" in page
+    assert "long, 3 seeds: " in page, "the result is that of the group, not of one of its runs"
+    assert "change +63.3\u00a0\u00b1\u00a014.3 points, beyond training noise" in page
     values = [r for r in rows_of(tmp_path / "tables" / "seeds.csv") if r["measure"] == "1,024"]
     assert {(r["group"], r["label"]) for r in values} == {
         (group, label) for group in ("long", "short") for label in ("before", "after")
@@ -84,7 +104,7 @@ def test_runs_that_cannot_be_grouped_are_refused(tmp_path: Path) -> None:
     """Guards against a run of unknown training in a group, and one run counted as two seeds."""
     first = make_run(tmp_path / "a", 0, {"after": 8})
     with pytest.raises(ArgumentError, match="one training with one seed"):
-        group_runs(load_runs([first, make_run(tmp_path / "b", 0, {"after": 8})]))
+        grouped(first, make_run(tmp_path / "b", 0, {"after": 8}))
     alone = make_run(tmp_path / "c", 0, {"after": 8}, config=False)
     with pytest.raises(ArgumentError, match="does not say how it was trained"):
         write_report([first, alone], tmp_path / "report.html", group=True)

@@ -158,14 +158,18 @@ def test_an_unfinished_evaluation_is_said(tmp_path: Path) -> None:
 
 
 def test_two_runs_share_a_page_and_keep_their_names(finished_run: Path, tmp_path: Path) -> None:
-    """Guards against one run's label overwriting the other's."""
+    """Guards against one run's label overwriting the other's, and an order by name where one was given."""
     second = tmp_path / "second"
     shutil.copytree(finished_run, second)
-    page = page_of(finished_run, second)
+    page = page_of(second, finished_run)
     assert "After training (second)" in page and "After training (quickstart)" in page
+    assert re.search(r'class="lead">second: <strong>256', page), (
+        "the sentence is about the run that is named first"
+    )
+    assert "after (quickstart) \u2212 after (second)" in page
     names = re.findall(r'<figure class="heatmap">\s*<h3>(.*?) <span', page)[:4]
     assert names == [
-        f"{name} training ({run})" for run in ("quickstart", "second") for name in ("Before", "After")
+        f"{name} training ({run})" for run in ("second", "quickstart") for name in ("Before", "After")
     ]
 
 

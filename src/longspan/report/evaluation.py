@@ -13,7 +13,7 @@ from longspan.report.comparison import differing, listed, same_questions, tasks_
 from longspan.report.layouts import Layout
 from longspan.report.load import RecordFile
 from longspan.report.tables import Difference, Grid, Tables, by_group, difference, tabulate
-from longspan.report.view import order_of, role_of, short_name
+from longspan.report.view import file_order, order_of, role_of, short_name
 
 MOST_MARKS = 3
 
@@ -65,10 +65,15 @@ class Evaluation(Tables):
             if self.layouts[task].rows and all(grid.numbered for grid in grids.values())
         ]
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
-        """All labels in order."""
-        return sorted({file.label for file in self.files}, key=order_of)
+        """All labels in order; of several runs those of the first that was named stand first."""
+        return list(dict.fromkeys(file.label for file in sorted(self.files, key=file_order)))
+
+    def _in_order(self, among: Iterable[str]) -> list[str]:
+        """Return some labels in order; what is no label, such as one with a number of distractors, stands last."""
+        known = {label: place for place, label in enumerate(self.labels)}
+        return sorted(among, key=lambda label: (known.get(label, len(known)), order_of(label)))
 
     @property
     def before(self) -> str | None:
@@ -93,19 +98,19 @@ class Evaluation(Tables):
     def baseline(self, label: str, among: Mapping[str, object]) -> str | None:
         """Return what a label is compared with: `before` of its own run, else of another, else the first label."""
         own = {file.run for file in self.files if file.label == label}
-        candidates = [other for other in sorted(among, key=order_of) if other != label]
+        candidates = [other for other in self._in_order(among) if other != label]
         same_run = [o for o in candidates if own & {f.run for f in self.files if f.label == o}]
         found = first_with_role("before", same_run) or first_with_role("before", candidates)
         if role_of(label) == "before":
             return None
         if found is not None:
             return found
-        first = min(among, key=order_of)
+        first = self._in_order(among)[0]
         return None if first == label else first
 
     def compared_with(self, label: str, among: Mapping[str, object]) -> str | None:
         """Return what a reader compares a label with: its baseline, and of a further `before` the first label."""
-        first = min(among, key=order_of)
+        first = self._in_order(among)[0]
         return self.baseline(label, among) or (None if label == first else first)
 
     def differing(self, task: str, one: str, two: str) -> tuple[str, ...]:
@@ -135,8 +140,9 @@ class Evaluation(Tables):
         Each with its baseline, and labels of one role in several runs with that of the first run.
         """
         pairs = []
-        for label in sorted(among, key=order_of):
-            first = next(o for o in sorted(among, key=order_of) if role_of(o) == role_of(label))
+        ordered = self._in_order(among)
+        for label in ordered:
+            first = next(o for o in ordered if role_of(o) == role_of(label))
             if first != label and (role_of(label) != "before" or self._model(first) != self._model(label)):
                 pairs.append((first, label))
             baseline = self.compared_with(label, among)

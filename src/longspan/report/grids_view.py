@@ -30,7 +30,7 @@ from longspan.report.view import MISSING, Section, Table, TableCell, heat_cell, 
 def grid_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     """Return a task's means by column of every model, its curve, and the cells behind them."""
     layout = ev.layouts[task]
-    section = Section(task, layout.heading, "grids", layout.capital)
+    section = Section(task, layout.heading, "grids", layout.link)
     grids = {label: grid for label, grid in ev.grids[task].items() if grid.columns}
     if not grids:
         return section

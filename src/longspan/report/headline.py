@@ -16,6 +16,7 @@ from longspan.report.view import (
     ARROW,
     MISSING,
     ZERO_SHOT,
+    Clause,
     Section,
     Table,
     TableCell,
@@ -26,10 +27,10 @@ from longspan.report.view import (
     points,
     role_of,
     short_name,
+    tile,
     unscored_text,
 )
 
-Clause = list[tuple[str, bool]]
 _MOST_NAMED = 3
 _MOST_ACROSS = 6
 """Tasks that have a column each; of more each has a row."""
@@ -48,7 +49,7 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
         factor = f"{new / old:.3g}\u00d7"
         opening = [(f"{length_text(old)} {ARROW} {length_text(new)} tokens", True), (f" ({factor}): ", False)]
         tiles.append(
-            _tile("Context length, tokens", length_text(new), f"{factor} the original {length_text(old)}")
+            tile("Context length, tokens", length_text(new), f"{factor} the original {length_text(old)}")
         )
     _effective_headline(ev, clauses, tiles)
     _lead_headline(ev, clauses, tiles)
@@ -57,7 +58,7 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
     if training:
         parts = [format_seconds(training["seconds"])] if "seconds" in training else []
         parts.append(f"{training['steps']:,.0f} steps")
-        tiles.append(_tile("Training tokens", format_count(training["tokens"]), ", ".join(parts)))
+        tiles.append(tile("Training tokens", format_count(training["tokens"]), ", ".join(parts)))
         if not clauses:
             clauses.append(
                 [("trained on ", False), (format_count(training["tokens"]), True), (" tokens", False)]
@@ -70,10 +71,6 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
     for number, clause in enumerate(clauses):
         sentence += ([("; ", False)] if number else []) + clause
     return [*sentence, (".", False)] if clauses else [], tiles
-
-
-def _tile(name: str, value: str, note: str) -> dict[str, str]:
-    return {"name": name, "value": value, "note": note}
 
 
 def effective_grids(ev: Evaluation) -> dict[str, dict[str, Grid]]:
@@ -103,7 +100,7 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
         if before:
             notes.insert(1, f"before {_with_note(by_label[before])}")
         reached = effective_text(by_label[after])
-        tiles.append(_tile(what, reached, "; ".join(filter(None, notes))))
+        tiles.append(tile(what, reached, "; ".join(filter(None, notes))))
         if ev.lead is None or task != ev.lead.task:
             clause = [(f"effective context, {ev.layouts[task].short}, ", False)]
             clause += [(f"{effective_text(by_label[before])} {ARROW} ", True)] if before else []
@@ -113,7 +110,7 @@ def _effective_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[
     best = named[0]
     names = cut_names(map(short_name, named))
     notes = [effective_note(by_label[best]), names[short_name(best)], rule]
-    tiles.append(_tile(what, effective_text(by_label[best]), "; ".join(filter(None, notes))))
+    tiles.append(tile(what, effective_text(by_label[best]), "; ".join(filter(None, notes))))
     if len(by_label) > 1:
         clause = [("effective context ", False)]
         for number, label in enumerate(named[:_MOST_NAMED]):
@@ -170,7 +167,7 @@ def _lead_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, 
         if found is not None and found.interval is not None:
             notes.append(f"change {points(found.value)} points, {interval_words(found)}")
     value = "not measured" if tally.mean is None else percent(tally.mean)
-    tiles.append(_tile(f"{layout.capital} accuracy at {length_text(target)}", value, "; ".join(notes)))
+    tiles.append(tile(f"{layout.capital} accuracy at {length_text(target)}", value, "; ".join(notes)))
     rivals = [
         (t.mean, label)
         for label, grid in grids.items()
@@ -181,7 +178,7 @@ def _lead_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, 
         reference = names[1] or names[0]
         apart = ev.differing(layout.task, label, reference) if reference else ()
         note = f"{short_name(label)}, no training" + _aside(differ_text(apart))
-        tiles.append(_tile(f"Best zero-shot at {length_text(target)}", percent(best), note))
+        tiles.append(tile(f"Best zero-shot at {length_text(target)}", percent(best), note))
 
 
 def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, str]]) -> None:
@@ -199,7 +196,7 @@ def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, s
         claim = [(f"{decimal(old)} {ARROW} {decimal(new)}", True), (_aside(differ), False)]
         clauses.append([(f"{where} ", False), *claim])
         note = f"before {decimal(old)} ({change(old, new)})" + (f"; {differ}" if differ else "")
-        tiles.append(_tile(f"{measure.title} at {length_text(short)}", decimal(new), note))
+        tiles.append(tile(f"{measure.title} at {length_text(short)}", decimal(new), note))
     last, old_last = after.last(), before.last()
     if last and old_last and last[0] == old_last[0]:
         (start, end), value = last[0], measure.of(last[1])
@@ -207,7 +204,7 @@ def _ppl_headline(ev: Evaluation, clauses: list[Clause], tiles: list[dict[str, s
         if value is not None and earlier is not None:
             name = f"{measure.title} at positions {length_text(start)}\u2013{length_text(end)}"
             tiles.append(
-                _tile(name, decimal(value), f"before {decimal(earlier)}" + (f"; {differ}" if differ else ""))
+                tile(name, decimal(value), f"before {decimal(earlier)}" + (f"; {differ}" if differ else ""))
             )
 
 
@@ -223,7 +220,7 @@ def _short_headline(ev: Evaluation, tiles: list[dict[str, str]]) -> None:
         f"95% interval {points(low)} to {points(high)}"
         + (f"; {differ_text(row.differ)}" if row.differ else "")
     )
-    tiles.append(_tile(f"{row.dataset}, change in points", points(row.difference.value), note))
+    tiles.append(tile(f"{row.dataset}, change in points", points(row.difference.value), note))
 
 
 def models_section(ev: Evaluation) -> Section:

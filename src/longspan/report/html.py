@@ -20,8 +20,10 @@ from longspan.report.csv_files import csv_tables
 from longspan.report.evaluation import Evaluation, first_with_role
 from longspan.report.figures import file_name, write_figures
 from longspan.report.grids_view import grid_section
-from longspan.report.groups_view import RunGroup, group_runs, groups_csv, groups_sections
+from longspan.report.groups import RunGroup, group_runs, groups_csv
+from longspan.report.groups_view import group_headline, groups_sections
 from longspan.report.headline import headline, models_section
+from longspan.report.layouts import by_value
 from longspan.report.load import LoadedRun, RecordFile, load_runs
 from longspan.report.maps_view import map_section
 from longspan.report.method_view import cost_section, method_section, mixed_settings, two_models
@@ -77,7 +79,8 @@ def write_report(
         raise ArgumentError("a report needs at least one run folder")
     out = page_file(out, what="report", option="--out", usual="report.html")
     loaded = load_runs(runs)
-    groups = group_runs(loaded) if group else []
+    results = {run.name: summarise(run) for run in loaded}
+    groups = group_runs(loaded, results) if group else []
     page = _compose(loaded, groups)
     with atomic_write(out, "w") as file:
         file.write(_written(page, title))
@@ -86,7 +89,7 @@ def write_report(
     measured |= {f"{name}.csv": text for name, text in groups_csv(groups).items()}
     tables = _write_all(out.parent / "tables", measured)
     shown = _write_all(out.parent / "tables" / "page", page_tables(page.sections))
-    return ReportResult(out, figures, tables, shown, {run.name: summarise(run) for run in loaded})
+    return ReportResult(out, figures, tables, shown, results)
 
 
 def _write_all(folder: Path, texts: Mapping[str, str]) -> list[Path]:
@@ -105,6 +108,7 @@ class _Page(NamedTuple):
     """What is on a page."""
 
     runs: Sequence[LoadedRun]
+    groups: Sequence[RunGroup]
     records: list[RecordFile]
     evaluation: Evaluation
     sections: list[Section]
@@ -117,7 +121,7 @@ def _compose(runs: Sequence[LoadedRun], groups: Sequence[RunGroup]) -> _Page:
     data = SampleData()
     drawn = _drawn(evaluation)
     sections = [
-        *(groups_sections(groups) if groups else []),
+        *(groups_sections(evaluation, groups) if groups else []),
         models_section(evaluation),
         changes_section(runs),
         *(map_section(evaluation, task, data) for task in evaluation.layouts if task in drawn),
@@ -132,7 +136,7 @@ def _compose(runs: Sequence[LoadedRun], groups: Sequence[RunGroup]) -> _Page:
         cost_section(records),
         method_section(runs, records),
     ]
-    return _Page(runs, records, evaluation, sections, data)
+    return _Page(runs, groups, records, evaluation, sections, data)
 
 
 def _drawn(evaluation: Evaluation) -> list[str]:
@@ -141,7 +145,9 @@ def _drawn(evaluation: Evaluation) -> list[str]:
 
 def _written(page: _Page, title: str | None) -> str:
     runs, records, sections = page.runs, page.records, page.sections
-    sentence, tiles = headline(page.evaluation, training_totals(runs))
+    training = training_totals(runs)
+    of_groups = group_headline(page.evaluation, page.groups, training) if page.groups else None
+    sentence, tiles = of_groups or headline(page.evaluation, training)
     missing = (
         [] if _drawn(page.evaluation) else ["Needle accuracy was not measured: no records/needle-*.jsonl."]
     )
@@ -204,7 +210,7 @@ def _facts(runs: Sequence[LoadedRun], records: Sequence[RecordFile]) -> list[str
         (h.get("versions") for h in headers if h.get("versions")), {}
     )
     facts = [f"model {Path(str(model)).name}"] if model else []
-    listed = sorted({str(seed) for seed in seeds if seed is not None})
+    listed = sorted({str(seed) for seed in seeds if seed is not None}, key=by_value)
     facts += [f"seed{'s' if len(listed) > 1 else ''} {', '.join(listed)}"] if listed else []
     facts += [dates[-1]] if dates else []
     facts += [

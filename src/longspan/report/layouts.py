@@ -15,6 +15,7 @@ from longspan.core.errors import DataError
 from longspan.eval.registry import TaskEntry, entries, entry_of
 
 _MOST_DIGITS = 20
+_LONGEST_LINK = 24
 _NAMED = ("dataset", "subtask", "metric")
 """Fields of samples that are put into a table by what they are of."""
 
@@ -39,6 +40,11 @@ class Layout(NamedTuple):
     def capital(self) -> str:
         """The short name at the beginning of a line."""
         return self.short[:1].upper() + self.short[1:]
+
+    @property
+    def link(self) -> str:
+        """What a link to its section says: the heading, where that is not long."""
+        return self.heading if len(self.heading) <= _LONGEST_LINK else self.capital
 
     @property
     def order(self) -> tuple[int, str]:

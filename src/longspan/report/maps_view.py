@@ -46,7 +46,7 @@ _CELL_WORDS = "A cell shows {} in percent; choose a cell to read its samples."
 def map_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     """Return a task's maps, its curves by length, and add the samples behind every cell to `data`."""
     layout = ev.layouts[task]
-    section = Section(task, layout.heading, "maps", layout.capital)
+    section = Section(task, layout.heading, "maps", layout.link)
     grids = _named_grids(ev, task)
     labels = [label for label in grids if not label.startswith("ablate_") and grids[label].columns]
     if not labels:

@@ -41,7 +41,7 @@ from longspan.report.view import (
 def scores_section(ev: Evaluation, task: str, data: SampleData) -> Section:
     """Return one row for every data set (with its subtasks, if they are few) and label: n, score, interval."""
     title = ev.layouts[task].heading
-    section = Section(re.sub(r"[^\w-]+", "_", task), title, "scores", ev.layouts[task].capital)
+    section = Section(re.sub(r"[^\w-]+", "_", task), title, "scores", ev.layouts[task].link)
     by_label = ev.scores[task]
     samples = [sample for group in by_label.values() for sample in group]
     if not samples:

@@ -33,6 +33,8 @@ _NAMES = {
     "yarn": ("YaRN", "Zero-shot: YaRN"),
 }
 ZERO_SHOT = ("theta_only", "ntk", "pi", "yarn")
+Clause = list[tuple[str, bool]]
+"""A part of the sentence of results: text, and whether it is a number."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class TableCell:
 def cells(*texts: str, cls: str = "num") -> list[TableCell]:
     """Return cells of one kind: numbers, unless told."""
     return [TableCell(text, cls) for text in texts]
+
+
+def tile(name: str, value: str, note: str) -> dict[str, str]:
+    """Return a key figure."""
+    return {"name": name, "value": value, "note": note}
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,11 @@ def order_of(label: str) -> tuple[int, str]:
     return (known.index(role) if role in known else len(known), f"{by_value(label)}\0{label}")
 
 
+def file_order(file: RecordFile) -> tuple[int, str]:
+    """Sort key: of the label without the name of its run, so that runs keep the order in which they were named."""
+    return order_of(file.label.removesuffix(f" ({file.run})"))
+
+
 def merge_records(runs: Sequence[LoadedRun]) -> list[RecordFile]:
     """Return all evaluations of all runs; labels that several runs have carry the names of their runs."""
     having = Counter(label for run in runs for label in {file.label for file in run.records})
@@ -132,7 +144,7 @@ def merge_records(runs: Sequence[LoadedRun]) -> list[RecordFile]:
         for run in runs
         for file in run.records
     ]
-    return sorted(merged, key=lambda f: order_of(f.label))
+    return sorted(merged, key=file_order)
 
 
 def line_view(
