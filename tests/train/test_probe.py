@@ -53,7 +53,7 @@ def test_noise_is_not_taken_for_a_rate() -> None:
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of a CPU that nobody measured, or of several where there is one."""
-    for name, size in (("SQUARE", 128), ("COPIED", 1 << 16), ("ROWS", 64)):
+    for name, size in (("SQUARE", 128), ("COPIED", 1 << 16), ("ROWS", 64), ("MOST_ROWS", 128)):
         monkeypatch.setattr(machine, name, size)
     assert parse_gpus("cpu").num == 1 and "cpu" not in GPUS
     for wrong in ("2xcpu", "2x2xcpu"):
@@ -63,6 +63,8 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu = measured_cpu(SMALL, lora)
         assert gpu.flops > 1e8 and gpu.memory > 1e8 and gpu.measured is not None
         assert all(0 < share < 100 for share in gpu.measured[:3])
+        # What this process holds, of which torch alone is more than 50 MB.
+        assert 5e7 < gpu.workspace < 1e11
     with pytest.raises(ArgumentError, match="nothing to measure"):
         measured_cpu(SMALL._replace(heads=0, kv_heads=0))
 
