@@ -23,7 +23,6 @@ from longspan.core.errors import ArgumentError, RunError
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer import memory, opening
 from longspan.infer.config import AnswererConfig
-from longspan.infer.context_parallel import plan_trunks
 from longspan.infer.distributed import Member, join_ranks
 from longspan.infer.opening import load_weights, open_answerer
 from longspan.infer.requests import Answer, Answerer, Request, Watched
@@ -148,11 +147,11 @@ def open_shared(folder: Folder, *, load: Any = None, **settings: Any) -> Answere
 @pytest.mark.parametrize(
     "settings",
     [
-        {"cp": 2},
+        {"cp": 2, "prefix_reuse": False},
         {"tp": 2},
         pytest.param({"tp": 2, "prefix_reuse": False}, marks=pytest.mark.slow),
     ],
-    ids=["cp", "tp", "tp-plain"],
+    ids=["cp-plain", "tp", "tp-plain"],
 )
 def test_two_processes_answer_as_one(folder: Folder, alone: Results, settings: dict[str, Any]) -> None:
     """Shards of a sequence or of matrices that were put together wrongly give fluent nonsense.
@@ -163,20 +162,62 @@ def test_two_processes_answer_as_one(folder: Folder, alone: Results, settings: d
     assert not dist.is_initialized()
 
 
-def test_common_beginnings_are_read_once_where_that_is_less_work() -> None:
-    """Ends are read by every rank alike: many ranks share long ends better than a short beginning."""
-    haystack = ids_of(0, 100)
-    ends = [np.concatenate([haystack, ids_of(seed, 10)]) for seed in (1, 2, 3)]
-    other = ids_of(9, 50)
-    assert plan_trunks([*ends[:1], other, *ends[1:]], ranks=2, most=1000) == [
-        (100, sorted([0, 2, 3], key=lambda index: [*ends[:1], other, *ends[1:]][index][100]))
+def tree_requests() -> list[Request]:
+    """Ask twice for a needle in three places of a haystack of two lengths: forks at forks, and equal prompts."""
+    haystack, needle = ids_of(0, 60), ids_of(1, 3)
+    prompts = [
+        np.concatenate([haystack[:cut], needle, haystack[cut:length], ids_of(question, 2)])
+        for length in (60, 35)
+        for cut in (0, 13, 35)
+        for question in (2, 3)
     ]
-    # 100 / 8 + 30 tokens a rank are more than 330 / 8.
-    assert plan_trunks(ends, ranks=8, most=1000) == []
-    assert plan_trunks(ends, ranks=2, most=15) == []
-    # Of equal prompts, and of one that is the beginning of another, a token is left to ask something of.
-    assert plan_trunks([haystack, haystack], ranks=2, most=1000) == [(99, [0, 1])]
-    assert plan_trunks([ends[0], haystack], ranks=2, most=1000) == [(99, [1, 0])]
+    prompts += [haystack[:21], haystack[:21]]
+    return [
+        Request("", prompt_ids=ids, max_new_tokens=3 + number, answer_ids=ids_of(number, 1 + number))
+        for number, ids in enumerate(prompts)
+    ]
+
+
+def assert_tree_over_ranks(folder: Folder, *, ranks: int, batch_tokens: int) -> None:
+    asked = tree_requests()
+    nodes = {request.prompt_ids[:end].tobytes() for request in asked for end in range(1, 1 + len(request.prompt_ids))}  # type: ignore[index,arg-type]  # fmt: skip
+    config = AnswererConfig(model=folder.path, cp=ranks, batch_tokens=batch_tokens)
+    answerer: Any = open_answerer(config, tokenizer=folder.tokenizer)
+    try:
+        generated = dict(answerer.generate(asked))
+        counters = answerer._member._tree.counters
+        read, segments = counters.tokens - counters.decoded_tokens, len(asked) + counters.passes
+        scored = dict(answerer.score(asked))
+    finally:
+        answerer.close()
+    # Each token once, on one rank; where a stretch ends between two stripes a row is filled up.
+    assert len(nodes) < sum(len(request.prompt_ids) for request in asked) / 2  # type: ignore[arg-type]
+    assert len(nodes) / ranks <= read <= len(nodes) / ranks + segments
+    peer = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch.float64).eval()
+    peer.generation_config.eos_token_id = None
+    for index, request in enumerate(asked):
+        prompt, answer = torch.from_numpy(request.prompt_ids)[None], torch.from_numpy(request.answer_ids)
+        found = peer.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.max_new_tokens,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        assert generated[index].token_ids.tolist() == found[0, prompt.shape[1] :].tolist()
+        with torch.no_grad():
+            logits = peer(torch.cat([prompt[0], answer])[None]).logits[0, prompt.shape[1] - 1 : -1]
+        losses = torch.nn.functional.cross_entropy(logits, answer, reduction="none")
+        np.testing.assert_allclose(scored[index].nll, losses, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_tree_lies_over_processes_in_stripes(folder: Folder) -> None:
+    """Of a grid one trunk alone was shared: every process read all that followed it, the haystack's rest too."""
+    assert_tree_over_ranks(folder, ranks=2, batch_tokens=200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "batch_tokens"), [(2, 7), (3, 50), (4, 200)])
+def test_passes_of_a_tree_end_anywhere(folder: Folder, ranks: int, batch_tokens: int) -> None:
+    """Stretches shorter than the ranks are many, and of a rank that has none of a pass."""
+    assert_tree_over_ranks(folder, ranks=ranks, batch_tokens=batch_tokens)
 
 
 def test_records_tell_types_of_weights_apart(folder: Folder) -> None:
@@ -192,25 +233,26 @@ def test_records_tell_types_of_weights_apart(folder: Folder) -> None:
 @pytest.mark.parametrize("schedule", ["striped", "dist_flash", "ulysses", "all_gather"])
 def test_every_schedule_answers_as_one_process(folder: Folder, alone: Results, schedule: str) -> None:
     """Keys are held where their tokens are, however they travel."""
-    compare(results(open_shared(folder, cp=2, schedule=schedule)), alone, folder.path)
+    found = results(open_shared(folder, cp=2, schedule=schedule, prefix_reuse=False))
+    compare(found, alone, folder.path)
 
 
 @pytest.mark.slow
 def test_sliding_windows_reach_over_ranks(tmp_path: Path) -> None:
-    """What a rank holds of a window has gaps; the keys of the ends are another rank's."""
+    """What a rank holds of a window has gaps, in stripes and as schedules leave it."""
     folder = Folder(str(tmp_path), save_model(tmp_path, seed=1, sliding_window=11))
     alone = results(
         open_answerer(AnswererConfig(model=folder.path, prefix_reuse=False), tokenizer=folder.tokenizer)
     )
-    for schedule in ("ring", "striped"):
-        compare(results(open_shared(folder, cp=2, schedule=schedule)), alone, folder.path)
+    for settings in ({}, {"prefix_reuse": False}, {"prefix_reuse": False, "schedule": "striped"}):
+        compare(results(open_shared(folder, cp=2, **settings)), alone, folder.path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["ring", "usp"])
 def test_four_processes_answer_as_one(folder: Folder, alone: Results, schedule: str) -> None:
     """With four ranks some have no key of a short prompt."""
-    compare(results(open_shared(folder, cp=4, schedule=schedule)), alone, folder.path)
+    compare(results(open_shared(folder, cp=4, schedule=schedule, prefix_reuse=False)), alone, folder.path)
 
 
 def load_that_fails_on_rank_1(config: AnswererConfig) -> Any:

@@ -64,12 +64,14 @@ def assert_prefix_reuse_equals_the_plain_way(name: str) -> None:
         assert_same(both(ours), plain)
 
 
-def spread(rank: int, names: list[str]) -> dict[str, tuple[list[Answer], list[np.ndarray]]]:
+def spread(
+    rank: int, names: list[str], prefix_reuse: bool
+) -> dict[str, tuple[list[Answer], list[np.ndarray]]]:
     mesh, found = build_mesh(MeshConfig(cp_ring=2), "cpu"), {}
     for name in names:
         model = SpreadModel(
             with_ours(eager(name)), Bytes(), mesh=mesh, schedule="ring", identity={},  # type: ignore[arg-type]
-            max_length=None, batch_tokens=100,
+            max_length=None, batch_tokens=100, prefix_reuse=prefix_reuse,
         )  # fmt: skip
         answers = dict(model.generate(questions())), dict(model.score(measures()))
         ordered = [part[index] for part in answers for index in sorted(part)]
@@ -79,9 +81,10 @@ def spread(rank: int, names: list[str]) -> dict[str, tuple[list[Answer], list[np
 
 @pytest.mark.both_kernels
 @pytest.mark.slow
-def test_two_ranks_answer_as_one() -> None:
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_two_ranks_answer_as_one(prefix_reuse: bool) -> None:
     """Sinks are given their share after the parts of all ranks are joined, chunks find their keys on either."""
-    found = spawn_local(spread, 2, list(FORMS), timeout_seconds=PATIENCE_SECONDS)[0]
+    found = spawn_local(spread, 2, list(FORMS), prefix_reuse, timeout_seconds=PATIENCE_SECONDS)[0]
     for name in FORMS:
         model = with_ours(eager(name))
         plain = both(PlainAnswerer(model, Bytes(), identity={}, batch_tokens=10_000))  # type: ignore[arg-type]

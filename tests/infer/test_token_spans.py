@@ -11,10 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.infer import token_spans
-from longspan.infer.kv import DecodePass, KvBlock, PrefillPass, Segment, StrandPlace
+from longspan.infer.kv import KvBlock, Segment, StrandPlace
 from longspan.infer.prefix_tree import Strand, build_tree
 from longspan.infer.states import TreeStates
 from longspan.infer.token_spans import TokenSpans
+from longspan.infer.tree_passes import DecodePass, PrefillPass
 from longspan.kernels.attention import AttentionForm, AttentionKernel, Bands, choose_kernel
 from longspan.kernels.attention.reference import ReferenceKernel
 from longspan.kernels.attention.tiled import TiledKernel

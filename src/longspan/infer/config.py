@@ -46,7 +46,8 @@ class AnswererConfig(Config):
     """Copies of the model, each on a process (or on `cp`), that share out the samples. None: as many as torchrun or
     srun has started processes for, else 1."""
     schedule: CpScheduleName | None = None
-    """Context-parallel schedule: how keys travel among the processes of `cp`. None: ring."""
+    """Context-parallel schedule: how keys travel among the processes of `cp` where prompts do not begin alike. None:
+    ring."""
     batch_tokens: TokenBudget = pydantic.Field(16384, gt=0)
     """Tokens in one forward pass, at least one sample."""
     prefix_reuse: bool = True

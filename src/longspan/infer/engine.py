@@ -3,7 +3,7 @@
     tree        every token of the sequences stands in it once              (infer.prefix_tree)
     batch       subtrees whose keys are held at once, at most `cache_tokens`
     pass        at most `batch_tokens` tokens of a batch in one forward pass, each batch front to end
-    decoding    one forward pass a step for all answers of a batch          (infer.kv)
+    decoding    one forward pass a step for all answers of a batch          (infer.tree_passes)
 
 A subtree that is too large for a batch is opened: its trunk is read and kept, its branches go on in batches, and then
 the trunk is released. So memory is that of the longest trunk and one batch. Logits exist at the positions that are
@@ -25,7 +25,7 @@ from longspan.core.log import log_once
 from longspan.infer.flops import ModelFlops
 from longspan.infer.jobs import Counters, Job, JobOutcome
 from longspan.infer.jobs_run import JobsRun, Wanted
-from longspan.infer.kv import DecodePass, PrefillPass, Segment
+from longspan.infer.kv import Segment
 from longspan.infer.memory import (
     LOGIT_ROWS,
     available_memory,
@@ -38,6 +38,8 @@ from longspan.infer.memory import (
 from longspan.infer.packed import inference
 from longspan.infer.prefix_tree import Strand, build_tree
 from longspan.infer.share import Share
+from longspan.infer.stripes import WHOLE, Stripes
+from longspan.infer.tree_passes import DecodePass, PrefillPass
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.head import predict
 from longspan.models.head import backbone, output_head
@@ -58,6 +60,7 @@ class Engine:
         cache_tokens: tokens of branches whose keys are held at once; None = `CACHE_PASSES` full passes, fewer where
             memory is short.
         available: tells the free bytes of a device; None: no limit. All ranks have to be told the same.
+        stripes: which tokens this rank has of what is read; `batch_tokens` are those of all ranks together.
 
     Raises:
         ArgumentError: a model with layers behind its last hidden states; see `models.head`.
@@ -70,15 +73,16 @@ class Engine:
         batch_tokens: int,
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
+        stripes: Stripes = WHOLE,
     ) -> None:
-        self.counters = Counters()
-        self.share = Share(model)
+        self.counters, self.stripes = Counters(), stripes
+        self.share = Share(model, ranks=stripes.ranks)
         """Told while `run` reads and writes, how much of its work is done."""
         self.model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
         self._available = available
         self._pass_tokens = batch_tokens
         if model.device.type == "cpu":
-            self._pass_tokens = min(batch_tokens, CPU_PASS_TOKENS)
+            self._pass_tokens = min(batch_tokens, CPU_PASS_TOKENS * stripes.ranks)
         self._head = output_head(model)
         self._flops = ModelFlops.of_model(model)
         self.kernel = choose_kernel(model.device)
@@ -158,10 +162,10 @@ class Engine:
 
     def _prefill_pass(self, run: JobsRun, segments: Sequence[Segment]) -> None:
         device = self.model.device
-        documents = PrefillPass(segments, run.places, run.states, self.kernel)
+        documents = PrefillPass(segments, run.places, run.states, self.kernel, self.stripes)
         wanted = [
-            (offset + each.row - first, each)
-            for (strand, first, last), offset in zip(segments, documents.offsets.tolist())
+            (number, each)
+            for number, (strand, first, last) in enumerate(segments)
             for each in run.wanted.get(strand, ())
             if first <= each.row < last
         ]
@@ -169,8 +173,8 @@ class Engine:
             hidden_TD = self._hidden(documents.ids(), documents)
             for start in range(0, len(wanted), LOGIT_ROWS):
                 part = wanted[start : start + LOGIT_ROWS]
-                rows_A = torch.tensor([row for row, _ in part], device=device)
-                self._predict(hidden_TD[rows_A], run, [each for _, each in part])
+                hidden_AD = documents.hidden_of(hidden_TD, [(number, each.row) for number, each in part])
+                self._predict(hidden_AD, run, [each for _, each in part])
         self.counters.attention_flops += documents.attention_flops
         for strand, first, last in segments:
             self.share.done(self.share.reading(strand.start + first, last - first))
@@ -217,7 +221,7 @@ class Engine:
         self.counters.logit_rows += len(live)
         self.counters.decoded_tokens += len(live)
         going_on = []
-        for (job, strand), token, value in zip(live, found.ids.tolist(), found.highest.tolist()):
+        for (job, strand), token, value in zip(live, *self.stripes.agreed(found.ids, found.highest)):
             run.progress[job].finite &= bool(np.isfinite(value))
             if run.take(job, token):
                 going_on.append((job, strand))
@@ -245,7 +249,7 @@ class Engine:
             self._head, hidden_AD, torch.tensor([target or 0 for target in targets]) if given else None
         )
         nll = [0.0] * len(wanted) if found.nll is None else found.nll.tolist()
-        for each, value, token, loss in zip(wanted, found.highest.tolist(), found.ids.tolist(), nll):
+        for each, token, value, loss in zip(wanted, *self.stripes.agreed(found.ids, found.highest), nll):
             progress = run.progress[each.job]
             progress.finite &= bool(np.isfinite(value))
             progress.argmax_ids[each.place] = token

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.infer.jobs import Job, JobOutcome
-from longspan.infer.kv import DecodePass, KvBlock, StrandPlace
+from longspan.infer.kv import KvBlock, StrandPlace
 from longspan.infer.length_rope import fixed_frequencies
 from longspan.infer.prefix_tree import PrefixTree, Strand
 from longspan.infer.states import TreeStates
+from longspan.infer.tree_passes import DecodePass
 
 if TYPE_CHECKING:
     from longspan.infer.engine import Engine
@@ -110,10 +111,15 @@ class JobsRun:
         return found
 
     def room(self, strand: Strand) -> int:
-        """Return the rows of a strand: of its tokens, and of an answer's first ones."""
+        """Return the rows of a strand, on every rank as many: of its tokens, and of an answer's first ones."""
         said = max((self.progress[job].job.max_new_tokens for job in self._ending.get(strand, ())), default=0)
         # The last token of an answer is not read.
-        return len(strand.ids) if said <= 1 else _rounded(len(strand.ids) + min(said - 1, FIRST_ROOM))
+        most = self._engine.stripes.most
+        return (
+            most(len(strand.ids))
+            if said <= 1
+            else _rounded(most(len(strand.ids) + min(said - 1, FIRST_ROOM)))
+        )
 
     def targets(self, wanted: Wanted) -> int | None:
         """Return the token whose likelihood is asked for."""
@@ -236,7 +242,8 @@ class JobsRun:
 
     def decoding(self, live: Sequence[tuple[int, Strand]]) -> DecodePass:
         """Return the table for the next steps of some answers."""
-        return DecodePass([strand for _, strand in live], self.places, self.states, self._engine.kernel)
+        strands, engine = [strand for _, strand in live], self._engine
+        return DecodePass(strands, self.places, self.states, engine.kernel, engine.stripes)
 
     def said(self, live: Sequence[tuple[int, Strand]]) -> NDArray[np.int64]:
         """Return how many tokens of each answer have been read; one more is to be."""
@@ -244,17 +251,18 @@ class JobsRun:
 
     def make_room(self, live: Sequence[tuple[int, Strand]]) -> bool:
         """Let each answer have room for its next token; return whether anything was moved."""
+        most = self._engine.stripes.most
         full = {
             strand
             for (_, strand), count in zip(live, self.said(live).tolist())
-            if len(strand.ids) + count + 1 > self.places[strand].room
+            if most(len(strand.ids) + count + 1) > self.places[strand].room
         }
         if not full:
             return False
         block = self.places[live[0][1]].block
         rooms = {strand: place.room for strand, place in self.places.items() if place.block is block}
         for strand in full:
-            rooms[strand] = _rounded(2 * rooms[strand] - len(strand.ids))
+            rooms[strand] = _rounded(2 * rooms[strand] - most(len(strand.ids)))
         moves, row = [], 0
         for strand in sorted(rooms, key=rooms.__getitem__):
             place = self.places[strand]

@@ -25,6 +25,7 @@ from longspan.infer.plain import (
     scored,
 )
 from longspan.infer.requests import NOT_FINITE, Answer, Request
+from longspan.infer.stripes import WHOLE, Stripes
 
 
 class LocalAnswerer(InProcess):
@@ -38,6 +39,7 @@ class LocalAnswerer(InProcess):
         batch_tokens: tokens in one forward pass.
         cache_tokens: tokens of branches whose keys are held at once; see `infer.engine.Engine`.
         available: tells the free bytes of a device; all ranks have to be told the same.
+        stripes: which tokens this rank has of what is read.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LocalAnswerer(InProcess):
         batch_tokens: int,
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
+        stripes: Stripes = WHOLE,
     ) -> None:
         super().__init__(
             model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
@@ -59,6 +62,7 @@ class LocalAnswerer(InProcess):
             batch_tokens=batch_tokens,
             cache_tokens=cache_tokens,
             available=available,
+            stripes=stripes,
         )
         self._on_share: Callable[[float], None] | None = None
 
