@@ -167,7 +167,8 @@ def test_flags_of_the_others(tmp_path: Path) -> None:
         ({"model": "openai:m", "serve": "vllm"}, "leave out serve"),
         ({"model": "m", "serve": "vllm", "cp": 2}, "leave out cp"),
         ({"model": "m", "serve": "vllm", "server": "http://a/v1"}, "leave out its address"),
-        ({"model": "m", "kv_dtype": "fp8"}, "with serve alone"),
+        ({"model": "m", "kv_dtype": "q8_0"}, "llama.cpp's cache"),
+        ({"model": "m", "kv_dtype": "int8", "cp": 2}, "takes no cp"),
     ):
         with pytest.raises(ConfigError, match=message):
             AnswererConfig.from_dict(values)

@@ -55,9 +55,9 @@ class AnswererConfig(Config):
     serve: Literal["vllm", "sglang", "llama.cpp", "transformers"] | None = None
     """Start this server for the model, ask it, and stop it in the end. None: the model is run here, or its name says
     the server."""
-    kv_dtype: Literal["fp8", "q8_0", "q4_0"] | None = None
-    """Type of that server's KV cache: fp8 (vllm, sglang), q8_0, q4_0 (llama.cpp). It is part of the label. None: the
-    server's own."""
+    kv_dtype: Literal["int8", "fp8", "q8_0", "q4_0"] | None = None
+    """Type of the KV cache: int8, fp8 (a model that is run here), fp8 (vllm, sglang), q8_0, q4_0 (llama.cpp). It is
+    part of the label. None: as keys are computed, or the server's own."""
     server: ServerConfig | None = None
     """How the server is asked, as YAML, a YAML file or its address: base_url, trained_length, limits (concurrency,
     tokens_per_minute ...), budget, cache, extra, continue_final_message, key_variable, api_version."""
@@ -82,8 +82,14 @@ class AnswererConfig(Config):
             if self.server is not None and self.server.base_url:
                 raise ValueError(f"serve {self.serve} starts a server of its own: leave out its address")
             return self
-        if self.kv_dtype is not None:
-            raise ValueError("kv_dtype has an effect with serve alone: it is that server's cache")
+        if self.kv_dtype in ("q8_0", "q4_0"):
+            raise ValueError(
+                f"kv_dtype {self.kv_dtype} is of llama.cpp's cache: serve it, or take int8 or fp8"
+            )
+        if self.kv_dtype is not None and (self.cp > 1 or not self.prefix_reuse):
+            raise ValueError(
+                "kv_dtype is of the cache that prefixes are kept in: it takes no cp and no prefix_reuse: false"
+            )
         if self.server is not None:
             raise ValueError(
                 f"server and its address are for models behind a server ({', '.join(MODEL_NAMES)}); "

@@ -26,6 +26,7 @@ from longspan.infer.flops import ModelFlops
 from longspan.infer.jobs import Counters, Job, JobOutcome
 from longspan.infer.jobs_run import JobsRun, Wanted
 from longspan.infer.kv import Segment
+from longspan.infer.kv_types import KvDtype
 from longspan.infer.memory import (
     LOGIT_ROWS,
     available_memory,
@@ -43,7 +44,7 @@ from longspan.infer.tree_passes import DecodePass, PrefillPass
 from longspan.kernels.attention import choose_kernel
 from longspan.kernels.head import predict
 from longspan.models.head import backbone, output_head
-from longspan.models.states import state_bytes
+from longspan.models.states import layers_with_keys, state_bytes
 
 CPU_PASS_TOKENS = 2048
 """Tokens of a pass at most on a CPU: activations of more leave its cache, which makes 16,384 a fifth slower."""
@@ -61,6 +62,7 @@ class Engine:
             memory is short.
         available: tells the free bytes of a device; None: no limit. All ranks have to be told the same.
         stripes: which tokens this rank has of what is read; `batch_tokens` are those of all ranks together.
+        kv_dtype: type in which keys and values are held. None: as they are computed.
 
     Raises:
         ArgumentError: a model with layers behind its last hidden states; see `models.head`.
@@ -74,8 +76,9 @@ class Engine:
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
         stripes: Stripes = WHOLE,
+        kv_dtype: KvDtype | None = None,
     ) -> None:
-        self.counters, self.stripes = Counters(), stripes
+        self.counters, self.stripes, self.kv_dtype = Counters(), stripes, kv_dtype
         self.share = Share(model, ranks=stripes.ranks)
         """Told while `run` reads and writes, how much of its work is done."""
         self.model, self._batch_tokens, self._cache_tokens = model, batch_tokens, cache_tokens
@@ -119,7 +122,12 @@ class Engine:
         limit = CACHE_PASSES * self._batch_tokens if self._cache_tokens is None else self._cache_tokens
         if available is None:
             return limit
-        sizes = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts), state_bytes(self.model)
+        token_bytes = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts, kv_dtype=self.kv_dtype)
+        if self.kv_dtype is not None:
+            # A layer's keys are read back at once.
+            whole = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts)
+            token_bytes += whole // max(1, layers_with_keys(self.model))
+        sizes = token_bytes, state_bytes(self.model)
         total = sum(len(strand.ids) for strand in run.tree.strands())
         activations = pass_bytes(self.model, min(self._pass_tokens, total)) + dense_bytes(self.model, total)
         while True:

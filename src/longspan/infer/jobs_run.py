@@ -229,7 +229,7 @@ class JobsRun:
     def _held(self, strands: Sequence[Strand]) -> Iterator[None]:
         """Give strands their places in a new block, those of one size together, and take them back."""
         rooms = {strand: self.room(strand) for strand in strands}
-        block, row = KvBlock(sum(rooms.values()), self._engine.kernel), 0
+        block, row = KvBlock(sum(rooms.values()), self._engine.kernel, self._engine.kv_dtype), 0
         for strand in sorted(strands, key=rooms.__getitem__):
             self.places[strand] = StrandPlace(block, row, rooms[strand])
             row += rooms[strand]

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from longspan.infer.kv_types import KvDtype, held, read_back
 from longspan.infer.prefix_tree import Strand
 from longspan.kernels.attention import AttentionKernel, Bands, merge
 from longspan.kernels.attention.merging import accumulation_dtype
@@ -29,36 +30,48 @@ __all__ = ["KernelCall", "KvBlock", "Segment", "StrandPlace", "attend_parts"]
 
 
 class KvBlock:
-    """Keys and values of `rows` tokens in every layer; memory is taken when a layer first writes."""
+    """Keys and values of `rows` tokens in every layer; memory is taken when a layer first writes.
 
-    def __init__(self, rows: int, kernel: AttentionKernel) -> None:
+    Held as they are computed, or in a smaller type (`infer.kv_types`).
+    """
+
+    def __init__(self, rows: int, kernel: AttentionKernel, kind: KvDtype | None = None) -> None:
         self.rows = rows
-        self._widen = kernel.upcasts
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._widen, self._kind = kernel.upcasts, kind
+        self._dtype = torch.float32
+        self._layers: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @property
     def num_bytes(self) -> int:
         """Bytes held now."""
-        return sum(k.nbytes + v.nbytes for k, v in self._layers.values())
+        return sum(tensor.nbytes for kept in self._layers.values() for tensor in kept)
 
     def append(
         self, layer: int, rows: slice | torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
     ) -> None:
         """Write keys and values of a pass to their rows."""
+        # A kernel that computes in fp32 would cast all that it reads, again and again.
+        self._dtype = torch.promote_types(k_TKD.dtype, torch.float32) if self._widen else k_TKD.dtype
+        fresh: tuple[torch.Tensor, ...] = (k_TKD, v_TKD)
+        if self._kind is not None:
+            fresh = (*held(self._kind, k_TKD), *held(self._kind, v_TKD))
         if layer not in self._layers:
-            # A kernel that computes in fp32 would cast all that it reads, again and again.
-            dtype = torch.promote_types(k_TKD.dtype, torch.float32) if self._widen else k_TKD.dtype
-            self._layers[layer] = (self._empty(k_TKD, dtype), self._empty(k_TKD, dtype))
-        for kept, new in zip(self._layers[layer], (k_TKD, v_TKD)):
+            dtypes = [self._dtype if self._kind is None else each.dtype for each in fresh]
+            self._layers[layer] = tuple(self._empty(each, dtype) for each, dtype in zip(fresh, dtypes))
+        for kept, new in zip(self._layers[layer], fresh):
             if isinstance(rows, slice):
                 kept[rows] = new
             else:
                 kept.index_copy_(0, rows, new.to(kept.dtype))
 
     def read(self, layer: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values [S, K, D] of some rows, uncopied."""
-        k_SKD, v_SKD = self._layers[layer]
-        return k_SKD[rows], v_SKD[rows]
+        """Return keys and values [S, K, D] of some rows, uncopied where they are held as computed."""
+        parts = tuple(kept[rows] for kept in self._layers[layer])
+        if self._kind is None:
+            return parts[0], parts[1]
+        half = len(parts) // 2
+        keys, values = parts[:half], parts[half:]
+        return read_back(self._kind, keys, self._dtype), read_back(self._kind, values, self._dtype)
 
     def move(self, rows: int, moves: Sequence[tuple[int, int, int]]) -> None:
         """Take `rows` rows instead and bring tokens along: (old row, new row, how many)."""
@@ -68,7 +81,7 @@ class KvBlock:
             for old, new, count in moves:
                 for source, target in zip(kept, moved):
                     target[new : new + count] = source[old : old + count]
-            self._layers[layer] = (moved[0], moved[1])
+            self._layers[layer] = moved
 
     def exchange(self, a: int, b: int, count: int) -> None:
         """Let `count` rows from `a` on and those from `b` on change places."""

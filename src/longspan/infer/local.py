@@ -7,25 +7,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from longspan.core.errors import ArgumentError
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.engine import Engine
 from longspan.infer.jobs import Counters, Job, JobOutcome
+from longspan.infer.kv_types import KvDtype
 from longspan.infer.length_rope import alike
 from longspan.infer.memory import available_memory
+from longspan.infer.perplexity import check_windows
 from longspan.infer.plain import (
     InProcess,
     answer_of,
     excess_error,
     finished,
     prompt_of,
+    refuse_unknown_ids,
     refuse_unknown_tokens,
     scored,
 )
 from longspan.infer.requests import NOT_FINITE, Answer, Request
 from longspan.infer.stripes import WHOLE, Stripes
+from longspan.models.hf_config import is_latent
 
 
 class LocalAnswerer(InProcess):
@@ -40,6 +46,10 @@ class LocalAnswerer(InProcess):
         cache_tokens: tokens of branches whose keys are held at once; see `infer.engine.Engine`.
         available: tells the free bytes of a device; all ranks have to be told the same.
         stripes: which tokens this rank has of what is read.
+        kv_dtype: type in which keys and values are held (`infer.kv_types`). None: as they are computed.
+
+    Raises:
+        ArgumentError: a cache that `kv_dtype` does not hold as the model's own.
     """
 
     def __init__(
@@ -53,16 +63,25 @@ class LocalAnswerer(InProcess):
         cache_tokens: int | None = None,
         available: Callable[[torch.device], int | None] = available_memory,
         stripes: Stripes = WHOLE,
+        kv_dtype: KvDtype | None = None,
     ) -> None:
         super().__init__(
             model, tokenizer, identity=identity, max_length=max_length, batch_tokens=batch_tokens
         )
+        if kv_dtype is not None and is_latent(model.config):
+            raise ArgumentError(
+                "a smaller KV cache would not be this model's: it keeps one latent value a token, and here the keys "
+                "and values that are made of it are held",
+                found=f"{type(model).__name__} with --kv-dtype {kv_dtype}",
+                fix="leave out --kv-dtype, or ask a server that holds latent values",
+            )
         self._engine = Engine(
             model,
             batch_tokens=batch_tokens,
             cache_tokens=cache_tokens,
             available=available,
             stripes=stripes,
+            kv_dtype=kv_dtype,
         )
         self._on_share: Callable[[float], None] | None = None
 
@@ -131,6 +150,22 @@ class LocalAnswerer(InProcess):
                     seconds=outcome.seconds,
                 ),
             )
+
+    def token_nll(self, windows: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """Return the losses of windows; see `infer.perplexity.token_nll`. Of a smaller cache, through it."""
+        if self._engine.kv_dtype is None:
+            return super().token_nll(windows)
+        check_windows(windows)
+        refuse_unknown_ids(windows, self._vocabulary)
+        losses: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(windows)
+        lengths = [len(ids) for ids in windows]
+        for group in alike(self._model, range(len(windows)), lengths):
+            ids = [np.asarray(windows[index], dtype=np.int64) for index in group]
+            jobs = [Job(each[:-1], wanted=len(each) - 1, targets=each[1:]) for each in ids]
+            for place, outcome in self._engine.run(jobs, length=lengths[group[0]]):
+                assert outcome.nll is not None
+                losses[group[place]] = outcome.nll
+        return losses
 
     def _generate(
         self, requests: Sequence[Request], listeners: Sequence[Callable[[str], None] | None]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from longspan.core.errors import RunError
 from longspan.core.units import format_bytes
+from longspan.infer.kv_types import KvDtype, bytes_per_head
 from longspan.kernels.attention import NO_LIMIT
 from longspan.kernels.attention.cuda_varlen import why_tiled
 from longspan.kernels.attention.tiled import tiled_bytes
@@ -55,21 +56,16 @@ def shared_memory(device: torch.device, group: dist.ProcessGroup | None = None) 
     return int(least)
 
 
-def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool) -> int:
+def cache_bytes_per_token(model: PreTrainedModel, *, upcasts: bool, kv_dtype: KvDtype | None = None) -> int:
     """Return the bytes of keys and values of one token in all layers, on this rank.
 
-    `upcasts`: the kernel keeps them in fp32 at least (`AttentionKernel.upcasts`).
+    `upcasts`: the kernel keeps them in fp32 at least (`AttentionKernel.upcasts`), unless they are held as `kv_dtype`.
     """
     _, kv_heads = head_counts(model.config)
     dtype = torch.promote_types(model.dtype, torch.float32) if upcasts else model.dtype
-    ranks = getattr(model, "tp_size", None) or 1
-    return (
-        2
-        * layers_with_keys(model)
-        * max(1, kv_heads // ranks)
-        * attention_width(model.config)
-        * dtype.itemsize
-    )
+    ranks, width = getattr(model, "tp_size", None) or 1, attention_width(model.config)
+    of_head = width * dtype.itemsize if kv_dtype is None else bytes_per_head(kv_dtype, width)
+    return 2 * layers_with_keys(model) * max(1, kv_heads // ranks) * of_head
 
 
 def pass_bytes(model: PreTrainedModel, tokens: int) -> int:

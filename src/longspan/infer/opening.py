@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.infer.config import AnswererConfig
 from longspan.infer.context_parallel import SpreadModel
 from longspan.infer.distributed import TIMEOUT_SECONDS, Member, is_first_rank, join_ranks
+from longspan.infer.kv_types import KvDtype
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.memory import available_memory, shared_memory
 from longspan.infer.plain import PlainAnswerer
@@ -146,6 +147,8 @@ def _build_member(device: torch.device, part: _Part) -> Member:
         "max_length": config.max_length,
         "batch_tokens": config.batch_tokens,
     }
+    if config.kv_dtype is not None and shared["identity"]:
+        shared["identity"]["kv_dtype"] = config.kv_dtype
     known = model.get_input_embeddings().num_embeddings
     if is_first_rank() and 2 * part.tokenizer.vocab_size < known:
         # Ids of a smaller vocabulary are all known to the model, and mean other words.
@@ -157,6 +160,12 @@ def _build_member(device: torch.device, part: _Part) -> Member:
         shared["prefix_reuse"] = config.prefix_reuse
         return SpreadModel(model, part.tokenizer, mesh=mesh, schedule=part.schedule, **shared)
     if not config.prefix_reuse or not goes_on_from_states(model):
+        if config.kv_dtype is not None:
+            raise ArgumentError(
+                "a model that cannot go on from its states has no cache of a smaller type",
+                found=f"{type(model).__name__} with --kv-dtype {config.kv_dtype}",
+                fix="leave out --kv-dtype",
+            )
         if config.prefix_reuse:
             get_logger("infer").info(
                 "%s has a recurrence that cannot go on from a state: every prompt is read from its first token",
@@ -165,7 +174,8 @@ def _build_member(device: torch.device, part: _Part) -> Member:
         return PlainAnswerer(model, part.tokenizer, **shared)
     # Ranks that heard different numbers would read different batches, and wait for each other.
     available = shared_memory if config.tp > 1 else partial(_available, part.replicas)
-    return LocalAnswerer(model, part.tokenizer, available=available, **shared)
+    kv_dtype = cast("KvDtype | None", config.kv_dtype)  # others are refused with the settings
+    return LocalAnswerer(model, part.tokenizer, available=available, kv_dtype=kv_dtype, **shared)
 
 
 def _available(replicas: int, device: torch.device) -> int | None:

@@ -273,11 +273,16 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def attention_width(config: PretrainedConfig) -> int:
     """Return the channels of a head as attention holds it: of latent attention the wider of keys and values."""
-    text = text_config(config)
-    parts = [getattr(text, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
-    if all(isinstance(part, int) for part in parts):
-        return max(parts[0] + parts[1], parts[2])  # type: ignore[operator]
+    if is_latent(config):
+        text = text_config(config)
+        return max(text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim)
     return head_dim(config)
+
+
+def is_latent(config: PretrainedConfig) -> bool:
+    """Return whether keys and values are made of one latent value a token (DeepSeek's attention)."""
+    parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return all(isinstance(getattr(text_config(config), name, None), int) for name in parts)
 
 
 def window_of_all_layers(config: PretrainedConfig) -> int | None:
