@@ -144,8 +144,9 @@ class PrefillPass:
         refuse_second_call(self._attended, layer)
         if isinstance(self._rows, torch.Tensor):
             self._rows = self._rows.to(k.device)
-        own = int(self._own.sum())
-        self._block.append(layer, self._rows, k[:own], v[:own])
+        if (own := int(self._own.sum())) < self.num_tokens:
+            k, v = k[:own], v[:own]
+        self._block.append(layer, self._rows, k, v)
         reach = _reach(form, self._longest)
         if reach not in self._parts:
             self._parts[reach] = self.parts(*reach)
