@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.core.files import sha256_bytes
 from longspan.data.tokenizer import Tokenizer
+from longspan.eval import compiled, metrics_longproc
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.prompts import PromptForm
 from longspan.eval.released.longproc import LongProc, LongProcConfig
 from longspan.eval.released.longproc_search import countdown, travel
+from longspan.eval.rescoring import rescore
 from longspan.eval.scorers import scorer_named
 from tests.eval.perfect import run_perfect, run_wrong
 
@@ -156,10 +159,66 @@ def test_scores(
     assert scorer_named("longproc_partial").score(built.expected, output, fields) == pytest.approx(partial)
 
 
+def write_programs(released: Path) -> None:
+    folder = released / "pseudo_to_code"
+    folder.mkdir()
+    (folder / "prompts.yaml").write_text(json.dumps({"USER_PROMPT": "Write:\n{pseudocode}"}))
+    row = {
+        "pseudocode_lines": ["read", "add"],
+        "code_lines": ["int x;"],
+        "testcases": [[["1 2"], ["3"]]] * 12,
+    }
+    (folder / "pseudo_to_code_0.5k.json").write_text(json.dumps([row, {**row, "testcases": []}]))
+
+
+def test_programs_are_run_where_that_is_asked_for(
+    released: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model wrote is never run by a default, nor because a records file says so; no compiler, no work."""
+    write_programs(released)
+    assert "pseudo_to_code" not in {p.fields["subtask"] for p in task(released, tokenizer).plan()}
+    with pytest.raises(ConfigError, match="which run_code allows"):
+        task(released, tokenizer, subtasks=["pseudo_to_code"])
+    one = task(released, tokenizer, subtasks=["pseudo_to_code"], run_code=True)
+    (planned,) = one.plan()
+    built = one.build(planned)
+    assert built.request.prompt == "Write:\nread\nadd" and len(built.fields["test_cases"]) == 10
+    records = tmp_path / "a.jsonl"
+    ran: list[str] = []
+    monkeypatch.setattr(metrics_longproc, "passes", lambda code, cases: not ran.append(code))
+    run_wrong(one, tokenizer, records)
+    assert ran == []  # "~" holds no program
+    lines = records.read_text().replace('"output": "~"', '"output": "```c++ int x;```"')
+    records.write_text(lines)
+    with pytest.raises(ArgumentError, match="--run-code allows it"):
+        rescore(records, "longproc", tmp_path / "b.jsonl")
+    assert rescore(records, "longproc", tmp_path / "b.jsonl", run_code=True)["mean"] == 1.0
+    assert ran == [" int x;"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compiled.compiler.cache_clear()
+    with pytest.raises(ArgumentError, match=r"no C\+\+ compiler"):
+        task(released, tokenizer, run_code=True)
+    compiled.compiler.cache_clear()
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
+def test_programs_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endless program, one that writes without end and one that leaves others behind all end, and are wrong."""
+    monkeypatch.setattr(compiled, "_HEADERS", ("cstdio", "unistd.h"))  # the others cost seconds
+    case = [["1 2", "4"], ["7"]]
+    body = 'int main() {{ int a, b, c; scanf("%d %d %d", &a, &b, &c); {} }}'
+    last = 'printf("%d\\n", a + b + c); return 3;'
+    assert compiled.passes(body.format(last), [case] * 2)
+    assert not compiled.passes(body.format(last), [case, [["1 1 1"], ["4"]]])
+    endless = f'{last[:-9]} fflush(stdout); if (fork()) for (;;) puts("7"); for (;;) sleep(1);'
+    assert not compiled.passes(body.format(endless), [case])
+    assert not compiled.passes("int main( {", [case])
+
+
 def test_folders_that_are_not_whole(released: Path, tokenizer: Tokenizer) -> None:
     """A missing prompt file, a page outside of the folder and an unknown name are said before work begins."""
-    with pytest.raises(ConfigError, match="there is no pseudo_to_code"):
-        task(released, tokenizer, subtasks=["pseudo_to_code"])
+    with pytest.raises(ConfigError, match="there is no pseudo_code"):
+        task(released, tokenizer, subtasks=["pseudo_code"])
     with pytest.raises(ArgumentError, match="needs the field 'subtask'"):
         scorer_named("longproc").score("a", "a")
     row = {**ROWS["html_to_tsv_8k"][1], "html_path": "../../../secret"}

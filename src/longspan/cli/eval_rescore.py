@@ -48,7 +48,7 @@ def rescore(
     else:
         from longspan.eval.rescoring import rescore as score_again
 
-        summary = score_again(records, settings.scorer, out, used=used)
+        summary = score_again(records, settings.scorer, out, used=used, run_code=settings.run_code)
     if as_json:
         print_json(summary)
         return

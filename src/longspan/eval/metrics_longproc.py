@@ -1,8 +1,8 @@
 """LongProc's metrics: whether a long procedure ends right, and how far it is right from its start.
 
 `score` is what its tables show (accuracy; F1 of rows for html_to_tsv), `partial` the share of the procedure before the
-first mistake. An answer that its code cannot read scores 0 here, where some end the published run; no model's text is
-evaluated as code, and a share is never below 0.
+first mistake. An answer that its code cannot read scores 0 here, where some end the published run; a share is never
+below 0. What a model wrote is run for pseudo_to_code alone, and only where that was asked for (`eval.compiled`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import string
 from collections.abc import Mapping, Sequence
 from operator import add, mul, sub, truediv
 from typing import Any
+
+from longspan.core.errors import ArgumentError
+from longspan.eval.compiled import passes
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _BELIEF = re.compile(
@@ -33,6 +36,8 @@ def score(expected: str, output: str, fields: Mapping[str, Any], *, partial: boo
         return _route(expected, output, partial=partial)
     if subtask == "tom_tracking":
         return _beliefs(expected, output, partial=partial)
+    if subtask == CODE:
+        return _program(output, fields)
     if subtask == "countdown":
         right = _reaches(fields["numbers"], int(fields["target"]), _tagged(output, "Solution"))
         return 1.0 if right else _search_share(expected, output) if partial else 0.0
@@ -40,7 +45,19 @@ def score(expected: str, output: str, fields: Mapping[str, Any], *, partial: boo
     return 1.0 if right else _plan_share(expected, output) if partial else 0.0
 
 
-SUBTASKS = ("html_to_tsv", "path_traversal", "tom_tracking", "countdown", "travel_planning")
+CODE = "pseudo_to_code"
+"""Its score takes running what a model wrote."""
+SUBTASKS = ("html_to_tsv", "path_traversal", "tom_tracking", "countdown", "travel_planning", CODE)
+
+
+def _program(output: str, fields: Mapping[str, Any]) -> float:
+    if not fields.get("run_code"):
+        raise ArgumentError(
+            f"the score of {CODE} takes running what the model wrote on this machine",
+            fix="--run-code allows it: in a folder of its own, with limits of time and memory, but in no sandbox",
+        )
+    fenced = re.search(r"```cpp([\s\S]*)```", output.replace("```c++", "```cpp"))
+    return float(fenced is not None and passes(fenced.group(1), fields["test_cases"]))
 
 
 def _tagged(output: str, tag: str) -> str | None:

@@ -269,7 +269,7 @@ _BUILT_IN = (
     ),
     TaskEntry(
         "longproc",
-        "Procedures are written out over thousands of tokens: searches, routes, beliefs, tables out of web pages.",
+        "Procedures are written out over thousands of tokens: searches, routes, beliefs, tables, programs.",
         config="longspan.eval.released.longproc:LongProcConfig",
         task="longspan.eval.released.longproc:LongProc",
         axes=Axes(rows="subtask", columns="output_length"),

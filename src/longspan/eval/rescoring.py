@@ -38,6 +38,9 @@ class RescoreConfig(Config):
     criteria: Literal["answer", "kamradt"] = "answer"
     """What the judge goes by: how much of the right answer is there, or the published criteria of Kamradt's needle
     test."""
+    run_code: bool = False
+    """Compile and run on this machine what a model wrote for LongProc's pseudo_to_code, with limits but in no
+    sandbox."""
     server: ServerConfig | None = None
     """How the judge's server is asked, as YAML, a YAML file or its address."""
 
@@ -58,11 +61,17 @@ class RescoreConfig(Config):
 
 
 def rescore(
-    records: str | Path, scorer: str, out: str | Path, *, used: Mapping[str, Any] | None = None
+    records: str | Path,
+    scorer: str,
+    out: str | Path,
+    *,
+    used: Mapping[str, Any] | None = None,
+    run_code: bool = False,
 ) -> dict[str, Any]:
     """Write `records` to `out` with the scores of another scorer; return a summary.
 
-    `used`: the settings of the command, for the header.
+    `used`: the settings of the command, for the header. `run_code`: what a model wrote may be run where its score
+    takes that, whatever the records say.
 
     Returns:
         task, label, scorer, records (the new path), samples, scored, unscored and no_answer (reason -> count), mean
@@ -77,7 +86,9 @@ def rescore(
     rule = scorer_named(scorer)
     source = open_for_rescoring(records, out)
     header = rescored_header(source.header, rule.named(), used, higher_is_better=rule.higher_is_better)
-    new = [rescored(sample, header, rule) for sample in source.samples]  # all, or the file is not begun
+    new = [
+        rescored(sample, header, rule, run_code=run_code) for sample in source.samples
+    ]  # all, or the file is not begun
     with RecordsWriter(out, header) as writer:
         for record in new:
             if record["id"] not in writer.recorded:
@@ -131,11 +142,13 @@ def rescored_header(
     return changed
 
 
-def rescored(sample: Mapping[str, Any], header: Mapping[str, Any], scorer: Scorer) -> dict[str, Any]:
+def rescored(
+    sample: Mapping[str, Any], header: Mapping[str, Any], scorer: Scorer, *, run_code: bool = False
+) -> dict[str, Any]:
     """Return a recorded sample with the score of `scorer`, or as it is when it has none."""
     score = None
     if sample.get("unscored") is None:
-        score = float(scorer.score(sample["expected"], sample["output"], sample))
+        score = float(scorer.score(sample["expected"], sample["output"], {**sample, "run_code": run_code}))
     return {**sample, "id": sample_id(header, sample["id"]), "score": score}
 
 

@@ -4,8 +4,8 @@
     DATA/travel_planning/travel_planning_all.json, travel_planning_icl_examples.json
 
 Prompts are those of the files (prompts.yaml); the searches that two of the tasks show and expect are made anew
-(`longproc_search`), as by the released code. pseudo_to_code is not here: its score takes compiling and running what the
-model wrote.
+(`longproc_search`), as by the released code. The score of pseudo_to_code compiles and runs what the model wrote: it is
+asked where `run_code` says so.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pydantic
 
 from longspan.core.config import Commas, parse_yaml
 from longspan.core.errors import DataError
 from longspan.core.files import sha256_bytes
-from longspan.eval.metrics_longproc import SUBTASKS
+from longspan.eval.compiled import MOST_CASES, compiler
+from longspan.eval.held_out import TaskDataConfig
+from longspan.eval.metrics_longproc import CODE, SUBTASKS
+from longspan.eval.prompts import PromptForm
 from longspan.eval.released.longproc_search import countdown, travel
 from longspan.eval.released.row_task import Placed, RowsConfig, RowTask, texts_in
 from longspan.eval.released.rows import Rows
@@ -38,8 +41,11 @@ _TRAVELS = {"2k": (0, 2048), "8k": (4096, 8192)}
 class LongProcConfig(RowsConfig):
     """Settings of LongProc."""
 
-    subtasks: Annotated[tuple[str, ...], Commas] = SUBTASKS
-    """What is asked for, of the files that are there."""
+    subtasks: Annotated[tuple[str, ...], Commas] = tuple(name for name in SUBTASKS if name != CODE)
+    """What is asked for, of the files that are there; pseudo_to_code needs `run_code`."""
+    run_code: bool = False
+    """Compile and run on this machine what the model writes for pseudo_to_code, which is then asked too: with limits of
+    time and memory, but in no sandbox."""
     levels: Annotated[tuple[str, ...], Commas] = ("0.5k", "2k", "8k")
     """How long answers are."""
 
@@ -48,7 +54,14 @@ class LongProcConfig(RowsConfig):
         for given, known in ((self.subtasks, SUBTASKS), (self.levels, tuple(_ROOM))):
             if unknown := [name for name in given if name not in known]:
                 raise ValueError(f"there is no {', '.join(unknown)}; there are {', '.join(known)}")
+        if CODE in self.subtasks and not self.run_code:
+            raise ValueError(f"{CODE} runs what the model wrote on this machine, which run_code allows")
         return self
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The subtasks, with the one that runs code."""
+        return tuple(dict.fromkeys((*self.subtasks, CODE))) if self.run_code else self.subtasks
 
 
 class LongProc(RowTask[LongProcConfig]):
@@ -57,12 +70,19 @@ class LongProc(RowTask[LongProcConfig]):
     name, scorer, axes = "longproc", "longproc", ("subtask", "output_length")
     answer_tokens = max(_ROOM.values())
 
+    @classmethod
+    def from_config(cls, config: LongProcConfig, data: TaskDataConfig, form: PromptForm) -> Self:
+        """Return the task. Raises ArgumentError: code is to be run, and there is no compiler."""
+        if config.run_code:
+            compiler()
+        return super().from_config(config, data, form)
+
     def reads(self, name: str) -> bool:
         """Return whether a file holds problems that are asked."""
         found = _NAME.fullmatch(name.rsplit("/", 1)[-1])
         return (
             found is not None
-            and found[1] in self.settings.subtasks
+            and found[1] in self.settings.asked
             and found[2] in (*self.settings.levels, "all")
         )
 
@@ -162,12 +182,25 @@ def _travel_demos(folder: Path) -> str:
     return "\n\n".join(f"# Example\n{each['disambig_question_text']}\n\n{travel(each)}" for each in shown)
 
 
+def _program(rows: Rows, number: int) -> _Problem:
+    lines, code, cases = (
+        rows.field(number, name) for name in ("pseudocode_lines", "code_lines", "testcases")
+    )
+    kept = [
+        [[str(line) for line in side] for side in (given, wanted)] for given, wanted in cases[:MOST_CASES]
+    ]
+    if not kept:
+        raise ValueError("there are no test cases")
+    return {"pseudocode": "\n".join(lines)}, "\n".join(code), {"test_cases": kept, "run_code": True}
+
+
 _PROBLEMS: Mapping[str, Callable[[Rows, int], _Problem]] = {
     "html_to_tsv": _table,
     "path_traversal": _route,
     "tom_tracking": _beliefs,
     "countdown": _countdown,
     "travel_planning": _travel,
+    CODE: _program,
 }
 
 
