@@ -43,6 +43,7 @@ STORY = (
     ("eval", "tool_calls"),
     ("eval", "topics"),
     ("eval", "ruler"),
+    ("eval", "ruler_v2"),
     ("eval", "longqa"),
     ("eval", "mrcr"),
     ("eval", "graphwalks"),
@@ -109,6 +110,7 @@ def write_released_files(root: Path) -> None:
         "lveval/hotpotwikiqa_mixup_16k.jsonl": long,
         "longproc/countdown/countdown_0.5k.json": [{"nums": [9, 16, 6, 18], "target": 12}],
         "longproc/countdown/prompts.yaml": {"USER_PROMPT": "Numbers: {nums} Target: {target}"},
+        "ruler2/qa_basic/test.jsonl": {"question": "n1 -> n2\n" * 30, "expected_answer": ["n1"]},
         "nolima/needle_set.json": [
             {**needle, "tests": {"T1": {"input_args": []}}, "task_template": "{haystack} {question}"}
         ],

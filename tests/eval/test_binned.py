@@ -1,4 +1,4 @@
-"""MRCR and GraphWalks on stand-ins of the released files' structure: bins, prompts, scores, broken rows."""
+"""MRCR, GraphWalks and RULERv2 on stand-ins of the released files' structure: bins, prompts, scores, broken rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from longspan.core.errors import ArgumentError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval.held_out import TaskDataConfig
 from longspan.eval.metrics import graphwalks_f1, mrcr_ratio
@@ -20,6 +20,7 @@ from longspan.eval.prompts import PromptForm
 from longspan.eval.records import read_records
 from longspan.eval.released.graphwalks import GraphWalks, GraphWalksConfig
 from longspan.eval.released.mrcr import Mrcr, MrcrConfig
+from longspan.eval.released.ruler_v2 import RulerV2, RulerV2Config
 from longspan.eval.scorers import scorer_named
 from tests.eval.conftest import make_text
 from tests.eval.perfect import run_perfect, run_wrong
@@ -165,3 +166,55 @@ def test_f1_of_two_sets_of_nodes() -> None:
     assert graphwalks_f1(["a"], "Final Answer: [a]\n") == 0.0, "the last line is empty"
     assert graphwalks_f1(["a"], "Final Answer: a") == 0.0
     assert graphwalks_f1(["a", "b"], "Final Answer:[a , b]") == 1.0
+
+
+def test_prepared_rows_of_ruler_v2(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The folder says the task; an answer is one text or several, and tasks weigh alike in the mean."""
+    text = make_text(3, 40)
+    rows = {
+        "mk_niah_hard": ["B"],
+        "mv_niah_basic": [["12", "34"], []],
+        "qa_easy": [["3", "7"]] * 2,
+        "other": ["x"],
+    }
+    for name, answers in rows.items():
+        (tmp_path / f"m-1k/{name}").mkdir(parents=True)
+        lines = [
+            json.dumps({"question": f"{text} {name} {n}?", "expected_answer": a})
+            for n, a in enumerate(answers)
+        ]
+        (tmp_path / f"m-1k/{name}/test.jsonl").write_text("\n".join(lines))
+    config = RulerV2Config.from_dict({"lengths": [256, 512, 1024]})
+    task = RulerV2.from_config(config, TaskDataConfig(paths=(str(tmp_path),)), PromptForm(tokenizer))
+    assert task.params()["left_out_records"] == 1
+    built = {str(each.key[0]): task.build(each) for each in task.plan()}
+    assert built["mk_niah_hard"].request.prompt == f"{text} mk_niah_hard 0?" and built[
+        "mk_niah_hard"
+    ].expected == ["B"]
+    summary = run_perfect(task, tokenizer, tmp_path / "a.jsonl")
+    # The letter has to be boxed or announced, and one of two numbers is half of them.
+    assert [row["mean"] for row in summary["cells"]] == [0.0, 0.5, 1.0] and summary["averages"][0][
+        "mean"
+    ] == 0.5
+    with pytest.raises(ConfigError, match="there is no vt; there are mk_niah_basic"):
+        RulerV2Config.from_dict({"subtasks": ["vt"]})
+
+
+@pytest.mark.parametrize(
+    ("subtask", "expected", "output", "score"),
+    [
+        ("mk_niah_basic", ["12 34"], "It is 12 34.", 1),
+        ("mk_niah_easy", ["the big red house"], "the big house", 0.75),
+        ("mk_niah_easy", ["a b"], "Answer: b b\nAnswer: x b c d", 0),
+        ("mv_niah_easy", ["a", "zz"], "</think> A", 0.5),
+        ("mv_niah_medium", ["12"], "12\n\nnone", 0),
+        ("qa_basic", ["7", "9"], "Document 7: x\ny\n\nso 9", 1),
+        ("qa_hard", ["7"], "Document 7: x\ny\n\nnone", 0),
+        ("mk_niah_hard", ["B"], "\\boxed{A, no: B}", 1),
+        ("mk_niah_hard", ["B"], "**Answer**: B", 1),
+        ("mk_niah_medium", ["B"], "Answer: B \\boxed{}", 0),
+    ],
+)
+def test_scores_of_ruler_v2(subtask: str, expected: list[str], output: str, score: float) -> None:
+    """Each score is what NeMo-Skills' own code gives for this output."""
+    assert scorer_named("ruler_v2").score(expected, output, {"subtask": subtask}) == pytest.approx(score)

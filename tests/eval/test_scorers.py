@@ -31,8 +31,14 @@ LISTS: dict[str, tuple[list[str], str]] = {
 }
 """Rules for a list of a certain form, and a perfect answer."""
 CITING = ("str_em", "str_hit", "rouge_l_sum", "precision", "recall", "recall_top5", "list_f1", "list_f1_top5")
-OF_PROBLEMS = ("longproc", "longproc_partial", "helmet_ndcg_10", *(f"helmet_{name}" for name in CITING))
-"""Rules that need a problem beside the texts: tests/eval/test_longproc.py, test_citations.py."""
+OF_PROBLEMS = (
+    "longproc",
+    "longproc_partial",
+    "helmet_ndcg_10",
+    "ruler_v2",
+    *(f"helmet_{name}" for name in CITING),
+)
+"""Rules that need a problem beside the texts: test_longproc.py, test_citations.py, test_binned.py."""
 HERE = sorted(set(SCORERS) - {*NEEDS_JIEBA, *OF_PROBLEMS})
 
 

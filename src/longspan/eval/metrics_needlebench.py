@@ -10,27 +10,25 @@ _BOX = "\\boxed"
 
 def boxed_name(expected: str, output: str) -> float:
     """Return 1.0 when what stands in the last \\\\boxed{} of an output is the expected text, cleaned as published."""
-    return float(_cleaned(_boxed(output)).strip() == expected.strip())
+    inside = boxed(output) or ""
+    twice = re.match(r"\{(.*)\}$", inside)
+    return float(_cleaned(twice.group(1) if twice else inside).strip() == expected.strip())
 
 
-def _boxed(output: str) -> str:
-    """Return what stands in the last box, without a second pair of braces; empty where there is none that ends."""
+def boxed(output: str) -> str | None:
+    """Return what stands in the last box; None: there is none, or it has no end."""
     start = output.rfind(_BOX)
     if start < 0:
-        return ""
+        return None
     opened = 0
     for place in range(start, len(output)):
         opened += (output[place] == "{") - (output[place] == "}")
         if output[place] == "}" and opened == 0:
             break
     else:
-        return ""
+        return None
     box = output[start : place + 1]
-    if not box.startswith(_BOX + "{"):
-        return ""
-    inside = box[len(_BOX) + 1 : -1]
-    twice = re.match(r"\{(.*)\}$", inside)
-    return twice.group(1) if twice else inside
+    return box[len(_BOX) + 1 : -1] if box.startswith(_BOX + "{") else None
 
 
 def _cleaned(text: str) -> str:

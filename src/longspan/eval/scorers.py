@@ -25,6 +25,7 @@ from longspan.eval import metrics_infinitebench as infinite
 from longspan.eval import metrics_longbench as longbench
 from longspan.eval import metrics_longproc as longproc
 from longspan.eval import metrics_lveval as lveval
+from longspan.eval import metrics_ruler_v2 as ruler_v2
 from longspan.eval.metrics_babilong import label_named
 from longspan.eval.metrics_needlebench import boxed_name
 
@@ -146,6 +147,13 @@ def _with_keywords(metric: Callable[[str, str, str | None], float]) -> Rule:
     )
 
 
+def _ruler_v2(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    subtask = _field(fields, "subtask", scorer="ruler_v2")
+    if subtask not in ruler_v2.SUBTASKS:
+        raise ArgumentError("this is no task of RULERv2", found=subtask, allowed=ruler_v2.SUBTASKS)
+    return ruler_v2.score(expected, output, subtask)
+
+
 def _longproc(expected: Sequence[str], output: str, fields: Mapping[str, Any], *, partial: bool) -> float:
     if _field(fields, "subtask", scorer="longproc") not in longproc.SUBTASKS:
         raise ArgumentError(
@@ -224,6 +232,7 @@ _RULES = (
     Scorer("lveval_rouge_l_zh", 1, _best(lveval.rouge_l_zh), "LV-Eval: rouge-l F without common Chinese words"),
     Scorer("longproc", 1, partial(_longproc, partial=False), "LongProc: it ends right; F1 of a table's rows"),
     Scorer("longproc_partial", 1, partial(_longproc, partial=True), "LongProc: share that is right from the start"),
+    Scorer("ruler_v2", 1, _ruler_v2, "RULERv2: share held, or close in words; a letter; by its task"),
     Scorer("boxed_name", 1, _best(boxed_name), "NeedleBench: what the last box holds is the value"),
     Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
     Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
