@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longspan.data.texts.python_corpus import reference_documents
 from longspan.models.export import export_model
-from longspan.models.gguf_file import find_converter, refuse_rope, write_gguf
+from longspan.models.gguf_file import find_converter, refuse_config, write_gguf
 from longspan.models.hf import load_model
 
 ROPES = {
@@ -56,7 +56,7 @@ def main() -> None:
             model = load_model(options.model, rope=_rope(name, options.model), max_position_embeddings=32_768)
             model.model.layers = model.model.layers[: options.layers]
             model.config.num_hidden_layers = options.layers
-            refuse_rope(model.config)
+            refuse_config(model.config)
             export_model(model, folder, dtype="float32", tokenizer=options.model)
             write_gguf(folder, file, "f32", converter)
         theirs, ours = _ask_llama_cpp(file, ids), _ask_transformers(folder, ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -17,15 +18,15 @@ from longspan.core.errors import ConfigError, RunError
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.config import AnswererConfig
 from longspan.infer.requests import Request
-from longspan.infer.serving import PROGRAMS, served
+from longspan.infer.serving import PROGRAMS, installed, served
 from tests.patience import PATIENCE_SECONDS
 
 PROGRAM = """#!{python}
 import json, os, signal, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
-if "--version" in sys.argv:
-    sys.exit(print("1.2.3 (fake)"))
 folder, mode = {folder!r}, {mode!r}
+if "--version" in sys.argv:
+    sys.exit(print("load_backend: CPU\\nversion: 11434 (fake)" if mode == "parts" else "1.2.3 (fake)"))
 open(os.path.join(folder, "told.json"), "w").write(json.dumps([os.getpid(), *sys.argv[1:]]))
 if mode == "fails":
     sys.exit("no memory for a cache")
@@ -150,17 +151,20 @@ def test_servers_that_do_not_come_up(program: Any, tokenizer: Tokenizer) -> None
 def test_flags_of_the_others(tmp_path: Path) -> None:
     """Each has its own words for length, cache and RoPE; what it cannot be told is refused."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5, "original_max_position_embeddings": 8192}
-    gguf = AnswererConfig(model="m.gguf", serve="llama.cpp", max_length=32768, kv_dtype="q8_0")
-    assert " ".join(PROGRAMS["llama.cpp"].flags(gguf, yarn)) == (
-        "--model m.gguf --parallel 1 --ctx-size 32768 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on "
-        "--rope-scaling yarn --rope-scale 4.0 --rope-freq-base 500000.0 --yarn-orig-ctx 8192"
+    file = tmp_path / "m.gguf"
+    write_rope(file)
+    gguf = AnswererConfig(model=str(file), serve="llama.cpp", max_length=32768, kv_dtype="q8_0")
+    assert " ".join(PROGRAMS["llama.cpp"].flags(gguf, {**yarn, "beta_fast": 16.0})) == (
+        f"--model {file} --parallel 1 --ctx-size 32768 --cache-type-k q8_0 --cache-type-v q8_0 --flash-attn on "
+        "--rope-scaling yarn --rope-scale 4.0 --rope-freq-base 500000.0 --yarn-orig-ctx 8192 --yarn-beta-fast 16.0"
     )
+    alone = gguf.model_copy(update={"kv_dtype": None})
+    flags = PROGRAMS["llama.cpp"].flags(alone, {"rope_theta": 1e6})  # the scaling stays the file's
+    assert " ".join(flags).endswith("--ctx-size 32768 --rope-freq-base 1000000.0")
     plain = AnswererConfig(model="m", serve="sglang", kv_dtype="fp8")
     assert (
         " ".join(PROGRAMS["sglang"].flags(plain, None)) == "--model-path m --tp 1 --kv-cache-dtype fp8_e5m2"
     )
-    with pytest.raises(ConfigError, match="one GGUF file"):
-        PROGRAMS["llama.cpp"].flags(AnswererConfig(model="m", serve="llama.cpp"), None)
     with pytest.raises(ConfigError, match="takes no other RoPE"):
         PROGRAMS["transformers"].flags(AnswererConfig(model="m", serve="transformers"), yarn)
     for values, message in (
@@ -172,6 +176,70 @@ def test_flags_of_the_others(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             AnswererConfig.from_dict(values)
+
+
+def write_rope(path: Path, *, slowed: bool = False) -> None:
+    """Write a GGUF file of 4,096 positions and a linear RoPE, or of one that is a tensor; no layer is in it."""
+    gguf = pytest.importorskip("gguf")
+    file = gguf.GGUFWriter(path, "llama")
+    file.add_context_length(4096)
+    file.add_rope_freq_base(5e5)
+    if not slowed:
+        file.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        file.add_rope_scaling_factor(4.0)
+    file.add_tensor("rope_freqs.weight" if slowed else "output_norm.weight", np.ones(4, dtype=np.float32))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "rope", "part"),
+    [
+        ({"model": "m"}, None, "one GGUF file"),
+        ({"model": "no.gguf"}, None, "one GGUF file"),
+        ({"tp": 2}, None, "takes no --tp"),
+        ({"dtype": "float16"}, None, "takes no --tp"),
+        ({}, {"rope_type": "dynamic", "factor": 2.0}, "told no such RoPE"),
+        ({}, {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor: 1.0"),
+        ({}, {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model": "slowed.gguf"}, {"rope_type": "linear", "factor": 4.0}, "RoPE as a tensor"),
+    ],
+)
+def test_what_llama_cpp_would_not_heed_is_refused(tmp_path: Path, values: Any, rope: Any, part: str) -> None:
+    """A setting that goes by the board gives the label of a model that was not asked."""
+    write_rope(tmp_path / "m.gguf")
+    write_rope(tmp_path / "slowed.gguf", slowed=True)
+    values = {"model": "m.gguf", **values}
+    config = AnswererConfig(**{**values, "model": str(tmp_path / values["model"])}, serve="llama.cpp")
+    with pytest.raises(ConfigError, match=part):
+        PROGRAMS["llama.cpp"].flags(config, rope)
+
+
+def test_a_served_gguf_file_is_what_it_says(program: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Records named no RoPE and no trained length, and of a llama.cpp built in parts the name of a part as version."""
+    program("llama-server", mode="parts")
+    write_rope(tmp_path / "m.gguf")
+    with served(AnswererConfig(model=str(tmp_path / "m.gguf"), serve="llama.cpp"), tokenizer) as answerer:
+        said = answerer.identity
+    assert said["rope"] == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+    assert (said["trained_length"], said["version"]) == (4096, "version: 11434 (fake)")
+
+
+def test_llama_cpp_of_a_package_stands_in_for_its_program(tmp_path: Path, monkeypatch: Any) -> None:
+    """llama.cpp's releases are no package: where a package carries its server, that is started."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"no llama-server on PATH(.|\n)*pip install xllamacpp"):
+        installed("llama.cpp")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "xllamacpp")
+    found = installed("llama.cpp")
+    assert found.command == (sys.executable, "-m", "longspan.infer.llama_cpp")
+    assert found.package == "xllamacpp"
+    with pytest.raises(ConfigError, match="vllm is not installed"):
+        installed("vllm")
 
 
 def test_a_cache_that_an_engine_does_not_have(program: Any, tokenizer: Tokenizer) -> None:

@@ -115,13 +115,13 @@ def _before_work(settings: ExportConfig) -> list[str] | None:
 
 def _check_gguf(source: _Source, tokenizer: Path | None) -> None:
     from longspan.core.errors import ArgumentError
-    from longspan.models.gguf_file import refuse_rope
+    from longspan.models.gguf_file import refuse_config
 
     if tokenizer is None:
         raise ArgumentError(
             "a GGUF file holds a tokenizer, and none is found", fix="name it with --tokenizer"
         )
-    refuse_rope(source.model.config)
+    refuse_config(source.model.config)
 
 
 def _write_gguf(settings: ExportConfig, out: Path, converter: list[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from longspan.data.tokenizer import Tokenizer
 from longspan.infer.config import AnswererConfig
 from longspan.infer.handshake import shake_own_hands
 from longspan.infer.remote import RemoteAnswerer, open_remote
+from longspan.models.gguf_file import gguf_rope, yarn_settings_refused
 
 READY_SECONDS = 1800.0
 """Most seconds until a server answers: weights of hundreds of gigabytes are read first."""
@@ -76,23 +78,44 @@ def _sglang(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]
 
 
 def _llama_cpp(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]:
-    if not config.model.endswith(".gguf"):
+    if not config.model.endswith(".gguf") or not Path(config.model).is_file():
         raise ConfigError(
-            "llama.cpp reads one GGUF file", found=config.model, fix="name that file with --model"
+            "llama.cpp reads one GGUF file",
+            found=config.model,
+            fix="name that file with --model; `longspan export --gguf` writes one",
         )
+    if config.dtype is not None or config.tp > 1:
+        raise ConfigError("llama.cpp takes no --tp, and the type of the weights is the file's: no --dtype")
     flags = ["--model", config.model, "--parallel", "1"] + _if("--ctx-size", config.max_length)
     if config.kv_dtype is not None:
         flags += ["--cache-type-k", config.kv_dtype, "--cache-type-v", config.kv_dtype, "--flash-attn", "on"]
-    if rope is not None:
-        kind = str(rope.get("rope_type", "default"))
-        if kind not in ("default", "linear", "yarn"):
-            raise ConfigError("llama.cpp is told no such RoPE", found=kind, allowed="default, linear, yarn")
-        flags += ["--rope-scaling", {"default": "none"}.get(kind, kind)] + _if(
-            "--rope-scale", rope.get("factor")
-        )
-        flags += _if("--rope-freq-base", rope.get("rope_theta"))
-        flags += _if("--yarn-orig-ctx", rope.get("original_max_position_embeddings"))
+    if rope is None:
+        return flags
+    _refuse_for_llama_cpp(config.model, rope)
+    if "rope_type" in rope:
+        kind = str(rope["rope_type"])
+        flags += ["--rope-scaling", {"default": "none"}.get(kind, kind)]
+    for key, flag in _LLAMA_CPP_ROPE.items():
+        flags += _if(flag, rope.get(key))
     return flags
+
+
+def _refuse_for_llama_cpp(file: str, rope: Mapping[str, Any]) -> None:
+    """Refuse a RoPE that its server cannot be told, or would take together with what the file says."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "linear", "yarn"):
+        raise ConfigError("llama.cpp is told no such RoPE", found=kind, allowed="default, linear, yarn")
+    known = {"rope_type", *_LLAMA_CPP_ROPE, *(_YARN_JUDGED if kind == "yarn" else ())}
+    unsaid = [key for key, value in rope.items() if key not in known and value is not None]
+    if kind == "yarn":
+        unsaid += yarn_settings_refused(rope)
+    if unsaid:
+        raise ConfigError("llama.cpp cannot be told this about a RoPE", found=", ".join(unsaid))
+    if "rope_type" in rope and _gguf_rope(file)[0].get("rope_type") == "tensor":
+        raise ConfigError(
+            f"{file} says its RoPE as a tensor, which llama.cpp would use beside the one that is told",
+            fix="write the file with the other RoPE: `longspan export --rope ... --gguf`",
+        )
 
 
 def _transformers(config: AnswererConfig, rope: Mapping[str, Any] | None) -> list[str]:
@@ -103,6 +126,17 @@ def _transformers(config: AnswererConfig, rope: Mapping[str, Any] | None) -> lis
     return [config.model, *_if("--dtype", config.dtype)]
 
 
+_LLAMA_CPP_ROPE = {
+    "factor": "--rope-scale",
+    "rope_theta": "--rope-freq-base",
+    "original_max_position_embeddings": "--yarn-orig-ctx",
+    "beta_fast": "--yarn-beta-fast",
+    "beta_slow": "--yarn-beta-slow",
+}
+"""What llama.cpp calls the settings of a RoPE."""
+_YARN_JUDGED = ("attention_factor", "mscale", "mscale_all_dim")
+XLLAMACPP = "xllamacpp"
+"""The package that carries llama.cpp's server."""
 PROGRAMS: Mapping[str, ServerProgram] = {
     "vllm": ServerProgram(("vllm", "serve"), _vllm, "vllm", ("fp8",)),
     "sglang": ServerProgram((sys.executable, "-m", "sglang.launch_server"), _sglang, "sglang", ("fp8",)),
@@ -128,7 +162,7 @@ def served(
         ConfigError: the engine cannot do what is asked, or is not installed.
         RunError: it ended, or did not answer in time.
     """
-    engine = PROGRAMS[str(config.serve)]
+    engine = installed(str(config.serve))
     if config.kv_dtype is not None and config.kv_dtype not in engine.kv_dtypes:
         raise ConfigError(
             f"{config.serve} has no such KV cache",
@@ -136,11 +170,7 @@ def served(
             allowed=engine.kv_dtypes or "none but its own",
         )
     flags = engine.flags(config, rope)
-    beside = str(Path(sys.executable).parent)
-    program = shutil.which(engine.command[0]) or shutil.which(engine.command[0], path=beside)
-    if program is None:
-        raise ConfigError(f"{config.serve} is not installed", found=f"no {engine.command[0]} on PATH")
-    command = [program, *engine.command[1:], *flags]
+    command = [*engine.command, *flags]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,7 +193,7 @@ def served(
             )
             answerer = open_remote(f"completions:{config.model}", server, tokenizer=tokenizer)
             answerer.identity, answerer.sends_ids = (
-                _identity(config, engine, program, flags, rope),
+                _identity(config, engine, flags, rope),
                 engine.takes_ids,
             )
             with contextlib.closing(answerer):
@@ -171,6 +201,23 @@ def served(
                 yield answerer
     finally:
         _stop(process)
+
+
+def installed(name: str) -> ServerProgram:
+    """Return a server's program with the path of its command. Raises ConfigError: it is not installed."""
+    engine = PROGRAMS[name]
+    first, *rest = engine.command
+    found = shutil.which(first) or shutil.which(first, path=str(Path(sys.executable).parent))
+    if found is not None:
+        return engine._replace(command=(found, *rest))
+    fix = None
+    if name == "llama.cpp":
+        if importlib.util.find_spec(XLLAMACPP) is not None:
+            return engine._replace(
+                command=(sys.executable, "-m", "longspan.infer.llama_cpp"), package=XLLAMACPP
+            )
+        fix = f"pip install {XLLAMACPP}, which carries llama.cpp's server, or put {first} on the PATH"
+    raise ConfigError(f"{name} is not installed", found=f"no {first} on PATH", fix=fix)
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path, *, name: str) -> None:
@@ -219,38 +266,53 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _identity(
     config: AnswererConfig,
     engine: ServerProgram,
-    program: str,
     flags: list[str],
     rope: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     path = Path(config.model)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     parts = [sha256_file(file) for file in files] or [config.model]
-    own = path / "config.json"
-    said = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
-    text = said.get("text_config", said)
-    used = rope or text.get("rope_parameters") or text.get("rope_scaling") or {}
+    used: Mapping[str, Any]
+    if path.suffix == ".gguf":
+        own, length = _gguf_rope(config.model)
+        used = {**own, **(rope or {})}
+    else:
+        said = path / "config.json"
+        values = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+        text = values.get("text_config", values)
+        length = text.get("max_position_embeddings")
+        used = rope or text.get("rope_parameters") or text.get("rope_scaling") or {}
     return {
         "path": config.model,
         "fingerprint": sha256_bytes(" ".join([*parts, json.dumps(used, sort_keys=True)]).encode())[:16],
         "rope": dict(used),
-        "trained_length": text.get("max_position_embeddings"),
+        "trained_length": length,
         "backend": str(config.serve),
-        "version": _version(engine, program),
+        "version": _version(engine),
         "flags": [flag for flag in flags if flag != config.model],
         "kv_dtype": config.kv_dtype or "auto",
     }
 
 
-def _version(engine: ServerProgram, program: str) -> str:
+def _gguf_rope(file: str) -> tuple[dict[str, Any], int | None]:
+    """Return RoPE and length that a file says; nothing where the package that reads it is not installed."""
+    if importlib.util.find_spec("gguf") is None:
+        return {}, None
+    return gguf_rope(file)
+
+
+def _version(engine: ServerProgram) -> str:
     if engine.package:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(engine.package)
+            version = importlib.metadata.version(engine.package)
+            return f"{XLLAMACPP} {version}" if engine.package == XLLAMACPP else version
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([engine.command[0], "--version"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return (done.stdout + done.stderr).strip().split("\n")[0] or "unknown"
+    lines = (done.stdout + done.stderr).strip().split("\n")
+    # A llama.cpp that loads its parts at run time says first which.
+    return next((line for line in lines if line.startswith("version")), lines[0]) or "unknown"
 
 
 def _overrides(config: AnswererConfig, rope: Mapping[str, Any] | None) -> str | None:

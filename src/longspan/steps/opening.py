@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,7 +131,11 @@ def _served(config: AnswererConfig, tokenizer: Tokenizer) -> Iterator[Answerer]:
             fix="write it as a model folder with `longspan export`",
         )
     told = config.rope is not None or config.rope_theta is not None
-    rope = rope_settings(config.model, config.rope, config.rope_theta) if told else None
+    rope: Mapping[str, Any] | None = None
+    if config.serve == "llama.cpp" and told and config.rope is None:
+        rope = {"rope_theta": config.rope_theta}  # the rest is the file's, which has no config.json
+    elif told:
+        rope = rope_settings(config.model, config.rope, config.rope_theta)
     with served(config, tokenizer, rope) as answerer:
         yield answerer
 
@@ -217,6 +221,8 @@ def find_tokenizer(options: AnswererConfig) -> Tokenizer:
     if not options.model:
         raise ArgumentError("no model is named", found=repr(options.model), allowed=_model_kinds())
     path = Path(find_folder(options.model))
+    if options.serve == "llama.cpp" and path.is_file():
+        path = path.parent  # `longspan export` writes the file into the folder of its tokenizer
     if path.is_file():
         raise ArgumentError(
             f"{path} is a file, not a model", allowed=_model_kinds(), fix="name the folder that it lies in"
