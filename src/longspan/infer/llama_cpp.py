@@ -22,7 +22,7 @@ SCALINGS = ("none", "linear", "yarn")
 def main(words: Sequence[str] | None = None) -> None:
     """Serve until a signal ends this process."""
     options = parser().parse_args(words)
-    xllamacpp = require("xllamacpp", extra="llama-cpp", feature="llama.cpp's server")
+    xllamacpp = require("xllamacpp", extra="llamacpp", feature="llama.cpp's server")
     server = xllamacpp.Server(settings_of(options, xllamacpp))  # answers as long as it is referred to
     get_logger("infer").info("listening on %s", server.listening_address)
     signal.pause()
