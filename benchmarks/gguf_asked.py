@@ -1,6 +1,6 @@
 """Is an exported GGUF file the model? The same long prompt is asked of transformers and of llama.cpp.
 
-    pip install xllamacpp        # llama.cpp for Python, built; tested with 2026.10.11549
+    pip install 'longspan[llamacpp]'        # llama.cpp for Python, built; tested with 2026.10.11549
     python benchmarks/gguf_asked.py MODEL OUT --converter llama.cpp --layers 4 --tokens 3000
 
 Prints, for four RoPEs, the largest difference of a log probability among llama.cpp's 20 likeliest next tokens.
@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -59,7 +60,7 @@ def main() -> None:
             refuse_config(model.config)
             export_model(model, folder, dtype="float32", tokenizer=options.model)
             write_gguf(folder, file, "f32", converter)
-        theirs, ours = _ask_llama_cpp(file, ids), _ask_transformers(folder, ids)
+        theirs, ours = ask(served(file, len(ids) + 64), ids), _ask_transformers(folder, ids)
         worst = max(abs(ours[token].item() - given) for token, given in theirs.items())
         same = ours.argmax().item() == max(theirs, key=theirs.__getitem__)
         print(f"| {name} | {len(ids):,} | {worst:.1e} | {'yes' if same else 'no'} |", flush=True)
@@ -83,18 +84,26 @@ def _ask_transformers(folder: Path, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].double().log_softmax(-1)
 
 
-def _ask_llama_cpp(file: Path, ids: list[int]) -> dict[int, float]:
-    """Return the log probabilities of the likeliest next tokens."""
+def served(file: Path, context: int) -> Any:
+    """Start llama.cpp's server for a file, in float32, its cache too."""
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx, settings.n_parallel = str(file), len(ids) + 64, 1
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(file), context, 1
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     settings.warmup = False
+    return xllamacpp.Server(settings)
+
+
+def ask(server: Any, ids: list[int]) -> dict[int, float]:
+    """Return the log probabilities of the likeliest next tokens.
+
+    One token alone is asked for: of several, the server leaves out those that are parts of a character.
+    """
     asked = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": LIKELIEST}
-    said = xllamacpp.Server(settings).handle_completions(asked)
+    said = server.handle_completions(asked)
     likeliest = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return {each["id"]: each["logprob"] for each in likeliest}
 

@@ -6,7 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from longspan.core.errors import ArgumentError, DataError
 from longspan.eval.records import read_records
+from longspan.infer.config import AnswererConfig
+from longspan.steps.opening import find_tokenizer
+
+
+def test_a_gguf_file_has_the_tokenizer_of_its_folder(model: Path, tmp_path: Path) -> None:
+    """One message told to name the folder, the next one to name the file."""
+    file = model / "model-f16.gguf"
+    file.write_bytes(b"GGUF")
+    found = find_tokenizer(AnswererConfig(model=str(file), serve="llama.cpp"))
+    assert found.vocab_size == find_tokenizer(AnswererConfig(model=str(model))).vocab_size
+    with pytest.raises(ArgumentError, match="is a file, not a model"):
+        find_tokenizer(AnswererConfig(model=str(file)))
+    lonely = tmp_path / "alone" / "model.gguf"
+    lonely.parent.mkdir()
+    lonely.write_bytes(b"GGUF")
+    with pytest.raises(DataError, match=r"has no tokenizer.json(.|\n)*--tokenizer"):
+        find_tokenizer(AnswererConfig(model=str(lonely), serve="llama.cpp"))
 
 
 @pytest.mark.slow
