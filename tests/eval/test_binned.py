@@ -168,6 +168,26 @@ def test_f1_of_two_sets_of_nodes() -> None:
     assert graphwalks_f1(["a", "b"], "Final Answer:[a , b]") == 1.0
 
 
+def test_rows_of_several_dates(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A benchmark that was revised holds old and new rows; a mean over both is no published one."""
+    rows = [
+        {**graph_row(n, "bfs", 24), "date_added": date} for n, date in enumerate(["04-12-2025", "02-27-2026"])
+    ]
+    (tmp_path / "graphs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = TaskDataConfig(paths=(str(tmp_path),))
+    sizes = {"lengths": [256, 512]}
+    GraphWalks.from_config(GraphWalksConfig.from_dict(sizes), paths, PromptForm(tokenizer))
+    assert "several dates (1 of 02-27-2026, 1 of 04-12-2025)" in caplog.text
+    config = GraphWalksConfig.from_dict({**sizes, "added": ["04-12-2025"]})
+    task = GraphWalks.from_config(config, paths, PromptForm(tokenizer))
+    (planned,) = task.plan()
+    assert task.build(planned).fields["date_added"] == "04-12-2025" and task.params()["added"] == [
+        "04-12-2025"
+    ]
+
+
 def test_prepared_rows_of_ruler_v2(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The folder says the task; an answer is one text or several, and tasks weigh alike in the mean."""
     text = make_text(3, 40)

@@ -69,6 +69,13 @@ def test_what_is_not_the_same_is_not_drawn(tmp_path: Path, changes: dict[str, An
     assert DRAWN not in page_of(run_of(tmp_path, **changes))
 
 
+def test_the_release_of_ruler_is_named(tmp_path: Path) -> None:
+    """Scores of two releases of the generators that a reader takes for one."""
+    assert "its 13 subtasks were measured, by the generators of 2025." in page_of(
+        run_of(tmp_path, release="2025")
+    )
+
+
 def test_nolima_has_its_own_rows(tmp_path: Path) -> None:
     """Every benchmark got RULER's lines."""
     page = page_of(

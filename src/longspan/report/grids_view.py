@@ -41,7 +41,12 @@ def grid_section(ev: Evaluation, task: str, data: SampleData) -> Section:
         words = f"Each {axis_words(layout.rows)} weighs alike; no mean is given where one of them has no score. {words}"
     if task == "ruler":
         found = len({row for grid in grids.values() for row in grid.rows} & set(RULER_SUBTASKS))
-        words = f"{found} of its 13 subtasks were measured. {words}"
+        headers = [file.header for file in ev.files if file.task == task and file.label in grids]
+        releases = sorted(
+            {str(header["params"]["release"]) for header in headers if "release" in header["params"]}
+        )
+        by = f", by the generators of {' and '.join(releases)}" if releases else ""
+        words = f"{found} of its 13 subtasks were measured{by}. {words}"
     scale = "" if layout.higher_is_better else "Lower is better."
     section.intro = " ".join(filter(None, (layout.title, words, scale, ev.not_comparable(task, grids))))
     section.parts["curve"] = accuracy_chart(ev, grids, what=layout.heading)

@@ -10,20 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 from longspan.core.errors import DataError
-from longspan.eval.released.binned import BinnedConfig, BinnedTask
+from longspan.eval.released.binned import DatedConfig, DatedTask, date_of
 from longspan.eval.released.row_task import texts_in
 from longspan.eval.released.rows import Rows
 from longspan.eval.task import Built, Planned
 
 
-class GraphWalksConfig(BinnedConfig):
+class GraphWalksConfig(DatedConfig):
     """Settings of GraphWalks."""
 
     kinds: tuple[str, ...] = ("bfs", "parents")
     """What is asked for, of the rows that are asked."""
 
 
-class GraphWalks(BinnedTask[GraphWalksConfig]):
+class GraphWalks(DatedTask[GraphWalksConfig]):
     """The task; arguments are those of `RowTask`."""
 
     name, scorer, axes = "graphwalks", "graphwalks_f1", ("problem_type", "length")
@@ -44,7 +44,8 @@ class GraphWalks(BinnedTask[GraphWalksConfig]):
         found = self._rows[planned.key]
         prompt = str(found.values["prompt"])
         request = self._form.request(prompt, max_new_tokens=self.answer_tokens)
-        fields = {"question": prompt[-400:], "achieved_length": found.tokens}
+        date = date_of(found.values) or None
+        fields = {"question": prompt[-400:], "achieved_length": found.tokens, "date_added": date}
         return Built(request, fields, _nodes(found.rows, found.number) or [""])
 
 

@@ -104,7 +104,10 @@ class LongProc(RowTask[LongProcConfig]):
         """Return what determines the samples; prompts are files of their own."""
         folders = {name: rows.path.parent for name, rows in self._files.items()}
         texts = {name: _template(folder) for name, folder in folders.items()}
-        return {**super().params(), "prompts_sha256": sha256_bytes(repr(sorted(texts.items())).encode())[:16]}
+        params = super().params()
+        if not self.settings.run_code:
+            del params["run_code"]  # without it the questions are those from before there was such a setting
+        return {**params, "prompts_sha256": sha256_bytes(repr(sorted(texts.items())).encode())[:16]}
 
     def build(self, planned: Planned) -> Built:
         """Return the prompt of a problem, and what is expected."""

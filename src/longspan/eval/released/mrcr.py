@@ -11,20 +11,20 @@ import json
 from typing import Any
 
 from longspan.core.errors import DataError
-from longspan.eval.released.binned import BinnedConfig, BinnedTask
+from longspan.eval.released.binned import DatedConfig, DatedTask, date_of
 from longspan.eval.released.row_task import texts_in
 from longspan.eval.released.rows import Rows
 from longspan.eval.task import Built, Planned
 
 
-class MrcrConfig(BinnedConfig):
+class MrcrConfig(DatedConfig):
     """Settings of MRCR."""
 
     needles: tuple[int, ...] = (2, 4, 8)
     """How often the same was asked for, of the rows that are asked."""
 
 
-class Mrcr(BinnedTask[MrcrConfig]):
+class Mrcr(DatedTask[MrcrConfig]):
     """The task; arguments are those of `RowTask`."""
 
     name, scorer, axes = "mrcr", "mrcr_ratio", ("num_needles", "length")
@@ -49,6 +49,7 @@ class Mrcr(BinnedTask[MrcrConfig]):
             "question": turns[-1]["content"],
             "random_string_to_prepend": row["random_string_to_prepend"],
             "achieved_length": found.tokens,
+            "date_added": date_of(row) or None,
         }
         return Built(request, fields, row["answer"])
 
