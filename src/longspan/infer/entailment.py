@@ -28,10 +28,10 @@ class EntailmentModel:
         try:
             loaded = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.bfloat16)
             self._tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise ConfigError(
                 f"{model} is not read as a model that judges",
-                found=str(error).splitlines()[0],
+                found=next(iter(str(error).strip().splitlines()), type(error).__name__),
                 allowed="a text-to-text model such as google/t5_xxl_true_nli_mixture: a folder, or a name on the hub",
             ) from None
         self._device = usable_device()
