@@ -6,7 +6,7 @@ Each case is a process of its own: what a heap gave back before is not there for
 CPU seconds, of a planner and a step alike, so that what else runs here does not count; with one thread they are those
 of an idle machine. `planned` is what `longspan plan --gpus cpu` says with the recipe's memory settings; `probed` is
 that corrected by two short rows, as `--probe` does it (of the tiny model 512 and 2,048 tokens, so its row of 2K is
-one that it has seen). The whole of SmolLM2 takes an hour: --models smollm2-135m.
+one that it has seen). The whole of SmolLM2: --models smollm2-135m.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODELS = {
     "tiny": Sizes(TINY, (2048, 4096), (512, 2048), 3),
     # A fifth of the layers, which are alike: a step of all takes minutes.
     "smollm2-135m, 6 layers": Sizes({**SMOLLM, "num_hidden_layers": 6}, (2048,), (512, 1024), 2),
-    "smollm2-135m": Sizes(SMOLLM, (2048, 4096), (512, 2048), 2),
+    "smollm2-135m": Sizes(SMOLLM, (2048,), (512, 1024), 2),
 }
 HEAP = "MALLOC_MMAP_THRESHOLD_"
 

@@ -12,8 +12,9 @@ from longspan.core.records import read_jsonl
 from longspan.plan.models import MODELS
 from longspan.plan.training import training_memory
 from longspan.plan.training_step import LINEARS
-from longspan.train.config import TrainConfig
+from longspan.train.config import ModelConfig, TrainConfig
 from longspan.train.fit import MemoryBudget, fit_memory, machine_budget, training_step
+from longspan.train.known_models import known_model
 from longspan.train.runtime import on_gpu
 from longspan.train.trainer import train
 from tests.train.conftest import recipe as small_recipe
@@ -147,3 +148,13 @@ def test_auto_trains_with_the_same_losses(data_root: Path, tmp_path: Path) -> No
         train(TrainConfig.from_dict(small_recipe(memory=memory)), out, data_root=data_root)
         losses.append([record["loss"] for record in read_jsonl(out / "metrics.jsonl")])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_overrides_of_a_model_that_is_not_at_hand_count() -> None:
+    """An estimate of the model as it was published, where a recipe trains it with fewer layers."""
+    changed = {"num_hidden_layers": 2}
+    small = known_model(ModelConfig(path="owner/smollm2-135m", config_overrides=changed), Path())
+    assert small.shape is not None and small.shape.layers == 2
+    for overrides, has_shape in ((changed, False), ({}, True)):
+        known = known_model(ModelConfig(path="owner/llama-3-8b", config_overrides=overrides), Path())
+        assert (known.shape is not None) == has_shape

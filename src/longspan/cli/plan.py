@@ -387,7 +387,8 @@ def _print(title: str, gpu: Gpu, found: list[Arrangement]) -> None:
     memory = best.candidate.memory
     verb = "fastest" if best.limit is None else "least is lacking with"
     parts = [("device", name, format_bytes(size)) for name, size in memory.parts.items() if size]
-    parts.append(("device", "context, buffers, fragmentation (allowance)", format_bytes(gpu.workspace)))
+    beside = "interpreter and libraries" if gpu.family == CPU else "context, buffers, fragmentation (allowance)"
+    parts.append(("device", beside, format_bytes(gpu.workspace)))
     parts += [("host", name, format_bytes(size)) for name, size in memory.host.items()]
     print_table(
         f"{verb}: {best.name}, a GPU's memory at its peak ({memory.moment})",

@@ -64,37 +64,37 @@ def _of_recipe(name: str) -> Subject:
     """Return the model of a recipe, its adapters, and length and batch of its longest stage; the rest is not read."""
     from longspan.core.errors import ConfigError
     from longspan.models.lora_config import LoraConfig
+    from longspan.train.config import ModelConfig
     from longspan.train.fit import adapters
+    from longspan.train.known_models import model_path
     from longspan.train.recipes import recipe_values
 
     recipe, stem, folder = recipe_values(name)
-    of_model = recipe.get("model")
-    of_model = dict(of_model) if isinstance(of_model, dict) else {}
-    overrides = of_model.get("config_overrides") or {}
-    origin = of_model.get("path")
+    if not isinstance(recipe.get("model"), dict):
+        raise ConfigError(f"the recipe {name} names no model", allowed="model.path or model.hf_config")
+    of_model = ModelConfig.from_dict(recipe["model"], where=f"model of {name}")
+    written = dict(recipe["model"])
     notes: tuple[str, ...] = ()
-    if isinstance(of_model.get("hf_config"), dict):
+    if of_model.path is None:
         from longspan.models.shape import shape_of_fields
 
-        shape = shape_of_fields(of_model["hf_config"], stem)
-    elif isinstance(origin, str):
-        place = folder / str(recipe.get("data_root") or ".") / origin
-        if place.is_dir():
-            of_model["path"] = str(place)
-        shape, notes = _shape(of_model["path"], overrides)
+        shape = shape_of_fields(of_model.hf_config or {}, stem)
     else:
-        raise ConfigError(f"the recipe {name} names no model", allowed="model.path or model.hf_config")
+        origin = str(model_path(of_model, folder / str(recipe.get("data_root") or ".")))
+        written["path"] = origin
+        shape, notes = _shape(origin, of_model.config_overrides)
     lora = recipe.get("lora")
     trained = None if lora is None else LoraConfig.from_dict(lora, where=f"lora of {name}")
     length, batch = _longest_stage(recipe.get("stages"))
-    return Subject(shape, of_model, lora, adapters(trained), length, batch, notes)
+    return Subject(shape, written, lora, adapters(trained), length, batch, notes)
 
 
 def _longest_stage(stages: Any) -> tuple[int | None, int | None]:
     """Return length and batch of the longest stage, as far as they are said."""
     from longspan.core.units import parse_length, parse_tokens
 
-    known = [stage for stage in stages or () if isinstance(stage, dict) and stage.get("context_length")]
+    stages = stages if isinstance(stages, list) else []
+    known = [stage for stage in stages if isinstance(stage, dict) and stage.get("context_length")]
     if not known:
         return None, None
     longest = max(known, key=lambda stage: parse_length(str(stage["context_length"])))
@@ -111,7 +111,11 @@ def _shape(model: str, overrides: Mapping[str, Any]) -> tuple[ModelShape, tuple[
 
     path, name = Path(model), plain_name(model)
     if path.exists():
+        from longspan.models.places import adapter_base, adapter_folder
+
         file = path / "config.json" if path.is_dir() else path
+        if not file.is_file() and adapter_folder(path) is not None:
+            return _shape(adapter_base(path), overrides)
         if not file.is_file():
             raise ArgumentError(f"{path} holds no model", found="no config.json in it")
         name = path.name if path.is_dir() else path.parent.name or path.stem

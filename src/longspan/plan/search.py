@@ -53,6 +53,7 @@ class Arrangement(NamedTuple):
             "fits": self.limit is None,
             "lacks": self.limit,
             "seconds_per_step": self.seconds,
+            "tokens_per_step": self.tokens,
             "tokens_per_second": self.tokens / self.seconds,
             "tokens_per_second_per_gpu": self.tokens / self.seconds / num_gpus,
             "mfu": self.mfu,

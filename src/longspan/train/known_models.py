@@ -116,9 +116,11 @@ def known_model(model: ModelConfig, root: Path, *, fetch: bool = False) -> Known
         # gpt-oss-20b-bf16 is a gpt-oss-20b.
         key = max(published, key=len)
         named = CONFIG_MAPPING[published[key]["model_type"]].from_dict(published[key])
+        named = changed_config(named, overrides=model.config_overrides)
         length = published[key].get("max_position_embeddings")
         return KnownModel(path, None, None, model_shape(named, key), length, named)
-    shapes = [shape for key, shape in MODELS.items() if key in name]
+    # What overrides do to sizes is not to be told without a config.
+    shapes = [shape for key, shape in MODELS.items() if key in name and not model.config_overrides]
     lengths = [length for key, length in OWN_CONTEXT.items() if key in name]
     return KnownModel(path, None, None, shapes[-1] if shapes else None, lengths[-1] if lengths else None)
 
