@@ -103,7 +103,7 @@ def plan(
         )  # fmt: skip
     else:
         _refuse("it is of --mode infer", kv_dtype=kv_dtype)
-    if probe or gpus == "cpu":
+    if probe or (gpus or "").strip().lower() == "cpu":
         _refuse("this machine's attention is measured as it is", kernel=kernel)
     _check(lora=lora, qlora=qlora, price=price, budget=budget)
     probed: Probe | None = None
@@ -387,7 +387,9 @@ def _print(title: str, gpu: Gpu, found: list[Arrangement]) -> None:
     memory = best.candidate.memory
     verb = "fastest" if best.limit is None else "least is lacking with"
     parts = [("device", name, format_bytes(size)) for name, size in memory.parts.items() if size]
-    beside = "interpreter and libraries" if gpu.family == CPU else "context, buffers, fragmentation (allowance)"
+    beside = (
+        "interpreter and libraries" if gpu.family == CPU else "context, buffers, fragmentation (allowance)"
+    )
     parts.append(("device", beside, format_bytes(gpu.workspace)))
     parts += [("host", name, format_bytes(size)) for name, size in memory.host.items()]
     print_table(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from longspan.core.errors import ArgumentError
     from longspan.plan.models import ModelShape
     from longspan.plan.training_step import Adapters
 
@@ -104,12 +105,13 @@ def _longest_stage(stages: Any) -> tuple[int | None, int | None]:
 
 
 def _shape(model: str, overrides: Mapping[str, Any]) -> tuple[ModelShape, tuple[str, ...]]:
-    """Return the shape of a model by its name or place, with fields of its config replaced, and what is left out."""
+    """Return the shape of a model by its name or place, with fields of its config replaced, and what is to be known."""
     from longspan.core.errors import ArgumentError, DataError
     from longspan.core.files import read_json
-    from longspan.plan.models import known_shape, plain_name, published_configs
+    from longspan.plan.models import MODELS, name_within, plain_name, published_configs
 
     path, name = Path(model), plain_name(model)
+    notes: list[str] = []
     if path.exists():
         from longspan.models.places import adapter_base, adapter_folder
 
@@ -120,51 +122,62 @@ def _shape(model: str, overrides: Mapping[str, Any]) -> tuple[ModelShape, tuple[
             raise ArgumentError(f"{path} holds no model", found="no config.json in it")
         name = path.name if path.is_dir() else path.parent.name or path.stem
         fields = read_json(file)
-    elif (shape := known_shape(model)) is not None:
+    else:
+        published = published_configs()
+        fields = None if name in MODELS or name in published else _of_hub(model)
+        if fields is None:
+            known = name if name in MODELS or name in published else name_within(model)
+            if known is None:
+                raise _unknown(model)
+            if known != name:
+                notes.append(f"{model} is not at hand: taken for a {known} by its name")
+            fields, name = published.get(known), known
+    if fields is None:
         if overrides:
             raise ArgumentError(
                 "config_overrides change a config.json, which is not at hand",
                 found=f"{model} with {', '.join(overrides)}",
                 fix="name the model's folder, or leave them out where they are no sizes",
             )
-        return shape, ()
-    else:
-        fields = published_configs().get(name) or _of_hub(model)
+        return MODELS[name], tuple(notes)
     if not isinstance(fields, dict):
         raise DataError(
             f"{path} holds no configuration", found=type(fields).__name__, allowed="a JSON object"
         )
     from longspan.models.shape import shape_of_fields
 
-    left_out = [part for part in OTHER_SENSES if fields.get(part)]
-    notes = (
-        (f"{name}: its language model alone is planned, without {', '.join(left_out)}",) if left_out else ()
-    )
-    return shape_of_fields(fields, name, overrides=overrides), notes
+    if left_out := [part for part in OTHER_SENSES if fields.get(part)]:
+        notes.append(f"{name}: its language model alone is planned, without {', '.join(left_out)}")
+    return shape_of_fields(fields, name, overrides=overrides), tuple(notes)
 
 
 def _of_hub(model: str) -> Any:
-    """Return the fields of a config on the hub. Raises ArgumentError: there is none to be had."""
-    from longspan.core.errors import ArgumentError
+    """Return the fields of a config on the hub; None: it cannot be had."""
     from longspan.core.files import read_json
     from longspan.core.hub import look_for_hub
+    from longspan.models.places import is_hub_name
+
+    if not is_hub_name(model) or model.endswith(".json"):
+        return None
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    look_for_hub()
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(model, "config.json")))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def _unknown(model: str) -> ArgumentError:
+    from longspan.core.errors import ArgumentError
     from longspan.plan.models import MODELS, plain_name, published_configs
 
     names = [*MODELS, *published_configs()]
-    looked = ""
-    if model.count("/") == 1 and Path(model).suffix != ".json":
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        look_for_hub()
-        try:
-            return read_json(Path(huggingface_hub.hf_hub_download(model, "config.json")))
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-            looked = f"; its config.json cannot be had from the hub ({type(error).__name__})"
     near = difflib.get_close_matches(plain_name(model), names, n=3, cutoff=0.6)
-    raise ArgumentError(
-        "unknown model",
-        found=f"{model}{looked}",
+    return ArgumentError(
+        "unknown model, which is not to be had from the hub either" if "/" in model else "unknown model",
+        found=model,
         allowed=f"{', '.join(names)}; a folder with config.json; a config.json; a recipe",
         fix=f"did you mean {' or '.join(near)}?" if near else "name a folder with the model's config.json",
     )

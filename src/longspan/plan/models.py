@@ -16,7 +16,15 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-__all__ = ["MODELS", "ModelShape", "causal_pairs", "known_shape", "plain_name", "published_configs"]
+__all__ = [
+    "MODELS",
+    "ModelShape",
+    "causal_pairs",
+    "known_shape",
+    "name_within",
+    "plain_name",
+    "published_configs",
+]
 
 FLOPS_OF_STATE = 6
 """Of a token for each element of a state: it decays or is read for the delta rule, a product is added, it is read."""
@@ -218,6 +226,12 @@ def published_configs() -> dict[str, dict[str, Any]]:
         files("longspan.plan").joinpath("configs.yaml").read_text("utf-8")
     )
     return found
+
+
+def name_within(model: str) -> str | None:
+    """Return the longest known name in that of a model, `llama-3-8b` in `Llama-3-8B-ProLong-64k-Base`; None: none."""
+    name = plain_name(model).replace("_", "-")
+    return max((known for known in (*MODELS, *published_configs()) if known in name), key=len, default=None)
 
 
 def plain_name(model: str) -> str:

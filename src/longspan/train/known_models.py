@@ -13,7 +13,7 @@ from longspan.models.hf_config import changed_config, head_counts, new_config, w
 from longspan.models.known_checkpoints import with_known_rope
 from longspan.models.places import adapter_folder
 from longspan.models.shape import model_shape
-from longspan.plan.models import MODELS, ModelShape, published_configs
+from longspan.plan.models import MODELS, ModelShape, name_within, published_configs
 from longspan.train.config import ModelConfig
 
 __all__ = ["AttentionSizes", "KnownModel", "known_model", "model_path"]
@@ -109,20 +109,20 @@ def known_model(model: ModelConfig, root: Path, *, fetch: bool = False) -> Known
         text = config.get_text_config(decoder=True)
         own_context = getattr(text, "max_position_embeddings", None)
         return KnownModel(path, config, as_saved, shape, own_context)
-    # meta-llama/Meta-Llama-3-8B-Instruct is a llama-3-8b.
-    name = str(path).lower().rsplit("/", 1)[-1].replace("_", "-")
-    published = {key: fields for key, fields in published_configs().items() if key in name}
-    if published:
-        # gpt-oss-20b-bf16 is a gpt-oss-20b.
-        key = max(published, key=len)
-        named = CONFIG_MAPPING[published[key]["model_type"]].from_dict(published[key])
+    # meta-llama/Meta-Llama-3-8B-Instruct is a llama-3-8b, gpt-oss-20b-bf16 a gpt-oss-20b.
+    known = name_within(str(path))
+    fields = published_configs().get(known or "")
+    if known is not None and fields is not None:
+        named = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
         named = changed_config(named, overrides=model.config_overrides)
-        length = published[key].get("max_position_embeddings")
-        return KnownModel(path, None, None, model_shape(named, key), length, named)
+        return KnownModel(
+            path, None, None, model_shape(named, known), fields.get("max_position_embeddings"), named
+        )
     # What overrides do to sizes is not to be told without a config.
-    shapes = [shape for key, shape in MODELS.items() if key in name and not model.config_overrides]
+    of_name = None if known is None or model.config_overrides else MODELS[known]
+    name = str(path).lower().rsplit("/", 1)[-1].replace("_", "-")
     lengths = [length for key, length in OWN_CONTEXT.items() if key in name]
-    return KnownModel(path, None, None, shapes[-1] if shapes else None, lengths[-1] if lengths else None)
+    return KnownModel(path, None, None, of_name, lengths[-1] if lengths else None)
 
 
 def _is_at_hand(path: str) -> bool:
