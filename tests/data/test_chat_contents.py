@@ -95,7 +95,11 @@ def test_page(chats, tmp_path):
     end = html.escape("<|im_end|>")
     assert f'<span class="learnt">Hello</span><span class="end">{end}</span>' in text
     assert f'<span class="learnt">So\n</span><span class="end">{end}</span>' in text
-    assert "<script" not in text and "&lt;script&gt;" in text and 'tokens</span><span class="read">' in text
+    assert (
+        "<script" not in text
+        and "&lt;script&gt;" in text
+        and 'tokens left out</span><span class="read">' in text
+    )
     assert text.count("<svg") == len(found["parts"]) + 1 and "unknown role" in text
     run(chats, "--page", page)
     assert "give --tokenizer and --chat-template" in page.read_text()

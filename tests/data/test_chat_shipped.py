@@ -171,6 +171,37 @@ def test_old_thoughts_are_learnt_behind_true_prefixes(name, known):
     assert "thought" not in tokenizer.decode(seen.ids[seen.mask == 1])
 
 
+def test_thoughts_before_calls_are_in_the_true_prefix(known):
+    """gpt-oss drops the thoughts before calls once the answer is there, which the model had when it wrote it: every
+    trace of calls with thoughts was left out."""
+    tokenizer, _ = known
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"at": "<|end|>"}}}
+    turns = [
+        {"role": "user", "content": "one <|call|>?"},
+        {"role": "assistant", "content": "", "reasoning_content": "call thought", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "12 <|return|>"},
+        {"role": "assistant", "content": "1", "reasoning_content": "last thought"},
+    ]
+    chat = load_chat_format(tokenizer, "gpt-oss", config=ChatConfig(true_prefixes=True))
+    plain = load_chat_format(tokenizer, "gpt-oss")
+    asked = plain.text(turns[:3], {}, asked=True)
+    assert "call thought" in asked and "call thought" not in plain.text(turns, {})
+    found = chat.encode_record(turns)
+    assert found.parts is None and not found.notes
+    tail = "<|channel|>analysis<|message|>last thought<|end|><|start|>assistant<|channel|>final<|message|>1<|return|>"
+    assert tokenizer.decode(found.ids) == asked + tail
+    learnt = tokenizer.decode(found.ids[found.mask == 1])
+    assert learnt.startswith("<|channel|>analysis<|message|>call thought") and learnt.endswith(tail)
+    assert "12 " not in learnt and learnt.count("<|call|>") == 1
+    # What was said stays text: the ids are those of the prompt, and of the answer behind it.
+    prompt = plain.encode_turns(turns[:3], {}).ids
+    assert found.ids[: len(prompt)].tolist() == prompt.tolist()
+    no_thoughts = ChatConfig(true_prefixes=True, train_thoughts=False)
+    seen = load_chat_format(tokenizer, "gpt-oss", config=no_thoughts).encode_record(turns)
+    assert seen.ids.tolist() == found.ids.tolist()
+    assert "thought" not in tokenizer.decode(seen.ids[seen.mask == 1])
+
+
 @pytest.mark.parametrize("wish", ["Short.", "Short. /no_think ", "/think", "Own. /system_override", None])
 def test_calls_and_thoughts_of_smollm3(known, wish):
     """Its own template reads them in contents alone: from keys of their own the same text has to come. A switch in the

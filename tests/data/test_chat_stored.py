@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,112 @@ def test_what_is_lost_is_counted(chatty):
         "images and the like replaced by a word": 1,
         "thoughts that the record keeps encrypted or not at all": 1,
     }
+
+
+ASK = {"role": "user", "content": "Where?"}
+SAID = {"role": "assistant", "content": "There."}
+TEXT_PART = {"type": "text", "text": "12 C"}
+
+
+def called(result: Any = "12 C", **function: Any) -> list[dict[str, Any]]:
+    """Return a conversation with one call and its result."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", **function}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return [ASK, answer, {"role": "tool", "tool_call_id": "c1", "content": result}, SAID]
+
+
+@pytest.mark.parametrize(
+    ("function", "written"),
+    [
+        ({"arguments": ""}, "{}"),
+        ({"arguments": None}, "{}"),
+        ({}, "{}"),
+        ({"parameters": ARGUMENTS}, json.dumps(ARGUMENTS)),
+        ({"arguments": json.dumps(json.dumps(ARGUMENTS))}, json.dumps(ARGUMENTS)),
+    ],
+)
+def test_arguments_of_a_call(chat, function, written):
+    """A call without arguments was learnt as broken JSON, or ended in a template's own error; JSON in JSON as text."""
+    encoded = chat.encode_record(called(**function))
+    assert f'"arguments": {written}}}</call>' in chat.render(called(**function)) and not encoded.notes
+
+
+@pytest.mark.parametrize("arguments", ["{'at': 'a'}", "[1, 2]", '"a"', [1], 3])
+def test_arguments_that_are_no_object_are_counted(chat, arguments):
+    """They are learnt as the model is said to have written them, which nobody was told."""
+    assert chat.read(called(arguments=arguments)).notes == {"calls whose arguments are no JSON object": 1}
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        ([{"at": 12}, {"at": 13}], '[{"at": 12}, {"at": 13}]'),
+        (["a", None], '["a", null]'),
+        ([{"type": "Feature", "id": 1}], '[{"type": "Feature", "id": 1}]'),
+        ({"at": 12}, '{"at": 12}'),
+        (0, "0"),
+        ([TEXT_PART, {"type": "text", "text": None, "image": None}], "12 C"),
+        ([{"text": "12 C"}], "12 C"),
+        (None, ""),
+    ],
+)
+def test_results_of_tools_are_any_json(chat, result, text):
+    """Records whose tools return lists were left out as if the list were a content in parts."""
+    for turns in (
+        called(result),
+        [*called()[:2], {"type": "function_call_output", "call_id": "c1", "output": result}, SAID],
+        [*called()[:2], {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": result}]},
+         SAID],
+    ):  # fmt: skip
+        assert f"<|im_start|>tool\n{text}<|im_end|>" in chat.render(turns)
+
+
+def test_channels_in_parts(chat):
+    """Thoughts and calls of gpt-oss's own library are in parts: their JSON was learnt as what the model thought."""
+
+    def say(text: str, **more: Any) -> dict[str, Any]:
+        return {"role": "assistant", "content": [{"type": "text", "text": text}], **more}
+
+    turns = [
+        ASK,
+        say("look first", channel="analysis"),
+        say("I look.", channel="commentary"),
+        say(json.dumps(ARGUMENTS), channel="commentary", recipient="functions.look"),
+        {"role": "tool", "name": "functions.look", "channel": "commentary", "recipient": "assistant", "content": "1"},
+        say("There.", channel="final"),
+    ]  # fmt: skip
+    text = chat.render(turns)
+    assert f"<think>look first</think>\nI look.<call>{json.dumps(CALL)}" in text
+    assert not any("channel" in name or "recipient" in name for name in chat.encode_record(turns).notes)
+    turns[1]["weight"] = 0
+    with pytest.raises(MessagesError, match="one is to be learnt and another not"):
+        chat.read(turns)
+
+
+def test_what_else_is_odd_but_legal(chat):
+    """A refusal was learnt as an empty answer, Gemini's parts as nothing; what is put in another order was not said."""
+    assert "I cannot.<|im_end|>" in chat.render(
+        [ASK, {"role": "assistant", "content": None, "refusal": "I cannot."}]
+    )
+    with pytest.raises(MessagesError, match="no content, but a `parts`"):
+        chat.read([{"role": "user", "parts": [{"text": "Where?"}]}, SAID])
+    rules = [
+        {"role": role, "content": [{"type": "input_text", "text": role}]} for role in ("system", "developer")
+    ]
+    assert "system\n\ndeveloper" in chat.render([*rules, ASK, SAID])
+    twice = {"role": "assistant", "content": "<think>so</think>There.", "reasoning_content": "so"}
+    assert chat.render([ASK, twice]).count("so<") == 1
+    other = {**twice, "reasoning_content": "or so"}
+    broken = {"role": "assistant", "content": "<tool_call>{</tool_call>"}
+    blocks = [{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"}]
+    failed = {"type": "tool_result", "tool_use_id": "c1", "is_error": True, "content": "no"}
+    for turns, note in (
+        ([ASK, other], "thoughts in their text and others beside it"),
+        ([ASK, broken], "stay text"),
+        ([ASK, {"role": "assistant", "content": blocks}], "put in this order"),
+        ([*called(arguments={})[:2], {"role": "user", "content": [failed]}, SAID], "`is_error`"),
+    ):
+        assert any(note in name for name in chat.encode_record(turns).notes), note
 
 
 def crash_test(chats: list[ChatFormat], numbers: range) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.audit.audit_config import AuditConfig
 from longspan.data.audit.job import audit
 from longspan.data.chat import ChatFormat, MessagesError
-from longspan.data.chat.branches import token_tree
+from longspan.data.chat.branches import TokenTree, token_tree
 from longspan.data.chat.chat_config import ChatConfig
 from longspan.data.chat.true_prefixes import true_samples
 from longspan.data.exchange.whole_stores import merge_stores
@@ -30,14 +32,20 @@ from longspan.data.store import TokenStore
 from longspan.data.tokenize import tokenize_corpus
 from longspan.data.tokenizer import Tokenizer
 from longspan.data.verify import verify
+from longspan.kernels.attention import Bands
 from longspan.kernels.loss import IGNORE_LABEL
 from longspan.models.hf import build_model, hidden_states
+from longspan.models.recurrent import ChunkedRow
 from longspan.models.tree_documents import TreeDocuments
+from longspan.parallel.launch import spawn_local
+from longspan.parallel.layout import LAYOUTS
 from longspan.train.batch import Batch, collate, total_weight
-from longspan.train.config import TrainConfig
+from longspan.train.config import ParallelConfig, TrainConfig
 from longspan.train.recurrent import recurrent_step
 from longspan.train.run_plan import plan_run
+from longspan.train.spread import build_spread
 from tests.data.chat_tokenizers import chatty_tokenizer
+from tests.patience import PATIENCE_SECONDS
 
 FORGETFUL = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -154,7 +162,7 @@ def test_questions_asked_apart_share_their_text(chatty, tmp_path):
     assert len(store) == 1 and len(store.tree_tokens(0)) < len(own[0].ids) + 4 * 40
     assert store.manifest.counts["notes"]["conversations that begin alike, as branches of one document"] == 4
     torch.manual_seed(0)
-    model = tiny_model(chatty, "llama")
+    model = small_model(chatty.vocab_size, "llama")
     wanted = [loss_of(model, collate([row_of(*sample)])) for sample in own]
     rows = packed(store, 1024)
     found = loss_of(model, collate([rows.row(0)]))
@@ -218,62 +226,137 @@ def test_wrong_branches_are_one_counted_record(chatty, wrong):
         ChatFormat(chatty, FORGETFUL).encode_all([{"role": "user", "content": "a"}], {"branches": wrong})
 
 
-def tiny_model(chatty: Tokenizer, model_type: str) -> Any:
+def small_model(vocab_size: int, model_type: str) -> Any:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     window = {"sliding_window": 37} if model_type == "mistral" else {}
-    fields = {"model_type": model_type, "vocab_size": chatty.vocab_size, "max_position_embeddings": 4096}
+    fields = {"model_type": model_type, "vocab_size": vocab_size, "max_position_embeddings": 4096}
     return build_model({**fields, **sizes, **window, "num_key_value_heads": 1}, seed=0).double().train()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_loss_and_gradients_are_those_of_separate_rows(chatty, store, model_type):
-    """A branch at a wrong position, or one that sees too much or too little, is learnt without a word."""
-    torch.manual_seed(0)
-    model = tiny_model(chatty, model_type)
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def separately(request, chatty) -> tuple[Any, float, list[torch.Tensor]]:
+    """Return a model, and loss and gradients of every answer as a row of its own."""
+    model = small_model(chatty.vocab_size, request.param)
     plain = ChatFormat(chatty, FORGETFUL)
     own = [row_of(*sample) for turns in TRACES for sample in samples_of(plain, turns)]
-    wanted = [loss_of(model, collate([row])) for row in own]
+    assert len(own) == 9
+    found = [loss_of(model, collate([row])) for row in own]
+    gradients = [sum(parts) for parts in zip(*(gradients for _, gradients in found))]
+    return model, sum(loss for loss, _ in found), gradients
+
+
+def rows_of(store: TokenStore) -> list[PackedRow]:
+    """Return two rows, which end to end are one batch; one of them has no tree."""
     rows = packed(store, 512)
-    trees = [rows.row(number) for number in range(rows.num_rows)]
-    assert total_weight(trees) == total_weight(own)
-    # Two rows end to end, of which one has no tree, are one batch.
+    return [rows.row(number) for number in range(rows.num_rows)]
+
+
+def same_gradients(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert len(found) == len(wanted)
+    for mine, theirs in zip(found, wanted):
+        # The norms of transformers' layers round to fp32.
+        assert float((mine - theirs).norm()) <= 1e-6 * float(theirs.norm())
+
+
+def test_loss_and_gradients_are_those_of_separate_rows(store, separately):
+    """A branch at a wrong position, or one that sees too much or too little, is learnt without a word."""
+    model, loss, gradients = separately
+    trees = rows_of(store)
     found = [loss_of(model, collate(trees)), *(loss_of(model, collate([row])) for row in trees)]
-    assert found[0][0] == pytest.approx(sum(loss for loss, _ in wanted), rel=1e-9)
+    assert found[0][0] == pytest.approx(loss, rel=1e-9)
     assert found[0][0] == pytest.approx(sum(loss for loss, _ in found[1:]), rel=1e-9)
-    for number, gradient in enumerate(found[0][1]):
-        expected = sum(gradients[number] for _, gradients in wanted)
-        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    same_gradients(found[0][1], gradients)
+
+
+def test_in_chunks_they_are_those_of_separate_rows(store, separately):
+    """A branch follows tokens of chunks far before its own, not those of the chunk before it."""
+    model, loss, gradients = separately
+    trees = rows_of(store)
+    model.zero_grad()
+    found = recurrent_step(model, collate(trees), chunk_tokens=200, weight=total_weight(trees))
+    assert float(found.loss) == pytest.approx(loss, rel=1e-9)
+    same_gradients([p.grad * total_weight(trees) for p in model.parameters()], gradients)
+
+
+SPREADS = {
+    "ring": {"cp_ring": 2},
+    "ring contiguous": {"cp_ring": 2, "layout": "contiguous"},
+    "ring balanced": {"cp_ring": 2, "layout": "balanced"},
+    "striped": {"cp_ring": 2, "schedule": "striped"},
+    "dist_flash": {"cp_ring": 2, "schedule": "dist_flash"},
+    "ulysses": {"cp_ulysses": 2},
+    "all_gather": {"cp_ring": 2, "schedule": "all_gather"},
+}
+
+
+def spread_over_ranks(
+    rank: int, path: str, vocab_size: int, model_type: str
+) -> dict[str, tuple[float, list[torch.Tensor]]]:
+    """Return loss and gradients of all rows by each way to spread them."""
+    found, model = {}, small_model(vocab_size, model_type)
+    for name, degrees in SPREADS.items():
+        batch = build_spread(ParallelConfig(**degrees), torch.device("cpu")).batch(rows_of(TokenStore(path)))
+        loss, gradients = loss_of(model, batch)
+        total = torch.tensor(loss, dtype=torch.float64)
+        for part in (total, *gradients):
+            dist.all_reduce(part)
+        found[name] = float(total), gradients
+    return found
+
+
+@pytest.mark.parametrize("separately", ["mistral"], indirect=True)
+def test_over_processes_they_are_those_of_separate_rows(store, separately):
+    """A rank that takes the row's offsets for positions, or its neighbour for what a branch follows, learns another."""
+    model, loss, gradients = separately
+    fields = model.config.vocab_size, model.config.model_type
+    ranks = spawn_local(spread_over_ranks, 2, str(store.path), *fields, timeout_seconds=PATIENCE_SECONDS)
+    assert ranks[0].keys() == SPREADS.keys()
+    for mine, their_gradients in ranks[0].values():
+        assert mine == pytest.approx(loss, rel=1e-9)
+        same_gradients(their_gradients, gradients)
 
 
 words = st.lists(st.integers(0, 3), min_size=1, max_size=8)
 
 
-@given(
-    first=words,
-    others=st.lists(st.tuples(st.integers(1, 20), words), max_size=5),
-    window=st.none() | st.integers(1, 6),
-    chunk=st.none() | st.integers(1, 6),
-)
-@settings(max_examples=100, deadline=None)
-def test_random_trees_see_what_their_samples_see(first, others, window, chunk):
-    """Every token sees its own sample's tokens before it, within window and chunk, each once; labels are all there."""
-    samples = [first]
-    for size, rest in others:
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[list[list[int]], TokenTree]:
+    """Draw samples that begin alike, and their tree."""
+    samples = [draw(words)]
+    for size, rest in draw(st.lists(st.tuples(st.integers(1, 20), words), max_size=5)):
         samples.append([*samples[-1][:size], *rest])
     samples.reverse()
     masks = [np.ones(len(sample), np.uint8) for sample in samples]
-    tree = token_tree([(np.array(sample, np.uint32), mask) for sample, mask in zip(samples, masks)])
+    return samples, token_tree([(np.array(sample, np.uint32), mask) for sample, mask in zip(samples, masks)])
+
+
+def table_of(tree: TokenTree) -> TreeDocuments:
     starts, parents = tree.parts[:, 0].astype(int), tree.parts[:, 1].astype(int)
     parents[parents == np.arange(len(parents))] = -1
-    borders = np.append(starts, len(tree.ids))
-    documents = TreeDocuments(borders, np.stack([parents, tree.parts[:, 2]], axis=1))
-    positions = documents.positions().numpy()
-    sees = np.zeros((len(tree.ids), len(tree.ids)), int)
-    bands = documents.bands(window, chunk)
+    return TreeDocuments(np.append(starts, len(tree.ids)), np.stack([parents, tree.parts[:, 2]], axis=1))
+
+
+def seen_in(bands: Bands, num_queries: int, num_keys: int) -> np.ndarray:
+    """Return how many bands show each query each key, [queries, keys]."""
+    sees = np.zeros((num_queries, num_keys), int)
     columns = (bands.q_start, bands.q_len, bands.k_start, bands.k_len, bands.lo, bands.hi)
     for q, q_len, k, k_len, lo, hi in zip(*(column.tolist() for column in columns)):
         distance = np.arange(q_len)[:, None] - np.arange(k_len)
         sees[q : q + q_len, k : k + k_len] += (lo <= distance) & (distance <= hi)
+    return sees
+
+
+reaches = {"window": st.none() | st.integers(1, 6), "chunk": st.none() | st.integers(1, 6)}
+
+
+@given(drawn=trees(), **reaches)
+@settings(max_examples=100, deadline=None)
+def test_random_trees_see_what_their_samples_see(drawn, window, chunk):
+    """Every token sees its own sample's tokens before it, within window and chunk, each once; labels are all there."""
+    samples, tree = drawn
+    documents = table_of(tree)
+    positions = documents.positions().numpy()
+    sees = seen_in(documents.bands(window, chunk), len(tree.ids), len(tree.ids))
     assert sees.max() == 1
     full = Counter()
     for token, row in enumerate(sees):
@@ -281,12 +364,66 @@ def test_random_trees_see_what_their_samples_see(first, others, window, chunk):
         oldest = max(0, position - (window or position + 1) + 1, position // chunk * chunk if chunk else 0)
         seen = np.flatnonzero(row)
         assert sorted(positions[seen]) == list(range(oldest, position + 1))
-        if token not in starts:
+        if token not in tree.parts[:, 0]:
             order = seen[np.argsort(positions[seen])]
             full[tuple(tree.ids[order].tolist())] += int(tree.mask[token])
     if window is None and chunk is None:
         expected = Counter(tuple(sample[: end + 1]) for sample in samples for end in range(1, len(sample)))
         assert full == expected
+
+
+@given(drawn=trees(), size=st.integers(1, 12), **reaches)
+@settings(max_examples=50, deadline=None)
+def test_chunks_of_random_trees_see_what_the_row_sees(drawn, size, window, chunk):
+    """A key that a chunk does not keep, or keeps under another number, is one that a branch behind it does not see."""
+    documents = table_of(drawn[1])
+    num_tokens = documents.num_tokens
+    expected = seen_in(documents.bands(window, chunk), num_tokens, num_tokens)
+    row, sees = ChunkedRow(documents, size), np.zeros((num_tokens, num_tokens), int)
+    for index in range(len(row)):
+        span = row.span(index)
+        own, earlier = row.bands(index, window, chunk)
+        sees[span, span] += seen_in(own, span.stop - span.start, span.stop - span.start)
+        for before, bands in earlier:
+            kept = row.kept(before, window, chunk)
+            sees[span, kept] += seen_in(bands, span.stop - span.start, kept.stop - kept.start)
+            assert row.is_read_later(before)
+    assert (sees == expected).all()
+
+
+@given(drawn=trees(), layout=st.sampled_from(LAYOUTS), world=st.sampled_from([2, 3, 4]), **reaches)
+@settings(max_examples=50, deadline=None)
+def test_ranks_of_random_trees_see_what_the_row_sees(drawn, layout, world, window, chunk):
+    """Between any two ranks, and all of them: a step of a ring that is left out, or a stride that is not undone."""
+    documents = table_of(drawn[1])
+    shards = documents.shards(layout, world, window=window)
+    whole = TreeDocuments(shards.tree.cu_seqlens, shards.tree.branches)
+    expected = seen_in(whole.bands(window, chunk), shards.num_padded, shards.num_padded)
+    ranks = [(rank,) for rank in range(world)]
+    everyone = tuple(range(world))
+    places = {rank: shards.indices(rank[0]) for rank in ranks}
+    together, order = np.concatenate([places[rank] for rank in ranks]), shards.order(everyone)
+    places[everyone] = together if order is None else together[order]
+    for rank in range(world):
+        assert (shards.positions(rank) == whole.positions().numpy()[places[rank,]]).all()
+    cut, steps = shards.cut(chunk), np.arange(world)
+    meets = np.zeros((world, world), bool)
+    for q, k in [*itertools.product(ranks, ranks), (everyone, everyone)]:
+        sees = seen_in(cut.bands(q, k, window=window), len(places[q]), len(places[k]))
+        assert (sees == expected[np.ix_(places[q], places[k])]).all()
+        if len(q) == len(k) == 1:
+            meets[q[0], k[0]] = sees.any()
+    reach = [int(max(steps * meets[(place + steps) % world, place])) for place in steps]
+    assert cut.reach(ranks, window=window) == reach
+
+
+def test_balanced_gives_branches_their_work():
+    """A branch of ten tokens behind a thousand costs a thousand times ten, wherever its tokens stand."""
+    parts = np.array([1000, *[10] * 40])
+    parents = np.array([[-1, 0], *[[0, 980]] * 40])
+    documents = TreeDocuments(np.cumsum([0, *parts]), parents)
+    work = documents.shards("balanced", 4).work().sum(axis=1)
+    assert work.max() - work.min() <= 0.01 * work.mean()
 
 
 def test_peek_shows_branches(store):
@@ -297,6 +434,17 @@ def test_peek_shows_branches(store):
     assert found["learnt_tokens"] == int(store.mask(0).sum())
     result = CliRunner().invoke(app, ["data", "peek", str(store.path)])
     assert result.exit_code == 0 and "where it branches" in result.stdout
+
+
+def test_peek_shows_branches_of_a_row(store, tmp_path):
+    """The parts of a tree in a row looked like documents of their own."""
+    spec = PackConfig(length=512, strategy="best_fit", remainder="pad", pad_id=0)
+    plan = plan_packing(spec, store.lengths, np.arange(len(store)), 0)
+    plan.save(tmp_path / "rows", stores=[store.path])
+    result = CliRunner().invoke(app, ["data", "peek", str(tmp_path / "rows"), "--json"])
+    spans = json.loads(result.stdout)["spans"]
+    assert [span["branches off"] for span in spans].count(None) < len(spans)
+    assert all(span["position"] == 0 for span in spans if span["branches off"] is None)
 
 
 def test_traces_that_branch_are_audited(store, tmp_path):
@@ -319,9 +467,11 @@ def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):
     assert np.array_equal(merged.parts(5), store.parts(2))
     with pytest.raises(ArgumentError, match="tree"):
         TreeDocuments(np.array([0, 3, 5]), np.array([[-1, 0], [0, 4]]))
-    batch = collate([packed(store, 512).row(0)])
-    with pytest.raises(ArgumentError, match="chunks"):
-        recurrent_step(torch.nn.Linear(1, 1), batch, chunk_tokens=64, weight=1)
+    documents = collate([packed(store, 512).row(0)]).documents
+    assert isinstance(documents, TreeDocuments)
+    for table in (documents, documents.shards("zigzag", 2)):
+        with pytest.raises(ArgumentError, match="layers with a state"):
+            table.state_borders()
     # The template opens a thought when it is asked, and writes none where there is none.
     opening = FORGETFUL.replace("|>assistant\n{% endif %}", "|>assistant\n<think>\n{% endif %}")
     chat = ChatFormat(chatty, opening, config=ChatConfig(true_prefixes=True))
@@ -332,8 +482,6 @@ def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"memory": {"chunk_tokens": 64}}, "memory.chunk_tokens"),
-        ({"parallel": {"cp_ring": 2}}, "2 processes share a row"),
         ({"stage": {"document_mask": False}}, "document_mask"),
         (
             {"model": {"model_type": "lfm2", "num_key_value_heads": 2, "layer_types": ["conv"]}},

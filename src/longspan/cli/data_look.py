@@ -269,12 +269,18 @@ def _spans(row: PackedRow, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
     for number, source in enumerate(row.sources.tolist()):
         document = int(row.documents[number])
         start, end = int(row.cu_seqlens[number]), int(row.cu_seqlens[number + 1])
+        branch = {}
+        if row.branches is not None:
+            parent, position = row.branches[number].tolist()
+            # Parts of the row, as they are listed here.
+            branch = {"part": number, "branches off": None if parent < 0 else parent, "position": position}
         spans.append({
             "start": start,
             "tokens": end - start,
             "source": row.source_names[source],
             "document": None if document == PAD_DOCUMENT else document,
             "continues": bool(row.continuation[number]),
+            **branch,
             "learnt_tokens": int((row.weights[start:end] > 0).sum()),
             "loss_weight": int(row.weights[start:end].sum()),
             "text": decode(tokenizer, row.input_ids[start : min(end, start + 16)]),

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import AttentionForm, Bands, attention, choose_kernel, cut_documents
 from longspan.kernels.scans import Convolution, Scan, convolve_documents, scan_documents
+from longspan.parallel.layout import Layout
+from longspan.parallel.shards import SequenceShards
 
 __all__ = ["Documents", "refuse_second_call"]
 
@@ -65,16 +67,31 @@ class Documents:
         starts = np.repeat(self.cu_seqlens[:-1], np.diff(self.cu_seqlens))
         return torch.from_numpy(np.arange(self.num_tokens) - starts).to(device)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, [documents]."""
+        return np.diff(self.cu_seqlens)
+
     def bands(self, window: int | None = None, attention_chunk: int | None = None) -> Bands:
         """Return who sees whom, for full attention, a sliding window of `window` tokens or chunks of so many."""
-        longest = np.diff(self.cu_seqlens).max()
+        longest = self.lengths.max()
         # A window that no document fills is full attention.
         window = None if window is None or window >= longest else window
         chunk = None if attention_chunk is None or attention_chunk >= longest else attention_chunk
         if (window, chunk) not in self._bands:
-            borders = cut_documents(self.cu_seqlens, chunk)
-            self._bands[window, chunk] = Bands.from_documents(borders, window=window)
+            self._bands[window, chunk] = self._make_bands(window, chunk)
         return self._bands[window, chunk]
+
+    def _make_bands(self, window: int | None, attention_chunk: int | None) -> Bands:
+        return Bands.from_documents(cut_documents(self.cu_seqlens, attention_chunk), window=window)
+
+    def shards(self, layout: Layout, world: int, *, window: int | None = None) -> SequenceShards:
+        """Return the row spread over `world` ranks; layouts that balance do so for a sliding `window`."""
+        return SequenceShards(layout, self.cu_seqlens, world, window=window)
+
+    def state_borders(self) -> NDArray[np.int64]:
+        """Return where layers with a state start anew, [documents + 1]."""
+        return self.cu_seqlens
 
     def attend(
         self,
@@ -100,11 +117,11 @@ class Documents:
 
         `models.mixers` calls this and `scan` as `models.attention` calls `attend`.
         """
-        return convolve_documents(call, self.cu_seqlens)
+        return convolve_documents(call, self.state_borders())
 
     def scan(self, scan: Scan, *, layer: int | None = None) -> torch.Tensor:
         """Return a recurrence over the row, [tokens, heads, ...], started anew in each document."""
-        return scan_documents(scan, self.cu_seqlens)[0]
+        return scan_documents(scan, self.state_borders())[0]
 
 
 def refuse_second_call(attended: set[int], layer: int) -> None:

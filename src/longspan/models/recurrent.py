@@ -12,7 +12,8 @@ chunks added for them. The last chunk runs once, the others twice forward.
 What grows with the length is the cache alone: per token, layer and key/value head 2 * head_dim elements of keys and
 values and as many fp32 ones of gradients (Llama-3-8B in bf16: 128 + 256 KiB a token), on the device or on the host.
 Only what a later chunk reads is kept: of a chunk that ends inside a document, the part of that document, and of
-that no more than the layer's window.
+that no more than the layer's window; where documents branch, from the first to the last token that a branch behind
+the chunk follows.
 
 Attention reads the cache chunk by chunk and joins the parts through their log-sum-exp, so what it needs beside
 is one chunk of keys and values with gradients, whatever the length.
@@ -33,12 +34,11 @@ from torch.autograd.function import once_differentiable
 
 from longspan.core.errors import ArgumentError
 from longspan.kernels.attention import (
-    NO_LIMIT,
     AttentionForm,
     AttentionKernel,
     Bands,
+    Places,
     choose_kernel,
-    cut_documents,
     sink_gradient,
     with_sinks,
 )
@@ -70,7 +70,7 @@ class ChunkedRow:
         self.documents, self.chunk_tokens = documents, chunk_tokens
         self.cache = ChunkCache(offload=offload)
         self._positions = documents.positions()
-        self._cuts: dict[int | None, NDArray[np.int64]] = {}
+        self._kept: dict[tuple[int, int | None, int | None], slice] = {}
 
     def __len__(self) -> int:
         return math.ceil(self.documents.num_tokens / self.chunk_tokens)
@@ -80,45 +80,50 @@ class ChunkedRow:
         start = chunk * self.chunk_tokens
         return slice(start, min(start + self.chunk_tokens, self.documents.num_tokens))
 
-    def is_read_later(self, chunk: int, attention_chunk: int | None = None) -> bool:
-        """Whether a document goes on from this chunk into the next."""
-        stop = self.span(chunk).stop
-        return chunk + 1 < len(self) and self._document_at(stop, attention_chunk)[0] < stop
+    def is_read_later(self, chunk: int) -> bool:
+        """Whether a later chunk needs something of this one: a document goes on behind it, or branches off it."""
+        kept = self.kept(chunk, None)
+        return kept.start < kept.stop
 
     def kept(self, chunk: int, window: int | None, attention_chunk: int | None = None) -> slice:
         """Return the tokens of a chunk that later ones may see, as places in the row."""
-        span = self.span(chunk)
-        if not self.is_read_later(chunk, attention_chunk):
-            return slice(span.stop, span.stop)
-        first = max(span.start, self._document_at(span.stop, attention_chunk)[0])
-        # The next token, at span.stop, sees itself and window - 1 tokens before it.
-        return slice(first if window is None else max(first, span.stop - (window - 1)), span.stop)
+        key = chunk, window, attention_chunk
+        if key not in self._kept:
+            span = self.span(chunk)
+            behind = Places.between(span.stop, self.documents.num_tokens)
+            seen = self.documents.bands(window, attention_chunk).select(behind, _places(span))
+            first, last = (
+                seen.k_start.min(initial=span.stop - span.start),
+                (seen.k_start + seen.k_len).max(initial=0),
+            )
+            self._kept[key] = slice(span.start + int(first), span.start + max(int(first), int(last)))
+        return self._kept[key]
 
     def borders(self, chunk: int) -> NDArray[np.int64]:
-        """Return the borders of the documents of a chunk, from 0 to its number of tokens, without empty ones."""
+        """Return where layers with a state start anew in a chunk, from 0 to its number of tokens, once each."""
         span = self.span(chunk)
-        inside = np.clip(self.documents.cu_seqlens, span.start, span.stop) - span.start
+        inside = np.clip(self.documents.state_borders(), span.start, span.stop) - span.start
         return np.unique(inside)
 
     def bands(
         self, chunk: int, window: int | None, attention_chunk: int | None = None
     ) -> tuple[Bands, list[tuple[int, Bands]]]:
-        """Return who sees whom in a chunk, and for each earlier chunk that it sees something of, who sees what."""
+        """Return who sees whom in a chunk, and for each earlier chunk that it sees something of, who sees what.
+
+        Keys of an earlier chunk are numbered among those that are kept of it.
+        """
         span = self.span(chunk)
-        borders = np.clip(self._borders(attention_chunk), span.start, span.stop) - span.start
-        own = Bands.from_documents(borders, window=window)
-        start, stop = self._document_at(span.start, attention_chunk)
-        num_queries = min(stop, span.stop) - span.start
+        rows = Places.between(0, span.stop - span.start)
+        # Queries are numbered in the chunk, keys still in the row.
+        mine = self.documents.bands(window, attention_chunk).select(
+            _places(span), Places.between(0, self.documents.num_tokens)
+        )
         earlier = []
-        for before in range(start // self.chunk_tokens, chunk):
-            keys = self.kept(before, window, attention_chunk)
-            # Query i is at span.start + i, key j at keys.start + j: all are earlier, some too early for a window.
-            distance = span.start - keys.start
-            hi = NO_LIMIT if window is None else window - 1 - distance
-            found = Bands([0], [num_queries], [0], [keys.stop - keys.start], lo=-NO_LIMIT, hi=hi)
+        for before in range(int(mine.k_start.min()) // self.chunk_tokens, chunk):
+            found = mine.select(rows, _places(self.kept(before, window, attention_chunk)))
             if len(found):
                 earlier.append((before, found))
-        return own, earlier
+        return mine.select(rows, _places(span)), earlier
 
     def chunk(self, index: int, *, write: bool) -> ChunkDocuments:
         """Return the table to hand to the model with the tokens of a chunk; the chunks before were written.
@@ -131,17 +136,9 @@ class ChunkedRow:
         """Give up the keys of a chunk whose backward pass is done."""
         self.cache.release(chunk)
 
-    def _borders(self, attention_chunk: int | None) -> NDArray[np.int64]:
-        """Return the borders of documents as a layer with such chunks of attention sees them."""
-        if attention_chunk not in self._cuts:
-            self._cuts[attention_chunk] = cut_documents(self.documents.cu_seqlens, attention_chunk)
-        return self._cuts[attention_chunk]
 
-    def _document_at(self, token: int, attention_chunk: int | None = None) -> tuple[int, int]:
-        """Return start and end of the document that holds a token."""
-        borders = self._borders(attention_chunk)
-        index = int(np.searchsorted(borders, token, side="right")) - 1
-        return int(borders[index]), int(borders[index + 1])
+def _places(span: slice) -> Places:
+    return Places.between(span.start, span.stop)
 
 
 class ChunkDocuments:
@@ -190,15 +187,20 @@ class ChunkDocuments:
         if reach not in self._bands:
             self._bands[reach] = self.row.bands(self.index, *reach)
         if self.write:
-            kept = self.row.kept(self.index, *reach)
-            if kept.start < kept.stop:
-                start = self.row.span(self.index).start
-                here = slice(kept.start - start, kept.stop - start)
+            here = self._kept(reach)
+            if here.start < here.stop:
                 self.row.cache.write(layer, self.index, torch.stack((k.detach()[here], v.detach()[here])))
         own, earlier = self._bands[reach]
         kernel = choose_kernel(q.device, softcap=form.softcap)
-        call = _Call(self.row.cache, layer, self.index, own, dict(earlier), form.factor(q), kernel)
+        call = _Call(
+            self.row.cache, layer, self.index, self._kept(reach), own, dict(earlier), form.factor(q), kernel
+        )
         return _ChunkAttention.apply(q, k, v, form.sinks, call)
+
+    def _kept(self, reach: tuple[int | None, int | None]) -> slice:
+        """Return the tokens of this chunk that are kept, counted from its first."""
+        kept, start = self.row.kept(self.index, *reach), self.row.span(self.index).start
+        return slice(kept.start - start, kept.stop - start)
 
     def convolve(self, call: Convolution, *, layer: int | None = None) -> torch.Tensor:
         """Return a causal convolution of the chunk, [C, channels]; a document that goes on sees what it had before.
@@ -257,6 +259,8 @@ class _Call(NamedTuple):
     cache: ChunkCache
     layer: int
     chunk: int
+    kept: slice
+    """Tokens of this chunk that the cache has."""
     own: Bands
     earlier: dict[int, Bands]
     scale: float
@@ -318,9 +322,7 @@ class _ChunkAttention(torch.autograd.Function):
             call.cache.write_gradients(call.layer, chunk, total_2SKD)
         added_2SKD = call.cache.take_gradients(call.layer, call.chunk, q.device)
         if added_2SKD is not None:
-            # What is kept of a chunk is its end.
-            start = k.shape[0] - added_2SKD.shape[1]
-            dk[start:] += added_2SKD[0]
-            dv[start:] += added_2SKD[1]
+            dk[call.kept] += added_2SKD[0]
+            dv[call.kept] += added_2SKD[1]
         dsinks = sink_gradient(grad_outputs[0], out, lse, sinks)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None

@@ -109,8 +109,13 @@ def local_runs(
     world: int,
     documents: IntColumn | None = None,
     window: int | None = None,
+    first_positions: IntColumn | None = None,
 ) -> list[list[StridedRun]]:
-    """Return the runs of every rank, ascending; `local_indices` spells them out. See there for the arguments."""
+    """Return the runs of every rank, ascending; `local_indices` spells them out. See there for the arguments.
+
+    `first_positions` are those of the documents' first tokens, [documents], where they go on from what stands
+    elsewhere; None = 0. Only `balanced` looks.
+    """
     padded = padded_length(layout, total, world)
     borders = np.asarray([0, total] if documents is None else documents, dtype=np.int64).reshape(-1)
     if len(borders) < 2 or borders[0] != 0 or borders[-1] != total or (np.diff(borders) < 0).any():
@@ -132,7 +137,7 @@ def local_runs(
         return [_joined([StridedRun(start, half) for start in starts]) for starts in pieces]
     if layout == "striped":
         return [[StridedRun(rank, share, world)] for rank in range(world)]
-    work = _Work(padded_borders(borders, padded), window)
+    work = _Work(padded_borders(borders, padded), window, first_positions)
     ranks: list[list[StridedRun]] = [[] for _ in range(world)]
     _split(work, [StridedRun(0, padded)], range(world), share, ranks)
     return ranks
@@ -144,13 +149,25 @@ class _Work:
     A query at position p of its document sees min(p + 1, window) keys.
     """
 
-    def __init__(self, borders: NDArray[np.int64], window: int | None) -> None:
+    def __init__(
+        self, borders: NDArray[np.int64], window: int | None, first_positions: IntColumn | None
+    ) -> None:
         self._borders = borders
+        self._first = np.zeros(len(borders) - 1, dtype=np.int64)
+        if first_positions is not None:
+            self._first[: len(first_positions)] = first_positions
+        # More than any position: as many keys as there are tokens in the row.
         self._window = int(borders[-1]) if window is None else window
-        self._before = np.concatenate([[0], np.cumsum(self._document(np.diff(borders)))])
+        everything = np.arange(len(borders) - 1)
+        self._before = np.concatenate([[0], np.cumsum(self._document(everything, np.diff(borders)))])
 
-    def _document(self, queries: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the pairs of the first `queries` queries of a document."""
+    def _document(self, documents: NDArray[np.int64], queries: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the pairs of the first so many `queries` of each of `documents`."""
+        first = self._first[documents]
+        return self._ramp(first + queries) - self._ramp(first)
+
+    def _ramp(self, queries: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the pairs of so many queries from position 0 on."""
         ramp = np.minimum(queries, self._window)
         return ramp * (ramp + 1) // 2 + (queries - ramp) * self._window
 
@@ -158,7 +175,7 @@ class _Work:
         """Return the pairs of all queries before each of `places`."""
         index = np.searchsorted(self._borders, places, side="right") - 1
         index = np.minimum(index, len(self._borders) - 2)
-        return self._before[index] + self._document(places - self._borders[index])
+        return self._before[index] + self._document(index, places - self._borders[index])
 
 
 class _Chain:

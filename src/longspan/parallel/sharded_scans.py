@@ -50,7 +50,7 @@ def sharded_convolution(call: Convolution, shards: SequenceShards, schedule: CpS
     own = slice(mine.start, mine.stop)
     bias = None if call.bias is None else call.bias[own]
     row = call._replace(x=reordered(x, there), weight=call.weight[own], bias=bias)
-    (out,) = trade.to_tokens(reordered(convolve_documents(row, shards.cu_seqlens), back))
+    (out,) = trade.to_tokens(reordered(convolve_documents(row, shards.state_borders()), back))
     return out
 
 
@@ -84,7 +84,7 @@ def sharded_scan(scan: Scan, shards: SequenceShards, schedule: CpSchedule) -> to
         weights=tuple(None if weight is None else weight[own] for weight in scan.weights),
         num_heads=len(heads),
     )
-    out, _ = scan_documents(row, shards.cu_seqlens)
+    out, _ = scan_documents(row, shards.state_borders())
     back_trade = HeadTrade(schedule.channels, [(part,) for part in parts], (scan.num_heads,))
     (out,) = back_trade.to_tokens(reordered(out, back))
     return out

@@ -15,15 +15,15 @@ cut into long runs again; `order` is the permutation from rank after rank to tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
-from longspan.kernels.attention.bands import Bands, cut_documents
-from longspan.parallel.layout import IntColumn, Layout, StridedRun, local_runs, padded_borders, padded_length
+from longspan.kernels.attention.bands import Bands, Places, cut_documents, matches
+from longspan.parallel.layout import IntColumn, Layout, local_runs, padded_borders, padded_length
 
 __all__ = ["Ranks", "SequenceShards"]
 
@@ -39,13 +39,20 @@ class SequenceShards:
         cu_seqlens: document borders, [documents + 1], from 0 to the number of tokens.
         world: ranks that share the sequence.
         window: sliding window that `balanced` balances for; masks take theirs by call.
+        first_positions: see `parallel.layout.local_runs`.
 
     Raises:
         ArgumentError: an unknown layout, borders that do not fit, or a window below 1.
     """
 
     def __init__(
-        self, layout: Layout, cu_seqlens: IntColumn, world: int, *, window: int | None = None
+        self,
+        layout: Layout,
+        cu_seqlens: IntColumn,
+        world: int,
+        *,
+        window: int | None = None,
+        first_positions: IntColumn | None = None,
     ) -> None:
         _check_window(window)
         borders = np.asarray(cu_seqlens, dtype=np.int64).reshape(-1)
@@ -55,7 +62,7 @@ class SequenceShards:
         self.num_tokens = int(borders[-1])
         self.num_padded = padded_length(layout, self.num_tokens, world)
         self.num_local = self.num_padded // world
-        self.runs = local_runs(layout, self.num_tokens, world, borders, window)
+        self.runs = local_runs(layout, self.num_tokens, world, borders, window, first_positions)
         borders = padded_borders(borders, self.num_padded)
         self.cu_seqlens = borders[np.concatenate([[True], np.diff(borders) > 0])]
         self._longest = int(np.diff(self.cu_seqlens).max())
@@ -71,11 +78,18 @@ class SequenceShards:
             return self
         if attention_chunk not in self._cuts:
             found = copy.copy(self)
-            found.cu_seqlens = cut_documents(self.cu_seqlens, attention_chunk)
             found._longest = attention_chunk
             found._segments, found._bands, found._reach, found._cuts = {}, {}, {}, {}
+            found._cut_documents(attention_chunk)
             self._cuts[attention_chunk] = found
         return self._cuts[attention_chunk]
+
+    def _cut_documents(self, attention_chunk: int) -> None:
+        self.cu_seqlens = cut_documents(self.cu_seqlens, attention_chunk)
+
+    def state_borders(self) -> NDArray[np.int64]:
+        """Return where layers with a state start anew in the padded sequence, [documents + 1]."""
+        return self.cu_seqlens
 
     def __repr__(self) -> str:
         return f"SequenceShards({self.layout}, {self.num_tokens} tokens over {self.world} ranks)"
@@ -114,10 +128,13 @@ class SequenceShards:
         window = self._normal(window)
         key = (q_ranks, k_ranks, window)
         if key not in self._bands:
-            q, k = self._of(q_ranks), self._of(k_ranks)
-            own = q_ranks == k_ranks and window is None and (len(q_ranks) == 1 or q.stride == 1)
-            self._bands[key] = _own_bands(q) if own else _bands_between(q, k, window)
+            self._bands[key] = self._make_bands(q_ranks, k_ranks, window)
         return self._bands[key]
+
+    def _make_bands(self, q_ranks: Ranks, k_ranks: Ranks, window: int | None) -> Bands:
+        q, k = self._of(q_ranks), self._of(k_ranks)
+        own = q_ranks == k_ranks and window is None and (len(q_ranks) == 1 or q.stride == 1)
+        return _own_bands(q) if own else _bands_between(q, k, window)
 
     def needed_rows(self, q_rank: int, k_rank: int, *, window: int | None = None) -> NDArray[np.int64]:
         """Return the rows of `k_rank` that some query of `q_rank` sees, ascending."""
@@ -136,20 +153,24 @@ class SequenceShards:
         key = (tuple(places), window)
         if key not in self._reach:
             size = len(places)
-            extents = [self._extents(ranks) for ranks in places]
-
-            def is_seen(place: int, step: int) -> bool:
-                visited = (place + step) % size
-                may_see = _may_see(extents[visited], extents[place], window)
-                if window is None or not may_see:
-                    return may_see
-                return len(self.bands(places[visited], places[place], window=window)) > 0
-
+            sees = self._sight(places, window)
             self._reach[key] = [
-                next((step for step in range(size - 1, 0, -1) if is_seen(place, step)), 0)
+                next((step for step in range(size - 1, 0, -1) if sees((place + step) % size, place)), 0)
                 for place in range(size)
             ]
         return self._reach[key]
+
+    def _sight(self, places: Sequence[Ranks], window: int | None) -> Callable[[int, int], bool]:
+        """Return what tells whether some query of one of `places` sees some key of another."""
+        extents = [self._extents(ranks) for ranks in places]
+
+        def sees(q: int, k: int) -> bool:
+            may_see = _may_see(extents[q], extents[k], window)
+            if window is None or not may_see:
+                return may_see
+            return len(self.bands(places[q], places[k], window=window)) > 0
+
+        return sees
 
     def _extents(self, ranks: Ranks) -> _Extents:
         document, _, start, length, stride = self._of(ranks)
@@ -186,10 +207,24 @@ class SequenceShards:
 
     def _of(self, ranks: Ranks) -> _Segments:
         if ranks not in self._segments:
-            self._segments[ranks] = _segments_of(
-                [run for rank in ranks for run in self.runs[rank]], self.cu_seqlens
-            )
+            self._segments[ranks] = _segments_of(self._places(ranks), self.cu_seqlens)
         return self._segments[ranks]
+
+    def _places(self, ranks: Ranks) -> Places:
+        """Return the tokens of `ranks` in the order of `order`, runs that touch made one."""
+        starts, lengths, strides = (
+            np.array(column, dtype=np.int64)
+            for column in zip(*(run for rank in ranks for run in self.runs[rank]))
+        )
+        stride = int(strides[0])
+        if stride > 1 and len(starts) == stride:
+            return Places.between(0, int(lengths.sum()))
+        if stride > 1:
+            return Places(starts, lengths, stride)
+        order = np.argsort(starts, kind="stable")
+        starts, lengths = starts[order], lengths[order]
+        first = np.flatnonzero(np.concatenate([[True], starts[1:] != (starts + lengths)[:-1]]))
+        return Places(starts[first], np.add.reduceat(lengths, first))
 
 
 def _check_window(window: int | None) -> None:
@@ -253,16 +288,8 @@ class _Segments(NamedTuple):
     stride: int
 
 
-def _segments_of(runs: list[StridedRun], borders: NDArray[np.int64]) -> _Segments:
-    starts, lengths, strides = (np.array(column, dtype=np.int64) for column in zip(*runs))
-    stride = int(strides[0])
-    if stride > 1 and len(runs) == stride:
-        starts, lengths, stride = np.array([0]), np.array([int(lengths.sum())]), 1
-    elif stride == 1:
-        order = np.argsort(starts, kind="stable")
-        starts, lengths = starts[order], lengths[order]
-        first = np.flatnonzero(np.concatenate([[True], starts[1:] != (starts + lengths)[:-1]]))
-        starts, lengths = starts[first], np.add.reduceat(lengths, first)
+def _segments_of(places: Places, borders: NDArray[np.int64]) -> _Segments:
+    starts, lengths, stride = places
     ends = starts + (lengths - 1) * stride + 1
     # Every document that a run touches is a segment of it.
     first_document = np.searchsorted(borders, starts, side="right") - 1
@@ -282,11 +309,7 @@ def _segments_of(runs: list[StridedRun], borders: NDArray[np.int64]) -> _Segment
 def _bands_between(q: _Segments, k: _Segments, window: int | None) -> Bands:
     if q.stride != k.stride:
         raise ArgumentError("queries and keys of different strides", found=f"{q.stride} and {k.stride}")
-    # Those of one document lie together: join every q segment with that range of k.
-    first = np.searchsorted(k.document, q.document, side="left")
-    counts = np.searchsorted(k.document, q.document, side="right") - first
-    q_index = np.repeat(np.arange(len(q.document)), counts)
-    k_index = first[q_index] + np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    q_index, k_index = matches(q.document, k.document)
     # Query a + s*i sees key b + s*j iff 0 <= a + s*i - b - s*j <= window - 1.
     ahead = q.place[q_index] - k.place[k_index]
     lo = -(ahead // q.stride)

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     source_names: tuple[str, ...]
     documents: Documents | ShardedDocuments
     lengths: torch.Tensor | None = None
-    """int64 [N], tokens that the token's document has in its row; None: they are not asked for."""
+    """int64 [N], tokens that the token's document has in its row, a branch with what it follows; None: not asked."""
     teacher: TeacherTopK | None = None
     """What a teacher predicts after each token, ids int32 [N, K]; None where no row has one."""
     places: torch.Tensor | None = None
@@ -138,7 +138,7 @@ def collate(rows: Sequence[PackedRow]) -> Batch:
         sources=torch.from_numpy(np.concatenate(sources)),
         source_names=tuple(names),
         documents=documents,
-        lengths=torch.from_numpy(np.repeat(np.diff(cu_seqlens), np.diff(cu_seqlens))),
+        lengths=torch.from_numpy(np.repeat(documents.lengths, np.diff(cu_seqlens))),
         teacher=_teacher(rows),
     )
 

@@ -24,7 +24,6 @@ from longspan.kernels.distill import TeacherTopK
 from longspan.kernels.loss import IGNORE_LABEL, LossSum
 from longspan.models.documents import Documents
 from longspan.models.recurrent import ChunkedRow
-from longspan.models.tree_documents import TreeDocuments
 from longspan.train.batch import Batch
 from longspan.train.objectives import ModelWithLoss
 
@@ -64,10 +63,6 @@ def recurrent_step(
             "training in chunks needs whole rows, and these are spread over processes",
             found=batch.documents,
             fix="set parallel.cp_ring and parallel.cp_ulysses to 1, or leave chunk_tokens out",
-        )
-    if isinstance(batch.documents, TreeDocuments):
-        raise ArgumentError(
-            "rows of documents that branch cannot be walked in chunks", fix="leave chunk_tokens out"
         )
     row = ChunkedRow(batch.documents, chunk_tokens, offload=offload)
     device = batch.input_ids.device if device is None else device

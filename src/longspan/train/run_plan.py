@@ -207,17 +207,12 @@ def _refuse_trees(config: TrainConfig, model: KnownModel) -> None:
     """Refuse a run whose rows branch and cannot be computed as they are. Raises ConfigError."""
     empty = None if model.config is None else empty_stage_model(config, config.stages[0], model)
     kinds = set() if empty is None else {type(mixer).__name__ for mixer, _ in mixers(empty)}
-    wrong = {
-        f"parallel.cp_ring and cp_ulysses ({config.parallel.cp} processes share a row)": config.parallel.cp
-        > 1,
-        "memory.chunk_tokens": config.memory.chunk_tokens is not None,
-        f"layers with a state ({', '.join(sorted(kinds))})": bool(kinds),
-    }
-    if found := [words for words, is_wrong in wrong.items() if is_wrong]:
+    if kinds:
         raise ConfigError(
-            "rows that branch (true_prefixes, records with branches) train on one device, in one piece, by attention",
-            found=", ".join(found),
-            fix="leave these out, or make records without branches and tokenize them without true_prefixes",
+            "rows that branch (true_prefixes, records with branches) are computed by attention alone: a layer with a "
+            "state has it behind a document's last token, and a branch goes on from one in the middle",
+            found=f"layers with a state ({', '.join(sorted(kinds))})",
+            fix="make records without branches, and tokenize them without true_prefixes",
         )
 
 

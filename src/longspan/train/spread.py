@@ -18,7 +18,6 @@ from longspan.core.errors import ArgumentError, ConfigError
 from longspan.data.rows.loader import PackedRow, balance
 from longspan.models.documents import Documents
 from longspan.models.quantize import plain_parameters
-from longspan.models.tree_documents import TreeDocuments
 from longspan.parallel.fsdp import shard_model
 from longspan.parallel.launch import Watchdog, collective_timeout
 from longspan.parallel.layout import Layout
@@ -27,7 +26,6 @@ from longspan.parallel.schedules import build_schedule, check_degrees
 from longspan.parallel.schedules.base import CpSchedule
 from longspan.parallel.schedules.ulysses import head_share
 from longspan.parallel.sharded_documents import ShardedDocuments
-from longspan.parallel.shards import SequenceShards
 from longspan.plan.training_step import MemoryConfig
 from longspan.train.batch import Batch, collate, take
 from longspan.train.config import ParallelConfig, TrainConfig
@@ -90,8 +88,8 @@ class Spread:
         """Return this process' share of a step's rows."""
         if self.mesh.dp_size == 1:
             return rows
-        # All rows are equally long: what differs is their attention, the square of each document.
-        costs = [int((np.diff(row.cu_seqlens).astype(np.int64) ** 2).sum()) for row in rows]
+        # All rows are equally long: what differs is their attention.
+        costs = [_attention_work(row) for row in rows]
         return [rows[index] for index in balance(costs, self.mesh.dp_size)[self.mesh.dp_rank]]
 
     def batch(self, rows: Sequence[PackedRow]) -> Batch:
@@ -104,13 +102,11 @@ class Spread:
             return collate(rows)
         whole = collate(rows)
         assert isinstance(whole.documents, Documents)
-        if isinstance(whole.documents, TreeDocuments):
-            raise ArgumentError("rows of documents that branch cannot be spread over processes")
-        borders = whole.documents.cu_seqlens
         if not self._checked:
-            check_same_batch(self.mesh, [whole.input_ids.numpy(), whole.labels.numpy(), borders])
+            columns = whole.input_ids, whole.labels, whole.positions
+            check_same_batch(self.mesh, [*(x.numpy() for x in columns), whole.documents.cu_seqlens])
             self._checked = True
-        shards = SequenceShards(self.layout, borders, self.mesh.cp_size, window=self._window)
+        shards = whole.documents.shards(self.layout, self.mesh.cp_size, window=self._window)
         return take(whole, ShardedDocuments(shards, self.schedule))
 
     def total(self, loss_sum: float, breakdown: LossBreakdown) -> tuple[float, LossBreakdown]:
@@ -126,6 +122,12 @@ class Spread:
             total += part[0]
             everything.join(part[1])
         return total, everything
+
+
+def _attention_work(row: PackedRow) -> int:
+    """Return the square of each document, of a branch that of what it is and follows, less what it follows."""
+    first = 0 if row.branches is None else row.branches[:, 1].astype(np.int64)
+    return int(((first + np.diff(row.cu_seqlens).astype(np.int64)) ** 2 - first**2).sum())
 
 
 def check_rows(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ class ChatConfig(Config):
     true_prefixes: bool = False
     """Learn each answer behind what the template writes before it when the model is asked for it. Templates that drop
     thoughts of earlier turns write another text then: such answers become branches of one document, which holds what
-    they share once. Rows of such documents train on one device, in one piece."""
+    they share once. Rows of such documents train by attention: layers with a state are refused."""
     images: Literal["refuse", "replace"] = "refuse"
     """What becomes of images and other parts that are no text: the record is left out, or `[image]` stands for it."""
     max_tokens: Length | None = pydantic.Field(None, ge=1)

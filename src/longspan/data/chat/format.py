@@ -239,13 +239,29 @@ class ChatFormat:
             match.end() == len(text) for match in self._encoder.special.finditer(text, max(0, len(text) - 64))
         )
 
+    def apart(self, turns: list[Message], values: Mapping[str, Any]) -> str:
+        """Return the text of turns whose last, an answer, stands behind what the template writes when the model is
+        asked for it, where it writes something else once the answer is there.
+
+        Raises:
+            MessagesError: it is not known where the answer begins.
+        """
+        given, learnt = self._given(turns, values)
+        return self._apart(given, self._read(given), learnt, turns[:-1], values)[0].replace(GUARD, "")
+
     def encode_turns(
-        self, turns: list[Message], values: Mapping[str, Any], *, learn: Collection[int] | None = None
+        self,
+        turns: list[Message],
+        values: Mapping[str, Any],
+        *,
+        learn: Collection[int] | None = None,
+        apart: bool = False,
     ) -> Encoded:
         """Return ids and mask of what `read` returned.
 
         Args:
             learn: the turns to learn, of those that are to be learnt anyway. None: all of them.
+            apart: of the text that `apart` returns.
         """
         given, learnt = self._given(turns, values)
         if learn is not None:
@@ -255,15 +271,12 @@ class ChatFormat:
                 for number, turn in enumerate(learnt)
             ]
         reading = self._read(given)
-        notes = check_written(given, reading, self._template, special=self._encoder.special)
-        if self._template.has_blocks:
-            spans = block_spans(reading, learnt)
+        if apart:
+            text, spans, notes = self._apart(given, reading, learnt, turns[:-1], values)
         else:
-            assert self._ends is not None, "found on the probe"
-            spans = answer_spans(reading, learnt, self._ends, self._encoder.special, self._pointer.tags)
-        if not self.config.train_thoughts:
-            spans = without_thoughts(spans, reading, self._encoder.special)
-        text, places = self._encoder.marked(reading.text, [place for span in spans for place in span])
+            notes = check_written(given, reading, self._template, special=self._encoder.special)
+            text, spans = reading.text, self._spans(reading, learnt)
+        text, places = self._encoder.marked(text, [place for span in spans for place in span])
         pairs = list(zip(places[0::2], places[1::2]))
         tokens = self._encoder.encode(text, pairs, blocks=self._template.has_blocks)
         if not tokens.mask.any():
@@ -272,13 +285,55 @@ class ChatFormat:
             notes[f"records with a `{name}` that says nothing of turns"] += 1
         return Encoded(*tokens, notes)
 
+    def _spans(self, reading: MarkedText, learnt: Sequence[Turn]) -> list[tuple[int, int]]:
+        """Return what is learnt, as characters of the text."""
+        if self._template.has_blocks:
+            spans = block_spans(reading, learnt)
+        else:
+            assert self._ends is not None, "found on the probe"
+            spans = answer_spans(reading, learnt, self._ends, self._encoder.special, self._pointer.tags)
+        return (
+            spans if self.config.train_thoughts else without_thoughts(spans, reading, self._encoder.special)
+        )
+
+    def _apart(
+        self,
+        given: Given,
+        reading: MarkedText,
+        learnt: Sequence[Turn],
+        before: list[Message],
+        values: Mapping[str, Any],
+    ) -> tuple[str, list[tuple[int, int]], Counter[str]]:
+        """Return what `apart` does, with its guards, what is learnt of it, and what it leaves out; `given`, `reading`
+        and `learnt` are those of all turns."""
+        earlier = self._given(before, values)[0]
+        prompt = earlier._replace(text=self.text(before, values, asked=True))
+        asked = self._read(prompt, asked=True)
+        # How an answer begins is written by the template, so no guard is in it.
+        opening = prompt.text.removeprefix(earlier.text) if prompt.text.startswith(earlier.text) else ""
+        last = [turn._replace(learnt=number == len(learnt) - 1) for number, turn in enumerate(learnt)]
+        start = block_spans(reading, last)[0][0] if self._template.has_blocks else 0
+        if not opening or not reading.text[:start].endswith(opening):
+            raise MessagesError(
+                f"the chat template does not begin turn {len(before)} (assistant) as when the model is asked for it",
+                found=repr(prompt.text[-60:]),
+            )
+        special = self._encoder.special
+        notes = check_written(prompt, asked, self._template, special=special)
+        notes += check_written(given, reading, self._template, special=special, first=len(learnt) - 1)
+        shift = len(asked.text) - start
+        own = self._spans(reading, last) if learnt[-1].learnt else []
+        spans = [*self._spans(asked, learnt[:-1]), *((first + shift, end + shift) for first, end in own)]
+        return asked.text + reading.text[start:], spans, notes
+
     def _given(self, messages: list[Message], values: Mapping[str, Any]) -> tuple[Given, list[Turn]]:
         found = variables_of(values, self._template)
         turns = with_system(messages, found, self._template)
         return give(self._template, turns, found), learnt_turns(turns, self.config.train_turns)
 
-    def _read(self, given: Given) -> MarkedText:
-        """Return the text with the places of what each turn says, as many of them as can be shown.
+    def _read(self, given: Given, *, asked: bool = False) -> MarkedText:
+        """Return the text with the places of what each turn says, as many of them as can be shown; `asked`: with what
+        the template writes before the next answer.
 
         Raises:
             MessagesError: the marks change what the template writes.
@@ -289,10 +344,10 @@ class ChatFormat:
         ]
         variables = {key: self._pointer.guarded(value) for key, value in given.variables.items()}
         for others, calls in ((True, True), (False, True), (False, False)):
-            reading = self._pointed(messages, variables, given.text, others=others, calls=calls)
+            reading = self._pointed(messages, variables, given.text, others=others, calls=calls, asked=asked)
             if reading is not None:
                 return reading
-        bare = read(self._template.render(messages, variables, marks=True), [])
+        bare = read(self._template.render(messages, variables, marks=True, add_generation_prompt=asked), [])
         if bare.text.replace(GUARD, "") == given.text and self._template.has_blocks:
             return bare
         if self._template.has_blocks:
@@ -307,14 +362,22 @@ class ChatFormat:
         )
 
     def _pointed(
-        self, messages: list[Message], variables: Mapping[str, Any], text: str, *, others: bool, calls: bool
+        self,
+        messages: list[Message],
+        variables: Mapping[str, Any],
+        text: str,
+        *,
+        others: bool,
+        calls: bool,
+        asked: bool,
     ) -> MarkedText | None:
         """Return the reading of a text with points in it; None where they change it."""
 
         def attempt(outside: Collection[int]) -> MarkedText | None:
             pointed, leaves = self._pointer.point(messages, others=others, calls=calls, outside=outside)
             try:
-                found = read(self._template.render(pointed, variables, marks=True), leaves)
+                rendered = self._template.render(pointed, variables, marks=True, add_generation_prompt=asked)
+                found = read(rendered, leaves)
             except MessagesError:
                 return None
             return found if found.text.replace(GUARD, "") == text else None

@@ -158,7 +158,7 @@ def _message(turn: Any, number: int) -> Message:
         )
     role = turn.pop(keys[0])
     if not isinstance(role, str) or role not in ROLES:
-        raise MessagesError(f"turn {number} has an unknown role", found=repr(role)[:80], allowed=list(ROLES))
+        raise MessagesError(f"turn {number} has an unknown role: {role!r:.40}", allowed=list(ROLES))
     content = _content(turn.pop(keys[1], ""), number)
     check_texts([content, turn], f"turn {number}")
     message = {"role": ROLES[role], "content": content, **turn, **_calls(turn, number)}
@@ -192,7 +192,7 @@ def _calls(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 def _check_empty(turn: Mapping[str, Any], number: int) -> None:
     """Raise MessagesError where a turn says what it has to say under a key that is no content."""
-    other = next((key for key in ("value", "text", "message") if turn.get(key)), None)
+    other = next((key for key in ("value", "text", "message", "parts") if turn.get(key)), None)
     if other is not None:
         raise MessagesError(f"turn {number} has no content, but a `{other}`", allowed="role and content")
 
@@ -204,11 +204,12 @@ def _content(content: Any, number: int) -> Any:
     if isinstance(content, Mapping):
         content = [content]
     if not isinstance(content, (list, tuple)):
-        raise MessagesError(f"turn {number} has content that is not text", found=type(content).__name__)
+        raise MessagesError(f"turn {number} has content that is not text: {type(content).__name__}")
     parts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise MessagesError(f"turn {number} has content that is not text", found=f"a part of type {kind}")
+            found = "a part without a text" if kind == "text" else f"a part of type {kind}"
+            raise MessagesError(f"turn {number} has content that is not text: {found}")
         parts.append({key: value for key, value in part.items() if value is not None})
     return parts

@@ -19,7 +19,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longspan.data.chat.calls_in_text import calls_of, results_of, thoughts_of
-from longspan.data.chat.messages import CALLS, LEARNT, NOT_LEARNT, ROLES, THOUGHTS, MessagesError, parsed
+from longspan.data.chat.messages import (
+    CALLS,
+    LEARNT,
+    NOT_LEARNT,
+    ROLES,
+    THOUGHTS,
+    MessagesError,
+    is_learnt,
+    parsed,
+)
+from longspan.data.chat.stored_calls import with_arguments, with_ids
 
 Turn = dict[str, Any]
 
@@ -38,6 +48,10 @@ IMAGES = (
 PLACEHOLDER = "[{}]"
 """What stands for such a part where it is replaced."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_CHANNEL = ("channel", "recipient", "content_type")
+"""Keys of gpt-oss that say where a message goes."""
+_PLACES = {"thinking": 0, **dict.fromkeys(_TEXT_PARTS, 1), "tool_use": 2}
+"""Where templates write the parts of an answer."""
 SPEAKERS = (("role", "content"), ("from", "value"), ("role", "text"))
 """Keys of who speaks and what is said."""
 _TO_CALL = ("function_call", "tool_call")
@@ -103,9 +117,9 @@ def rewritten(
         for each in _steps(known):
             made += _of_item(each, notes, replace_images) if "role" in each else [each]
     if CALLS[0] in names:
-        made = [each for turn in made for each in _out_of_text(turn)]
-    made = _own_thoughts(made, names)
-    return Stored(_with_ids(_one_system(_joined(made), notes)), values, notes)
+        made = [each for turn in made for each in _out_of_text(turn, notes)]
+    made = _joined(_own_thoughts(made, names, notes))
+    return Stored(with_ids(with_arguments(_one_system(made, notes), notes)), values, notes)
 
 
 def _steps(turn: Turn) -> Iterator[Turn]:
@@ -149,7 +163,7 @@ def _of_item(turn: Turn, notes: Counter[str], replace_images: bool) -> list[Any]
     if role in _TO_CALL:
         return [_called(turn)]
     if role == "function_call_output":
-        return [{"role": "tool", "content": _text(turn.get("output", "")), **_id_of(turn)}]
+        turn = {"role": "tool", "content": turn.get("output", ""), **_id_of(turn)}
     if role == "reasoning":
         texts = [
             each["text"]
@@ -161,7 +175,7 @@ def _of_item(turn: Turn, notes: Counter[str], replace_images: bool) -> list[Any]
             notes["thoughts that the record keeps encrypted or not at all"] += 1
             return []
         return [{"role": "assistant", "content": "", THOUGHTS[0]: "\n\n".join(texts), "_part": True}]
-    turn = {**turn, "role": _ROLES.get(role, role)}
+    turn = {**turn, "role": _ROLES.get(turn["role"].strip().lower(), turn["role"].strip().lower())}
     if role == "assistant" and isinstance(turn.get("channel"), str):
         return [_of_channel(turn)]
     if turn["role"] == "tool" and "tool_call_id" not in turn:
@@ -169,11 +183,33 @@ def _of_item(turn: Turn, notes: Counter[str], replace_images: bool) -> list[Any]
     content = turn.get("content")
     if isinstance(content, Mapping) and "type" in content:
         content = [content]
+    if turn["role"] == "tool":
+        turn = {key: value for key, value in turn.items() if key not in _CHANNEL}
+        turn["content"] = content = _result(content)
     if isinstance(content, (list, tuple)):
         return _of_blocks(turn, content, notes, replace_images)
-    if turn["role"] == "tool" and isinstance(content, (Mapping, int, float, bool)):
-        turn["content"] = _text(content)
+    if role == "assistant" and not content and isinstance(turn.get("refusal"), str):
+        # What it said in place of a content, as its part of a content.
+        return [
+            {key: value for key, value in turn.items() if key != "refusal"} | {"content": turn["refusal"]}
+        ]
     return [turn]
+
+
+def _result(content: Any) -> Any:
+    """Return what a tool returned, as parts where it is in parts, else as a text: JSON of any other value."""
+    if content is None:
+        return ""
+    if isinstance(content, (list, tuple)) and (not content or any(map(_is_part, content))):
+        return content
+    return _text(content)
+
+
+def _is_part(value: Any) -> bool:
+    """Say whether a value is a part of a content, and no data of a tool's own."""
+    if not isinstance(value, Mapping):
+        return False
+    return value.get("type") in (*IMAGES, *_TEXT_PARTS) or value.keys() == {"text"}
 
 
 def _of_blocks(turn: Turn, blocks: Sequence[Any], notes: Counter[str], replace_images: bool) -> list[Turn]:
@@ -182,11 +218,13 @@ def _of_blocks(turn: Turn, blocks: Sequence[Any], notes: Counter[str], replace_i
     results: list[Turn] = []
     calls: list[Any] = []
     thoughts: list[str] = []
-    for block in blocks:
-        kind = block.get("type", "text") if isinstance(block, Mapping) else None
+    kinds = [block.get("type", "text") if isinstance(block, Mapping) else None for block in blocks]
+    for kind, block in zip(kinds, blocks):
         if kind in _TEXT_PARTS and isinstance(block.get("text", block.get("refusal")), str):
-            rest = {key: value for key, value in block.items() if key in ("type", "text")}
-            parts.append({**rest, "type": "text", "text": block.get("text", block.get("refusal"))})
+            parts.append({"type": "text", "text": block.get("text", block.get("refusal"))})
+        elif kind in _TEXT_PARTS and "text" in block and block["text"] is None:
+            # Tables give every part the keys of all.
+            continue
         elif kind == "thinking" and isinstance(block.get("thinking"), str):
             thoughts.append(block["thinking"])
         elif kind == "redacted_thinking":
@@ -195,17 +233,20 @@ def _of_blocks(turn: Turn, blocks: Sequence[Any], notes: Counter[str], replace_i
             function = {"name": block["name"], "arguments": block.get("input", {})}
             calls.append({"type": "function", "function": function, **_id_of(block)})
         elif kind == "tool_result":
-            inner = block.get("content", "")
-            if isinstance(inner, (list, tuple)):
-                result = {"role": "tool", "content": inner, **_id_of(block)}
-                results += _of_blocks(result, inner, notes, replace_images)
-            else:
-                results.append({"role": "tool", "content": _text(inner), **_id_of(block)})
+            inner = _result(block.get("content", ""))
+            result = {"role": "tool", "content": inner, **_id_of(block)}
+            if block.get("is_error"):
+                result["is_error"] = True
+            in_parts = isinstance(inner, (list, tuple))
+            results += _of_blocks(result, inner, notes, replace_images) if in_parts else [result]
         elif kind in IMAGES and replace_images:
             parts.append({"type": "text", "text": PLACEHOLDER.format(str(kind).split("_")[0])})
             notes["images and the like replaced by a word"] += 1
         else:
             parts.append(block)
+    order = [_PLACES[kind] for kind in kinds if isinstance(kind, str) and kind in _PLACES]
+    if turn["role"] == "assistant" and order != sorted(order):
+        notes["answers whose thoughts, text and calls are put in this order"] += 1
     made = {**turn, "content": parts if parts or not (calls or thoughts or results) else ""}
     if thoughts and not any(turn.get(key) for key in THOUGHTS):
         made[THOUGHTS[0]] = "\n\n".join(thoughts)
@@ -218,14 +259,15 @@ def _of_blocks(turn: Turn, blocks: Sequence[Any], notes: Counter[str], replace_i
 
 def _of_channel(turn: Turn) -> Turn:
     """Return a message of gpt-oss: thoughts, a call or what the user reads, to be joined with its neighbours."""
-    rest = {key: value for key, value in turn.items() if key not in ("channel", "recipient", "content_type")}
+    rest = {key: value for key, value in turn.items() if key not in _CHANNEL}
+    content = rest["content"] = _joined_text(turn.get("content", ""))
     recipient = turn.get("recipient")
     if isinstance(recipient, str) and recipient not in ("all", "assistant", "user"):
         name = recipient.removeprefix("functions.")
-        function = {"name": name, "arguments": _text(turn.get("content", ""))}
+        function = {"name": name, "arguments": _text(content)}
         return {**rest, "content": "", CALLS[0]: [{"type": "function", "function": function}], "_part": True}
     if turn["channel"] == "analysis":
-        return {**rest, "content": "", THOUGHTS[0]: _text(turn.get("content", "")), "_part": True}
+        return {**rest, "content": "", THOUGHTS[0]: _text(content), "_part": True}
     # What is said beside a call (a preamble) is a content too.
     return {**rest, "_part": True}
 
@@ -251,7 +293,7 @@ def _called(turn: Turn) -> Turn:
     return {"role": "assistant", "content": "", CALLS[0]: calls, **rest, "_part": True}
 
 
-def _out_of_text(turn: Any) -> list[Any]:
+def _out_of_text(turn: Any, notes: Counter[str]) -> list[Any]:
     """Return a turn with the calls that stand in its text as calls, and the results of tools as turns of tools."""
     if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str) or turn.get(CALLS[0]):
         return [turn]
@@ -260,21 +302,30 @@ def _out_of_text(turn: Any) -> list[Any]:
         said, calls = found
         made = [{"type": "function", "function": call} for call in calls]
         return [{**turn, "content": said, CALLS[0]: made}]
+    if turn.get("role") == "assistant" and "<tool_call>" in text:
+        notes["answers with calls in their text that are broken, or not its end: they stay text"] += 1
     if turn.get("role") in ("user", "tool") and (results := results_of(text)) is not None:
         return [{**turn, "role": "tool", "content": result} for result in results]
     return [turn]
 
 
-def _own_thoughts(turns: list[Any], names: Collection[str]) -> list[Any]:
-    """Return turns whose thoughts stand under a key, for a template that reads such a key and not the content's."""
-    if not names or not {*THOUGHTS} & {*names} or "</think>" in names:
+def _own_thoughts(turns: list[Any], names: Collection[str], notes: Counter[str]) -> list[Any]:
+    """Return turns whose thoughts stand under a key, for a template that reads such a key: once where they stand in
+    the content too, and those of the content alone where it does not look for them there."""
+    if not {*THOUGHTS} & {*names}:
         return turns
     made = []
     for turn in turns:
         answers = isinstance(turn, Mapping) and turn.get("role") == "assistant"
-        if answers and isinstance(turn.get("content"), str) and not any(turn.get(key) for key in THOUGHTS):
+        if answers and isinstance(turn.get("content"), str):
             thoughts, rest = thoughts_of(turn["content"])
-            turn = {**turn, "content": rest, THOUGHTS[0]: thoughts} if thoughts else turn
+            known = next((turn[key] for key in THOUGHTS if turn.get(key)), None)
+            if thoughts and known is None and "</think>" not in names:
+                turn = {**turn, "content": rest, THOUGHTS[0]: thoughts}
+            elif thoughts and isinstance(known, str) and known.strip() == thoughts:
+                turn = {**turn, "content": rest}
+            elif thoughts and known is not None:
+                notes["answers with thoughts in their text and others beside it"] += 1
         made.append(turn)
     return made
 
@@ -295,7 +346,7 @@ def _joined(turns: Sequence[Any]) -> list[Any]:
             and before.open
             and _fits(before, turn)
         ):
-            _add(before, turn)
+            _add(before, turn, len(made) - 1)
             turn = before
         else:
             made.append(turn)
@@ -303,8 +354,10 @@ def _joined(turns: Sequence[Any]) -> list[Any]:
     return [dict(turn) if isinstance(turn, _OpenTurn) else turn for turn in made]
 
 
-def _add(before: Turn, turn: Turn) -> None:
-    """Add the next part of an answer to what was there of it."""
+def _add(before: Turn, turn: Turn, number: int) -> None:
+    """Add the next part of an answer to what was there of it. Raises MessagesError where one is learnt, one not."""
+    if is_learnt(before, number) != is_learnt(turn, number):
+        raise MessagesError("an answer stands in several turns, of which one is to be learnt and another not")
     for key, value in turn.items():
         old = before.get(key)
         if key in (*THOUGHTS, "content") and isinstance(old, str) and isinstance(value, str):
@@ -333,50 +386,19 @@ def _one_system(turns: list[Any], notes: Counter[str]) -> list[Any]:
         count < len(turns)
         and isinstance(turns[count], Mapping)
         and turns[count].get("role") == "system"
-        and isinstance(turns[count].get("content"), str)
+        and isinstance(_joined_text(turns[count].get("content")), str)
     ):
         count += 1
     if count < 2:
         return turns
     notes["conversations whose first system turns are joined to one"] += 1
     return [
-        {**turns[0], "content": "\n\n".join(filter(None, (turn["content"] for turn in turns[:count])))},
+        {
+            **turns[0],
+            "content": "\n\n".join(filter(None, (_joined_text(turn["content"]) for turn in turns[:count]))),
+        },
         *turns[count:],
     ]
-
-
-def _with_ids(turns: list[Any]) -> list[Any]:
-    """Return turns in which calls and results name each other, where some of them lack their ids: in their order."""
-    results = [turn for turn in turns if isinstance(turn, Mapping) and turn.get("role") == "tool"]
-    if not results or all(isinstance(turn.get("tool_call_id"), str) for turn in results):
-        return turns
-    made: list[Any] = []
-    waiting: list[str] = []
-    count = 0
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            made.append(turn)
-            continue
-        calls = turn.get(CALLS[0])
-        if turn.get("role") == "assistant" and isinstance(calls, (list, tuple)):
-            named = []
-            for call in calls:
-                if isinstance(call, Mapping) and not isinstance(call.get("id"), str):
-                    # Nine letters and digits: what the strictest templates take.
-                    call = {**call, "id": f"call{count:05}"}
-                count += 1
-                if isinstance(call, Mapping):
-                    waiting.append(call["id"])
-                named.append(call)
-            turn = {**turn, CALLS[0]: named}
-        elif turn.get("role") == "tool":
-            own = turn.get("tool_call_id")
-            if isinstance(own, str):
-                waiting = [each for each in waiting if each != own]
-            elif waiting:
-                turn = {**turn, "tool_call_id": waiting.pop(0)}
-        made.append(turn)
-    return made
 
 
 def _tools(tools: Any) -> Any:
@@ -407,6 +429,14 @@ def _id_of(turn: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("call_id", "id") if calls else ("tool_call_id", "tool_use_id", "call_id")
     found = next((turn[key] for key in keys if isinstance(turn.get(key), str)), None)
     return {} if found is None else {"id" if calls else "tool_call_id": found}
+
+
+def _joined_text(content: Any) -> Any:
+    """Return a content whose parts are texts as one text; any other stays as it is."""
+    if not isinstance(content, (list, tuple)) or not all(map(_is_part, content)):
+        return content
+    texts = [part.get("text", part.get("refusal")) for part in content]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else content
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from longspan.data.chat.encoder import Encoded
-from longspan.data.chat.messages import Message, MessagesError
+from longspan.data.chat.messages import Message
 
 LEFT_OUT = "turns whose thoughts the chat template leaves out"
 """The note of `written` that says what branches are for."""
@@ -29,6 +29,8 @@ class _Sample(NamedTuple):
     text: str
     learn: list[int]
     """Answers that are learnt in it."""
+    apart: bool
+    """The template writes something else before the last of them once it is there."""
 
 
 class TurnEncoder(Protocol):
@@ -37,11 +39,19 @@ class TurnEncoder(Protocol):
     def text(self, turns: list[Message], values: Mapping[str, Any], *, asked: bool = False) -> str:
         """Return the text of turns."""
 
+    def apart(self, turns: list[Message], values: Mapping[str, Any]) -> str:
+        """Return the text of turns whose last stands behind what the template writes when the model is asked for it."""
+
     def ends_with_special(self, text: str) -> bool:
         """Return whether a text ends with a special token."""
 
     def encode_turns(
-        self, turns: list[Message], values: Mapping[str, Any], *, learn: Collection[int] | None = None
+        self,
+        turns: list[Message],
+        values: Mapping[str, Any],
+        *,
+        learn: Collection[int] | None = None,
+        apart: bool = False,
     ) -> Encoded:
         """Return ids and mask of turns."""
 
@@ -61,22 +71,23 @@ def true_samples(
     for number in reversed(answers):
         text = chat.text(turns[: number + 1], values)
         asked = chat.text(turns[:number], values, asked=True) if number else ""
-        if not text.startswith(asked):
-            raise MessagesError(
-                f"the chat template does not begin turn {number} (assistant) as when the model is asked for it",
-                found=repr(asked[-60:]),
-            )
+        # A template that leaves thoughts out before the last answer does so where the model has them before it.
+        apart = not text.startswith(asked)
+        if apart:
+            text = chat.apart(turns[: number + 1], values)
         # Whitespace behind the end of an answer may grow together with what follows.
         ended = text.rstrip()
         within = (each for each in samples if each.text.startswith(ended))
         sample = next(within, None) if chat.ends_with_special(ended) else None
         if sample is None:
-            samples.append(_Sample(number + 1, text, [number]))
+            samples.append(_Sample(number + 1, text, [number], apart))
         else:
             sample.learn.append(number)
     if not samples:
         return [chat.encode_turns(turns, values)]
-    encoded = [chat.encode_turns(turns[: each.turns], values, learn=each.learn) for each in samples]
+    encoded = [
+        chat.encode_turns(turns[: each.turns], values, learn=each.learn, apart=each.apart) for each in samples
+    ]
     # The longest has all turns: the others say the same of them again.
     notes = Counter({name: count for name, count in encoded[0].notes.items() if name != LEFT_OUT})
     return [encoded[0]._replace(notes=notes), *(each._replace(notes=Counter()) for each in encoded[1:])]

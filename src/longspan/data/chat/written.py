@@ -16,13 +16,14 @@ OTHER = "choose a template that writes it with --chat-template, or take it out o
 
 
 def check_written(
-    given: Given, reading: MarkedText, template: Template, *, special: re.Pattern[str]
+    given: Given, reading: MarkedText, template: Template, *, special: re.Pattern[str], first: int = 0
 ) -> Counter[str]:
     """Return notes of what the template leaves out of a conversation by its nature, with a number of turns: thoughts
     of earlier turns, keys that it does not know.
 
     Args:
         special: matches special tokens that would be read as such.
+        first: the turn to begin with.
 
     Raises:
         MessagesError: a turn, a tool call, the tools or documents, or thoughts are not in the text, or by half.
@@ -33,13 +34,14 @@ def check_written(
     counts: dict[tuple[int, str], list[int]] = defaultdict(list)
     for leaf, count in zip(reading.leaves, reading.counts()):
         counts[leaf.turn, leaf.field].append(count)
-    for number, turn in enumerate(given.messages):
+    for number, turn in list(enumerate(given.messages))[first:]:
         where = f"turn {number} ({turn['role']})"
         _check_content(turn, counts.get((number, "content")), where, given.text, notes, blocks)
         _check_thoughts(turn, counts.get((number, THOUGHT)), where, given.text, template, notes, blocks)
         _check_calls(turn, counts.get((number, CALLS[0])), where, given.text)
         for key in turn:
-            if key not in template.names and key not in (*NO_SPEECH, *THOUGHTS, *CALLS):
+            known = key in template.names or key in (*NO_SPEECH, *THOUGHTS, *CALLS)
+            if not known and turn[key] not in ("", [], {}):
                 notes[f"turns with a `{key}`, which the chat template does not read"] += 1
     _check_same(reading, special, blocks)
     for name in LISTS:

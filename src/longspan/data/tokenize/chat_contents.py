@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -103,7 +104,9 @@ def chat_contents(
         try:
             found.add(document.messages, document.variables or {}, str(document.place))
         except MessagesError as error:
-            found.fault(str(error).split("\n")[0], str(document.place))
+            # One reason, whichever turn it is.
+            reason = re.sub(r"^turn \d+\b", "a turn", str(error).split("\n")[0])
+            found.fault(reason, str(document.place))
     for example in report.examples:
         found.examples.setdefault(example.reason, str(example.place))
     unreadable = {
@@ -192,26 +195,33 @@ class _Counting:
             size += self._part("thoughts", thoughts)
         calls = _calls(turn)
         self.counts["answers with several calls"] += len(calls) > 1
+        self.counts["answers that say nothing"] += role == "assistant" and not (text or thoughts or calls)
         for call in calls:
             size += self._part("calls", "".join(strings_of(call.get("function", call))))
         return size
 
     def _pairs(self, turns: Sequence[Message]) -> None:
         """Count calls that nothing answers, and results that nobody called for."""
-        waiting = 0
+        waiting: list[Any] = []
         for turn in turns:
             if turn["role"] == "assistant":
-                self.counts["calls without a result"] += waiting
-                waiting = len(_calls(turn))
+                self.counts["calls without a result"] += len(waiting)
+                waiting = [call.get("id") for call in _calls(turn)]
             elif turn["role"] == "tool":
-                self.counts["results without a call"] += waiting == 0
-                waiting = max(waiting - 1, 0)
+                own = turn.get("tool_call_id")
+                # Where one of them has no id their order says which belong together.
+                place = waiting.index(own) if own in waiting else 0
+                named = own is not None and own not in waiting and None not in waiting
+                if waiting and not named:
+                    waiting.pop(place)
+                else:
+                    self.counts["results without a call"] += 1
         if turns and turns[-1]["role"] != "assistant":
             self.counts["conversations that end without an answer"] += 1
         else:
             # The last call may be what is to be learnt.
-            waiting = 0
-        self.counts["calls without a result"] += waiting
+            waiting = []
+        self.counts["calls without a result"] += len(waiting)
 
     def _part(self, name: str, text: str) -> int:
         size = self._size(text)
@@ -276,7 +286,7 @@ def _shown(place: str, encoded: Encoded, tokenizer: Tokenizer) -> ShownConversat
     pieces: list[tuple[str, str]] = []
     for start, end in pairwise(sorted(borders)):
         if len(pieces) >= _MOST_PIECES:
-            pieces.append((f"{len(ids) - start:,} more tokens", "note"))
+            pieces.append((f"{len(ids) - start:,} more tokens left out", "note"))
             break
         if start in branches:
             pieces.append((f"branches off at token {branches[start]:,}", "note"))
@@ -289,7 +299,7 @@ def _piece(ids: NDArray[np.uint32], learnt: bool, tokenizer: Tokenizer) -> Itera
     body = ids[: len(ids) - learnt]
     if len(body) > _HEAD_TOKENS + _TAIL_TOKENS:
         yield tokenizer.decode(body[:_HEAD_TOKENS]), kind
-        yield f"{len(body) - _HEAD_TOKENS - _TAIL_TOKENS:,} tokens", "note"
+        yield f"{len(body) - _HEAD_TOKENS - _TAIL_TOKENS:,} tokens left out", "note"
         body = body[-_TAIL_TOKENS:]
     if len(body):
         yield tokenizer.decode(body), kind

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from longspan.core.errors import ArgumentError
 
-__all__ = ["NO_LIMIT", "Bands", "Geometry", "cut_documents", "oldest_seen"]
+__all__ = ["NO_LIMIT", "Bands", "Geometry", "Places", "cut_documents", "matches", "oldest_seen"]
 
 NO_LIMIT = 1 << 62
 """Value of `hi` (and, negated, of `lo`) that bounds nothing."""
@@ -38,6 +38,19 @@ class Geometry(NamedTuple):
     k_len: int
     lo: int
     hi: int
+
+
+class Places(NamedTuple):
+    """Some tokens of a row by their places in it: runs laid end to end, each start, start + stride, ..."""
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    stride: int = 1
+
+    @classmethod
+    def between(cls, start: int, stop: int) -> Places:
+        """Return the places from `start` to `stop`."""
+        return cls(np.array([start]), np.array([stop - start]))
 
 
 class Bands:
@@ -133,6 +146,23 @@ class Bands:
                 found=f"the bands need {need_q} and {need_k} rows, there are {num_queries} and {num_keys}",
             )
 
+    def select(self, queries: Places, keys: Places) -> Bands:
+        """Return who sees whom among some queries and some keys, which are numbered anew as they are named.
+
+        Raises:
+            ArgumentError: queries and keys of different strides.
+        """
+        stride = queries.stride
+        if keys.stride != stride:
+            raise ArgumentError("queries and keys of different strides", found=f"{stride} and {keys.stride}")
+        q, k = _pieces(self.q_start, self.q_len, queries), _pieces(self.k_start, self.k_len, keys)
+        q_index, k_index = matches(q.band, k.band)
+        band = q.band[q_index]
+        # Query a + stride * i of the band sees key b + stride * j iff lo <= a - b + stride * (i - j) <= hi.
+        ahead = q.inside[q_index] - k.inside[k_index]
+        lo, hi = -((ahead - self.lo[band]) // stride), (self.hi[band] - ahead) // stride
+        return Bands(q.row[q_index], q.length[q_index], k.row[k_index], k.length[k_index], lo=lo, hi=hi)
+
     def num_pairs(self) -> int:
         """Return the number of visible (query, key) pairs; each costs 4 * head_dim FLOPs a head."""
         at_least_lo = _pairs_from(self.q_len, self.k_len, np.maximum(self.lo, -self.k_len))
@@ -166,10 +196,42 @@ def cut_documents(cu_seqlens: NDArray[np.int64], tokens: int | None) -> NDArray[
     return np.concatenate([starts, cu_seqlens[-1:]]).astype(np.int64)
 
 
+def matches(left: NDArray[np.int64], right: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return all pairs of indices at which `left` and `right` are equal; `right` ascends."""
+    first = np.searchsorted(right, left, side="left")
+    counts = np.searchsorted(right, left, side="right") - first
+    left_index = np.repeat(np.arange(len(left)), counts)
+    return left_index, first[left_index] + np.arange(counts.sum()) - np.repeat(
+        np.cumsum(counts) - counts, counts
+    )
+
+
 def oldest_seen(position: int, window: int | None, attention_chunk: int | None) -> int:
     """Return the first position that a token sees."""
     oldest = 0 if window is None else max(0, position - window + 1)
     return oldest if attention_chunk is None else max(oldest, position // attention_chunk * attention_chunk)
+
+
+class _Pieces(NamedTuple):
+    """Segments of bands cut to runs of places, band by band: int64 columns [pieces]."""
+
+    band: NDArray[np.int64]
+    row: NDArray[np.int64]
+    """First row in the numbering of the places."""
+    inside: NDArray[np.int64]
+    """Its place, counted from the start of the band's segment."""
+    length: NDArray[np.int64]
+
+
+def _pieces(start: NDArray[np.int64], length: NDArray[np.int64], places: Places) -> _Pieces:
+    # Rows of each run before the segment begins and before it ends, [bands, runs]; rounded up to whole strides.
+    ahead = start[:, None] - places.starts
+    low = np.maximum(-(-ahead // places.stride), 0)
+    high = np.minimum(-(-(ahead + length[:, None]) // places.stride), places.lengths)
+    band, run = np.nonzero(high > low)
+    low, high, ahead = low[band, run], high[band, run], ahead[band, run]
+    before = np.cumsum(places.lengths) - places.lengths
+    return _Pieces(band, before[run] + low, low * places.stride - ahead, high - low)
 
 
 def _limit_column(
