@@ -203,6 +203,7 @@ def write_rope(path: Path, *, slowed: bool = False) -> None:
         ({"dtype": "float16"}, None, "takes no --tp"),
         ({}, {"rope_type": "dynamic", "factor": 2.0}, "told no such RoPE"),
         ({}, {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0}, "attention_factor: 1.0"),
+        ({}, {"rope_type": "yarn", "attention_factor": 1.0}, "yarn without factor"),
         ({}, {"rope_type": "linear", "factor": 4.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"model": "slowed.gguf"}, {"rope_type": "linear", "factor": 4.0}, "RoPE as a tensor"),
     ],
@@ -221,7 +222,10 @@ def test_a_served_gguf_file_is_what_it_says(program: Any, tokenizer: Tokenizer, 
     """Records named no RoPE and no trained length, and of a llama.cpp built in parts the name of a part as version."""
     program("llama-server", mode="parts")
     write_rope(tmp_path / "m.gguf")
-    with served(AnswererConfig(model=str(tmp_path / "m.gguf"), serve="llama.cpp"), tokenizer) as answerer:
+    config = AnswererConfig(model=str(tmp_path / "m.gguf"), serve="llama.cpp")
+    with served(config, tokenizer, {"rope_type": "default"}) as answerer:
+        assert answerer.identity["rope"] == {"rope_type": "default", "rope_theta": 5e5}
+    with served(config, tokenizer) as answerer:
         said = answerer.identity
     assert said["rope"] == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
     assert (said["trained_length"], said["version"]) == (4096, "version: 11434 (fake)")

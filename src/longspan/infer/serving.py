@@ -105,6 +105,10 @@ def _refuse_for_llama_cpp(file: str, rope: Mapping[str, Any]) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "linear", "yarn"):
         raise ConfigError("llama.cpp is told no such RoPE", found=kind, allowed="default, linear, yarn")
+    if kind != "default" and rope.get("factor") is None:
+        raise ConfigError(
+            "llama.cpp has to be told how much this RoPE is scaled", found=f"{kind} without factor"
+        )
     known = {"rope_type", *_LLAMA_CPP_ROPE, *(_YARN_JUDGED if kind == "yarn" else ())}
     unsaid = [key for key, value in rope.items() if key not in known and value is not None]
     if kind == "yarn":
@@ -275,6 +279,8 @@ def _identity(
     used: Mapping[str, Any]
     if path.suffix == ".gguf":
         own, length = _gguf_rope(config.model)
+        if rope is not None and "rope_type" in rope:
+            own = {"rope_theta": own.get("rope_theta")}  # the file's scaling goes
         used = {**own, **(rope or {})}
     else:
         said = path / "config.json"
