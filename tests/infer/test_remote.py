@@ -283,6 +283,34 @@ def test_echoed_log_probabilities_are_read_where_they_stand(
         answerer.close()
 
 
+@pytest.mark.parametrize(
+    ("text", "written", "wanted"),
+    [
+        ("The capital is Paris .", 3, "Paris ."),  # llama.cpp's, with the token that ends it
+        ("The capital is The capital is Paris .", 5, "The capital is Paris ."),
+        ("The capital is Paris .", 6, "The capital is Paris ."),  # a model that begins as it was begun
+        ("Paris .", 3, "Paris ."),
+    ],
+)
+def test_a_beginning_that_a_server_repeats_is_no_part_of_the_answer(
+    text: str, written: int, wanted: str
+) -> None:
+    """llama.cpp sends the beginning of the answer along, but not when it streams: an exact match was then never one."""
+
+    class Words:
+        def encode(self, text: str) -> list[str]:
+            return text.split()
+
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "The capital is "}]
+    request = Request("", messages=messages, max_new_tokens=8)
+    with serving([chat(text, usage=(9, written))]) as server:
+        answerer = answerer_of(server)
+        answerer._tokenizer = Words()
+        ((_, answer),) = answerer.generate([request])
+        answerer.close()
+    assert answer.text == wanted
+
+
 CHAT = {"messages": [{"role": "user", "content": "q"}]}
 
 

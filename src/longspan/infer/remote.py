@@ -187,6 +187,7 @@ class RemoteAnswerer:
             return self._failed(result)
         self._compare_counts(request, result)
         answer, thoughts = self._spoken(request, result)
+        answer = self._continued(request, answer, result)
         text = before_stop(answer, request.stop)
         return Answer(
             text,
@@ -197,6 +198,19 @@ class RemoteAnswerer:
             seconds=result.seconds,
             thoughts=thoughts,
         )
+
+    def _continued(self, request: Request, text: str, result: ChatResult) -> str:
+        """Return an answer without the beginning that it was given: llama.cpp repeats that, the others do not.
+
+        Which it is, the tokens that the server has counted tell: a model may begin as it was begun.
+        """
+        last = request.messages[-1] if request.messages and self.client.endpoint.kind == "chat" else {}
+        begun = str(last.get("content") or "") if last.get("role") == "assistant" else ""
+        if not begun or not text.startswith(begun) or self._tokenizer is None or result.usage.estimated:
+            return text
+        rest, written = text[len(begun) :], result.usage.completion_tokens
+        whole, alone = (len(self._tokenizer.encode(part)) for part in (text, rest))
+        return rest if abs(alone - written) < abs(whole - written) else text
 
     def _compare_counts(self, request: Request, result: ChatResult) -> None:
         """Warn once that the server counts other tokens than we do: lengths are then not what they are stated to be."""
