@@ -181,8 +181,8 @@ def test_cache_is_given_up_behind_the_answers(monkeypatch: pytest.MonkeyPatch) -
     original = jobs_run.KvBlock
 
     class Watched(original):  # type: ignore[valid-type, misc]
-        def __init__(self, rows: int, kernel: object) -> None:
-            super().__init__(rows, kernel)
+        def __init__(self, rows: int, *rest: object) -> None:
+            super().__init__(rows, *rest)
             blocks.append(rows)
 
     monkeypatch.setattr(jobs_run, "KvBlock", Watched)
