@@ -64,19 +64,24 @@ def _punkt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
+    return write_released(tmp_path)
+
+
+def write_released(folder: Path) -> Path:
+    """Write HELMET's data and prompts into a folder; return that of the data."""
     for name, row in (("asqa", ASQA), ("qampari", QAMPARI)):
-        for folder, file, content in (
+        for place, file, content in (
             ("data/alce", f"{name}_eval_gtr_top2000.json", [row]),
             ("prompts", f"{name}_revised.json", PROMPT),
         ):
-            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-            (tmp_path / folder / file).write_text(json.dumps(content))
-    return tmp_path / "data"
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / place / file).write_text(json.dumps(content))
+    return folder / "data"
 
 
 def asked(root: Path, tokenizer: Tokenizer, out: Path, replies: dict[str, str]) -> dict[str, Any]:
     task = ReleasedTask(
-        helmet.open_sets(root, "cite", length=8192, tokenizer=tokenizer), PromptForm(tokenizer)
+        helmet.open_sets(root, "cite", list(replies), length=8192, tokenizer=tokenizer), PromptForm(tokenizer)
     )
     knows = {task.build(each).request.prompt: replies[str(each.key[1])] for each in task.plan()}
     answerer = Knowing(tokenizer, knows=knows.__getitem__)
@@ -227,15 +232,14 @@ def test_judges_that_are_asked_over_http(root: Path, tokenizer: Tokenizer, tmp_p
         cite_file(records, busy, tmp_path / "c.jsonl", name="busy", data_root=root)
 
 
-@pytest.mark.parametrize("says", ["1", "0"])
-def test_a_judge_that_is_run_here(tmp_path: Path, says: str) -> None:
-    """What a text-to-text model answers is its verdict; another kind of model is refused by a message."""
+def write_judge(folder: Path, says: str) -> None:
+    """Write a text-to-text model that says one word, whatever it is asked."""
     words = [*["<pad>", "</s>", "<unk>", "0", "1", "premise:", "hypothesis:", "ada", "wrote"]]
     plain = Words(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     plain.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(tmp_path)
+    ).save_pretrained(folder)
     ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=len(words), d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, **ids)
@@ -244,7 +248,13 @@ def test_a_judge_that_is_run_here(tmp_path: Path, says: str) -> None:
     model.generation_config.forced_bos_token_id = words.index(says)
     model.generation_config.suppress_tokens = [n for n in range(2, len(words)) if words[n] != says]
     model.generation_config.no_repeat_ngram_size = 1
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("says", ["1", "0"])
+def test_a_judge_that_is_run_here(tmp_path: Path, says: str) -> None:
+    """What a text-to-text model answers is its verdict; another kind of model is refused by a message."""
+    write_judge(tmp_path, says)
     assert EntailmentModel(str(tmp_path)).judge([("ada wrote", "ada"), ("", "")]) == [says == "1"] * 2
     with pytest.raises(ConfigError, match="is not read as a model that judges"):
         EntailmentModel(str(tmp_path / "none"))
