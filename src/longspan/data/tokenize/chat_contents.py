@@ -108,7 +108,7 @@ def chat_contents(
             reason = re.sub(r"^turn \d+\b", "a turn", str(error).split("\n")[0])
             found.fault(reason, str(document.place))
     for example in report.examples:
-        found.examples.setdefault(example.reason, str(example.place))
+        found.examples.setdefault(example.kind.replace("_", " "), str(example.place))
     unreadable = {
         name: count
         for name, count in report.to_dict().items()
