@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from longspan.report import figures
 from longspan.report.html import render
 from longspan.report.load import load_runs
 from tests.report.stress_run import build_stress
@@ -35,6 +36,12 @@ def evaluated_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stress_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of 20 tasks, 5 models of long names and 12 lengths; tests must not write into it."""
     return build_stress(tmp_path_factory.mktemp("runs") / "stress")
+
+
+@pytest.fixture
+def png_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write each figure once: that all kinds of files are written is a fact of its own test."""
+    monkeypatch.setattr(figures, "_KINDS", ("png",))
 
 
 @pytest.fixture

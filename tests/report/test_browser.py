@@ -176,18 +176,18 @@ def test_no_label_is_clipped_and_no_names_overlap(
         page.context.close()
 
 
-def test_pictures_and_paper(evaluations: Path, browser: Any, tmp_path: Path) -> None:
+def test_pictures_and_paper(report: Path, browser: Any, tmp_path: Path) -> None:
     """Guards against an empty picture, one theme for both, and a print that drops what is folded away."""
     pictures = {}
     for scheme in ("light", "dark"):
-        page, problems = opened(browser, evaluations, scheme=scheme)
+        page, problems = opened(browser, report, scheme=scheme)
         pictures[scheme] = page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
         width, height = struct.unpack(">II", pictures[scheme][16:24])
         assert width == 1280 and height > 5000 and len(pictures[scheme]) > 100_000
         assert problems == []
         page.context.close()
     assert pictures["light"] != pictures["dark"]
-    page, _ = opened(browser, evaluations)
+    page, _ = opened(browser, report)
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator(".contents").is_hidden() and page.locator(".hint").first.is_hidden()

@@ -23,6 +23,8 @@ from tests.report.synthetic_run import header, needle_lines, sample_line, write_
 
 LABELS = ("before", "after")
 
+pytestmark = pytest.mark.usefixtures("png_alone")
+
 
 def described(task: str, axes: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     """Return the header fields that say what a task is."""

@@ -15,6 +15,8 @@ from longspan.report.load import load_runs
 from longspan.report.summary import summarise
 from tests.report.synthetic_run import header, sample_line, write_records
 
+pytestmark = pytest.mark.usefixtures("png_alone")
+
 
 def make_run(
     path: Path, seed: int, right: dict[str, int], *, settings: str = "steps: 3", config: bool = True

@@ -77,6 +77,7 @@ def test_the_page_is_self_contained_small_and_reproducible(report: Any, finished
     assert render(load_runs([finished_run]), title="A small <job>") == page
 
 
+@pytest.mark.usefixtures("png_alone")
 def test_markup_in_records_stays_text(tmp_path: Path) -> None:
     """Guards against a needle, label, source, note or recipe that runs as script."""
     run = tmp_path / ATTACK.replace("/", "_")
@@ -187,6 +188,7 @@ def section_of(page: str, name: str) -> str:
     return re.sub(r"<[^>]+>", " ", found.group(1)) if found else ""
 
 
+@pytest.mark.usefixtures("png_alone")
 def test_evaluations_alone_have_a_section_each(evaluated_run: Path, tmp_path: Path) -> None:
     """Guards against tasks that are dropped, an unknown one above all, and numbers that are not those of records."""
     result = write_report([evaluated_run], tmp_path / "report.html")
