@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from gguf_asked import ask, served
@@ -128,7 +129,7 @@ def _measured(
     converter: list[str],
     tokens: list[int],
 ) -> list[str]:
-    config = _config(family, {"vocab_size": len(AutoTokenizer.from_pretrained(words)), **changed})
+    config = _config(family, {"vocab_size": _vocab_size(family, words), **changed})
     made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _sharpen(made)
     made.save_pretrained(out / "made")
@@ -160,6 +161,12 @@ def _config(family: str, changed: dict[str, Any]) -> PretrainedConfig:
     if kinds := getattr(default, "layer_types", None):
         fields["layer_types"] = list(kinds)[: fields["num_hidden_layers"]]
     return AutoConfig.for_model(family, **fields)
+
+
+def _vocab_size(family: str, words: Path) -> int:
+    if family in SENTENCEPIECE:
+        return int(SentencePieceProcessor(model_file=str(words / "tokenizer.model")).vocab_size())
+    return len(AutoTokenizer.from_pretrained(words))
 
 
 def _sharpen(model: torch.nn.Module) -> None:
