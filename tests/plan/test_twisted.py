@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING
 
@@ -72,6 +72,7 @@ FIGURES = st.dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(FIGURES)
+@example({"like": []})
 def test_figures_of_ones_own_are_a_gpu_or_refused(figures: dict[str, Any]) -> None:
     """Half a GPU, one with a speed that is no number, or one of a kind whose kernels nobody knows."""
     text = (

@@ -57,6 +57,7 @@ def opened(
 ) -> tuple[Any, list[str]]:
     """Open a page; the list fills with whatever goes wrong: errors, and requests that leave."""
     page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+    page.set_default_timeout(120_000)  # ms: a busy machine
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

@@ -104,7 +104,7 @@ def plan(
     else:
         _refuse("it is of --mode infer", kv_dtype=kv_dtype)
     if probe or (gpus or "").strip().lower() == "cpu":
-        _refuse("this machine's attention is measured as it is", kernel=kernel)
+        _refuse("--probe and --gpus cpu measure this machine's attention as it is", kernel=kernel)
     _check(lora=lora, qlora=qlora, price=price, budget=budget)
     probed: Probe | None = None
     if probe:

@@ -203,28 +203,29 @@ def _own_gpu(text: str, whole: str) -> Gpu:
         raise ArgumentError("these figures of a GPU are not YAML", found=whole) from error
     fields = {str(name): value for name, value in fields.items()} if isinstance(fields, Mapping) else {}
     like = fields.pop("like", None)
+    known = None if like is None else _plain(str(like).lower())
     unknown = sorted(fields.keys() - {*_FIELDS})
     missing = [
         name
         for name in ("flops", "memory", "bandwidth", "nvlink", "host_link", "host_memory")
         if name not in fields
     ]
-    if unknown or (like is None and missing) or (like is not None and like not in GPUS):
+    if unknown or (like is None and missing) or (known is not None and known not in GPUS):
         raise ArgumentError(
             "these figures describe no GPU",
             found=f"unknown {', '.join(unknown)}"
             if unknown
             else f"like: {like}"
-            if like
+            if like is not None
             else f"no {', '.join(missing)}",
             allowed=f"{', '.join(_FIELDS)}; like: one of {', '.join(GPUS)}",
         )
     base = (
-        GPUS[like]._asdict()
-        if like is not None
+        GPUS[known]._asdict()
+        if known is not None
         else {"network": fields.get("nvlink"), "per_node": 8, "family": "ampere"}
     )
-    return Gpu(**{**base, **_numbers(fields), "name": f"own ({like})" if like else "own"})
+    return Gpu(**{**base, **_numbers(fields), "name": f"own ({known})" if known else "own"})
 
 
 def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
