@@ -44,10 +44,9 @@ _BOOK_CHARACTERS = 60_000
 QUESTION_SET = "offline_sentences"
 """With bare numbers the model got worse where it writes the whole answer: benchmarks/real.md."""
 FIRST_TURNS = ("conversation_v1", "conversation_bare_v1", "conversation_below_v1")
-"""Trained on the first alone, the model went on writing the text where no such words stood around it. That three are
-enough is not shown: benchmarks/real.md."""
+"""Of questions asked one after another. Not the wording but the place of the first one decides: benchmarks/real.md."""
 _APART = FIRST_TURNS[:2]
-"""Those with the question at their end."""
+"""Of questions asked apart: those with the question at their end."""
 _SHORTEST_SHARE = 0.75
 """Texts of questions are at least this much of a conversation; the job takes what the questions leave room for."""
 _MOST_PIECES = 8
