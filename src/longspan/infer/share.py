@@ -40,11 +40,6 @@ class Share:
         """Return the operations of reading tokens behind `start` others, all of it spread over the ranks."""
         return self._flops.reading(start, tokens) / self._ranks
 
-    def by_all(self, start: int, tokens: int) -> float:
-        """Return the operations of reading tokens of which every rank computes each, with its share of the keys."""
-        linear = self._flops.per_token * tokens
-        return linear + (self._flops.reading(start, tokens) - linear) / self._ranks
-
     def steps(self, count: int) -> float:
         """Return the operations of that number of decoding steps."""
         return max(count, 0) * STEP_TOKENS * self._flops.per_token
