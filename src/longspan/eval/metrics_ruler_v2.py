@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rapidfuzz.distance import Levenshtein
+
 from longspan.eval.metrics_needlebench import boxed
 
 SUBTASKS = tuple(
@@ -42,17 +44,7 @@ def _held(expected: str, output: str) -> float:
     if wanted in given:
         return 1.0
     words = wanted.split()
-    return max(0.0, 1 - _edits(given.split(), words) / len(words)) if words else 0.0
-
-
-def _edits(left: Sequence[str], right: Sequence[str]) -> int:
-    """Return how many words have to be changed, added or left out."""
-    row = list(range(len(right) + 1))
-    for number, word in enumerate(left, 1):
-        above, row = row, [number]
-        for place, other in enumerate(right):
-            row.append(min(above[place] + (word != other), above[place + 1] + 1, row[place] + 1))
-    return row[-1]
+    return max(0.0, 1 - Levenshtein.distance(given.split(), words) / len(words)) if words else 0.0
 
 
 def _letter(output: str) -> str | None:
