@@ -139,24 +139,9 @@ def rouge_l_sum(expected: str, output: str, *, stemmed: bool = False) -> float:
     left, right = (Counter(word for line in each for word in line) for each in lines)
     common: Counter[str] = Counter()
     for line in lines[0]:
-        places = set().union(*(_common_places(line, other) for other in lines[1]))
+        places = set().union(*(common_places(line, other) for other in lines[1]))
         common.update(line[place] for place in places)
     return f_measure((common & right).total(), left.total(), right.total())
-
-
-def _common_places(line: Sequence[Hashable], other: Sequence[Hashable]) -> set[int]:
-    """Return where in `line` the words of its longest common subsequence with `other` stand, the last of several."""
-    table = common_lengths(line, other)
-    row, column, places = len(line), len(other), set()
-    while row and column:
-        if line[row - 1] == other[column - 1]:
-            row, column = row - 1, column - 1
-            places.add(row)
-        elif table[row][column - 1] > table[row - 1][column]:
-            column -= 1
-        else:
-            row -= 1
-    return places
 
 
 @lru_cache(maxsize=1)
@@ -191,6 +176,21 @@ def common_lengths(left: Sequence[Hashable], right: Sequence[Hashable]) -> list[
             row.append(last)
         table.append(row)
     return table
+
+
+def common_places(line: Sequence[Hashable], other: Sequence[Hashable]) -> set[int]:
+    """Return where in `line` the words of its longest common subsequence with `other` stand, the last of several."""
+    table = common_lengths(line, other)
+    row, column, places = len(line), len(other), set()
+    while row and column:
+        if line[row - 1] == other[column - 1]:
+            row, column = row - 1, column - 1
+            places.add(row)
+        elif table[row][column - 1] > table[row - 1][column]:
+            column -= 1
+        else:
+            row -= 1
+    return places
 
 
 def f_measure(common: int, expected: int, given: int) -> float:

@@ -24,7 +24,7 @@ from difflib import SequenceMatcher
 from rapidfuzz.distance import Indel
 
 from longspan.core.optional import require
-from longspan.eval.metrics import common_lengths, f_measure
+from longspan.eval.metrics import common_places, f_measure
 
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -70,7 +70,8 @@ def rouge_l_summary(expected: str, output: str) -> float:
     common: set[str] = set()
     for sentence in left:
         for other in right:
-            common |= _common_words(sentence, other)
+            # As the package does: of several subsequences the one that leaves words of `other` out first.
+            common.update(other[place] for place in common_places(other, sentence))
     expected_words = {word for sentence in left for word in sentence}
     given_words = {word for sentence in right for word in sentence}
     return f_measure(len(common), len(expected_words), len(given_words))
@@ -179,22 +180,6 @@ def bag_f1(expected: Sequence[str], given: Sequence[str]) -> float:
 def _sentences(text: str) -> list[list[str]]:
     # As the package splits: white space of any kind first, and a sentence of nothing but spaces is one word "".
     return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
-
-
-def _common_words(left: Sequence[str], right: Sequence[str]) -> set[str]:
-    """Return the words of one longest common subsequence: the one that leaves words of `right` out first."""
-    table = common_lengths(left, right)
-    row, column = len(left), len(right)
-    words = set()
-    while row and column:
-        if left[row - 1] == right[column - 1]:
-            row, column = row - 1, column - 1
-            words.add(left[row])
-        elif table[row - 1][column] > table[row][column - 1]:
-            row -= 1
-        else:
-            column -= 1
-    return words
 
 
 def choice_stated(expected: str, output: str) -> float:
