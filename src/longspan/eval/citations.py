@@ -21,6 +21,7 @@ from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.core.progress import progress
 from longspan.eval.judge import read_template
 from longspan.eval.metrics_alce import SHORTEST, listed, one_line, sentences, splitter, without_citations
+from longspan.eval.metrics_helmet import whole_answer
 from longspan.eval.records import EvalRecords, RecordsWriter, sample_id
 from longspan.eval.released.helmet_cite import passages_file
 from longspan.eval.released.rows import Rows
@@ -246,7 +247,7 @@ def _passages_of(source: EvalRecords, root: Path) -> dict[str, Rows]:
 def _judged(sample: dict[str, Any], rows: Rows, judge: Judge) -> dict[str, Any]:
     if sample.get("unscored") is not None:
         return {**sample, "score": None}
-    output = one_line(f"{sample.get('label_in_prompt') or ''}{sample['output']}")
+    output = one_line(whole_answer(sample["output"], sample))
     if sample["subtask"] == "asqa":
         texts = [text for text in sentences(output) if len(text.strip()) >= SHORTEST]
     else:

@@ -7,11 +7,11 @@ an output first. What an answer has to hold stands in the sample's `alternatives
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from longspan.core.errors import ArgumentError, DataError
+from longspan.core.errors import DataError
 from longspan.eval.metrics import rouge_l_sum
 from longspan.eval.metrics_helmet import normalised
 
@@ -106,16 +106,6 @@ def splitter() -> Callable[[str], list[str]]:
             found="no tokenizers/punkt_tab/english in any of NLTK's folders",
             fix="python -m nltk.downloader punkt_tab, or name a folder that holds it in NLTK_DATA",
         ) from None
-    return found
-
-
-def alternatives_of(fields: Mapping[str, Any]) -> list[list[str]]:
-    """Return `alternatives` of a sample. Raises ArgumentError: it has none."""
-    found: list[list[str]] = fields.get("alternatives") or []
-    if not found:
-        raise ArgumentError(
-            "the score of an answer with citations needs the field 'alternatives', which there is none of"
-        )
     return found
 
 

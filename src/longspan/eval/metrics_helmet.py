@@ -50,14 +50,19 @@ def after_label(output: str, label: str) -> str:
     return re.sub(f"^{re.escape(label)}", "", found.group(1).strip(), flags=re.IGNORECASE).strip()
 
 
+def whole_answer(output: str, fields: Mapping[str, Any]) -> str:
+    """Return an output behind what its prompt ends with, `label_in_prompt` of the fields: as published it is a part."""
+    return f"{fields.get('label_in_prompt') or ''}{output}"
+
+
 def best_of_both(
     metric: Metric, expected: Sequence[str], output: str, fields: Mapping[str, Any], *, parsed_only: bool
 ) -> float:
     """Return the best score over the expected texts, of the output and of what follows its label.
 
-    `fields` may hold `label` ("Answer:" where it does not) and `label_in_prompt`, with which prompts end.
+    `fields` may hold `label` ("Answer:" where it does not).
     """
-    whole = f"{fields.get('label_in_prompt') or ''}{output}"
+    whole = whole_answer(output, fields)
     texts = [after_label(whole, fields.get("label") or "Answer:")]
     if not parsed_only:
         texts.append(whole)

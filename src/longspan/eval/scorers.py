@@ -89,20 +89,19 @@ def _labelled(metric: Callable[[str, str], float], *, parsed_only: bool = False)
     return partial(helmet.best_of_both, metric, parsed_only=parsed_only)
 
 
-def _alce(metric: Callable[[str, Sequence[Sequence[str]]], float]) -> Rule:
+def _of_parts(name: str, metric: Callable[[str, Sequence[Sequence[str]]], float], says: str) -> Scorer:
     def rule(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
-        return metric(f"{fields.get('label_in_prompt') or ''}{output}", alce.alternatives_of(fields))
+        return metric(helmet.whole_answer(output, fields), _field(fields, "alternatives", scorer=name))
 
-    return rule
+    return Scorer(name, 1, rule, says)
 
 
-def _listed(field: str) -> Rule:
-    return _alce(lambda output, alternatives: float(getattr(alce.list_scores(output, alternatives), field)))
+def _of_list(name: str, field: str, says: str) -> Scorer:
+    return _of_parts(name, lambda output, parts: float(getattr(alce.list_scores(output, parts), field)), says)
 
 
 def _alce_rouge(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
-    whole = f"{fields.get('label_in_prompt') or ''}{output}"
-    return max(alce.rouge_l_sum_of(each, whole) for each in expected)
+    return max(alce.rouge_l_sum_of(each, helmet.whole_answer(output, fields)) for each in expected)
 
 
 def _of_classes(name: str, metric: Callable[[str, str, Sequence[str]], float], says: str) -> Scorer:
@@ -213,14 +212,14 @@ _RULES = (
     Scorer("helmet_rouge_l", 1, _labelled(partial(metrics.rouge_l, stemmed=True)), "HELMET: rouge-l F"),
     Scorer("helmet_choice", 1, helmet.choice, "HELMET: the option is chosen, by letter or text"),
     Scorer("helmet_ndcg_10", 1, helmet.ndcg_10, "HELMET: NDCG at 10 of the ranking"),
-    Scorer("helmet_str_em", 1, _alce(alce.parts_found), "HELMET: share of an answer's parts that it holds"),
-    Scorer("helmet_str_hit", 1, _alce(alce.all_parts_found), "HELMET: it holds all of them"),
+    _of_parts("helmet_str_em", alce.parts_found, "HELMET: share of an answer's parts that it holds"),
+    _of_parts("helmet_str_hit", alce.all_parts_found, "HELMET: it holds all of them"),
     Scorer("helmet_rouge_l_sum", 1, _alce_rouge, "HELMET: rouge-l F by sentences"),
-    Scorer("helmet_precision", 1, _listed("precision"), "HELMET: share of the listed names that are right"),
-    Scorer("helmet_recall", 1, _listed("recall"), "HELMET: share of the names that are listed"),
-    Scorer("helmet_recall_top5", 1, _listed("recall_top5"), "HELMET: the same of at most five names"),
-    Scorer("helmet_list_f1", 1, _listed("f1"), "HELMET: F-measure of both"),
-    Scorer("helmet_list_f1_top5", 1, _listed("f1_top5"), "HELMET: the same with at most five names"),
+    _of_list("helmet_precision", "precision", "HELMET: share of the listed names that are right"),
+    _of_list("helmet_recall", "recall", "HELMET: share of the names that are listed"),
+    _of_list("helmet_recall_top5", "recall_top5", "HELMET: the same of at most five names"),
+    _of_list("helmet_list_f1", "f1", "HELMET: F-measure of both"),
+    _of_list("helmet_list_f1_top5", "f1_top5", "HELMET: the same with at most five names"),
     Scorer("mrcr_ratio", 1, _mrcr_ratio, "MRCR: difflib's ratio behind the drawn string, else 0"),
     Scorer("graphwalks_f1", 1, _all(metrics.graphwalks_f1), "GraphWalks: F-measure of nodes in the last line"),
     Scorer("contains_exactly", 1, _best(metrics.contains_exactly), "NoLiMa: the value stands in it as it is written"),
