@@ -10,6 +10,7 @@ one, `server_judge` asks a chat model. What a judge does not say is counted and 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longspan.api import ChatRequest, Client
-from longspan.core.errors import ArgumentError, DataError, RunError
-from longspan.core.progress import progress
+from longspan.core.errors import ArgumentError, DataError
 from longspan.eval.judge import read_template
 from longspan.eval.metrics_alce import SHORTEST, listed, one_line, sentences, splitter, without_citations
 from longspan.eval.metrics_helmet import whole_answer
-from longspan.eval.records import EvalRecords, RecordsWriter, sample_id
+from longspan.eval.records import EvalRecords
 from longspan.eval.released.helmet_cite import passages_file
 from longspan.eval.released.rows import Rows
-from longspan.eval.rescoring import open_for_rescoring, rescored_header, summarise
+from longspan.eval.rescoring import open_for_rescoring, rescored_header, summarise, write_judged
 from longspan.eval.scorers import scorer_named
 from longspan.eval.summaries import mean_score
 
@@ -127,26 +127,13 @@ def cite_file(
     source = open_for_rescoring(records, out)
     rows = _passages_of(source, Path(data_root))
     header = rescored_header(source.header, {"name": "citations", "version": VERSION, "judge": name}, used)
-    ids = [sample_id(header, sample["id"]) for sample in source.samples]
-    with RecordsWriter(out, header) as writer:
-        missing = [
-            {**sample, "id": id_} for id_, sample in zip(ids, source.samples) if id_ not in writer.recorded
-        ]
-        with progress("citations", total=len(ids), unit="samples", done=len(ids) - len(missing)) as bar:
-            for sample in missing:
-                try:
-                    writer.write(_judged(sample, rows[sample["subtask"]], judge))
-                except NotNowError:
-                    continue
-                bar.advance()
-        if left := len(ids) - len(writer.recorded):
-            raise RunError(
-                f"{left:,} of {len(ids):,} samples were not judged",
-                fix="run the same command again: recorded verdicts are not asked for again",
-            )
-        if source.complete:
-            writer.finish()
-        samples = [writer.recorded[id_] for id_ in ids]
+
+    def judged(missing: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in missing:
+            with contextlib.suppress(NotNowError):
+                yield _judged(sample, rows[sample["subtask"]], judge)
+
+    samples = write_judged(source, header, out, judged, doing="citations", says="verdicts")
     counts = [sample.get("citations") or {} for sample in samples]
     return {
         **summarise(header, out, samples),

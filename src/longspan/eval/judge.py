@@ -23,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.api import ChatRequest, ChatResult, Client
-from longspan.core.errors import DataError, RunError
-from longspan.core.progress import progress
-from longspan.eval.records import RecordsWriter, sample_id
-from longspan.eval.rescoring import open_for_rescoring, rescored_header, summarise
+from longspan.core.errors import DataError
+from longspan.eval.rescoring import open_for_rescoring, rescored_header, summarise, write_judged
 
 CRITERIA = {"answer": "answer_v1", "kamradt": "kamradt_v1"}
 """Criteria by name, and the templates in use; a change of words is a new file with the next version."""
@@ -63,26 +61,15 @@ def judge_file(
     """
     source = open_for_rescoring(records, out)
     header = rescored_header(source.header, judge_scorer(client, template), used)
-    ids = [sample_id(header, sample["id"]) for sample in source.samples]
-    with RecordsWriter(out, header) as writer:
-        missing = [
-            {**sample, "id": name} for name, sample in zip(ids, source.samples) if name not in writer.recorded
-        ]
-        done = len(ids) - len(missing)
-        with progress("judge", total=len(ids), unit="samples", done=done) as bar:
-            for record in judge_records(missing, client, template):
-                writer.write(record)
-                bar.advance()
-        left = len(ids) - len(writer.recorded)
-        if left:
-            raise RunError(
-                f"{left:,} of {len(ids):,} samples were not judged",
-                found=client.report().describe(),
-                fix="run the same command again: recorded ratings are not asked for again",
-            )
-        if source.complete:
-            writer.finish()
-        samples = [writer.recorded[name] for name in ids]
+    samples = write_judged(
+        source,
+        header,
+        out,
+        lambda missing: judge_records(missing, client, template),
+        doing="judge",
+        says="ratings",
+        found=lambda: client.report().describe(),
+    )
     ratings = [sample["judge"]["rating"] for sample in samples if sample["score"] is not None]
     return {
         **summarise(header, out, samples),

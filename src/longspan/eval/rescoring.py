@@ -9,7 +9,7 @@ that had no score has none now, for the same reason. Thoughts that stand before 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ import pydantic
 
 from longspan.api import ServerConfig
 from longspan.core.config import Config
-from longspan.core.errors import ArgumentError, ConfigError, DataError
+from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
+from longspan.core.progress import progress
 from longspan.eval.records import EvalRecords, RecordsWriter, header_fingerprint, read_records, sample_id
 from longspan.eval.scorers import Scorer, scorer_named
 from longspan.eval.summaries import count_no_answer, mean_score
@@ -150,6 +151,47 @@ def rescored(
     if sample.get("unscored") is None:
         score = float(scorer.score(sample["expected"], sample["output"], {**sample, "run_code": run_code}))
     return {**sample, "id": sample_id(header, sample["id"]), "score": score}
+
+
+def write_judged(
+    source: EvalRecords,
+    header: Mapping[str, Any],
+    out: str | Path,
+    judged: Callable[[Sequence[dict[str, Any]]], Iterable[dict[str, Any]]],
+    *,
+    doing: str,
+    says: str,
+    found: Callable[[], str] | None = None,
+) -> list[dict[str, Any]]:
+    """Write the samples that `out` does not hold yet as a judge scores them; return all samples of `out`.
+
+    Args:
+        judged: yields samples with their scores, as they are judged; those that cannot be now are left out.
+        doing: what is done, for the bar.
+        says: what the judge says of a sample, in the plural.
+        found: tells why samples were left out.
+
+    Raises:
+        RunError: some were left out; the same call asks for them again.
+    """
+    ids = [sample_id(header, sample["id"]) for sample in source.samples]
+    with RecordsWriter(out, header) as writer:
+        missing = [
+            {**sample, "id": id_} for id_, sample in zip(ids, source.samples) if id_ not in writer.recorded
+        ]
+        with progress(doing, total=len(ids), unit="samples", done=len(ids) - len(missing)) as bar:
+            for record in judged(missing):
+                writer.write(record)
+                bar.advance()
+        if left := len(ids) - len(writer.recorded):
+            raise RunError(
+                f"{left:,} of {len(ids):,} samples were not judged",
+                found=None if found is None else found(),
+                fix=f"run the same command again: recorded {says} are not asked for again",
+            )
+        if source.complete:
+            writer.finish()
+        return [writer.recorded[id_] for id_ in ids]
 
 
 def summarise(header: Mapping[str, Any], out: str | Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
