@@ -40,7 +40,8 @@ def is_recipe(model: str) -> bool:
 
     if model.endswith((".yaml", ".yml")):
         return True
-    if model in MODELS or model in published_configs() or Path(model).exists():
+    # No shipped name has a slash; to look for it costs a third of a second.
+    if "/" in model or model in MODELS or model in published_configs() or Path(model).exists():
         return False
     from longspan.train.recipes import shipped_recipes
 
