@@ -16,7 +16,7 @@ from longspan.models.families import RIGHT
 from longspan.models.hf_config import new_config, text_config
 from longspan.models.shape import model_shape, shape_of_fields
 from longspan.models.stand_in import small_config
-from longspan.plan.models import MODELS, ModelShape, causal_pairs, known_shape, published_configs
+from longspan.plan.models import MODELS, ModelShape, causal_pairs, plain_name, published_configs
 from tests.models.family_survey import FIELDS
 
 SMALL = {
@@ -216,15 +216,17 @@ def test_pairs_of_a_window_meet_those_of_the_whole() -> None:
 )
 def test_names(name: str) -> None:
     """The name on the hub is the one that people have."""
-    assert known_shape(name) is MODELS["llama-3-8b"]
+    assert plain_name(name) == "llama-3-8b"
     for other, known in (
         ("Qwen3-4B-Thinking-2507", "qwen3-4b"),
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
     ):
-        assert known_shape(other) is MODELS[known]
+        assert plain_name(other) == known and known in MODELS
     # Of fewer words.
-    assert known_shape("mistralai/Mistral-7B-Instruct-v0.2") is None
-    assert isinstance(known_shape("llama-3-70b"), ModelShape) and known_shape("llama-9") is None
+    assert plain_name("mistralai/Mistral-7B-Instruct-v0.2") not in MODELS
+    assert (
+        isinstance(MODELS.get(plain_name("llama-3-70b")), ModelShape) and plain_name("llama-9") not in MODELS
+    )
 
 
 @pytest.mark.parametrize(

@@ -196,10 +196,10 @@ def _tokens(context: str | None, of_recipe: int | None, *, max_context: bool) ->
         if context is not None:
             raise ArgumentError("--context and --max-context exclude each other")
         return None
-    if context is None and of_recipe is None:
-        raise ArgumentError("give --context or --max-context, one of them")
     tokens = of_recipe if context is None else parse_length(context)
-    if tokens is None or tokens < 1:
+    if tokens is None:
+        raise ArgumentError("give --context or --max-context, one of them")
+    if tokens < 1:
         raise ArgumentError("a sequence needs at least one token", found=context)
     return tokens
 

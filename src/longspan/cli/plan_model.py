@@ -96,12 +96,12 @@ def _longest_stage(stages: Any) -> tuple[int | None, int | None]:
     from longspan.core.units import parse_length, parse_tokens
 
     stages = stages if isinstance(stages, list) else []
-    known = [stage for stage in stages if isinstance(stage, dict) and stage.get("context_length")]
-    if not known:
-        return None, None
-    longest = max(known, key=lambda stage: parse_length(str(stage["context_length"])))
-    batch = longest.get("batch_tokens")
-    length = parse_length(str(longest["context_length"]))
+    known = [
+        (parse_length(str(stage["context_length"])), stage.get("batch_tokens"))
+        for stage in stages
+        if isinstance(stage, dict) and stage.get("context_length")
+    ]
+    length, batch = max(known, key=lambda each: each[0], default=(None, None))
     return length, None if batch is None else parse_tokens(str(batch))
 
 
@@ -124,15 +124,14 @@ def _shape(model: str, overrides: Mapping[str, Any]) -> tuple[ModelShape, tuple[
         name = path.name if path.is_dir() else path.parent.name or path.stem
         fields = read_json(file)
     else:
-        published = published_configs()
-        fields = None if name in MODELS or name in published else _of_hub(model)
+        known = name_within(model)
+        fields = None if known == name else _of_hub(model)
         if fields is None:
-            known = name if name in MODELS or name in published else name_within(model)
             if known is None:
                 raise _unknown(model)
             if known != name:
                 notes.append(f"{model} is not at hand: taken for a {known} by its name")
-            fields, name = published.get(known), known
+            fields, name = published_configs().get(known), known
     if fields is None:
         if overrides:
             raise ArgumentError(

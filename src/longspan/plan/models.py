@@ -20,7 +20,6 @@ __all__ = [
     "MODELS",
     "ModelShape",
     "causal_pairs",
-    "known_shape",
     "name_within",
     "plain_name",
     "published_configs",
@@ -213,11 +212,6 @@ MODELS = {
     )
 }
 """Models by name that are planned without torch."""
-
-
-def known_shape(model: str) -> ModelShape | None:
-    """Return the shape of a model by its name here or on the hub, None where it is not in MODELS."""
-    return MODELS.get(plain_name(model))
 
 
 def published_configs() -> dict[str, dict[str, Any]]:
