@@ -73,6 +73,7 @@ def pack_rows(
 
 def _documents(inputs: list[str], seed: int) -> tuple[list[TokenStore], LengthTable, np.ndarray]:
     """Return the stores, their length table, and which documents are placed."""
+    plan = None
     if any(folder_kind(each) == mixture.KIND for each in inputs):
         if len(inputs) > 1:
             raise ArgumentError(
@@ -80,14 +81,14 @@ def _documents(inputs: list[str], seed: int) -> tuple[list[TokenStore], LengthTa
                 found=", ".join(inputs),
                 fix="mix all stores into one plan",
             )
-        plan, place = MixturePlan.load(inputs[0]), Path(inputs[0])
-        stores = open_alike(stores_of(plan.stores, place))
-        table = LengthTable.concatenate([store.lengths for store in stores])
-        check_lengths(table, plan.lengths_fingerprint, place)
-        return stores, table, np.asarray(plan.documents)
-    stores = open_alike(inputs)
+        plan = MixturePlan.load(inputs[0])
+    stores = open_alike(inputs if plan is None else stores_of(plan.stores, Path(inputs[0])))
     table = LengthTable.concatenate([store.lengths for store in stores])
-    return stores, table, plan_mixture(MixtureConfig.from_dict({"mode": "none"}), table, seed).documents
+    if plan is None:
+        plan = plan_mixture(MixtureConfig.from_dict({"mode": "none"}), table, seed)
+    else:
+        check_lengths(table, plan.lengths_fingerprint, Path(inputs[0]))
+    return stores, table, np.asarray(plan.documents)
 
 
 def _whole(table: LengthTable, documents: np.ndarray, settled: Settled) -> np.ndarray:
