@@ -154,19 +154,10 @@ def _shape(model: str, overrides: Mapping[str, Any]) -> tuple[ModelShape, tuple[
 def _of_hub(model: str) -> Any:
     """Return the fields of a config on the hub; None: it cannot be had."""
     from longspan.core.files import read_json
-    from longspan.core.hub import look_for_hub
-    from longspan.models.places import is_hub_name
+    from longspan.models.places import config_on_hub
 
-    if not is_hub_name(model) or model.endswith(".json"):
-        return None
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    look_for_hub()
-    try:
-        return read_json(Path(huggingface_hub.hf_hub_download(model, "config.json")))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
-        return None
+    file = None if model.endswith(".json") else config_on_hub(model)
+    return None if file is None else read_json(file)
 
 
 def _unknown(model: str) -> ArgumentError:

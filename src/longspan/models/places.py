@@ -18,6 +18,7 @@ __all__ = [
     "ADAPTER_FILES",
     "adapter_base",
     "adapter_folder",
+    "config_on_hub",
     "has_tokenizer",
     "is_hub_name",
     "tokenizer_folder",
@@ -59,6 +60,17 @@ def adapter_on_hub(name: str) -> Path | None:
         huggingface_hub.hf_hub_download(name, ADAPTER_FILES[0])
         wanted = [*ADAPTER_FILES, OLD_WEIGHTS, OWN_FILE, "config.json", *TOKENIZER_FILES]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except _NOT_THERE:
+        return None
+
+
+def config_on_hub(name: str) -> Path | None:
+    """Return the config.json of a model on the hub, fetched where it is not in the cache; None: it cannot be had."""
+    if not is_hub_name(name):
+        return None
+    look_for_hub()
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
     except _NOT_THERE:
         return None
 
