@@ -162,6 +162,11 @@ def length_axis(lengths: Sequence[int], name: str, *, air: float = 1.0) -> Axis:
     return Axis(min(lengths) / air, max(lengths) * air, ticks, name, log=True)
 
 
+def share_axis(name: str) -> Axis:
+    """Return an axis from 0 to 100 %."""
+    return Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], name)
+
+
 def _frame(canvas: Canvas, chart: LineChart, x: AxisScale, y: AxisScale) -> None:
     for value, text in chart.y.ticks:
         canvas.line(x.start, y(value), x.stop, y(value), cls="grid")

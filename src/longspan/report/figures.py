@@ -293,8 +293,8 @@ def audit_figure(rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> Fig
 
     `rows` and `measures` are what `data.audit.summary` says; measures without a mean are left out.
     """
-    most = sorted(rows, key=lambda row: -row["tokens"])[:_MOST_BARS]
-    left_out, rows = len(rows) - len(most), [row for row in rows if any(row is kept for kept in most)]
+    most = sorted(range(len(rows)), key=lambda place: -rows[place]["tokens"])[:_MOST_BARS]
+    left_out, rows = len(rows) - len(most), [rows[place] for place in sorted(most)]
     drawn = [name for name in measures if any(row[name].get("mean") is not None for row in rows)]
     columns = min(len(drawn), 3) or 1
     height = 0.9 + 0.22 * len(rows)

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from longspan.core.units import format_count
-from longspan.report.charts import Axis, LineChart, Series, length_axis
+from longspan.report.charts import LineChart, Series, length_axis, share_axis
 from longspan.report.evaluation import Evaluation
 from longspan.report.groups import Change, Quantity, RunGroup, all_changes, all_values, paired_change
+from longspan.report.headline import extension
 from longspan.report.layouts import by_value, length_text
 from longspan.report.palette import LINES, line_index
 from longspan.report.view import (
@@ -104,9 +105,11 @@ def _chart(ev: Evaluation, task: str, groups: Sequence[RunGroup]) -> Chart | Non
         return None
     lengths = sorted({int(length) for grid in grids.values() for length in grid.columns})
     series = []
-    labels = {label for group in groups for label in group.values if not label.startswith("ablate_")}
     lines = [
-        (group, label) for group in groups for label in sorted(group.values, key=order_of) if label in labels
+        (group, label)
+        for group in groups
+        for label in sorted(group.values, key=order_of)
+        if not label.startswith("ablate_")
     ]
     for position, (group, label) in enumerate(lines):
         values = {n: group.values[label].get(Quantity(task, length_text(n), True)) for n in lengths}
@@ -132,7 +135,7 @@ def _chart(ev: Evaluation, task: str, groups: Sequence[RunGroup]) -> Chart | Non
     chart = LineChart(
         label=f"{heading}: mean {word} over seeds by context length",
         x=length_axis(lengths, "context length in tokens", air=1.06),
-        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], f"{word}, mean over seeds"),
+        y=share_axis(f"{word}, mean over seeds"),
         series=series,
         height=280,
     )
@@ -152,19 +155,9 @@ def group_headline(
     if not old or not new or not start or not end:
         return None
     seeds = f"{len(group.runs)} seeds" if len(group.runs) > 1 else "one seed"
-    factor = f"{end / start:.3g}\u00d7"
-    sentence: Clause = [(f"{group.name}, {seeds}: ", False)]
-    sentence += [
-        (f"{length_text(start)} {ARROW} {length_text(end)} tokens", True),
-        (f" ({factor})", False),
-    ]
-    tiles = [
-        tile(
-            "Context length, tokens",
-            length_text(end),
-            f"{factor} the original {length_text(start)}",
-        )
-    ]
+    extended, length_tile = extension(start, end)
+    sentence: Clause = [(f"{group.name}, {seeds}: ", False), *extended]
+    tiles = [length_tile]
     if ev.lead is not None:
         before, after = (_effective_words(group, ev.lead.task, label) for label in ("before", "after"))
         tiles.append(tile(f"Effective context, {ev.lead.short}", after, f"before {before}; {seeds}"))

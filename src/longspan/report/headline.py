@@ -46,11 +46,9 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
     opening: Clause = []
     old, new = ev.before_length, ev.after_length
     if old and new and old != new:
-        factor = f"{new / old:.3g}\u00d7"
-        opening = [(f"{length_text(old)} {ARROW} {length_text(new)} tokens", True), (f" ({factor}): ", False)]
-        tiles.append(
-            tile("Context length, tokens", length_text(new), f"{factor} the original {length_text(old)}")
-        )
+        extended, length_tile = extension(old, new)
+        opening = [*extended, (": ", False)]
+        tiles.append(length_tile)
     _effective_headline(ev, clauses, tiles)
     _lead_headline(ev, clauses, tiles)
     _ppl_headline(ev, clauses, tiles)
@@ -71,6 +69,15 @@ def headline(ev: Evaluation, training: dict[str, float]) -> tuple[Clause, list[d
     for number, clause in enumerate(clauses):
         sentence += ([("; ", False)] if number else []) + clause
     return [*sentence, (".", False)] if clauses else [], tiles
+
+
+def extension(old: int, new: int) -> tuple[Clause, dict[str, str]]:
+    """Return from which context length to which, as the sentence begins, and as a tile."""
+    factor = f"{new / old:.3g}\u00d7"
+    words = [(f"{length_text(old)} {ARROW} {length_text(new)} tokens", True), (f" ({factor})", False)]
+    return words, tile(
+        "Context length, tokens", length_text(new), f"{factor} the original {length_text(old)}"
+    )
 
 
 def effective_grids(ev: Evaluation) -> dict[str, dict[str, Grid]]:

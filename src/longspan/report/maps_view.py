@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from longspan.report.charts import Axis, LineChart, Series, cut_name, heat_map, place_axis
+from longspan.report.charts import LineChart, Series, cut_name, heat_map, place_axis, share_axis
 from longspan.report.evaluation import Evaluation, first_with_role, trained_marks
 from longspan.report.layouts import Layout, axis_words, length_text, value_text, value_words
 from longspan.report.pairs_view import grid_changes, pairs_of
@@ -252,7 +252,7 @@ def accuracy_chart(ev: Evaluation, grids: Mapping[str, Grid], *, what: str) -> C
     chart = LineChart(
         label=f"{what}: {score} by {by} with 95 percent intervals",
         x=x,
-        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], f"{score}, all samples of {every}"),
+        y=share_axis(f"{score}, all samples of {every}"),
         series=series,
         marks=trained_marks(ev, places) if axis == "length" else (),
     )

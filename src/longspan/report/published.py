@@ -15,7 +15,7 @@ import pydantic
 import yaml
 
 from longspan.core.config import Config
-from longspan.report.charts import Axis, LineChart, Series, length_axis
+from longspan.report.charts import LineChart, Series, length_axis, share_axis
 from longspan.report.evaluation import Evaluation
 from longspan.report.layouts import length_text, value_text
 from longspan.report.palette import line_index
@@ -77,7 +77,7 @@ def published_chart(ev: Evaluation, task: str, grids: Mapping[str, Grid]) -> Cha
     chart = LineChart(
         label=f"{title}: mean score by context length, published ones in grey",
         x=length_axis(lengths, "context length in tokens", air=1.06),
-        y=Axis(0, 1, [(v / 4, f"{v * 25}%") for v in range(5)], "mean"),
+        y=share_axis("mean"),
         series=series,
     )
     note = (
