@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from longspan.core.errors import ConfigError
 from longspan.train.translate.draft import RecipeDraft
 from longspan.train.translate.meanings import MEANINGS, Found
-from longspan.train.translate.sources import read_source
+from longspan.train.translate.sources import part_of, read_source
 
 __all__ = ["Streams", "put_data"]
 
@@ -330,13 +330,10 @@ def _registered(draft: RecipeDraft, folder: str, name: str, usual: str) -> _Data
     entry: dict[str, Any] = {}
     place = draft.at_hand(f"{folder}/dataset_info.json")
     if place is not None:
-        found = read_source(place, ()).values.get(name)
-        if isinstance(found, dict) and found:
-            entry = found
-        else:
+        entry = part_of(read_source(place, ()).values, name)
+        if not entry:
             draft.remarks.append(f"{place} has no data set {name!r}")
-    columns = entry.get("columns")
-    columns = columns if isinstance(columns, dict) else {}
+    columns = part_of(entry, "columns")
     kind = (
         "texts" if usual == "texts" else "conversations" if entry.get("formatting") == "sharegpt" else "pairs"
     )

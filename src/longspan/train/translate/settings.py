@@ -8,7 +8,7 @@ from typing import Any
 
 from longspan.core.errors import ConfigError
 from longspan.train.translate.draft import RecipeDraft
-from longspan.train.translate.sources import read_source
+from longspan.train.translate.sources import part_of, read_source
 
 __all__ = ["put_machine", "put_model", "put_optimizer", "put_parallel", "put_tracking"]
 
@@ -281,8 +281,7 @@ def _zero(draft: RecipeDraft, value: Any) -> tuple[int, bool]:
     if where is not None and where.is_file():
         config = read_source(where, ()).values
     if isinstance(config, dict):
-        zero = config.get("zero_optimization") or {}
-        zero = zero if isinstance(zero, dict) else {}
+        zero = part_of(config, "zero_optimization")
         targets = [zero.get(name) for name in ("offload_optimizer", "offload_param")]
         offload = any(isinstance(each, dict) and each.get("device") in ("cpu", "nvme") for each in targets)
         if own := [name for name in ("optimizer", "scheduler") if name in config]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from longspan.core.config import parse_yaml
 from longspan.core.errors import ConfigError
 
-__all__ = ["Source", "read_source", "value_at"]
+__all__ = ["Source", "part_of", "read_source", "value_at"]
 
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.S)
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -96,6 +96,12 @@ def value_at(values: Any, dotted: str) -> Any:
         else:
             values = values.get(part) if isinstance(values, Mapping) else None
     return values
+
+
+def part_of(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the mapping that stands at a name; empty: another value, or nothing."""
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _command_line(text: str, commands: Iterable[str]) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from longspan.core.errors import ConfigError
 from longspan.train.translate.data import Streams
 from longspan.train.translate.draft import RecipeDraft
-from longspan.train.translate.sources import read_source
+from longspan.train.translate.sources import part_of, read_source
 
 __all__ = ["put_stage"]
 
@@ -232,17 +232,12 @@ def _own_positions(draft: RecipeDraft, *, unscaled: bool = False) -> int | None:
     except ConfigError:
         return None
     # Models of text and images.
-    config = _part(config, "text_config") or config
+    config = part_of(config, "text_config") or config
     own = config.get("max_position_embeddings")
     if unscaled:
-        scaling = _part(config, "rope_scaling") or _part(config, "rope_parameters")
+        scaling = part_of(config, "rope_scaling") or part_of(config, "rope_parameters")
         own = scaling.get("original_max_position_embeddings") or own
     return own if isinstance(own, int) and own > 0 else None
-
-
-def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
-    part = config.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def _put_pose(draft: RecipeDraft) -> None:
