@@ -59,6 +59,27 @@ def test_what_is_in_conversations(chats):
     assert "conversations that cannot be used" in text and "unknown role" in text
 
 
+def test_branches_go_on_where_their_text_ends(tmp_path):
+    """Every text with questions was said to end without an answer, and a result behind the border to have no call."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {}}}
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    said = {"role": "assistant", "content": "Hello"}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "12"}
+    records = [
+        {"messages": asked[:1], "branches": [[said], [asked[0], said]]},
+        {"messages": asked, "branches": [[result, said], [result], [asked[0]]]},
+    ]
+    path = tmp_path / "branches.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert json.loads(run(path, "--json"))["counts"] == {
+        "conversations": 2,
+        "turns": 10,
+        "calls without a result": 1,
+        "conversations that begin as another": 3,
+        "conversations that end without an answer": 2,
+    }
+
+
 def test_what_would_be_learnt(chats, tmp_path):
     """The share that is learnt, by the template that will write it: records that it cannot write are faults."""
     chatty_tokenizer(tmp_path / "tok")

@@ -156,8 +156,8 @@ class _Counting:
                 if len(self._shown) < self._show and self._tokenizer is not None:
                     self._shown.append(_shown(place, each, self._tokenizer))
         turns, values = self._read(messages, {key: value for key, value in values.items() if key != BRANCHES})
-        parts = [turns, *(self._read(branch, {})[0] for branch in branches)]
-        sizes = sum(self._turn(turn) for part in parts for turn in part)
+        ends = [self._read(branch, {})[0] for branch in branches]
+        sizes = sum(self._turn(turn) for part in (turns, *ends) for turn in part)
         self.counts["conversations that begin as another"] += max(0, len(branches) - 1)
         tools = values.get("tools")
         if isinstance(tools, list) and tools:
@@ -167,8 +167,11 @@ class _Counting:
         if isinstance(text, str) and text.strip() and turns[0]["role"] != "system":
             # Where no template was asked it is a turn of its own still.
             sizes += self._part("system", text)
-        for part in parts:
-            self._pairs(part)
+        waiting = self._paired(turns, [])
+        for end in ends:
+            self._end(end, self._paired(end, waiting))
+        if not ends:
+            self._end(turns, waiting)
         self.counts["conversations"] += 1
         if self._chat is None:
             self._whole.append(sizes)
@@ -200,9 +203,13 @@ class _Counting:
             size += self._part("calls", "".join(strings_of(call.get("function", call))))
         return size
 
-    def _pairs(self, turns: Sequence[Message]) -> None:
-        """Count calls that nothing answers, and results that nobody called for."""
-        waiting: list[Any] = []
+    def _paired(self, turns: Sequence[Message], waiting: Sequence[Any]) -> list[Any]:
+        """Count calls that nothing answers, and results that nobody called for; return the calls that wait still.
+
+        Args:
+            waiting: calls that wait for a result before these turns, by their ids.
+        """
+        waiting = list(waiting)
         for turn in turns:
             if turn["role"] == "assistant":
                 self.counts["calls without a result"] += len(waiting)
@@ -216,12 +223,13 @@ class _Counting:
                     waiting.pop(place)
                 else:
                     self.counts["results without a call"] += 1
+        return waiting
+
+    def _end(self, turns: Sequence[Message], waiting: Sequence[Any]) -> None:
+        """Count what a conversation ends with; a call in its last turn may be what is to be learnt."""
         if turns and turns[-1]["role"] != "assistant":
             self.counts["conversations that end without an answer"] += 1
-        else:
-            # The last call may be what is to be learnt.
-            waiting = []
-        self.counts["calls without a result"] += len(waiting)
+            self.counts["calls without a result"] += len(waiting)
 
     def _part(self, name: str, text: str) -> int:
         size = self._size(text)
