@@ -117,6 +117,7 @@ def test_what_is_lost_is_counted(chatty):
 ASK = {"role": "user", "content": "Where?"}
 SAID = {"role": "assistant", "content": "There."}
 TEXT_PART = {"type": "text", "text": "12 C"}
+EMPTY_PART = {"type": "text", "text": None, "image": None}
 
 
 def called(result: Any = "12 C", **function: Any) -> list[dict[str, Any]]:
@@ -156,7 +157,7 @@ def test_arguments_that_are_no_object_are_counted(chat, arguments):
         ([{"type": "Feature", "id": 1}], '[{"type": "Feature", "id": 1}]'),
         ({"at": 12}, '{"at": 12}'),
         (0, "0"),
-        ([TEXT_PART, {"type": "text", "text": None, "image": None}], "12 C"),
+        ([TEXT_PART, EMPTY_PART], "12 C"),
         ([{"text": "12 C"}], "12 C"),
         (None, ""),
     ],
@@ -180,7 +181,7 @@ def test_channels_in_parts(chat):
 
     turns = [
         ASK,
-        say("look first", channel="analysis"),
+        {**say("look first", channel="analysis"), "content": [{"type": "text", "text": "look first"}, EMPTY_PART]},
         say("I look.", channel="commentary"),
         say(json.dumps(ARGUMENTS), channel="commentary", recipient="functions.look"),
         {"role": "tool", "name": "functions.look", "channel": "commentary", "recipient": "assistant", "content": "1"},
@@ -199,6 +200,8 @@ def test_what_else_is_odd_but_legal(chat):
     assert "I cannot.<|im_end|>" in chat.render(
         [ASK, {"role": "assistant", "content": None, "refusal": "I cannot."}]
     )
+    refused = {"type": "refusal", "text": None, "refusal": "I cannot either."}
+    assert "I cannot either.<|im_end|>" in chat.render([ASK, {"role": "assistant", "content": [refused]}])
     with pytest.raises(MessagesError, match="no content, but a `parts`"):
         chat.read([{"role": "user", "parts": [{"text": "Where?"}]}, SAID])
     rules = [

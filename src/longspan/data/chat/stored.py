@@ -163,7 +163,7 @@ def _of_item(turn: Turn, notes: Counter[str], replace_images: bool) -> list[Any]
     if role in _TO_CALL:
         return [_called(turn)]
     if role == "function_call_output":
-        turn = {"role": "tool", "content": turn.get("output", ""), **_id_of(turn)}
+        role, turn = "tool", {"role": "tool", "content": turn.get("output", ""), **_id_of(turn)}
     if role == "reasoning":
         texts = [
             each["text"]
@@ -175,7 +175,7 @@ def _of_item(turn: Turn, notes: Counter[str], replace_images: bool) -> list[Any]
             notes["thoughts that the record keeps encrypted or not at all"] += 1
             return []
         return [{"role": "assistant", "content": "", THOUGHTS[0]: "\n\n".join(texts), "_part": True}]
-    turn = {**turn, "role": _ROLES.get(turn["role"].strip().lower(), turn["role"].strip().lower())}
+    turn = {**turn, "role": _ROLES.get(role, role)}
     if role == "assistant" and isinstance(turn.get("channel"), str):
         return [_of_channel(turn)]
     if turn["role"] == "tool" and "tool_call_id" not in turn:
@@ -218,13 +218,11 @@ def _of_blocks(turn: Turn, blocks: Sequence[Any], notes: Counter[str], replace_i
     results: list[Turn] = []
     calls: list[Any] = []
     thoughts: list[str] = []
+    blocks = _filled(blocks)
     kinds = [block.get("type", "text") if isinstance(block, Mapping) else None for block in blocks]
     for kind, block in zip(kinds, blocks):
-        if kind in _TEXT_PARTS and isinstance(block.get("text", block.get("refusal")), str):
-            parts.append({"type": "text", "text": block.get("text", block.get("refusal"))})
-        elif kind in _TEXT_PARTS and "text" in block and block["text"] is None:
-            # Tables give every part the keys of all.
-            continue
+        if kind in _TEXT_PARTS and isinstance(_words(block), str):
+            parts.append({"type": "text", "text": _words(block)})
         elif kind == "thinking" and isinstance(block.get("thinking"), str):
             thoughts.append(block["thinking"])
         elif kind == "redacted_thinking":
@@ -435,8 +433,25 @@ def _joined_text(content: Any) -> Any:
     """Return a content whose parts are texts as one text; any other stays as it is."""
     if not isinstance(content, (list, tuple)) or not all(map(_is_part, content)):
         return content
-    texts = [part.get("text", part.get("refusal")) for part in content]
+    texts = [_words(part) for part in _filled(content)]
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else content
+
+
+def _filled(parts: Sequence[Any]) -> list[Any]:
+    """Return parts without texts that are null: tables give every part the keys of all."""
+    return [
+        part
+        for part in parts
+        if not isinstance(part, Mapping)
+        or part.get("type", "text") not in _TEXT_PARTS
+        or "text" not in part
+        or _words(part) is not None
+    ]
+
+
+def _words(part: Mapping[str, Any]) -> Any:
+    """Return what a part says, or refuses to."""
+    return part.get("refusal") if part.get("text") is None else part["text"]
 
 
 def _text(value: Any) -> str:
