@@ -143,6 +143,20 @@ def test_arguments_of_a_call(chat, function, written):
     assert f'"arguments": {written}}}</call>' in chat.render(called(**function)) and not encoded.notes
 
 
+def test_calls_that_are_a_text_are_read_as_others(chat):
+    """A column of JSON: calls without arguments were learnt as broken JSON, results did not say whose they are."""
+    for function in ({"arguments": ""}, {"parameters": ARGUMENTS}):
+        turns = called(**function)
+        del turns[1]["tool_calls"][0]["id"], turns[2]["tool_call_id"]
+        wanted = chat.read(turns)
+        turns[1] = {**turns[1], "tool_calls": json.dumps(turns[1]["tool_calls"])}
+        assert (
+            chat.read(turns) == wanted
+            and wanted.turns[2]["tool_call_id"] == wanted.turns[1]["tool_calls"][0]["id"]
+        )
+    assert chat.read([ASK, {**SAID, "tool_calls": "null"}]).turns == [ASK, SAID]
+
+
 @pytest.mark.parametrize("arguments", ["{'at': 'a'}", "[1, 2]", '"a"', [1], 3])
 def test_arguments_that_are_no_object_are_counted(chat, arguments):
     """They are learnt as the model is said to have written them, which nobody was told."""

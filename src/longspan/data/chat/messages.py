@@ -161,7 +161,7 @@ def _message(turn: Any, number: int) -> Message:
         raise MessagesError(f"turn {number} has an unknown role: {role!r:.40}", allowed=list(ROLES))
     content = _content(turn.pop(keys[1], ""), number)
     check_texts([content, turn], f"turn {number}")
-    message = {"role": ROLES[role], "content": content, **turn, **_calls(turn, number)}
+    message = {"role": ROLES[role], "content": content, **turn, **_checked_calls(turn, number)}
     for key in CALLS:
         # Templates ask whether there is such a key, not whether it holds a call.
         if key in message and not message[key]:
@@ -171,13 +171,17 @@ def _message(turn: Any, number: int) -> Message:
     return message
 
 
-def _calls(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return the calls of tools in a turn, as JSON values."""
+def calls_in(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return the calls of tools in a turn by their keys, as JSON values. Raises MessagesError: broken JSON."""
     found = {key: turn[key] for key in CALLS if turn.get(key)}
-    found = {
+    return {
         key: parsed(value, f"`{key}` of turn {number}") if isinstance(value, str) else value
         for key, value in found.items()
     }
+
+
+def _checked_calls(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    found = calls_in(turn, number)
     calls = found.get(CALLS[0], [])
     if not isinstance(calls, (list, tuple)):
         raise MessagesError(f"turn {number} has tool calls that are not a list", found=repr(calls)[:80])

@@ -26,6 +26,7 @@ from longspan.data.chat.messages import (
     ROLES,
     THOUGHTS,
     MessagesError,
+    calls_in,
     is_learnt,
     parsed,
 )
@@ -114,6 +115,7 @@ def rewritten(
             made.append(turn)
             continue
         known = {str(key): value for key, value in turn.items() if value is not None}
+        known |= calls_in(known, len(made))
         for each in _steps(known):
             made += _of_item(each, notes, replace_images) if "role" in each else [each]
     if CALLS[0] in names:
