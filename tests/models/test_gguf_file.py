@@ -280,6 +280,10 @@ def test_which_layers_have_a_window_is_compared(tmp_path: Path) -> None:
     pattern = [True, False] * 3
     with pytest.raises(RunError, match="not the model's in layers 1, 3"):
         check_gguf(written_windows(tmp_path / "pattern", "gemma3", window=128, pattern=pattern), config)
+    # A converter may write layers that only predict further tokens too.
+    pattern = [True] * 5 + [False, True]
+    with pytest.raises(RunError, match=r"not the model's in layers 6\n"):
+        check_gguf(written_windows(tmp_path / "longer", "gemma3", window=128, pattern=pattern), config)
     config.rope_parameters["sliding_attention"] |= {"rope_type": "linear", "factor": 2.0}
     with pytest.raises(RunError, match="of layers with a window: none, the model's linear"):
         check_gguf(written_windows(tmp_path / "right", "gemma3", window=128), config)

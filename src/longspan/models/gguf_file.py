@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ LLAMA4_CHUNK = 8192
 LONGROPE_FAMILIES = ("phi3", "phimoe", "minicpm", "minicpm3")
 BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 """Of YaRN, where a file does not say them."""
-SLIDING_THETA = 10_000.0
-"""Of llama.cpp's layers with a window, where a file does not say it."""
+BASE = 10_000.0
+"""Of llama.cpp's layers, with a window or without, where a file does not say it."""
 _NAMES = {
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "factor",
@@ -264,10 +265,6 @@ def _windows(text: PretrainedConfig) -> set[int] | None:
 def _differences(
     text: PretrainedConfig, said: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> Iterator[str]:
-    def check(what: str, found: Any, wanted: Any) -> Iterator[str]:
-        if not _alike(found, wanted):
-            yield f"{what}: {_short(found)}, the model's {_short(wanted)}"
-
     scaling = {
         name.removeprefix("rope.scaling."): value
         for name, value in said.items()
@@ -275,31 +272,31 @@ def _differences(
     }
     rope = rope_of_full(text.rope_parameters or {})
     kind = rope.get("rope_type", "default")
-    yield from check("the context length", said.get("context_length"), text.max_position_embeddings)
-    yield from check("the base", said.get("rope.freq_base", 10_000.0), rope.get("rope_theta", 10_000.0))
+    yield from _check("the context length", said.get("context_length"), text.max_position_embeddings)
+    yield from _check("the base", said.get("rope.freq_base", BASE), rope.get("rope_theta", BASE))
     named = kind if kind in ("linear", "yarn", "longrope") else "none"
     # LongRoPE is its factors: Phi-3's converter leaves out the name, by which llama.cpp computes nothing.
     unsaid = "longrope" if kind == "longrope" else "none"
-    yield from check("the type of RoPE", scaling.get("type", unsaid), named)
+    yield from _check("the type of RoPE", scaling.get("type", unsaid), named)
     if kind in ("linear", "yarn"):
-        yield from check("the factor", scaling.get("factor"), rope["factor"])
+        yield from _check("the factor", scaling.get("factor"), rope["factor"])
     if kind == "yarn":
         original = rope["original_max_position_embeddings"]
-        yield from check("the original length", scaling.get("original_context_length"), original)
+        yield from _check("the original length", scaling.get("original_context_length"), original)
         for name, usual in BETAS.items():
-            yield from check(name, scaling.get(f"yarn_{name}", usual), rope.get(name) or usual)
+            yield from _check(name, scaling.get(f"yarn_{name}", usual), rope.get(name) or usual)
     slowed = _slowed(text) if kind == "llama3" else None
-    yield from check("slowing of pairs", tensors.get("rope_freqs.weight"), slowed)
+    yield from _check("slowing of pairs", tensors.get("rope_freqs.weight"), slowed)
     for name in ("short", "long"):
         factors = np.asarray(rope[f"{name}_factor"]) if kind == "longrope" else None
-        yield from check(f"{name} factors", tensors.get(f"rope_factors_{name}.weight"), factors)
+        yield from _check(f"{name} factors", tensors.get(f"rope_factors_{name}.weight"), factors)
     if kind == "longrope":
         original = rope["original_max_position_embeddings"]
         # That of MiniCPM leaves out the length: llama.cpp takes the context's.
         found = scaling.get("original_context_length", said.get("context_length"))
-        yield from check("the original length", found, original)
+        yield from _check("the original length", found, original)
         scale = longrope_scale(rope, text.max_position_embeddings)
-        yield from check("the attention factor", scaling.get("attn_factor", 1.0), scale)
+        yield from _check("the attention factor", scaling.get("attn_factor", 1.0), scale)
 
 
 def _window_differences(text: PretrainedConfig, family: str, said: Mapping[str, Any]) -> Iterator[str]:
@@ -321,10 +318,8 @@ def _window_differences(text: PretrainedConfig, family: str, said: Mapping[str, 
     if isinstance(pattern, int):
         pattern = [(layer + 1) % pattern != 0 for layer in range(len(kinds))]
     wanted = [kind != "full_attention" for kind in kinds]
-    if list(map(bool, pattern)) != wanted:
-        wrong = [
-            str(layer) for layer, (one, other) in enumerate(zip(pattern, wanted, strict=True)) if one != other
-        ]
+    pairs = enumerate(zip_longest(map(bool, pattern), wanted))
+    if wrong := [str(layer) for layer, (one, other) in pairs if one != other]:
         yield f"which layers have a window: not the model's in layers {', '.join(wrong)}"
 
 
@@ -334,14 +329,15 @@ def _window_rope_differences(text: PretrainedConfig, family: str, said: Mapping[
     if rope is None:
         return
     # Older converters leave it out where it is llama.cpp's own.
-    name, usual = (
-        ("rope.freq_base", 10_000.0) if family in ONE_BASE else ("rope.freq_base_swa", SLIDING_THETA)
-    )
-    found, wanted = said.get(name, usual), rope.get("rope_theta")
-    if not _alike(found, wanted):
-        yield f"the base of layers with a window: {_short(found)}, the model's {_short(wanted)}"
+    found = said.get("rope.freq_base" if family in ONE_BASE else "rope.freq_base_swa", BASE)
+    yield from _check("the base of layers with a window", found, rope.get("rope_theta"))
     if (kind := rope.get("rope_type", "default")) != "default":
         yield f"the type of RoPE of layers with a window: none, the model's {kind}"
+
+
+def _check(what: str, found: Any, wanted: Any) -> Iterator[str]:
+    if not _alike(found, wanted):
+        yield f"{what}: {_short(found)}, the model's {_short(wanted)}"
 
 
 def _slowed(text: PretrainedConfig) -> np.ndarray:
