@@ -229,9 +229,7 @@ class ChatFormat:
     def text(self, turns: list[Message], values: Mapping[str, Any], *, asked: bool = False) -> str:
         """Return the text of what `read` returned; `asked`: with what the template writes before the next answer."""
         given = self._given(turns, values)[0]
-        if not asked:
-            return given.text
-        return self._template.render(given.messages, given.variables, add_generation_prompt=True)
+        return self._asked(given) if asked else given.text
 
     def ends_with_special(self, text: str) -> bool:
         """Return whether a text ends with a special token."""
@@ -307,7 +305,7 @@ class ChatFormat:
         """Return what `apart` does, with its guards, what is learnt of it, and what it leaves out; `given`, `reading`
         and `learnt` are those of all turns."""
         earlier = self._given(before, values)[0]
-        prompt = earlier._replace(text=self.text(before, values, asked=True))
+        prompt = earlier._replace(text=self._asked(earlier))
         asked = self._read(prompt, asked=True)
         # How an answer begins is written by the template, so no guard is in it.
         opening = prompt.text.removeprefix(earlier.text) if prompt.text.startswith(earlier.text) else ""
@@ -325,6 +323,9 @@ class ChatFormat:
         own = self._spans(reading, last) if learnt[-1].learnt else []
         spans = [*self._spans(asked, learnt[:-1]), *((first + shift, end + shift) for first, end in own)]
         return asked.text + reading.text[start:], spans, notes
+
+    def _asked(self, given: Given) -> str:
+        return self._template.render(given.messages, given.variables, add_generation_prompt=True)
 
     def _given(self, messages: list[Message], values: Mapping[str, Any]) -> tuple[Given, list[Turn]]:
         found = variables_of(values, self._template)
