@@ -187,6 +187,17 @@ def test_answers_to_one_question_and_true_prefixes_in_branches(chatty):
     assert tree.ids.tolist() == token_tree(samples).ids.tolist()
 
 
+def test_what_the_user_says_before_and_behind_the_border_is_one_turn(chatty):
+    """In a table of JSON, or under another name of the user, text and question were two turns of a user's."""
+    chat = ChatFormat(chatty, FORGETFUL)
+    record = asked_apart("A text.", 2)
+    wanted = chat.encode_record(record["messages"], {"branches": record["branches"]})
+    questions = [[json.dumps(ask), answer] for ask, answer in record["branches"]]
+    for text in (json.dumps(record["messages"][0]), {"role": " User", "content": "A text."}):
+        found = chat.encode_record([text], {"branches": questions})
+        assert found.ids.tolist() == wanted.ids.tolist()
+
+
 def encoded_alone(chat: ChatFormat, turns: list[dict[str, Any]]) -> list[Any]:
     read, values, _ = chat.read(turns)
     answers = [number for number, turn in enumerate(read) if turn["role"] == "assistant"]

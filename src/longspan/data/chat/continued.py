@@ -15,8 +15,8 @@ from typing import Any
 
 from longspan.data.chat.branches import one_document
 from longspan.data.chat.encoder import Encoded
-from longspan.data.chat.messages import ROLES, MessagesError, parsed
-from longspan.data.chat.stored import SPEAKERS
+from longspan.data.chat.messages import MessagesError, parsed, unpacked
+from longspan.data.chat.stored import SPEAKERS, plain_role
 
 BRANCHES = "branches"
 """Field of a record that holds how its messages go on."""
@@ -57,10 +57,11 @@ def continued(messages: Any, branch: Sequence[Any]) -> list[Any]:
         raise MessagesError(
             "not a conversation", found=repr(messages)[:80], allowed="a list of at least one turn"
         )
-    before, after = (messages[-1] if messages else None), branch[0]
+    before = unpacked(messages[-1], len(messages) - 1) if messages else None
+    after = unpacked(branch[0], len(messages))
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         for who, what in SPEAKERS:
-            speakers = {ROLES.get(str(each.get(who))) for each in (before, after)}
+            speakers = {plain_role(str(each.get(who))) for each in (before, after)}
             said = [each.get(what) for each in (before, after)]
             if speakers == {"user"} and isinstance(said[0], str) and isinstance(said[1], str):
                 return [*messages[:-1], {**before, **after, what: said[0] + said[1]}, *branch[1:]]

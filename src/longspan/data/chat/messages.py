@@ -82,6 +82,12 @@ def parsed(text: str, what: str) -> Any:
         raise MessagesError(f"{what} is a text that is not JSON", found=f"{text[:60]!r}: {error}") from None
 
 
+def unpacked(turn: Any, number: int) -> Any:
+    """Return a turn, read where it is an object as JSON text. Raises MessagesError: broken JSON."""
+    is_json = isinstance(turn, str) and turn.lstrip().startswith("{")
+    return parsed(turn, f"turn {number}") if is_json else turn
+
+
 def is_learnt(message: Message, number: int) -> bool:
     """Say whether a turn is to be learnt, as its `weight`, `train`, `masked` ... says; True where none does.
 
@@ -143,8 +149,7 @@ def check_texts(value: Any, what: str) -> None:
 
 
 def _message(turn: Any, number: int) -> Message:
-    if isinstance(turn, str) and turn.lstrip().startswith("{"):
-        turn = parsed(turn, f"turn {number}")
+    turn = unpacked(turn, number)
     if not isinstance(turn, Mapping):
         raise MessagesError(f"turn {number} is not an object", found=repr(turn)[:80])
     # Tables give every turn the keys of all: null for those that it does not have.

@@ -29,6 +29,7 @@ from longspan.data.chat.messages import (
     calls_in,
     is_learnt,
     parsed,
+    unpacked,
 )
 from longspan.data.chat.stored_calls import with_arguments, with_ids
 
@@ -109,8 +110,7 @@ def rewritten(
         return Stored(turns, values, notes)
     made: list[Any] = []
     for turn in turns:
-        if isinstance(turn, str) and turn.lstrip().startswith("{"):
-            turn = parsed(turn, f"turn {len(made)}")
+        turn = unpacked(turn, len(made))
         if not isinstance(turn, Mapping):
             made.append(turn)
             continue
@@ -122,6 +122,12 @@ def rewritten(
         made = [each for turn in made for each in _out_of_text(turn, notes)]
     made = _joined(_own_thoughts(made, names, notes))
     return Stored(with_ids(with_arguments(_one_system(made, notes), notes)), values, notes)
+
+
+def plain_role(role: str) -> str:
+    """Return who speaks as OpenAI's chat interface names them; a name that is none of them stays."""
+    role = role.strip().lower()
+    return _ROLES.get(role, role)
 
 
 def _steps(turn: Turn) -> Iterator[Turn]:
@@ -177,7 +183,7 @@ def _of_item(turn: Turn, notes: Counter[str], replace_images: bool) -> list[Any]
             notes["thoughts that the record keeps encrypted or not at all"] += 1
             return []
         return [{"role": "assistant", "content": "", THOUGHTS[0]: "\n\n".join(texts), "_part": True}]
-    turn = {**turn, "role": _ROLES.get(role, role)}
+    turn = {**turn, "role": plain_role(role)}
     if role == "assistant" and isinstance(turn.get("channel"), str):
         return [_of_channel(turn)]
     if turn["role"] == "tool" and "tool_call_id" not in turn:
