@@ -236,6 +236,19 @@ def test_gpus_of_ones_own(longspan) -> None:
         assert longspan([*options, wrong]).code == 2, wrong
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [["--context", "x"], ["--context", "0"], ["--context", "4k", "--max-context"], ["--batch-tokens", "x"]],
+)
+def test_what_is_wrong_is_refused_before_a_probe_runs(longspan, tmp_path, monkeypatch, wrong) -> None:
+    """Minutes of steps on this machine, and then the word that a length is none."""
+    ran: list[object] = []
+    monkeypatch.setattr("longspan.train.probe.probe", lambda *given: ran.append(given))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE + STAGE)
+    assert longspan(["plan", str(recipe), "--probe", *wrong]).code == 2 and not ran
+
+
 def test_a_recipe_is_probed_and_planned(longspan, tmp_path) -> None:
     """Rows of the data, which need not be there, and a plan with other rates than those that are shown."""
     recipe = tmp_path / "recipe.yaml"

@@ -106,22 +106,23 @@ def plan(
     if probe or (gpus or "").strip().lower() == "cpu":
         _refuse("--probe and --gpus cpu measure this machine's attention as it is", kernel=kernel)
     _check(lora=lora, qlora=qlora, price=price, budget=budget)
-    probed: Probe | None = None
-    if probe:
-        (num_gpus, gpu), probed = _probed(model, gpus, lora or qlora)
     subject = find_subject(model)
     shape = subject.shape
     for note in subject.notes:
         typer.echo(note, err=True)
     tokens = _tokens(context, subject.context, max_context=max_context)
+    batch = subject.batch_tokens or DEFAULT_BATCH if batch_tokens is None else parse_tokens(batch_tokens)
     rank = qlora or lora
     adapters = subject.adapters if rank is None else Adapters(rank, quantized=qlora is not None)
-    if probed is None:
+    # This may take minutes: what is wrong has been refused by now.
+    probed: Probe | None = None
+    if probe:
+        (num_gpus, gpu), probed = _probed(model, gpus, rank)
+    else:
         num_gpus, gpu = _machines(gpus, shape, adapters)
     if infers:
         _infer(shape, gpu, num_gpus, tokens, kernel, kv_dtype, as_json=as_json, explain=explain)
         return
-    batch = subject.batch_tokens or DEFAULT_BATCH if batch_tokens is None else parse_tokens(batch_tokens)
     settings: dict[str, Any] = {
         "num_gpus": num_gpus, "batch_tokens": batch, "lora": adapters, "kernel": kernel,
     }  # fmt: skip
