@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def test_names_and_scores_of_groups(tmp_path: Path) -> None:
     assert group.name == "ext-512"
     shares = {(quantity.task, quantity.measure): quantity.is_share for quantity in group.values["after"]}
     assert shares == {("needle", "mean"): True, ("needle", "1,024"): True, ("haiku", "syllables"): False}
+
+
+def test_changes_of_counts_are_not_called_points(tmp_path: Path) -> None:
+    """Guards against a caption by the last measure of a task: +2.00 syllables beside a share were points."""
+    runs = [make_run(tmp_path / f"r{seed}", seed, {"before": 2, "after": 8}) for seed in (1, 2)]
+    for run in runs:
+        for label, more in (("before", 0.0), ("after", 2.0)):
+            lines = [sample_line(f"h{n}", 3.0 + n + more, subtask="counted", sample=n) for n in range(4)]
+            lines += [sample_line(f"r{n}", float(n < 2 + more), subtask="rhymes", sample=n) for n in range(4)]
+            write_records(run / "records" / f"haiku-{label}.jsonl", header("haiku", label), lines)
+    page = write_report(runs, tmp_path / "report.html", group=True).page.read_text()
+    captions = re.findall(r"<span>([^<]*: change[^<]*half of its 95% interval)</span>", page)
+    assert captions == [
+        "Needle in a haystack: change in points \u00b1 half of its 95% interval",
+        "Haiku: change \u00b1 half of its 95% interval",
+    ]
 
 
 def test_intervals_are_those_of_student_and_welch() -> None:

@@ -85,7 +85,7 @@ def _by_task(
     shares: dict[str, bool] = {}
     for name, quantity, cell in entries:
         tables.setdefault(quantity.task, {}).setdefault(name, {})[quantity.measure] = cell
-        shares[quantity.task] = quantity.is_share
+        shares[quantity.task] = quantity.is_share and shares.get(quantity.task, True)
     found = {}
     for task, rows in tables.items():
         measures = list(dict.fromkeys(measure for row in rows.values() for measure in row))
