@@ -155,6 +155,9 @@ def test_flops_are_those_of_the_documents_and_attention_counts_once() -> None:
     assert flops.rates([row([4, 4])], 2.0) == (round(3 * (8 * linear + attention) / 4e12, 6), None)
     frozen = StepFlops(config, frozen=True, device=cpu, num_devices=1)
     assert frozen.of([row([4, 4])]) == 2 * 8 * linear + 3 * attention
+    # A branch of 4 tokens at position 3 has the pairs of a document of 7 without those of one of 3.
+    tree = row([4, 4])._replace(branches=np.array([[-1, 0], [0, 3]]))
+    assert flops.of([tree]) == 3 * (8 * linear + 2 * (4**2 + 7**2 - 3**2) * 8)
 
 
 def test_a_profile_shows_the_operations_of_a_step(run: Path) -> None:

@@ -122,7 +122,10 @@ class StepFlops:
             return None
         tokens = sum(len(row.input_ids) for row in rows)
         lengths = np.concatenate([np.diff(row.cu_seqlens) for row in rows]).astype(np.float64)
-        attention = float(self._shape.attention_flops(lengths).sum())
+        first = np.concatenate([row.first_positions for row in rows]).astype(np.float64)
+        # A branch attends to all that it follows, which attends once.
+        ends = self._shape.attention_flops(first + lengths)
+        attention = float((ends - self._shape.attention_flops(first)).sum())
         return self._passes * tokens * self._shape.linear_flops() + 3 * attention
 
     def rates(self, rows: Sequence[PackedRow], seconds: float) -> tuple[float | None, float | None]:

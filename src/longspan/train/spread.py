@@ -126,7 +126,7 @@ class Spread:
 
 def _attention_work(row: PackedRow) -> int:
     """Return the square of each document, of a branch that of what it is and follows, less what it follows."""
-    first = 0 if row.branches is None else row.branches[:, 1].astype(np.int64)
+    first = row.first_positions
     return int(((first + np.diff(row.cu_seqlens).astype(np.int64)) ** 2 - first**2).sum())
 
 

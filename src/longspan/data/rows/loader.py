@@ -97,6 +97,13 @@ class PackedRow(NamedTuple):
     token_sources: np.ndarray | None = None
     """uint16 [T] index into `source_names` of each token, where a document has several; None = as `sources` says."""
 
+    @property
+    def first_positions(self) -> np.ndarray:
+        """int64 [n] tokens that stand before each document's first: those that a branch follows, else 0."""
+        if self.branches is None:
+            return np.zeros(len(self.cu_seqlens) - 1, np.int64)
+        return self.branches[:, 1].astype(np.int64)
+
 
 Order = Literal["planned", "shuffled", "stored"]
 """How a stream's rows follow one another: planned = as they stand first, then in an order of each epoch's own;
