@@ -11,11 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longspan.core.errors import DataError
+from longspan.core.errors import ArgumentError, DataError
 from longspan.models.families import RIGHT
 from longspan.models.hf_config import new_config, text_config
 from longspan.models.shape import model_shape, shape_of_fields
 from longspan.models.stand_in import small_config
+from longspan.plan.hardware import GPUS
+from longspan.plan.inference import answering
 from longspan.plan.models import MODELS, ModelShape, causal_pairs, plain_name, published_configs
 from tests.models.family_survey import FIELDS
 
@@ -209,6 +211,15 @@ def test_pairs_of_a_window_meet_those_of_the_whole() -> None:
         == 2048
     )
     assert causal_pairs(128, window=64) == 2048 + 64 * 64 and causal_pairs(128, chunk=64) == 2 * 2048
+
+
+def test_heads_of_all_layers_are_shared_evenly() -> None:
+    """What was said to be allowed divided the heads of one kind of layer, and was refused for the other."""
+    one = MODELS["llama-3-8b"]._replace(layers=16)
+    shape = one._replace(layers=32, mixed=(one, one._replace(heads=24)))
+    with pytest.raises(ArgumentError, match=r"24 and 32 heads on 16 GPUs(.|\n)*numbers that divide 8"):
+        answering(shape, GPUS["h100"], context=8192, num_gpus=16)
+    assert answering(shape, GPUS["h100"], context=8192, num_gpus=8).fits
 
 
 @pytest.mark.parametrize(

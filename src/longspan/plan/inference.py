@@ -12,6 +12,7 @@ Latent attention keeps what servers keep, which answer from the latent (vLLM, SG
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from longspan.core.errors import ArgumentError
@@ -64,12 +65,12 @@ def answering(
     Raises:
         ArgumentError: the GPUs cannot share the heads evenly.
     """
-    if any(kind.heads % num_gpus for kind in model.kinds):
-        heads = max(kind.heads for kind in model.kinds)
+    heads = {kind.heads for kind in model.kinds} - {0}
+    if any(each % num_gpus for each in heads):
         raise ArgumentError(
             "GPUs that share a model have equally many of its heads each",
-            found=f"{heads} heads on {num_gpus} GPUs",
-            allowed=f"numbers that divide {heads}",
+            found=f"{' and '.join(map(str, sorted(heads)))} heads on {num_gpus} GPUs",
+            allowed=f"numbers that divide {math.gcd(*heads)}",
         )
     shares = gpu_shares(gpu, kernel)
     peak = gpu.flops * num_gpus
