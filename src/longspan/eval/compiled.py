@@ -31,7 +31,8 @@ _HEADERS = (
 _COMPILERS = ("g++", "clang++", "c++")
 _COMPILE_SECONDS = 60
 _GIB_KIB = 1024 * 1024
-_BLOCK = 512
+_FILE_BLOCKS = 64 * 1024 * 2
+"""Largest file that may be written, in the 512 bytes that a shell counts: 64 MiB."""
 
 
 @cache
@@ -63,15 +64,15 @@ def passes(code: str, cases: Sequence[Case]) -> bool:
         )
         command = [compiler(), "-std=c++11", "-O", "-o", "main", "main.cpp"]
         with open(folder / "messages", "wb") as messages:
-            done = _run(command, folder, _COMPILE_SECONDS, memory_gib=4, file_mib=64, stdout=messages)
-        return bool(done == 0) and all(_passes(folder, *case) for case in cases[:MOST_CASES])
+            done = _run(command, folder, _COMPILE_SECONDS, memory_gib=4, stdout=messages)
+        return done == 0 and all(_passes(folder, *case) for case in cases[:MOST_CASES])
 
 
 def _passes(folder: Path, given: Sequence[str], wanted: Sequence[str]) -> bool:
     whole = ("\n".join(wanted) + "\n").encode()
     (folder / "in").write_bytes(("\n".join(given) + "\n").encode())
     with open(folder / "in", "rb") as stdin, open(folder / "out", "wb") as stdout:
-        if _run(["./main"], folder, SECONDS, memory_gib=2, file_mib=64, stdin=stdin, stdout=stdout) is None:
+        if _run(["./main"], folder, SECONDS, memory_gib=2, stdin=stdin, stdout=stdout) is None:
             return False
     with open(folder / "out", "rb") as written:
         return written.read(len(whole) + 1) == whole
@@ -83,15 +84,11 @@ def _run(
     seconds: float,
     *,
     memory_gib: int,
-    file_mib: int,
     stdout: IO[bytes],
     stdin: IO[bytes] | None = None,
 ) -> int | None:
     """Run a command with limits and nothing of our environment; return its status, None where it took too long."""
-    blocks = file_mib * 1024 * 1024 // _BLOCK
-    limits = (
-        f"ulimit -c 0; ulimit -t {int(seconds) + 2}; ulimit -f {blocks}; ulimit -v {memory_gib * _GIB_KIB}"
-    )
+    limits = f"ulimit -c 0; ulimit -t {int(seconds) + 2}; ulimit -f {_FILE_BLOCKS}; ulimit -v {memory_gib * _GIB_KIB}"
     with subprocess.Popen(
         ["/bin/sh", "-c", f'{{ {limits}; }} 2>/dev/null; exec "$@"', "sh", *command],
         cwd=folder,
