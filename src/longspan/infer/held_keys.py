@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from longspan.infer.stripes import Stripes
 from longspan.infer.token_spans import TokenSpans
-from longspan.kernels.attention import AttentionForm, choose_kernel, merge, with_sinks
+from longspan.kernels.attention import AttentionForm, choose_kernel, with_sinks
 from longspan.kernels.attention.bands import oldest_seen
 from longspan.kernels.attention.merging import accumulation_dtype
 from longspan.parallel.schedules import CpSchedule
+from longspan.parallel.schedules.base import Partial
 from longspan.parallel.sharded_documents import ShardedDocuments
 from longspan.parallel.shards import SequenceShards
 
@@ -123,8 +124,9 @@ class NextTokens:
     def __init__(self, keys: HeldKeys, sequences: NDArray[np.int64]) -> None:
         self._keys, self._sequences = keys, sequences
         self._before = keys.after[sequences].copy()
-        self._mine = np.flatnonzero(keys.owned[sequences])
-        self._rows = (keys.offsets[sequences] + self._before)[self._mine]
+        mine = np.flatnonzero(keys.owned[sequences])
+        self._mine = torch.from_numpy(mine)
+        self._rows = torch.from_numpy((keys.offsets[sequences] + self._before)[mine])
         self._spans: dict[tuple[int | None, int | None], tuple[TokenSpans | None, TokenSpans | None]] = {}
 
     @property
@@ -149,18 +151,16 @@ class NextTokens:
         assert layer is not None
         keys = self._keys
         new = keys.new_keys(layer, k)
+        self._rows, self._mine = self._rows.to(k.device), self._mine.to(k.device)
         for room, fresh in zip(new, (k, v)):
-            room[torch.from_numpy(self._rows).to(k.device)] = fresh[
-                torch.from_numpy(self._mine).to(k.device)
-            ].to(room.dtype)
+            room[self._rows] = fresh[self._mine].to(room.dtype)
         kernel = keys.kernel if form.softcap is None else choose_kernel(q.device, softcap=form.softcap)
-        dtype = accumulation_dtype(q)
-        out, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
+        seen = Partial(q)
         for (held_k, held_v), spans in zip((keys.kept[layer], new), self._seen(form)):
             if spans is not None:
                 rows = q.to(held_k.dtype), held_k[spans.keys], held_v[spans.keys]
-                out, lse = merge(out, lse, *spans.attend(*rows, form.factor(q), kernel))
-        return with_sinks(*keys.stripes.everywhere(out, lse), form.sinks)[0].to(q.dtype)
+                seen.add(*spans.attend(*rows, form.factor(q), kernel))
+        return with_sinks(*keys.stripes.everywhere(seen.out, seen.lse), form.sinks)[0].to(q.dtype)
 
     def _seen(self, form: AttentionForm) -> tuple[TokenSpans | None, TokenSpans | None]:
         """Return what is seen on this rank of the keys that were read together, and of those that came after."""
