@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longspan.api import ChatRequest, Client
+from longspan.api import ChatRequest, ChatResult, Client
 from longspan.core.errors import ArgumentError, DataError
-from longspan.eval.judge import read_template
+from longspan.eval.judge import REPLY_TOKENS, read_template
 from longspan.eval.metrics_alce import SHORTEST, listed, one_line, sentences, splitter, without_citations
 from longspan.eval.metrics_helmet import whole_answer
 from longspan.eval.records import EvalRecords
@@ -41,7 +41,6 @@ _MOST = 3
 """Citations of a sentence that count, the first ones."""
 _METRICS = ("correctness", "citation_recall", "citation_precision")
 _DIGITS = 9
-_REPLY_TOKENS = 512
 
 
 class NotNowError(Exception):
@@ -147,26 +146,18 @@ def server_judge(client: Client) -> Judge:
     template = string.Template(read_template(SERVER_TEMPLATE))
 
     def judge(pairs: Sequence[Pair]) -> list[bool | None]:
-        requests = (
-            (
-                str(number),
-                ChatRequest(
-                    prompt=template.substitute(premise=premise, hypothesis=hypothesis),
-                    max_tokens=_REPLY_TOKENS,
-                ),
-            )
-            for number, (premise, hypothesis) in enumerate(pairs)
-        )
-        replies = dict(client.complete(requests))
+        texts = [template.substitute(premise=premise, hypothesis=hypothesis) for premise, hypothesis in pairs]
+        requests = (ChatRequest(prompt=text, max_tokens=REPLY_TOKENS) for text in texts)
+        replies = dict(client.complete(enumerate(requests)))
         if len(replies) < len(pairs) or any(reply.error == "failed" for reply in replies.values()):
             raise NotNowError
-        whole = (replies[str(number)] for number in range(len(pairs)))
-        return [
-            {"1": True, "0": False}.get("" if reply.finish == "length" else reply.text.strip())
-            for reply in whole
-        ]
+        return [_verdict(replies[number]) for number in range(len(pairs))]
 
     return judge
+
+
+def _verdict(reply: ChatResult) -> bool | None:
+    return None if reply.finish == "length" else {"1": True, "0": False}.get(reply.text.strip())
 
 
 class _Asking:

@@ -24,7 +24,6 @@ class EntailmentModel:
     """
 
     def __init__(self, model: str) -> None:
-        self.name = model
         try:
             loaded = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=torch.bfloat16)
             self._tokenizer = AutoTokenizer.from_pretrained(model)

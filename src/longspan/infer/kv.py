@@ -87,9 +87,9 @@ class KvBlock:
         """Let `count` rows from `a` on and those from `b` on change places."""
         for kept in self._layers.values():
             for tensor in kept:
-                held = tensor[a : a + count].clone()
+                aside = tensor[a : a + count].clone()
                 tensor[a : a + count] = tensor[b : b + count]
-                tensor[b : b + count] = held
+                tensor[b : b + count] = aside
 
     def _empty(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return rows [S, K, D]: zeros, because a dense kernel multiplies what no query sees by 0, and 0 * NaN is NaN.
