@@ -219,6 +219,7 @@ def test_branches_that_do_not_fit_are_counted(chatty, too_long):
     assert all(len(each.ids) <= own + 70 for each in found)
     kept = sum(1 if each.parts is None else len(each.parts) for each in found)
     left_out = found[0].notes["branches left out, longer than max_tokens"]
+    assert all(found[0].notes.values())
     assert kept + left_out == 6 and (len(found) == 1 and left_out > 0 if too_long == "cut" else kept == 6)
     long = {"branches": [*record["branches"], asked_apart("", 1)["branches"][0][:1] * 30]}
     assert (

@@ -100,7 +100,8 @@ def encode_branches(
     kept = groups[:1] if too_long == "cut" else groups
     made = [document(group) for group in kept]
     notes = made[0].notes
-    notes["branches left out, longer than max_tokens"] += len(samples) - sum(map(len, kept))
+    if left_out := len(samples) - sum(map(len, kept)):
+        notes["branches left out, longer than max_tokens"] += left_out
     if len(made) > 1:
         notes["conversations split, longer than max_tokens"] += 1
         notes["conversations that these became"] += len(made)
