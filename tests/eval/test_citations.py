@@ -112,8 +112,16 @@ def test_questions_and_what_is_said(root: Path, tokenizer: Tokenizer, tmp_path: 
     means = {row["subtask"]: row["mean"] for row in summary["by_subtask"]}
     # As published, what a prompt ends with belongs to the answer: "Answer: Oslo" is no name.
     assert means == {"asqa": 0.5, "qampari": pytest.approx(1 / 3)}
+    released = root.parent / "prompts/asqa_revised.json"
+    for text, found in (
+        ("[]", "no instruction, demo_prompt, doc_prompt, demos"),
+        ('{"demos": [{}]}', "no instr"),
+    ):
+        released.write_text(text)
+        with pytest.raises(DataError, match=f"is no prompt of HELMET\n  found: {found}"):
+            helmet.open_sets(root, "cite", length=8192, tokenizer=tokenizer)
+    released.unlink()
     with pytest.raises(DataError, match="prompt of helmet_cite/asqa is not there"):
-        (root.parent / "prompts/asqa_revised.json").unlink()
         helmet.open_sets(root, "cite", length=8192, tokenizer=tokenizer)
 
 

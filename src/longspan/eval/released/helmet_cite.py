@@ -88,7 +88,7 @@ def _cite_prompt(root: Path, name: str) -> dict[str, Any]:
             fix="put the folder prompts of HELMET's repository beside its data",
         )
     prompt = read_json(path)
-    missing = [key for key in ("instruction", "demo_prompt", "doc_prompt", "demos") if not prompt.get(key)]
-    if missing:
+    wanted = ("instruction", "demo_prompt", "doc_prompt", "demos")
+    if missing := [key for key in wanted if not (isinstance(prompt, dict) and prompt.get(key))]:
         raise DataError(f"{path} is no prompt of HELMET", found=f"no {', '.join(missing)}")
     return dict(prompt)
