@@ -40,7 +40,8 @@ from longspan.models.tree_documents import TreeDocuments
 from longspan.parallel.launch import spawn_local
 from longspan.parallel.layout import LAYOUTS
 from longspan.train.batch import Batch, collate, total_weight
-from longspan.train.config import ParallelConfig, TrainConfig
+from longspan.train.config import ParallelConfig, PoseConfig, TrainConfig
+from longspan.train.pose import skip_positions
 from longspan.train.recurrent import recurrent_step
 from longspan.train.run_plan import plan_run
 from longspan.train.spread import build_spread
@@ -280,6 +281,36 @@ def test_loss_and_gradients_are_those_of_separate_rows(store, separately):
     same_gradients(found[0][1], gradients)
 
 
+def paths_of(row: PackedRow) -> list[PackedRow]:
+    """Return each part of a row behind what it follows, as a row of its own that learns the part alone."""
+    assert row.branches is not None and row.positions is not None
+    columns: list[list[np.ndarray]] = []
+    for (parent, place), start, end in zip(row.branches, row.cu_seqlens, row.cu_seqlens[1:]):
+        own = [row.input_ids[start:end], row.weights[start:end], row.positions[start:end]]
+        if parent >= 0:
+            ids, weights, positions = (column[:place] for column in columns[parent])
+            own = [np.concatenate(pair) for pair in zip((ids, weights * 0, positions), own)]
+        columns.append(own)
+    return [row_of(ids, weights)._replace(positions=positions) for ids, weights, positions in columns]
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_skipped_positions_are_those_of_separate_rows(store, chunks):
+    """A branch that counts on from its row, and not from the skips before it, stands where its text is not."""
+    model, pose = small_model(400, "llama"), PoseConfig(target_length=2048, chunks=chunks)
+    for number, row in enumerate(rows_of(store)):
+        row = skip_positions(row, pose, seed=3, stage="far", number=number)
+        paths = paths_of(row)
+        for path in paths:
+            steps = np.diff(path.positions)
+            assert path.positions[0] == 0 and steps.min() >= 1 and path.positions[-1] < 2048
+            assert (steps > 1).sum() < chunks
+        assert any(path.positions[-1] > 600 for path in paths)
+        found, wanted = loss_of(model, collate([row])), [loss_of(model, collate([path])) for path in paths]
+        assert found[0] == pytest.approx(sum(loss for loss, _ in wanted), rel=1e-9)
+        same_gradients(found[1], [sum(parts) for parts in zip(*(gradients for _, gradients in wanted))])
+
+
 def test_in_chunks_they_are_those_of_separate_rows(store, separately):
     """A branch follows tokens of chunks far before its own, not those of the chunk before it."""
     model, loss, gradients = separately
@@ -500,7 +531,6 @@ def test_what_cannot_be_right_is_refused(chatty, store, tmp_path):
             "layers with a state",
         ),
         ({"stage": {"loss_average": "samples"}}, "loss_average"),
-        ({"stage": {"pose": {"target_length": 1024}}}, "pose"),
     ],
 )
 def test_runs_that_cannot_read_trees_end_before_they_begin(chatty, store, changes, words):

@@ -23,23 +23,50 @@ __all__ = ["skip_positions"]
 def skip_positions(row: PackedRow, pose: PoseConfig, *, seed: int, stage: str, number: int) -> PackedRow:
     """Return the row with positions of its own; they are a function of seed, stage and the row's `number`.
 
-    A document of fewer tokens than chunks counts on as usual.
+    A document of fewer tokens than chunks counts on as usual. Of documents that branch, what they share is cut, so
+    each branch has the positions that it would have as a document of its own.
     """
     generator = rng(seed, "pose", stage, number)
-    positions = np.empty(len(row.input_ids), np.int64)
-    for start, end in zip(row.cu_seqlens[:-1].tolist(), row.cu_seqlens[1:].tolist()):
-        positions[start:end] = document_positions(generator, end - start, pose)
-    return row._replace(positions=positions)
+    borders = row.cu_seqlens.tolist()
+    follows = np.full((len(borders) - 1, 2), (-1, 0)) if row.branches is None else row.branches
+    longest = _longest_paths(np.diff(row.cu_seqlens), follows)
+    paths: list[np.ndarray] = []
+    for (parent, place), start, end, reach in zip(follows.tolist(), borders, borders[1:], longest.tolist()):
+        if parent < 0:
+            paths.append(document_positions(generator, end - start, pose, reach=reach))
+        else:
+            before = paths[parent][:place]
+            behind = before[-1] + 1 if place else 0
+            paths.append(np.concatenate([before, behind + np.arange(end - start)]))
+    own = [path[len(path) - (end - start) :] for path, start, end in zip(paths, borders, borders[1:])]
+    return row._replace(positions=np.concatenate(own))
 
 
-def document_positions(generator: np.random.Generator, length: int, pose: PoseConfig) -> np.ndarray:
-    """Return the positions of one document: they rise, stay below the target, and begin at 0."""
+def _longest_paths(lengths: np.ndarray, follows: np.ndarray) -> np.ndarray:
+    """Return the tokens of the longest path through each part, [parts]; a branch stands behind what it follows."""
+    longest = lengths + follows[:, 1]
+    for part in range(len(longest) - 1, -1, -1):
+        parent = follows[part, 0]
+        if parent >= 0:
+            longest[parent] = max(longest[parent], longest[part])
+    return longest
+
+
+def document_positions(
+    generator: np.random.Generator, length: int, pose: PoseConfig, *, reach: int | None = None
+) -> np.ndarray:
+    """Return the positions of one document: they rise, stay below the target, and begin at 0.
+
+    `reach` is the tokens of the document and of its longest branch, which stays below the target too. None: none
+    branches off.
+    """
+    reach = length if reach is None else reach
     positions = np.arange(length)
-    if length < pose.chunks or length >= pose.target_length:
+    if length < pose.chunks or reach >= pose.target_length:
         return positions
     borders = np.sort(generator.choice(np.arange(1, length), pose.chunks - 1, replace=False))
     # Skips before chunks 1, 2, ...: in all at most what the target has more than the document.
-    skipped = np.sort(generator.integers(0, pose.target_length - length + 1, pose.chunks - 1))
+    skipped = np.sort(generator.integers(0, pose.target_length - reach + 1, pose.chunks - 1))
     for border, before, after in zip(borders, np.concatenate([[0], skipped[:-1]]), skipped):
         positions[border:] += after - before
     return positions

@@ -202,7 +202,6 @@ def _refuse_trees(stage: StageConfig, name: str, where: str) -> None:
     """Refuse what a stage cannot do with documents that branch (`true_prefixes`). Raises ConfigError."""
     wrong = {
         "document_mask: false": not stage.keeps_apart(name),
-        "pose": stage.pose is not None,
         f"loss_average: {stage.loss_average}": stage.loss_average == "samples",
         "a teacher": stage.streams[name].teacher is not None,
     }
