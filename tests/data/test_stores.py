@@ -457,6 +457,6 @@ def test_the_same_store_twice_is_said(tmp_path: Path, caplog: pytest.LogCaptureF
         caplog.clear()
         assert len(open_stores([store, other, again])) == 3
         assert f"{again} holds the same documents as {store}" in caplog.text
-    caplog.clear()
+    caplog.set_level("INFO")
     assert len(StoreDocuments([store, tmp_path / "link"], specials="none").tokens) == 2
     assert "1 stores are given again" in caplog.text

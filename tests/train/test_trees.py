@@ -134,9 +134,11 @@ def test_answers_stand_behind_their_true_prefixes(chatty, store):
     assert texts[0].startswith("<|im_start|>system\nRule 1.") and texts[0].count("<think>") == 1
     assert [text.count("<think>") for text in texts[1:]] == [1, 2]
     assert len(ids) < sum(len(sample) for sample, _ in samples_of(plain, TRACES[0])) / 2
-    notes = store.manifest.counts["notes"]
-    shared = notes["tokens that branches share with what they branch off"]
-    assert shared > 0 and "thoughts" not in str(notes)
+    # Nothing is lost by them, so they are no warning.
+    counts = store.manifest.counts
+    assert (
+        counts["remarks"]["tokens that branches share with what they branch off"] > 0 and not counts["notes"]
+    )
 
 
 def asked_apart(text: str, count: int) -> dict[str, Any]:
@@ -161,7 +163,9 @@ def test_questions_asked_apart_share_their_text(chatty, tmp_path):
     path.write_text(json.dumps(record) + "\n")
     store = tokenize_corpus([path], chatty, tmp_path / "store", chat=chat)
     assert len(store) == 1 and len(store.tree_tokens(0)) < len(own[0].ids) + 4 * 40
-    assert store.manifest.counts["notes"]["conversations that begin alike, as branches of one document"] == 4
+    assert (
+        store.manifest.counts["remarks"]["conversations that begin alike, as branches of one document"] == 4
+    )
     torch.manual_seed(0)
     model = small_model(chatty.vocab_size, "llama")
     wanted = [loss_of(model, collate([row_of(*sample)])) for sample in own]
@@ -202,7 +206,7 @@ def test_what_the_user_says_before_and_behind_the_border_is_one_turn(chatty):
 def encoded_alone(chat: ChatFormat, turns: list[dict[str, Any]]) -> list[Any]:
     read, values, _ = chat.read(turns)
     answers = [number for number, turn in enumerate(read) if turn["role"] == "assistant"]
-    return true_samples(chat, read, values, answers)
+    return chat._alone(true_samples(chat, read, values, answers))
 
 
 @pytest.mark.parametrize("too_long", ["cut", "split", "drop"])

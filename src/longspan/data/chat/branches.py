@@ -9,13 +9,20 @@ length and its thoughts, and a text with n questions the text and the questions;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longspan.data.chat.encoder import Encoded
+
+SHARED = "tokens that branches share with what they branch off"
+
+
+def as_branches(name: str) -> str:
+    """Return the note that counts branches, of what they are."""
+    return f"{name}, as branches of one document"
 
 
 class TokenTree(NamedTuple):
@@ -34,51 +41,80 @@ class _Branch:
         self.ids, self.mask, self.parent, self.position = ids, mask.copy(), parent, position
         self.children: list[int] = []
 
+    def copy(self) -> _Branch:
+        made = _Branch(self.ids, self.mask, self.parent, self.position)
+        made.children = list(self.children)
+        return made
 
-def token_tree(samples: Sequence[tuple[NDArray[np.uint32], NDArray[np.uint8]]]) -> TokenTree:
-    """Return the tree of samples (ids, mask). The first is its trunk: let it be the longest.
+
+class GrowingTree:
+    """A tree to which samples are added; the first is its trunk: let it be the longest.
 
     What several samples learn weighs so many times.
     """
-    parts: list[_Branch] = []
-    roots: list[int] = []
-    for ids, mask in samples:
-        place = next((root for root in roots if parts[root].ids[0] == ids[0]), None)
+
+    def __init__(self) -> None:
+        self._parts: list[_Branch] = []
+        self._roots: list[int] = []
+        self.size = 0
+        """Tokens."""
+
+    def copy(self) -> GrowingTree:
+        """Return a tree that grows by itself."""
+        made = GrowingTree()
+        made._parts = [part.copy() for part in self._parts]
+        made._roots, made.size = list(self._roots), self.size
+        return made
+
+    def add(self, ids: NDArray[np.uint32], mask: NDArray[np.uint8]) -> None:
+        """Add a sample."""
+        parts = self._parts
+        place = next((root for root in self._roots if parts[root].ids[0] == ids[0]), None)
         if place is None:
-            roots.append(len(parts))
-            parts.append(_Branch(ids, mask, len(parts), 0))
-            continue
-        _add(parts, place, ids, mask)
-    starts = np.cumsum([0, *(len(part.ids) for part in parts)])[:-1]
-    table = [(start, part.parent, part.position) for start, part in zip(starts.tolist(), parts)]
-    return TokenTree(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.mask for part in parts]),
-        np.array(table, np.uint32).reshape(-1, 3),
-    )
+            self._roots.append(len(parts))
+            self._append(ids, mask, len(parts), 0)
+            return
+        while True:
+            part = parts[place]
+            rest = ids[part.position :]
+            size = min(len(rest), len(part.ids))
+            other = np.flatnonzero(rest[:size] != part.ids[:size])
+            shared = int(other[0]) if len(other) else size
+            part.mask[1:shared] += mask[part.position + 1 : part.position + shared]
+            end = part.position + shared
+            if end == len(ids):
+                return
+            following = (each for each in part.children if parts[each].position == end - 1)
+            child = next((each for each in following if parts[each].ids[1] == ids[end]), None)
+            if child is None:
+                own = mask[end - 1 :].copy()
+                own[0] = 0
+                part.children.append(len(parts))
+                self._append(ids[end - 1 :], own, place, end - 1)
+                return
+            place = child
+
+    def _append(self, ids: NDArray[np.uint32], mask: NDArray[np.uint8], parent: int, position: int) -> None:
+        self._parts.append(_Branch(ids, mask, parent, position))
+        self.size += len(ids)
+
+    def tree(self) -> TokenTree:
+        """Return what has grown."""
+        starts = np.cumsum([0, *(len(part.ids) for part in self._parts)])[:-1]
+        table = [(start, part.parent, part.position) for start, part in zip(starts.tolist(), self._parts)]
+        return TokenTree(
+            np.concatenate([part.ids for part in self._parts]),
+            np.concatenate([part.mask for part in self._parts]),
+            np.array(table, np.uint32).reshape(-1, 3),
+        )
 
 
-def _add(parts: list[_Branch], place: int, ids: NDArray[np.uint32], mask: NDArray[np.uint8]) -> None:
-    """Add a sample below the part `place`, with whose first token it agrees."""
-    while True:
-        part = parts[place]
-        rest = ids[part.position :]
-        size = min(len(rest), len(part.ids))
-        other = np.flatnonzero(rest[:size] != part.ids[:size])
-        shared = int(other[0]) if len(other) else size
-        part.mask[1:shared] += mask[part.position + 1 : part.position + shared]
-        end = part.position + shared
-        if end == len(ids):
-            return
-        following = (each for each in part.children if parts[each].position == end - 1)
-        child = next((each for each in following if parts[each].ids[1] == ids[end]), None)
-        if child is None:
-            own = mask[end - 1 :].copy()
-            own[0] = 0
-            part.children.append(len(parts))
-            parts.append(_Branch(ids[end - 1 :], own, place, end - 1))
-            return
-        place = child
+def token_tree(samples: Iterable[tuple[NDArray[np.uint32], NDArray[np.uint8]]]) -> TokenTree:
+    """Return the tree of samples (ids, mask)."""
+    growing = GrowingTree()
+    for ids, mask in samples:
+        growing.add(ids, mask)
+    return growing.tree()
 
 
 def one_document(samples: Sequence[Encoded], name: str) -> Encoded:
@@ -90,8 +126,8 @@ def one_document(samples: Sequence[Encoded], name: str) -> Encoded:
     notes = sum((each.notes for each in samples), Counter[str]())
     if len(samples) == 1:
         return samples[0]._replace(notes=notes)
-    tree = token_tree([(each.ids, each.mask) for each in samples])
-    notes[f"{name}, as branches of one document"] += len(samples) - 1
+    tree = token_tree((each.ids, each.mask) for each in samples)
+    notes[as_branches(name)] += len(samples) - 1
     shared = sum(len(each.ids) for each in samples) - len(tree.ids)
-    notes["tokens that branches share with what they branch off"] += shared
+    notes[SHARED] += shared
     return Encoded(tree.ids, tree.mask, notes, tree.parts)

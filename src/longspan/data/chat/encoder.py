@@ -1,4 +1,8 @@
-"""Special tokens of a rendered conversation: those that the template wrote are read, those in a message stay text."""
+"""Special tokens of a rendered conversation: those that the template wrote are read, those in a message stay text.
+
+Texts that begin alike are tokenised once as far as they do, up to a place that every cut of a text may have (see
+`tokenizer.safe_cuts`), or where a special token begins.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,41 @@ class Encoded(NamedTuple):
     """What the template left out of it, with a number of turns."""
     parts: NDArray[np.uint32] | None = None
     """[parts, 3] of a conversation that branches, see `branches.TokenTree`; None: it is one text."""
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation, to be encoded."""
+
+    text: str
+    """With its special tokens marked."""
+    spans: Sequence[tuple[int, int]]
+    """What is learnt of it, as characters."""
+    notes: Counter[str]
+    """What the template left out of it."""
+    of_turns: Sequence[Counter[str]] = ()
+    """The same of each turn."""
+
+
+class _Read(NamedTuple):
+    """What the tokenizer made of a text, marks being tokens of their own."""
+
+    ids: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def until(self, stop: int, other: _Read, first: int) -> _Read:
+        """Return the tokens before `stop`, and behind them those of another from `first` on."""
+        return _Read(
+            np.concatenate([self.ids[:stop], other.ids[first:]]),
+            np.concatenate([self.starts[:stop], other.starts[first:]]),
+            np.concatenate([self.ends[:stop], other.ends[first:]]),
+        )
+
+
+_OVERLAP = 64
+"""Characters before a cut that are tokenised with either part, to see that both agree."""
+READ_AGAIN = 1 << 12
+"""Characters that several texts begin with and that are tokenised for each are counted where there are more."""
 
 
 class MarkedEncoder:
@@ -78,6 +117,14 @@ class MarkedEncoder:
             for token in special.values()
         ])  # fmt: skip
         self._model = model
+        # Where a special token begins a tokenizer begins anew, unless the token looks at what stands before it.
+        before = r"(?<!\s)" if any(token.lstrip for token in special.values()) else ""
+        alone = any(token.single_word for token in special.values())
+        cuts = tokenizer._cuts
+        places = [] if alone else [f"{before}(?={SPECIAL_START})"]
+        places += [] if cuts is None else [cuts.places.pattern]
+        self._places = re.compile("|".join(places) or "(?!)")
+        self._drop_space = cuts is not None and cuts.drop_space
         added = {token.content: id_ for id_, token in model.get_added_tokens_decoder().items()}
         self._id_of_mark = {added[self._marked[token.content]]: id_ for id_, token in special.items()}
         self._first_mark = largest + 1
@@ -113,18 +160,76 @@ class MarkedEncoder:
                 found.append(after[number] + inside - parts[number].count(GUARD, 0, inside))
         return "".join(written), found
 
-    def encode(self, text: str, spans: Sequence[tuple[int, int]] = (), *, blocks: bool = False) -> ChatTokens:
-        """Encode a marked text; a token is learnt if any of its characters is inside a span, save white space that
-        begins before the span: it is the prompt's, and a model that is asked cannot write it.
-
-        With `blocks` the spans are those of `{% generation %}` and borders are drawn as transformers draws them.
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Return the ids of a marked text.
 
         Raises:
             DataError: the tokenizer does not find the special tokens again.
         """
-        encoding = self._model.encode(text, add_special_tokens=False)
-        ids = np.array(encoding.ids, np.uint32)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        return self.encode_alike([Rendered(text, (), Counter())])[0][0].ids
+
+    def encode_alike(
+        self, texts: Sequence[Rendered], *, blocks: bool = False
+    ) -> tuple[list[ChatTokens], int]:
+        """Return ids and mask of marked texts, and how many of them were tokenised whole though they begin as another.
+
+        A token is learnt if any of its characters is inside a span, save white space that begins before the span: it
+        is the prompt's, and a model that is asked cannot write it. With `blocks` the spans are those of
+        `{% generation %}` and borders are drawn as transformers draws them.
+
+        Raises:
+            DataError: the tokenizer does not find the special tokens again.
+        """
+        made: dict[int, ChatTokens] = {}
+        again = 0
+        before, read = "", None
+        # In this order no earlier text has more in common with one than the text right before it.
+        for number in sorted(range(len(texts)), key=lambda number: texts[number].text):
+            text = texts[number].text
+            if read is None:
+                read = self._tokens(text)
+            else:
+                read, whole = self._behind(before, read, text)
+                again += whole
+            made[number] = self._masked(text, read, texts[number].spans, blocks)
+            before = text
+        return [made[number] for number in range(len(texts))], again
+
+    def _behind(self, before: str, read: _Read, text: str) -> tuple[_Read, bool]:
+        """Return the tokens of a text, as far as it begins as the text `before` from those that were `read` there, and
+        whether most of that had to be tokenised again."""
+        shared = _num_shared(before, text)
+        border = self._place(text, shared)
+        first = self._place(text, border - _OVERLAP) or self._place(text, border - 1)
+        if first:
+            own = self._tokens(text, first)
+            known = slice(*np.searchsorted(read.starts, (first, border)))
+            overlap = int(np.searchsorted(own.starts, border))
+            if np.array_equal(read.ids[known], own.ids[:overlap]):
+                return read.until(known.stop, own, overlap), shared - first > READ_AGAIN
+        return self._tokens(text), shared > READ_AGAIN
+
+    def _place(self, text: str, limit: int) -> int:
+        """Return the last place before `limit` where a text may be cut, whatever stands behind; 0: there is none."""
+        reach = _OVERLAP
+        while limit > 0:
+            start = max(0, limit - reach)
+            found = [match.start() for match in self._places.finditer(text, start, limit)]
+            if found or not start:
+                return found[-1] if found else 0
+            reach *= 4
+        return 0
+
+    def _tokens(self, text: str, start: int = 0) -> _Read:
+        """Return the tokens of a text from a place on where it may be cut, or of all of it."""
+        if start and self._drop_space and text[start] == " ":
+            start += 1
+        encoding = self._model.encode(text[start:], add_special_tokens=False)
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2) + start
+        return _Read(np.array(encoding.ids, np.uint32), spans[:, 0], spans[:, 1])
+
+    def _masked(self, text: str, read: _Read, spans: Sequence[tuple[int, int]], blocks: bool) -> ChatTokens:
+        ids, starts, ends = read.ids.copy(), read.starts, read.ends
         marks = np.flatnonzero(ids >= self._first_mark)
         places = [match.start() for match in re.finditer(SPECIAL_START, text)]
         if len(marks) != len(places):
@@ -144,6 +249,18 @@ class MarkedEncoder:
             mask[marks] = learnt[np.array(places, np.int64) + 1] > 0
         ids[marks] = [self._id_of_mark[int(mark)] for mark in ids[marks]]
         return ChatTokens(ids, mask.astype(np.uint8))
+
+
+def _num_shared(first: str, second: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if second.startswith(first[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _in_blocks(

@@ -21,15 +21,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from operator import add
 from pathlib import Path
 from typing import Any
 
 from longspan.core.errors import DataError
-from longspan.data.chat.branches import one_document
+from longspan.data.chat.branches import SHARED, as_branches, one_document
 from longspan.data.chat.chat_config import ChatConfig
-from longspan.data.chat.continued import BRANCHES, branches_of, continued, encode_branches
-from longspan.data.chat.encoder import ChatTokens, Encoded, MarkedEncoder
+from longspan.data.chat.continued import (
+    BEGIN_ALIKE,
+    BRANCHES,
+    WITHOUT_FIRST,
+    Branch,
+    ReadBranches,
+    branches_of,
+    encode_branches,
+    read_branches,
+)
+from longspan.data.chat.encoder import ChatTokens, Encoded, MarkedEncoder, Rendered
 from longspan.data.chat.given import FIELDS, Given, give, variables_of, with_marks, with_system
 from longspan.data.chat.learnt import Ends, Turn, answer_spans, block_spans, learnt_turns, without_thoughts
 from longspan.data.chat.messages import (
@@ -40,10 +50,11 @@ from longspan.data.chat.messages import (
     MessagesError,
     as_messages,
 )
-from longspan.data.chat.points import MarkedText, Pointer, read
+from longspan.data.chat.pointed import read_pointed
+from longspan.data.chat.points import MarkedText, Pointer
 from longspan.data.chat.stored import Stored, rewritten
 from longspan.data.chat.template import DATE, Template, find_template
-from longspan.data.chat.too_long import fitted, shortened
+from longspan.data.chat.too_long import Short, fitted, shortened, shortener
 from longspan.data.chat.true_prefixes import TRUE_PREFIXES, true_samples
 from longspan.data.chat.written import check_written
 from longspan.data.tokenizer import Tokenizer
@@ -51,6 +62,9 @@ from longspan.data.tokenizer.roles import named_tokens
 
 RULES = 9
 """Raised whenever the same template and conversation would be encoded otherwise."""
+TOKENISED_WHOLE = "conversations tokenised whole, though they begin as another: no place to cut them"
+REMARKS = frozenset({as_branches(BEGIN_ALIKE), as_branches(TRUE_PREFIXES), SHARED, TOKENISED_WHOLE})
+"""Notes by which nothing is lost."""
 
 # Awkward content: a template that escapes, lowers, or splits it is found out before the corpus is read.
 PROBE: tuple[Message, ...] = (
@@ -162,17 +176,21 @@ class ChatFormat:
             MessagesError: this conversation cannot be used, others may.
         """
         config, values = self.config, dict(variables or {})
-        branches = branches_of(values)
-        values.pop(BRANCHES, None)
-        if branches:
-            samples = [
-                self._samples(*self._shortened(continued(messages, each), values)) for each in branches
-            ]
-            return encode_branches(samples, max_tokens=config.max_tokens, too_long=config.too_long)
-        turns, values, notes = self._shortened(messages, values)
+        short = shortener(self._tokenizer, config.truncate_tool_results)
+        if branches := branches_of(values):
+            del values[BRANCHES]
+            read = read_branches(self.read, self.rewritten, messages, branches, values)
+            encoded = encode_branches(
+                self._branches(read, short), max_tokens=config.max_tokens, too_long=config.too_long
+            )
+            values = read.conversations[0].values
+            return [encoded[0]._replace(notes=self._of_record(values) + encoded[0].notes), *encoded[1:]]
+        turns, values, notes = self.read(messages, values)
+        turns, cut = shortened(turns, short)
+        notes = sum(cut, notes + self._of_record(values))
 
         def encode(some: list[Message]) -> Encoded:
-            return one_document(self._samples(some, values), TRUE_PREFIXES)
+            return one_document(self._alone(self._samples(some, values)), TRUE_PREFIXES)
 
         encoded = [encode(turns)]
         if config.max_tokens is not None and len(encoded[0].ids) > config.max_tokens:
@@ -182,49 +200,79 @@ class ChatFormat:
         encoded[0] = encoded[0]._replace(notes=notes + encoded[0].notes)
         return encoded
 
-    def _shortened(self, messages: Any, variables: Mapping[str, Any]) -> Stored:
-        """Return what `read` returns, results of tools as short as they are to be."""
-        turns, values, notes = self.read(messages, variables)
-        limit = self.config.truncate_tool_results
-        if limit is not None:
-            turns, more = shortened(turns, self._tokenizer, limit)
-            notes += more
-        return Stored(turns, values, notes)
-
-    def _samples(
-        self, turns: list[Message], values: Mapping[str, Any], notes: Counter[str] | None = None
-    ) -> list[Encoded]:
-        """Return what a conversation is learnt as: one sample, or with true prefixes several, the longest first."""
-        if self.config.true_prefixes:
-            answers = learnt_turns(turns, self.config.train_turns)
-            samples = true_samples(self, turns, values, [n for n, turn in enumerate(answers) if turn.learnt])
-        else:
-            samples = [self.encode_turns(turns, values)]
-        if notes:
-            samples[0] = samples[0]._replace(notes=notes + samples[0].notes)
-        return samples
-
     def read(self, messages: Any, variables: Mapping[str, Any] | None = None) -> Stored:
         """Return a conversation in the one form that templates are given, whichever it is stored in.
 
         Raises:
             MessagesError: it is none.
         """
-        stored = rewritten(
-            messages,
-            dict(variables or {}),
-            names=self._template.names,
-            replace_images=self.config.images == "replace",
-        )
+        stored = self.rewritten(messages, dict(variables or {}))
         values = dict(stored.values)
         turns = with_marks(as_messages(stored.turns), values, self._template)
         notes = stored.notes
         if self.begin_with_user and turns[0]["role"] != "user":
             turns = turns[1:]
-            notes["conversations without their first turn, which is not the user's"] += 1
+            notes[WITHOUT_FIRST] += 1
             if not turns:
                 raise MessagesError("nothing is left behind the first turn, which is not the user's")
         return Stored(turns, values, notes)
+
+    def rewritten(self, turns: Any, values: Mapping[str, Any]) -> Stored:
+        """Return turns, of a conversation or of a part of one, in that form as far as they can be read."""
+        return rewritten(
+            turns, values, names=self._template.names, replace_images=self.config.images == "replace"
+        )
+
+    def _of_record(self, values: Mapping[str, Any]) -> Counter[str]:
+        """Return notes of what `read` left of the fields of a record."""
+        found = {*LEARNT, *NOT_LEARNT} & variables_of(
+            values, self._template
+        ).keys() - self._template.variables
+        return Counter({f"records with a `{name}` that says nothing of turns": 1 for name in found})
+
+    def _samples(self, turns: list[Message], values: Mapping[str, Any]) -> list[Rendered]:
+        """Return what a conversation is learnt as: one sample, or with true prefixes several, the longest first."""
+        if not self.config.true_prefixes:
+            return [self.rendered(turns, values)]
+        answers = learnt_turns(turns, self.config.train_turns)
+        return true_samples(self, turns, values, [n for n, turn in enumerate(answers) if turn.learnt])
+
+    def _encoded(self, conversations: Sequence[Sequence[Rendered]]) -> list[list[Encoded]]:
+        """Return ids and masks of the samples of conversations; what they begin with alike is tokenised once.
+
+        Of notes they have what is said of a conversation as a whole.
+        """
+        flat = [sample for samples in conversations for sample in samples]
+        tokens, again = self._encoder.encode_alike(flat, blocks=self._template.has_blocks)
+        encoded = iter([Encoded(*each, Counter(sample.notes)) for each, sample in zip(tokens, flat)])
+        made = [[next(encoded) for _ in samples] for samples in conversations]
+        for samples in made:
+            if not any(each.mask.any() for each in samples):
+                samples[0].notes["conversations in which nothing is learnt"] += 1
+        if again:
+            made[0][0].notes[TOKENISED_WHOLE] += again
+        return made
+
+    def _alone(self, samples: Sequence[Rendered]) -> list[Encoded]:
+        """Return ids, masks and all notes of the samples of one conversation."""
+        (encoded,) = self._encoded([samples])
+        return [
+            each._replace(notes=sum(sample.of_turns, each.notes))
+            for each, sample in zip(encoded, samples, strict=True)
+        ]
+
+    def _branches(self, read: ReadBranches, short: Short) -> list[Branch]:
+        """Return branches as samples, with notes of what they share and of what is their own."""
+        cut = [shortened(each.turns, short) for each in read.conversations]
+        rendered = [
+            self._samples(turns, each.values)
+            for (turns, _), each in zip(cut, read.conversations, strict=True)
+        ]
+        made = []
+        for number, samples in enumerate(self._encoded(rendered)):
+            of_turns = [*map(add, cut[number][1], rendered[number][0].of_turns)]
+            made.append(read.branch(number, samples, of_turns))
+        return made
 
     def text(self, turns: list[Message], values: Mapping[str, Any], *, asked: bool = False) -> str:
         """Return the text of what `read` returned; `asked`: with what the template writes before the next answer."""
@@ -248,14 +296,20 @@ class ChatFormat:
         return self._apart(given, self._read(given), learnt, turns[:-1], values)[0].replace(GUARD, "")
 
     def encode_turns(
+        self, turns: list[Message], values: Mapping[str, Any], *, learn: Collection[int] | None = None
+    ) -> Encoded:
+        """Return ids and mask of what `read` returned; `learn`: see `rendered`."""
+        return self._alone([self.rendered(turns, values, learn=learn)])[0]
+
+    def rendered(
         self,
         turns: list[Message],
         values: Mapping[str, Any],
         *,
         learn: Collection[int] | None = None,
         apart: bool = False,
-    ) -> Encoded:
-        """Return ids and mask of what `read` returned.
+    ) -> Rendered:
+        """Return the text of what `read` returned, and what is learnt of it.
 
         Args:
             learn: the turns to learn, of those that are to be learnt anyway. None: all of them.
@@ -275,13 +329,9 @@ class ChatFormat:
             notes = check_written(given, reading, self._template, special=self._encoder.special)
             text, spans = reading.text, self._spans(reading, learnt)
         text, places = self._encoder.marked(text, [place for span in spans for place in span])
-        pairs = list(zip(places[0::2], places[1::2]))
-        tokens = self._encoder.encode(text, pairs, blocks=self._template.has_blocks)
-        if not tokens.mask.any():
-            notes["conversations in which nothing is learnt"] += 1
-        for name in {*LEARNT, *NOT_LEARNT} & given.variables.keys() - self._template.variables:
-            notes[f"records with a `{name}` that says nothing of turns"] += 1
-        return Encoded(*tokens, notes)
+        # A system's turn that the record keeps beside its turns has no notes.
+        of_turns = notes[len(given.messages) - len(turns) :]
+        return Rendered(text, list(zip(places[0::2], places[1::2])), Counter(), of_turns)
 
     def _spans(self, reading: MarkedText, learnt: Sequence[Turn]) -> list[tuple[int, int]]:
         """Return what is learnt, as characters of the text."""
@@ -301,7 +351,7 @@ class ChatFormat:
         learnt: Sequence[Turn],
         before: list[Message],
         values: Mapping[str, Any],
-    ) -> tuple[str, list[tuple[int, int]], Counter[str]]:
+    ) -> tuple[str, list[tuple[int, int]], list[Counter[str]]]:
         """Return what `apart` does, with its guards, what is learnt of it, and what it leaves out; `given`, `reading`
         and `learnt` are those of all turns."""
         earlier = self._given(before, values)[0]
@@ -333,67 +383,7 @@ class ChatFormat:
         return give(self._template, turns, found), learnt_turns(turns, self.config.train_turns)
 
     def _read(self, given: Given, *, asked: bool = False) -> MarkedText:
-        """Return the text with the places of what each turn says, as many of them as can be shown; `asked`: with what
-        the template writes before the next answer.
-
-        Raises:
-            MessagesError: the marks change what the template writes.
-        """
-        messages = [
-            {key: self._pointer.guarded(value) for key, value in message.items()}
-            for message in given.messages
-        ]
-        variables = {key: self._pointer.guarded(value) for key, value in given.variables.items()}
-        for others, calls in ((True, True), (False, True), (False, False)):
-            reading = self._pointed(messages, variables, given.text, others=others, calls=calls, asked=asked)
-            if reading is not None:
-                return reading
-        bare = read(self._template.render(messages, variables, marks=True, add_generation_prompt=asked), [])
-        if bare.text.replace(GUARD, "") == given.text and self._template.has_blocks:
-            return bare
-        if self._template.has_blocks:
-            raise MessagesError(
-                "the chat template writes something else when its {% generation %} blocks and the special tokens in "
-                "messages are marked, so what is learnt cannot be found",
-                fix="choose another template with --chat-template",
-            )
-        raise MessagesError(
-            "the chat template rewrites what a turn says, so the assistant's words cannot be found in it",
-            fix="choose another template with --chat-template, or one with {% generation %} blocks",
-        )
-
-    def _pointed(
-        self,
-        messages: list[Message],
-        variables: Mapping[str, Any],
-        text: str,
-        *,
-        others: bool,
-        calls: bool,
-        asked: bool,
-    ) -> MarkedText | None:
-        """Return the reading of a text with points in it; None where they change it."""
-
-        def attempt(outside: Collection[int]) -> MarkedText | None:
-            pointed, leaves = self._pointer.point(messages, others=others, calls=calls, outside=outside)
-            try:
-                rendered = self._template.render(pointed, variables, marks=True, add_generation_prompt=asked)
-                found = read(rendered, leaves)
-            except MessagesError:
-                return None
-            return found if found.text.replace(GUARD, "") == text else None
-
-        spaced = list(_begin_with_space(messages))
-        found = attempt(spaced)
-        if found is not None or not spaced:
-            return found
-        # The template trims some of them: those that it does not trim are learnt with their white space.
-        kept: list[int] = []
-        found = attempt(kept)
-        for number in spaced if found is not None else ():
-            if messages[number]["role"] == "assistant" and (more := attempt([*kept, number])) is not None:
-                kept, found = [*kept, number], more
-        return found
+        return read_pointed(self._template, self._pointer, given, asked=asked)
 
     def _probe(self) -> tuple[Message, ...]:
         """Return the first probe that the template does not refuse; none where it has blocks and refuses all."""
@@ -480,11 +470,3 @@ def special_texts(tokenizer: Tokenizer) -> dict[str, str]:
     known = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     found = {name: tokenizer.decode([number]) for name, number in known.items() if number is not None}
     return found | (named_tokens(tokenizer.path.parent) or {})
-
-
-def _begin_with_space(messages: Sequence[Message]) -> Iterator[int]:
-    for number, message in enumerate(messages):
-        content = message["content"] or ""
-        parts = [content] if isinstance(content, str) else [part["text"] for part in content[:1]]
-        if any(part[:1].isspace() and part.strip() for part in parts):
-            yield number

@@ -111,7 +111,7 @@ class ChatPrompt:
         around = pieces[::2]
         marked = [self._encoder.marked(each)[0] for each in around]
         text, to_encode = ("".join(map("".join, zip(each, contents))) for each in (around, marked))
-        return text, self._encoder.encode(to_encode).ids
+        return text, self._encoder.encode(to_encode)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -155,4 +155,4 @@ class ChatPrompt:
                 answer,
             ]
         )
-        return self._encoder.encode(text).ids
+        return self._encoder.encode(text)

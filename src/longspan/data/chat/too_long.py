@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 from longspan.data.chat.encoder import Encoded
 from longspan.data.chat.messages import Message, MessagesError
 from longspan.data.tokenizer import Tokenizer
 
 Encode = Callable[[list[Message]], Encoded]
+Short = Callable[[str], tuple[str, int]]
+"""Returns a text as short as it is to be, and how many tokens were left out of it."""
 GAP = "\n[... {} tokens left out ...]\n"
 
 
@@ -45,31 +48,45 @@ def fitted(
     return made
 
 
-def shortened(turns: list[Message], tokenizer: Tokenizer, limit: int) -> tuple[list[Message], Counter[str]]:
-    """Return turns whose results of tools have at most `limit` tokens, their middle left out, and what was counted."""
-    notes: Counter[str] = Counter()
+def shortener(tokenizer: Tokenizer, limit: int | None) -> Short:
+    """Return what shortens the results of tools in a record: a text of more than `limit` tokens becomes one without
+    its middle, and how many tokens that had. The same text is tokenised once."""
 
-    def short(text: str) -> str:
+    @cache
+    def short(text: str) -> tuple[str, int]:
         # A token has a character at least.
-        if len(text) <= limit:
-            return text
+        if limit is None or len(text) <= limit:
+            return text, 0
         _, starts, ends = tokenizer.encode_with_offsets(text)
         if len(starts) <= limit:
-            return text
+            return text, 0
         left_out = len(starts) - limit
-        notes["results of tools that were shortened"] += 1
-        notes["tokens left out of them"] += left_out
         tail = limit // 2
         begin, end = text[: int(ends[limit - tail - 1])], text[int(starts[-tail]) :] if tail else ""
-        return f"{begin}{GAP.format(left_out)}{end}"
+        return f"{begin}{GAP.format(left_out)}{end}", left_out
 
-    made = []
+    return short
+
+
+def shortened(turns: list[Message], short: Short) -> tuple[list[Message], list[Counter[str]]]:
+    """Return turns whose results of tools are short, and what was counted in each."""
+    made, notes = [], []
     for turn in turns:
+        counts: Counter[str] = Counter()
+
+        def text_of(text: str, counts: Counter[str] = counts) -> str:
+            text, left_out = short(text)
+            if left_out:
+                counts["results of tools that were shortened"] += 1
+                counts["tokens left out of them"] += left_out
+            return text
+
         if turn["role"] == "tool" and isinstance(turn["content"], str):
-            turn = {**turn, "content": short(turn["content"])}
+            turn = {**turn, "content": text_of(turn["content"])}
         elif turn["role"] == "tool":
-            turn = {**turn, "content": [{**part, "text": short(part["text"])} for part in turn["content"]]}
+            turn = {**turn, "content": [{**part, "text": text_of(part["text"])} for part in turn["content"]]}
         made.append(turn)
+        notes.append(counts)
     return made, notes
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from longspan.data.chat.encoder import Encoded
+from longspan.data.chat.encoder import Rendered
 from longspan.data.chat.messages import Message
 
 LEFT_OUT = "turns whose thoughts the chat template leaves out"
@@ -33,7 +33,7 @@ class _Sample(NamedTuple):
     """The template writes something else before the last of them once it is there."""
 
 
-class TurnEncoder(Protocol):
+class TurnWriter(Protocol):
     """What is needed of a `ChatFormat`."""
 
     def text(self, turns: list[Message], values: Mapping[str, Any], *, asked: bool = False) -> str:
@@ -45,20 +45,20 @@ class TurnEncoder(Protocol):
     def ends_with_special(self, text: str) -> bool:
         """Return whether a text ends with a special token."""
 
-    def encode_turns(
+    def rendered(
         self,
         turns: list[Message],
         values: Mapping[str, Any],
         *,
         learn: Collection[int] | None = None,
         apart: bool = False,
-    ) -> Encoded:
-        """Return ids and mask of turns."""
+    ) -> Rendered:
+        """Return the text of turns and what is learnt of it."""
 
 
 def true_samples(
-    chat: TurnEncoder, turns: list[Message], values: Mapping[str, Any], answers: Sequence[int]
-) -> list[Encoded]:
+    chat: TurnWriter, turns: list[Message], values: Mapping[str, Any], answers: Sequence[int]
+) -> list[Rendered]:
     """Return the samples in which each answer stands behind its true prefix, the longest first.
 
     Args:
@@ -84,10 +84,14 @@ def true_samples(
         else:
             sample.learn.append(number)
     if not samples:
-        return [chat.encode_turns(turns, values)]
-    encoded = [
-        chat.encode_turns(turns[: each.turns], values, learn=each.learn, apart=each.apart) for each in samples
+        return [chat.rendered(turns, values)]
+    rendered = [
+        chat.rendered(turns[: each.turns], values, learn=each.learn, apart=each.apart) for each in samples
     ]
     # The longest has all turns: the others say the same of them again.
-    notes = Counter({name: count for name, count in encoded[0].notes.items() if name != LEFT_OUT})
-    return [encoded[0]._replace(notes=notes), *(each._replace(notes=Counter()) for each in encoded[1:])]
+    first = [
+        Counter({name: count for name, count in notes.items() if name != LEFT_OUT})
+        for notes in rendered[0].of_turns
+    ]
+    others = (each._replace(notes=Counter(), of_turns=()) for each in rendered[1:])
+    return [rendered[0]._replace(of_turns=first), *others]

@@ -17,9 +17,9 @@ OTHER = "choose a template that writes it with --chat-template, or take it out o
 
 def check_written(
     given: Given, reading: MarkedText, template: Template, *, special: re.Pattern[str], first: int = 0
-) -> Counter[str]:
-    """Return notes of what the template leaves out of a conversation by its nature, with a number of turns: thoughts
-    of earlier turns, keys that it does not know.
+) -> list[Counter[str]]:
+    """Return notes of what the template leaves out of each turn by its nature: thoughts of earlier turns, keys that it
+    does not know.
 
     Args:
         special: matches special tokens that would be read as such.
@@ -28,7 +28,7 @@ def check_written(
     Raises:
         MessagesError: a turn, a tool call, the tools or documents, or thoughts are not in the text, or by half.
     """
-    notes: Counter[str] = Counter()
+    found: list[Counter[str]] = []
     # Such a template says itself what is learnt: it may write an answer twice, or otherwise.
     blocks = template.has_blocks
     counts: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -36,6 +36,8 @@ def check_written(
         counts[leaf.turn, leaf.field].append(count)
     for number, turn in list(enumerate(given.messages))[first:]:
         where = f"turn {number} ({turn['role']})"
+        notes: Counter[str] = Counter()
+        found.append(notes)
         _check_content(turn, counts.get((number, "content")), where, given.text, notes, blocks)
         _check_thoughts(turn, counts.get((number, THOUGHT)), where, given.text, template, notes, blocks)
         _check_calls(turn, counts.get((number, CALLS[0])), where, given.text)
@@ -52,7 +54,7 @@ def check_written(
                     found=str(each)[:80],
                     fix=OTHER,
                 )
-    return notes
+    return found
 
 
 def _check_content(

@@ -63,7 +63,7 @@ class StoreDocuments:
         # Canonical order must not depend on the order of the arguments.
         self._stores = open_stores(sorted(set(map(os.path.realpath, paths))))
         if (again := len(paths) - len(self._stores)) > 0:
-            get_logger("data").warning("%d stores are given again, and read once", again)
+            get_logger("data").info("%d stores are given again, and read once", again)
         tokenizer = self._stores[0].manifest.tokenizer
         for store in self._stores[1:]:
             if store.manifest.tokenizer["fingerprint"] != tokenizer["fingerprint"]:

@@ -4,7 +4,7 @@ out."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -271,6 +271,8 @@ class ReadReport:
     """Groups whose order is by numbers in some records and by texts in others; they are read."""
     notes: dict[str, int] = field(default_factory=dict)
     """What a chat template left out of conversations that are kept, with a number of turns."""
+    remarks: dict[str, int] = field(default_factory=dict)
+    """What is to be known of conversations that are kept whole."""
     examples: list[Example] = field(default_factory=list)
     ignored_names: list[str] = field(default_factory=list)
     """The first few ignored files."""
@@ -284,10 +286,11 @@ class ReadReport:
         if len(self.examples) < MAX_EXAMPLES or all(each.kind != example.kind for each in self.examples):
             self.examples.append(example)
 
-    def note(self, notes: Mapping[str, int]) -> None:
-        """Add to what was left out of conversations that are kept."""
+    def note(self, notes: Mapping[str, int], *, remarks: Collection[str] = ()) -> None:
+        """Add to what was left out of conversations that are kept; `remarks` are those by which nothing was."""
         for name, count in notes.items():
-            self.notes[name] = self.notes.get(name, 0) + count
+            counts = self.remarks if name in remarks else self.notes
+            counts[name] = counts.get(name, 0) + count
 
     def ignore(self, path: str) -> None:
         """Count a file that no reader knows."""
@@ -301,8 +304,8 @@ class ReadReport:
             if each.name == "examples":
                 for example in other.examples:
                     self._keep(example)
-            elif each.name == "notes":
-                self.note(other.notes)
+            elif each.name in ("notes", "remarks"):
+                self.note(getattr(other, each.name), remarks=other.remarks)
             elif each.name == "ignored_names":
                 self.ignored_names = [*self.ignored_names, *other.ignored_names][:MAX_EXAMPLES]
             else:

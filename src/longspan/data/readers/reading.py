@@ -250,7 +250,7 @@ def _look_for(
 
 
 def finish_reading(files: Sequence[InputFile], report: ReadReport) -> None:
-    """Log what was left out.
+    """Log what was left out, and remarks.
 
     Raises:
         DataError: nothing at all was read; the files are named.
@@ -264,3 +264,5 @@ def finish_reading(files: Sequence[InputFile], report: ReadReport) -> None:
     warning = report.warning()
     if warning:
         get_logger("data.readers").warning(warning)
+    for name, count in report.remarks.items():
+        get_logger("data.readers").info("%d %s", count, name)

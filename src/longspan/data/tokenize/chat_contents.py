@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.core.errors import DataError
-from longspan.data.chat.continued import BRANCHES, branches_of
+from longspan.data.chat.continued import BRANCHES, branches_of, read_branches
 from longspan.data.chat.encoder import Encoded
 from longspan.data.chat.format import ChatFormat
 from longspan.data.chat.given import FIELDS, SYSTEM
@@ -26,7 +26,7 @@ from longspan.data.chat.messages import (
     as_messages,
     strings_of,
 )
-from longspan.data.chat.stored import rewritten
+from longspan.data.chat.stored import Stored, rewritten
 from longspan.data.readers import ReadReport, read_documents
 from longspan.data.tokenizer import Tokenizer
 
@@ -147,16 +147,23 @@ class _Counting:
     def add(self, messages: list[Any], values: dict[str, Any], place: str) -> None:
         """Count a conversation. Raises MessagesError where it cannot be used."""
         branches = branches_of(values)
-        if self._chat is not None:
-            for each in self._chat.encode_all(messages, values):
-                self.notes.update(each.notes)
-                self._whole.append(len(each.ids))
-                self._tokens += len(each.ids)
-                self._learnt += int((each.mask > 0).sum())
-                if len(self._shown) < self._show and self._tokenizer is not None:
-                    self._shown.append(_shown(place, each, self._tokenizer))
-        turns, values = self._read(messages, {key: value for key, value in values.items() if key != BRANCHES})
-        ends = [self._read(branch, {})[0] for branch in branches]
+        encoded = [] if self._chat is None else self._chat.encode_all(messages, values)
+        values = {key: value for key, value in values.items() if key != BRANCHES}
+        if branches:
+            read = read_branches(self._read, self._rewritten, messages, branches, values)
+            values, notes = read.conversations[0].values, read.all_notes
+            # What all begin with counts once.
+            turns, *ends = (self._part_of(each) for each in (messages, *branches))
+        else:
+            (turns, values, notes), ends = self._read(messages, values), []
+        for each in encoded:
+            self._whole.append(len(each.ids))
+            self._tokens += len(each.ids)
+            self._learnt += int((each.mask > 0).sum())
+            if len(self._shown) < self._show and self._tokenizer is not None:
+                self._shown.append(_shown(place, each, self._tokenizer))
+        for more in [each.notes for each in encoded] or [notes]:
+            self.notes.update(more)
         sizes = sum(self._turn(turn) for part in (turns, *ends) for turn in part)
         self.counts["conversations that begin as another"] += max(0, len(branches) - 1)
         tools = values.get("tools")
@@ -164,7 +171,7 @@ class _Counting:
             self.counts["conversations with tools"] += 1
             sizes += self._part("schemas of tools", "".join(strings_of(tools)))
         text = values.get(SYSTEM)
-        if isinstance(text, str) and text.strip() and turns[0]["role"] != "system":
+        if isinstance(text, str) and text.strip() and (turns or ends[0])[0]["role"] != "system":
             # Where no template was asked it is a turn of its own still.
             sizes += self._part("system", text)
         waiting = self._paired(turns, [])
@@ -176,14 +183,22 @@ class _Counting:
         if self._chat is None:
             self._whole.append(sizes)
 
-    def _read(self, messages: list[Any], values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-        """Return turns and fields in one form; what was rewritten is noted here where no template notes it."""
+    def _read(self, messages: Any, values: Mapping[str, Any]) -> Stored:
+        """Return a conversation in one form."""
         if self._chat is not None:
-            turns, values, _ = self._chat.read(messages, values)
-            return turns, values
-        stored = rewritten(messages, values, names=_NAMES, replace_images=True)
-        self.notes.update(stored.notes)
-        return as_messages(stored.turns), stored.values
+            return self._chat.read(messages, values)
+        stored = self._rewritten(messages, values)
+        return stored._replace(turns=as_messages(stored.turns))
+
+    def _rewritten(self, turns: Any, values: Mapping[str, Any]) -> Stored:
+        if self._chat is not None:
+            return self._chat.rewritten(turns, values)
+        return rewritten(turns, values, names=_NAMES, replace_images=True)
+
+    def _part_of(self, turns: Any) -> list[Message]:
+        """Return a part of a conversation, which may be empty, in one form."""
+        found = self._rewritten(turns, {}).turns
+        return as_messages(found) if found else []
 
     def _turn(self, turn: Message) -> int:
         """Count a turn; returns its length."""

@@ -194,6 +194,7 @@ def _key_and_size(document: Document) -> tuple[int, int]:
 def _encode_chat(chat: ChatFormat, document: Document, *, strict: bool, report: ReadReport) -> list[_Tokens]:
     from longspan.core.errors import DataError
     from longspan.data.chat import MessagesError
+    from longspan.data.chat.format import REMARKS
 
     try:
         encoded = chat.encode_all(document.messages, document.variables)
@@ -204,7 +205,7 @@ def _encode_chat(chat: ChatFormat, document: Document, *, strict: bool, report: 
             ) from None
         raise SkippedRecordError("broken_records", str(error)) from None
     for each in encoded:
-        report.note(each.notes)
+        report.note(each.notes, remarks=REMARKS)
     return [_Tokens(each.ids, each.mask, each.parts) for each in encoded]
 
 
