@@ -13,12 +13,14 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner
 
+from longspan.cli.main import app
 from longspan.core.errors import ArgumentError, ConfigError, DataError, RunError
 from longspan.core.records import read_jsonl
 from longspan.data.tokenizer import Tokenizer
 from longspan.eval import metrics_alce
-from longspan.eval.citations import NotNowError, citation_scores, cite_file, server_judge
+from longspan.eval.citations import NotNowError, citation_scores, judge_cited, open_cited, server_judge
 from longspan.eval.metrics import rouge_l_sum
 from longspan.eval.prompts import PromptForm
 from longspan.eval.released import helmet
@@ -198,7 +200,7 @@ def test_a_judge_scores_what_is_recorded(root: Path, tokenizer: Tokenizer, tmp_p
     records, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     replies = {"asqa": " Ada wrote 1 [1]. Yes, hm [2]. 1843", "qampari": " Oslo [1], Rome 2 [2]."}
     asked(root, tokenizer, records, replies)
-    summary = cite_file(records, judge, out, name="mine", data_root=root)
+    summary = judge_cited(open_cited(records, out, data_root=root), judge, name="mine")
     samples = {each["subtask"]: each for each in read_jsonl(out) if each["kind"] == "sample"}
     assert samples["qampari"]["metrics"] == {
         "correctness": 0.0,
@@ -213,10 +215,27 @@ def test_a_judge_scores_what_is_recorded(root: Path, tokenizer: Tokenizer, tmp_p
     means = {(row["subtask"], row["metric"]): (row["scored"], row["mean"]) for row in summary["by_metric"]}
     assert means["asqa", "correctness"] == (1, 1.0) and means["asqa", "citation_recall"] == (0, None)
     with pytest.raises(ArgumentError, match="something of every pair"):
-        cite_file(records, lambda pairs: [], tmp_path / "c.jsonl", name="mine", data_root=root)
+        judge_cited(open_cited(records, tmp_path / "c.jsonl", data_root=root), lambda pairs: [], name="mine")
     (root / "alce/asqa_eval_gtr_top2000.json").write_text(json.dumps([ASQA, ASQA]))
     with pytest.raises(DataError, match="is not the file that was asked"):
-        cite_file(records, judge, tmp_path / "d.jsonl", name="mine", data_root=root)
+        judge_cited(open_cited(records, tmp_path / "d.jsonl", data_root=root), judge, name="mine")
+
+
+def test_folders_are_checked_before_a_judge_is_loaded(
+    root: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong folder was named after minutes of loading a judge of 11B parameters."""
+    asked(root, tokenizer, tmp_path / "a.jsonl", {"asqa": " Ada wrote it [1]."})
+
+    def load(model: str) -> None:
+        raise AssertionError("the judge is loaded")
+
+    monkeypatch.setattr("longspan.infer.entailment.EntailmentModel", load)
+    command = ["eval", "rescore", str(tmp_path / "a.jsonl"), "--scorer", "citations", "--judge", "t5"]
+    given = ["--data-root", str(tmp_path / "none"), "--out", str(tmp_path / "b.jsonl")]
+    outcome = CliRunner().invoke(app, command + given)
+    assert isinstance(outcome.exception, DataError) and "is not there" in str(outcome.exception)
+    assert not (tmp_path / "b.jsonl").exists()
 
 
 def test_judges_that_are_asked_over_http(root: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -230,14 +249,14 @@ def test_judges_that_are_asked_over_http(root: Path, tokenizer: Tokenizer, tmp_p
         return chat("1" if "Oslo" in text else "It does")
 
     with serving(reply) as server, client_of(server) as client:
-        summary = cite_file(records, server_judge(client), out, name="judge-7b", data_root=root)
+        summary = judge_cited(open_cited(records, out, data_root=root), server_judge(client), name="judge-7b")
     assert summary["unscored"] == {"judge: nothing said of 1 of 1 pairs": 1} and summary["scored"] == 1
 
     def busy(pairs: Any) -> list[bool]:
         raise NotNowError
 
     with pytest.raises(RunError, match="2 of 2 samples were not judged"):
-        cite_file(records, busy, tmp_path / "c.jsonl", name="busy", data_root=root)
+        judge_cited(open_cited(records, tmp_path / "c.jsonl", data_root=root), busy, name="busy")
 
 
 def write_judge(folder: Path, says: str) -> None:

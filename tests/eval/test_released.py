@@ -353,6 +353,34 @@ def test_rows_of_every_kind_of_file(tmp_path):
         Rows(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize("block", [3, 64])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_of_a_large_list_are_read_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, indent: int | None
+) -> None:
+    """A list of a gigabyte was parsed whole: its rows are found by their brackets, those inside of texts left out."""
+    texts = ['"', "\\", '\\"', "[{", "}],", "a, b", "\\\\\\", "\u4e2d\n", ""]
+    drawn = np.random.default_rng(0)
+    rows = [
+        {"a": ["".join(drawn.choice(texts, size=4)) for _ in range(3)], "b": {texts[n]: [{"c": n}]}}
+        for n in range(len(texts))
+    ]
+    path = tmp_path / "list.json"
+    monkeypatch.setattr("longspan.eval.released.rows._WHOLE_BYTES", 0)
+    monkeypatch.setattr("longspan.eval.released.rows._BLOCK_BYTES", block)
+    for listed in (rows, rows[:1], []):
+        path.write_text(json.dumps(listed, indent=indent, ensure_ascii=block == 3) + "\n")
+        found = Rows(path)
+        assert list(found) == listed and found._rows is None
+    for broken in ('[{"a": 1}', '[{"a": 1}] [2]', '[{"a": 1}]]', '[{"a": "1}]', '[{"a": 1}] x'):
+        path.write_text(broken)
+        with pytest.raises(DataError, match="is not valid JSON"):
+            Rows(path)
+    path.write_text('[{"a": 1}, {"a": tru}]')
+    with pytest.raises(DataError, match="row 2 is not valid JSON"):
+        list(Rows(path))
+
+
 def mmlu_row(number: int, subject: str, answer: int = 2) -> dict[str, object]:
     choices = [f"{subject} {letter}" for letter in "wxyz"]
     return {

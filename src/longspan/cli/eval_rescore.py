@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,7 +82,7 @@ def rescore(
 def _citations(settings: RescoreConfig, records: Path, out: Path, used: Used) -> dict[str, Any]:
     from longspan.api import ServerConfig, remote_model
     from longspan.core.errors import ArgumentError
-    from longspan.eval.citations import cite_file, server_judge
+    from longspan.eval.citations import judge_cited, open_cited, server_judge
 
     if settings.judge is None:
         raise ArgumentError(
@@ -91,14 +90,15 @@ def _citations(settings: RescoreConfig, records: Path, out: Path, used: Used) ->
             allowed="--judge FOLDER, a name on the hub, openai:NAME or anthropic:NAME",
         )
     assert settings.data_root is not None  # the settings refuse it
-    cite = partial(cite_file, records, out=out, name=settings.judge, data_root=settings.data_root, used=used)
-    if (remote := remote_model(settings.judge)) is not None:
-        with remote.client(settings.server or ServerConfig()) as client:
-            return cite(server_judge(client))
-    if settings.server is not None:
+    remote = remote_model(settings.judge)
+    if remote is None and settings.server is not None:
         raise ArgumentError(
             "a model that is run here has no server", found=settings.judge, allowed="--judge openai:NAME"
         )
+    cited = open_cited(records, out, data_root=settings.data_root)
+    if remote is not None:
+        with remote.client(settings.server or ServerConfig()) as client:
+            return judge_cited(cited, server_judge(client), name=settings.judge, used=used)
     from longspan.infer.entailment import EntailmentModel
 
-    return cite(EntailmentModel(settings.judge).judge)
+    return judge_cited(cited, EntailmentModel(settings.judge).judge, name=settings.judge, used=used)

@@ -1,7 +1,7 @@
 """Whether the passages that an answer cites support it: ALCE's citation recall and precision, as HELMET counts them.
 
-    cite_file("run/records/harness-helmet-cite-model.jsonl", judge, "judged/cite-model.jsonl", name="my judge",
-              data_root="HELMET/data")
+    cited = open_cited("run/records/harness-helmet-cite-model.jsonl", "judged/cite-model.jsonl", data_root="HELMET/data")
+    judge_cited(cited, judge, name="my judge")
 
 A sentence (of a list: a name) is right where the passages that it cites support it together; of several each has to be
 needed. Who says so is a judge, any function of pairs of premise and hypothesis: `infer.entailment` runs the published
@@ -96,35 +96,50 @@ def citation_scores(texts: Sequence[str], passages: Sequence[Mapping[str, str]],
     )
 
 
-def cite_file(
-    records: str | Path,
-    judge: Judge,
-    out: str | Path,
-    *,
-    name: str,
-    data_root: str | Path,
-    used: Mapping[str, Any] | None = None,
+class Cited(NamedTuple):
+    """Recorded answers with the passages that they cite."""
+
+    source: EvalRecords
+    rows: Mapping[str, Rows]
+    """The file of each set that is asked."""
+    out: Path
+
+
+def open_cited(records: str | Path, out: str | Path, *, data_root: str | Path) -> Cited:
+    """Return the answers of `records` with their passages: what is wrong with them is said before a judge is loaded.
+
+    Args:
+        out: where the judged ones are to be written.
+        data_root: folder of HELMET's data, which holds the passages.
+
+    Raises:
+        ArgumentError, DataError: as `rescore`; or the records are of something else, or `data_root` holds other files
+            than were asked.
+    """
+    source = open_for_rescoring(records, out)
+    return Cited(source, _passages_of(source, Path(data_root)), Path(out))
+
+
+def judge_cited(
+    cited: Cited, judge: Judge, *, name: str, used: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write HELMET's citation samples of `records` to `out`, their citations judged; return a summary.
+    """Write HELMET's citation samples with their citations judged; return a summary.
 
     A sample's score is the mean of its `metrics`: correctness, citation_recall, citation_precision. A killed run goes
-    on with the samples that are missing in `out`.
+    on with the samples that are missing in the file.
 
     Args:
         name: the judge's, for the header.
-        data_root: folder of HELMET's data, which holds the passages.
 
     Returns:
         as `rescore`, and by_metric (subtask, metric, samples, scored, mean, interval; over the samples that have it,
         as published) and judgements {asked, unjudged}.
 
     Raises:
-        ArgumentError, ConfigError, DataError: as `rescore`; or the records are of something else, or `data_root` holds
-            other files than were asked.
+        ConfigError: the file to be written holds something else.
         RunError: some samples could not be judged now; the same call asks for them again.
     """
-    source = open_for_rescoring(records, out)
-    rows = _passages_of(source, Path(data_root))
+    source, rows, out = cited
     header = rescored_header(source.header, {"name": "citations", "version": VERSION, "judge": name}, used)
 
     def judged(missing: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Rows of the files that evaluation sets are released in: JSON lines, a JSON list, `{"data": [...]}`, Parquet.
 
-JSON lines are read one by one when they are asked for: a set of long contexts has gigabytes.
+JSON lines and the rows of a large JSON list are read one by one when they are asked for: a set of long contexts has
+gigabytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from longspan.core.errors import DataError
 from longspan.core.files import sha256_file
 
 _BLOCK_BYTES = 1 << 20
+_WHOLE_BYTES = 32 << 20
+"""A JSON list that is no larger is read whole."""
+_QUOTE, _OPENS, _CLOSES, _COMMA = 1, 2, 3, 4
+_KINDS = np.zeros(256, np.uint8)
+"""What a byte is in JSON, outside of a string."""
+for _kind, _letters in ((_QUOTE, b'"'), (_OPENS, b"[{"), (_CLOSES, b"]}"), (_COMMA, b",")):
+    _KINDS[list(_letters)] = _kind
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -31,14 +39,17 @@ class Rows(Sequence[dict[str, Any]]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[Any] | None = None
-        self._starts = np.empty(0, np.int64)
+        self._spans = np.empty((0, 2), np.int64)  # where each row begins and ends
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
             with open(path, "rb") as file:
                 self._rows = pyarrow.parquet.read_table(file).to_pylist()
         elif _first_byte(path) == b"[":
-            self._rows = _read_json(path)
+            if path.stat().st_size > _WHOLE_BYTES:
+                self._spans = _list_spans(path)
+            else:
+                self._rows = _read_json(path)
         elif path.suffix == ".json" and _is_one_object(path):
             content = _read_json(path)
             if not isinstance(content.get("data"), list):
@@ -47,10 +58,11 @@ class Rows(Sequence[dict[str, Any]]):
                 )
             self._rows = content["data"]
         else:
-            self._starts = _line_starts(path)
+            starts = _line_starts(path)
+            self._spans = np.stack([starts[:-1], starts[1:]], axis=1)
 
     def __len__(self) -> int:
-        return len(self._starts) - 1 if self._rows is None else len(self._rows)
+        return len(self._spans) if self._rows is None else len(self._rows)
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
@@ -58,7 +70,7 @@ class Rows(Sequence[dict[str, Any]]):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        row = self._line(number) if self._rows is None else self._rows[number]
+        row = self._read(number) if self._rows is None else self._rows[number]
         if not isinstance(row, dict):
             raise DataError(f"{self.path}: row {number + 1} is not an object", found=type(row).__name__)
         return row
@@ -74,8 +86,9 @@ class Rows(Sequence[dict[str, Any]]):
 
     def size(self, number: int) -> int:
         """Return about how many bytes a row has."""
-        if len(self._starts):
-            return int(self._starts[number + 1] - self._starts[number])
+        if len(self._spans):
+            start, end = self._spans[number]
+            return int(end - start)
         return sum(len(str(value)) for value in self[number].values())
 
     def field(self, number: int, name: str) -> Any:
@@ -93,10 +106,11 @@ class Rows(Sequence[dict[str, Any]]):
         """SHA-256 of the file. Cost: reads it."""
         return sha256_file(self.path)
 
-    def _line(self, number: int) -> Any:
+    def _read(self, number: int) -> Any:
+        start, end = map(int, self._spans[number])
         with open(self.path, "rb") as file:
-            file.seek(int(self._starts[number]))
-            line = file.read(int(self._starts[number + 1] - self._starts[number]))
+            file.seek(start)
+            line = file.read(end - start)
         try:
             return orjson.loads(line)
         except ValueError:
@@ -139,6 +153,54 @@ def _line_starts(path: Path) -> np.ndarray:
     # A blank line is at most its line break: it is joined to the line before it, where JSON ignores it.
     starts = [start for start, end in itertools.pairwise(ends) if end - start > 2]
     return np.array([*starts, size], np.int64)
+
+
+def _list_spans(path: Path) -> np.ndarray:
+    """Return where each row of a JSON list begins and ends [rows, 2]: its brackets are counted, and nothing is parsed.
+
+    Raises:
+        DataError: the brackets do not match, or something stands behind the list.
+    """
+    bounds, first, last = [], 0, 0
+    size = depth = inside = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            while block.endswith(b"\\") and (more := file.read(1)):
+                block += more  # what a backslash escapes stands in the same block
+            found = np.frombuffer(block, np.uint8)
+            kinds = _KINDS[found]
+            kinds[_escaped(found)] = 0
+            places = np.flatnonzero(kinds)
+            kinds = kinds[places]
+            quoted = (np.cumsum(kinds == _QUOTE) + inside) % 2 == 1
+            opens, closes = (~quoted & (kinds == kind) for kind in (_OPENS, _CLOSES))
+            depths = depth + np.cumsum(opens.astype(np.int64) - closes)
+            begins, ends = opens & (depths == 1), closes & (depths <= 0)
+            between = ~quoted & (kinds == _COMMA) & (depths == 1)
+            bounds.append(places[begins | between | ends] + size)
+            first, last = first + int(begins.sum()), last + int(ends.sum())
+            if len(places):
+                inside, depth = int(quoted[-1]), int(depths[-1])
+            size += len(block)
+        borders = np.concatenate(bounds)
+        file.seek(int(borders[-1]) + 1)
+        if (first, last, depth, inside) != (1, 1, 0, 0) or file.read(64).strip():
+            raise DataError(f"{path} is not valid JSON", found="a list that does not end where the file does")
+        file.seek(int(borders[0]) + 1)
+        if len(borders) == 2 and not file.read(min(64, int(borders[1] - borders[0]) - 1)).strip():
+            return np.empty((0, 2), np.int64)
+    return np.stack([borders[:-1] + 1, borders[1:]], axis=1)
+
+
+def _escaped(found: np.ndarray) -> np.ndarray:
+    """Return the places of bytes that a backslash escapes: behind an odd number of them."""
+    slashes = np.flatnonzero(found == ord("\\"))
+    if len(slashes) == 0:
+        return slashes
+    parted = np.diff(slashes) != 1
+    starts, ends = slashes[np.append(True, parted)], slashes[np.append(parted, True)]
+    behind = ends[(ends - starts) % 2 == 0] + 1
+    return behind[behind < len(found)]
 
 
 def texts_of(value: Any) -> list[str]:
