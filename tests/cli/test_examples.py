@@ -52,6 +52,7 @@ STORY = (
     ("eval", "longbench_v2"),
     ("eval", "lveval"),
     ("eval", "longproc"),
+    ("eval", "needlebench"),
     ("eval", "ancestral_trace"),
     ("eval", "rescore"),
     ("eval", "harness"),
@@ -128,6 +129,14 @@ def write_released_files(root: Path) -> None:
     )
     lines = [f"relationship_{name} = {value!r}" for name, value in relations.items()]
     lines += [f"{name}_en = '{{shuffled_story}} Who?'" for name in asked]
+    files["needlebench/PaulGrahamEssays.jsonl"] = {"text": "Ada wrote it on a day.\n" * 60}
+    files["needlebench/needles.jsonl"] = {
+        "needle": "Ada has a shard.",
+        "retrieval_question": "What has Ada? Please answer in the format 'Ada has a ___.'",
+        "arg1": "Ada",
+        "arg2": "shard",
+        "language": "English",
+    }
     files["needlebench/names.json"] = {"English": "Ada,Bo,Cy,Di,Ed"}
     (root / "axolotl.yaml").write_text(
         "{base_model: m, sequence_len: 64, learning_rate: 1e-4, datasets: [{path: chats.jsonl, type: chat_template}]}"

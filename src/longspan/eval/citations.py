@@ -1,6 +1,6 @@
 """Whether the passages that an answer cites support it: ALCE's citation recall and precision, as HELMET counts them.
 
-    cited = open_cited("run/records/harness-helmet-cite-model.jsonl", "judged/cite-model.jsonl", data_root="HELMET/data")
+    cited = open_cited("run/records/harness-helmet-cite-model.jsonl", "judged/cite.jsonl", data_root="HELMET/data")
     judge_cited(cited, judge, name="my judge")
 
 A sentence (of a list: a name) is right where the passages that it cites support it together; of several each has to be

@@ -294,6 +294,29 @@ _BUILT_IN = (
         examples=("--data longproc --levels 0.5k --max-new-tokens 8",),
     ),
     TaskEntry(
+        "needlebench",
+        "Facts of two languages among essays: one, one at every depth, and chains of two to five that take reasoning.",
+        config="longspan.eval.released.needlebench:NeedleBenchConfig",
+        task="longspan.eval.released.needlebench:NeedleBench",
+        axes=Axes(rows="subtask", columns="length"),
+        scorers=(
+            "contains_exactly",
+            "needlebench_keywords",
+            "boxed_name",
+            "needlebench_needle",
+            "needlebench_words",
+        ),
+        heading="NeedleBench",
+        cluster="haystack",
+        short="NeedleBench",
+        data="Files of opencompass/NeedleBench.",
+        reads=("paths",),
+        examples=(
+            "--data needlebench --size 4k --lengths 600 --depths 0.5 --languages English --samples 1 "
+            "--kinds single_retrieval,multi_retrieval --max-new-tokens 8",
+        ),
+    ),
+    TaskEntry(
         "ancestral_trace",
         "NeedleBench's many hops: a chain of relations in any order, at whose other end a person is sought.",
         config="longspan.eval.released.ancestral_trace:AncestralTraceConfig",

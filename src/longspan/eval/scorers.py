@@ -27,7 +27,7 @@ from longspan.eval import metrics_longproc as longproc
 from longspan.eval import metrics_lveval as lveval
 from longspan.eval import metrics_ruler_v2 as ruler_v2
 from longspan.eval.metrics_babilong import label_named
-from longspan.eval.metrics_needlebench import boxed_name
+from longspan.eval.metrics_needlebench import boxed_name, needle_said, words_said
 
 Rule = Callable[[Sequence[str], str, Mapping[str, Any]], float]
 """Expected texts (at least one), output, fields of the sample -> 0..1."""
@@ -153,6 +153,11 @@ def _ruler_v2(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -
     return ruler_v2.score(expected, output, subtask)
 
 
+def _needlebench_needle(expected: Sequence[str], output: str, fields: Mapping[str, Any]) -> float:
+    needle = _field(fields, "needle", scorer="needlebench_needle")
+    return max(needle_said(each, output, needle) for each in expected)
+
+
 def _longproc(expected: Sequence[str], output: str, fields: Mapping[str, Any], *, partial: bool) -> float:
     if _field(fields, "subtask", scorer="longproc") not in longproc.SUBTASKS:
         raise ArgumentError(
@@ -233,6 +238,9 @@ _RULES = (
     Scorer("longproc_partial", 1, partial(_longproc, partial=True), "LongProc: share that is right from the start"),
     Scorer("ruler_v2", 1, _ruler_v2, "RULERv2: share held, or close in words; a letter; by its task"),
     Scorer("boxed_name", 1, _best(boxed_name), "NeedleBench: what the last box holds is the value"),
+    Scorer("needlebench_keywords", 1, _share(metrics.contains_exactly), "NeedleBench: share of the values in it"),
+    Scorer("needlebench_needle", 1, _needlebench_needle, "NeedleBench v1: the value, or a fifth of how alike it is"),
+    Scorer("needlebench_words", 1, _best(words_said), "NeedleBench v1: share of the value's words in the answer"),
     Scorer("accuracy", 1, _best(metrics.exact_match), "the right one of several choices is the likeliest"),
     Scorer("by_metric", 3, _by_metric, "each sample's own `metric`"),
 )
