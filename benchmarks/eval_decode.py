@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/eval_decode.py              a random model of 6 layers
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/eval_decode.py --model DIR  a model that transformers loads
+    ... --prompts 96 --groups 6 --lengths 16,64 --answers 16,1024                groups that share room
     python benchmarks/eval_decode.py --dry-run                                   tiny sizes: does it run?
 
 One process, one thread, fp32, greedy. Prompts of random tokens have different lengths, evenly spread from the
@@ -9,6 +10,10 @@ shortest to the longest. Answers have all the same length, or their own, evenly 
 a stopping criterion that ends each row by itself, longspan by the number of tokens of each request. transformers gets
 all prompts as one batch that is filled up on the left. The two take turns; medians of CPU seconds are compared. For
 the seconds of decoding those of answers of one token, which is what reading costs, are taken off.
+
+With --groups each group of prompts begins with the same 256 tokens, and lengths of answers are spread by their
+logarithm. longspan may hold the keys of one group at once: asked for all together it writes answers of the next
+groups in room that is free, asked for one group after the other it cannot. transformers gets a batch for each group.
 """
 
 from __future__ import annotations
@@ -45,6 +50,10 @@ MODEL = {
 }
 
 
+SHARED = 256
+"""Tokens that the prompts of a group have in common."""
+
+
 class Workload(NamedTuple):
     """What is asked."""
 
@@ -53,6 +62,7 @@ class Workload(NamedTuple):
     """Of the prompts, the shortest and the longest."""
     answers: tuple[int, int]
     """Tokens of the answers, the fewest and the most."""
+    groups: int = 1
 
 
 class NoText:
@@ -119,6 +129,22 @@ def theirs(peer: PreTrainedModel, requests: list[Request]) -> Answers:
     return [row[longest : longest + limit].tolist() for row, limit in zip(found, limits.tolist())]
 
 
+def groups_of(workload: Workload, vocabulary: int) -> list[list[Request]]:
+    """Return groups of prompts of random tokens that begin alike."""
+    rng = np.random.default_rng(0)
+    lengths = spread(workload.prompts, workload.lengths, 1)
+    answers = np.geomspace(*workload.answers, workload.prompts).round().astype(int)
+    answers = np.random.default_rng(2).permutation(answers).tolist()
+    groups: list[list[Request]] = []
+    for index, (length, answer) in enumerate(zip(lengths, answers)):
+        if index % (workload.prompts // workload.groups) == 0:
+            shared = rng.integers(4, vocabulary, SHARED)
+            groups.append([])
+        ids = np.concatenate([shared, rng.integers(4, vocabulary, length)])
+        groups[-1].append(Request("", ids, max_new_tokens=answer))
+    return groups
+
+
 def timed(action: Callable[[], Answers]) -> tuple[float, Answers]:
     """Run and take CPU seconds."""
     gc.collect()
@@ -131,12 +157,55 @@ def measure(answerer: LocalAnswerer, peer: PreTrainedModel, workload: Workload, 
     """Let both sides answer in turns."""
     requests = requests_of(workload, peer.config.vocab_size)
     reading = [request._replace(max_new_tokens=1) for request in requests]
-    ways: dict[str, Callable[[], Answers]] = {
-        "longspan": lambda: ours(answerer, requests),
-        "transformers": lambda: theirs(peer, requests),
-        "longspan reading": lambda: ours(answerer, reading),
-        "transformers reading": lambda: theirs(peer, reading),
-    }
+    found = in_turns(
+        {
+            "longspan": lambda: ours(answerer, requests),
+            "transformers": lambda: theirs(peer, requests),
+            "longspan reading": lambda: ours(answerer, reading),
+            "transformers reading": lambda: theirs(peer, reading),
+        },
+        turns,
+    )
+    cpu_s, first = found["cpu_s"], found.pop("first")
+    for name in ("longspan", "transformers"):
+        cpu_s[f"{name} decoding"] = cpu_s[name] - cpu_s.pop(f"{name} reading")
+    return {**workload._asdict(), "equal": equal(first["longspan"], first["transformers"]), **found}
+
+
+def measure_groups(
+    model: PreTrainedModel, peer: PreTrainedModel, workload: Workload, turns: int
+) -> dict[str, Any]:
+    """Let groups be answered together and one after the other, with room for one."""
+    groups = groups_of(workload, peer.config.vocab_size)
+    # Rooms of answers are rounded up.
+    rows = [SHARED + sum(len(each.prompt_ids) - SHARED + 320 for each in group) for group in groups]
+    answerer = answerer_of(model, cache_tokens=max(rows))
+    together = [request for group in groups for request in group]
+    found = in_turns(
+        {
+            "together": lambda: ours(answerer, together),
+            "one by one": lambda: [answer for group in groups for answer in ours(answerer, group)],
+            "transformers": lambda: [answer for group in groups for answer in theirs(peer, group)],
+        },
+        turns,
+    )
+    first = found.pop("first")
+    same = {name: equal(first["together"], first[name]) for name in ("one by one", "transformers")}
+    return {**workload._asdict(), "equal": same, **found}
+
+
+def answerer_of(model: PreTrainedModel, **options: Any) -> LocalAnswerer:
+    """Return what an evaluation asks."""
+    return LocalAnswerer(model, NoText(), identity={}, batch_tokens=16384, **options)  # type: ignore[arg-type]
+
+
+def equal(answers: Answers, others: Answers) -> int:
+    """Return how many answers are equal, token by token."""
+    return sum(one == other for one, other in zip(answers, others))
+
+
+def in_turns(ways: dict[str, Callable[[], Answers]], turns: int) -> dict[str, Any]:
+    """Let several ways take turns; return medians and all of their CPU seconds, and their first answers."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     first: dict[str, Answers] = {}
     for turn in range(turns):
@@ -144,12 +213,9 @@ def measure(answerer: LocalAnswerer, peer: PreTrainedModel, workload: Workload, 
             taken, answers = timed(way)
             seconds[name].append(taken)
             first.setdefault(name, answers)
-            print(f"{workload.prompts} prompts, turn {turn + 1}: {name} {taken:.2f} s", file=sys.stderr)
-    equal = sum(our == their for our, their in zip(first["longspan"], first["transformers"]))
+            print(f"turn {turn + 1}: {name} {taken:.2f} s", file=sys.stderr)
     cpu_s = {name: statistics.median(each) for name, each in seconds.items()}
-    for name in ("longspan", "transformers"):
-        cpu_s[f"{name} decoding"] = cpu_s[name] - cpu_s.pop(f"{name} reading")
-    return {**workload._asdict(), "equal": equal, "cpu_s": cpu_s, "all": seconds}
+    return {"cpu_s": cpu_s, "all": seconds, "first": first}
 
 
 def main() -> None:
@@ -158,12 +224,13 @@ def main() -> None:
     parser.add_argument("--prompts", default="16,64")
     parser.add_argument("--lengths", default="16,256", help="shortest and longest prompt")
     parser.add_argument("--answers", default="64,64 8,64", help="tokens of answers, fewest and most; several")
+    parser.add_argument("--groups", type=int, help="let so many groups share the room of one")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
     options = parser.parse_args()
     if options.dry_run:
-        options.prompts, options.lengths, options.answers, options.turns = "3", "2,8", "2,4", 1
+        options.prompts, options.lengths, options.answers, options.turns = "4", "2,8", "2,4", 1
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = options.model
@@ -176,16 +243,24 @@ def main() -> None:
         ).eval()
     # Answers end by their length alone, whatever the model's folder says.
     peer.generation_config = type(peer.generation_config)()
-    answerer = LocalAnswerer(model, NoText(), identity={}, batch_tokens=16384)  # type: ignore[arg-type]
     pairs = [tuple(int(number) for number in each.split(",")) for each in options.answers.split()]
     lengths = tuple(int(number) for number in options.lengths.split(","))
-    rows = [
-        measure(answerer, peer, Workload(int(prompts), lengths, answers), options.turns)
+    workloads = [
+        Workload(int(prompts), lengths, answers, options.groups or 1)
         for prompts in options.prompts.split(",")
         for answers in pairs
     ]
+    if options.groups is None:
+        answerer = answerer_of(model)
+        rows = [measure(answerer, peer, workload, options.turns) for workload in workloads]
+    else:
+        rows = [measure_groups(model, peer, workload, options.turns) for workload in workloads]
     if options.out:
         options.out.write_text(json.dumps({"machine": machine(None), "rows": rows}, indent=1))
+    print_table(rows) if options.groups is None else print_groups(rows)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
     print(
         "| prompts | tokens of prompts | of answers | CPU s longspan | transformers | times | times, decoding | equal |"
     )
@@ -196,6 +271,22 @@ def main() -> None:
             f"| {row['prompts']} | {_span(row['lengths'])} | {_span(row['answers'])} | {cpu['longspan']:.2f} "
             f"| {cpu['transformers']:.2f} | {cpu['transformers'] / cpu['longspan']:.2f} "
             f"| {cpu['transformers decoding'] / cpu['longspan decoding']:.2f} | {row['equal']} of {row['prompts']} |"
+        )
+
+
+def print_groups(rows: list[dict[str, Any]]) -> None:
+    print(
+        "| prompts | groups | tokens of answers | CPU s together | one by one | transformers "
+        "| times one by one | times transformers | equal to one by one | to transformers |"
+    )
+    print("|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        cpu, same = row["cpu_s"], row["equal"]
+        print(
+            f"| {row['prompts']} | {row['groups']} | {_span(row['answers'])} | {cpu['together']:.2f} "
+            f"| {cpu['one by one']:.2f} | {cpu['transformers']:.2f} | {cpu['one by one'] / cpu['together']:.2f} "
+            f"| {cpu['transformers'] / cpu['together']:.2f} | {same['one by one']} of {row['prompts']} "
+            f"| {same['transformers']} of {row['prompts']} |"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from longspan.core.errors import ArgumentError, RunError
+from longspan.core.log import log_once
 from longspan.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longspan.infer import memory, opening
 from longspan.infer.config import AnswererConfig
@@ -208,9 +210,14 @@ def assert_tree_over_ranks(folder: Folder, *, ranks: int, batch_tokens: int) -> 
         np.testing.assert_allclose(scored[index].nll, losses, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prefix_tree_lies_over_processes_in_stripes(folder: Folder) -> None:
+def test_a_prefix_tree_lies_over_processes_in_stripes(
+    folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
     """Of a grid one trunk alone was shared: every process read all that followed it, the haystack's rest too."""
-    assert_tree_over_ranks(folder, ranks=2, batch_tokens=200)
+    log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="longspan"):
+        assert_tree_over_ranks(folder, ranks=2, batch_tokens=200)
+    assert caplog.text.count("--schedule has no effect on them") == 1
 
 
 @pytest.mark.slow

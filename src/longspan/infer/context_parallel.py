@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from longspan.core.errors import ArgumentError
+from longspan.core.log import log_once
 from longspan.data.tokenizer import Tokenizer
 from longspan.infer.answer_stream import AnswerStream
 from longspan.infer.held_keys import HeldKeys, KeepingDocuments, held_rows
@@ -133,8 +134,8 @@ class SpreadModel:
                 "carry a state",
                 fix="ask it on one process or with --replicas; given answers and perplexities work with --cp",
             )
-        if self._tree is not None and _begin_alike(requests):
-            yield from self._first_tells(self._tree.generate(requests))
+        if (tree := self._tree_for(requests)) is not None:
+            yield from self._first_tells(tree.generate(requests))
             return
         refuse_unknown_tokens(requests, self._vocabulary)
         fitting = yield from self._refuse(requests)
@@ -156,8 +157,8 @@ class SpreadModel:
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]:
         """Measure each given answer after its prompt; see `Answerer`."""
-        if self._tree is not None and _begin_alike(requests):
-            yield from self._first_tells(self._tree.score(requests))
+        if (tree := self._tree_for(requests)) is not None:
+            yield from self._first_tells(tree.score(requests))
             return
         refuse_unknown_tokens(requests, self._vocabulary)
         fitting = yield from self._refuse(requests)
@@ -190,6 +191,18 @@ class SpreadModel:
 
     def close(self) -> None:
         """Do nothing: model and groups belong to the caller."""
+
+    def _tree_for(self, requests: Sequence[Request]) -> LocalAnswerer | None:
+        """Return what reads prompts that begin alike; None: a schedule reads these."""
+        if self._tree is None or not _begin_alike(requests):
+            return None
+        if self._is_lead:
+            log_once(
+                "infer",
+                "prompts begin alike: what they share is read once, and every process holds its share of each stretch; "
+                "--schedule has no effect on them",
+            )
+        return self._tree
 
     def _first_tells(self, answers: Iterator[tuple[int, Answer]]) -> Iterator[tuple[int, Answer]]:
         """Yield answers that all ranks have, on the first."""

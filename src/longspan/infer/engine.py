@@ -3,11 +3,12 @@
     tree        every token of the sequences stands in it once              (infer.prefix_tree)
     batch       subtrees whose keys are held at once, at most `cache_tokens`
     pass        at most `batch_tokens` tokens of a batch in one forward pass, each batch front to end
-    decoding    one forward pass a step for all answers of a batch          (infer.tree_passes)
+    decoding    one forward pass a step for all answers that are written    (infer.tree_passes)
 
 A subtree that is too large for a batch is opened: its trunk is read and kept, its branches go on in batches, and then
-the trunk is released. So memory is that of the longest trunk and one batch. Logits exist at the positions that are
-asked for.
+the trunk is released. So memory is that of the longest trunk and one batch. Where answers of a batch have ended, what
+comes next is read in their place and joins those that go on (`infer.jobs_run`), be it under another trunk. Logits exist
+at the positions that are asked for.
 
 Shape legend: T = tokens of a pass, A = positions asked for, D = model width, V = vocabulary.
 """
@@ -110,28 +111,30 @@ class Engine:
         """
         if not jobs:
             return
-        run = JobsRun(self, jobs, build_tree([job.ids for job in jobs]), length)
-        run.limit = self._check_memory(run)
-        self.share.begin(run.work())
-        yield from run.branches(run.tree.roots)
+        run = JobsRun(self, jobs, build_tree([job.ids for job in jobs]), length, sizes=self._sizes())
+        self.share.begin(run.begin(self._check_memory(run)))
+        yield from run.outcomes()
 
-    def _check_memory(self, run: JobsRun) -> int:
-        """Return how many tokens of branches are held at once."""
-        device = self.model.device
-        available = self._available(device)
-        limit = CACHE_PASSES * self._batch_tokens if self._cache_tokens is None else self._cache_tokens
-        if available is None:
-            return limit
+    def _sizes(self) -> tuple[int, int]:
+        """Return the bytes of a token's keys and values, and of a state."""
         token_bytes = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts, kv_dtype=self.kv_dtype)
         if self.kv_dtype is not None:
             # A layer's keys are read back at once.
             whole = cache_bytes_per_token(self.model, upcasts=self.kernel.upcasts)
             token_bytes += whole // max(1, layers_with_keys(self.model))
-        sizes = token_bytes, state_bytes(self.model)
+        return token_bytes, state_bytes(self.model)
+
+    def _check_memory(self, run: JobsRun) -> int:
+        """Return how many tokens of branches are held at once."""
+        device, sizes = self.model.device, run.sizes
+        available = self._available(device)
+        limit = CACHE_PASSES * self._batch_tokens if self._cache_tokens is None else self._cache_tokens
+        if available is None:
+            return limit
         total = sum(len(strand.ids) for strand in run.tree.strands())
         activations = pass_bytes(self.model, min(self._pass_tokens, total)) + dense_bytes(self.model, total)
         while True:
-            held = run.most_held(limit, *sizes)
+            held = run.most_held(limit)
             if held.num_bytes(*sizes) + activations <= available:
                 return limit
             if limit <= 1:
@@ -170,7 +173,7 @@ class Engine:
 
     def _prefill_pass(self, run: JobsRun, segments: Sequence[Segment]) -> None:
         device = self.model.device
-        documents = PrefillPass(segments, run.places, run.states, self.kernel, self.stripes)
+        documents = PrefillPass(segments, run.places.of, run.states, self.kernel, self.stripes)
         wanted = [
             (number, each)
             for number, (strand, first, last) in enumerate(segments)
@@ -187,32 +190,20 @@ class Engine:
         for strand, first, last in segments:
             self.share.done(self.share.reading(strand.start + first, last - first))
 
-    def decode(self, run: JobsRun, answering: Sequence[tuple[int, Strand]]) -> Iterator[None]:
-        """Generate the answers of (job, strand) whose prompts have been read; yield when some are done."""
-        live = [
-            (job, strand) for job, strand in answering if run.take(job, int(run.progress[job].argmax_ids[-1]))
-        ]
-        if len(live) < len(answering):
-            yield
-        steps = run.steps(job for job, _ in answering)
-        while live:
-            doing = memory_errors(self.model.device, doing="answers are generated")
-            with inference(self.model), doing:
-                live = run.side_by_side(live)
-                documents = run.decoding(live)
-                going_on = live
-                while len(going_on) == len(live):
-                    if run.make_room(live):
-                        documents.hand_back()
-                        live = run.side_by_side(live)
-                        documents = run.decoding(live)
-                    going_on = self._step(run, live, documents)
-                    steps -= 1
-                    self.share.done(self.share.steps(1))
-                documents.hand_back()
-            live = going_on
-            yield
-        self.share.done(self.share.steps(steps))  # answers ended before they had to
+    def decode(self, run: JobsRun, live: list[tuple[int, Strand]]) -> list[tuple[int, Strand]]:
+        """Generate one token after the other of the answers of (job, strand) until some are done; return the others."""
+        with inference(self.model), memory_errors(self.model.device, doing="answers are generated"):
+            going_on = live = run.side_by_side(live)
+            documents = run.decoding(live)
+            while len(going_on) == len(live):
+                if run.make_room(live):
+                    documents.hand_back()
+                    live = run.side_by_side(live)
+                    documents = run.decoding(live)
+                going_on = self._step(run, live, documents)
+                self.share.done(len(live) * run.answer_work)
+            documents.hand_back()
+        return going_on
 
     def _step(
         self,

@@ -4,7 +4,7 @@ Strands (`infer.prefix_tree`) that are read together have their keys in one bloc
 room for what they are going to say:
 
     block of the trunk       | h h h h h h h h |
-    block of its branches    | n h h q . . | n h q . . | q . . |
+    block of all branches    | n h h q . . | n h q . . | q . . |
 
 A query sees the keys of its own strand up to itself, and of each ancestor those before the fork. Each is a band
 (`kernels.attention.Bands`). Bands over one block in which no query stands twice make one `KernelCall`;
@@ -83,13 +83,17 @@ class KvBlock:
                     target[new : new + count] = source[old : old + count]
             self._layers[layer] = moved
 
-    def exchange(self, a: int, b: int, count: int) -> None:
-        """Let `count` rows from `a` on and those from `b` on change places."""
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Let `count` rows from `target` on be as those from `source` on, which are others."""
         for kept in self._layers.values():
             for tensor in kept:
-                aside = tensor[a : a + count].clone()
-                tensor[a : a + count] = tensor[b : b + count]
-                tensor[b : b + count] = aside
+                tensor[target : target + count] = tensor[source : source + count]
+
+    def clear(self, row: int, count: int) -> None:
+        """Let rows be as if nothing had been written; see `_empty`."""
+        for kept in self._layers.values():
+            for tensor in kept:
+                tensor[row : row + count] = 0
 
     def _empty(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return rows [S, K, D]: zeros, because a dense kernel multiplies what no query sees by 0, and 0 * NaN is NaN.
