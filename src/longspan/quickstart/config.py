@@ -20,7 +20,7 @@ RECIPES: dict[str, str] = {
     "tiny": "quickstart-tiny.yaml",
     "real": "quickstart-real.yaml",
 }
-Method = Literal["theta_only", "ntk", "pi"]
+Method = Literal["theta_only", "ntk", "pi", "yarn"]
 
 
 class BaseConfig(Config):
@@ -72,7 +72,7 @@ class EvaluationConfig(Config):
     samples: int
     """Needle samples in each cell."""
     beyond: Length | None = None
-    """A length past the trained one, shown beside the grid and not part of its mean. None: none."""
+    """A length past that of the rows, shown beside the grid and not part of its mean. None: none."""
     distractors: int = 0
     """Other planted facts in the harder needle task, which the model is asked after training. 0: not asked."""
     ppl_lengths: tuple[Length, ...] = ()
@@ -91,7 +91,7 @@ class EvaluationConfig(Config):
     ruler: RulerConfig | None = None
     """RULER's subtasks before and after. None: none."""
     methods: tuple[Method, ...] = ("theta_only", "ntk", "pi")
-    """What can be done without training: the base of the RoPE alone, NTK, position interpolation."""
+    """What can be done without training: the base of the RoPE alone, NTK, position interpolation, YaRN."""
 
 
 class QuickstartConfig(Config):

@@ -43,7 +43,11 @@ def _controls_of_pretrained(main: TrainConfig) -> dict[str, Control]:
         else stream
         for name, stream in first.streams.items()
     }
-    short = [stage.model_copy(update={"context_length": length}) for stage in main.stages]
+    # Rows that count on, in the model's own RoPE: neither reaches what short rows do not hold.
+    short = [
+        stage.model_copy(update={"context_length": length, "rope": None, "pose": None})
+        for stage in main.stages
+    ]
     changes: dict[str, tuple[list[StageConfig], str]] = {
         "ablate_short_rows": (
             [stage.model_copy(update={"streams": questions}) for stage in short],
@@ -141,7 +145,7 @@ class Variant(NamedTuple):
 
 
 def variants(work: Path, config: QuickstartConfig) -> list[Variant]:
-    """Return before, after, what can be done without training (theta alone, NTK, position interpolation), controls."""
+    """Return before, after, what can be done without training (a RoPE alone), and controls."""
     positions = 0
     if config.pretrain is None:
         positions = read_json(work / BASE / "config.json")["max_position_embeddings"]
@@ -150,7 +154,7 @@ def variants(work: Path, config: QuickstartConfig) -> list[Variant]:
         last = train.stages[-1]
         # Rows may be shorter than what the pretrained model has learnt before.
         return Variant(
-            label, work / run / "stages" / last.name, max(positions, last.context_length), **differs
+            label, work / run / "stages" / last.name, max(positions, last.reach), **differs
         )
 
     long = config.extend.stages[-1]
@@ -158,11 +162,16 @@ def variants(work: Path, config: QuickstartConfig) -> list[Variant]:
         before = Variant("before", work / BASE, positions)
     else:
         before = trained("before", "pretrain", config.pretrain)
-    factor = long.context_length / before.trained_length
+    factor = long.reach / before.trained_length
     methods: dict[str, Any] = {
         "theta_only": long.rope,
         "ntk": {"rope_type": "ntk", "factor": factor},
         "pi": {"rope_type": "linear", "factor": factor},
+        "yarn": {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": before.trained_length,
+        },
     }
     return [
         before,
