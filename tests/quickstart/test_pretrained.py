@@ -16,7 +16,7 @@ from longspan.core.records import read_jsonl
 from longspan.data.tokenizer import load_tokenizer, train_bpe
 from longspan.models.hf import build_model, save_model
 from longspan.quickstart import QuickstartConfig, load_config, measure, run, run_quickstart, texts
-from longspan.quickstart.variants import controls
+from longspan.quickstart.variants import controls, variants
 from tests.data.chat_tokenizers import SPECIAL
 
 TEMPLATE = (
@@ -59,7 +59,7 @@ def tiny(root: Path, **changes: Any) -> QuickstartConfig:
     config = load_config("real", budget="20m", model=str(root / "model"), data=[str(root / "texts.jsonl")])
     values = config.to_dict()
     values["questions"] = {name: {"length": length, "questions": 3} for name, length in
-                           (("chat-2k", 384), ("chat-4k", 512), ("chat-8k", 640))}  # fmt: skip
+                           (("chat-2k", 384), ("chat-4k", 512), ("unread", 640))}  # fmt: skip
     for stage, length in zip(values["extend"]["stages"], (384, 512)):
         stage |= {
             "context_length": length,
@@ -112,7 +112,7 @@ def test_rows_hold_several_questions_whose_answers_alone_are_learnt(done: Path) 
     samples = list(read_jsonl(done / "questions" / "chat-2k" / "train.jsonl"))
     assert len(samples) >= 4 and all(len(sample["conversations"]) == 6 for sample in samples)
     assert all(0.8 * 384 < sample["length"] <= 384 for sample in samples)
-    assert not (done / "questions" / "chat-8k").exists(), "no stage of this budget reads it"
+    assert not (done / "questions" / "unread").exists(), "no stage of this budget reads it"
     config = load_config(done / "config.yaml")
     for stage in config.extend.stages:
         assert {name: stage.needs_mask(name) for name in stage.streams} == {"chat": True, "text": False}
@@ -148,6 +148,23 @@ def test_controls_of_a_pretrained_model_differ_in_one_thing_at_equal_tokens(root
     without_text = config.extend.model_copy(update={"stages": (chat_alone,)})
     with pytest.raises(ConfigError, match="trains on text alone"):
         controls(config.model_copy(update={"extend": without_text}))
+
+
+def test_short_controls_reach_no_further_than_their_rows(root: Path, done: Path) -> None:
+    """Short rows with the positions of long ones would show what the main run shows."""
+    config = load_config("real")
+    asked = config.evaluation.model_copy(update={"methods": ("yarn", "ntk")})
+    found, last = controls(config), config.extend.stages[-1]
+    assert last.reach > last.context_length and last.rope
+    for name, control in found.items():
+        stage = control.train.stages[-1]
+        is_long = name == "ablate_text_alone"
+        assert (stage.pose, stage.rope) == ((last.pose, last.rope) if is_long else (None, None))
+    made = {each.label: each for each in variants(done, config.model_copy(update={"evaluation": asked}))}
+    # A model of 1,024 positions, and a training that reaches 16,384.
+    assert made["before"].trained_length == 1024 and made["after"].trained_length == 16384
+    assert made["ntk"].rope == {"rope_type": "ntk", "factor": 16}
+    assert made["yarn"].rope == {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 1024}
 
 
 def test_a_cpu_without_bfloat16_trains_in_float32_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,9 +153,7 @@ def variants(work: Path, config: QuickstartConfig) -> list[Variant]:
     def trained(label: str, run: str, train: TrainConfig, **differs: Any) -> Variant:
         last = train.stages[-1]
         # Rows may be shorter than what the pretrained model has learnt before.
-        return Variant(
-            label, work / run / "stages" / last.name, max(positions, last.reach), **differs
-        )
+        return Variant(label, work / run / "stages" / last.name, max(positions, last.reach), **differs)
 
     long = config.extend.stages[-1]
     if config.pretrain is None:
