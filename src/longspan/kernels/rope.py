@@ -105,7 +105,12 @@ def rope_parameters(settings: Mapping[str, Any], *, head_dim: int | None = None)
     missing = required | {"rope_theta"}
     missing -= found.keys()
     if missing:
-        raise ConfigError(f"RoPE of type {kind} lacks {', '.join(sorted(missing))}", found=sorted(found))
+        before = "original_max_position_embeddings"
+        raise ConfigError(
+            f"RoPE of type {kind} lacks {', '.join(sorted(missing))}",
+            found=sorted(found),
+            fix=f"say {before}: the context that the model was trained with" if before in missing else None,
+        )
     unknown = found.keys() - required - optional - COMMON_KEYS
     if unknown:
         raise ConfigError(
