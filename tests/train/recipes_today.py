@@ -15,7 +15,7 @@ class Promised(NamedTuple):
 
 
 TODAY = {
-    "smollm2-8k": Promised("rtx-4090", 1, (2048, 4096, 8192), "llama"),
+    "smollm2-8k": Promised("rtx-4090", 1, (2048, 4096, 4096), "llama"),
     "qwen3-4b-128k": Promised("h100", 8, (65536, 131072, 65536), "qwen3"),
     "qwen3-8b-128k": Promised("h100", 8, (65536, 131072, 65536), "qwen3"),
     "llama-3.2-1b-128k": Promised("h100", 8, (65536, 131072, 65536), "llama"),

@@ -175,9 +175,13 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
         changes["lr_schedule"] = stage.lr_schedule.model_copy(update={"warmup_steps": 1})
     if stage.rope is not None:
         changes["rope"] = tiny_rope(stage.rope)
+    reach = length
     if stage.pose is not None:
-        target = max(2 * length, stage.pose.target_length // SCALE)
-        changes["pose"] = stage.pose.model_copy(update={"target_length": target})
+        reach = max(2 * length, stage.pose.target_length // SCALE)
+        changes["pose"] = stage.pose.model_copy(update={"target_length": reach})
+    if reach > stage.reach // SCALE:
+        # Rows that are longer than their share: the RoPE's factor is that of the recipe.
+        changes["rope_falls_short"] = True
     return stage.model_copy(update=changes)
 
 
