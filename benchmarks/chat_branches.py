@@ -1,6 +1,6 @@
 """Many questions on one text, as a record with branches: CPU seconds to write and tokenise it.
 
-    python benchmarks/chat_branches.py --tokenizer SmolLM2 --chat-template qwen --text essays.txt
+python benchmarks/chat_branches.py --tokenizer SmolLM2 --chat-template qwen --text essays.txt
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from longspan.core.units import format_bytes, parse_tokens
-from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.mixture import plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import plan_packing
 from longspan.data.store.lengths import LengthTable

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         RunError,
         UserError,
     )
-    from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+    from longspan.data.plans.mixture import plan_mixture
+    from longspan.data.plans.mixture_config import MixtureConfig
     from longspan.data.plans.pack_config import PackConfig
     from longspan.data.plans.packing import plan_packing
     from longspan.data.readers import read_documents
@@ -95,7 +96,8 @@ _HOMES = {
     ),
     "longspan.data.store.lengths": ("LengthTable",),
     "longspan.data.rows.loader": ("RowLoader", "StreamMixer"),
-    "longspan.data.plans.mixture": ("MixtureConfig", "plan_mixture"),
+    "longspan.data.plans.mixture": ("plan_mixture",),
+    "longspan.data.plans.mixture_config": ("MixtureConfig",),
     "longspan.data.plans.pack_config": ("PackConfig",),
     "longspan.data.plans.packing": ("plan_packing",),
     "longspan.data.readers": ("read_documents",),

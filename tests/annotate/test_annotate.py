@@ -23,7 +23,8 @@ from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.jobs import ArrayJob
 from longspan.data.packed.materialize import materialize
 from longspan.data.packed.packed_rows import PackedRows
-from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.mixture import plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.pack_config import PackConfig
 from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
 from longspan.data.rows.annotations import (

@@ -16,7 +16,8 @@ from longspan.data.audit.duplicates import bands_for
 from longspan.data.audit.measuring import Measuring, Vocabulary, measure
 from longspan.data.audit.summary import summarize
 from longspan.data.jobs import LocalExecutor
-from longspan.data.plans.mixture import MixtureConfig, load_audit, plan_mixture
+from longspan.data.plans.mixture import load_audit, plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.store import TokenStore, TokenStoreWriter
 from longspan.data.store.lengths import LengthTable
 from longspan.data.store.measures import Measures

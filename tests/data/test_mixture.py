@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.core.errors import ConfigError, DataError
-from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture
+from longspan.data.plans.mixture import MixturePlan, plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.store.lengths import LengthTable
 from tests.data.made_stores import make_table
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from longspan.core.errors import ArgumentError, ConfigError, DataError
 from longspan.data.plans import packing
 from longspan.data.plans.cutting import cut_to_rows
-from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.mixture import plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.pack_config import STRATEGIES, PackConfig, Strategy
 from longspan.data.plans.packing import PAD_DOCUMENT, PackPlan, plan_packing
 from longspan.data.store.lengths import LengthTable

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ArgumentError, ConfigError
-from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.mixture import plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.presets import PRESETS, load_preset
 from longspan.data.plans.shares import Stream, parse_stream, stream_settings
 from longspan.data.store.lengths import LengthTable

@@ -25,7 +25,8 @@ from longspan.data.exchange.whole_stores import (
     split_store,
 )
 from longspan.data.packed.materialize import materialize
-from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
+from longspan.data.plans.mixture import MixturePlan, plan_mixture, split_place
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.readers import FilePart, ReadReport, list_inputs
 from longspan.data.readers.mds_folder import read_mds
 from longspan.data.store import Column, MDSDirectory, MDSWriter, TokenStore, TokenStoreWriter, open_stores

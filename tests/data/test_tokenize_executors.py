@@ -19,7 +19,7 @@ import pytest
 from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.data.jobs import ArrayJob, LocalExecutor, array_job
 from longspan.data.jobs.job_lock import JobLock
-from longspan.data.plans.mixture import MixtureConfig
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.readers import ReadReport, grouping, list_inputs, read_documents
 from longspan.data.tokenize import CorpusJob, TokenizeConfig, groups, sampling, tokenize_corpus, units
 from longspan.data.tokenize import corpus as corpus_module

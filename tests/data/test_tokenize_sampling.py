@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from longspan.core.errors import ConfigError
-from longspan.data.plans.mixture import MixtureConfig, plan_mixture
+from longspan.data.plans.mixture import plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.store import TokenStore
 from longspan.data.store.lengths import LengthTable
 from longspan.data.tokenize import CorpusJob, sampling, tokenize_corpus, units

@@ -16,7 +16,7 @@ from longspan.cli.output import Json, Plot, Seed, example, percent, print_json, 
 if TYPE_CHECKING:
     from longspan.cli.jobs_config import JobsConfig
     from longspan.data.jobs import ArrayJob, Executor
-    from longspan.data.plans.mixture import MixtureConfig
+    from longspan.data.plans.mixture_config import MixtureConfig
     from longspan.data.plans.packing import PackPlan
     from longspan.data.plans.store_packing import StorePackConfig
 
@@ -36,7 +36,7 @@ def _mixed(given: dict[str, Any]) -> dict[str, Any]:
 
 @from_settings(
     settings=Part(
-        "longspan.data.plans.mixture:MixtureConfig",
+        "longspan.data.plans.mixture_config:MixtureConfig",
         without=["group", "part"],
         names={"weights": "--weight", "sources": "--source"},
         under=_mixed,

@@ -10,7 +10,7 @@ _HOMES = {
     "Document": "readers",
     "LengthTable": "store.lengths",
     "MDSDirectory": "store",
-    "MixtureConfig": "plans.mixture",
+    "MixtureConfig": "plans.mixture_config",
     "PackConfig": "plans.pack_config",
     "ReadReport": "readers",
     "RowLoader": "rows.loader",

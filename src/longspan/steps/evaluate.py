@@ -77,13 +77,7 @@ def evaluate_model(
     asks = model if isinstance(model, AnswererConfig) else AnswererConfig.from_dict(_named(model))
     puts = prompts if isinstance(prompts, PromptConfig) else PromptConfig.from_dict(dict(prompts or {}))
     reads = data if isinstance(data, TaskDataConfig) else TaskDataConfig(paths=_paths(data))
-    kind = load_place(entry.config or PPL)
-    if config is not None and not isinstance(config, kind):
-        raise ArgumentError(
-            f"these are no settings of {task}", found=type(config).__name__, allowed=kind.__name__
-        )
-    given = {} if config is None else config.to_dict()
-    config = kind.from_dict({**given, **settings}, where=f"the settings of {task}")
+    config = _config(task, entry, config, settings)
     if used is None:
         used = {**puts.to_dict(), **asks.to_dict(), **reads.to_dict(), **config.to_dict()}
     if task == "ppl":
@@ -98,12 +92,7 @@ def evaluate_model(
         reads = reads.model_copy(update={"cache": cache})
     form = form_of(asks, puts)
     made = task_of(entry, config, reads, form)
-    if entry.command and made.name != task:
-        raise ArgumentError(
-            f"these settings ask for {made.name}",
-            found=task,
-            fix=f"ask as `longspan eval {entry.command}` does",
-        )
+    _check_name(made, task, entry)
     with opened(asks, puts, tokenizer=form.tokenizer) as asked:
         _shake_hands(asked, asks, form, made)
         return asked.run(
@@ -142,6 +131,28 @@ def _entry(task: str) -> TaskEntry:
     if task not in runs:
         raise ArgumentError("there is no such task", found=repr(task), allowed=runs)
     return known[task]
+
+
+def _config(task: str, entry: TaskEntry, config: Config | None, settings: Mapping[str, Any]) -> Config:
+    """Return the settings of a task, of which some may be given by name."""
+    kind = load_place(entry.config or PPL)
+    if config is not None and not isinstance(config, kind):
+        raise ArgumentError(
+            f"these are no settings of {task}", found=type(config).__name__, allowed=kind.__name__
+        )
+    given = {} if config is None else config.to_dict()
+    made: Config = kind.from_dict({**given, **settings}, where=f"the settings of {task}")
+    return made
+
+
+def _check_name(made: Task, task: str, entry: TaskEntry) -> None:
+    """Refuse settings of another task of the same command."""
+    if entry.command and made.name != task:
+        raise ArgumentError(
+            f"these settings ask for {made.name}",
+            found=task,
+            fix=f"ask as `longspan eval {entry.command}` does",
+        )
 
 
 def _named(model: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from longspan.core.columns import folder_kind
 from longspan.core.errors import ArgumentError
-from longspan.data.plans.mixture import KIND, MixtureConfig, MixturePlan, load_audit, plan_mixture
+from longspan.data.plans.mixture import KIND, MixturePlan, load_audit, plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.presets import load_preset
 from longspan.data.plans.shares import parse_stream, stream_settings
 from longspan.data.store import TokenStore

@@ -14,7 +14,8 @@ from longspan.core.errors import ArgumentError, DataError, RunError
 from longspan.core.log import get_logger
 from longspan.core.units import parse_length
 from longspan.data.plans import mixture
-from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture
+from longspan.data.plans.mixture import MixturePlan, plan_mixture
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.packing import KIND, PackPlan, plan_packing, plan_split
 from longspan.data.plans.store_packing import Settled, StorePackConfig
 from longspan.data.store import TokenStore

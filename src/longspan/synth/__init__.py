@@ -7,7 +7,9 @@ become conversations at a length, with the evidence even over depth (`conversati
 
 from longspan.synth.claims import UsedDocuments
 from longspan.synth.config import ConversationConfig, SetConfig, load_set, shipped_sets
-from longspan.synth.job import Student, SynthConfig, SynthJob, estimate_job, require_samples
+from longspan.synth.estimates import estimate_job
+from longspan.synth.job import SynthJob, require_samples
+from longspan.synth.job_config import Student, SynthConfig
 
 __all__ = [
     "ConversationConfig",

@@ -23,6 +23,11 @@ class UsedDocuments:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def owner_in(self, folder: Path) -> str:
+        """Return the name under which a job in a folder claims documents: the folder, as seen from this file."""
+        folder, root = folder.resolve(), self.path.resolve().parent
+        return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.as_posix()
+
     def owners(self) -> dict[str, str]:
         """Return the owner of every used document by its hash; nothing where there is no file yet."""
         if not self.path.exists():

@@ -17,17 +17,14 @@ answers: a killed job that goes on writes the same bytes as one that was not.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pydantic
 
-from longspan.api import Client, CostEstimate, Limits, Price, ServerConfig, estimate
-from longspan.core.config import Config
+from longspan.api import Client
 from longspan.core.errors import DataError, RunError, UserError
 from longspan.core.files import read_json, write_json
 from longspan.core.log import get_logger
@@ -35,71 +32,23 @@ from longspan.core.progress import Progress, progress
 from longspan.core.records import read_jsonl
 from longspan.core.rundir import RunDir
 from longspan.core.seeds import rng
-from longspan.data.chat import BRANCHES, ChatFormat
+from longspan.data.chat import BRANCHES
 from longspan.data.jobs.job_lock import JobLock
-from longspan.data.tokenizer import Tokenizer
 from longspan.synth.asking import Asker, Group, ask_groups
 from longspan.synth.claims import UsedDocuments
-from longspan.synth.config import ConversationConfig, QaConfig, SetConfig
+from longspan.synth.config import SetConfig
 from longspan.synth.conversation import Composer, Conversation
 from longspan.synth.figure import draw_depths
 from longspan.synth.filters import NearDuplicates, content_words, knows
 from longspan.synth.items import Item, Rejected, Shown, read_reply
+from longspan.synth.job_config import Student, SynthConfig
 from longspan.synth.offline import make_questions, turn_tokens
 from longspan.synth.output import Reject, rejected_lines, write_lines
 from longspan.synth.sections import TokenRuler
-from longspan.synth.selection import DocumentFile, Inputs, Selected, select_documents
+from longspan.synth.selection import DocumentFile, Selected, select_documents
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", "job.lock"
 _log = get_logger("synth")
-
-
-class SynthConfig(Config):
-    """What decides the output of a job, beside what the model says."""
-
-    set: SetConfig
-    """The questions."""
-    inputs: tuple[str, ...]
-    """Where the documents are."""
-    text_field: str = "text"
-    """Field of the text in records."""
-    source_field: str | None = None
-    """Field of the source in records."""
-    tokenizer: str
-    """Fingerprint of the student's tokenizer."""
-    chat_template: str
-    """Fingerprint of its chat template."""
-    model: str | None = None
-    """Who is asked, such as `openai:NAME`; None: nobody (`offline`). Its address may change while a job goes on."""
-    extra: dict[str, Any] = pydantic.Field(default_factory=dict)
-    """Further fields of every request."""
-    sample: ConversationConfig = ConversationConfig()
-    """What a sample looks like."""
-    leak_check: bool = True
-    """Whether every question is also asked without its document."""
-    seed: int = 0
-    """Seed of every random choice."""
-
-    @classmethod
-    def of(cls, asked: QaConfig, chosen: SetConfig, student: Student) -> SynthConfig:
-        """Return the part of what was asked for that decides the output."""
-        shared = ("inputs", "text_field", "source_field", "sample", "leak_check", "seed")
-        server = asked.server or ServerConfig()
-        return cls(
-            set=chosen,
-            tokenizer=student.tokenizer.fingerprint,
-            chat_template=student.chat.fingerprint,
-            model=asked.model,
-            extra=server.extra,
-            **{name: getattr(asked, name) for name in shared},
-        )
-
-
-class Student(NamedTuple):
-    """Who will be trained: the tokenizer that counts and the chat template that writes."""
-
-    tokenizer: Tokenizer
-    chat: ChatFormat
 
 
 class SynthJob:
@@ -173,12 +122,12 @@ class SynthJob:
 
     def _select(self) -> Selected:
         selected = select_documents(
-            inputs_of(self.settings),
+            self.settings.reads,
             self._spec,
             self._student.tokenizer,
             self._documents.path,
             seed=self.settings.seed,
-            owner=owner_of(self.out, self._used),
+            owner=self._used.owner_in(self.out),
             used=self._used,
         )
         if not selected.documents:
@@ -389,62 +338,6 @@ class _Asked(NamedTuple):
     document: str
     """Its hash."""
     shown: list[Shown]
-
-
-def estimate_job(
-    settings: SynthConfig,
-    student: Student,
-    *,
-    out: Path,
-    used: UsedDocuments,
-    price: Price | None,
-    limits: Limits | None,
-) -> tuple[Selected, CostEstimate, CostEstimate]:
-    """Return the documents and what asking about them, and the leak check, would take at most; writes nothing."""
-    spec, tokenizer = settings.set, student.tokenizer
-    with tempfile.TemporaryDirectory() as folder:
-        documents = DocumentFile(Path(folder) / "documents.jsonl")
-        selected = select_documents(
-            inputs_of(settings),
-            spec,
-            tokenizer,
-            documents.path,
-            seed=settings.seed,
-            owner=owner_of(out, used),
-            used=used,
-            claim=False,
-        )
-        if spec.kind == "offline":
-            nothing = estimate([])
-            return selected, nothing, nothing
-        asker = Asker(spec, tokenizer, length=settings.sample.length)
-        requests = 0
-
-        def sizes() -> Iterator[tuple[int, int]]:
-            nonlocal requests
-            for document in documents:
-                for shown in asker.shown(document):
-                    requests += 1
-                    request = asker.request(shown)
-                    yield request.estimate_prompt_tokens(), request.max_tokens
-
-        asking = estimate(sizes(), price=price, limits=limits)
-        check = asker.closed_book(Item("word " * 25, "word " * spec.max_answer_words, ()))
-        size = (check.estimate_prompt_tokens(), check.max_tokens)
-        questions = requests * (len(spec.fixed_questions) or spec.questions) if settings.leak_check else 0
-        checks = estimate([size] * questions, price=price, limits=limits)
-        return selected, asking, checks
-
-
-def inputs_of(settings: SynthConfig) -> Inputs:
-    """Return what a job reads."""
-    return Inputs(settings.inputs, settings.text_field, settings.source_field)
-
-
-def owner_of(out: Path, used: UsedDocuments) -> str:
-    """Return the name under which a job claims documents: its folder, as seen from the file of claims."""
-    folder, root = out.resolve(), used.path.resolve().parent
-    return folder.relative_to(root).as_posix() if folder.is_relative_to(root) else folder.as_posix()
 
 
 def require_samples(summary: Mapping[str, Any]) -> None:

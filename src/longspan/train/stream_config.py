@@ -9,7 +9,7 @@ import pydantic
 from longspan.core.config import Config
 from longspan.core.log import log_once
 from longspan.data.chat.chat_config import ChatConfig
-from longspan.data.plans.mixture import MixtureConfig
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.plans.pack_config import STRATEGIES
 from longspan.data.plans.store_packing import StorePackConfig
 

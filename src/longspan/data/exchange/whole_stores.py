@@ -20,7 +20,8 @@ import xxhash
 from longspan.core.errors import ArgumentError, DataError
 from longspan.core.files import atomic_dir, read_json, remove_leftovers, write_json
 from longspan.core.progress import progress
-from longspan.data.plans.mixture import MixtureConfig, MixturePlan, plan_mixture, split_place
+from longspan.data.plans.mixture import MixturePlan, plan_mixture, split_place
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.store import (
     Column,
     MDSDirectory,

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from longspan.core.seeds import derive_seed
-from longspan.data.plans.mixture import MixtureConfig, keep_coin, source_shares
+from longspan.data.plans.mixture import keep_coin, source_shares
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.readers import InputFile
 
 FIRST_WAVE = 16

@@ -8,7 +8,7 @@ import pydantic
 
 from longspan.core.config import Config
 from longspan.data.chat.chat_config import ChatConfig
-from longspan.data.plans.mixture import MixtureConfig
+from longspan.data.plans.mixture_config import MixtureConfig
 from longspan.data.readers import Grouping
 from longspan.data.store.token_store import SHARD_BYTES
 from longspan.data.tokenizer import Tokenizer
