@@ -90,7 +90,14 @@ def gone(*pids: int) -> bool:
 def test_a_server_is_told_what_fits_and_is_gone_afterwards(program: Any, tokenizer: Tokenizer) -> None:
     """A server without the RoPE of the model answers wrongly, and one that is left holds the card's memory."""
     folder = program()
-    config = AnswererConfig(model="meta/some", serve="vllm", max_length=4096, tp=2, kv_dtype="fp8")
+    settings: dict[str, Any] = {
+        "model": "meta/some",
+        "serve": "vllm",
+        "max_length": 4096,
+        "tp": 2,
+        "kv_dtype": "fp8",
+    }
+    config = AnswererConfig(**settings, serve_flags="--seed=3 --chat-template 'a b.jinja'")
     ids = np.arange(5)
     with served(config, tokenizer, {"rope_type": "linear", "factor": 4.0}) as answerer:
         [(_, answer)] = answerer.generate([Request("12345", ids, max_new_tokens=7)])
@@ -112,11 +119,32 @@ def test_a_server_is_told_what_fits_and_is_gone_afterwards(program: Any, tokeniz
         json.dumps(
             {"rope_parameters": {"rope_type": "linear", "factor": 4.0}, "max_position_embeddings": 4096}
         ),
+        *("--seed=3", "--chat-template", "a b.jinja"),
     ]
     assert gone(told[0], worker)
     said = answerer.identity
     assert (said["backend"], said["version"], said["kv_dtype"]) == ("vllm", "1.2.3 (fake)", "fp8")
     assert "--port" not in said["flags"] and said["rope"] == {"rope_type": "linear", "factor": 4.0}
+    assert "--seed=3" in said["flags"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--max-model-len=9", "told already"),
+        ("--port 80", "told already"),
+        ("--seed 'a", "not a command line"),
+    ],
+)
+def test_flags_that_cannot_be_added_are_refused(
+    program: Any, tokenizer: Tokenizer, flags: str, words: str
+) -> None:
+    """The last of two flags counts for most servers: the records would name a length that was not the server's."""
+    folder = program()
+    config = AnswererConfig(model="meta/some", serve="vllm", max_length=4096, serve_flags=flags)
+    with pytest.raises(ConfigError, match=words), served(config, tokenizer):
+        raise AssertionError("a server was started")
+    assert not (folder / "told.json").exists()
 
 
 @pytest.mark.parametrize("how", ["error", "sigterm"])

@@ -55,6 +55,9 @@ class AnswererConfig(Config):
     serve: Literal["vllm", "sglang", "llama.cpp", "transformers"] | None = None
     """Start this server for the model, ask it, and stop it in the end. None: the model is run here, or its name says
     the server."""
+    serve_flags: str | None = None
+    """Further flags of that server, as on its command line, such as '--gpu-memory-utilization 0.8 --enforce-eager'.
+    Records name them. None: those that longspan gives."""
     kv_dtype: Literal["int8", "fp8", "q8_0", "q4_0"] | None = None
     """Type of the KV cache: int8, fp8 (a model that is run here), fp8 (vllm, sglang), q8_0, q4_0 (llama.cpp). It is
     part of the label. None: as keys are computed, or the server's own."""
@@ -65,7 +68,7 @@ class AnswererConfig(Config):
     @pydantic.model_validator(mode="after")
     def _all_have_effect(self) -> Self:
         if self.is_remote:
-            if changed := changed_fields(self, (*RUN_HERE, "serve", "kv_dtype")):
+            if changed := changed_fields(self, (*RUN_HERE, "serve", "serve_flags", "kv_dtype")):
                 raise ValueError(
                     f"how a model runs behind a server is decided there: leave out {', '.join(changed)}"
                 )
@@ -82,6 +85,8 @@ class AnswererConfig(Config):
             if self.server is not None and self.server.base_url:
                 raise ValueError(f"serve {self.serve} starts a server of its own: leave out its address")
             return self
+        if self.serve_flags is not None:
+            raise ValueError("serve_flags are of a server that is started here: name it with serve")
         if self.kv_dtype in ("q8_0", "q4_0"):
             raise ValueError(
                 f"kv_dtype {self.kv_dtype} is of llama.cpp's cache: serve it, or take int8 or fp8"

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -173,7 +174,7 @@ def served(
             found=f"--kv-dtype {config.kv_dtype}",
             allowed=engine.kv_dtypes or "none but its own",
         )
-    flags = engine.flags(config, rope)
+    flags = _with_more(engine.flags(config, rope), config)
     command = [*engine.command, *flags]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -205,6 +206,25 @@ def served(
                 yield answerer
     finally:
         _stop(process)
+
+
+def _with_more(flags: list[str], config: AnswererConfig) -> list[str]:
+    """Return flags and those that the user adds. Raises ConfigError: they say what is said already."""
+    try:
+        more = shlex.split(config.serve_flags or "")
+    except ValueError as error:
+        raise ConfigError(
+            "serve_flags are not a command line", found=f"{config.serve_flags} ({error})"
+        ) from None
+    named = {flag.partition("=")[0] for flag in more if flag.startswith("-")}
+    if twice := sorted(named & {*flags, "--host", "--port"}):
+        raise ConfigError(
+            f"serve_flags say what {config.serve} is told already",
+            found=" ".join(twice),
+            fix="leave them out; length, type, processes and RoPE have settings of their own "
+            "(max_length, dtype, tp, rope)",
+        )
+    return flags + more
 
 
 def installed(name: str) -> ServerProgram:
