@@ -121,6 +121,9 @@ def test_notes_of_what_branches_begin_with_count_once(tokenizers):
     assert notes["turns whose thoughts the chat template leaves out"] == 1
     assert notes["turns with a `odd`, which the chat template does not read"] == 2 + 3
     assert notes["records with a `loss` that says nothing of turns"] == 1
+    # Of a table, whose turns have the keys of all.
+    table = [[{**ask, "odd": None}, {**answer, "name": None}] for ask, answer in questions]
+    assert chat.encode_record(before, {"branches": table, "loss": 0.5}).notes == notes
     # What the question says of itself is its own.
     own = [[{**ask, "odder": 1}, answer] for ask, answer in questions]
     notes = chat.encode_record(before, {"branches": own}).notes

@@ -196,7 +196,7 @@ def _how_measured(files: Sequence[RecordFile]) -> str:
     for file in files:
         params = {
             key: value
-            for key, value in file.header.get("params", {}).items()
+            for key, value in file.params.items()
             if isinstance(value, (str, int, float, list)) and value not in ("", [])
         }
         words = json.dumps(params, ensure_ascii=False, sort_keys=True)

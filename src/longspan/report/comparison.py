@@ -101,7 +101,7 @@ def _settings(files: Iterable[RecordFile]) -> dict[_Key, set[str]]:
     """Return the values that the files of a label have for each setting."""
     found: dict[_Key, set[str]] = {}
     for file in files:
-        header, params = file.header, file.header.get("params", {})
+        header, params = file.header, file.params
         values = {(key, ""): value for key, value in params.items() if key not in _ASIDE}
         values["tokenizer", ""] = header.get("tokenizer")
         values["seed", ""] = header.get("seed", params.get("seed"))

@@ -41,9 +41,7 @@ def grid_section(ev: Evaluation, task: str, data: SampleData) -> Section:
         words = f"Each {axis_words(layout.rows)} weighs alike; no mean is given where one of them has no score. {words}"
     if task == "ruler":
         found = len({row for grid in grids.values() for row in grid.rows} & set(RULER_SUBTASKS))
-        params = [
-            file.header.get("params", {}) for file in ev.files if file.task == task and file.label in grids
-        ]
+        params = [file.params for file in ev.files if file.task == task and file.label in grids]
         releases = sorted({str(each["release"]) for each in params if "release" in each})
         by = f", by the generators of {' and '.join(releases)}" if releases else ""
         words = f"{found} of its 13 subtasks were measured{by}. {words}"

@@ -45,6 +45,12 @@ class RecordFile:
         return self.layout.task
 
     @property
+    def params(self) -> dict[str, Any]:
+        """Settings of the task, as they were recorded."""
+        found = self.header.get("params")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def trained_length(self) -> int | None:
         """Context length the evaluated model was trained for, in tokens."""
         length = self.header.get("model", {}).get("trained_length")
@@ -59,13 +65,13 @@ class RecordFile:
     @property
     def note(self) -> str | None:
         """What this evaluation does and does not show, in the words of whoever ran it."""
-        note = self.header.get("note") or self.header.get("params", {}).get("note")
+        note = self.header.get("note") or self.params.get("note")
         return str(note) if note else None
 
     @property
     def scorer(self) -> str:
         """What gave the scores, name and version first, such as `exact_match 1`; empty where not recorded."""
-        scorer = self.header.get("params", {}).get("scorer")
+        scorer = self.params.get("scorer")
         if isinstance(scorer, dict):
             named = sorted(scorer, key=lambda key: (key != "name", key != "version", key))
             return " ".join(str(scorer[key]) for key in named if isinstance(scorer[key], (str, int, float)))
@@ -79,7 +85,7 @@ class RecordFile:
     @property
     def mode(self) -> str:
         """How answers were taken: generate, teacher_forced; empty where not recorded."""
-        return str(self.header.get("params", {}).get("mode") or "")
+        return str(self.params.get("mode") or "")
 
     @property
     def scored_by(self) -> str:

@@ -136,7 +136,7 @@ def mixed_settings(records: Sequence[RecordFile]) -> list[str]:
     lines = []
     for file in records:
         other = first.setdefault((file.task, file.label), file)
-        one, two = ({**f.header.get("params", {})} for f in (other, file))
+        one, two = (f.params for f in (other, file))
         differing = [key for key in sorted({*one, *two} - _GRID_SETTINGS) if one.get(key) != two.get(key)]
         if differing:
             lines.append(
@@ -155,8 +155,8 @@ def method_section(runs: Sequence[LoadedRun], records: Sequence[RecordFile]) -> 
     section.parts["models"] = [_models_table(records), _evaluations_table(records)] if records else None
     settings: dict[str, list[str]] = {}
     for file in records:
-        if file.header.get("params"):
-            text = json.dumps(file.header["params"], indent=2, ensure_ascii=False)
+        if file.params:
+            text = json.dumps(file.params, indent=2, ensure_ascii=False)
             settings.setdefault(text, []).append(f"{file.task}, {short_name(file.label)}")
     section.parts["tasks"] = [("; ".join(names), text) for text, names in settings.items()]
     for part, source in (
@@ -222,7 +222,7 @@ def _evaluations_table(records: Sequence[RecordFile]) -> Table:
     for file in records:
         versions = file.header.get("versions")
         words = [f"{k} {v}" for k, v in versions.items()] if isinstance(versions, dict) else []
-        version = file.header.get("prompt_version", file.header.get("params", {}).get("prompt_version"))
+        version = file.header.get("prompt_version", file.params.get("prompt_version"))
         rows.append(
             [
                 f"{file.task}, {short_name(file.label)}",

@@ -102,9 +102,7 @@ def _means(task: str, grid: Grid) -> dict[int, float]:
 
 def _same(ev: Evaluation, task: str, label: str, sources: Sequence[PublishedScores]) -> bool:
     """Whether all records of a label asked what was published."""
-    recorded = [
-        file.header.get("params", {}) for file in ev.files if file.task == task and file.label == label
-    ]
+    recorded = [file.params for file in ev.files if file.task == task and file.label == label]
     wanted = {name: value for each in sources for name, value in each.where.items()}
     return bool(recorded) and all(
         params.get(name, value) == value for params in recorded for name, value in wanted.items()

@@ -27,7 +27,7 @@ _EXPECTED = ("thinking", "answer prefix", "chat template", "max new tokens", "te
 
 def thinks(file: RecordFile) -> bool:
     """Return whether the model thought first: as the header says, else as the samples show."""
-    params = file.header.get("params", {})
+    params = file.params
     if params.get("thinking") in ("on", "off"):
         return bool(params["thinking"] == "on")
     return bool(params.get("thinks")) or any(sample.thoughts for sample in file.samples)

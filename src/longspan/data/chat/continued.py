@@ -201,10 +201,13 @@ def _joined_turn(messages: Sequence[Any], branch: Sequence[Any]) -> dict[str, An
             speakers = {plain_role(str(each.get(who))) for each in (before, after)}
             said = [each.get(what) for each in (before, after)]
             if speakers == {"user"} and isinstance(said[0], str) and isinstance(said[1], str):
-                return {**before, **after, what: said[0] + said[1]}
+                # Tables give every turn the keys of all: null takes nothing away.
+                own = {key: value for key, value in after.items() if value is not None}
+                return {**before, **own, what: said[0] + said[1]}
     return None
 
 
 def _has_keys(turn: Mapping[str, Any]) -> bool:
     """Say whether a turn holds more than who speaks and what is said."""
-    return bool(turn.keys() - {key for keys in SPEAKERS for key in keys})
+    speech = {key for keys in SPEAKERS for key in keys}
+    return any(value is not None for key, value in turn.items() if key not in speech)
