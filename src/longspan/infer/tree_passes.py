@@ -283,6 +283,7 @@ class DecodePass:
         """Go to the step in which strand n reads its token number said[n] after those of its prompt."""
         self._length = self._own + said + 1
         positions = self._start + self._length - 1
+        self._longest = int(positions.max()) + 1
         rows = self._origin + self._stripes.below(positions)
         if self._stripes.ranks > 1:
             mine = np.flatnonzero(positions % self._stripes.ranks == self._stripes.rank)
@@ -311,7 +312,7 @@ class DecodePass:
             self._mine = self._mine.to(k.device)
             k, v = k[self._mine], v[self._mine]
         self._block.append(layer, self._rows, k, v)
-        reach = _reach(form, int((self._start + self._length).max()))
+        reach = _reach(form, self._longest)
         if reach not in self._now:
             self._now[reach] = self._spans(reach)
         kernel = _kernel_of(form, q, self._kernel)

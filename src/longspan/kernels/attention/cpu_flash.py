@@ -42,8 +42,8 @@ MASK_ELEMENTS = 1 << 22
 CALL_KEYS = 128
 """A kernel call of its own costs about as much as reading so many keys that a mask hides."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class BandPiece(NamedTuple):
@@ -70,10 +70,12 @@ class CpuFlashKernel:
         """Return out [T, H, D] in q's dtype and lse [T, H] in fp32 or fp64; unseeing rows get 0, -inf."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_, k_, v_ = q.to(dtype), k.to(dtype), v.to(dtype)
-        calls = _forward_calls(bands, num_keys=len(k))
-        if _covers(calls, num_rows=q.shape[0]):
-            out_nhld, lse_nhl = self._forward_call(q_, k_, v_, calls[0], scale)
-            out, lse = out_nhld.transpose(1, 2).reshape(q.shape), lse_nhl.transpose(1, 2).reshape(q.shape[:2])
+        calls, num_rows = _forward_calls(bands, num_keys=len(k))
+        if calls and num_rows == len(q):
+            parts = [self._forward_call(q_, k_, v_, call, scale) for call in calls]
+            outs = [out_nhld.transpose(1, 2).flatten(0, 1) for out_nhld, _ in parts]
+            lses = [lse_nhl.transpose(1, 2).flatten(0, 1) for _, lse_nhl in parts]
+            out, lse = (each[0] if len(calls) == 1 else torch.cat(each) for each in (outs, lses))
             return out.to(q.dtype), lse
         out = torch.zeros(q.shape, dtype=dtype, device=q.device)
         lse = torch.full(q.shape[:2], float("-inf"), dtype=dtype, device=q.device)
@@ -167,7 +169,7 @@ class CpuFlashKernel:
         k_nkmd = _segments(k, call.k_starts, call.geometry.k_len)
         v_nkmd = _segments(v, call.k_starts, call.geometry.k_len)
         if call.mask is not None:
-            mask = call.mask.to(q.dtype).expand(-1, -1, call.geometry.q_len, -1)
+            mask = call.mask.to(q.dtype)
             return _forward(q_nhld, k_nkmd, v_nkmd, 0.0, False, attn_mask=mask, scale=scale)
         parts = []
         for piece in _pieces(call.geometry):
@@ -197,22 +199,42 @@ class BandCall(NamedTuple):
     q_starts: tuple[int, ...]
     k_starts: tuple[int, ...]
     mask: torch.Tensor | None = None
-    """[N, 1, 1, M], of rectangles that have keys of different number: -inf where a band has none."""
+    """[N, 1, L, M], of rectangles that have keys of different number: -inf where a band has none."""
 
 
-_prepared: weakref.WeakKeyDictionary[Bands, dict[int, list[BandCall]]] = weakref.WeakKeyDictionary()
+class _Forward(NamedTuple):
+    """The calls of a forward pass."""
+
+    calls: list[BandCall]
+    num_rows: int
+    """Rows that they cover one behind the other, so that their results need only be joined; 0: in another order."""
+
+
+_prepared: weakref.WeakKeyDictionary[Bands, dict[int, _Forward]] = weakref.WeakKeyDictionary()
 """Calls of tables that are in use, by the number of keys: every layer of a pass has the same."""
 
 
-def _forward_calls(bands: Bands, *, num_keys: int) -> list[BandCall]:
+def _forward_calls(bands: Bands, *, num_keys: int) -> _Forward:
     """Return the calls of a forward pass, in which rectangles of different width run together.
 
     A mask reads keys behind those of a band, so the gradients, which would be added up there, do without.
     """
     prepared = _prepared.setdefault(bands, {})
     if num_keys not in prepared:
-        prepared[num_keys] = list(_ragged(bands, num_keys)) if _are_ragged(bands) else _calls(bands)
+        calls = list(_ragged(bands, num_keys)) if _are_ragged(bands) else _calls(bands)
+        prepared[num_keys] = _Forward(calls, _rows_in_order(calls))
     return prepared[num_keys]
+
+
+def _rows_in_order(calls: list[BandCall]) -> int:
+    """Return how many query rows calls cover from the first on without a gap; 0 where they do not."""
+    row = 0
+    for call in calls:
+        length = call.geometry.q_len
+        if call.q_starts[0] != row or _step(call.q_starts, length) != length:
+            return 0
+        row += len(call.q_starts) * length
+    return row
 
 
 def _are_ragged(bands: Bands) -> bool:
@@ -255,10 +277,11 @@ def _together(
     widest, mask = max(lengths), None
     if min(lengths) < widest:
         hidden = torch.arange(widest) >= torch.tensor(lengths)[:, None]
-        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None]
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        mask = mask[:, None, None].expand(-1, 1, q_len, -1)
     if len(lengths) > 1 and k_starts[0] == k_starts[-1] and _step(q_starts, q_len) == q_len:
         if mask is not None:
-            mask = mask.expand(-1, 1, q_len, -1).reshape(1, 1, -1, widest)
+            mask = mask.reshape(1, 1, -1, widest)
         q_starts, q_len, k_starts = q_starts[:1], q_len * len(lengths), k_starts[:1]
     return BandCall(Geometry(q_len, widest, -NO_LIMIT, NO_LIMIT), q_starts, k_starts, mask)
 
@@ -297,9 +320,9 @@ def _step(starts: tuple[int, ...], length: int) -> int:
 def _segments(x: torch.Tensor, starts: tuple[int, ...], length: int) -> torch.Tensor:
     """Return rows of x [T, H, D] as [N, H, length, D]: a view where the segments are evenly spaced."""
     if step := _step(starts, length):
-        row, head, dim = x.stride()
-        size, stride = (len(starts), length, *x.shape[1:]), (step * row, row, head, dim)
-        return x.as_strided(size, stride, x.storage_offset() + starts[0] * row).transpose(1, 2)
+        (_, num_heads, width), (row, head, dim) = x.shape, x.stride()
+        size, stride = (len(starts), num_heads, length, width), (step * row, head, row, dim)
+        return x.as_strided(size, stride, x.storage_offset() + starts[0] * row)
     return torch.stack([x[start : start + length] for start in starts]).transpose(1, 2)
 
 
