@@ -88,9 +88,7 @@ def table(config: type[Config]) -> list[str]:
         elif default in (None, "", {}):
             default = "none"
         else:
-            default = f"`{str(default).lower() if isinstance(default, bool) else default}`".replace(
-                "\n", "\\n"
-            )
+            default = f"`{str(default).lower() if isinstance(default, bool) else default}`".replace("\n", "\\n")
         about = info.description or next((each.__doc__ for each in configs_in(info.annotation)), None) or ""
         words = " ".join(re.split(r"\n\s*\n", about)[0].split())
         cells = (f"`{name}`", shown_type(info.annotation, info.metadata), default, words)
@@ -117,14 +115,7 @@ def page() -> str:
     lines = [HEAD]
     for config in dict.fromkeys(waiting):
         about = re.split(r"\n\s*\n", (config.__doc__ or "").strip())[0]
-        lines += [
-            f"## {config.__name__}",
-            "",
-            " ".join(about.split()),
-            "",
-            f"Of {', '.join(used[config])}.",
-            "",
-        ]
+        lines += [f"## {config.__name__}", "", " ".join(about.split()), "", f"Of {', '.join(used[config])}.", ""]
         lines += [*table(config), ""]
     return "\n".join(lines)
 
