@@ -96,7 +96,7 @@ def test_rows_of_a_column_stay_even() -> None:
     assert len(by_depth[0]) == 20 and by_depth[0] == by_depth[1] == by_depth[2]
 
 
-@pytest.mark.parametrize(("share", "alike"), [(0.1, 0.0), (0.3, 0.0), (0.5, 0.0), (0.3, 0.3), (0.6, 0.3)])
+@pytest.mark.parametrize(("share", "alike"), [(0.1, 0.0), (0.3, 0.0), (0.5, 0.0), (0.3, 0.3), (0.95, 0.5)])
 def test_intervals_that_ended_the_asking_hold_what_they_promise(share: float, alike: float) -> None:
     """Looking until it is narrow ends where the spread happens to be small: intervals that hold too seldom."""
     depths = 3 if alike else 1

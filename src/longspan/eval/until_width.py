@@ -5,8 +5,8 @@ or has one number in every row of the column (each depth, each subtask), so that
 when the 95 % interval of its mean is no wider than was asked for, from end to end, or when its units are used up.
 
 Looking again and again makes an interval hold less often than it says, unless what ends it is its width alone, and the
-looks are few: it holds the mean in 93 to 99 % of draws where samples are independent, in 92 to 98 % where they come in
-clusters and the mean is 0.2 to 0.8 (tests/eval/test_until_width.py). So the interval is given as it is.
+looks are few: it holds the mean in 93 to 99 % of draws where samples are independent, in 92 to 99 % where they come in
+clusters (tests/eval/test_until_width.py). So the interval is given as it is.
 
 Units come in an order that is the same for every model, by a hash of their name: a file may be sorted by difficulty.
 What is asked next follows from the records alone, so a killed run goes on as if nothing had happened.
