@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     def do_GET(self):
-        self.reply({{}})
+        self.reply({{"version": "4.5.6"}} if self.path == "/version" and mode == "says" else {{}})
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         count = len(asked["prompt"]) + (9 if mode == "counts" else 0)
@@ -145,6 +145,13 @@ def test_flags_that_cannot_be_added_are_refused(
     with pytest.raises(ConfigError, match=words), served(config, tokenizer):
         raise AssertionError("a server was started")
     assert not (folder / "told.json").exists()
+
+
+def test_a_server_that_says_its_version_is_believed(program: Any, tokenizer: Tokenizer) -> None:
+    """The package of this environment is not what a program of another one runs."""
+    program(mode="says")
+    with served(AnswererConfig(model="meta/some", serve="vllm"), tokenizer) as answerer:
+        assert answerer.identity["version"] == "4.5.6"
 
 
 @pytest.mark.parametrize("how", ["error", "sigterm"])

@@ -57,9 +57,11 @@ class ServerProgram(NamedTuple):
     """Before the model's name, which the flags begin with."""
     flags: Flags
     package: str
-    """Whose version is recorded; empty: the command says it (--version)."""
+    """Whose version is recorded where the server does not say its own; empty: the command says it (--version)."""
     kv_dtypes: tuple[str, ...] = ()
     """Types that its KV cache can be told to have."""
+    version_path: str = ""
+    """Where it says its version; empty: nowhere."""
     takes_ids: bool = True
     """Whether a prompt may be token ids, so that it is the same here and there."""
 
@@ -143,8 +145,10 @@ _YARN_JUDGED = ("attention_factor", "mscale", "mscale_all_dim")
 XLLAMACPP = "xllamacpp"
 """The package that carries llama.cpp's server."""
 PROGRAMS: Mapping[str, ServerProgram] = {
-    "vllm": ServerProgram(("vllm", "serve"), _vllm, "vllm", ("fp8",)),
-    "sglang": ServerProgram((sys.executable, "-m", "sglang.launch_server"), _sglang, "sglang", ("fp8",)),
+    "vllm": ServerProgram(("vllm", "serve"), _vllm, "vllm", ("fp8",), "/version"),
+    "sglang": ServerProgram(
+        (sys.executable, "-m", "sglang.launch_server"), _sglang, "sglang", ("fp8",), "/get_server_info"
+    ),
     "llama.cpp": ServerProgram(("llama-server",), _llama_cpp, "", ("q8_0", "q4_0")),
     "transformers": ServerProgram(
         (sys.executable, "-c", _TRANSFORMERS, "serve"), _transformers, "transformers", takes_ids=False
@@ -191,14 +195,13 @@ def served(
         )
     try:
         with _ended_by_sigterm():
-            _wait(process, f"http://127.0.0.1:{port}/health", log, name=str(config.serve))
+            address = f"http://127.0.0.1:{port}"
+            _wait(process, f"{address}/health", log, name=str(config.serve))
             base = config.server or ServerConfig()
-            server = base.model_copy(
-                update={"base_url": f"http://127.0.0.1:{port}/v1", "max_length": config.max_length}
-            )
+            server = base.model_copy(update={"base_url": f"{address}/v1", "max_length": config.max_length})
             answerer = open_remote(f"completions:{config.model}", server, tokenizer=tokenizer)
             answerer.identity, answerer.sends_ids = (
-                _identity(config, engine, flags, rope),
+                _identity(config, flags, rope) | {"version": _version(engine, address)},
                 engine.takes_ids,
             )
             with contextlib.closing(answerer):
@@ -289,7 +292,6 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _identity(
     config: AnswererConfig,
-    engine: ServerProgram,
     flags: list[str],
     rope: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -314,7 +316,6 @@ def _identity(
         "rope": dict(used),
         "trained_length": length,
         "backend": str(config.serve),
-        "version": _version(engine),
         "flags": [flag for flag in flags if flag != config.model],
         "kv_dtype": config.kv_dtype or "auto",
     }
@@ -327,7 +328,12 @@ def _gguf_rope(file: str) -> tuple[dict[str, Any], int | None]:
     return gguf_rope(file)
 
 
-def _version(engine: ServerProgram) -> str:
+def _version(engine: ServerProgram, address: str) -> str:
+    """Return the server's version as it says it itself; the package here may be another than the one that runs."""
+    if engine.version_path:
+        unsaid = contextlib.suppress(OSError, ValueError, KeyError, TypeError)
+        with unsaid, urlopen(address + engine.version_path, timeout=30) as answer:
+            return str(json.load(answer)["version"])
     if engine.package:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(engine.package)
