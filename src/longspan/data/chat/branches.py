@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from longspan.data.chat.encoder import Encoded
 
+_MOST_WEIGHT = 255
+"""Of a token in a store."""
 SHARED = "tokens that branches share with what they branch off"
 
 
@@ -31,14 +33,19 @@ class TokenTree(NamedTuple):
     ids: NDArray[np.uint32]
     """[tokens]; a branch begins with a copy of the last token that it shares."""
     mask: NDArray[np.uint8]
-    """[tokens]; a sample's first token, and such a copy, is no label."""
+    """[tokens]; a sample's first token, and such a copy, is no label. What more than 255 samples learn weighs 255."""
     parts: NDArray[np.uint32]
     """[parts, 3]: first token, the part that it branches off (its own number: none), position of its first token."""
+    num_heavier: int
+    """Tokens that more than 255 samples learn."""
 
 
 class _Branch:
-    def __init__(self, ids: NDArray[np.uint32], mask: NDArray[np.uint8], parent: int, position: int) -> None:
-        self.ids, self.mask, self.parent, self.position = ids, mask.copy(), parent, position
+    def __init__(
+        self, ids: NDArray[np.uint32], mask: NDArray[np.integer], parent: int, position: int
+    ) -> None:
+        self.ids, self.parent, self.position = ids, parent, position
+        self.mask = mask.astype(np.uint32)
         self.children: list[int] = []
 
     def copy(self) -> _Branch:
@@ -102,10 +109,12 @@ class GrowingTree:
         """Return what has grown."""
         starts = np.cumsum([0, *(len(part.ids) for part in self._parts)])[:-1]
         table = [(start, part.parent, part.position) for start, part in zip(starts.tolist(), self._parts)]
+        mask = np.concatenate([part.mask for part in self._parts])
         return TokenTree(
             np.concatenate([part.ids for part in self._parts]),
-            np.concatenate([part.mask for part in self._parts]),
+            np.minimum(mask, _MOST_WEIGHT).astype(np.uint8),
             np.array(table, np.uint32).reshape(-1, 3),
+            int(np.count_nonzero(mask > _MOST_WEIGHT)),
         )
 
 
@@ -130,4 +139,8 @@ def one_document(samples: Sequence[Encoded], name: str) -> Encoded:
     notes[as_branches(name)] += len(samples) - 1
     shared = sum(len(each.ids) for each in samples) - len(tree.ids)
     notes[SHARED] += shared
+    if tree.num_heavier:
+        notes[f"tokens that more than {_MOST_WEIGHT} branches learn, which weigh {_MOST_WEIGHT}"] += (
+            tree.num_heavier
+        )
     return Encoded(tree.ids, tree.mask, notes, tree.parts)
