@@ -136,6 +136,10 @@ def test_few_texts_that_differ_say_little_of_the_others():
     assert plain[1] - plain[0] < high - low < 1.1 * (plain[1] - plain[0])
     clustered, _ = drawn(0.95, 0.5, 20, 20, draws=300)
     assert clustered > 0.91
+    changed = paired_difference([-1.0] + [0.0] * 399, texts)
+    assert changed[0] == pytest.approx((-1 - 4.3027 * 20 / 20) / 400, abs=1e-4), (
+        "2 degrees of freedom, not 19"
+    )
     # At worst each text is one sample, of which the larger ones are more.
     uneven = clustered_interval([1.0] * 12 + [1.0, 1.0], [0] * 12 + [1, 2])
     assert uneven == wilson_interval(196 / 146, 196 / 146)

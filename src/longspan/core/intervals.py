@@ -74,12 +74,6 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[Hashable]) ->
     return min(near[0], max(far[0], worst[0])), max(near[1], min(far[1], worst[1]))
 
 
-def _clustered_variance(groups: Sequence[Sequence[float]], mean: float) -> float:
-    """Return the variance of the mean of all values, those of a group depending on each other."""
-    sums = [math.fsum(value - mean for value in group) for group in groups]
-    return _variance_of_sums(sums) / sum(map(len, groups)) ** 2
-
-
 def _variance_of_sums(sums: Sequence[float]) -> float:
     """Return the variance of the sum of clusters' sums, which are 0 together."""
     return len(sums) / (len(sums) - 1) * math.fsum(each * each for each in sums)
@@ -201,8 +195,10 @@ def _paired_estimates(differences: Sequence[float], clusters: Sequence[Hashable]
         groups.setdefault(cluster, []).append(difference)
     if 1 < len(groups) < len(differences):
         centre = math.fsum(differences) / len(differences)
-        error = math.sqrt(_clustered_variance(list(groups.values()), centre))
-        estimates.append(_Estimate(centre, error, len(groups) - 1))
+        sums = [math.fsum(value - centre for value in group) for group in groups.values()]
+        error = math.sqrt(_variance_of_sums(sums)) / len(differences)
+        # Whole degrees, for which the p-value is exact.
+        estimates.append(_Estimate(centre, error, math.ceil(_freedom(sums))))
     return estimates
 
 
@@ -213,7 +209,8 @@ def paired_difference(
 
     Adjusted Wald interval for matched pairs (Agresti and Min 2005): half a pair is added to each outcome of
     two right-or-wrong answers, differences 0, 0, 1 and -1, so it is not empty when no answer changed. Where questions
-    come in clusters it is mean +- t s.e. of clusters, and never narrower.
+    come in clusters it is mean +- t s.e. of clusters, and never narrower; t has fewer degrees of freedom where a few
+    clusters make up most of what changed.
     """
     if not differences:
         return None
