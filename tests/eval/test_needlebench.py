@@ -215,10 +215,20 @@ def test_files_that_are_none(root: Path, tokenizer: Tokenizer, caplog: pytest.Lo
     (root / "names.json").unlink()
     with pytest.raises(DataError, match=r"names.json of NeedleBench is not there"):
         task(root, tokenizer, lengths=[600], kinds=["reasoning"])
+    (root / "more").mkdir()
+    (root / "more" / "names.json").write_text("{}")
+    (root / "names.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"names.json of NeedleBench is there more than once\n  found: .*more"
+    ):
+        task(root, tokenizer, lengths=[600], kinds=["reasoning"])
+    (root / "more" / "names.json").unlink()
+    write_released(root)
     (root / "multi.py").write_text(MULTI.replace("{retrieval_question}", "{question}"))
     with pytest.raises(DataError, match="question and prompt of the reasoning task in English"):
         task(root, tokenizer, lengths=[600])
     row = {**needle(0)[0], "retrieval_question": "What?"}
     (root / "needles.jsonl").write_text(json.dumps(row))
+    one = task(root, tokenizer, lengths=[600], depths=[0], kinds=["multi_retrieval"], languages=["English"])
     with pytest.raises(DataError, match="does not say how to answer"):
-        task(root, tokenizer, lengths=[600], kinds=["single_retrieval"])
+        one.build(one.plan()[0])

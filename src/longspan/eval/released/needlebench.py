@@ -77,7 +77,7 @@ class NeedleBench(PromptTask[NeedleBenchConfig]):
     """The task.
 
     Args:
-        files: of the data set, by name.
+        files: those of the data set among them.
 
     Raises:
         DataError: a file is missing or holds something else, or the texts are too short for a length.
@@ -86,7 +86,7 @@ class NeedleBench(PromptTask[NeedleBenchConfig]):
     name, scorer = "needlebench", "by_metric"
     answer_tokens = 2048
 
-    def __init__(self, settings: NeedleBenchConfig, form: PromptForm, files: Mapping[str, Path]) -> None:
+    def __init__(self, settings: NeedleBenchConfig, form: PromptForm, files: Sequence[Path]) -> None:
         super().__init__(settings, form)
         version, size = settings.version, settings.size
         self._lengths = settings.lengths or tuple(rules()["lengths"][version][size])
@@ -99,8 +99,7 @@ class NeedleBench(PromptTask[NeedleBenchConfig]):
             for count in (settings.num_needles if kind == "reasoning" else (1,))
         ]
         self._parts = {part.subtask: part for part in parts}
-        named = {path.name: path for path in files.values()}
-        self._needles = Needles(version, parts, named, depths=len(self._depths), released=settings.prompts)
+        self._needles = Needles(version, parts, files, depths=len(self._depths), released=settings.prompts)
         self._texts: dict[Language, placing.Texts] = {}
         for language in settings.languages:
             rows = Rows(self._needles.file(_HAYSTACKS[language]))
@@ -115,7 +114,9 @@ class NeedleBench(PromptTask[NeedleBenchConfig]):
     @classmethod
     def from_config(cls, config: NeedleBenchConfig, data: TaskDataConfig, form: PromptForm) -> Self:
         """Return the task on the files of the data set."""
-        return cls(config, form, files_of(data.named("haystacks and needles"), (".jsonl", ".json")))
+        return cls(
+            config, form, list(files_of(data.named("haystacks and needles"), (".jsonl", ".json")).values())
+        )
 
     def params(self) -> dict[str, Any]:
         """Return what determines the samples."""
@@ -147,7 +148,7 @@ class NeedleBench(PromptTask[NeedleBenchConfig]):
         ]
 
     def build(self, planned: Planned) -> Built:
-        """Compose one sample."""
+        """Compose one sample. Raises DataError: its question does not say how to answer, where that is needed."""
         subtask, length, depth, sample = planned.key
         part, number = self._parts[str(subtask)], int(sample)
         asked = self._needles.asked(part, number)

@@ -24,7 +24,7 @@ Version = Literal["v1", "v2"]
 Kind = Literal["single_retrieval", "multi_retrieval", "reasoning"]
 KINDS: tuple[Kind, ...] = ("single_retrieval", "multi_retrieval", "reasoning")
 ENDINGS: Mapping[Language, str] = {"English": "en", "Chinese": "zh"}
-_NEEDLE = ("needle", "retrieval_question", "arg1", "arg2", "language")
+_NEEDLE = ("needle", "retrieval_question", "arg2", "language")
 _PLACES = ("context", "retrieval_question", "last_person")
 """What v2's reasoning puts into its prompt, in this order where the question stands behind the text."""
 
@@ -63,7 +63,7 @@ class Needles:
     """The facts and questions of some parts.
 
     Args:
-        files: of the data set, by the names that they have there.
+        files: those of the data set among them.
         depths: how many facts `multi_retrieval` hides.
         released: folder of v2's code, for its reasoning.
 
@@ -75,7 +75,7 @@ class Needles:
         self,
         version: Version,
         parts: Sequence[NeedlePart],
-        files: Mapping[str, Path],
+        files: Sequence[Path],
         *,
         depths: int,
         released: Path | None,
@@ -144,24 +144,19 @@ class Needles:
         if self._version != "v1":
             return question
         asked = rules()["asked"][language]
-        before, behind, *_ = question.split(asked["mark"])
+        before, behind, *_ = _parted(question, asked["mark"], language)
         return f"{before}{rules()['guide'][language]}{asked['before_mark']}{asked['mark']}{behind}"
 
     def _read_needles(self, part: NeedlePart) -> None:
         language, path = part.language, self.file("needles.jsonl")
         rows = Rows(path)
-        texts = [dict(zip(_NEEDLE, texts_in(rows, number, *_NEEDLE))) for number in range(len(rows))]
+        texts = [
+            {**dict(zip(_NEEDLE, texts_in(rows, number, *_NEEDLE))), "arg1": str(row.get("arg1", ""))}
+            for number, row in enumerate(rows)
+        ]
         found = [row for row in texts if row["language"] == language]
-        asked = rules()["asked"][language]
-        for row in found:
-            if not row["needle"] or not row["arg2"]:
-                raise DataError(f"{path} holds a needle without text or answer", found=str(row)[:200])
-            if asked["mark"] not in row["retrieval_question"] or "'" not in row["retrieval_question"]:
-                raise DataError(
-                    f"{path} holds a question that does not say how to answer",
-                    found=row["retrieval_question"],
-                    allowed=f"... {asked['format']}",
-                )
+        if empty := [row for row in found if not row["needle"] or not row["arg2"]]:
+            raise DataError(f"{path} holds a needle without text or answer", found=str(empty[0])[:200])
         if not found:
             raise DataError(f"{path} holds no {language} needles")
         self._rows[language] = found
@@ -206,15 +201,16 @@ class Needles:
 
     def file(self, name: str) -> Path:
         """Return a file of the data set. Raises DataError: it is not there."""
-        if name not in self._files:
+        found = [path for path in self._files if path.name == name]
+        if len(found) != 1:
             raise DataError(
-                f"{name} of NeedleBench is not there",
-                found=", ".join(sorted(self._files)),
+                f"{name} of NeedleBench is {'there more than once' if found else 'not there'}",
+                found=", ".join(str(path) for path in found or self._files),
                 fix="longspan data fetch opencompass/NeedleBench --out FOLDER, then --data FOLDER",
             )
         if name not in self._read:
-            self._read[name] = sha256_file(self._files[name])
-        return self._files[name]
+            self._read[name] = sha256_file(found[0])
+        return found[0]
 
 
 def _of_length(records: Sequence[Any], count: int) -> list[Any]:
@@ -235,8 +231,20 @@ def _joined(questions: Sequence[str], language: Language) -> str:
     asked = rules()["asked"][language]
     end, sentence = asked["question_end"], asked["sentence_end"]
     whats = asked["joint"].join(question.split(end)[0] + end for question in questions)
-    hows = asked["joint"].join(question.split("'")[1].split(sentence)[0] for question in questions)
+    hows = asked["joint"].join(
+        _parted(question, "'", language)[1].split(sentence)[0] for question in questions
+    )
     return whats + str(asked["format"]).replace("{format}", hows)
+
+
+def _parted(question: str, mark: str, language: Language) -> list[str]:
+    """Return a question parted where it says how to answer. Raises DataError: it does not."""
+    if mark not in question:
+        how = rules()["asked"][language]["format"]
+        raise DataError(
+            "a needle's question does not say how to answer", found=question, allowed=f"... {how}"
+        )
+    return question.split(mark)
 
 
 def _reasoning_texts(path: Path, language: Language) -> tuple[str, str]:
