@@ -15,17 +15,17 @@ from torch import nn
 
 from longspan.core.log import log_once
 from longspan.infer.packed import plan_batches
-from longspan.models.rotary import hold_frequencies, varying_ropes
+from longspan.models.rotary import VaryingRope, hold_frequencies, varying_ropes
 
 
-def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:
+def frequency_class(ropes: Sequence[VaryingRope], tokens: int) -> tuple[int, ...]:
     """Return what the frequencies of a prompt of `tokens` tokens depend on: equal for equal frequencies.
 
     Of dynamic NTK the length itself beyond the model's own context, of LongRoPE whether it is beyond; () where
     frequencies are always the same.
     """
     found = []
-    for rope in varying_ropes(model):
+    for rope in ropes:
         if rope.kind == "longrope":
             found.append(int(tokens > rope.settings["original_max_position_embeddings"]))
         else:
@@ -42,8 +42,9 @@ def frequency_class(model: nn.Module, tokens: int) -> tuple[int, ...]:
 def alike(model: nn.Module, indices: Iterable[int], prompts: Sequence[int]) -> list[list[int]]:
     """Group some sequences, in their order, by the frequencies of their prompts of `prompts[index]` tokens."""
     found: dict[tuple[int, ...], list[int]] = {}
+    ropes = varying_ropes(model)
     for index in indices:
-        found.setdefault(frequency_class(model, prompts[index]), []).append(index)
+        found.setdefault(frequency_class(ropes, prompts[index]), []).append(index)
     return list(found.values())
 
 
@@ -67,6 +68,9 @@ def plan_alike_batches(
 def fixed_frequencies(model: nn.Module, tokens: int) -> Iterator[None]:
     """Let the model have the frequencies of a prompt of `tokens` tokens, whatever it is given."""
     found = varying_ropes(model)
+    if not found:
+        yield
+        return
     kinds = {rope.module: rope.module.rope_type for rope in found}
     try:
         hold_frequencies(model, tokens)

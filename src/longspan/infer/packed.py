@@ -50,12 +50,14 @@ def boundaries(sequences: Sequence[np.ndarray]) -> np.ndarray:
 def inference(model: PreTrainedModel) -> Iterator[None]:
     """Switch gradients and dropout off; the model is back in its former mode afterwards."""
     was_training = model.training
-    model.eval()
+    if was_training:  # which goes through all modules
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def packed_hidden_states(model: PreTrainedModel, sequences: Sequence[np.ndarray]) -> torch.Tensor:

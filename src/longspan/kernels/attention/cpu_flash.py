@@ -168,8 +168,8 @@ class CpuFlashKernel:
         q_nhld = _segments(q, call.q_starts, call.geometry.q_len)
         k_nkmd = _segments(k, call.k_starts, call.geometry.k_len)
         v_nkmd = _segments(v, call.k_starts, call.geometry.k_len)
-        if call.mask is not None:
-            mask = call.mask.to(q.dtype)
+        if call.geometry.lo <= -NO_LIMIT and call.geometry.hi >= NO_LIMIT:
+            mask = None if call.mask is None else call.mask.to(q.dtype)
             return _forward(q_nhld, k_nkmd, v_nkmd, 0.0, False, attn_mask=mask, scale=scale)
         parts = []
         for piece in _pieces(call.geometry):
