@@ -145,19 +145,22 @@ def test_damaged_text_files_are_counted(tmp_path: Path) -> None:
         read(tmp_path, strict=True)
 
 
-def test_cards_of_data_sets(tmp_path: Path, write_jsonl: Write) -> None:
-    """The README.md of a downloaded data set became a training document; that of a program is one."""
+def test_cards_of_data_sets(tmp_path: Path, write_jsonl: Write, caplog: pytest.LogCaptureFixture) -> None:
+    """The README.md of a downloaded data set became a training document, or was warned of; that of a program is one."""
+    caplog.set_level(logging.INFO)
     write_jsonl("set/data/a.jsonl", {"text": "a"})
     (tmp_path / "set/README.md").write_text("# card")
     (tmp_path / "set/LICENSE.txt").write_text("free")
     assert read(tmp_path / "set")[0] == [("data", "a")]
     assert read(tmp_path)[0] == [("set", "a")]
+    assert "2 cards of data sets" in caplog.text and "WARNING" not in caplog.text
     (tmp_path / "code").mkdir()
     for name in ("README.md", "main.py"):
         (tmp_path / "code" / name).write_text(name)
     (tmp_path / "code/package.json").write_text('{"name": "x"}')
     found, report = read(tmp_path)
     assert found == [("code", "README.md"), ("code", "main.py"), ("set", "a")] and report.cards == 2
+    assert "WARNING" in caplog.text
     # With a script beside it, its own head tells.
     (tmp_path / "set/load.py").write_text("code")
     (tmp_path / "set/README.md").write_text("---\nlicense: mit\nconfigs:\n- config_name: x\n---\n# card")

@@ -4,11 +4,13 @@ out."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from longspan.core.log import get_logger
 from longspan.data.readers.opening import COMPRESSION, is_remote, open_input
 
 MAX_EXAMPLES = 5
@@ -232,6 +234,8 @@ _LEFT_OUT = {
     "linked_loops": "links to folders that are read already",
     "unreadable": "files or folders that may not be read",
 }
+_NO_LOSS = ("cards", "token_stores", "duplicate_files", "linked_loops")
+"""Of these, what is no data, or is read already."""
 
 
 @dataclass
@@ -338,6 +342,15 @@ class ReadReport:
             )
         lines += [f"{count} {name}" for name, count in self.notes.items()]
         return "\n".join(lines) if lines else None
+
+    def log(self) -> None:
+        """Say what was left out or is doubtful, as a warning where data may be lost by it; then the remarks."""
+        kinds = [kind for kind in _LEFT_OUT if kind not in _NO_LOSS]
+        lost = any(getattr(self, kind) for kind in (*kinds, "ignored_files", "mixed_orders", "notes"))
+        if (text := self.warning()) is not None:
+            get_logger("data.readers").log(logging.WARNING if lost else logging.INFO, text)
+        for name, count in self.remarks.items():
+            get_logger("data.readers").info("%d %s", count, name)
 
 
 def extension_of(path: str) -> str:

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, Literal, cast
 
 from longspan.core.errors import DataError
-from longspan.core.log import get_logger
 from longspan.data.readers.base import (
     OF_FILES,
     Document,
@@ -261,8 +260,4 @@ def finish_reading(files: Sequence[InputFile], report: ReadReport) -> None:
             f"no documents in {len(files)} input files: {', '.join(names)}",
             found=report.warning() or "files without records",
         )
-    warning = report.warning()
-    if warning:
-        get_logger("data.readers").warning(warning)
-    for name, count in report.remarks.items():
-        get_logger("data.readers").info("%d %s", count, name)
+    report.log()

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 
 from longspan.core.errors import DataError
-from longspan.core.log import get_logger
 from longspan.data.readers.base import ReadReport
 from longspan.data.readers.folders import Entry
 
@@ -55,8 +54,7 @@ def files_below(folder: str | os.PathLike[str]) -> list[str]:
         kept = found.setdefault(entry.real, entry.path)
         if kept != entry.path:
             report.skip("duplicate_files", entry.path, f"the same file as {kept}")
-    if (warning := report.warning()) is not None:
-        get_logger("data.readers").warning(warning)
+    report.log()
     return sorted(found.values())
 
 
