@@ -91,6 +91,22 @@ def test_what_many_branches_learn_weighs_as_much_as_a_store_can_hold(tokenizers)
     assert found.mask.tolist()[-3:] == [255, 255, 0] and "weigh" not in str(found.notes)
 
 
+def test_branches_of_which_nothing_is_written(tokenizers):
+    """They ended the job with a traceback."""
+    chat = ChatFormat(
+        tokenizers["bytes"],
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    )
+    silent, said = ([{"role": "assistant", "content": text}] for text in ("", "so"))
+    name = "conversations of which the chat template writes nothing"
+    (found,) = chat.encode_all([], {"branches": [silent, said, silent]})
+    assert found.notes[name] == 2 and len(found.ids) == 2 and found.parts is None
+    (found,) = chat.encode_all([], {"branches": [silent, said, [*said, *said]]})
+    assert found.notes[name] == 1 and found.parts.tolist() == [[0, 0, 0], [2, 0, 1]]
+    (found,) = chat.encode_all([], {"branches": [silent, silent]})
+    assert not len(found.ids)
+
+
 WORDS = ["so", " long", "  ", "\n", " Be", ".", "\u4e2d\u3002", "e\u0301 a", "12", "<|im_end|>", "\t"]
 
 

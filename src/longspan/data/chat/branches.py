@@ -74,7 +74,9 @@ class GrowingTree:
         return made
 
     def add(self, ids: NDArray[np.uint32], mask: NDArray[np.uint8]) -> None:
-        """Add a sample."""
+        """Add a sample; one without a token changes nothing."""
+        if not len(ids):
+            return
         parts = self._parts
         place = next((root for root in self._roots if parts[root].ids[0] == ids[0]), None)
         if place is None:
@@ -133,11 +135,14 @@ def one_document(samples: Sequence[Encoded], name: str) -> Encoded:
         name: what the branches are, for the note that counts them.
     """
     notes = sum((each.notes for each in samples), Counter[str]())
-    if len(samples) == 1:
-        return samples[0]._replace(notes=notes)
-    tree = token_tree((each.ids, each.mask) for each in samples)
-    notes[as_branches(name)] += len(samples) - 1
-    shared = sum(len(each.ids) for each in samples) - len(tree.ids)
+    written = [each for each in samples if len(each.ids)] or samples[:1]
+    if len(written) < len(samples):
+        notes["conversations of which the chat template writes nothing"] += len(samples) - len(written)
+    if len(written) == 1:
+        return written[0]._replace(notes=notes)
+    tree = token_tree((each.ids, each.mask) for each in written)
+    notes[as_branches(name)] += len(written) - 1
+    shared = sum(len(each.ids) for each in written) - len(tree.ids)
     notes[SHARED] += shared
     if tree.num_heavier:
         notes[f"tokens that more than {_MOST_WEIGHT} branches learn, which weigh {_MOST_WEIGHT}"] += (
