@@ -87,23 +87,26 @@ def alone(data_root: Path, base: Path, tmp_path_factory: pytest.TempPathFactory)
 
 SCHEDULES = {
     "ring": {"cp_ring": 2},
+    "ulysses": {"cp_ulysses": 2},
+    "data parallel": {"dp_shard": 2},
+}
+OTHER_SCHEDULES = {
     "striped": {"cp_ring": 2, "schedule": "striped"},
     "dist_flash": {"cp_ring": 2, "schedule": "dist_flash"},
-    "ulysses": {"cp_ulysses": 2},
     "all_gather": {"cp_ring": 2, "schedule": "all_gather"},
     "usp": {"cp_ring": 2, "schedule": "usp"},
-    "data parallel": {"dp_shard": 2},
 }
 
 
+@pytest.mark.parametrize("schedules", [SCHEDULES, pytest.param(OTHER_SCHEDULES, marks=pytest.mark.slow)])
 def test_every_schedule_follows_one_process(
-    data_root: Path, base: Path, tmp_path: Path, alone: dict[str, Path]
+    data_root: Path, base: Path, tmp_path: Path, alone: dict[str, Path], schedules: dict[str, dict[str, Any]]
 ) -> None:
     """Sharded 4-bit weights that lose their scales, frozen parameters that are reduced, a trained norm's lost sum."""
     runs = {
         (name, schedule): adapted(base, lora, parallel={**degrees, "timeout_seconds": PATIENCE_SECONDS})
         for name, lora in CONFIGS.items()
-        for schedule, degrees in SCHEDULES.items()
+        for schedule, degrees in schedules.items()
     }
     places = {key: tmp_path / "-".join(key) for key in runs}
     arguments = [(runs[key], str(places[key])) for key in runs]
