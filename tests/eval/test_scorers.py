@@ -36,9 +36,11 @@ OF_PROBLEMS = (
     "longproc_partial",
     "helmet_ndcg_10",
     "ruler_v2",
+    "needlebench_needle",
     *(f"helmet_{name}" for name in CITING),
 )
-"""Rules that need a problem beside the texts: test_longproc.py, test_citations.py, test_binned.py."""
+"""Rules that need a problem beside the texts: test_longproc.py, test_citations.py, test_binned.py,
+test_needlebench.py."""
 HERE = sorted(set(SCORERS) - {*NEEDS_JIEBA, *OF_PROBLEMS})
 
 

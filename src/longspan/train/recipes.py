@@ -179,7 +179,7 @@ def _tiny_stage(stage: StageConfig) -> StageConfig:
     if stage.pose is not None:
         reach = max(2 * length, stage.pose.target_length // SCALE)
         changes["pose"] = stage.pose.model_copy(update={"target_length": reach})
-    if reach > stage.reach // SCALE:
+    if reach > stage.reach // SCALE and "factor" in (stage.rope or {}):
         # Rows that are longer than their share: the RoPE's factor is that of the recipe.
         changes["rope_falls_short"] = True
     return stage.model_copy(update=changes)
