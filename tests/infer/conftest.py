@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from longspan.infer.kv import KvBlock
 from longspan.models.hf import enable
 
 VOCAB_SIZE = 97
@@ -38,3 +39,17 @@ def twins() -> Twins:
     ours = copy.deepcopy(plain)
     enable(ours)
     return Twins(ours, plain)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of a block after each time that keys were put into one."""
+    found: list[int] = []
+    append = KvBlock.append
+
+    def watched(block: KvBlock, *args: Any) -> None:
+        append(block, *args)
+        found.append(block.rows)
+
+    monkeypatch.setattr(KvBlock, "append", watched)
+    return found

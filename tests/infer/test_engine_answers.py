@@ -21,7 +21,6 @@ from longspan.infer.flops import (
     work_by_themselves,
     work_shared,
 )
-from longspan.infer.kv import KvBlock
 from longspan.infer.local import LocalAnswerer
 from longspan.infer.plain import PlainAnswerer, finished
 from longspan.kernels.attention.reference import ReferenceKernel
@@ -160,18 +159,8 @@ def test_answers_that_end_at_different_times(limit: int) -> None:
 
 @pytest.mark.both_kernels
 @pytest.mark.parametrize("shared", [0, 20])
-def test_what_waits_is_written_beside_answers_that_go_on(
-    shared: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_waits_is_written_beside_answers_that_go_on(shared: int, held: list[int]) -> None:
     """A batch whose last answer was long went on alone while the next waited; more was held than is allowed."""
-    held: list[int] = []
-    append = KvBlock.append
-
-    def watched(block: KvBlock, *args: Any) -> None:
-        append(block, *args)
-        held.append(block.rows)
-
-    monkeypatch.setattr(KvBlock, "append", watched)
     # Three groups that may begin alike, of four prompts each, of which one has a long answer.
     requests = [
         request(random_ids(n // 4, shared) + [n, 7, 8], max_new_tokens=33 if n % 4 == 0 else 3)
