@@ -122,6 +122,15 @@ def test_a_heat_map_tells_zero_missing_and_unscored_apart() -> None:
     assert len(buttons) == 3, "a cell without samples has nothing to open"
 
 
+def test_lengths_behind_the_last_measured_one_have_one_line() -> None:
+    """Their captions were written over each other: 8,192 before and 16k after, in a grid that ends at 8,192."""
+    table = score_grid([sample(4096, 0.0, 1.0), sample(8192, 0.0, 1.0)], Layout("needle", "depth", "length"))
+    marks = [(8192, "before: 8,192"), (16384, "trained: 16k"), (4096, "other")]
+    root = ElementTree.fromstring(heat_map("x", table, 400, key="m", trained=marks, compact=False))
+    captions = [text.text for text in root.iter("text") if text.get("class") == "mark-name"]
+    assert sorted(map(str, captions)) == ["before: 8,192, trained: 16k", "other"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 30])
 def test_charts_survive_one_point_and_many_lines(count: int) -> None:
     """Guards against divisions by an empty range."""

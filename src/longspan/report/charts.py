@@ -324,10 +324,12 @@ def _trained_lines(
     bottom: float,
     font: float,
 ) -> None:
-    for tokens, caption in trained:
-        column = sum(length <= tokens for length in table.columns)
-        if column == 0:
-            continue
+    captions: dict[int, list[str]] = {}
+    for tokens, each in trained:
+        captions.setdefault(sum(length <= tokens for length in table.columns), []).append(each)
+    captions.pop(0, None)
+    for column, several in captions.items():
+        caption = ", ".join(several)  # two lengths behind the last that was measured have one line
         place = min(x(column), canvas.width - 1.5)
         canvas.line(place, top - 6, place, bottom, cls="trained")
         before_line = place + text_width(caption, font - 1) > canvas.width
