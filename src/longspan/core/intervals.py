@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 Z_95 = 1.959963984540054
@@ -51,16 +51,14 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[Hashable]) ->
     clusters on for means of up to 0.98 (benchmarks/eval.md); that of independent samples does so in as few as half.
     None: there are fewer than two clusters.
     """
-    groups: dict[Hashable, list[float]] = {}
-    for score, cluster in zip(scores, clusters, strict=True):
-        groups.setdefault(cluster, []).append(score)
+    groups = _groups(scores, clusters)
     if len(groups) == len(scores):
         return score_interval(scores)
     if len(groups) < 2:
         return None
     mean, total = math.fsum(scores) / len(scores), len(scores)
-    sums = [math.fsum(value - mean for value in group) for group in groups.values()]
-    single = total**2 / sum(len(group) ** 2 for group in groups.values())
+    sums = _sums(groups, mean)
+    single = total**2 / sum(len(group) ** 2 for group in groups)
     worst = wilson_interval(mean * single, single)
     independent = math.fsum((score - mean) ** 2 for score in scores) / (total * (total - 1))
     variance = max(_variance_of_sums(sums) / total**2, independent)
@@ -72,6 +70,19 @@ def clustered_interval(scores: Sequence[float], clusters: Sequence[Hashable]) ->
         for freedom in (len(sums) - 1, _freedom(sums))
     )
     return min(near[0], max(far[0], worst[0])), max(near[1], min(far[1], worst[1]))
+
+
+def _groups(values: Sequence[float], clusters: Iterable[Hashable]) -> list[list[float]]:
+    """Return the values of each cluster."""
+    groups: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        groups.setdefault(cluster, []).append(value)
+    return list(groups.values())
+
+
+def _sums(groups: Sequence[Sequence[float]], mean: float) -> list[float]:
+    """Return the sum of each group's distances from the mean of all."""
+    return [math.fsum(value - mean for value in group) for group in groups]
 
 
 def _variance_of_sums(sums: Sequence[float]) -> float:
@@ -190,12 +201,10 @@ def _paired_estimates(differences: Sequence[float], clusters: Sequence[Hashable]
     mean = math.fsum(differences) / count
     variance = (math.fsum(d * d for d in differences) + 1.0) / count - mean * mean
     estimates = [_Estimate(mean, math.sqrt(max(variance, 0.0) / count), None)]
-    groups: dict[Hashable, list[float]] = {}
-    for difference, cluster in zip(differences, clusters or range(len(differences)), strict=True):
-        groups.setdefault(cluster, []).append(difference)
+    groups = _groups(differences, clusters or range(len(differences)))
     if 1 < len(groups) < len(differences):
         centre = math.fsum(differences) / len(differences)
-        sums = [math.fsum(value - centre for value in group) for group in groups.values()]
+        sums = _sums(groups, centre)
         error = math.sqrt(_variance_of_sums(sums)) / len(differences)
         # Whole degrees, for which the p-value is exact.
         estimates.append(_Estimate(centre, error, math.ceil(_freedom(sums))))

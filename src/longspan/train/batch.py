@@ -149,8 +149,7 @@ def _table(rows: Sequence[PackedRow], cu_seqlens: np.ndarray) -> Documents:
         return Documents.from_cu_seqlens(cu_seqlens)
     tables, first = [], 0
     for row in rows:
-        plain = np.repeat([[-1, 0]], len(row.documents), axis=0)
-        table = np.array(plain if row.branches is None else row.branches)
+        table = row.follows
         table[:, 0] += np.where(table[:, 0] >= 0, first, 0)
         tables.append(table)
         first += len(table)

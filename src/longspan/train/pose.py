@@ -28,7 +28,7 @@ def skip_positions(row: PackedRow, pose: PoseConfig, *, seed: int, stage: str, n
     """
     generator = rng(seed, "pose", stage, number)
     borders = row.cu_seqlens.tolist()
-    follows = np.full((len(borders) - 1, 2), (-1, 0)) if row.branches is None else row.branches
+    follows = row.follows
     longest = _longest_paths(np.diff(row.cu_seqlens), follows)
     paths: list[np.ndarray] = []
     for (parent, place), start, end, reach in zip(follows.tolist(), borders, borders[1:], longest.tolist()):

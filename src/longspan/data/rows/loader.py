@@ -98,11 +98,16 @@ class PackedRow(NamedTuple):
     """uint16 [T] index into `source_names` of each token, where a document has several; None = as `sources` says."""
 
     @property
+    def follows(self) -> np.ndarray:
+        """int64 [n, 2] as `branches`, also of rows without any: a copy."""
+        if self.branches is None:
+            return np.repeat([[-1, 0]], len(self.cu_seqlens) - 1, axis=0)
+        return self.branches.astype(np.int64)
+
+    @property
     def first_positions(self) -> np.ndarray:
         """int64 [n] tokens that stand before each document's first: those that a branch follows, else 0."""
-        if self.branches is None:
-            return np.zeros(len(self.cu_seqlens) - 1, np.int64)
-        return self.branches[:, 1].astype(np.int64)
+        return self.follows[:, 1]
 
 
 Order = Literal["planned", "shuffled", "stored"]
