@@ -60,8 +60,13 @@ class QuestionsConfig(Config):
     """Tokens of a conversation at most."""
     questions: pydantic.PositiveInt
     """Of each conversation; the evidence is even over depth in all of them together."""
+    question_set: Literal["offline", "offline_sentences", "offline_chains"] = "offline_sentences"
+    """What is asked, of the sets that ask no model. With bare numbers (`offline`) a model got worse where it writes the
+    whole answer: benchmarks/real.md."""
     apart: bool = False
     """Ask each question on its own behind the text, and not one after another; see `ConversationConfig.apart`."""
+
+    ADDED_LATER = frozenset({"question_set"})
 
 
 class EvaluationConfig(Config):

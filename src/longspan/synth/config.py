@@ -60,6 +60,8 @@ class SetConfig(Config):
     in_sentences: bool = False
     """Of `offline`: a planted fact is answered in the sentence that says it, as models that chat do, and not with its
     bare number."""
+    chains: bool = False
+    """Of `offline`: one question in four asks for all names that a number is handed on to, over the whole text."""
     sections_per_request: pydantic.PositiveInt = 1
     requests_per_document: pydantic.PositiveInt | None = None
     """Of `multi_detail`: groups of sections that are asked about."""
@@ -86,8 +88,9 @@ class SetConfig(Config):
                 "no document can be that long",
                 found=f"min_tokens {self.min_tokens}, max_tokens {self.max_tokens}",
             )
-        if self.in_sentences and self.kind != "offline":
-            raise ConfigError(f"in_sentences has no effect on a set of kind {self.kind}", allowed="offline")
+        for name in ("in_sentences", "chains"):
+            if getattr(self, name) and self.kind != "offline":
+                raise ConfigError(f"{name} has no effect on a set of kind {self.kind}", allowed="offline")
         if self.kind == "multi_detail" and (self.sections_per_request < 2 or not self.requests_per_document):
             raise ConfigError("multi_detail needs sections_per_request >= 2 and requests_per_document")
         if (self.kind == "research_questions") != bool(self.fixed_questions):

@@ -298,20 +298,15 @@ class SynthJob:
         """Return a document, cut to what fits, with facts planted in it, and questions on it."""
         count, length = self._spec.questions, self.settings.sample.length
         ruler = TokenRuler(document["text"], self._student.tokenizer)
-        each = turn_tokens(*self._student, in_sentences=self._spec.in_sentences)
+        form = {"in_sentences": self._spec.in_sentences, "chains": self._spec.chains}
+        each = turn_tokens(*self._student, **form)
         room = max(length // 2, length - round(each * (count + 1)))
         text = document["text"]
         if ruler.tokens > room:
             share = float(rng(self.settings.seed, "synth", "window", document["id"]).random())
             start = ruler.last_before(share * (ruler.tokens - room))
             text = text[start : ruler.last_before(float(ruler.before([start])[0]) + room)]
-        made = make_questions(
-            number,
-            {**document, "text": text},
-            count,
-            seed=self.settings.seed,
-            in_sentences=self._spec.in_sentences,
-        )
+        made = make_questions(number, {**document, "text": text}, count, seed=self.settings.seed, **form)
         self._questions.update(made.kinds)
         return {**document, "text": made.text}, made.items
 

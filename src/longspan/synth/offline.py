@@ -3,6 +3,7 @@
 planted facts      "What is the magic number of glacier?", the facts of `data.facts`, as in the source `recall`
 repeated names     a name that returns: the whole sentence in which it stands first, or last
 section titles     the heading that follows another one (`synth.headings`)
+chains             all names that a number is handed on to (`synth.chains`), where a set asks for them
 
 Every answer stands in the document as it is given, line ends included, and its place is known exactly. Where text is
 wrapped, sentences and names go on over the ends of lines (`data.sentences`).
@@ -22,6 +23,7 @@ from longspan.data.chat import ChatFormat
 from longspan.data.texts.facts import Fact, collect_keys, draw_facts
 from longspan.data.texts.sentences import is_whole, place_between, sentence_around
 from longspan.data.tokenizer import Tokenizer
+from longspan.synth.chains import WORDINGS, Chain, draw_chains
 from longspan.synth.depth import stratified
 from longspan.synth.headings import heading_pairs
 from longspan.synth.items import Item
@@ -34,6 +36,9 @@ _BORDER_CHARACTERS = 400
 _MOST_KEY_MENTIONS = 20
 _LONG_FACT = Fact("understand", "48213")
 """Takes about as much room as any."""
+_CHAIN_EVERY = 4
+"""Of so many questions one is on a chain, where a set asks for them."""
+_LONG_CHAIN = Chain(("QXWE", "ZBNK", "RTUV", "OPAS"), "48213", WORDINGS[0])
 _OTHER_QUESTIONS = 1.15
 """Names and titles, a part of what is asked, take more room than facts do."""
 
@@ -51,11 +56,18 @@ class Made(NamedTuple):
 
 
 def make_questions(
-    number: int, document: Mapping[str, Any], count: int, *, seed: int, in_sentences: bool = False
+    number: int,
+    document: Mapping[str, Any],
+    count: int,
+    *,
+    seed: int,
+    in_sentences: bool = False,
+    chains: bool = False,
 ) -> Made:
     """Make about `count` questions on a document, one in each of `count` equal parts of it.
 
-    A third at most ask for titles and a third for names; facts are planted in the parts that these leave.
+    A third at most ask for titles and a third for names; facts are planted in the parts that these leave. With
+    `chains` some of these parts, a quarter of all at most, give way to questions on what stands all over it.
     """
     text = document["text"]
     draw = rng(seed, "synth", "offline", document["id"])
@@ -72,7 +84,24 @@ def make_questions(
     depths = [
         float(depth) for part, depth in enumerate(stratified(count, number, start)) if part not in found
     ]
-    planted = _plant(text, depths, rng(seed, "synth", "facts", document["id"]), in_sentences=in_sentences)
+    asked: list[_Asked] = []
+    if chains:
+        draw = rng(seed, "synth", "chains", document["id"])
+        drawn = draw_chains(draw, text, min(count // _CHAIN_EVERY, len(depths)))
+        given_way = set(draw.choice(len(depths), size=len(drawn), replace=False).tolist())
+        depths = [depth for place, depth in enumerate(depths) if place not in given_way]
+        for chain in drawn:
+            where = np.sort(draw.random(len(chain.names))).tolist()
+            answer = chain.answer(in_sentences=in_sentences)
+            asked.append(_Asked(chain.question, answer, chain.statements, where))
+    keys = _keys(text)
+    draw = rng(seed, "synth", "facts", document["id"])
+    facts = draw_facts(draw, keys, min(len(depths), len(keys)))
+    asked += [
+        _Asked(_question(fact), fact.sentence if in_sentences else fact.value, [fact.sentence], [depth])
+        for fact, depth in zip(facts, depths)
+    ]
+    planted = _plant(text, asked)
     # Text without borders may have been parted in the middle of what would be quoted.
     whole = [
         (kind, item)
@@ -80,55 +109,83 @@ def make_questions(
         if not any(span.start < border < span.end for span in item.evidence for border in planted.borders)
     ]
     moved = [_moved(item, planted.borders, planted.added) for _, item in whole]
-    kinds = Counter(kind for kind, _ in whole) + Counter({"planted facts": len(planted.items)})
+    kinds = Counter(kind for kind, _ in whole) + Counter(
+        {"planted facts": len(facts), "chains": len(asked) - len(facts)}
+    )
     return Made(planted.text, [*planted.items, *moved], dict(kinds))
 
 
-def turn_tokens(tokenizer: Tokenizer, chat: ChatFormat, *, in_sentences: bool) -> float:
+def turn_tokens(
+    tokenizer: Tokenizer, chat: ChatFormat, *, in_sentences: bool = False, chains: bool = False
+) -> float:
     """Return about how many tokens a question takes in a conversation, with its answer and what is planted for it."""
-    turn = [
-        {"role": "user", "content": _question(_LONG_FACT)},
-        {"role": "assistant", "content": _LONG_FACT.sentence if in_sentences else _LONG_FACT.value},
-    ]
+    answer = _LONG_FACT.sentence if in_sentences else _LONG_FACT.value
+    fact = _turn_tokens(tokenizer, chat, _question(_LONG_FACT), answer, [_LONG_FACT.sentence])
+    if not chains:
+        return _OTHER_QUESTIONS * fact
+    answer = _LONG_CHAIN.answer(in_sentences=in_sentences)
+    chain = _turn_tokens(tokenizer, chat, _LONG_CHAIN.question, answer, _LONG_CHAIN.statements)
+    return _OTHER_QUESTIONS * (fact + (chain - fact) / _CHAIN_EVERY)
+
+
+def _turn_tokens(
+    tokenizer: Tokenizer, chat: ChatFormat, question: str, answer: str, statements: Sequence[str]
+) -> int:
+    turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     once, twice = (len(chat.encode(turn * count).ids) for count in (1, 2))
-    return _OTHER_QUESTIONS * (twice - once + len(tokenizer.encode(f"{_LONG_FACT.sentence}\n")))
+    return twice - once + sum(len(tokenizer.encode(f"{statement}\n")) for statement in statements)
 
 
 def _question(fact: Fact) -> str:
     return f"What is the magic number of {fact.key}?"
 
 
+class _Asked(NamedTuple):
+    question: str
+    answer: str
+    statements: list[str]
+    """Sentences that a text is to say for it."""
+    depths: list[float]
+    """Where, in order."""
+
+
 class _Planted(NamedTuple):
     text: str
     items: list[Item]
     borders: list[int]
-    """Where in the text before facts were put in."""
+    """Where in the text before anything was put in."""
     added: list[int]
     """Characters put in at each."""
 
 
-def _plant(text: str, depths: Sequence[float], draw: np.random.Generator, *, in_sentences: bool) -> _Planted:
-    """Put facts at these depths, in order, each on a line of its own; fewer where words for keys lack."""
-    keys = _keys(text)
-    facts: list[Fact] = draw_facts(draw, keys, min(len(depths), len(keys)))
-    borders = [_border(text, round(depth * len(text))) for depth in depths]
+def _plant(text: str, asked: Sequence[_Asked]) -> _Planted:
+    """Put what questions rest on at its depths, each statement on a line of its own."""
+    lines = [
+        (depth, number, statement)
+        for number, each in enumerate(asked)
+        for depth, statement in zip(each.depths, each.statements)
+    ]
+    lines.sort(key=lambda line: line[:2])
     pieces: list[str] = []
-    items: list[Item] = []
+    spans: list[list[Span]] = [[] for _ in asked]
+    borders: list[int] = []
     added: list[int] = []
     length = used = 0
-    for fact, border in zip(facts, borders):
+    for depth, number, statement in lines:
+        border = max(used, _border(text, round(depth * len(text))))
         before = text[used:border]
         ends_line = (before or (pieces[-1] if pieces else "\n")).endswith("\n")
         lead = "" if ends_line else "\n"
-        line = f"{lead}{fact.sentence}\n"
-        start_of_fact = length + len(before) + len(lead)
-        span = Span(start_of_fact, start_of_fact + len(fact.sentence))
-        items.append(Item(_question(fact), fact.sentence if in_sentences else fact.value, (span,)))
+        line = f"{lead}{statement}\n"
+        start = length + len(before) + len(lead)
+        spans[number].append(Span(start, start + len(statement)))
         pieces += [before, line]
         length += len(before) + len(line)
+        borders.append(border)
         added.append(len(line))
         used = border
-    return _Planted("".join([*pieces, text[used:]]), items, borders[: len(items)], added)
+    items = [Item(each.question, each.answer, tuple(found)) for each, found in zip(asked, spans)]
+    return _Planted("".join([*pieces, text[used:]]), items, borders, added)
 
 
 def _keys(text: str) -> list[str]:
