@@ -60,6 +60,7 @@ def tiny(root: Path, **changes: Any) -> QuickstartConfig:
     values = config.to_dict()
     values["questions"] = {name: {"length": length, "questions": 3} for name, length in
                            (("chat-2k", 384), ("chat-4k", 512), ("unread", 640))}  # fmt: skip
+    values["questions"]["chat-4k"] |= {"questions": 4, "question_set": "offline_chains"}
     for stage, length in zip(values["extend"]["stages"], (384, 512)):
         stage |= {
             "context_length": length,
@@ -113,6 +114,10 @@ def test_rows_hold_several_questions_whose_answers_alone_are_learnt(done: Path) 
     assert len(samples) >= 4 and all(len(sample["conversations"]) == 6 for sample in samples)
     assert all(0.8 * 384 < sample["length"] <= 384 for sample in samples)
     assert not (done / "questions" / "unread").exists(), "no stage of this budget reads it"
+    on_chains = list(read_jsonl(done / "questions" / "chat-4k" / "train.jsonl"))
+    assert {sample["set"] for sample in samples} == {"offline_sentences"}
+    assert {sample["set"] for sample in on_chains} == {"offline_chains"}
+    assert any("Which codes" in text or "Which names" in text for text in map(json.dumps, on_chains))
     config = load_config(done / "config.yaml")
     for stage in config.extend.stages:
         assert {name: stage.needs_mask(name) for name in stage.streams} == {"chat": True, "text": False}
