@@ -11,7 +11,7 @@ from hypothesis import strategies
 
 from longspan.core.errors import ConfigError
 from longspan.synth import load_set
-from longspan.synth.chains import NAMES, WORDINGS, Chain, draw_chains
+from longspan.synth.chains import NAMES, WORDINGS, NameChain, draw_chains
 from longspan.synth.config import SetConfig
 from longspan.synth.offline import make_questions
 from tests.synth.writer import document
@@ -32,7 +32,7 @@ def follow(text: str, number: str) -> list[str]:
 
 
 def test_a_chain_in_words():
-    chain = Chain(("QXW", "ZBNK", "RTUV"), "48213", WORDINGS[0])
+    chain = NameChain(("QXW", "ZBNK", "RTUV"), "48213", WORDINGS[0])
     assert chain.statements == [
         "The code QXW stands for 48213.",
         "The code ZBNK stands for QXW.",

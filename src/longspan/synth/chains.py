@@ -34,7 +34,7 @@ WORDINGS = (
 )
 
 
-class Chain(NamedTuple):
+class NameChain(NamedTuple):
     """Names of which the first has a number, and each other one what the name before it has."""
 
     names: tuple[str, ...]
@@ -58,7 +58,7 @@ class Chain(NamedTuple):
         return self.wording.answer.format(names=names, value=self.value) if in_sentences else names
 
 
-def draw_chains(draw: np.random.Generator, text: str, number: int) -> list[Chain]:
+def draw_chains(draw: np.random.Generator, text: str, number: int) -> list[NameChain]:
     """Draw `number` chains for a text, all in one wording, with names and numbers that it does not hold."""
     wording = WORDINGS[draw.integers(len(WORDINGS))]
     used: set[str] = set()
@@ -74,7 +74,7 @@ def draw_chains(draw: np.random.Generator, text: str, number: int) -> list[Chain
             attempt += 1
 
     return [
-        Chain(
+        NameChain(
             tuple(
                 new(string.ascii_uppercase, *_LETTERS) for _ in range(draw.integers(NAMES[0], NAMES[1] + 1))
             ),

@@ -23,7 +23,7 @@ from longspan.data.chat import ChatFormat
 from longspan.data.texts.facts import Fact, collect_keys, draw_facts
 from longspan.data.texts.sentences import is_whole, place_between, sentence_around
 from longspan.data.tokenizer import Tokenizer
-from longspan.synth.chains import WORDINGS, Chain, draw_chains
+from longspan.synth.chains import WORDINGS, NameChain, draw_chains
 from longspan.synth.depth import stratified
 from longspan.synth.headings import heading_pairs
 from longspan.synth.items import Item
@@ -38,7 +38,7 @@ _LONG_FACT = Fact("understand", "48213")
 """Takes about as much room as any."""
 _CHAIN_EVERY = 4
 """Of so many questions one is on a chain, where a set asks for them."""
-_LONG_CHAIN = Chain(("QXWE", "ZBNK", "RTUV", "OPAS"), "48213", WORDINGS[0])
+_LONG_CHAIN = NameChain(("QXWE", "ZBNK", "RTUV", "OPAS"), "48213", WORDINGS[0])
 _OTHER_QUESTIONS = 1.15
 """Names and titles, a part of what is asked, take more room than facts do."""
 
@@ -84,7 +84,7 @@ def make_questions(
     depths = [
         float(depth) for part, depth in enumerate(stratified(count, number, start)) if part not in found
     ]
-    asked: list[_Asked] = []
+    asked: list[_ToPlant] = []
     if chains:
         draw = rng(seed, "synth", "chains", document["id"])
         drawn = draw_chains(draw, text, min(count // _CHAIN_EVERY, len(depths)))
@@ -93,12 +93,12 @@ def make_questions(
         for chain in drawn:
             where = np.sort(draw.random(len(chain.names))).tolist()
             answer = chain.answer(in_sentences=in_sentences)
-            asked.append(_Asked(chain.question, answer, chain.statements, where))
+            asked.append(_ToPlant(chain.question, answer, chain.statements, where))
     keys = _keys(text)
     draw = rng(seed, "synth", "facts", document["id"])
     facts = draw_facts(draw, keys, min(len(depths), len(keys)))
     asked += [
-        _Asked(_question(fact), fact.sentence if in_sentences else fact.value, [fact.sentence], [depth])
+        _ToPlant(_question(fact), fact.sentence if in_sentences else fact.value, [fact.sentence], [depth])
         for fact, depth in zip(facts, depths)
     ]
     planted = _plant(text, asked)
@@ -140,7 +140,7 @@ def _question(fact: Fact) -> str:
     return f"What is the magic number of {fact.key}?"
 
 
-class _Asked(NamedTuple):
+class _ToPlant(NamedTuple):
     question: str
     answer: str
     statements: list[str]
@@ -158,7 +158,7 @@ class _Planted(NamedTuple):
     """Characters put in at each."""
 
 
-def _plant(text: str, asked: Sequence[_Asked]) -> _Planted:
+def _plant(text: str, asked: Sequence[_ToPlant]) -> _Planted:
     """Put what questions rest on at its depths, each statement on a line of its own."""
     lines = [
         (depth, number, statement)
