@@ -299,7 +299,7 @@ class SynthJob:
         count, length = self._spec.questions, self.settings.sample.length
         ruler = TokenRuler(document["text"], self._student.tokenizer)
         form = {"in_sentences": self._spec.in_sentences, "chains": self._spec.chains}
-        each = turn_tokens(*self._student, **form)
+        each = turn_tokens(self._student.tokenizer, self._student.chat, **form)
         room = max(length // 2, length - round(each * (count + 1)))
         text = document["text"]
         if ruler.tokens > room:
