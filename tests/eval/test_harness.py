@@ -284,6 +284,36 @@ def test_benchmarks_are_read_from_a_local_folder(tokenizer, answerer, tmp_path, 
 
 @needs_lm_eval
 @ALLOW
+def test_mmlu_s_answers_are_told_apart_by_their_texts_too(tokenizer, answerer, tmp_path, offline):
+    """Small models are at chance where the answer is a letter; lm-eval has the same questions with whole answers, its
+    groups nested and the form behind the subject's name."""
+    import lm_eval.tasks
+
+    from longspan.eval.harness import run_harness
+    from longspan.eval.harness_data import load_tasks
+
+    files = (Path(lm_eval.tasks.__file__).parent / "mmlu" / "continuation").glob("mmlu_*.yaml")
+    subjects = [file.stem.removeprefix("mmlu_") for file in files]
+    assert len(subjects) == 57
+    for subject in subjects:
+        folder = tmp_path / "mmlu" / subject
+        folder.mkdir(parents=True)
+        row = {"question": f"What is {subject}?", "choices": ["ba", "ce", "di", "fo"], "answer": 2}
+        (folder / "test.jsonl").write_text(json.dumps(row) + "\n")
+    tasks = load_tasks(["mmlu_continuation"], data_root=tmp_path)
+    assert sorted(tasks) == sorted(f"mmlu_{subject}_continuation" for subject in subjects)
+    anatomy = load_tasks(["mmlu_anatomy_continuation"], data_root=tmp_path)
+    summary = run_harness(
+        anatomy, answerer, form=PromptForm(tokenizer), label="before", out=tmp_path / "r.jsonl"
+    )
+    (found,) = summary["by_subtask"]
+    assert (found["dataset"], found["subtask"]) == ("mmlu_continuation", "anatomy")
+    record = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[1])
+    assert record["expected"] == "di" and record["output"] in ("ba", "ce", "di", "fo")
+
+
+@needs_lm_eval
+@ALLOW
 def test_infinitebench_and_babilong_are_read_as_released(tmp_path, offline):
     """InfiniteBench's answers are texts here and lists there; BABILong names its configuration by a length."""
     from longspan.eval.harness_data import load_tasks
@@ -360,6 +390,8 @@ def test_some_longbench_tasks_are_never_a_chat():
     assert takes_chat_template("longbench_qasper_e")
     assert takes_chat_template("mmlu_anatomy")
     assert family_of("longbench2_table") == ("longbench2", "table")
+    assert family_of("mmlu_anatomy_continuation") == ("mmlu_continuation", "anatomy")
+    assert family_of("mmlu_continuation") == ("mmlu_continuation", "")
 
 
 @needs_lm_eval

@@ -13,9 +13,9 @@ class HarnessConfig(Config):
     """Which benchmarks, and what is changed about them."""
 
     tasks: Annotated[tuple[str, ...], Commas]
-    """Of lm-eval: longbench, longbench2, infinitebench, babilong, mmlu, or one of their tasks. Released files:
-    long-llm:longbench, :infbench, :longeval, :mmlu, :needle; fu-2024:infbench; helmet:recall, :rag, :rerank, :cite,
-    :icl, :longqa, :summ, :ruler. Several with commas."""
+    """Of lm-eval: longbench, longbench2, infinitebench, babilong, mmlu, mmlu_continuation, or one of their tasks.
+    Released files: long-llm:longbench, :infbench, :longeval, :mmlu, :needle; fu-2024:infbench; helmet:recall, :rag,
+    :rerank, :cite, :icl, :longqa, :summ, :ruler. Several with commas."""
     data_root: str | None = None
     """Folder of the data. None: lm-eval fetches its own from the hub."""
     subtasks: Annotated[tuple[str, ...], Commas] = ()

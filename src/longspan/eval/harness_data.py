@@ -34,6 +34,7 @@ FAMILIES = {
     "infinitebench": "infinitebench",
     "babilong": "babilong",
     "mmlu": "mmlu/default",
+    "mmlu_continuation": "mmlu/continuation",
 }
 """Name of a family of tasks and lm-eval's folder of it."""
 NO_CHAT_TEMPLATE = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
@@ -97,7 +98,12 @@ def load_tasks(
 
 
 def family_of(name: str) -> tuple[str, str]:
-    """Return family and subtask of a task: (mmlu, anatomy) of mmlu_anatomy; (name, "") of one of no family."""
+    """Return family and subtask of a task: (mmlu, anatomy) of mmlu_anatomy; (name, "") of one of no family.
+
+    lm-eval writes the form of MMLU's tasks behind the subject: mmlu_anatomy_continuation is of `mmlu_continuation`.
+    """
+    if name.startswith("mmlu_") and name.endswith("_continuation"):
+        name = f"mmlu_continuation_{name[len('mmlu_') : -len('_continuation')]}"
     for family in sorted(FAMILIES, key=len, reverse=True):
         if name == family or name.startswith(f"{family}_"):
             return family, name[len(family) + 1 :]
@@ -231,7 +237,10 @@ def _leaves(name: str, manager: TaskManager) -> list[str]:
     if kind != "GROUP":
         return [name]
     children = _config(manager, name)["task"]
-    named = [child if isinstance(child, str) else child.get("task", child.get("group")) for child in children]
+    named: list[str] = []
+    for child in children:
+        inside = child if isinstance(child, str) else child.get("task", child.get("group"))
+        named += [inside] if isinstance(inside, str) else inside
     return [leaf for child in named for leaf in _leaves(child, manager)]
 
 
