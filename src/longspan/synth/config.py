@@ -75,6 +75,8 @@ class SetConfig(Config):
     min_answer_words: pydantic.PositiveInt = 1
     max_answer_words: pydantic.PositiveInt = 200
 
+    ADDED_LATER = frozenset({"chains"})
+
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (self.prompt is None) != (self.kind == "offline"):
