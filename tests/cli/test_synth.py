@@ -131,7 +131,7 @@ def test_the_list_of_sets(longspan):
     for shown in ("one_detail_book", "64,000", "2000", "biography v1"):
         assert shown in outcome.out
     names = [each["name"] for each in json.loads(longspan("synth list --json").out)]
-    assert names == sorted(names) and len(names) == 8
+    assert names == sorted(names) and len(names) == 9
 
 
 def test_what_a_job_wrote_makes_it_again(longspan, books):
