@@ -11,20 +11,16 @@ shows.
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_measure import Command, Usage, finish, start
+from data_measure import Memory, finish, start
 from longspan.data.store import TokenStore, TokenStoreWriter
 from longspan.data.store.measures import Measures
 
@@ -77,24 +73,6 @@ def jaccard(first: Ids, second: Ids) -> float:
     return len(a & b) / len(a | b)
 
 
-def audited(command: Command) -> tuple[Usage, int]:
-    """Run a command on one core; return what it took, and the largest memory of its own (nothing mapped), in MiB."""
-    started = start(command, cores=[0])
-    status = Path(f"/proc/{started.process.pid}/status")
-    own = [0]
-
-    def watch() -> None:
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            while (found := re.search(r"RssAnon:\s+(\d+)", status.read_text())) is not None:
-                own.append(int(found[1]) >> 10)
-                time.sleep(0.1)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    usage, _ = finish(started, command)
-    return usage, max(own)
-
-
 def measure(work: Path, tokens: int) -> dict[str, float]:
     """Write a store, audit it in a process of its own on one core, and count what it found."""
     store, audit = work / f"store-{tokens}", work / f"audit-{tokens}"
@@ -107,7 +85,9 @@ def measure(work: Path, tokens: int) -> dict[str, float]:
             if document.original is not None:
                 alike[number] = jaccard(document.original, document.ids)
     command = [sys.executable, "-m", "longspan", "data", "audit", str(store), "--out", str(audit)]
-    usage, own = audited(command)
+    started = start(command, cores=[0])
+    with Memory(started.process.pid) as memory:
+        usage, _ = finish(started, command)
     flags = Measures.load(audit).columns["near_duplicate"].astype(bool)
     planted = np.array(list(alike))
     above = np.array([similarity >= LIMIT for similarity in alike.values()])
@@ -116,7 +96,7 @@ def measure(work: Path, tokens: int) -> dict[str, float]:
         "tokens": int(TokenStore(store).lengths.tokens.sum()),
         "CPU s": round(usage.cpu_s, 1),
         "wall s": round(usage.wall_s, 1),
-        "memory of its own at most, MiB": own,
+        "memory of its own at most, MiB": round(memory.own / 2**20),
         "with what is mapped, MiB": round(usage.peak_mib),
         "of that the store, MiB": round(sum(path.stat().st_size for path in store.rglob("*")) / 2**20),
         "pairs from the limit on": int(above.sum()),

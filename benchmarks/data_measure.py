@@ -6,6 +6,7 @@ process that imports exactly this and ends is timed. What a program costs net is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -87,6 +89,41 @@ def finish(started: Started, command: Command) -> tuple[Usage, str]:
     if process.returncode:
         raise Failed(f"{' '.join(command)}\nended with {process.returncode}:\n{said[-3000:]}")
     return Usage(taken.ru_utime + taken.ru_stime, wall, taken.ru_maxrss / 1024), said
+
+
+class Memory:
+    """Samples the memory of a process while a `with` block runs, in bytes; one that ends in it is no error.
+
+    Attributes:
+        own: most at once that is the process's own (anonymous).
+        mapped: most at once with all mapped pages.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        """`pid`: None: this process."""
+        self.own = self.mapped = 0
+        self._status = Path("/proc", "self" if pid is None else str(pid), "status")
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            found = dict.fromkeys(("RssAnon", "VmRSS"), 0)  # a process that has ended says nothing of them
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for line in self._status.read_text().splitlines():
+                    name, _, value = line.partition(":")
+                    if name in found:
+                        found[name] = int(value.split()[0]) * 1024
+            self.own = max(self.own, found["RssAnon"])
+            self.mapped = max(self.mapped, found["VmRSS"])
 
 
 def ask(command: Command, cores: Sequence[int]) -> Numbers:

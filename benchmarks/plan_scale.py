@@ -14,7 +14,6 @@ import argparse
 import json
 import resource
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from data_measure import Memory
 from longspan.core.units import format_bytes, parse_tokens
 from longspan.data.plans.mixture import plan_mixture
 from longspan.data.plans.mixture_config import MixtureConfig
@@ -70,31 +70,6 @@ def simulate(folder: Path, documents: int) -> LengthTable:
     table.save(folder / "lengths")
     del table
     return LengthTable.load(folder / "lengths")
-
-
-class Memory:
-    """Samples the memory of this process while a `with` block runs, in bytes."""
-
-    def __enter__(self) -> Memory:
-        self.own = self.mapped = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.02):
-            found = {}
-            for line in Path("/proc/self/status").read_text().splitlines():
-                name, _, value = line.partition(":")
-                if name in ("RssAnon", "VmRSS"):
-                    found[name] = int(value.split()[0]) * 1024
-            self.own = max(self.own, found["RssAnon"])
-            self.mapped = max(self.mapped, found["VmRSS"])
 
 
 def measure(name: str, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:

@@ -17,6 +17,7 @@ answers: a killed job that goes on writes the same bytes as one that was not.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -294,19 +295,28 @@ class SynthJob:
             items = [Item.from_dict(item) for item in record["items"]]
             yield record["document"], self._documents[record["document"]], items
 
+    @property
+    def _offline_form(self) -> dict[str, bool]:
+        return {"in_sentences": self._spec.in_sentences, "chains": self._spec.chains}
+
+    @functools.cached_property
+    def _turn_tokens(self) -> float:
+        """About how many tokens an offline question takes, the same in every document."""
+        return turn_tokens(self._student.tokenizer, self._student.chat, **self._offline_form)
+
     def _offline(self, number: int, document: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Item]]:
         """Return a document, cut to what fits, with facts planted in it, and questions on it."""
         count, length = self._spec.questions, self.settings.sample.length
         ruler = TokenRuler(document["text"], self._student.tokenizer)
-        form = {"in_sentences": self._spec.in_sentences, "chains": self._spec.chains}
-        each = turn_tokens(self._student.tokenizer, self._student.chat, **form)
-        room = max(length // 2, length - round(each * (count + 1)))
+        room = max(length // 2, length - round(self._turn_tokens * (count + 1)))
         text = document["text"]
         if ruler.tokens > room:
             share = float(rng(self.settings.seed, "synth", "window", document["id"]).random())
             start = ruler.last_before(share * (ruler.tokens - room))
             text = text[start : ruler.last_before(float(ruler.before([start])[0]) + room)]
-        made = make_questions(number, {**document, "text": text}, count, seed=self.settings.seed, **form)
+        made = make_questions(
+            number, {**document, "text": text}, count, seed=self.settings.seed, **self._offline_form
+        )
         self._questions.update(made.kinds)
         return {**document, "text": made.text}, made.items
 
